@@ -1,0 +1,35 @@
+"""Weight streams: safetensors files and model folders read and written tensor by tensor, all or nothing."""
+
+from spp_fx.checkpoint.atomic import atomic_file, atomic_folder
+from spp_fx.checkpoint.dtypes import dtype_name, torch_dtype
+from spp_fx.checkpoint.folder import ModelFolder
+from spp_fx.checkpoint.header import Header, TensorInfo, read_header
+from spp_fx.checkpoint.model import rewrite_model
+from spp_fx.checkpoint.shard import Shard
+from spp_fx.checkpoint.stream import (
+    Content,
+    Rewritten,
+    TensorSpec,
+    copy_file,
+    rewrite_shard,
+    write_safetensors,
+)
+
+__all__ = [
+    "Content",
+    "Header",
+    "ModelFolder",
+    "Rewritten",
+    "Shard",
+    "TensorInfo",
+    "TensorSpec",
+    "atomic_file",
+    "atomic_folder",
+    "copy_file",
+    "dtype_name",
+    "read_header",
+    "rewrite_model",
+    "rewrite_shard",
+    "torch_dtype",
+    "write_safetensors",
+]

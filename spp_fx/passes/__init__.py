@@ -1,0 +1,28 @@
+"""Passes: named, typed rewrites and checks of programs, and pipelines of them."""
+
+from spp_fx.passes.base import PASSES, Pass, PassReport, find_pass, register
+from spp_fx.passes.canonicalize import Canonicalize
+from spp_fx.passes.fold import Fold
+from spp_fx.passes.inject import Inject
+from spp_fx.passes.lower import Lower
+from spp_fx.passes.match import Match
+from spp_fx.passes.pipeline import parse_pipeline, print_pass, print_pipeline, run_pipeline
+from spp_fx.passes.verify import Verify
+
+__all__ = [
+    "PASSES",
+    "Canonicalize",
+    "Fold",
+    "Inject",
+    "Lower",
+    "Match",
+    "Pass",
+    "PassReport",
+    "Verify",
+    "find_pass",
+    "parse_pipeline",
+    "print_pass",
+    "print_pipeline",
+    "register",
+    "run_pipeline",
+]

@@ -1,0 +1,42 @@
+"""Patterns, masks, the lock, and the fast look at zeros."""
+
+from spp_fx.sparsity.comparison import Comparison, MaskDifference, Position, compare, compare_masks
+from spp_fx.sparsity.detect import detect_pattern
+from spp_fx.sparsity.dtypes import ElementType, element_type
+from spp_fx.sparsity.locate import locator
+from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry, load_lock, make_entry
+from spp_fx.sparsity.mask import PackedMask
+from spp_fx.sparsity.pattern import NM, Pattern, Unstructured, parse_pattern
+from spp_fx.sparsity.scan import Scan, count_non_finite, first_non_finite, pack_mask, scan_file, scan_tensor
+from spp_fx.sparsity.violations import Group, Violations, scan_bits
+
+__all__ = [
+    "LOCK_NAME",
+    "NM",
+    "Comparison",
+    "ElementType",
+    "Group",
+    "Lock",
+    "LockEntry",
+    "MaskDifference",
+    "PackedMask",
+    "Pattern",
+    "Position",
+    "Scan",
+    "Unstructured",
+    "Violations",
+    "compare",
+    "compare_masks",
+    "count_non_finite",
+    "detect_pattern",
+    "element_type",
+    "first_non_finite",
+    "load_lock",
+    "locator",
+    "make_entry",
+    "pack_mask",
+    "parse_pattern",
+    "scan_bits",
+    "scan_file",
+    "scan_tensor",
+]

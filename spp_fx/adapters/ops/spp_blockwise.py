@@ -1,0 +1,116 @@
+"""SPP block by block (Eq. 7): the m x n product of the factors with W is never formed."""
+
+import torch
+from torch import Tensor
+
+from spp_fx.adapters.ops.dropout import apply_dropout
+from spp_fx.adapters.ops.frozen import flatten, refuse_weight_gradient
+
+
+@torch.library.custom_op("spp_fx::spp_linear_blockwise", mutates_args=())
+def spp_linear_blockwise(
+    x: Tensor,
+    weight: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout: float,
+) -> Tensor:
+    """`spp_linear` as Y_j = X W_j^T + s * beta_j * ((X~ * alpha_j) W_j^T) over the r row blocks j of W.
+
+    Arguments and result as in `spp_linear`; X~ is x after dropout. Costs two GEMMs of the layer's size;
+    temporaries are (b, n) and (b, m/r).
+    """
+    rows = flatten(x)
+    dropped = rows if seed is None or dropout == 0 else apply_dropout(rows, seed, dropout)
+    y = rows.new_empty(rows.shape[0], weight.shape[0])
+    height = weight.shape[0] // alpha.shape[0]
+    for j in range(alpha.shape[0]):
+        block = slice(j * height, (j + 1) * height)
+        branch = (dropped * alpha[j]).to(x.dtype) @ weight[block].t()
+        y[:, block] = rows @ weight[block].t() + scale * branch * beta[block, 0]
+    if bias is not None:
+        y += bias
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+@spp_linear_blockwise.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout: float,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+@torch.library.custom_op("spp_fx::spp_linear_blockwise_backward", mutates_args=())
+def spp_linear_blockwise_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    seed: Tensor | None,
+    scale: float,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, alpha and beta; three GEMMs of the layer's size."""
+    rows, dy = flatten(x), flatten(grad)
+    masked = seed is not None and dropout != 0
+    dropped = apply_dropout(rows, seed, dropout) if masked else rows
+    height = weight.shape[0] // alpha.shape[0]
+    dx = torch.zeros_like(rows, dtype=torch.promote_types(x.dtype, alpha.dtype))
+    dbranch = torch.zeros_like(dx)
+    dalpha, dbeta = torch.empty_like(alpha), torch.empty_like(beta)
+    for j in range(alpha.shape[0]):
+        block = slice(j * height, (j + 1) * height)
+        w = weight[block]
+        dx += dy[:, block] @ w
+        inner = ((scale * dy[:, block]) * beta[block, 0]).to(x.dtype) @ w
+        dbranch += inner * alpha[j]
+        dalpha[j] = (dropped.to(dx.dtype) * inner).sum(0)
+        branch = (dropped * alpha[j]).to(x.dtype) @ w.t()
+        dbeta[block, 0] = scale * (dy[:, block].to(dx.dtype) * branch).sum(0)
+    dx += apply_dropout(dbranch, seed, dropout) if masked else dbranch
+    return dx.to(x.dtype).view(x.shape), dalpha, dbeta
+
+
+@spp_linear_blockwise_backward.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    seed: Tensor | None,
+    scale: float,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(alpha), torch.empty_like(beta)
+
+
+def _setup(ctx, inputs, output) -> None:  # pyright: ignore[reportMissingParameterType]
+    x, weight, alpha, beta, _, seed, ctx.scale, ctx.dropout = inputs
+    refuse_weight_gradient(ctx)
+    ctx.save_for_backward(x, weight, alpha, beta, seed)
+
+
+def _backward(ctx, grad: Tensor):  # pyright: ignore[reportMissingParameterType]
+    x, weight, alpha, beta, seed = ctx.saved_tensors
+    dx, dalpha, dbeta = spp_linear_blockwise_backward(
+        grad, x, weight, alpha, beta, seed, ctx.scale, ctx.dropout
+    )
+    dbias = flatten(grad).sum(0) if ctx.needs_input_grad[4] else None
+    return dx, None, dalpha, dbeta, dbias, None, None, None
+
+
+spp_linear_blockwise.register_autograd(_backward, setup_context=_setup)
+
+OP = torch.ops.spp_fx.spp_linear_blockwise.default

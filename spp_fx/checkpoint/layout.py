@@ -1,0 +1,179 @@
+"""Which files of a model folder are its weights, which are taken along, and which lie outside of it."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import cast
+
+from spp_fx.checkpoint.header import regular_file_size
+from spp_fx.checkpoint.strict_json import parse_object, shown
+from spp_fx.errors import FormatError, SppFxError, UsageError
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+_ADAPTER_NAME = "adapter_model.safetensors"
+_MAX_INDEX_BYTES = 100_000_000
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+# Other frameworks' copies of the weights: stale as soon as ours change.
+_FOREIGN = (".h5", ".msgpack", ".gguf", ".ot", ".onnx", ".onnx_data", ".onnx.data", ".nemo", ".tflite")
+_NOT_TAKEN = (*_PICKLES, *_FOREIGN, ".safetensors", ".safetensors.index.json", ".bin.index.json")
+_JUNK_NAMES = frozenset({".DS_Store", "Thumbs.db"})
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The weight files of a folder by name, sorted; the index that named them and its map, if any."""
+
+    names: tuple[str, ...]
+    index: str | None = None
+    weight_map: dict[str, str] | None = None
+
+
+def within(folder: Path, name: str) -> Path:
+    """The path of the file `name` of `folder`; the name comes from a file that is not trusted.
+
+    Raises:
+        FormatError: an absolute path, a '..', a backslash, or a link that leaves the folder.
+    """
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name or ":" in parts[0]:
+        raise FormatError(f"{folder}: the file name {shown(name)} leads out of the folder; it is refused")
+    path = folder.joinpath(*parts)
+    check_link(folder, path)
+    return path
+
+
+def check_link(folder: Path, path: Path) -> None:
+    """A symbolic link in a folder stays there.
+
+    From a snapshot folder of the Hugging Face cache it may also lead into the `blobs` beside `snapshots`.
+
+    Raises:
+        FormatError: the link leaves the folder, or goes in a circle.
+    """
+    try:
+        root, real = folder.resolve(), path.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise FormatError(f"{path}: cannot be followed to a file ({error})") from error
+    in_cache = root.parent.name == "snapshots" and real.parent == root.parent.parent / "blobs"
+    if not (real.is_relative_to(root) or in_cache):
+        raise FormatError(
+            f"{path}: is a symbolic link to {real}, outside of the folder; put the file itself there"
+        )
+
+
+def find_weights(folder: Path, explicit: object = None) -> WeightFiles:
+    """The weight files of a model folder, chosen as transformers chooses them.
+
+    Args:
+        folder: an existing folder.
+        explicit: `transformers_weights` of its config.json: the weight or index file to take.
+
+    Raises:
+        UsageError: there are no weights, or only pickled ones.
+        FormatError: several candidates, a bad index, a missing shard, a name that leads out of the folder.
+    """
+    if explicit is not None:
+        if not isinstance(explicit, str) or not explicit.endswith(
+            (".safetensors", ".safetensors.index.json")
+        ):
+            raise FormatError(
+                f"{folder}/config.json: transformers_weights is {shown(explicit)}, not a weight file"
+            )
+        within(folder, explicit)
+        return (
+            _from_index(folder, explicit)
+            if explicit.endswith(".json")
+            else WeightFiles((PurePosixPath(explicit).as_posix(),))
+        )
+    if (folder / WEIGHTS_NAME).is_file():
+        return WeightFiles((WEIGHTS_NAME,))
+    if (folder / INDEX_NAME).is_file():
+        return _from_index(folder, INDEX_NAME)
+    names = sorted(entry.name for entry in folder.iterdir())
+    for name in (WEIGHTS_NAME, INDEX_NAME):
+        if name in names:
+            raise FormatError(f"{folder / name}: is not a file (a dangling link?); get it again")
+    found = [name for name in names if name.endswith(".safetensors") and name != _ADAPTER_NAME]
+    if len(found) == 1:
+        return WeightFiles((found[0],))
+    if found:
+        raise FormatError(
+            f"{folder}: holds {len(found)} .safetensors files ({shown(found)}) but no {INDEX_NAME}, "
+            "so it is unknown which belong to the model; get the index as well"
+        )
+    raise UsageError(_no_weights(folder, names))
+
+
+def _no_weights(folder: Path, names: list[str]) -> str:
+    pickles = [name for name in names if name.endswith((*_PICKLES, ".bin.index.json"))]
+    pickles = [name for name in pickles if name.startswith(("pytorch_model", "consolidated", "model"))]
+    if pickles:
+        return (
+            f"{folder}: holds pickled weights only ({pickles[0]}), which can run code when opened; "
+            "convert them where you trust them, with transformers: "
+            f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(NEW_FOLDER)"
+        )
+    return f"{folder}: holds no weights; it needs {WEIGHTS_NAME}, or {INDEX_NAME} and its shards"
+
+
+def _from_index(folder: Path, name: str) -> WeightFiles:
+    path = within(folder, name)
+    if regular_file_size(path) > _MAX_INDEX_BYTES:
+        raise FormatError(f"{path}: is larger than {_MAX_INDEX_BYTES} bytes; get it again")
+    try:
+        content = parse_object(path.read_bytes(), str(path))
+    except OSError as error:
+        raise SppFxError(f"{path}: cannot be read ({error.strerror})") from error
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError(f"{path}: has no weight_map of tensor names to files; get it again")
+    for tensor, shard in cast("dict[str, object]", weight_map).items():
+        if not isinstance(shard, str) or not shard.endswith(".safetensors"):
+            raise FormatError(
+                f"{path}: places tensor {shown(tensor)} in {shown(shard)}, not a .safetensors file"
+            )
+    checked = cast("dict[str, str]", weight_map)
+    shards = sorted(set(checked.values()))
+    missing = [shard for shard in shards if not within(folder, shard).is_file()]
+    if missing:
+        raise FormatError(
+            f"{path}: names {len(missing)} of {len(shards)} shards that are not in the folder: "
+            f"{', '.join(shown(shard) for shard in missing[:5])}{', ...' if len(missing) > 5 else ''}; "
+            "get them too"
+        )
+    return WeightFiles(tuple(sorted({Path(shard).as_posix() for shard in shards})), name, checked)
+
+
+def other_files(folder: Path) -> tuple[Path, ...]:
+    """Relative paths, sorted, of the files a copy of the model takes along beside its weights.
+
+    Left out: every .safetensors and index, pickles, other frameworks' weights (they would be stale),
+    hidden folders (.git, .cache), __pycache__, and what desktop systems leave behind.
+
+    Raises:
+        FormatError: a link that leaves the folder or leads to no file, a linked folder, a pipe or device.
+    """
+    found: list[Path] = []
+    for parent, folders, files in os.walk(folder, onerror=_raise_walk_error):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
+        for name in folders:
+            path = Path(parent, name)
+            if path.is_symlink():
+                raise FormatError(
+                    f"{path}: is a link to a folder, which is not followed; put the folder itself there"
+                )
+        for name in files:
+            if name in _JUNK_NAMES or name.endswith(_NOT_TAKEN):
+                continue
+            path = Path(parent, name)
+            check_link(folder, path)
+            if not path.is_file():
+                raise FormatError(f"{path}: is no regular file (a dangling link, a pipe?); remove it")
+            found.append(path.relative_to(folder))
+    return tuple(sorted(found))
+
+
+def _raise_walk_error(error: OSError) -> None:
+    raise SppFxError(f"{error.filename}: cannot be listed ({error.strerror})") from error

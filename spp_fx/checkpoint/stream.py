@@ -1,0 +1,248 @@
+"""Writing safetensors files as a stream: one tensor, or one block of its rows, in memory at a time."""
+
+import errno
+import json
+import os
+import struct
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+
+import torch
+
+from spp_fx.checkpoint.dtypes import BITS, LAYOUT_RANK, torch_dtype, torch_shape
+from spp_fx.checkpoint.header import MAX_HEADER_BYTES, Header, TensorInfo, read_header, stored_nbytes
+from spp_fx.checkpoint.shard import Shard
+from spp_fx.checkpoint.strict_json import shown
+from spp_fx.errors import FormatError, SppFxError, UsageError
+
+Content = torch.Tensor | Iterable[torch.Tensor]
+"""A tensor, or its consecutive blocks of rows along the first dimension."""
+
+TensorSpec = tuple[str, str, tuple[int, ...]]
+"""Name, safetensors dtype ('BF16') and stored shape of a tensor to be written."""
+
+_COPY_BYTES = 8 * 2**20
+_NO_FAST_COPY = frozenset(
+    {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.ETXTBSY}
+)
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """What `rewrite_shard` did: the names it replaced, in file order, and bytes of either kind written."""
+
+    path: Path
+    replaced: tuple[str, ...]
+    replaced_bytes: int
+    copied_bytes: int
+
+
+def rewrite_shard(source: Shard, target: Path, replace: Callable[[TensorInfo], Content | None]) -> Rewritten:
+    """Write a shard with the header of `source` byte for byte, and some of its tensors replaced.
+
+    Args:
+        source: the shard to start from; it is not modified.
+        target: a file that does not exist yet.
+        replace: called once for each tensor in file order. None copies the stored bytes (the tensor is
+            never decoded); a tensor, or an iterable of row blocks made one at a time, takes their place. It
+            reads what it needs from `source` itself.
+
+    Raises:
+        UsageError: `target` exists.
+        FormatError: a replacement of another dtype or shape; `source` shrank.
+        SppFxError: the disk is full or refuses to be written.
+
+    On any error `target` is removed.
+    """
+    replaced: list[str] = []
+    replaced_bytes = copied_bytes = 0
+    with _new_file(target) as out, open(source.path, "rb", buffering=0) as original:
+        _write_all(out, memoryview(source.header.raw))
+        start = stop = source.header.data_start  # the run of bytes still to be copied
+        for info in source.header.tensors.values():
+            content = replace(info)
+            if content is None:
+                stop = info.end
+                continue
+            _copy_range(original, out, start, stop, source.path)
+            copied_bytes += stop - start
+            _write_content(out, content, info.dtype, info.shape, f"{target}: tensor {shown(info.name)}")
+            replaced.append(info.name)
+            replaced_bytes += info.nbytes
+            start = stop = info.end
+        _copy_range(original, out, start, stop, source.path)
+        copied_bytes += stop - start
+    return Rewritten(target, tuple(replaced), replaced_bytes, copied_bytes)
+
+
+def write_safetensors(
+    target: Path,
+    specs: Iterable[TensorSpec],
+    produce: Callable[[str], Content],
+    metadata: Mapping[str, str] | None = None,
+) -> Header:
+    """Lay out a fresh file as the reference implementation does and fill it tensor by tensor.
+
+    Args:
+        target: a file that does not exist yet.
+        specs: name, dtype and shape of every tensor, in any order.
+        produce: gives the content of a tensor by name; called once each, in file order (widest dtype
+            first, then by name).
+        metadata: free text for `__metadata__`, written in the order of its keys; {"format": "pt"} is what
+            transformers expects.
+
+    Returns:
+        The header, read back from the written file.
+
+    Raises:
+        UsageError: `target` exists.
+        FormatError: a name twice, an unknown dtype, or content of another dtype or shape than announced.
+        SppFxError: the disk is full or refuses to be written.
+
+    On any error `target` is removed.
+    """
+    ordered = _layout(specs, target)
+    raw = _header_bytes(ordered, metadata or {}, target)
+    with _new_file(target) as out:
+        _write_all(out, memoryview(raw))
+        for name, dtype, shape in ordered:
+            _write_content(out, produce(name), dtype, shape, f"{target}: tensor {shown(name)}")
+    return read_header(target)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy the bytes of a regular file to a path that does not exist yet, and fsync it.
+
+    Raises:
+        UsageError: `target` exists.
+        SppFxError: either file cannot be read or written.
+    """
+    with _new_file(target) as out, open(source, "rb", buffering=0) as original:
+        _copy_range(original, out, 0, os.fstat(original.fileno()).st_size, source)
+
+
+@contextmanager
+def _new_file(target: Path) -> Generator[FileIO, None, None]:
+    """An unbuffered file that must be new; fsynced at the end, removed when anything fails."""
+    try:
+        file = open(target, "xb", buffering=0)  # noqa: SIM115 (closed below, on every way)
+    except FileExistsError:
+        raise UsageError(f"{target}: exists; it is not overwritten") from None
+    except OSError as error:
+        raise SppFxError(f"{target}: cannot be written ({error.strerror})") from error
+    try:
+        with file:
+            yield file
+            os.fsync(file.fileno())
+    except OSError as error:
+        target.unlink(missing_ok=True)
+        where = error.filename if error.filename is not None else target
+        raise SppFxError(f"{where}: failed while {target} was written ({error.strerror})") from error
+    except BaseException:
+        target.unlink(missing_ok=True)
+        raise
+
+
+def _write_all(out: FileIO, data: memoryview) -> None:
+    done = 0
+    while done < len(data):  # one call writes at most 2 GiB
+        done += out.write(data[done:])
+
+
+def _copy_range(source: FileIO, out: FileIO, start: int, stop: int, path: Path) -> None:
+    """Append bytes start <= i < stop of `source` to `out`; inside the kernel where it can."""
+    fast = hasattr(os, "copy_file_range")
+    buffer = bytearray()
+    while start < stop:
+        if fast:
+            try:
+                count = os.copy_file_range(source.fileno(), out.fileno(), stop - start, start, out.tell())
+            except OSError as error:
+                if error.errno not in _NO_FAST_COPY:
+                    raise
+                count = 0
+            if count:
+                out.seek(count, os.SEEK_CUR)
+                start += count
+            else:  # refused, or a file system that answers 0 before the end: copy by hand
+                fast = False
+            continue
+        buffer = buffer or bytearray(min(_COPY_BYTES, stop - start))
+        view = memoryview(buffer)[: stop - start]
+        source.seek(start)
+        count = source.readinto(view)
+        if not count:
+            raise FormatError(f"{path}: shrank while it was copied; get it again")
+        _write_all(out, view[:count])
+        start += count
+
+
+def _write_content(out: FileIO, content: Content, dtype: str, shape: tuple[int, ...], where: str) -> None:
+    try:
+        want, expected = torch_dtype(dtype), torch_shape(dtype, shape)
+    except FormatError as error:
+        raise FormatError(f"{where}: {error}") from None
+    if isinstance(content, torch.Tensor):
+        if content.shape != expected:
+            raise FormatError(f"{where}: needs shape {list(expected)}, was given {list(content.shape)}")
+        _write_tensor(out, content, want, where)
+        return
+    rows = 0
+    for block in content:
+        if len(block.shape) != len(expected) or block.shape[1:] != expected[1:]:
+            raise FormatError(
+                f"{where}: a block of rows of shape {list(expected)} cannot have shape {list(block.shape)}"
+            )
+        rows += block.shape[0] if expected else 1
+        if rows > (expected[0] if expected else 1):
+            raise FormatError(f"{where}: was given more rows than its shape {list(expected)} has")
+        _write_tensor(out, block, want, where)
+        del block  # before the next one is made
+    if rows != (expected[0] if expected else 1):
+        raise FormatError(f"{where}: was given {rows} rows of its shape {list(expected)}")
+
+
+def _write_tensor(out: FileIO, tensor: torch.Tensor, dtype: torch.dtype, where: str) -> None:
+    if tensor.dtype != dtype:
+        raise FormatError(f"{where}: needs {dtype}, was given {tensor.dtype}")
+    if tensor.numel() == 0:
+        return
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    _write_all(out, plain.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _layout(specs: Iterable[TensorSpec], target: Path) -> list[TensorSpec]:
+    ordered = list(specs)
+    names: set[str] = set()
+    for name, dtype, _ in ordered:
+        where = f"{target}: tensor {shown(name)}"
+        if name in names or name == "__metadata__":
+            reason = "is announced twice" if name in names else "has a name that the format reserves"
+            raise FormatError(f"{where}: {reason}")
+        if dtype not in BITS:
+            raise FormatError(f"{where}: unknown dtype {shown(dtype)}; known: {', '.join(BITS)}")
+        names.add(name)
+    ordered.sort(key=lambda spec: (-LAYOUT_RANK[spec[1]], spec[0]))
+    return ordered
+
+
+def _header_bytes(ordered: list[TensorSpec], metadata: Mapping[str, str], target: Path) -> bytes:
+    entries: dict[str, object] = {}
+    if metadata:
+        entries["__metadata__"] = dict(sorted(metadata.items()))
+    position = 0
+    for name, dtype, shape in ordered:
+        end = position + stored_nbytes(dtype, shape, f"{target}: tensor {shown(name)}")
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    try:
+        text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise FormatError(f"{target}: a name or metadata is not Unicode text ({error})") from None
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    if len(text) > MAX_HEADER_BYTES:
+        raise FormatError(f"{target}: its header takes {len(text)} bytes, the limit is {MAX_HEADER_BYTES}")
+    return struct.pack("<Q", len(text)) + text

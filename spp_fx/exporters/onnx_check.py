@@ -1,0 +1,266 @@
+"""Run a written .onnx file through onnxruntime on the CPU and compare its logits with a reference."""
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from onnx import TensorProto
+from onnxruntime import (
+    InferenceSession,
+    SessionOptions,  # pyright: ignore[reportAttributeAccessIssue]
+)
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # pyright: ignore[reportAttributeAccessIssue]
+from torch import Tensor
+
+from spp_fx.errors import SppFxError
+from spp_fx.exporters.onnx_sparse import SparseInitializer, load_model, load_sparse_masks, read_tensors, save
+
+# Largest allowed difference of a logit, as a share of the logits' spread. fp32 differs by the order of
+# summation only (about 1e-6 a layer stack); fp16 and bf16 round every activation to 2^-11 and 2^-8.
+TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
+
+_BATCHES = ((1, 1), (2, 7), (3, 16), (1, 33))
+_ORT_ERRORS: tuple[type[Exception], ...] = (
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidProtobuf,
+    ort_errors.NoSuchFile,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+)
+
+
+@dataclass(frozen=True)
+class LogitsComparison:
+    """How far a file's logits are from the reference's, over the positions that are not padding.
+
+    `spread` is the largest distance of a reference logit from the mean over the vocabulary at its position:
+    the scale differences are measured in, since a shift of all logits changes no probability.
+    `argmax_agreement` is the share of positions where both prefer the same token. `computed_in` is the type
+    onnxruntime computed in: float32 for a bfloat16 file, which it has no CPU kernels for.
+    """
+
+    max_abs_difference: float
+    spread: float
+    tolerance: float
+    argmax_agreement: float
+    positions: int
+    batches: int
+    computed_in: str
+
+
+def run_onnx(
+    path: Path, input_ids: npt.NDArray[np.int64], attention_mask: npt.NDArray[np.int64]
+) -> npt.NDArray[Any]:
+    """The logits (batch, sequence, vocabulary) of the file, in the type it computes them in.
+
+    A bfloat16 file runs as its float32 twin (see `float32_twin`).
+
+    Args:
+        input_ids, attention_mask: (batch, sequence) int64.
+
+    Raises:
+        FormatError: the file is no ONNX model. SppFxError: onnxruntime cannot load or run it.
+    """
+    session, _ = _session(path)
+    return _run(path, session, input_ids, attention_mask)
+
+
+def compare_logits(
+    path: Path,
+    reference: Callable[[Tensor, Tensor], Tensor],
+    vocab_size: int,
+    *,
+    max_length: int | None = None,
+    tolerance: float | None = None,
+    seed: int = 0,
+    batches: Sequence[tuple[int, int]] = _BATCHES,
+) -> LogitsComparison:
+    """Run a few random batches through the file and through `reference`, and compare.
+
+    Batches differ in size and length; in those of two rows and more, one row is padded on the left and one
+    on the right (with random tokens, which the mask has to hide). One session serves all batches.
+
+    Args:
+        reference: (input_ids, attention_mask), both (batch, sequence) int64 on the CPU, to logits (batch,
+            sequence, vocabulary) of any floating type.
+        vocab_size: tokens are drawn below it.
+        max_length: longest sequence the model takes; longer batches are cut.
+        tolerance: share of the spread; None takes TOLERANCE of the reference's type.
+        batches: (batch, sequence) pairs.
+
+    Raises:
+        SppFxError: a logit differs by more than the tolerance, shapes differ, either side is not finite, or
+            onnxruntime cannot run the file.
+    """
+    session, computed_in = _session(path)
+    worst, spread, agreed, positions = 0.0, 0.0, 0, 0
+    limit = tolerance
+    for input_ids, attention_mask in _inputs(batches, vocab_size, max_length, seed):
+        with torch.no_grad():
+            answer = reference(torch.from_numpy(input_ids), torch.from_numpy(attention_mask)).detach().cpu()
+        if limit is None:
+            limit = TOLERANCE.get(str(answer.dtype).removeprefix("torch."), TOLERANCE["float32"])
+        expected = answer.double().numpy()
+        got = _run(path, session, input_ids, attention_mask).astype(np.float64)
+        if got.shape != expected.shape:
+            raise SppFxError(f"{path}: logits have shape {got.shape}, the reference's {expected.shape}")
+        real = attention_mask == 1
+        expected, got = expected[real], got[real]
+        for side, values in (("the reference's", expected), ("the file's", got)):
+            if not np.isfinite(values).all():
+                raise SppFxError(f"{path}: {side} logits are not finite on a batch of {input_ids.shape}")
+        worst = max(worst, float(np.abs(got - expected).max()))
+        spread = max(spread, float(np.abs(expected - expected.mean(axis=-1, keepdims=True)).max()))
+        agreed += int((got.argmax(-1) == expected.argmax(-1)).sum())
+        positions += int(real.sum())
+    if limit is None:
+        raise SppFxError("compare_logits needs at least one batch")
+    result = LogitsComparison(worst, spread, limit, agreed / positions, positions, len(batches), computed_in)
+    if worst > limit * spread:
+        raise SppFxError(
+            f"{path}: logits differ from the reference by up to {worst:.3g}, allowed is {limit * spread:.3g} "
+            f"({limit:g} of the logits' spread {spread:.3g}); the same token is preferred at "
+            f"{100 * result.argmax_agreement:.1f}% of {positions} positions"
+        )
+    return result
+
+
+def check_standard(path: Path) -> None:
+    """Hold the file to the ONNX standard with onnx.checker, in memory bounded by the largest tensor.
+
+    The checker cannot follow sparse indices into external data. Where there are any, each sparse tensor is
+    checked by itself with its data filled in, and the graph with its external weights as inputs.
+
+    Raises:
+        FormatError: data that is missing, truncated or inconsistent. SppFxError: the checker's objection;
+            the indices of sparse tensors have to be int64 to pass.
+    """
+    entries = load_sparse_masks(path)
+    external = False
+    graph_only = load_model(path)
+    for tensor in graph_only.graph.initializer:
+        if tensor.data_location == TensorProto.EXTERNAL:
+            external = True
+            graph_only.graph.input.append(
+                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+            )
+    for sparse in graph_only.graph.sparse_initializer:
+        external |= TensorProto.EXTERNAL in (sparse.values.data_location, sparse.indices.data_location)
+    try:
+        if not external:
+            onnx.checker.check_model(str(path))
+            return
+        kept = [t for t in graph_only.graph.initializer if t.data_location != TensorProto.EXTERNAL]
+        del graph_only.graph.initializer[:]
+        graph_only.graph.initializer.extend(kept)
+        del graph_only.graph.sparse_initializer[:]
+        for entry in entries:
+            if isinstance(entry, SparseInitializer):
+                name = entry.name
+                sparse = _inline(entry)
+                onnx.checker.check_sparse_tensor(sparse)
+                graph_only.graph.input.append(
+                    onnx.helper.make_tensor_value_info(name, sparse.values.data_type, entry.shape)
+                )
+        onnx.checker.check_model(graph_only)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise SppFxError(f"{path}: not valid by the ONNX standard: {_reason(error)}") from error
+
+
+def _inline(entry: SparseInitializer) -> onnx.SparseTensorProto:
+    indices = entry.indices.astype(entry.index_dtype)
+    return onnx.SparseTensorProto(
+        values=onnx.numpy_helper.from_array(entry.values, entry.name),
+        indices=onnx.numpy_helper.from_array(indices),
+        dims=entry.shape,
+    )
+
+
+def float32_twin(path: Path) -> onnx.ModelProto:
+    """The model with every bfloat16 tensor, constant and cast made float32, all initializers dense.
+
+    onnxruntime has hardly any bfloat16 kernels on the CPU. Widening is exact for the weights, so the twin
+    shows that graph and weights are right; only activations are rounded less than in the original.
+    """
+    model = load_model(path)
+    tensors = list(read_tensors(path))
+    del model.graph.initializer[:]
+    del model.graph.sparse_initializer[:]
+    for name, array in tensors:
+        wide = array.astype(np.float32) if array.dtype.name == "bfloat16" else array
+        model.graph.initializer.append(onnx.numpy_helper.from_array(wide, name))
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.BFLOAT16:
+                attribute.i = TensorProto.FLOAT
+            elif attribute.HasField("t") and attribute.t.data_type == TensorProto.BFLOAT16:
+                wide = onnx.numpy_helper.to_array(attribute.t).astype(np.float32)
+                attribute.t.CopyFrom(onnx.numpy_helper.from_array(wide))
+    for value in [*model.graph.output, *model.graph.value_info]:
+        if value.type.tensor_type.elem_type == TensorProto.BFLOAT16:
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+    return model
+
+
+def _inputs(
+    batches: Sequence[tuple[int, int]], vocab_size: int, max_length: int | None, seed: int
+) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    rng = np.random.default_rng(seed)
+    for batch, length in batches:
+        cut = length if max_length is None else min(length, max_length)
+        input_ids = rng.integers(0, vocab_size, (batch, cut), dtype=np.int64)
+        attention_mask = np.ones((batch, cut), dtype=np.int64)
+        if batch > 1:
+            attention_mask[0, : cut // 3] = 0
+            attention_mask[1, cut - cut // 3 :] = 0
+        yield input_ids, attention_mask
+
+
+def _session(path: Path) -> tuple[InferenceSession, str]:
+    options = SessionOptions()
+    options.log_severity_level = 3  # errors only: it warns about constants it could have folded
+    providers = ["CPUExecutionProvider"]
+    try:
+        if not _has_bfloat16(path):
+            session = InferenceSession(str(path), options, providers=providers)
+            return session, str(session.get_outputs()[0].type).removeprefix("tensor(").removesuffix(")")
+        with tempfile.TemporaryDirectory(prefix="spp-fx-") as folder:
+            twin = Path(folder) / "model.onnx"
+            save(float32_twin(path), twin)
+            return InferenceSession(str(twin), options, providers=providers), "float32"
+    except _ORT_ERRORS as error:
+        raise SppFxError(f"{path}: onnxruntime cannot load the model: {_reason(error)}") from error
+
+
+def _has_bfloat16(path: Path) -> bool:
+    graph = load_model(path).graph
+    weights = [*graph.initializer, *(sparse.values for sparse in graph.sparse_initializer)]
+    return any(tensor.data_type == TensorProto.BFLOAT16 for tensor in weights)
+
+
+def _run(
+    path: Path,
+    session: InferenceSession,
+    input_ids: npt.NDArray[np.int64],
+    attention_mask: npt.NDArray[np.int64],
+) -> npt.NDArray[Any]:
+    try:
+        outputs = session.run(["logits"], {"input_ids": input_ids, "attention_mask": attention_mask})
+    except (*_ORT_ERRORS, ValueError) as error:
+        raise SppFxError(
+            f"{path}: onnxruntime cannot run the model on a batch of {input_ids.shape}: {_reason(error)}"
+        ) from error
+    return np.asarray(outputs[0])
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__

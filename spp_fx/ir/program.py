@@ -1,0 +1,142 @@
+"""The program: a traced causal language model as a tree of torch.fx graphs."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from transformers import PretrainedConfig
+from transformers.modeling_outputs import CausalLMOutput
+
+from spp_fx.adapters.method import Method
+from spp_fx.errors import UsageError
+from spp_fx.ir.site import Site
+from spp_fx.sparsity import PackedMask, Pattern
+
+SITE = "spp_fx_site"
+"""Key of `fx.Node.meta`: the name of the site whose weight the node contracts; left by canonicalize."""
+ADAPTER = "spp_fx_adapter"
+"""Key of `fx.Node.meta`: the name of the site whose adapter the node computes; left by inject."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """One node that contracts a site's weight with an activation.
+
+    `module` is the graph module that owns `node`, `path` its dotted path in the program.
+    """
+
+    path: str
+    module: fx.GraphModule
+    node: fx.Node
+
+
+class Program(nn.Module):
+    """A causal language model as nested fx graphs; called like the Hugging Face model it was traced from.
+
+    Module paths, parameter and buffer names are the checkpoint's own. The graphs are plain
+    `torch.fx.GraphModule`s that run generated code, so `torch.compile`, `torch.export` and every
+    fx tool take them; `train()` and `eval()` switch the dropout that the source model has.
+
+    Attributes:
+        config: the source model's configuration.
+        sites: by checkpoint name; filled by `canonicalize`.
+        patterns: what is known of each site's pattern (None: dense); sites on the meta device are
+            missing until somebody who read the weights fills them in.
+        matched: the sites that later passes treat, with their patterns; filled by `match`.
+        adapters: the method that each injected site carries; filled by `inject`.
+        masks: the mask that each injected site had when its adapter came; held to by `verify`.
+        tied: parameters that share another's storage: name -> the first name.
+        head: name of the weight that makes the logits, if the model has one.
+        history: spellings of the passes that ran, in order.
+    """
+
+    root: fx.GraphModule
+
+    def __init__(
+        self,
+        root: fx.GraphModule,
+        config: PretrainedConfig,
+        loss_function: Callable[..., Tensor],
+        tied: dict[str, str],
+        head: str | None,
+    ) -> None:
+        super().__init__()
+        # The root graph shares its children with this module, so that names carry no prefix.
+        object.__setattr__(self, "root", root)
+        self._modules, self._parameters, self._buffers = root._modules, root._parameters, root._buffers
+        self.config = config
+        self.loss_function = loss_function
+        self.tied = tied
+        self.head = head
+        self.sites: dict[str, Site] = {}
+        self.patterns: dict[str, Pattern | None] = {}
+        self.matched: dict[str, Pattern | None] = {}
+        self.adapters: dict[str, Method] = {}
+        self.masks: dict[str, PackedMask] = {}
+        self.history: list[str] = []
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **loss_kwargs: Any,
+    ) -> CausalLMOutput:
+        """Logits, and the loss when labels are given.
+
+        Args:
+            input_ids: (batch, sequence) int64.
+            attention_mask: (batch, sequence), 1 for tokens and 0 for padding; all ones if None.
+            labels: (batch, sequence) int64, -100 where nothing is to be predicted.
+            loss_kwargs: handed to the model family's loss, such as `num_items_in_batch`.
+
+        Returns:
+            `loss` (scalar or None) and `logits` (batch, sequence, vocabulary).
+        """
+        if input_ids.ndim != 2:
+            raise UsageError(f"input_ids must be (batch, sequence), got shape {tuple(input_ids.shape)}")
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        logits: Tensor = self.root(input_ids, attention_mask)
+        if labels is None:
+            return CausalLMOutput(logits=logits)  # type: ignore[arg-type]
+        loss = self.loss_function(
+            logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs
+        )
+        return CausalLMOutput(loss=loss, logits=logits)  # type: ignore[arg-type]
+
+    def train(self, mode: bool = True) -> "Program":
+        super().train(mode)
+        self.root.training = mode
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def graphs(self) -> Iterator[tuple[str, fx.GraphModule]]:
+        """Every graph of the tree with its dotted path, the root ('') first."""
+        yield "", self.root
+        for path, module in self.named_modules():
+            if path and isinstance(module, fx.GraphModule):
+                yield path, module
+
+    def uses(self, mark: str = SITE) -> dict[str, list[Use]]:
+        """The nodes that carry a mark, by the site that it names, in one walk of the tree."""
+        found: dict[str, list[Use]] = {}
+        for path, module in self.graphs():
+            for node in module.graph.nodes:
+                if mark in node.meta:
+                    found.setdefault(node.meta[mark], []).append(Use(path, module, node))
+        return found
+
+    def weight(self, site: str) -> nn.Parameter:
+        """The parameter of a site as it is stored, which may be (in, out)."""
+        return self.get_parameter(site)
+
+    def canonical_weight(self, site: str) -> Tensor:
+        """The weight of a site as (out, in) or (experts, out, in): a view, no copy."""
+        weight = self.weight(site)
+        return weight.transpose(-1, -2) if self.sites[site].transposed else weight

@@ -1,0 +1,52 @@
+"""A site: one weight matrix (or stack of matrices) that the toolkit may treat."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Kind = Literal["linear", "conv1d", "matmul", "experts"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One weight, seen in its canonical orientation whatever its storage.
+
+    Attributes:
+        name: the checkpoint's name of the weight, such as `model.layers.0.mlp.up_proj.weight`.
+        kind: the form the graph used it in; `experts` is a 3-D stack, the others are matrices.
+        shape: (out, in), or (experts, out, in).
+        dtype: the stored dtype.
+        transposed: the weight is stored (in, out); N:M groups still run along `in`.
+        layer: index of the decoder layer that owns it, None outside of the layers.
+        uses: how many nodes of the program use the weight as a linear.
+        tied_to: name of the embedding that shares the weight, if one does.
+        is_head: the linear produces the logits.
+    """
+
+    name: str
+    kind: Kind
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    transposed: bool
+    layer: int | None
+    uses: int
+    tied_to: str | None
+    is_head: bool
+
+    @property
+    def out_features(self) -> int:
+        return self.shape[-2]
+
+    @property
+    def in_features(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+def factor_attribute(parameter: str, factor: str) -> str:
+    """Attribute under which the module that owns `parameter` holds an adapter's factor."""
+    return factor if parameter == "weight" else f"{parameter}_{factor}"

@@ -1,0 +1,261 @@
+"""From a Hugging Face model to a program: torch.export, then a tree of fx graphs."""
+
+import operator
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram, unflatten
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from spp_fx.errors import SppFxError, UsageError
+from spp_fx.ir.program import Program
+
+aten = torch.ops.aten
+ATTENTION = aten.scaled_dot_product_attention.default
+DROPOUT = aten.dropout.default
+GUARDS = (aten._assert_tensor_metadata.default,)
+
+
+def trace(model: PreTrainedModel | str | Path) -> Program:
+    """Trace a causal language model into a `Program` that shares the model's parameters.
+
+    The model is exported (non-strict, dynamic batch and sequence) and unflattened; no weight is
+    copied, and a model on the meta device needs none. The program computes what the model computes in
+    its own dtype and on its own device, to the bit.
+
+    Args:
+        model: a `*ForCausalLM` instance, or a model folder (or hub id, where there is a network),
+            which is then loaded in its stored dtype on the CPU.
+
+    Raises:
+        SppFxError: the model cannot be exported; carries torch.export's reason.
+    """
+    if isinstance(model, str | Path):
+        model = load_model(model)
+    if not hasattr(model, "get_output_embeddings") or not hasattr(model, "loss_function"):
+        raise UsageError(
+            f"trace: {type(model).__name__} is no Hugging Face causal language model; "
+            "load it with AutoModelForCausalLM"
+        )
+    with _mode(model, training=False):
+        exported = _export(model)
+        _training_dropout(model, exported)
+    root = _tree(exported, model)
+    _open_dropout(root)
+    program = Program(root, model.config, model.loss_function, tied=_tied(model), head=_head(model))
+    return program.train(model.training)
+
+
+def load_model(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """A causal language model from a folder in its stored dtype; never from a pickle file."""
+    return AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto", use_safetensors=True, **kwargs)
+
+
+def meta_model(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """The model a folder's config.json describes, on the meta device: shapes without weights."""
+    config = AutoConfig.from_pretrained(str(folder), **kwargs)
+    if config.dtype is None:
+        config.dtype = torch.float32
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=config.dtype).eval()
+
+
+@contextmanager
+def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Every submodule in one mode; each one's own mode comes back afterwards."""
+    before = {module: module.training for module in model.modules()}
+    try:
+        model.train(training)
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
+
+
+def _export(model: PreTrainedModel) -> ExportedProgram:
+    """Export `(input_ids, attention_mask) -> logits`, with the checkpoint's names at the top level."""
+    call = model.forward
+
+    def forward(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return call(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+
+    device = next(model.parameters()).device
+    # Neither size may be 0 or 1 (export specialises on both), nor equal to another (it unifies them).
+    ids = torch.zeros(2, 7, dtype=torch.int64, device=device)
+    dynamic = {0: Dim("batch"), 1: Dim("sequence")}
+    experts = _exportable_experts(model)
+    model.forward = forward  # type: ignore[method-assign]
+    try:
+        with warnings.catch_warnings(), experts:
+            warnings.simplefilter("ignore")
+            return torch.export.export(
+                model, (ids, torch.ones_like(ids)), dynamic_shapes=(dynamic, dict(dynamic)), strict=False
+            )
+    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, AssertionError) as error:
+        raise SppFxError(
+            f"{type(model).__name__} cannot be traced: torch.export says: {str(error).strip().splitlines()[0]}"
+        ) from error
+    finally:
+        del model.forward
+
+
+@contextmanager
+def _exportable_experts(model: PreTrainedModel) -> Iterator[None]:
+    """Experts run as grouped matrix products while exporting: the eager loop depends on the data."""
+    before = getattr(model.config, "_experts_implementation", None)
+    stacked = any(
+        parameter.ndim == 3 and name.rpartition(".")[0].endswith("experts")
+        for name, parameter in model.named_parameters()
+    )
+    if before != "eager" or not stacked:
+        yield
+        return
+    model.set_experts_implementation("grouped_mm")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
+def _training_dropout(model: PreTrainedModel, exported: ExportedProgram) -> None:
+    """Write into the exported graph the dropout probabilities that the model has while training.
+
+    Export in eval mode bakes attention dropout in as 0. A second export in training mode tells the
+    probabilities; everything else is taken from the first, which is the model's own eval path.
+    """
+    if not _has_dropout(model.config.to_dict()):
+        return
+    with _mode(model, training=True):
+        twin = _export(model)
+    own, theirs = _dropouts(exported), _dropouts(twin)
+    if [where for where, _ in own] != [where for where, _ in theirs]:
+        raise SppFxError(
+            f"{type(model).__name__} takes another path while training (layer drop?), which a program "
+            "cannot; set its dropout options to 0 in config.json"
+        )
+    for (_, node), (_, source) in zip(own, theirs, strict=True):
+        if node.target == ATTENTION:
+            node.args = (*node.args[:3], _attention_argument(node, 3), _attention_argument(source, 4))
+            node.kwargs = {k: v for k, v in node.kwargs.items() if k not in ("attn_mask", "dropout_p")}
+        else:
+            node.args = (node.args[0], source.args[1], False)
+
+
+def _has_dropout(config: dict[str, Any]) -> bool:
+    return any(
+        _has_dropout(value) if isinstance(value, dict) else "drop" in str(key) and isinstance(value, float) and value > 0
+        for key, value in config.items()
+    )
+
+
+def _dropouts(exported: ExportedProgram) -> list[tuple[tuple[str, str], fx.Node]]:
+    """Dropout nodes in order, each with its target and the path of the module that owns it."""
+    return [
+        ((str(node.target), str(list(node.meta.get("nn_module_stack", {}).values())[-1:])), node)
+        for node in exported.graph.nodes
+        if node.target in (ATTENTION, DROPOUT)
+    ]
+
+
+def _attention_argument(node: fx.Node, position: int) -> Any:
+    """Positional or keyword argument of scaled_dot_product_attention: 3 attn_mask, 4 dropout_p, 5 is_causal."""
+    name, default = {3: ("attn_mask", None), 4: ("dropout_p", 0.0), 5: ("is_causal", False)}[position]
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _open_dropout(root: fx.GraphModule) -> None:
+    """Make dropout follow the `training` flag of the graph module that holds it."""
+    for module in root.modules():
+        if not isinstance(module, fx.GraphModule):
+            continue
+        for node in list(module.graph.nodes):
+            if node.target not in (ATTENTION, DROPOUT):
+                continue
+            position = 4 if node.target == ATTENTION else 1
+            p = _attention_argument(node, 4) if node.target == ATTENTION else node.args[1]
+            if p == 0:
+                continue
+            with module.graph.inserting_before(node):
+                training = module.graph.create_node("get_attr", "training")
+                if node.target == ATTENTION:
+                    p = module.graph.call_function(operator.mul, (p, training))
+            if node.target == DROPOUT:
+                node.args = (node.args[0], p, training)
+            else:
+                node.args = (*node.args[:position], p, *node.args[position + 1 :])
+        module.recompile()
+
+
+def _tree(exported: ExportedProgram, model: PreTrainedModel) -> fx.GraphModule:
+    """Unflatten without copying a weight: on meta tensors, then with the model's own put in place."""
+    metas: dict[int, Tensor] = {}
+    for name, tensor in exported.state_dict.items():
+        exported.state_dict[name] = metas.setdefault(id(tensor), _to_meta(tensor))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tree = unflatten(exported)
+    root = _with_generated_code(tree)
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    for path, module in root.named_modules():
+        # A module called n times stands n times in the tree, as name, name@1, ...
+        prefix = re.sub(r"@\d+", "", path)
+        for table in (module._parameters, module._buffers):
+            for name in table:
+                full = f"{prefix}.{name}".lstrip(".")
+                if full in own:
+                    table[name] = own[full]  # type: ignore[assignment]
+    return root
+
+
+def _to_meta(tensor: Tensor) -> Tensor:
+    meta = tensor.detach().to("meta")
+    return nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
+
+
+def _with_generated_code(module: nn.Module) -> fx.GraphModule:
+    """An unflattened tree, whose modules interpret their graphs, as graph modules that run generated code."""
+    for name, child in list(module._modules.items()):
+        if child is not None and not isinstance(child, fx.GraphModule):
+            module._modules[name] = _with_generated_code(child)
+    graph = getattr(module, "graph", None)
+    if graph is None:
+        return module  # type: ignore[return-value]
+    for node in list(graph.nodes):
+        if node.target in GUARDS:
+            graph.erase_node(node)
+        elif node.op == "output" and isinstance(node.args[0], tuple) and len(node.args[0]) == 1:
+            node.args = (node.args[0][0],)
+    result = fx.GraphModule(module, graph, class_name="Graph")
+    # GraphModule takes only what its graph names; containers and unused parameters belong to the tree too.
+    for own, theirs in (
+        (result._modules, module._modules),
+        (result._parameters, module._parameters),
+        (result._buffers, module._buffers),
+    ):
+        own.update(theirs)  # type: ignore[arg-type]
+    return result
+
+
+def _tied(model: PreTrainedModel) -> dict[str, str]:
+    """Parameters that are another parameter under a second name: name -> the first name."""
+    first: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner = first.setdefault(id(parameter), name)
+        if owner != name:
+            tied[name] = owner
+    return tied
+
+
+def _head(model: PreTrainedModel) -> str | None:
+    """Name of the weight that makes logits of hidden states."""
+    head = model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    path = next((path for path, module in model.named_modules() if module is head), None)
+    return None if weight is None or path is None else f"{path}.weight"

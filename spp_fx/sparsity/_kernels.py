@@ -1,0 +1,273 @@
+"""The kernels, compiled by numba: without the GIL, cached on disk where a cache folder can be written.
+
+Constants are spelled `np.uint64`: numba turns a mix of signed and unsigned 64-bit numbers into floats.
+"""
+
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from spp_fx.sparsity import _intrinsics
+from spp_fx.sparsity._backend import Backend, Bytes, Elements, Words
+from spp_fx.sparsity._threads import thread_count
+
+if sys.byteorder != "little":
+    raise ImportError("the compiled kernels read mask words as little-endian")
+
+# Spelled as untyped callables: a call inside a kernel leaves out the typing context of the definition.
+classify64: Callable[..., Any] = _intrinsics.classify64
+load_word: Callable[..., Any] = _intrinsics.load_word
+store_word: Callable[..., Any] = _intrinsics.store_word
+popcount: Callable[..., Any] = _intrinsics.popcount
+
+_ZERO = np.uint64(0)
+_ONE = np.uint64(1)
+_ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
+_TOP = np.uint64(1 << 63)
+_THREADED_BITS = 1 << 24
+_TILE = 512  # rows transposed together: one cache line of each target row
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # neither the package's folder nor the user's cache folder can be written
+        return njit(nogil=True)(function)
+
+
+@_compiled
+def _scan_words(
+    elements: Elements, words: int, magnitude: np.uint64, start: np.uint64, span: np.uint64, out: Bytes
+) -> tuple[int, int, int]:
+    """`scan_elements` over 64 * words elements."""
+    width = elements.itemsize
+    non_zeros = 0
+    non_finites = 0
+    first = -1
+    for index in range(words):
+        ones, strange = classify64(elements, index * 64 * width, magnitude, start, span)
+        store_word(out, index * 8, ones)
+        non_zeros += popcount(ones)
+        if strange != _ZERO:
+            if first < 0:
+                lowest = strange & (~strange + _ONE)
+                first = index * 64 + popcount(lowest - _ONE)
+            non_finites += popcount(strange)
+    return non_zeros, non_finites, first
+
+
+@_compiled
+def _load_bits(bits: Bytes, position: int, count: int) -> np.uint64:
+    """`count` <= 64 bits from bit `position`; never reads past the last byte that holds one of them."""
+    first = position // 8
+    offset = position % 8
+    last = (position + count + 7) // 8
+    word = np.uint64(bits[first]) >> np.uint64(offset)
+    for byte in range(first + 1, min(last, first + 8)):
+        word |= np.uint64(bits[byte]) << np.uint64(8 * (byte - first) - offset)
+    if last > first + 8:
+        word |= np.uint64(bits[first + 8]) << np.uint64(64 - offset)
+    if count < 64:
+        word &= (_ONE << np.uint64(count)) - _ONE
+    return word
+
+
+@_compiled
+def _count_over_any(bits: Bytes, groups: int, group: int, kept: int) -> int:
+    count = 0
+    for index in range(groups):
+        if popcount(_load_bits(bits, index * group, group)) > kept:
+            count += 1
+    return count
+
+
+@_compiled
+def first_over(bits: Bytes, groups: int, group: int, kept: int) -> int:
+    for index in range(groups):
+        if popcount(_load_bits(bits, index * group, group)) > kept:
+            return index
+    return -1
+
+
+@cache
+def _count_over_words(group: int) -> Callable[..., int]:
+    """A counter for groups that divide a word: all fields of a word are summed and compared at once.
+
+    A field of `group` bits holds a count c <= group; adding 2**(group - 1) - 1 - kept sets its top bit
+    iff c > kept, and cannot carry out of the field.
+    """
+    step2, step4, step8, step16, step32, step64 = (group >= size for size in (2, 4, 8, 16, 32, 64))
+    low = np.uint64(sum(1 << shift for shift in range(0, 64, group)))
+    high = np.uint64(sum(1 << (shift + group - 1) for shift in range(0, 64, group)))
+
+    def count(bits: Bytes, words: int, bias: np.uint64) -> int:
+        total = 0
+        add = low * bias
+        for index in range(words):
+            word = load_word(bits, index * 8)
+            if step2:
+                word -= (word >> _ONE) & np.uint64(0x5555555555555555)
+            if step4:
+                word = (word & np.uint64(0x3333333333333333)) + (
+                    (word >> np.uint64(2)) & np.uint64(0x3333333333333333)
+                )
+            if step8:
+                word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+            if step16:
+                word = (word + (word >> np.uint64(8))) & np.uint64(0x00FF00FF00FF00FF)
+            if step32:
+                word = (word + (word >> np.uint64(16))) & np.uint64(0x0000FFFF0000FFFF)
+            if step64:
+                word = (word + (word >> np.uint64(32))) & np.uint64(0x00000000FFFFFFFF)
+            total += popcount((word + add) & high)
+        return total
+
+    return _compiled(count)
+
+
+@_compiled
+def _transpose8(block: np.uint64) -> np.uint64:
+    """Transpose the 8x8 bit matrix whose row i is byte i: swap 1x1, 2x2, then 4x4 off-diagonal blocks."""
+    swap = (block ^ (block >> np.uint64(7))) & np.uint64(0x00AA00AA00AA00AA)
+    block ^= swap ^ (swap << np.uint64(7))
+    swap = (block ^ (block >> np.uint64(14))) & np.uint64(0x0000CCCC0000CCCC)
+    block ^= swap ^ (swap << np.uint64(14))
+    swap = (block ^ (block >> np.uint64(28))) & np.uint64(0x00000000F0F0F0F0)
+    return block ^ swap ^ (swap << np.uint64(28))
+
+
+@_compiled
+def _transpose_bytes(source: Bytes, target: Bytes, rows: int, columns: int, start: int, stop: int) -> None:
+    """Whole bytes in both orders; `start` and `stop` bound the columns, all multiples of 8."""
+    for tile in range(0, rows, _TILE):
+        for column in range(start, stop, 8):
+            for row in range(tile, min(tile + _TILE, rows), 8):
+                block = _ZERO
+                for i in range(8):
+                    byte = source[((row + i) * columns + column) // 8]
+                    block |= np.uint64(byte) << np.uint64(8 * i)
+                block = _transpose8(block)
+                for j in range(8):
+                    byte = np.uint8((block >> np.uint64(8 * j)) & np.uint64(0xFF))
+                    target[((column + j) * rows + row) // 8] = byte
+
+
+@_compiled
+def _transpose_any(source: Bytes, target: Bytes, base: int, rows: int, columns: int) -> None:
+    for tile in range(0, rows, _TILE):
+        for column in range(0, columns, 8):
+            width = min(8, columns - column)
+            for row in range(tile, min(tile + _TILE, rows), 8):
+                block = _ZERO
+                for i in range(min(8, rows - row)):
+                    eight = _load_bits(source, base + (row + i) * columns + column, width)
+                    block |= eight << np.uint64(8 * i)
+                block = _transpose8(block)
+                for j in range(width):
+                    eight = (block >> np.uint64(8 * j)) & np.uint64(0xFF)
+                    position = base + (column + j) * rows + row
+                    pair = eight << np.uint64(position % 8)
+                    target[position // 8] |= np.uint8(pair & np.uint64(0xFF))
+                    if pair >> np.uint64(8):
+                        target[position // 8 + 1] |= np.uint8(pair >> np.uint64(8))
+
+
+@_compiled
+def _word_at(bits: Bytes, index: int) -> np.uint64:
+    if index * 8 + 8 <= bits.size:
+        return load_word(bits, index * 8)
+    return _load_bits(bits, index * 64, 8 * (bits.size - index * 8))
+
+
+@_compiled
+def locate(bits: Bytes, rows: int, columns: int) -> Words:
+    """Word by word: the numbers 64 w + j + 1 of a word share their high bits (j = 63 apart).
+
+    So their XOR is the shared part where the count is odd, and the low six bits follow from the XOR of
+    all words of a bucket: bit k is the parity of the ones at those j for which j + 1 has bit k.
+    """
+    buckets = np.zeros(8, dtype=np.uint64)
+    for bucket in range(min(8, rows)):
+        folded = _ZERO
+        high = _ZERO
+        for row in range(bucket, rows, 8):
+            start = row * columns
+            end = start + columns
+            for index in range(start // 64, (end + 63) // 64):
+                word = _word_at(bits, index)
+                if start > index * 64:
+                    word &= _ALL << np.uint64(start - index * 64)
+                if end < index * 64 + 64:
+                    word &= ~(_ALL << np.uint64(end - index * 64))
+                folded ^= word
+                if popcount(word & ~_TOP) % 2:
+                    high ^= np.uint64(index * 64)
+                if word & _TOP:
+                    high ^= np.uint64(index * 64 + 64)
+        low = _ZERO
+        for j in range(63):
+            if (folded >> np.uint64(j)) & _ONE:
+                low ^= np.uint64(j + 1)
+        buckets[bucket] = high ^ low
+    return buckets
+
+
+def scan_elements(
+    elements: Elements, magnitude: int, non_finite_from: int, non_finite_span: int, out: Bytes
+) -> tuple[int, int, int]:
+    rule = np.uint64(magnitude), np.uint64(non_finite_from), np.uint64(non_finite_span)
+    words, rest = divmod(elements.size, 64)
+    ones, strange, first = _scan_words(elements, words, *rule, out)
+    if rest:
+        last = np.zeros(64, dtype=elements.dtype)
+        last[:rest] = elements[words * 64 :]
+        last_out = np.empty(8, dtype=np.uint8)
+        last_ones, last_strange, last_first = _scan_words(last, 1, *rule, last_out)
+        out[words * 8 : words * 8 + (rest + 7) // 8] = last_out[: (rest + 7) // 8]
+        if first < 0 <= last_first:
+            first = words * 64 + last_first
+        ones, strange = ones + last_ones, strange + last_strange
+    return ones, strange, first
+
+
+def count_over(bits: Bytes, groups: int, group: int, kept: int) -> int:
+    if 64 % group:
+        return _count_over_any(bits, groups, group, kept)
+    words = groups * group // 64
+    count = _count_over_words(group)(bits, words, np.uint64((1 << (group - 1)) - 1 - kept))
+    rest = groups - words * (64 // group)
+    return count + (_count_over_any(bits[words * 8 :], rest, group, kept) if rest else 0)
+
+
+def transpose_bits(source: Bytes, target: Bytes, base: int, rows: int, columns: int) -> None:
+    if base % 8 or rows % 8 or columns % 8:
+        _transpose_any(source, target, base, rows, columns)
+        return
+    source, target = source[base // 8 :], target[base // 8 :]
+    if rows * columns < _THREADED_BITS:
+        _transpose_bytes(source, target, rows, columns, 0, columns)
+        return
+    # Whole target rows to each thread, so that no two write one byte.
+    step = -(-columns // (8 * thread_count())) * 8
+    starts = range(0, columns, step)
+    with ThreadPoolExecutor(len(starts)) as pool:
+        for done in [
+            pool.submit(_transpose_bytes, source, target, rows, columns, at, min(at + step, columns))
+            for at in starts
+        ]:
+            done.result()
+
+
+BACKEND = Backend(
+    name="numba",
+    scan_elements=scan_elements,
+    count_over=count_over,
+    first_over=first_over,
+    transpose_bits=transpose_bits,
+    locate=locate,
+)

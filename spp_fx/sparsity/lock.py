@@ -1,0 +1,235 @@
+"""`sparsity.lock.json`: the mask every later step is held to.
+
+One object a site: name, kind, canonical shape, pattern, non-zero count, mask digest and locator. The
+file is sorted and holds one site a line, so that a change of one mask is a change of one line.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from spp_fx.errors import FormatError, SppFxError, UsageError
+from spp_fx.sparsity.locate import LOCATOR_DIGITS, locator
+from spp_fx.sparsity.mask import PackedMask
+from spp_fx.sparsity.pattern import Pattern, parse_pattern
+
+LOCK_NAME = "sparsity.lock.json"
+FORMAT_VERSION = 1
+
+_MAX_BYTES = 64 << 20
+_MAX_NUMEL = 1 << 60
+
+_Name = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+_Kind = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+_Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+_Locator = Annotated[str, StringConstraints(pattern=rf"^[0-9a-f]{{{LOCATOR_DIGITS}}}$")]
+_Dimension = Annotated[int, Field(ge=0, le=_MAX_NUMEL)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+def _check_pattern(text: str | None) -> None:
+    if text is None:
+        return
+    try:
+        canonical = str(parse_pattern(text))
+    except UsageError as error:
+        raise ValueError(str(error)) from error
+    if canonical != text:
+        raise ValueError(f"pattern {text!r} is written {canonical!r}")
+
+
+class LockEntry(_Strict):
+    """The mask of one site.
+
+    Attributes:
+        name: the checkpoint's name of the weight.
+        kind: what the site is: linear, conv1d, matmul, experts, ...
+        shape: (out, in) or (experts, out, in), whatever the storage order.
+        pattern: the pattern the site must hold; None for a dense site.
+        nnz: non-zero elements.
+        mask: `PackedMask.digest`.
+        locator: `locate.locator` of the mask.
+        transposed: the tensor is stored (in, out).
+    """
+
+    name: _Name
+    kind: _Kind
+    shape: Annotated[tuple[_Dimension, ...], Field(min_length=2, max_length=3)]
+    pattern: str | None
+    nnz: Annotated[int, Field(ge=0)]
+    mask: _Digest
+    locator: _Locator
+    transposed: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "LockEntry":
+        _check_pattern(self.pattern)
+        numel = math.prod(self.shape)
+        if numel > _MAX_NUMEL:
+            raise ValueError(f"shape {self.shape} has more than 2**60 elements")
+        if self.nnz > numel:
+            raise ValueError(f"{self.nnz} non-zeros in a weight of {numel} elements")
+        return self
+
+    def parsed_pattern(self) -> Pattern | None:
+        """The pattern as an object."""
+        return None if self.pattern is None else parse_pattern(self.pattern)
+
+    def line(self) -> str:
+        """The entry as one line of JSON; `transposed` only where it is true."""
+        fields = self.model_dump(mode="json")
+        if not self.transposed:
+            del fields["transposed"]
+        return json.dumps(fields)
+
+
+class Lock(_Strict):
+    """A whole lock file. `pattern` is that of every site, or None where they differ or there are none."""
+
+    format_version: int
+    pattern: str | None
+    sites: tuple[LockEntry, ...]
+
+    @field_validator("format_version")
+    @classmethod
+    def _known_version(cls, version: int) -> int:
+        if version != FORMAT_VERSION:
+            raise ValueError(f"version {version} is unknown, this release reads {FORMAT_VERSION}")
+        return version
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Lock":
+        seen: set[str] = set()
+        for site in self.sites:
+            if site.name in seen:
+                raise ValueError(f"site {site.name!r} appears twice")
+            seen.add(site.name)
+        if self.pattern != _common_pattern(self.sites):
+            raise ValueError(f"pattern is {self.pattern!r}, its sites say {_common_pattern(self.sites)!r}")
+        return self
+
+    @classmethod
+    def of(cls, entries: Iterable[LockEntry]) -> "Lock":
+        """A lock of these entries, sorted by name.
+
+        Raises:
+            FormatError: a name appears twice.
+        """
+        sites = tuple(sorted(entries, key=lambda entry: entry.name))
+        try:
+            return cls(format_version=FORMAT_VERSION, pattern=_common_pattern(sites), sites=sites)
+        except ValidationError as error:
+            raise FormatError(f"{LOCK_NAME}: {_first_fault(error)}") from error
+
+    def entry(self, name: str) -> LockEntry | None:
+        """The entry of a site, or None."""
+        return self.by_name().get(name)
+
+    def by_name(self) -> dict[str, LockEntry]:
+        """Every entry under its name."""
+        return {site.name: site for site in self.sites}
+
+    def dumps(self) -> str:
+        """The file's text: ASCII JSON, sorted by name, one site a line, the same bytes for the same masks."""
+        lines = [f"    {site.line()}" for site in sorted(self.sites, key=lambda site: site.name)]
+        sites = "[\n" + ",\n".join(lines) + "\n  ]" if lines else "[]"
+        pattern = json.dumps(self.pattern)
+        return f'{{\n  "format_version": {FORMAT_VERSION},\n  "pattern": {pattern},\n  "sites": {sites}\n}}\n'
+
+    @classmethod
+    def loads(cls, text: str | bytes, source: str = LOCK_NAME) -> "Lock":
+        """Read a lock's text; `source` names it in errors.
+
+        Raises:
+            FormatError: not JSON, a key given twice, another version, or a field that cannot be.
+        """
+        if len(text) > _MAX_BYTES:
+            raise FormatError(f"{source}: {len(text)} bytes is too large for a lock file")
+        try:
+            lock = cls.model_validate_json(text)
+            json.loads(text, object_pairs_hook=_no_duplicates)
+        except ValidationError as error:
+            raise FormatError(f"{source}: {_first_fault(error)}") from error
+        except (ValueError, RecursionError) as error:
+            raise FormatError(f"{source}: {error}") from error
+        return lock
+
+
+def make_entry(
+    name: str, kind: str, mask: PackedMask, pattern: Pattern | None, transposed: bool = False
+) -> LockEntry:
+    """The lock entry of a mask; does not check that the mask holds the pattern.
+
+    Raises:
+        FormatError: a name or kind that a lock cannot hold.
+    """
+    try:
+        return LockEntry(
+            name=name,
+            kind=kind,
+            shape=mask.shape,
+            pattern=None if pattern is None else str(pattern),
+            nnz=mask.nnz,
+            mask=mask.digest,
+            locator=locator(mask),
+            transposed=transposed,
+        )
+    except ValidationError as error:
+        raise FormatError(f"{name}: {_first_fault(error)}") from error
+
+
+def load_lock(path: str | os.PathLike[str]) -> Lock:
+    """Read a lock file.
+
+    Raises:
+        UsageError: there is no such file, or it cannot be read.
+        FormatError: the file is not a lock; names the file and the fault.
+    """
+    file = Path(path)
+    try:
+        size = file.stat().st_size
+        if size > _MAX_BYTES:
+            raise FormatError(f"{file}: {size} bytes is too large for a lock file")
+        with file.open("rb") as stream:
+            data = stream.read(_MAX_BYTES + 1)
+    except SppFxError:
+        raise
+    except OSError as error:
+        raise UsageError(f"{file}: the lock cannot be read: {error.strerror}") from error
+    return Lock.loads(data, str(file))
+
+
+def _common_pattern(sites: tuple[LockEntry, ...]) -> str | None:
+    patterns = {site.pattern for site in sites}
+    return patterns.pop() if len(patterns) == 1 else None
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError(f"the keys {[key for key, _ in pairs]} hold one twice")
+    return result
+
+
+def _first_fault(error: ValidationError) -> str:
+    """Where and what, in one line, with hostile values cut short."""
+    fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"])
+    text = fault["msg"].removeprefix("Value error, ")
+    return f"{where.lstrip('.')}: {text}"[:400] if where else text[:400]

@@ -1,0 +1,251 @@
+"""The fast look at a weight: its mask, counts, digest and non-finite values in one pass.
+
+The data is cut into regions that threads read and pack in pieces that fit the cache, while the caller's
+thread hashes the finished regions in order. Memory is bounded by the mask (1/16 of bf16 data; twice
+that for a transposed weight) and one buffer a thread.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from spp_fx.errors import FormatError
+from spp_fx.sparsity._backend import Bytes, backend
+from spp_fx.sparsity._threads import thread_count
+from spp_fx.sparsity.dtypes import ElementType, element_type
+from spp_fx.sparsity.mask import PackedMask, digest_state
+
+_PIECE = 1 << 20  # bytes of weight read at once: with its mask it stays in a core's own cache
+_REGION = 16 * _PIECE  # bytes of weight a task: large against the cost of handing it to a thread
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What one pass over a weight finds.
+
+    Attributes:
+        mask: its mask in (out, in) order, count and digest included.
+        non_finite: how many elements are infinite or NaN (0 for integers).
+        first_non_finite: index of the first of them in storage order, as (out, in) or (expert, out, in).
+    """
+
+    mask: PackedMask
+    non_finite: int
+    first_non_finite: tuple[int, ...] | None
+
+
+class _Reader(Protocol):
+    def read(self, start: int, count: int) -> Bytes: ...
+
+    def close(self) -> None: ...
+
+
+class _MemoryReader:
+    def __init__(self, data: Bytes) -> None:
+        self._data = data
+
+    def read(self, start: int, count: int) -> Bytes:
+        return self._data[start : start + count]
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+class _FileReader:
+    """Reads rather than maps: a file cut short under a map kills the process, under a read it is an error."""
+
+    def __init__(self, path: Path, offset: int) -> None:
+        self._path = path
+        self._offset = offset
+        self._file = path.open("rb", buffering=0)
+        self._buffer = np.empty(_PIECE, dtype=np.uint8)
+
+    def read(self, start: int, count: int) -> Bytes:
+        self._file.seek(self._offset + start)
+        piece = self._buffer[:count]
+        view = piece.data
+        filled = 0
+        while filled < count:
+            got = self._file.readinto(view[filled:])
+            if not got:
+                end = self._offset + start + filled
+                raise FormatError(f"{self._path}: the file ends at byte {end}, inside a tensor")
+            filled += got
+        return piece
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def scan_file(
+    path: str | os.PathLike[str],
+    offset: int,
+    shape: tuple[int, ...],
+    dtype: str | torch.dtype,
+    *,
+    transposed: bool = False,
+    threads: int | None = None,
+) -> Scan:
+    """Scan a tensor that lies contiguous and little-endian in a file, such as a safetensors shard.
+
+    Args:
+        path: the file.
+        offset: absolute position of the tensor's first byte.
+        shape: the STORED shape, 2-D or 3-D.
+        dtype: a safetensors dtype name ('BF16', 'F8_E4M3', ...) or a torch dtype.
+        transposed: the last two dimensions are stored (in, out), as in Conv1D.
+        threads: threads to read with; by default the CPUs at hand, at most 8.
+
+    Raises:
+        FormatError: the file ends early, the dtype has no zeros to look for, or the shape is not 2-D or 3-D.
+        OSError: the file cannot be read.
+    """
+    kind = element_type(dtype)
+    _check_shape(shape, str(path))
+    with ExitStack() as open_files:
+
+        def open_reader() -> _Reader:
+            return open_files.enter_context(closing(_FileReader(Path(path), offset)))
+
+        return _scan(open_reader, kind, shape, transposed, threads)
+
+
+def scan_tensor(tensor: torch.Tensor, *, transposed: bool = False, threads: int | None = None) -> Scan:
+    """Scan a tensor in memory; one that is not on the CPU or not contiguous is copied first.
+
+    Args:
+        tensor: (out, in) or (experts, out, in); with `transposed`, the last two are (in, out).
+        transposed: as for `scan_file`.
+        threads: as for `scan_file`.
+
+    Raises:
+        FormatError: a dtype without zeros to look for, a shape that is not 2-D or 3-D, a sparse layout or
+            a tensor without data.
+    """
+    kind = element_type(tensor.dtype)
+    shape = tuple(tensor.shape)
+    _check_shape(shape, "tensor")
+    if tensor.layout != torch.strided or tensor.is_meta:
+        raise FormatError(f"a {tensor.layout} tensor on {tensor.device} has no dense data to look at")
+    stored = tensor.detach().resolve_neg().cpu().contiguous()
+    data: NDArray[np.uint8] = stored.reshape(-1).view(torch.uint8).numpy()
+    return _scan(lambda: _MemoryReader(data), kind, shape, transposed, threads)
+
+
+def pack_mask(tensor: torch.Tensor, transposed: bool = False) -> PackedMask:
+    """The mask of a tensor: value != 0, so -0.0 is zero, NaN and subnormals are not; see `scan_tensor`."""
+    return scan_tensor(tensor, transposed=transposed).mask
+
+
+def count_non_finite(tensor: torch.Tensor) -> int:
+    """Infinite and NaN elements of a 2-D or 3-D tensor; see `scan_tensor`."""
+    return scan_tensor(tensor).non_finite
+
+
+def first_non_finite(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """Index of the first infinite or NaN element of a 2-D or 3-D tensor; see `scan_tensor`."""
+    return scan_tensor(tensor).first_non_finite
+
+
+def _check_shape(shape: tuple[int, ...], where: str) -> None:
+    if len(shape) not in (2, 3) or min(shape) < 0:
+        raise FormatError(f"{where}: a weight has 2 dimensions, or 3 for an expert stack, not shape {shape}")
+
+
+def _scan(
+    open_reader: Callable[[], _Reader],
+    kind: ElementType,
+    shape: tuple[int, ...],
+    transposed: bool,
+    threads: int | None,
+) -> Scan:
+    canonical = (*shape[:-2], shape[-1], shape[-2]) if transposed else shape
+    bits = np.empty((math.prod(shape) + 7) // 8, dtype=np.uint8)
+    state = digest_state(canonical)
+    nnz, non_finite, first = 0, 0, -1
+    for done in _scan_regions(open_reader, kind, math.prod(shape), bits, threads):
+        nnz += done.nnz
+        if first < 0 and done.first_non_finite >= 0:
+            first = done.first_non_finite
+        non_finite += done.non_finite
+        if not transposed:
+            state.update(done.bits.data)
+    if transposed:
+        bits = _transpose(bits, shape)
+        state.update(bits.data)
+    mask = PackedMask.measured(canonical, bits, nnz, state.hexdigest())
+    return Scan(mask, non_finite, None if first < 0 else _index(first, shape, transposed))
+
+
+@dataclass(frozen=True)
+class _Region:
+    bits: Bytes
+    nnz: int
+    non_finite: int
+    first_non_finite: int
+
+
+def _scan_regions(
+    open_reader: Callable[[], _Reader], kind: ElementType, numel: int, bits: Bytes, threads: int | None
+) -> Iterator[_Region]:
+    """Fill `bits` and yield the finished regions in order."""
+    step = _REGION // kind.itemsize
+    starts = range(0, numel, step)
+    workers = min(threads or thread_count(), len(starts))
+    readers: SimpleQueue[_Reader] = SimpleQueue()
+    for _ in range(workers):
+        readers.put(open_reader())
+
+    def scan(start: int) -> _Region:
+        reader = readers.get()
+        try:
+            return _scan_region(reader, kind, start, min(start + step, numel), bits)
+        finally:
+            readers.put(reader)
+
+    if workers <= 1:
+        yield from map(scan, starts)
+        return
+    with ThreadPoolExecutor(workers, thread_name_prefix="sparsity-scan") as pool:
+        yield from pool.map(scan, starts)
+
+
+def _scan_region(reader: _Reader, kind: ElementType, start: int, stop: int, bits: Bytes) -> _Region:
+    scan_elements = backend().scan_elements
+    unsigned = np.dtype(f"<u{kind.itemsize}")
+    step = _PIECE // kind.itemsize
+    nnz, non_finite, first = 0, 0, -1
+    for at in range(start, stop, step):
+        count = min(step, stop - at)
+        elements = reader.read(at * kind.itemsize, count * kind.itemsize).view(unsigned)
+        ones, strange, where = scan_elements(
+            elements, kind.magnitude, kind.non_finite_from, kind.non_finite_span, bits[at // 8 :]
+        )
+        nnz += ones
+        if first < 0 and where >= 0:
+            first = at + where
+        non_finite += strange
+    return _Region(bits[start // 8 : (stop + 7) // 8], nnz, non_finite, first)
+
+
+def _transpose(bits: Bytes, shape: tuple[int, ...]) -> Bytes:
+    *experts, rows, columns = shape
+    target = np.zeros_like(bits)
+    for expert in range(math.prod(experts)):
+        backend().transpose_bits(bits, target, expert * rows * columns, rows, columns)
+    return target
+
+
+def _index(linear: int, shape: tuple[int, ...], transposed: bool) -> tuple[int, ...]:
+    *outer, row, column = (int(i) for i in np.unravel_index(linear, shape))
+    return (*outer, column, row) if transposed else (*outer, row, column)

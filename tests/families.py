@@ -1,0 +1,59 @@
+"""Small random models of the families that differ in how their graphs spell a linear."""
+
+from collections.abc import Callable
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    GPT2Config,
+    GptOssConfig,
+    LlamaConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
+
+VOCABULARY = 96
+SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
+    "llama": lambda: LlamaConfig(**SMALL, intermediate_size=64, num_key_value_heads=2),
+    "llama-tied": lambda: LlamaConfig(
+        **SMALL, intermediate_size=64, num_key_value_heads=2, tie_word_embeddings=True, attention_dropout=0.1
+    ),
+    "qwen2": lambda: Qwen2Config(**SMALL, intermediate_size=64, num_key_value_heads=2),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=1
+    ),
+    "falcon": lambda: FalconConfig(**SMALL),
+    "mixtral": lambda: MixtralConfig(
+        **SMALL, intermediate_size=64, num_key_value_heads=2, num_local_experts=4
+    ),
+    "gpt-oss": lambda: GptOssConfig(
+        **SMALL, intermediate_size=64, num_key_value_heads=2, num_local_experts=4, head_dim=8
+    ),
+}
+REQUIRED = ("llama", "gpt2", "falcon", "mixtral")
+
+
+def make_model(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+    """A random model of a family, in eval mode, dense."""
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=dtype).eval()
+
+
+def prune_2_4(weight: torch.Tensor, *, transposed: bool = False) -> None:
+    """Zero the two smallest of every four entries along the input dimension, in place."""
+    with torch.no_grad():
+        canonical = weight.transpose(-1, -2) if transposed else weight
+        groups = canonical.reshape(-1, 4)
+        smallest = groups.abs().argsort(dim=1)[:, :2]
+        pruned = groups.clone().scatter_(1, smallest, 0).reshape(canonical.shape)
+        canonical.copy_(pruned)
+
+
+def batch(rows: int = 2, columns: int = 12, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, VOCABULARY, (rows, columns), generator=generator)
