@@ -8,6 +8,7 @@ data; this step therefore comes last and writes the protobuf itself. The reader 
 with the writer: it is what a written file is checked with.
 """
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -195,7 +196,7 @@ def _sparsify_one(
     tensor: TensorProto, indices: Indices, is_input: bool
 ) -> tuple[SparsifiedTensor, onnx.SparseTensorProto | None]:
     shape = tuple(tensor.dims)
-    numel = int(np.prod(shape, dtype=np.int64))
+    numel = math.prod(shape)
     if tensor.data_type not in _VALUE_BITS:
         dtype = TensorProto.DataType.Name(tensor.data_type).lower()
         reason = f"{dtype} is none of the types spp-fx writes sparse (float32, float16, bfloat16)"
@@ -235,7 +236,9 @@ def _raw(tensor: TensorProto) -> bytes:
 
 
 def _data_bytes(tensor: TensorProto) -> int:
-    return len(_raw(tensor))
+    """Counted from the shape: protobuf copies the data on every look at it."""
+    itemsize = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)).itemsize
+    return math.prod(tensor.dims) * itemsize
 
 
 def _tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:
@@ -314,13 +317,13 @@ class SparseInitializer:
 
     def mask(self) -> npt.NDArray[np.bool_]:
         """Where the tensor is non-zero, of `shape`; a stored zero does not count."""
-        flat = np.zeros(int(np.prod(self.shape, dtype=np.int64)), dtype=np.bool_)
+        flat = np.zeros(math.prod(self.shape), dtype=np.bool_)
         flat[self.indices] = self.values != 0
         return flat.reshape(self.shape)
 
     def dense(self) -> npt.NDArray[Any]:
         """The whole tensor, of `shape` and `dtype`."""
-        flat = np.zeros(int(np.prod(self.shape, dtype=np.int64)), dtype=self.values.dtype)
+        flat = np.zeros(math.prod(self.shape), dtype=self.values.dtype)
         flat[self.indices] = self.values
         return flat.reshape(self.shape)
 
@@ -401,9 +404,7 @@ def _read_sparse(path: Path, where: str, sparse: onnx.SparseTensorProto) -> Spar
     shape = tuple(sparse.dims)
     if not shape or min(shape) <= 0:
         raise FormatError(f"{where}: {list(shape)} is no shape of a sparse tensor")
-    numel = 1
-    for dim in shape:
-        numel *= dim
+    numel = math.prod(shape)
     if sparse.indices.data_type not in (
         TensorProto.INT8,
         TensorProto.INT16,
@@ -443,9 +444,7 @@ def _read(path: Path, where: str, tensor: TensorProto) -> npt.NDArray[Any]:
         raise FormatError(f"{where}: unknown data type {tensor.data_type}") from error
     if any(dim < 0 for dim in dims):
         raise FormatError(f"{where}: {dims} is no shape")
-    count = 1
-    for dim in dims:
-        count *= dim
+    count = math.prod(dims)
     if tensor.data_location == TensorProto.EXTERNAL:
         return _read_external(path, where, tensor, dtype, count).reshape(dims)
     if tensor.HasField("raw_data"):

@@ -25,15 +25,16 @@ def spp_linear_blockwise(
     """
     rows = flatten(x)
     dropped = rows if seed is None or dropout == 0 else apply_dropout(rows, seed, dropout)
-    y = rows.new_empty(rows.shape[0], weight.shape[0])
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    flat = y.view(-1, weight.shape[0])
     height = weight.shape[0] // alpha.shape[0]
     for j in range(alpha.shape[0]):
         block = slice(j * height, (j + 1) * height)
         branch = (dropped * alpha[j]).to(x.dtype) @ weight[block].t()
-        y[:, block] = rows @ weight[block].t() + scale * branch * beta[block, 0]
+        flat[:, block] = rows @ weight[block].t() + scale * branch * beta[block, 0]
     if bias is not None:
         y += bias
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return y
 
 
 @spp_linear_blockwise.register_fake

@@ -63,9 +63,10 @@ def spp_linear_fused(
     rows = flatten(x)
     (m, n), masked = weight.shape, seed is not None and dropout != 0
     dropped = apply_dropout(rows, seed, dropout) if masked else rows
-    y = rows.new_empty(rows.shape[0], m)
+    y = x.new_empty(*x.shape[:-1], m)
+    flat = y.view(-1, m)
     for start, stop in row_blocks(m, n, m // alpha.shape[0]):
-        out = y[:, start:stop]
+        out = flat[:, start:stop]
         w = weight[start:stop] if masked else update_rows(weight, alpha, beta, start, stop, scale, 1.0)
         if bias is None:
             torch.mm(rows, w.t(), out=out)
@@ -73,7 +74,7 @@ def spp_linear_fused(
             torch.addmm(bias[start:stop], rows, w.t(), out=out)
         if masked:
             out += dropped @ update_rows(weight, alpha, beta, start, stop, scale, 0.0).t()
-    return y.view(*x.shape[:-1], m)
+    return y
 
 
 @spp_linear_fused.register_fake

@@ -1,0 +1,81 @@
+"""What a model folder holds: its sites, found by tracing on the meta device, and where they are stored."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from spp_fx.checkpoint import ModelFolder
+from spp_fx.errors import UsageError
+from spp_fx.ir.binding import Binding, Piece, bind
+from spp_fx.ir.program import Program
+from spp_fx.ir.trace import meta_model, trace
+from spp_fx.passes import Canonicalize, run_pipeline
+from spp_fx.sparsity import PackedMask, Pattern, Scan, detect_pattern, scan_file
+
+Tick = Callable[[str, int], None]
+"""Called with what was done and how many bytes it covered, so that a caller can show progress."""
+
+
+def no_tick(what: str, nbytes: int) -> None:
+    """Show nothing."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A model folder with its canonical program on the meta device and the place of each weight."""
+
+    folder: ModelFolder
+    program: Program
+    binding: Binding
+
+    @property
+    def pieces(self) -> dict[str, tuple[Piece, ...]]:
+        return self.binding.pieces
+
+
+def survey(path: Path, *, weights: bool = True, trust_remote_code: bool = False) -> Survey:
+    """Open a model folder, trace its model without weights, find the stored tensors of each site."""
+    folder = ModelFolder.open(path, weights=weights)
+    if not folder.config:
+        raise UsageError(f"{path}: config.json is missing or empty; a model folder needs it")
+    model = meta_model(path, trust_remote_code=trust_remote_code)
+    program = trace(model)
+    run_pipeline(program, [Canonicalize()])
+    stored = {name: folder.info(name)[1].shape for name in folder.names}
+    return Survey(folder, program, bind(model, program.sites, stored) if stored else Binding({}, {}))
+
+
+def scan_tensor(folder: ModelFolder, tensor: str, *, transposed: bool) -> Scan:
+    """The fast look at one stored tensor."""
+    shard, info = folder.info(tensor)
+    return scan_file(shard.path, info.start, info.shape, info.dtype, transposed=transposed)
+
+
+def tensors_of(pieces: Iterable[Piece]) -> dict[str, Piece]:
+    """The stored tensors of pieces, each once (a stack stored whole counts once)."""
+    return {piece.tensor: piece for piece in pieces}
+
+
+def observe(
+    found: Survey, sites: Iterable[str], tick: Tick = no_tick
+) -> dict[str, tuple[PackedMask, Pattern | None]]:
+    """Look at the stored tensors of sites: mask and pattern by tensor; the program learns the patterns.
+
+    A site that is made of several tensors is dense if one of them is, and holds a pattern if all do.
+    """
+    seen: dict[str, tuple[PackedMask, Pattern | None]] = {}
+    for site in sites:
+        patterns: list[Pattern | None] = []
+        for tensor, piece in tensors_of(found.pieces[site]).items():
+            mask = scan_tensor(found.folder, tensor, transposed=piece.transposed).mask
+            seen[tensor] = (mask, detect_pattern(mask))
+            patterns.append(seen[tensor][1])
+            tick(tensor, found.folder.info(tensor)[1].nbytes)
+        found.program.patterns[site] = _common(patterns)
+    return seen
+
+
+def _common(patterns: list[Pattern | None]) -> Pattern | None:
+    if None in patterns or not patterns:
+        return None
+    return min((p for p in patterns if p is not None), key=lambda pattern: pattern.sparsity)
