@@ -30,7 +30,14 @@ class FoldCounts:
 
 
 def fold_rows(
-    method: Method, weight: Tensor, factors: Factors, start: int, vanish: Vanish, counts: FoldCounts, where: str
+    method: Method,
+    weight: Tensor,
+    factors: Factors,
+    start: int,
+    vanish: Vanish,
+    counts: FoldCounts,
+    where: str,
+    row_offset: int = 0,
 ) -> Tensor:
     """Rows start.. of the folded weight, in the stored dtype.
 
@@ -45,7 +52,8 @@ def fold_rows(
         vanish: what to do with a non-zero that would become zero: `keep` the smallest normal number of
             its sign, `error`, or `allow` the new zero.
         counts: added to.
-        where: the site, for errors.
+        where: the stored tensor, for errors.
+        row_offset: added to a row's index in errors, where the stored tensor is a part of the weight.
 
     Raises:
         MaskError: a value is not finite, or one vanishes under `error`; names row and column.
@@ -56,7 +64,7 @@ def fold_rows(
     if not folded.isfinite().all():
         row, column = first(~folded.isfinite())
         raise MaskError(
-            f"{where}: row {start + row}, column {column} folds to {folded[row, column].item()} "
+            f"{where}: row {start + row_offset + row}, column {column} folds to {folded[row, column].item()} "
             f"(weight {weight[row, column].item()}); nothing is written. Train with a lower --lr"
         )
     gone = nonzero & (folded == 0)
@@ -66,7 +74,7 @@ def fold_rows(
         if vanish == "error":
             row, column = first(gone)
             raise MaskError(
-                f"{where}: row {start + row}, column {column} and {count - 1} more would fold to zero; "
+                f"{where}: row {start + row_offset + row}, column {column} and {count - 1} more would fold to zero; "
                 "keep them with --vanish keep"
             )
         if vanish == "keep":
@@ -79,12 +87,20 @@ def fold_rows(
 
 
 def fold_matrix(
-    method: Method, weight: Tensor, factors: Factors, vanish: Vanish, counts: FoldCounts, where: str
+    method: Method,
+    weight: Tensor,
+    factors: Factors,
+    vanish: Vanish,
+    counts: FoldCounts,
+    where: str,
+    first_row: int = 0,
+    row_offset: int = 0,
 ) -> Iterator[Tensor]:
-    """The folded matrix (out, in) in row blocks of bounded size, in order."""
+    """The folded rows first_row.. of a weight, of which `weight` are those rows, in blocks of bounded size."""
     step = max(1, BLOCK_ELEMENTS // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], step):
-        yield fold_rows(method, weight[start : start + step], factors, start, vanish, counts, where)
+        rows = weight[start : start + step]
+        yield fold_rows(method, rows, factors, first_row + start, vanish, counts, where, row_offset)
 
 
 def round_once(value: Tensor, dtype: torch.dtype) -> Tensor:

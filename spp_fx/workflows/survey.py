@@ -9,7 +9,7 @@ from spp_fx.errors import UsageError
 from spp_fx.ir.binding import Binding, Piece, bind
 from spp_fx.ir.program import Program
 from spp_fx.ir.trace import meta_model, trace
-from spp_fx.passes import Canonicalize, run_pipeline
+from spp_fx.passes import Canonicalize, Match, run_pipeline
 from spp_fx.sparsity import PackedMask, Pattern, Scan, detect_pattern, scan_file
 
 Tick = Callable[[str, int], None]
@@ -43,6 +43,32 @@ def survey(path: Path, *, weights: bool = True, trust_remote_code: bool = False)
     run_pipeline(program, [Canonicalize()])
     stored = {name: folder.info(name)[1].shape for name in folder.names}
     return Survey(folder, program, bind(model, program.sites, stored) if stored else Binding({}, {}))
+
+
+def choose(found: Survey, match: Match) -> tuple[list[str], dict[str, str]]:
+    """Run `match` and keep the sites whose stored tensors can be rewritten; all others with reasons.
+
+    Raises:
+        UsageError: no site is left.
+    """
+    (report,) = run_pipeline(found.program, [match]).values()
+    refused = dict(report.refused)
+    for name in list(found.program.matched):
+        reason = found.binding.refused.get(name) or _unusable(found, name)
+        if reason is not None:
+            refused[name] = reason
+            del found.program.matched[name]
+    if not found.program.matched:
+        raise UsageError(f"no site can be treated: {'; '.join(sorted(set(refused.values())))}")
+    return list(found.program.matched), refused
+
+
+def _unusable(found: Survey, site: str) -> str | None:
+    for piece in found.pieces[site] if found.folder.shards else ():
+        dtype = found.folder.info(piece.tensor)[1].dtype
+        if dtype not in ("F64", "F32", "F16", "BF16"):
+            return f"is stored as {dtype}, which is no plain floating type"
+    return None
 
 
 def scan_tensor(folder: ModelFolder, tensor: str, *, transposed: bool) -> Scan:

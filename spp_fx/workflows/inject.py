@@ -1,0 +1,171 @@
+"""inject: an adapter folder for a pruned model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spp_fx.adapters import Method, initial_factor, make_method
+from spp_fx.checkpoint import atomic_folder
+from spp_fx.errors import MaskError, SppFxError
+from spp_fx.ir.site import Site
+from spp_fx.passes import Inject, Match, run_pipeline
+from spp_fx.sparsity import LOCK_NAME, Lock, PackedMask, Pattern, compare, load_lock, make_entry
+from spp_fx.workflows.adapter_folder import write_adapter
+from spp_fx.workflows.survey import Survey, Tick, choose, no_tick, observe, survey
+
+
+@dataclass(frozen=True)
+class Injected:
+    """What inject did, or would do.
+
+    Attributes:
+        out: the adapter folder, None for a dry run.
+        sites: the sites that carry an adapter, with the pattern found (None where no weight was read).
+        refused: the others, each with its reason.
+        trainable: parameters of all factors.
+        total: parameters of the model.
+    """
+
+    out: Path | None
+    method: Method
+    sites: dict[str, tuple[Site, Pattern | None]]
+    refused: dict[str, str]
+    trainable: int
+    total: int
+
+    @property
+    def per_mille(self) -> float:
+        return 1000 * self.trainable / self.total
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "out": None if self.out is None else str(self.out),
+            "method": self.method.name,
+            **self.method.parameters(),
+            "sites": [
+                {
+                    "name": name,
+                    "kind": site.kind,
+                    "shape": list(site.shape),
+                    "pattern": None if pattern is None else str(pattern),
+                    "trainable_parameters": _size(self.method, site),
+                }
+                for name, (site, pattern) in self.sites.items()
+            ],
+            "refused": self.refused,
+            "trainable_parameters": self.trainable,
+            "total_parameters": self.total,
+            "per_mille": self.per_mille,
+        }
+
+
+def inject(
+    model: Path,
+    out: Path | None,
+    *,
+    method: str = "spp",
+    rank: int = 16,
+    scale: float = 2.0,
+    dropout: float = 0.0,
+    targets: Sequence[str] = (),
+    seed: int = 0,
+    force: bool = False,
+    trust_remote_code: bool = False,
+    tick: Tick = no_tick,
+) -> Injected:
+    """Make an adapter folder for a pruned model folder, with a lock of its masks.
+
+    Args:
+        out: the folder to write; None for a dry run, for which config.json alone will do.
+
+    Raises:
+        UsageError: unknown method or target, a rank that does not fit, an output that exists.
+        PatternError: the model is dense.
+        MaskError: the model is not the one its own lock describes.
+    """
+    pass_ = Inject(method=method, rank=rank, scale=scale, dropout=dropout, seed=seed)
+    adapter = make_method(method, rank=rank, scale=scale, dropout=dropout)
+    if out is None:
+        weights = any(model.glob("*.safetensors"))
+        found = survey(model, weights=weights, trust_remote_code=trust_remote_code)
+        return _inject(found, None, adapter, pass_, targets, tick)[0]
+    with atomic_folder(out, force, sources=[model]) as temporary:
+        found = survey(model, trust_remote_code=trust_remote_code)
+        result, lock = _inject(found, out, adapter, pass_, targets, tick)
+        factors = {
+            f"{name}.{key}": initial_factor(spec, f"{name}.{key}", seed, torch.device("cpu"))
+            for name, (site, _) in result.sites.items()
+            for key, spec in adapter.factors(site.shape).items()
+        }
+        write_adapter(
+            temporary,
+            target=out,
+            base=model,
+            fingerprint=found.folder.fingerprint(),
+            method=adapter,
+            seed=seed,
+            pieces={name: found.pieces[name] for name in result.sites},
+            factors=factors,
+            lock=lock,
+        )
+    return result
+
+
+def _inject(
+    found: Survey, out: Path | None, adapter: Method, pass_: Inject, targets: Sequence[str], tick: Tick
+) -> tuple[Injected, Lock]:
+    program = found.program
+    total = sum(p.numel() for p in {id(p): p for p in program.parameters()}.values())
+    masks: dict[str, tuple[PackedMask, Pattern | None]] = {}
+    if found.folder.shards:
+        candidates, refused = choose(found, Match(targets=tuple(targets), dense=True))
+        masks = observe(found, candidates, tick)
+        (report,) = run_pipeline(program, [Match(targets=tuple(targets))]).values()
+        refused = report.refused | {k: v for k, v in refused.items() if k not in candidates}
+        for name in [n for n in program.matched if n not in candidates]:
+            del program.matched[name]
+    else:
+        (report,) = run_pipeline(program, [Match(targets=tuple(targets), dense=True)]).values()
+        refused = dict(report.refused)
+    lock = _lock(found, masks) if masks else Lock.of([])
+    sites = {name: (program.sites[name], pattern) for name, pattern in program.matched.items()}
+    run_pipeline(program, [pass_])
+    trainable = sum(_size(adapter, site) for site, _ in sites.values())
+    return Injected(out, adapter, sites, refused, trainable, total), lock
+
+
+def _size(method: Method, site: Site) -> int:
+    return sum(spec.numel for spec in method.factors(site.shape).values())
+
+
+def _lock(found: Survey, masks: dict[str, tuple[PackedMask, Pattern | None]]) -> Lock:
+    """The lock of the matched sites' tensors, held against the model's own lock if it has one."""
+    path = found.folder.path / LOCK_NAME
+    known = load_lock(path).by_name() if path.is_file() else {}
+    entries = {
+        piece.tensor: make_entry(
+            piece.tensor,
+            found.program.sites[site].kind,
+            masks[piece.tensor][0],
+            masks[piece.tensor][1],
+            piece.transposed,
+        )
+        for site in found.program.matched
+        for piece in found.pieces[site]
+    }
+    for name, entry in entries.items():
+        if name not in known:
+            continue
+        difference = compare(known[name], masks[name][0])
+        if not difference.equal:
+            raise MaskError(
+                f"{name}: the model is not the one that {path} describes ({difference.reason or 'zeros moved'}); "
+                "see 'spp-fx verify', or remove the lock if the model was changed on purpose"
+            )
+        entries[name] = entry.model_copy(update={"pattern": known[name].pattern})
+    if not entries:
+        raise SppFxError("inject: no site has a stored tensor")
+    return Lock.of(entries.values())
