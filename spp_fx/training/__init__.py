@@ -1,0 +1,1 @@
+"""Training adapters, and measuring what it gains: data, trainer, perplexity."""

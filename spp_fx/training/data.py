@@ -1,0 +1,93 @@
+"""Text as training and evaluation windows."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from spp_fx.errors import UsageError
+
+SEPARATOR = "<|endoftext|>"
+"""A line that holds only this ends a document; without any, the file is one document."""
+
+
+def read_documents(path: Path) -> list[str]:
+    """The documents of a UTF-8 text file.
+
+    Raises:
+        UsageError: the file is missing, is no text, or is empty.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: is no UTF-8 text (byte {error.start})") from error
+    documents = [part.strip() for part in f"\n{text}\n".split(f"\n{SEPARATOR}\n")]
+    documents = [document for document in documents if document]
+    if not documents:
+        raise UsageError(f"{path}: holds no text")
+    return documents
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> Tensor:
+    """All documents as one row of tokens, each with the tokenizer's own start and an end: (tokens,) int64."""
+    tokens: list[int] = []
+    for ids in tokenizer(documents, verbose=False)["input_ids"]:  # type: ignore[union-attr]
+        tokens += list(ids)  # type: ignore[arg-type]
+        end = tokenizer.eos_token_id
+        if isinstance(end, int) and tokens[-1] != end:
+            tokens.append(end)
+    return torch.tensor(tokens, dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Consecutive windows of a row of tokens, for a causal language model.
+
+    Attributes:
+        tokens: (windows, length) int64.
+    """
+
+    tokens: Tensor
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids = self.tokens[index]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def full_windows(path: Path, tokenizer: PreTrainedTokenizerBase, length: int) -> Windows:
+    """The whole windows of a text; what is left over at the end is dropped.
+
+    Raises:
+        UsageError: the text fills no window.
+    """
+    tokens = encode(tokenizer, read_documents(path))
+    count = tokens.numel() // length
+    if count == 0:
+        raise UsageError(
+            f"{path}: its {tokens.numel()} tokens fill no window of {length}; use more text or a smaller --seq-len"
+        )
+    return Windows(tokens[: count * length].view(count, length))
+
+
+def all_windows(path: Path, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Tensor]:
+    """Every window of a text, the last of which may be shorter; none has fewer than two tokens."""
+    tokens = encode(tokenizer, read_documents(path))
+    if tokens.numel() < 2:
+        raise UsageError(f"{path}: has fewer than two tokens, nothing can be predicted")
+    return [window for window in tokens.split(length) if window.numel() > 1]
+
+
+def check_vocabulary(tokens: Tensor, vocabulary: int, where: Path) -> None:
+    """UsageError unless every token is one of the model's."""
+    largest = int(tokens.max())
+    if largest >= vocabulary:
+        raise UsageError(
+            f"{where}: the tokenizer makes token {largest}, the model knows {vocabulary}: they do not belong together"
+        )

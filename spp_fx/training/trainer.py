@@ -1,0 +1,79 @@
+"""Hugging Face's Trainer over a program: only factors are trained and saved, and nothing is pickled."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from spp_fx.errors import FormatError
+from spp_fx.ir.program import Program
+from spp_fx.training.state import OPTIMIZER, RANDOM, load_state, random_state, save_state, set_random_state
+
+FACTORS = "adapter_model.safetensors"
+
+
+def load_factors(factors: Mapping[str, nn.Parameter], values: Mapping[str, Tensor], where: Path) -> None:
+    """Copy saved factors into a program's; names and shapes must be the same."""
+    if set(values) != set(factors):
+        odd = sorted(set(values) ^ set(factors))
+        raise FormatError(f"{where}: its factors are not those of this adapter (first: {odd[0]})")
+    with torch.no_grad():
+        for name, parameter in factors.items():
+            if values[name].shape != parameter.shape:
+                raise FormatError(f"{where}: {name} has shape {list(values[name].shape)}, expected {list(parameter.shape)}")
+            parameter.copy_(values[name])
+
+
+class AdapterTrainer(Trainer):
+    """Trainer whose checkpoints hold the factors, and optimizer, schedule and generators without pickle.
+
+    Args:
+        factors: the trainable parameters, under the names that the adapter folder gives them.
+    """
+
+    def __init__(self, *, model: Program, factors: dict[str, nn.Parameter], **kwargs: Any) -> None:
+        self.factors = factors
+        super().__init__(model=model, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir or cast(str, self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        values = {name: value.detach().cpu().contiguous() for name, value in self.factors.items()}
+        save_file(values, folder / FACTORS, {"format": "pt"})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        path = Path(resume_from_checkpoint) / FACTORS
+        load_factors(self.factors, load_file(path), path)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.args.should_save:
+            state = {"optimizer": self.optimizer.state_dict(), "scheduler": self.lr_scheduler.state_dict()}  # type: ignore[union-attr]
+            save_state(Path(output_dir), OPTIMIZER, state)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        state = load_state(Path(checkpoint), OPTIMIZER)
+        self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[union-attr]
+        self.lr_scheduler.load_state_dict(state["scheduler"])  # type: ignore[union-attr]
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        save_state(Path(output_dir), f"{RANDOM}_{self.args.process_index}", random_state())
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            set_random_state(load_state(Path(checkpoint), f"{RANDOM}_{self.args.process_index}"))
+
+
+class StopOnNonFinite(TrainerCallback):
+    """End training with an error at the first loss that is not finite."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        loss = (logs or {}).get("loss")
+        if isinstance(loss, float) and loss != loss:
+            raise FormatError(f"the loss became NaN before step {state.global_step}; train again with a lower --lr")

@@ -1,0 +1,86 @@
+"""Programs with weights: of a model folder, or of an adapter folder over its base."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from spp_fx.checkpoint import ModelFolder
+from spp_fx.errors import FormatError, UsageError
+from spp_fx.ir.program import Program
+from spp_fx.ir.site import factor_attribute
+from spp_fx.ir.trace import load_model, trace
+from spp_fx.passes import Canonicalize, Inject, Lower, Match, run_pipeline
+from spp_fx.training.trainer import load_factors
+from spp_fx.workflows.adapter_folder import CONFIG, AdapterFolder
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A program, the model folder its tokenizer comes from, and its factors by their names on disk."""
+
+    program: Program
+    model: Path
+    factors: dict[str, nn.Parameter]
+
+
+def load_program(folder: Path, *, base: Path | None = None, trust_remote_code: bool = False) -> Loaded:
+    """The program of a model folder, or of an adapter folder with its factors in place.
+
+    Raises:
+        UsageError, FormatError: the folder is neither, or is damaged.
+    """
+    if not (folder / CONFIG).is_file():
+        ModelFolder.open(folder)
+        return Loaded(trace(load_model(folder, trust_remote_code=trust_remote_code)), folder, {})
+    adapter = AdapterFolder.open(folder)
+    model = adapter.find_base(base)
+    if ModelFolder.open(model).fingerprint() != adapter.config.base_model_fingerprint:
+        raise FormatError(
+            f"{model} is not the model that {folder} was made for: its files have changed since inject; "
+            "name the right one with --base"
+        )
+    program = trace(load_model(model, trust_remote_code=trust_remote_code))
+    settings = adapter.method.parameters()
+    run_pipeline(
+        program,
+        [
+            Canonicalize(),
+            Match(targets=tuple(adapter.pieces)),
+            Inject(method=adapter.method.name, seed=adapter.config.seed, **settings),
+            Lower(kernel="fused"),
+        ],
+    )
+    factors = {
+        f"{site}.{key}": _factor(program, site, key)
+        for site in adapter.pieces
+        for key in adapter.method.factors(program.sites[site].shape)
+    }
+    load_factors(factors, {name: adapter.shard.read(name) for name in factors}, adapter.shard.path)
+    return Loaded(program, model, factors)
+
+
+def load_tokenizer(model: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder; UsageError if it has none."""
+    try:
+        return AutoTokenizer.from_pretrained(str(model), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"{model}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def window_length(program: Program, asked: int | None, default: int = 512) -> int:
+    """The window to cut text into: as asked, else `default`, and never longer than the model's positions."""
+    most = getattr(program.config, "max_position_embeddings", None) or default
+    if asked is None:
+        return min(default, most)
+    if asked < 2:
+        raise UsageError(f"--seq-len must be at least 2, got {asked}")
+    if asked > most:
+        raise UsageError(f"--seq-len {asked} is more than the model's {most} positions")
+    return asked
+
+
+def _factor(program: Program, site: str, key: str) -> nn.Parameter:
+    owner, _, parameter = site.rpartition(".")
+    return program.get_parameter(f"{owner}.{factor_attribute(parameter, key)}")

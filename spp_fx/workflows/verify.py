@@ -1,0 +1,219 @@
+"""verify: an artifact against its lock, a pattern, or another artifact, site by site."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spp_fx.errors import SppFxError, UsageError
+from spp_fx.sparsity import (
+    Lock,
+    LockEntry,
+    PackedMask,
+    Pattern,
+    Scan,
+    compare,
+    compare_masks,
+    load_lock,
+    parse_pattern,
+    scan_bits,
+)
+from spp_fx.workflows.artifact import Artifact, each, open_artifact
+from spp_fx.workflows.survey import Tick, no_tick
+
+
+@dataclass(frozen=True)
+class SiteVerdict:
+    """What verify found of one site.
+
+    Attributes:
+        violations: groups (or missing zeros) that break the pattern.
+        lost_zeros, new_zeros: positions that changed; None where only a digest is known.
+        mask_equal: None where there was nothing to compare with.
+        reason: why it is not ok, with row and column.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    nnz: int
+    sparsity: float
+    violations: int
+    lost_zeros: int | None
+    new_zeros: int | None
+    mask_equal: bool | None
+    reason: str | None
+    file: str
+
+    @property
+    def ok(self) -> bool:
+        return self.reason is None
+
+    def to_json(self) -> dict[str, Any]:
+        fields = ("name", "nnz", "sparsity", "violations", "lost_zeros", "new_zeros", "mask_equal", "ok", "reason")
+        return {"shape": list(self.shape)} | {key: getattr(self, key) for key in fields}
+
+
+@dataclass(frozen=True)
+class Verified:
+    """The verdict on an artifact."""
+
+    path: Path
+    kind: str
+    pattern: str | None
+    sites: list[SiteVerdict]
+
+    @property
+    def ok(self) -> bool:
+        return all(site.ok for site in self.sites)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros over all sites."""
+        total = sum(site.nnz / (1 - site.sparsity) if site.sparsity < 1 else 0 for site in self.sites)
+        return 1 - sum(site.nnz for site in self.sites) / total if total else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        failed = sum(not site.ok for site in self.sites)
+        return {
+            "ok": self.ok,
+            "kind": self.kind,
+            "pattern": self.pattern,
+            "sites": [site.to_json() for site in self.sites],
+            "summary": {
+                "sites": len(self.sites),
+                "ok": len(self.sites) - failed,
+                "failed": failed,
+                "sparsity": self.sparsity,
+            },
+        }
+
+
+def verify(
+    path: Path,
+    *,
+    pattern: str | None = None,
+    lock: Path | None = None,
+    against: Path | None = None,
+    tick: Tick = no_tick,
+) -> Verified:
+    """Hold every site of an artifact to a lock (by default the one beside it), a pattern, another artifact.
+
+    Raises:
+        UsageError: the artifact is of no known kind, or there is nothing to hold it to.
+        FormatError: a file is damaged.
+        SppFxError: the lock is that of another model.
+    """
+    asked = parse_pattern(pattern) if pattern else None
+    artifact = open_artifact(path)
+    held = load_lock(lock) if lock else artifact.lock
+    other = open_artifact(against) if against else None
+    if held is None and asked is None and other is None:
+        raise UsageError(
+            f"{path}: nothing to hold it to: it has no sparsity.lock.json; "
+            "give --pattern 2:4, --lock FILE or --against ARTIFACT"
+        )
+    entries = held.by_name() if held else {}
+    if held:
+        _check_same_model(artifact, held, lock)
+    sites = (
+        {entry.name: entry.transposed for entry in held.sites} if held else dict(sorted(artifact.sites().items()))
+    )
+    if not sites:
+        raise SppFxError(f"{path}: it has no weight that could be verified")
+    verdicts: list[SiteVerdict] = []
+    for name, scan in each(artifact, sites):
+        verdicts.append(_judge(artifact, name, scan, asked, entries.get(name), other, sites[name]))
+        tick(name, scan.mask.numel if scan else 0)
+    common = asked or (held.pattern if held else None)
+    return Verified(path, artifact.kind, None if common is None else str(common), verdicts)
+
+
+def _check_same_model(artifact: Artifact, lock: Lock, path: Path | None) -> None:
+    missing = [entry.name for entry in lock.sites if entry.name not in artifact.names]
+    if missing and len(missing) == len(lock.sites):
+        raise SppFxError(
+            f"{path or 'sparsity.lock.json'} is the lock of another model: {artifact.path} has none of its "
+            f"{len(missing)} sites (first: {missing[0]})"
+        )
+    for entry in lock.sites:
+        if entry.name in artifact.names:
+            shape = artifact.scan(entry.name, entry.transposed).mask.shape
+            if shape != entry.shape:
+                raise SppFxError(
+                    f"{path or 'sparsity.lock.json'} is the lock of another model: {entry.name} has shape "
+                    f"{list(shape)} in {artifact.path}, {list(entry.shape)} in the lock"
+                )
+            return
+
+
+def _judge(
+    artifact: Artifact,
+    name: str,
+    scan: Scan | None,
+    asked: Pattern | None,
+    entry: LockEntry | None,
+    other: Artifact | None,
+    transposed: bool,
+) -> SiteVerdict:
+    if scan is None:
+        shape = entry.shape if entry else ()
+        return SiteVerdict(name, shape, 0, 0.0, 0, None, None, None, f"{artifact.path} has no such weight", "")
+    mask, file = scan.mask, artifact.file(name)
+    reasons: list[str] = []
+    if scan.first_non_finite is not None:
+        reasons.append(f"holds {scan.non_finite} NaN or infinite values, first at {_place(scan.first_non_finite)}")
+    equal: bool | None = None
+    lost: int | None = None
+    new: int | None = None
+    if other is not None:
+        if name in other.names:
+            theirs = other.scan(name, transposed).mask
+            equal, lost, new = _exact(theirs, mask, f"in {other.path}", reasons)
+        else:
+            equal = False
+            reasons.append(f"{other.path} has no such weight")
+    if entry is not None:
+        found = compare(entry, mask)
+        equal = found.equal and equal is not False
+        if found.located and other is None:
+            lost, new = len(found.lost_zeros), len(found.new_zeros)
+        reasons += _flips(found.lost_zeros, "zero in the lock, non-zero now")
+        reasons += _flips(found.new_zeros, "non-zero in the lock, zero now")
+        if found.reason:
+            reasons.append(found.reason)
+    violations, broken = _violations(mask, asked, entry)
+    reasons += broken
+    reason = f"{file}: {'; '.join(reasons)}" if reasons else None
+    return SiteVerdict(name, mask.shape, mask.nnz, mask.sparsity, violations, lost, new, equal, reason, file)
+
+
+def _violations(mask: PackedMask, asked: Pattern | None, entry: LockEntry | None) -> tuple[int, list[str]]:
+    pattern = asked or (entry.parsed_pattern() if entry else None)
+    if pattern is None:
+        return 0, []
+    try:
+        found = scan_bits(mask, pattern)
+    except SppFxError as error:
+        return 1, [str(error)]
+    return found.count, [found.describe(pattern)] if found.count else []
+
+
+def _exact(
+    then: PackedMask, now: PackedMask, where: str, reasons: list[str]
+) -> tuple[bool, int | None, int | None]:
+    if then.shape != now.shape:
+        reasons.append(f"has shape {list(now.shape)}, {list(then.shape)} {where}")
+        return False, None, None
+    difference = compare_masks(then, now, limit=3)
+    reasons += _flips(difference.first_lost, f"zero {where}, non-zero here")
+    reasons += _flips(difference.first_new, f"non-zero {where}, zero here")
+    return difference.equal, difference.lost_zeros, difference.new_zeros
+
+
+def _flips(positions: list[tuple[int, int]], what: str) -> list[str]:
+    return [f"{_place(position)}: {what}" for position in positions[:3]]
+
+
+def _place(position: tuple[int, ...]) -> str:
+    if len(position) == 3:
+        return f"expert {position[0]}, row {position[1]}, column {position[2]}"
+    return f"row {position[0]}, column {position[1]}"
