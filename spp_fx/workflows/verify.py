@@ -1,11 +1,13 @@
 """verify: an artifact against its lock, a pattern, or another artifact, site by site."""
 
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from spp_fx.errors import SppFxError, UsageError
 from spp_fx.sparsity import (
+    LOCK_NAME,
     Lock,
     LockEntry,
     PackedMask,
@@ -48,8 +50,8 @@ class SiteVerdict:
         return self.reason is None
 
     def to_json(self) -> dict[str, Any]:
-        fields = ("name", "nnz", "sparsity", "violations", "lost_zeros", "new_zeros", "mask_equal", "ok", "reason")
-        return {"shape": list(self.shape)} | {key: getattr(self, key) for key in fields}
+        fields = ("nnz", "sparsity", "violations", "lost_zeros", "new_zeros", "mask_equal", "ok", "reason")
+        return {"name": self.name, "shape": list(self.shape)} | {key: getattr(self, key) for key in fields}
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Verified:
     @property
     def sparsity(self) -> float:
         """Share of zeros over all sites."""
-        total = sum(site.nnz / (1 - site.sparsity) if site.sparsity < 1 else 0 for site in self.sites)
+        total = sum(prod(site.shape) for site in self.sites if site.shape)
         return 1 - sum(site.nnz for site in self.sites) / total if total else 0.0
 
     def to_json(self) -> dict[str, Any]:
@@ -123,6 +125,12 @@ def verify(
     for name, scan in each(artifact, sites):
         verdicts.append(_judge(artifact, name, scan, asked, entries.get(name), other, sites[name]))
         tick(name, scan.mask.numel if scan else 0)
+    wrong = [verdict for verdict in verdicts if held and entries[verdict.name].shape != verdict.shape]
+    if held and len(wrong) == len(verdicts):
+        raise SppFxError(
+            f"{lock or LOCK_NAME} is the lock of another model: {wrong[0].name} has shape {list(wrong[0].shape)} in "
+            f"{path}, {list(entries[wrong[0].name].shape)} in the lock"
+        )
     common = asked or (held.pattern if held else None)
     return Verified(path, artifact.kind, None if common is None else str(common), verdicts)
 
@@ -131,18 +139,9 @@ def _check_same_model(artifact: Artifact, lock: Lock, path: Path | None) -> None
     missing = [entry.name for entry in lock.sites if entry.name not in artifact.names]
     if missing and len(missing) == len(lock.sites):
         raise SppFxError(
-            f"{path or 'sparsity.lock.json'} is the lock of another model: {artifact.path} has none of its "
+            f"{path or LOCK_NAME} is the lock of another model: {artifact.path} has none of its "
             f"{len(missing)} sites (first: {missing[0]})"
         )
-    for entry in lock.sites:
-        if entry.name in artifact.names:
-            shape = artifact.scan(entry.name, entry.transposed).mask.shape
-            if shape != entry.shape:
-                raise SppFxError(
-                    f"{path or 'sparsity.lock.json'} is the lock of another model: {entry.name} has shape "
-                    f"{list(shape)} in {artifact.path}, {list(entry.shape)} in the lock"
-                )
-            return
 
 
 def _judge(

@@ -1,0 +1,3 @@
+from spp_fx.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""Verdicts in the words of other tools."""

@@ -1,0 +1,19 @@
+"""A verdict as GitHub workflow commands: failures become annotations of the run."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+def annotations(verdict: Mapping[str, Any]) -> Iterator[str]:
+    """One `::error` line for each site that does not hold."""
+    for site in verdict["sites"]:
+        if not site["ok"]:
+            yield f"::error title={_property(site['name'])}::{_escape(site['reason'])}"
+
+
+def _escape(text: str) -> str:
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def _property(text: str) -> str:
+    return _escape(text).replace(":", "%3A").replace(",", "%2C")

@@ -1,0 +1,32 @@
+"""opt: run a pipeline of passes over a model and show what each did."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from spp_fx.checkpoint import ModelFolder
+from spp_fx.ir.printer import print_program
+from spp_fx.ir.program import Program
+from spp_fx.ir.trace import load_model, meta_model, trace
+from spp_fx.passes import Pass, PassReport, parse_pipeline, print_pass, run_pipeline
+
+After = Callable[[str, PassReport, str], None]
+"""Called with a pass's spelling, its report, and the program as text after it."""
+
+
+def optimize(model: Path, pipeline: str, *, after: After, trust_remote_code: bool = False) -> Program:
+    """Trace a model folder and run a pipeline over it; a folder without weights is traced on meta.
+
+    Raises:
+        UsageError: the pipeline cannot be read; nothing is loaded then.
+    """
+    passes = parse_pipeline(pipeline)
+    weights = any(model.glob("*.safetensors"))
+    ModelFolder.open(model, weights=weights)
+    source = load_model if weights else meta_model
+    program = trace(source(model, trust_remote_code=trust_remote_code))
+
+    def show(item: Pass, report: PassReport) -> None:
+        after(print_pass(item), report, print_program(program))
+
+    run_pipeline(program, passes, show)
+    return program

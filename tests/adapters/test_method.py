@@ -1,0 +1,84 @@
+"""Methods by name, their settings, and the start of their factors."""
+
+import math
+
+import pytest
+import torch
+
+from spp_fx.adapters import METHODS, SPP, FactorSpec, initial_factor, make_method
+from spp_fx.errors import UsageError
+
+CPU = torch.device("cpu")
+
+
+def test_a_method_is_made_by_its_name():
+    assert make_method("spp", rank=8, scale=1.0, dropout=0.1) == SPP(8, 1.0, 0.1)
+
+
+def test_an_unknown_method_names_the_known_ones():
+    with pytest.raises(UsageError, match=r"unknown adapter method 'sp'; known: .*spp"):
+        make_method("sp")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 0}, "rank must be at least 1"),
+        ({"rank": -4}, "rank must be at least 1"),
+        ({"scale": 0.0}, "scale must be a finite number other than 0"),
+        ({"scale": math.nan}, "scale must be a finite number"),
+        ({"scale": math.inf}, "scale must be a finite number"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
+        ({"dropout": -0.1}, r"dropout must be in \[0, 1\)"),
+        ({"dropout": math.nan}, r"dropout must be in \[0, 1\)"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused(settings, message):
+    with pytest.raises(UsageError, match=message):
+        make_method("spp", **settings)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_the_settings_make_the_same_method_again(method):
+    one = method(rank=3, scale=0.5, dropout=0.25)
+    assert make_method(method.name, **one.parameters()) == one
+
+
+def test_the_factors_of_a_matrix_and_of_a_stack():
+    specs = SPP(rank=4).factors((8, 6))
+    assert specs == {"spp_alpha": FactorSpec((4, 6), "kaiming"), "spp_beta": FactorSpec((8, 1), "zeros")}
+    specs = SPP(rank=4).factors((3, 8, 6))
+    assert [spec.shape for spec in specs.values()] == [(3, 4, 6), (3, 8, 1)]
+    assert sum(spec.numel for spec in specs.values()) == 3 * (4 * 6 + 8)
+
+
+def test_usable_ranks_divide_every_shape():
+    assert SPP().usable_ranks([(24, 5), (36, 7), (2, 12, 3)]) == [1, 2, 3, 4, 6, 12]
+
+
+def test_a_rank_that_does_not_divide_is_refused_with_the_numbers():
+    assert SPP(rank=5).refusal((12, 4)) == "rank 5 does not divide its 12 output features"
+    assert SPP(rank=4).refusal((12, 4)) is None
+
+
+def test_the_kaiming_start_fills_its_interval():
+    bound = 1 / math.sqrt(64)
+    start = initial_factor(FactorSpec((100, 64), "kaiming"), "site.spp_alpha", 0, CPU)
+    assert start.dtype == torch.float32
+    assert -bound <= start.min() < -0.99 * bound
+    assert 0.99 * bound < start.max() <= bound
+
+
+def test_the_start_is_a_function_of_seed_and_key_alone():
+    spec = FactorSpec((4, 8), "kaiming")
+    first = initial_factor(spec, "a", 0, CPU)
+    torch.manual_seed(99)
+    assert torch.equal(first, initial_factor(spec, "a", 0, CPU))
+    assert not torch.equal(first, initial_factor(spec, "b", 0, CPU))
+    assert not torch.equal(first, initial_factor(spec, "a", 1, CPU))
+
+
+def test_making_a_start_leaves_the_global_generator_alone():
+    before = torch.get_rng_state()
+    initial_factor(FactorSpec((4, 8), "kaiming"), "a", 0, CPU)
+    assert torch.equal(torch.get_rng_state(), before)
