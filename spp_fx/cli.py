@@ -401,6 +401,11 @@ def verify_command(output: Output, artifact: Path, **options: Any) -> int:
 @click.option("--format", "format_", required=True, type=click.Choice(["safetensors", "cusparselt", "onnx"]))
 @click.option("--sm", type=click.Choice(["80", "90"]), default="80", show_default=True, help="GPU of a cusparselt pack.")
 @click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16"]),
+    help="Round a cusparselt export to this type; the library packs no float32.",
+)
+@click.option(
     "--indices",
     type=click.Choice(["smallest", "int64"]),
     default="smallest",
@@ -412,7 +417,7 @@ def export_command(output: Output, model: str, **options: Any) -> None:
     """Write a sparse MODEL folder in the form a runtime takes; checked from disk before it says ok.
 
     \b
-    spp-fx export my-merged --format cusparselt --sm 90
+    spp-fx export my-merged --format cusparselt --sm 90 --dtype bfloat16
     spp-fx export my-merged --format onnx --indices int64
     spp-fx export my-merged --format safetensors
     """
@@ -425,7 +430,7 @@ def export_command(output: Output, model: str, **options: Any) -> None:
             folder,
             target,
             options["format_"],
-            ExportSettings(sm=int(options["sm"]), indices=options["indices"]),
+            ExportSettings(sm=int(options["sm"]), dtype=options["dtype"], indices=options["indices"]),
             force=options["force"],
             trust_remote_code=options["trust_remote_code"],
             tick=tick,
@@ -440,9 +445,8 @@ def export_command(output: Output, model: str, **options: Any) -> None:
             click.echo(f"  {key.replace('_', ' ')}: {megabytes(value)}")
         for key, value in data["checks"].items():
             click.echo(f"  {key.replace('_', ' ')}: {value}")
-        for site in data["sites"]:
-            if site["reason"]:
-                click.echo(f"  dense: {site['name']}: {site['reason']}")
+        for reason, names in done.reasons().items():
+            click.echo(f"  {len(names)} weights ({names[0]}, ...): {reason}")
 
     output.result(data, show)
 

@@ -1,15 +1,16 @@
 """cusparselt: 2:4 weights packed for NVIDIA's cuSPARSELt, beside a form that depends on nothing.
 
-`model.safetensors` of the export holds, for each packed site NAME:
+`model.safetensors` of the export holds, for each site NAME:
 
-| tensor         | shape        | dtype       | what                                                   |
-|----------------|--------------|-------------|--------------------------------------------------------|
-| NAME.packed    | [m, 9k/16]   | the weight's | `[values | meta]` as the library wants it on that SM   |
-| NAME.values    | [m, k/2]     | the weight's | the two kept entries of each group of four             |
-| NAME.positions | [m, k/8]     | uint8       | two groups a byte, low nibble first, idx0 | idx1 << 2  |
+| tensor         | shape          | dtype        | what                                                   | layout     |
+|----------------|----------------|--------------|--------------------------------------------------------|------------|
+| NAME.packed    | [m, 9k/16]     | the weight's | `[values, meta]` as the library wants it on that SM    | cusparselt |
+| NAME.values    | [m, k/2]       | the weight's | the two kept entries of each group of four             | both       |
+| NAME.positions | [m, ceil(k/8)] | uint8        | two groups a byte, low nibble first, idx0, idx1 << 2   | both       |
 
 and every other tensor of the model as it is. A pack is tied to the SM and the library; values and
-positions are not, and give the weight back bit for bit.
+positions are not, and give the weight back bit for bit. A dtype that has no public pack is stored as
+values and positions alone (layout `neutral`); a shape that the library cannot take stays dense.
 """
 
 from collections.abc import Iterator
@@ -25,30 +26,38 @@ from spp_fx.exporters.manifest import Manifest, TensorRecord
 from spp_fx.exporters.semi_structured import Packed24, clear_negative_zeros, pack_2_4, unpack_2_4
 from spp_fx.sparsity import PackedMask, parse_pattern, scan_bits
 
-LAYOUT = "cusparselt"
+PACKED = "cusparselt"
+NEUTRAL = "neutral"
+DENSE = "dense"
 WEIGHTS = "model.safetensors"
-PARTS = ("packed", "values", "positions")
+PARTS = {PACKED: ("packed", "values", "positions"), NEUTRAL: ("values", "positions"), DENSE: ()}
 LIBRARY = "cuSPARSELt 0.6 to 0.8, alg_id 0"
 
 
-def dense_reason(mask: PackedMask, dtype: str, sm: Sm) -> str | None:
-    """Why a weight cannot be packed for this SM, or None."""
-    if mask.columns % 4 or scan_bits(mask, parse_pattern("2:4")).count:
-        return "it is not 2:4"
-    return refusal(mask.shape, torch_dtype(dtype), sm)
+def choose_layout(mask: PackedMask, dtype: str, sm: Sm) -> tuple[str, str | None]:
+    """How a weight is stored for this SM, and why not packed if it is not."""
+    if len(mask.shape) != 2 or mask.columns % 4 or scan_bits(mask, parse_pattern("2:4")).count:
+        return DENSE, "it is not 2:4"
+    reason = refusal(mask.shape, torch_dtype(dtype), sm)
+    if reason is None:
+        return PACKED, None
+    return (DENSE if dtype in ("F16", "BF16") else NEUTRAL), reason
 
 
-def part_specs(name: str, shape: tuple[int, int], dtype: str) -> list[tuple[str, str, tuple[int, ...]]]:
-    """Names, dtypes and shapes of the tensors that store a packed site."""
+def part_specs(
+    name: str, shape: tuple[int, int], dtype: str, layout: str
+) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Names, dtypes and shapes of the tensors that store a site."""
     m, k = shape
-    return [
-        (f"{name}.packed", dtype, (m, 9 * k // 16)),
-        (f"{name}.values", dtype, (m, k // 2)),
-        (f"{name}.positions", "U8", (m, k // 8)),
-    ]
+    forms = {
+        "packed": (dtype, (m, 9 * k // 16)),
+        "values": (dtype, (m, k // 2)),
+        "positions": ("U8", (m, -(-k // 8))),
+    }
+    return [(f"{name}.{part}", *forms[part]) for part in PARTS[layout]]
 
 
-def pack_parts(name: str, weight: Tensor, sm: Sm) -> tuple[dict[str, Tensor], int]:
+def pack_parts(name: str, weight: Tensor, sm: Sm, layout: str) -> tuple[dict[str, Tensor], int]:
     """The stored tensors of a site, and how many zeros of negative sign had to be written as +0.
 
     Args:
@@ -61,24 +70,28 @@ def pack_parts(name: str, weight: Tensor, sm: Sm) -> tuple[dict[str, Tensor], in
         # The weight is 2:4, so what had no slot is a zero with a sign: the one thing the form cannot keep.
         weight, count = clear_negative_zeros(weight)
         neutral = pack_2_4(weight)
-    parts = {"packed": from_neutral(neutral, sm), "values": neutral.values, "positions": neutral.positions}
+    parts = {"values": neutral.values, "positions": neutral.positions}
+    if layout == PACKED:
+        parts["packed"] = from_neutral(neutral, sm)
     return {f"{name}.{part}": value for part, value in parts.items()}, count
 
 
 def read_weight(shard: Shard, record: TensorRecord, sm: Sm) -> Tensor:
-    """A site's canonical weight, decoded both ways; the two must agree to the bit.
+    """A site's canonical weight, decoded from every form it is stored in; they must agree to the bit.
 
     Raises:
         FormatError: a part is missing or of a wrong shape, or the pack says another weight than the
             neutral form.
     """
     m, k = record.shape
-    for part, dtype, shape in part_specs(record.name, (m, k), record.dtype):
+    for part, dtype, shape in part_specs(record.name, (m, k), record.dtype, record.layout):
         info = shard.info(part)
         if info.dtype != dtype or info.shape != shape:
             raise FormatError(f"{shard.path}: {part} is {info.dtype} {list(info.shape)}, expected {dtype} {list(shape)}")
     values, positions = (shard.read(f"{record.name}.{part}") for part in ("values", "positions"))
     neutral = unpack_2_4(Packed24(values, positions), k)
+    if record.layout == NEUTRAL:
+        return neutral
     packed = unpack(shard.read(f"{record.name}.packed"), (m, k), sm)
     if not torch.equal(_bits(neutral), _bits(packed)):
         row, column = divmod(int((_bits(neutral) != _bits(packed)).flatten().to(torch.uint8).argmax()), k)
@@ -94,7 +107,7 @@ def read_sites(folder: Path, manifest: Manifest) -> Iterator[tuple[TensorRecord,
     shard = Shard.open(folder / WEIGHTS)
     sm = sm_of(manifest)
     for record in manifest.tensors:
-        if record.layout == LAYOUT:
+        if record.layout != DENSE:
             yield record, read_weight(shard, record, sm)
         else:
             stored = shard.read(record.name)
@@ -120,16 +133,3 @@ def _bits(tensor: Tensor) -> Tensor:
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.contiguous().view(kinds[tensor.element_size()])
 
-
-__all__ = [
-    "LAYOUT",
-    "LIBRARY",
-    "WEIGHTS",
-    "dense_reason",
-    "pack_parts",
-    "part_specs",
-    "read_sites",
-    "read_weight",
-    "same_weight",
-    "sm_of",
-]

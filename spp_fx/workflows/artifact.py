@@ -144,7 +144,7 @@ def _cusparselt(path: Path, manifest: Manifest) -> Artifact:
 
     def scan(name: str, transposed: bool) -> Scan:
         record = records[name]
-        if record.layout == cusparselt.LAYOUT:
+        if record.layout != cusparselt.DENSE:
             return scan_tensor(cusparselt.read_weight(shard, record, sm))
         info = shard.info(name)
         return scan_file(shard.path, info.start, info.shape, info.dtype, transposed=record.transposed)

@@ -1,14 +1,16 @@
 """export: a sparse model folder in the form that a runtime takes, checked from disk before it says ok."""
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from spp_fx import __version__
-from spp_fx.checkpoint import ModelFolder, Shard, atomic_folder, copy_file, dtype_name, rewrite_model, write_safetensors
+from spp_fx.checkpoint import ModelFolder, Shard, atomic_folder, copy_file, dtype_name, rewrite_model, torch_dtype, write_safetensors
 from spp_fx.errors import MaskError, UsageError
 from spp_fx.exporters import cusparselt
 from spp_fx.exporters.cusparselt_layout import Sm
@@ -25,13 +27,21 @@ from spp_fx.workflows.verify import verify
 Format = Literal["safetensors", "cusparselt", "onnx"]
 Indices = Literal["smallest", "int64"]
 Say = Callable[[str], None]
+ROUND_TO = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """Options of the formats: `sm` for cusparselt; `indices` for onnx."""
+    """Options of the formats.
+
+    Attributes:
+        sm: GPU generation of a cusparselt pack, 80 or 90.
+        dtype: float16 or bfloat16 to round the sparse weights of a cusparselt export to; None keeps theirs.
+        indices: index type of onnx.
+    """
 
     sm: int = 80
+    dtype: str | None = None
     indices: Indices = "smallest"
 
 
@@ -42,6 +52,14 @@ class Exported:
     out: Path
     manifest: Manifest
     checks: dict[str, Any]
+
+    def reasons(self) -> dict[str, list[str]]:
+        """Why weights are not in the format's own layout: reason -> names."""
+        found: dict[str, list[str]] = {}
+        for tensor in self.manifest.tensors:
+            if tensor.reason is not None:
+                found.setdefault(tensor.reason, []).append(tensor.name)
+        return found
 
     def to_json(self) -> dict[str, Any]:
         files = sorted(p for p in self.out.rglob("*") if p.is_file())
@@ -81,6 +99,8 @@ def export(
     if format not in writers:
         raise UsageError(f"unknown format '{format}'; known: {', '.join(writers)}")
     settings = settings or ExportSettings()
+    if settings.dtype is not None and format != "cusparselt":
+        raise UsageError("--dtype belongs to --format cusparselt; the other formats keep the model's own")
     if settings.sm not in (80, 90):
         raise UsageError(f"--sm takes 80 (Ampere) or 90 (Hopper), got {settings.sm}")
     with atomic_folder(out, force, sources=[model]) as temporary:
@@ -101,6 +121,7 @@ class _Source:
     folder: ModelFolder
     lock: Lock
     trust_remote_code: bool
+    rounded_to: torch.dtype | None = None
 
     @classmethod
     def open(cls, model: Path, trust_remote_code: bool) -> "_Source":
@@ -124,8 +145,25 @@ class _Source:
             raise UsageError(f"{model}: is dense, there is nothing sparse to export; see 'spp-fx prune'")
         return cls(folder, Lock.of(entries), trust_remote_code)
 
+    def dtype(self, name: str) -> str:
+        """The dtype that a tensor is exported in."""
+        own = self.folder.info(name)[1].dtype
+        floating = torch_dtype(own).is_floating_point
+        return dtype_name(self.rounded_to) if floating and self.rounded_to is not None else own
+
+    def stored(self, name: str) -> Tensor:
+        """A tensor as it is exported: the model's, rounded where that was asked for, no zero gained."""
+        value = self.folder.read(name)
+        if self.rounded_to is None or not value.is_floating_point():
+            return value
+        rounded = value.to(self.rounded_to)
+        if bool((rounded.isinf() & ~value.isinf()).any()):
+            raise MaskError(f"{name}: a value is too large for {self.rounded_to}; choose another --dtype")
+        smallest = torch.tensor(torch.finfo(self.rounded_to).tiny, dtype=self.rounded_to)
+        return torch.where((value != 0) & (rounded == 0), torch.copysign(smallest, rounded), rounded)
+
     def canonical(self, entry: LockEntry) -> Tensor:
-        stored = self.folder.read(entry.name)
+        stored = self.stored(entry.name)
         return stored.transpose(-1, -2) if entry.transposed else stored
 
     def copy_small_files(self, target: Path) -> None:
@@ -136,11 +174,10 @@ class _Source:
                 copy_file(self.folder.path / name, target / name)
 
     def record(self, entry: LockEntry, layout: str, reason: str | None = None, **extra: Any) -> TensorRecord:
-        dtype = self.folder.info(entry.name)[1].dtype
         return TensorRecord(
             name=entry.name,
             shape=list(entry.shape),
-            dtype=dtype,
+            dtype=self.dtype(entry.name),
             layout=layout,
             reason=reason,
             transposed=entry.transposed,
@@ -171,32 +208,36 @@ def _safetensors(source: _Source, target: Path, settings: ExportSettings, tick: 
 
 def _cusparselt(source: _Source, target: Path, settings: ExportSettings, tick: Tick, say: Say) -> dict[str, Any]:
     sm: Sm = 90 if settings.sm == 90 else 80
+    if settings.dtype is not None:
+        if settings.dtype not in ROUND_TO:
+            raise UsageError(f"--dtype takes {' or '.join(ROUND_TO)}, got '{settings.dtype}'")
+        source = replace(source, rounded_to=ROUND_TO[settings.dtype])
     folder, entries = source.folder, source.lock.by_name()
     records: dict[str, TensorRecord] = {}
     specs: list[tuple[str, str, tuple[int, ...]]] = []
     for name in folder.names:
         info = folder.info(name)[1]
-        entry = entries.get(name)
-        reason = None
-        if entry is not None:
-            mask = scan_tensor(folder, name, transposed=entry.transposed).mask
-            reason = cusparselt.dense_reason(mask, info.dtype, sm)
-        if entry is None or reason is not None:
-            specs.append((name, info.dtype, info.shape))
+        if name not in entries:
+            specs.append((name, source.dtype(name), info.shape))
+            continue
+        entry, dtype = entries[name], source.dtype(name)
+        mask = scan_tensor(folder, name, transposed=entry.transposed).mask
+        layout, reason = cusparselt.choose_layout(mask, dtype, sm)
+        records[name] = source.record(entry, layout, reason)
+        if layout == cusparselt.DENSE:
+            specs.append((name, dtype, info.shape))
         else:
             m, k = entry.shape
-            specs += cusparselt.part_specs(name, (m, k), info.dtype)
-        if entry is not None:
-            records[name] = source.record(entry, "dense" if reason else cusparselt.LAYOUT, reason)
+            specs += cusparselt.part_specs(name, (m, k), dtype, layout)
     parts: dict[str, Tensor] = {}
 
     def produce(name: str) -> list[Tensor]:
         if name in folder:
-            return [folder.read(name)]
+            return [source.stored(name)]
         site, _, _ = name.rpartition(".")
         if name not in parts:
             parts.clear()
-            made, zeros = cusparselt.pack_parts(site, source.canonical(entries[site]), sm)
+            made, zeros = cusparselt.pack_parts(site, source.canonical(entries[site]), sm, records[site].layout)
             parts.update(made)
             records[site] = records[site].model_copy(update={"negative_zeros": zeros})
             tick(site, folder.info(site)[1].nbytes)
@@ -204,29 +245,45 @@ def _cusparselt(source: _Source, target: Path, settings: ExportSettings, tick: T
 
     write_safetensors(target / cusparselt.WEIGHTS, specs, produce, {"format": "pt"})
     source.copy_small_files(target)
-    packed = [record for record in records.values() if record.layout == cusparselt.LAYOUT]
-    if not packed:
-        reasons = sorted({record.reason or "" for record in records.values()})
-        raise UsageError(f"no site can be packed for cuSPARSELt on sm{sm}: {'; '.join(reasons)}")
-    sizes = _packed_sizes(source, [record.name for record in packed], target / cusparselt.WEIGHTS)
-    requirements = {"sm": sm, "library": cusparselt.LIBRARY, "alg_id": 0}
+    if settings.dtype is not None:
+        _say_dtype(target / "config.json", settings.dtype)
+    by_layout = {
+        layout: [r.name for r in records.values() if r.layout == layout]
+        for layout in (cusparselt.PACKED, cusparselt.NEUTRAL, cusparselt.DENSE)
+    }
+    if not by_layout[cusparselt.PACKED]:
+        reason = next(r.reason for r in records.values())
+        say(f"warning: no weight could be packed for sm{sm}: {reason}; try --dtype bfloat16 or another --sm")
     source.manifest(
-        target, "cusparselt", source.lock, list(records.values()), requirements=requirements, sizes=sizes
+        target,
+        "cusparselt",
+        source.lock,
+        list(records.values()),
+        requirements={"sm": sm, "library": cusparselt.LIBRARY, "alg_id": 0},
+        sizes=_packed_sizes(source, by_layout, target / cusparselt.WEIGHTS),
     )
     _decode_back(source, target)
-    return {"packed": len(packed), "dense": len(records) - len(packed), "bit_exact": len(records)}
+    return {layout: len(names) for layout, names in by_layout.items()} | {"bit_exact": len(records)}
 
 
-def _packed_sizes(source: _Source, packed: list[str], file: Path) -> dict[str, int]:
-    dense = sum(source.folder.info(name)[1].nbytes for name in packed)
+def _say_dtype(path: Path, dtype: str) -> None:
+    """Put the dtype of rounded weights into the copied config.json."""
+    config = json.loads(path.read_bytes())
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _packed_sizes(source: _Source, by_layout: dict[str, list[str]], file: Path) -> dict[str, int]:
+    """Bytes of the sites that are not dense: as the model holds them, and in each form; of the whole file."""
     shard = Shard.open(file)
-    sizes = {part: sum(shard.info(f"{name}.{part}").nbytes for name in packed) for part in cusparselt.PARTS}
+    sparse = [name for layout, names in by_layout.items() if layout != cusparselt.DENSE for name in names]
+    packed = by_layout[cusparselt.PACKED]
+    neutral = ("values", "positions")
     return {
-        "dense_bytes": dense,
-        "packed_bytes": sizes["packed"],
-        "neutral_bytes": sizes["values"] + sizes["positions"],
-        "model_dense_bytes": source.folder.stored_bytes,
-        "bytes": file.stat().st_size,
+        "dense_bytes": sum(source.folder.info(name)[1].nbytes for name in sparse),
+        "packed_bytes": sum(shard.info(f"{name}.packed").nbytes for name in packed),
+        "neutral_bytes": sum(shard.info(f"{name}.{part}").nbytes for name in sparse for part in neutral),
+        "file_bytes": file.stat().st_size,
     }
 
 
