@@ -117,7 +117,9 @@ def remote_code(function: Callable[..., Any]) -> Callable[..., Any]:
 def output_options(default: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
         function = click.option("--force", is_flag=True, help="Replace the output if it exists.")(function)
-        return click.option("-o", "--out", type=FOLDER, help=f"Folder to write. Default: {default}.")(function)
+        return click.option("-o", "--out", type=FOLDER, help=f"Folder to write. Default: {default}.")(
+            function
+        )
 
     return add
 
@@ -150,7 +152,9 @@ def beside(folder: Path, suffix: str) -> Path:
 @model_argument
 @output_options("MODEL-PATTERN")
 @click.option("--method", default="magnitude", show_default=True, help="Criterion that ranks weights.")
-@click.option("--pattern", default="2:4", show_default=True, help="N:M (N kept of every M inputs) or a share, 50%.")
+@click.option(
+    "--pattern", default="2:4", show_default=True, help="N:M (N kept of every M inputs) or a share, 50%."
+)
 @targets_option
 @remote_code
 def prune_command(output: Output, model: str, **options: Any) -> None:
@@ -180,7 +184,9 @@ def prune_command(output: Output, model: str, **options: Any) -> None:
     def show() -> None:
         total = sum(_numel(entry.shape) for entry in done.lock.sites)
         zeros = 1 - sum(entry.nnz for entry in done.lock.sites) / total
-        click.echo(f"{done.out}: {len(done.lock.sites)} weights hold {done.pattern}, {zeros:.1%} of them zeros")
+        click.echo(
+            f"{done.out}: {len(done.lock.sites)} weights hold {done.pattern}, {zeros:.1%} of them zeros"
+        )
         for name, reason in done.refused.items():
             click.echo(f"  left dense: {name}: {reason}")
 
@@ -191,9 +197,13 @@ def prune_command(output: Output, model: str, **options: Any) -> None:
 @model_argument
 @output_options("MODEL-spp")
 @click.option("--method", default="spp", show_default=True, help="Adapter method.")
-@click.option("--rank", default=16, show_default=True, help="Rank r; for spp a divisor of each site's outputs.")
+@click.option(
+    "--rank", default=16, show_default=True, help="Rank r; for spp a divisor of each site's outputs."
+)
 @click.option("--scale", default=2.0, show_default=True, help="The factor s of the update.")
-@click.option("--dropout", default=0.0, show_default=True, help="On the adapter branch's input while training.")
+@click.option(
+    "--dropout", default=0.0, show_default=True, help="On the adapter branch's input while training."
+)
 @click.option("--seed", default=0, show_default=True, help="Of the factors' start.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be trained; config.json alone will do.")
 @targets_option
@@ -229,7 +239,13 @@ def inject_command(output: Output, model: str, **options: Any) -> None:
     def show() -> None:
         if done.out is None:
             rows = [
-                (s["name"], s["kind"], shape(s["shape"]), s["pattern"] or "-", f"{s['trainable_parameters']:,}")
+                (
+                    s["name"],
+                    s["kind"],
+                    shape(s["shape"]),
+                    s["pattern"] or "-",
+                    f"{s['trainable_parameters']:,}",
+                )
                 for s in done.to_json()["sites"]
             ]
             table("", ("site", "kind", "shape", "pattern", "trainable"), rows)
@@ -386,7 +402,9 @@ def verify_command(output: Output, artifact: Path, **options: Any) -> int:
             masks = f", {equal} masks equal" if equal else ""
             click.echo(f"ok: {verdict.kind} {artifact}: all {summary['sites']} sites {held}{masks}")
         else:
-            click.echo(f"not ok: {verdict.kind} {artifact}: {summary['failed']} of {summary['sites']} sites fail")
+            click.echo(
+                f"not ok: {verdict.kind} {artifact}: {summary['failed']} of {summary['sites']} sites fail"
+            )
 
     output.result(data, show)
     if options["github"]:
@@ -399,7 +417,9 @@ def verify_command(output: Output, artifact: Path, **options: Any) -> int:
 @model_argument
 @output_options("MODEL-FORMAT")
 @click.option("--format", "format_", required=True, type=click.Choice(["safetensors", "cusparselt", "onnx"]))
-@click.option("--sm", type=click.Choice(["80", "90"]), default="80", show_default=True, help="GPU of a cusparselt pack.")
+@click.option(
+    "--sm", type=click.Choice(["80", "90"]), default="80", show_default=True, help="GPU of a cusparselt pack."
+)
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16"]),
@@ -556,13 +576,31 @@ def opt_command(output: Output, model: str, **options: Any) -> None:
 
 
 @command("demo")
-@output_options("a temporary folder that is removed afterwards")
-def demo_command(output: Output, **options: Any) -> None:
-    """The whole way on a small model, offline: train it, prune, recover, merge, verify, export."""
+@click.option("-o", "--out", type=FOLDER, help="Leave everything there. Default: a temporary folder.")
+def demo_command(output: Output, out: Path | None) -> None:
+    """The whole way on a small model, offline: train it, prune, recover, merge, verify, export.
+
+    \b
+    spp-fx demo
+    spp-fx demo -o demo-files
+    """
     from spp_fx.workflows.demo import demo
 
-    done = demo(options["out"], force=options["force"], output=output)
-    output.result(done.to_json(), done.show)
+    done = demo(out, output)
+
+    def show() -> None:
+        rows = [
+            ("perplexity, dense", f"{done.dense:.2f}"),
+            ("perplexity, pruned to 2:4", f"{done.pruned:.2f}"),
+            ("perplexity, recovered and merged", f"{done.recovered:.2f}"),
+            ("perplexity, ONNX file in onnxruntime", f"{done.onnx:.2f}"),
+            ("recovered of what pruning lost", f"{done.share_recovered:.1%}"),
+            ("masks equal", f"{done.masks_equal} of {done.sites}"),
+            *((f"size, {name}", megabytes(size)) for name, size in done.sizes.items()),
+        ]
+        table("", ("", ""), rows)
+
+    output.result(done.to_json(), show)
 
 
 def _numel(values: tuple[int, ...]) -> int:

@@ -8,7 +8,14 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 ERR = Console(stderr=True, highlight=False)
@@ -76,14 +83,18 @@ class StepsBar:
         self._task = progress.add_task(title, total=total, item="")
 
     def update(self, done: int, total: int | None = None, item: str = "") -> None:
-        self._progress.update(self._task, completed=done, **({"total": total} if total else {}), item=item)
+        if total is not None:
+            self._progress.update(self._task, total=total)
+        self._progress.update(self._task, completed=done, item=item)
 
 
 def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
     """A table on stdout; all columns but the first `left` are aligned to the right."""
     grid = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for index, heading in enumerate(headings):
-        grid.add_column(heading, justify="left" if index < left else "right", overflow="fold", no_wrap=index < left)
+        grid.add_column(
+            heading, justify="left" if index < left else "right", overflow="fold", no_wrap=index < left
+        )
     for row in rows:
         grid.add_row(*row)
     # Piped output is never cut to a terminal's width.

@@ -87,7 +87,9 @@ def read_weight(shard: Shard, record: TensorRecord, sm: Sm) -> Tensor:
     for part, dtype, shape in part_specs(record.name, (m, k), record.dtype, record.layout):
         info = shard.info(part)
         if info.dtype != dtype or info.shape != shape:
-            raise FormatError(f"{shard.path}: {part} is {info.dtype} {list(info.shape)}, expected {dtype} {list(shape)}")
+            raise FormatError(
+                f"{shard.path}: {part} is {info.dtype} {list(info.shape)}, expected {dtype} {list(shape)}"
+            )
     values, positions = (shard.read(f"{record.name}.{part}") for part in ("values", "positions"))
     neutral = unpack_2_4(Packed24(values, positions), k)
     if record.layout == NEUTRAL:
@@ -132,4 +134,3 @@ def same_weight(decoded: Tensor, stored: Tensor, negative_zeros: int) -> bool:
 def _bits(tensor: Tensor) -> Tensor:
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return tensor.contiguous().view(kinds[tensor.element_size()])
-

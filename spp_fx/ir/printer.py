@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 
 from spp_fx.ir.program import ADAPTER, SITE, Program
 
@@ -51,7 +52,9 @@ def _node(module: fx.GraphModule, node: fx.Node) -> str:
     arguments = [_value(a) for a in node.args] + [f"{k}={_value(v)}" for k, v in node.kwargs.items()]
     target = f"call {node.target}" if node.op == "call_module" else _target(node.target)
     text = f"%{node.name} = {target}({', '.join(arguments)})"
-    notes = [f"{word} {node.meta[key]}" for key, word in ((SITE, "site"), (ADAPTER, "adapter")) if key in node.meta]
+    notes = [
+        f"{word} {node.meta[key]}" for key, word in ((SITE, "site"), (ADAPTER, "adapter")) if key in node.meta
+    ]
     return text + (f"  # {', '.join(notes)}" if notes else "")
 
 
@@ -66,7 +69,7 @@ def _attribute(module: fx.GraphModule, target: str) -> str:
 
 
 def _target(target: Any) -> str:
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return str(target).removesuffix(".default")
     return getattr(target, "__name__", str(target))
 

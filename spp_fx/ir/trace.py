@@ -3,10 +3,10 @@
 import operator
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -48,7 +48,13 @@ def trace(model: PreTrainedModel | str | Path) -> Program:
         _training_dropout(model, exported)
     root = _tree(exported, model)
     _open_dropout(root)
-    program = Program(root, model.config, model.loss_function, tied=_tied(model), head=_head(model))
+    program = Program(
+        root,
+        model.config,
+        cast(Callable[..., Tensor], model.loss_function),
+        tied=_tied(model),
+        head=_head(model),
+    )
     return program.train(model.training)
 
 
@@ -67,7 +73,7 @@ def meta_model(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
 
 
 @contextmanager
-def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+def _mode(model: nn.Module, *, training: bool) -> Generator[None, None, None]:
     """Every submodule in one mode; each one's own mode comes back afterwards."""
     before = {module: module.training for module in model.modules()}
     try:
@@ -97,7 +103,14 @@ def _export(model: PreTrainedModel) -> ExportedProgram:
             return torch.export.export(
                 model, (ids, torch.ones_like(ids)), dynamic_shapes=(dynamic, dict(dynamic)), strict=False
             )
-    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError, AssertionError) as error:
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        NotImplementedError,
+        AssertionError,
+    ) as error:
         raise SppFxError(
             f"{type(model).__name__} cannot be traced: torch.export says: {str(error).strip().splitlines()[0]}"
         ) from error
@@ -106,7 +119,7 @@ def _export(model: PreTrainedModel) -> ExportedProgram:
 
 
 @contextmanager
-def _exportable_experts(model: PreTrainedModel) -> Iterator[None]:
+def _exportable_experts(model: PreTrainedModel) -> Generator[None, None, None]:
     """Experts run as grouped matrix products while exporting: the eager loop depends on the data."""
     before = getattr(model.config, "_experts_implementation", None)
     stacked = any(
@@ -149,7 +162,9 @@ def _training_dropout(model: PreTrainedModel, exported: ExportedProgram) -> None
 
 def _has_dropout(config: dict[str, Any]) -> bool:
     return any(
-        _has_dropout(value) if isinstance(value, dict) else "drop" in str(key) and isinstance(value, float) and value > 0
+        _has_dropout(value)
+        if isinstance(value, dict)
+        else "drop" in str(key) and isinstance(value, float) and value > 0
         for key, value in config.items()
     )
 
@@ -201,7 +216,9 @@ def _tree(exported: ExportedProgram, model: PreTrainedModel) -> fx.GraphModule:
         warnings.simplefilter("ignore")
         tree = unflatten(exported)
     root = _with_generated_code(tree)
-    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(
+        model.named_buffers(remove_duplicate=False)
+    )
     for path, module in root.named_modules():
         # A module called n times stands n times in the tree, as name, name@1, ...
         prefix = re.sub(r"@\d+", "", path)

@@ -92,7 +92,9 @@ class Canonicalize(Pass):
             program.sites[name] = _site(program, name, uses, embedded)
             for module, contraction in uses:
                 _rewrite(module, contraction, name)
-            report.changed[name] = f"{program.sites[name].kind} {'x'.join(map(str, program.sites[name].shape))}"
+            report.changed[name] = (
+                f"{program.sites[name].kind} {'x'.join(map(str, program.sites[name].shape))}"
+            )
         for _, module in program.graphs():
             module.recompile()
         return report
@@ -135,7 +137,9 @@ def _follow(source: fx.Node, user: fx.Node, weight: nn.Parameter) -> Contraction
                 return f"passes through {user.target}, which is no transpose of its last two dimensions"
             swapped = not swapped
         elif user.target in CASTS:
-            dtype = next((a for a in (*user.args[1:], *user.kwargs.values()) if isinstance(a, torch.dtype)), None)
+            dtype = next(
+                (a for a in (*user.args[1:], *user.kwargs.values()) if isinstance(a, torch.dtype)), None
+            )
             if dtype not in (None, weight.dtype):
                 return f"is cast from {weight.dtype} to {dtype} before it is used"
         elif user.target not in KEEPS and not (weight.ndim == 3 and user.target in GATHERS):

@@ -10,9 +10,9 @@ from spp_fx.adapters import Factors, Method
 from spp_fx.adapters.fold import FoldCounts, Vanish, fold_matrix
 from spp_fx.errors import PostconditionError, PreconditionError, UsageError
 from spp_fx.ir.program import ADAPTER, Program, Use
-from spp_fx.passes.inject import PLAIN
 from spp_fx.ir.site import Site, factor_attribute
 from spp_fx.passes.base import Pass, PassReport, register
+from spp_fx.passes.inject import PLAIN
 
 aten = torch.ops.aten
 

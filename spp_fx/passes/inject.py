@@ -78,7 +78,9 @@ class Inject(Pass):
             for factor in method.factors(program.sites[site].shape)
         }
         if trained != expected:
-            raise PostconditionError(f"inject: unexpected trainable parameters {sorted(trained ^ expected)[:4]}")
+            raise PostconditionError(
+                f"inject: unexpected trainable parameters {sorted(trained ^ expected)[:4]}"
+            )
 
 
 def check_shapes(method: Method, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -93,9 +95,7 @@ def check_shapes(method: Method, shapes: dict[str, tuple[int, ...]]) -> None:
         )
 
 
-def _factor_nodes(
-    use: Use, parameter: str, factors: dict[str, nn.Parameter]
-) -> list[fx.Node]:
+def _factor_nodes(use: Use, parameter: str, factors: dict[str, nn.Parameter]) -> list[fx.Node]:
     nodes: list[fx.Node] = []
     for key, value in factors.items():
         attribute = factor_attribute(parameter, key)

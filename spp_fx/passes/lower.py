@@ -41,7 +41,9 @@ class Lower(Pass):
         for name, method in program.adapters.items():
             known = (REFERENCE, *method.kernels)
             if self.kernel not in known:
-                raise UsageError(f"lower: {method.name} has no kernel '{self.kernel}'; known: {', '.join(known)}")
+                raise UsageError(
+                    f"lower: {method.name} has no kernel '{self.kernel}'; known: {', '.join(known)}"
+                )
             for use in uses[name]:
                 report.changed[name] = _lower(use, method, self.kernel)
                 use.module.recompile()

@@ -46,7 +46,9 @@ class Match(Pass):
                 pattern, known = _pattern(program, site)
                 if pattern is not None or self.dense or not known:
                     program.matched[name] = pattern
-                    report.changed[name] = str(pattern) if pattern else "dense" if known else "pattern not read"
+                    report.changed[name] = (
+                        str(pattern) if pattern else "dense" if known else "pattern not read"
+                    )
                     continue
                 dense.append(name)
                 reason = "dense: it has no zeros to keep"

@@ -96,7 +96,9 @@ def _parse_pass(name: str, body: str) -> Pass:
         if equals:
             current = key.strip()
             if current not in known:
-                raise UsageError(f"{name}: unknown option '{current}'; known: {', '.join(sorted(known)) or 'none'}")
+                raise UsageError(
+                    f"{name}: unknown option '{current}'; known: {', '.join(sorted(known)) or 'none'}"
+                )
             if current in options:
                 raise UsageError(f"{name}: option '{current}' is given twice")
             options[current] = [value.strip()]
@@ -125,7 +127,13 @@ def _parse_value(name: str, key: str, kind: Any, values: list[str]) -> Any:
 
 
 def _print_value(value: Any) -> str:
-    text = ",".join(value) if isinstance(value, tuple) else str(value).lower() if isinstance(value, bool) else str(value)
+    text = (
+        ",".join(value)
+        if isinstance(value, tuple)
+        else str(value).lower()
+        if isinstance(value, bool)
+        else str(value)
+    )
     words = value if isinstance(value, tuple) else (text,)
     if any(RESERVED & set(word) for word in words):
         raise UsageError(f"pipeline: '{text}' holds one of the characters {{ }} , = and cannot be spelt")

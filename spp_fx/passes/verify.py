@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-
 from spp_fx.errors import MaskError, PreconditionError
 from spp_fx.ir.program import Program
 from spp_fx.passes.base import Pass, PassReport, register
@@ -41,6 +40,10 @@ class Verify(Pass):
             if pattern is not None:
                 found = scan_bits(mask, pattern)
                 if found.count:
-                    raise MaskError(f"verify: {name}: {found.count} violations of {pattern}, first {found.first}")
-            report.changed[name] = f"{pattern or 'mask'} holds" + (", mask equal" if name in program.masks else "")
+                    raise MaskError(
+                        f"verify: {name}: {found.count} violations of {pattern}, first {found.first}"
+                    )
+            report.changed[name] = f"{pattern or 'mask'} holds" + (
+                ", mask equal" if name in program.masks else ""
+            )
         return report

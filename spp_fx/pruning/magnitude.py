@@ -25,7 +25,9 @@ def magnitude_mask(weight: Tensor, pattern: Pattern) -> Tensor:
         PatternError: in is no multiple of M.
     """
     if isinstance(pattern, Unstructured):
-        return _smallest_dropped(weight.abs().flatten(), int(pattern.share * weight.numel())).view(weight.shape)
+        return _smallest_dropped(weight.abs().flatten(), int(pattern.share * weight.numel())).view(
+            weight.shape
+        )
     return _keep_n_of_m(weight, pattern)
 
 

@@ -24,7 +24,9 @@ def load_factors(factors: Mapping[str, nn.Parameter], values: Mapping[str, Tenso
     with torch.no_grad():
         for name, parameter in factors.items():
             if values[name].shape != parameter.shape:
-                raise FormatError(f"{where}: {name} has shape {list(values[name].shape)}, expected {list(parameter.shape)}")
+                raise FormatError(
+                    f"{where}: {name} has shape {list(values[name].shape)}, expected {list(parameter.shape)}"
+                )
             parameter.copy_(values[name])
 
 
@@ -73,7 +75,11 @@ class AdapterTrainer(Trainer):
 class StopOnNonFinite(TrainerCallback):
     """End training with an error at the first loss that is not finite."""
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
         loss = (logs or {}).get("loss")
         if isinstance(loss, float) and loss != loss:
-            raise FormatError(f"the loss became NaN before step {state.global_step}; train again with a lower --lr")
+            raise FormatError(
+                f"the loss became NaN before step {state.global_step}; train again with a lower --lr"
+            )

@@ -95,7 +95,8 @@ class AdapterFolder:
         except (TypeError, UsageError) as error:
             raise FormatError(f"{path / CONFIG}: {error}") from error
         pieces = {
-            site: tuple(Piece(**piece.model_dump()) for piece in stored) for site, stored in config.sites.items()
+            site: tuple(Piece(**piece.model_dump()) for piece in stored)
+            for site, stored in config.sites.items()
         }
         folder = cls(path, config, method, pieces, load_lock(path / LOCK_NAME), Shard.open(path / FACTORS))
         folder._check()
@@ -143,7 +144,9 @@ class AdapterFolder:
             if name not in expected:
                 raise FormatError(f"{where}: {name} belongs to no site of {CONFIG}")
             if held[name] != expected[name]:
-                raise FormatError(f"{where}: {name} has shape {list(held[name])}, expected {list(expected[name])}")
+                raise FormatError(
+                    f"{where}: {name} has shape {list(held[name])}, expected {list(expected[name])}"
+                )
 
 
 def write_factors(path: Path, factors: Mapping[str, Tensor]) -> None:

@@ -62,7 +62,11 @@ def open_artifact(path: Path) -> Artifact:
         return _adapter(path)
     if (path / "config.json").is_file():
         return _model(path)
-    what = "does not exist" if not path.exists() else "is no model, adapter or export folder, .safetensors or .onnx file"
+    what = (
+        "does not exist"
+        if not path.exists()
+        else "is no model, adapter or export folder, .safetensors or .onnx file"
+    )
     raise UsageError(f"{path} {what}")
 
 
@@ -119,7 +123,9 @@ def _safetensors(path: Path) -> Artifact:
         }
 
     lock = _lock_beside(path.parent)
-    return Artifact(path, "safetensors", frozenset(shard.header.tensors), scan, lambda _: path.name, lock, sites)
+    return Artifact(
+        path, "safetensors", frozenset(shard.header.tensors), scan, lambda _: path.name, lock, sites
+    )
 
 
 def _looks_like_site(name: str) -> bool:
@@ -165,7 +171,9 @@ def _onnx(path: Path, kind: str, lock: Lock | None) -> Artifact:
             sparse.add(found.name)
             values = torch.from_numpy(found.values.astype("float32"))
             finite = scan_tensor(values.reshape(1, -1))
-            masks[found.name] = Scan(PackedMask.from_bool(found.mask()), finite.non_finite, finite.first_non_finite)
+            masks[found.name] = Scan(
+                PackedMask.from_bool(found.mask()), finite.non_finite, finite.first_non_finite
+            )
         else:
             masks[found.name] = scan_tensor(_tensor(found.array))
 

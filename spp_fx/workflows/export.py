@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from spp_fx import __version__
-from spp_fx.checkpoint import ModelFolder, Shard, atomic_folder, copy_file, dtype_name, rewrite_model, torch_dtype, write_safetensors
+from spp_fx.checkpoint import (
+    ModelFolder,
+    Shard,
+    atomic_folder,
+    copy_file,
+    dtype_name,
+    rewrite_model,
+    torch_dtype,
+    write_safetensors,
+)
 from spp_fx.errors import MaskError, UsageError
 from spp_fx.exporters import cusparselt
 from spp_fx.exporters.cusparselt_layout import Sm
@@ -184,7 +193,9 @@ class _Source:
             **extra,
         )
 
-    def manifest(self, folder: Path, format: Format, lock: Lock, records: list[TensorRecord], **fields: Any) -> None:
+    def manifest(
+        self, folder: Path, format: Format, lock: Lock, records: list[TensorRecord], **fields: Any
+    ) -> None:
         (folder / LOCK_NAME).write_text(lock.dumps())
         fields = {"requirements": {}, "sizes": {}} | fields
         write_manifest(
@@ -192,7 +203,9 @@ class _Source:
         )
 
 
-def _safetensors(source: _Source, target: Path, settings: ExportSettings, tick: Tick, say: Say) -> dict[str, Any]:
+def _safetensors(
+    source: _Source, target: Path, settings: ExportSettings, tick: Tick, say: Say
+) -> dict[str, Any]:
     """Plain dense safetensors for servers: the folder as it is, with lock and manifest."""
     del settings, say
 
@@ -206,7 +219,9 @@ def _safetensors(source: _Source, target: Path, settings: ExportSettings, tick: 
     return {}
 
 
-def _cusparselt(source: _Source, target: Path, settings: ExportSettings, tick: Tick, say: Say) -> dict[str, Any]:
+def _cusparselt(
+    source: _Source, target: Path, settings: ExportSettings, tick: Tick, say: Say
+) -> dict[str, Any]:
     sm: Sm = 90 if settings.sm == 90 else 80
     if settings.dtype is not None:
         if settings.dtype not in ROUND_TO:
@@ -237,7 +252,9 @@ def _cusparselt(source: _Source, target: Path, settings: ExportSettings, tick: T
         site, _, _ = name.rpartition(".")
         if name not in parts:
             parts.clear()
-            made, zeros = cusparselt.pack_parts(site, source.canonical(entries[site]), sm, records[site].layout)
+            made, zeros = cusparselt.pack_parts(
+                site, source.canonical(entries[site]), sm, records[site].layout
+            )
             parts.update(made)
             records[site] = records[site].model_copy(update={"negative_zeros": zeros})
             tick(site, folder.info(site)[1].nbytes)
@@ -304,7 +321,11 @@ def _onnx(source: _Source, target: Path, settings: ExportSettings, tick: Tick, s
     sparse, tensors = sparsify(dense, [found[name].initializer for name in names], settings.indices)
     report = size_report(sparse, tensors)
     del dense
-    say(_size_line(report.dense_bytes, report.sparse_bytes, report.other_bytes, len(report.larger), len(tensors)))
+    say(
+        _size_line(
+            report.dense_bytes, report.sparse_bytes, report.other_bytes, len(report.larger), len(tensors)
+        )
+    )
     save(sparse, target / "model.onnx")
     del sparse
     source.copy_small_files(target)
@@ -345,7 +366,9 @@ def _onnx(source: _Source, target: Path, settings: ExportSettings, tick: Tick, s
         "max_abs_difference": logits.max_abs_difference,
         "tolerance": logits.tolerance,
         "argmax_agreement": logits.argmax_agreement,
-        "standard_checker": "passed" if settings.indices == "int64" else "not run: it takes int64 indices only",
+        "standard_checker": "passed"
+        if settings.indices == "int64"
+        else "not run: it takes int64 indices only",
     }
 
 
@@ -371,4 +394,3 @@ def _size_line(dense: int, sparse: int, other: int, larger: int, count: int) -> 
         f"{abs(sparse / dense - 1):.0%} {word} ({larger} of {count} weights grow); "
         f"{other / 1e6:.2f} MB are the same either way"
     )
-

@@ -92,9 +92,7 @@ def _refusals(found: Survey, weights: bool) -> dict[str, str]:
     return report.refused | refused
 
 
-def _sparsity(
-    found: Survey, name: str, seen: dict[str, tuple[PackedMask, Pattern | None]]
-) -> float | None:
+def _sparsity(found: Survey, name: str, seen: dict[str, tuple[PackedMask, Pattern | None]]) -> float | None:
     masks = [seen[piece.tensor][0] for piece in found.pieces.get(name, ()) if piece.tensor in seen]
     total = sum(mask.numel for mask in masks)
     return 1 - sum(mask.nnz for mask in masks) / total if total else None

@@ -171,7 +171,9 @@ def _check_base(folder: ModelFolder, locked: dict[str, LockEntry]) -> None:
             raise UsageError(f"{folder.path} has no tensor {name}: it is not the base of this adapter")
         difference = compare(entry, scan_tensor(folder, name, transposed=entry.transposed).mask)
         if not difference.equal:
-            raise MaskError(f"{folder.path}: {name}: the base no longer has the adapter's masks {difference.reason}")
+            raise MaskError(
+                f"{folder.path}: {name}: the base no longer has the adapter's masks {difference.reason}"
+            )
 
 
 def _read_back(

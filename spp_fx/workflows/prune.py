@@ -13,7 +13,7 @@ from spp_fx.errors import MaskError, PatternError, UsageError
 from spp_fx.ir.binding import Piece
 from spp_fx.passes import Match
 from spp_fx.pruning import WEIGHT_CRITERIA
-from spp_fx.sparsity import LOCK_NAME, NM, Lock, Pattern, make_entry, pack_mask, parse_pattern, scan_bits
+from spp_fx.sparsity import LOCK_NAME, NM, Lock, Pattern, make_entry, parse_pattern, scan_bits
 from spp_fx.workflows.survey import Survey, Tick, choose, no_tick, scan_tensor, survey, tensors_of
 
 
@@ -71,7 +71,9 @@ def prune(
         matched, refused = choose(found, Match(targets=tuple(targets), dense=True))
         _check_divisible(found, matched, wanted)
         pieces = tensors_of(piece for site in matched for piece in found.pieces[site])
-        kinds = {piece.tensor: found.program.sites[site].kind for site in matched for piece in found.pieces[site]}
+        kinds = {
+            piece.tensor: found.program.sites[site].kind for site in matched for piece in found.pieces[site]
+        }
         criterion = WEIGHT_CRITERIA[method]
 
         def replace(shard: Shard, info: TensorInfo) -> Tensor | None:
@@ -81,7 +83,9 @@ def prune(
             canonical = weight.transpose(-1, -2) if pieces[info.name].transposed else weight
             for matrix in canonical if canonical.ndim == 3 else [canonical]:
                 if not matrix.isfinite().all():
-                    raise PatternError(f"{info.name} ({shard.name}) holds NaN or infinity; it cannot be pruned")
+                    raise PatternError(
+                        f"{info.name} ({shard.name}) holds NaN or infinity; it cannot be pruned"
+                    )
                 matrix.masked_fill_(~criterion(matrix, wanted), 0)
             tick(info.name, info.nbytes)
             return weight

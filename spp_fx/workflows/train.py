@@ -139,7 +139,11 @@ def default_rate(loaded: Loaded) -> float:
     alpha starts as U(-1/sqrt n, 1/sqrt n) and Adam moves every entry by about the rate, so a rate in
     proportion to 1/sqrt(n) moves it by the same share at every width.
     """
-    widths = [program_site.in_features for program_site in map(loaded.program.sites.get, loaded.program.adapters) if program_site]
+    widths = [
+        program_site.in_features
+        for program_site in map(loaded.program.sites.get, loaded.program.adapters)
+        if program_site
+    ]
     return PAPER_RATE * sqrt(PAPER_WIDTH / median(widths))
 
 
@@ -156,7 +160,9 @@ def _checkpoint(adapter: Path, settings: TrainSettings) -> str | None:
     last = get_last_checkpoint(str(adapter))
     if settings.resume:
         if last is None:
-            raise UsageError(f"{adapter}: nothing to resume, it has no checkpoint; train with --save-steps N to get some")
+            raise UsageError(
+                f"{adapter}: nothing to resume, it has no checkpoint; train with --save-steps N to get some"
+            )
         return last
     for folder in adapter.glob("checkpoint-*"):
         shutil.rmtree(folder)
@@ -201,7 +207,11 @@ def _trainer(
         data_seed=settings.seed,
     )
     trainer = AdapterTrainer(
-        model=loaded.program, factors=loaded.factors, args=arguments, train_dataset=windows, callbacks=callbacks
+        model=loaded.program,
+        factors=loaded.factors,
+        args=arguments,
+        train_dataset=windows,
+        callbacks=callbacks,
     )
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):

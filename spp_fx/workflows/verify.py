@@ -117,7 +117,9 @@ def verify(
     if held:
         _check_same_model(artifact, held, lock)
     sites = (
-        {entry.name: entry.transposed for entry in held.sites} if held else dict(sorted(artifact.sites().items()))
+        {entry.name: entry.transposed for entry in held.sites}
+        if held
+        else dict(sorted(artifact.sites().items()))
     )
     if not sites:
         raise SppFxError(f"{path}: it has no weight that could be verified")
@@ -155,11 +157,15 @@ def _judge(
 ) -> SiteVerdict:
     if scan is None:
         shape = entry.shape if entry else ()
-        return SiteVerdict(name, shape, 0, 0.0, 0, None, None, None, f"{artifact.path} has no such weight", "")
+        return SiteVerdict(
+            name, shape, 0, 0.0, 0, None, None, None, f"{artifact.path} has no such weight", ""
+        )
     mask, file = scan.mask, artifact.file(name)
     reasons: list[str] = []
     if scan.first_non_finite is not None:
-        reasons.append(f"holds {scan.non_finite} NaN or infinite values, first at {_place(scan.first_non_finite)}")
+        reasons.append(
+            f"holds {scan.non_finite} NaN or infinite values, first at {_place(scan.first_non_finite)}"
+        )
     equal: bool | None = None
     lost: int | None = None
     new: int | None = None

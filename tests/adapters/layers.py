@@ -50,9 +50,7 @@ def run(execution: str, layer: Layer, seed: Tensor | None = None, dropout: float
     """The layer's output by one of EXECUTIONS."""
     if execution == "reference":
         return lowered(layer, dropout > 0)(layer.x, seed, dropout)
-    return OPS[execution](
-        layer.x, layer.weight, layer.alpha, layer.beta, layer.bias, seed, SCALE, dropout
-    )
+    return OPS[execution](layer.x, layer.weight, layer.alpha, layer.beta, layer.bias, seed, SCALE, dropout)
 
 
 def linear_program(weight: Tensor, bias: Tensor | None) -> Program:

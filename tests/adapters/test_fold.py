@@ -37,7 +37,9 @@ def ulp(value: Fraction, dtype: torch.dtype) -> Fraction:
     return Fraction(2) ** (exponent - bits + 1)
 
 
-def fold(weight: Tensor, alpha: Tensor, beta: Tensor, *, scale=2.0, vanish="keep") -> tuple[Tensor, FoldCounts]:
+def fold(
+    weight: Tensor, alpha: Tensor, beta: Tensor, *, scale=2.0, vanish="keep"
+) -> tuple[Tensor, FoldCounts]:
     counts = FoldCounts()
     method = SPP(rank=alpha.shape[0], scale=scale)
     factors = {"spp_alpha": alpha, "spp_beta": beta}
@@ -256,6 +258,10 @@ def test_round_once_of_the_values_at_the_ends(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_round_once_keeps_every_number_of_the_dtype(dtype):
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32)
-    own = (patterns << 16).view(torch.float32) if dtype is torch.float32 else patterns.to(torch.int16).view(dtype)
+    own = (
+        (patterns << 16).view(torch.float32)
+        if dtype is torch.float32
+        else patterns.to(torch.int16).view(dtype)
+    )
     own = own[own.isfinite()]
     assert torch.equal(round_once(own.double(), dtype), own)

@@ -106,7 +106,11 @@ def test_a_transposed_weight_and_a_strided_input_give_the_same(execution, blocks
     strided = torch.randn(4, 2 * N, dtype=torch.float64)
     strided[:, ::2] = layer.x.detach()
     twin = Layer(
-        strided[:, ::2].requires_grad_(), layer.weight.t().contiguous().t(), layer.alpha, layer.beta, layer.bias
+        strided[:, ::2].requires_grad_(),
+        layer.weight.t().contiguous().t(),
+        layer.alpha,
+        layer.beta,
+        layer.bias,
     )
     assert not twin.weight.is_contiguous()
     dy = torch.randn(M, 4, dtype=torch.float64).t()
@@ -272,7 +276,8 @@ def test_the_definition_trains_the_weight():
 def stack(experts: int = 2) -> tuple[Tensor, Tensor, Tensor]:
     layers = [make_layer(M, N, R, seed=e) for e in range(experts)]
     weight, alpha, beta = (
-        torch.stack([getattr(layer, name).detach() for layer in layers]) for name in ("weight", "alpha", "beta")
+        torch.stack([getattr(layer, name).detach() for layer in layers])
+        for name in ("weight", "alpha", "beta")
     )
     return weight, alpha.requires_grad_(), beta.requires_grad_()
 
@@ -286,7 +291,9 @@ def test_the_weight_of_a_stack_is_the_definition_expert_by_expert(base, blocks):
     torch.testing.assert_close(got, wanted, rtol=EXACT, atol=EXACT)
     dy = torch.randn_like(weight)
     for a, b in zip(
-        torch.autograd.grad(got, [alpha, beta], dy), torch.autograd.grad(wanted, [alpha, beta], dy), strict=True
+        torch.autograd.grad(got, [alpha, beta], dy),
+        torch.autograd.grad(wanted, [alpha, beta], dy),
+        strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=EXACT, atol=EXACT)
 

@@ -4,9 +4,7 @@ import torch
 from torch import Tensor
 
 
-@torch.library.custom_op(
-    "spp_fx::dropout_seed", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
-)
+@torch.library.custom_op("spp_fx::dropout_seed", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def dropout_seed(p: float) -> Tensor:
     """A seed drawn from torch's own generator: (), int64, on the CPU; 0 and no draw if nothing is dropped."""
     if p == 0:

@@ -94,7 +94,11 @@ def _(
     scale: float,
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(alpha), torch.empty_like(beta)
+    return (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device),
+        torch.empty_like(alpha),
+        torch.empty_like(beta),
+    )
 
 
 def _setup(ctx, inputs, output) -> None:  # pyright: ignore[reportMissingParameterType]

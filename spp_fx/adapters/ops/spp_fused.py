@@ -40,7 +40,9 @@ def multiplier(alpha: Tensor, beta: Tensor, start: int, stop: int, scale: float)
     return (alpha[first:last].unsqueeze(1) * column).view(stop - start, -1)
 
 
-def update_rows(w: Tensor, alpha: Tensor, beta: Tensor, start: int, stop: int, scale: float, base: float) -> Tensor:
+def update_rows(
+    w: Tensor, alpha: Tensor, beta: Tensor, start: int, stop: int, scale: float, base: float
+) -> Tensor:
     """Rows start..stop of base * W + s * W * beta * repeat(alpha), rounded once to W's dtype."""
     factor = multiplier(alpha, beta, start, stop, scale)
     if base:

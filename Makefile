@@ -1,0 +1,44 @@
+# Every target sets up what it needs: `make demo` and `make test` work on a fresh clone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# Tests and checks never reach for a network.
+export HF_HUB_OFFLINE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test install check bench clean help
+
+help:
+	@echo "make demo     the whole way on a small model, a few minutes on two cores"
+	@echo "make test     the test suite"
+	@echo "make check    lint, format, types, layers"
+	@echo "make bench    benchmarks, JSON on stdout"
+	@echo "make install  only the environment, in $(VENV)"
+
+demo: install
+	$(BIN)/spp-fx demo
+
+test: install
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+install: $(READY)
+
+# The pinned torch comes first: left to the resolver, another package's range would choose the build.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+bench: install
+	@for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info
