@@ -269,6 +269,7 @@ def inject_command(output: Output, model: str, **options: Any) -> None:
 @click.option("--lr", type=float, help="Peak learning rate. Default: 4e-3 * sqrt(4096 / inputs).")
 @click.option("--batch-size", default=16, show_default=True, help="Windows per step and device.")
 @click.option("--seq-len", type=int, help="Tokens per window. Default: 512, or what the model has.")
+@click.option("--teacher", help="Model folder whose predictions are learned, such as the dense model.")
 @click.option("--save-steps", type=int, help="Steps between checkpoints. Default: none.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in ADAPTER.")
 @click.option("--seed", default=0, show_default=True, help="Of data order and dropout.")
@@ -292,6 +293,7 @@ def train_command(output: Output, adapter: Path, **options: Any) -> None:
             options["data"],
             TrainSettings(**{name: options[name] for name in names}),
             eval_data=options["eval_data"],
+            teacher=_model(options["teacher"]) if options["teacher"] else None,
             base=options["base"],
             trust_remote_code=options["trust_remote_code"],
             callbacks=[ProgressCallback(bar.update)],

@@ -1,6 +1,5 @@
 """Text as training and evaluation windows."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,6 +10,9 @@ from spp_fx.errors import UsageError
 
 SEPARATOR = "<|endoftext|>"
 """A line that holds only this ends a document; without any, the file is one document."""
+
+GOLDEN = 0.6180339887498949
+"""Multiples of it, modulo 1, spread evenly however many there are."""
 
 
 def read_documents(path: Path) -> list[str]:
@@ -43,37 +45,49 @@ def encode(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> Tensor:
     return torch.tensor(tokens, dtype=torch.int64)
 
 
-@dataclass(frozen=True)
 class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Consecutive windows of a row of tokens, for a causal language model.
+    """Consecutive windows of a row of tokens, cut at another place in every epoch.
 
-    Attributes:
-        tokens: (windows, length) int64.
+    A text that is seen several times is learned by heart more slowly when its windows begin elsewhere each
+    time. The cut is a function of the epoch, so a resumed run sees what an uninterrupted one would.
+
+    Args:
+        tokens: (tokens,) int64, at least one window.
+        length: tokens per window.
     """
 
-    tokens: Tensor
+    def __init__(self, tokens: Tensor, length: int) -> None:
+        self.tokens = tokens
+        self.length = length
+        self.shift = 0
+
+    def cut(self, epoch: int) -> None:
+        """Choose where the windows of an epoch begin."""
+        room = self.tokens.numel() - len(self) * self.length
+        self.shift = int(epoch * GOLDEN * self.length) % self.length if room >= self.length else 0
 
     def __len__(self) -> int:
-        return self.tokens.shape[0]
+        whole = self.tokens.numel() // self.length
+        return max(1, whole - 1)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        ids = self.tokens[index]
+        start = self.shift + index * self.length
+        ids = self.tokens[start : start + self.length]
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
-def full_windows(path: Path, tokenizer: PreTrainedTokenizerBase, length: int) -> Windows:
-    """The whole windows of a text; what is left over at the end is dropped.
+def training_windows(path: Path, tokenizer: PreTrainedTokenizerBase, length: int) -> Windows:
+    """The windows of a text to train on.
 
     Raises:
         UsageError: the text fills no window.
     """
     tokens = encode(tokenizer, read_documents(path))
-    count = tokens.numel() // length
-    if count == 0:
+    if tokens.numel() < length:
         raise UsageError(
             f"{path}: its {tokens.numel()} tokens fill no window of {length}; use more text or a smaller --seq-len"
         )
-    return Windows(tokens[: count * length].view(count, length))
+    return Windows(tokens, length)
 
 
 def all_windows(path: Path, tokenizer: PreTrainedTokenizerBase, length: int) -> list[Tensor]:

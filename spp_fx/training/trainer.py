@@ -11,6 +11,8 @@ from transformers import Trainer, TrainerCallback
 
 from spp_fx.errors import FormatError
 from spp_fx.ir.program import Program
+from spp_fx.training.data import Windows
+from spp_fx.training.distill import distillation_loss
 from spp_fx.training.state import OPTIMIZER, RANDOM, load_state, random_state, save_state, set_random_state
 
 FACTORS = "adapter_model.safetensors"
@@ -35,11 +37,36 @@ class AdapterTrainer(Trainer):
 
     Args:
         factors: the trainable parameters, under the names that the adapter folder gives them.
+        teacher: a program whose distribution is learned instead of the labels; None learns the labels.
     """
 
-    def __init__(self, *, model: Program, factors: dict[str, nn.Parameter], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        model: Program,
+        factors: dict[str, nn.Parameter],
+        teacher: Program | None = None,
+        **kwargs: Any,
+    ) -> None:
         self.factors = factors
+        self.teacher = teacher
         super().__init__(model=model, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        if self.teacher is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        output = model(ids, mask)
+        with torch.no_grad():
+            taught = self.teacher(ids, mask).logits
+        loss = distillation_loss(output.logits, taught, inputs["labels"])
+        return (loss, output) if return_outputs else loss
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or cast(str, self.args.output_dir))
@@ -72,14 +99,11 @@ class AdapterTrainer(Trainer):
             set_random_state(load_state(Path(checkpoint), f"{RANDOM}_{self.args.process_index}"))
 
 
-class StopOnNonFinite(TrainerCallback):
-    """End training with an error at the first loss that is not finite."""
+class CutEachEpoch(TrainerCallback):
+    """Cuts the training windows anew at the start of every epoch."""
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
-    ) -> None:
-        loss = (logs or {}).get("loss")
-        if isinstance(loss, float) and loss != loss:
-            raise FormatError(
-                f"the loss became NaN before step {state.global_step}; train again with a lower --lr"
-            )
+    def __init__(self, windows: Windows) -> None:
+        self.windows = windows
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.windows.cut(int(state.epoch or 0))

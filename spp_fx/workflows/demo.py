@@ -92,7 +92,9 @@ def demo(out: Path | None, screen: Screen) -> DemoResult:
         pruned = _perplexity(sparse, text.valid, screen)
         screen.say("$ spp-fx inject model-2of4 --rank 16")
         inject(sparse, adapter)
-        screen.say(f"$ spp-fx train model-2of4-spp --data train.txt --steps {ADAPTER_STEPS} --seq-len {WINDOW}")
+        screen.say(
+            f"$ spp-fx train model-2of4-spp --data train.txt --steps {ADAPTER_STEPS} --seq-len {WINDOW}"
+        )
         with screen.steps_bar("training adapter") as bar:
             settings = TrainSettings(steps=ADAPTER_STEPS, seq_len=WINDOW)
             train(adapter, text.train, settings, callbacks=[ProgressCallback(_updates(bar))])

@@ -16,10 +16,10 @@ from transformers import (
     set_seed,
 )
 
-from spp_fx.training.data import SEPARATOR, full_windows
+from spp_fx.training.data import SEPARATOR, training_windows
 from spp_fx.training.progress import ProgressCallback
 
-BOS, EOS = "<|bos|>", "<|eos|>"
+BOS, EOS = SPECIAL = "<|bos|>", "<|eos|>"
 VOCABULARY = 2048
 WINDOW = 128
 HELD_OUT = 10
@@ -40,7 +40,9 @@ def write_text(folder: Path) -> DemoText:
     text = DemoText(folder / "train.txt", folder / "valid.txt")
     valid = names[HELD_OUT // 2 :: HELD_OUT]
     for path, chosen in ((text.train, [n for n in names if n not in valid]), (text.valid, valid)):
-        path.write_text(f"\n{SEPARATOR}\n".join(topics[name].strip() for name in chosen) + "\n", encoding="utf-8")
+        path.write_text(
+            f"\n{SEPARATOR}\n".join(topics[name].strip() for name in chosen) + "\n", encoding="utf-8"
+        )
     return text
 
 
@@ -51,7 +53,7 @@ def train_tokenizer(text: Path) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
-        special_tokens=[BOS, EOS],
+        special_tokens=list(SPECIAL),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -84,8 +86,8 @@ def train_model(
         num_key_value_heads=4,
         max_position_embeddings=512,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=SPECIAL.index(BOS),
+        eos_token_id=SPECIAL.index(EOS),
     )
     model = LlamaForCausalLM(config)
     arguments = TrainingArguments(
@@ -108,7 +110,7 @@ def train_model(
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=full_windows(text, tokenizer, WINDOW),
+        train_dataset=training_windows(text, tokenizer, WINDOW),
         callbacks=[ProgressCallback(update)],
     )
     for callback in list(trainer.callback_handler.callbacks):

@@ -13,9 +13,10 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from spp_fx.checkpoint import atomic_file
 from spp_fx.errors import SppFxError, UsageError
-from spp_fx.training.data import Windows, all_windows, check_vocabulary, full_windows
+from spp_fx.ir.program import Program
+from spp_fx.training.data import Windows, all_windows, check_vocabulary, training_windows
 from spp_fx.training.perplexity import Perplexity, perplexity
-from spp_fx.training.trainer import AdapterTrainer
+from spp_fx.training.trainer import AdapterTrainer, CutEachEpoch
 from spp_fx.workflows.adapter_folder import FACTORS, AdapterFolder, write_factors
 from spp_fx.workflows.load import Loaded, load_program, load_tokenizer, window_length
 
@@ -83,6 +84,7 @@ def train(
     settings: TrainSettings,
     *,
     eval_data: Path | None = None,
+    teacher: Path | None = None,
     base: Path | None = None,
     trust_remote_code: bool = False,
     callbacks: list[TrainerCallback] | None = None,
@@ -90,7 +92,8 @@ def train(
     """Train an adapter folder on a text file and write the factors back into it, whole or not at all.
 
     Checkpoints (`checkpoint-N`) go into the adapter folder; a run that was stopped goes on with `resume`,
-    to the same factors it would have reached.
+    to the same factors it would have reached. With a `teacher` (the dense model, say) its distribution is
+    learned instead of the text's own tokens.
 
     Raises:
         UsageError: settings or data that cannot be used, nothing to resume.
@@ -103,13 +106,14 @@ def train(
     program = loaded.program
     tokenizer = load_tokenizer(loaded.model, trust_remote_code=trust_remote_code)
     length = window_length(program, settings.seq_len)
-    windows = full_windows(data, tokenizer, length)
+    windows = training_windows(data, tokenizer, length)
     check_vocabulary(windows.tokens, program.config.vocab_size, data)
     held_out = all_windows(eval_data, tokenizer, length) if eval_data else None
     lr = default_rate(loaded) if settings.lr is None else settings.lr
     checkpoint = _checkpoint(adapter, settings)
     before = _evaluate(loaded, held_out)
-    trainer = _trainer(adapter, loaded, windows, settings, lr, callbacks or [])
+    guide = _teacher(teacher, program, trust_remote_code) if teacher else None
+    trainer = _trainer(adapter, loaded, windows, settings, lr, callbacks or [], guide)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     broken = [name for name, value in loaded.factors.items() if not bool(value.isfinite().all())]
     if broken or result.training_loss != result.training_loss:
@@ -169,6 +173,16 @@ def _checkpoint(adapter: Path, settings: TrainSettings) -> str | None:
     return None
 
 
+def _teacher(path: Path, student: Program, trust_remote_code: bool) -> Program:
+    teacher = load_program(path, trust_remote_code=trust_remote_code).program.eval()
+    if teacher.config.vocab_size != student.config.vocab_size:
+        raise UsageError(
+            f"{path}: its vocabulary has {teacher.config.vocab_size} tokens, the student's "
+            f"{student.config.vocab_size}; a teacher must share the tokenizer"
+        )
+    return teacher.requires_grad_(False)
+
+
 def _evaluate(loaded: Loaded, windows: list[torch.Tensor] | None) -> Perplexity | None:
     if windows is None:
         return None
@@ -183,6 +197,7 @@ def _trainer(
     settings: TrainSettings,
     lr: float,
     callbacks: list[TrainerCallback],
+    teacher: Program | None,
 ) -> AdapterTrainer:
     set_seed(settings.seed)
     arguments = TrainingArguments(
@@ -209,9 +224,10 @@ def _trainer(
     trainer = AdapterTrainer(
         model=loaded.program,
         factors=loaded.factors,
+        teacher=teacher,
         args=arguments,
         train_dataset=windows,
-        callbacks=callbacks,
+        callbacks=[CutEachEpoch(windows), *callbacks],
     )
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
