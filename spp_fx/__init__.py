@@ -1,3 +1,81 @@
-"""spp-fx: train pruned models without moving a zero, fold, prove and export them."""
+"""spp-fx: train pruned language models without moving a zero, fold, prove and export them.
+
+    import spp_fx
+
+    program = spp_fx.trace("my-sparse-model")
+    spp_fx.run_pipeline(program, spp_fx.parse_pipeline("canonicalize,match,inject{rank=16},lower{kernel=fused}"))
+    loss = program(input_ids, labels=input_ids).loss
+
+The functions behind the command line's verbs are here under the same names.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spp_fx.errors import SppFxError
+    from spp_fx.ir.printer import print_program
+    from spp_fx.ir.program import Program
+    from spp_fx.ir.trace import trace
+    from spp_fx.passes import parse_pipeline, print_pipeline, run_pipeline
+    from spp_fx.workflows.evaluate import evaluate
+    from spp_fx.workflows.export import ExportSettings, export
+    from spp_fx.workflows.inject import inject
+    from spp_fx.workflows.inspect import inspect
+    from spp_fx.workflows.load import load_program
+    from spp_fx.workflows.merge import merge
+    from spp_fx.workflows.prune import prune
+    from spp_fx.workflows.train import TrainSettings, train
+    from spp_fx.workflows.verify import verify
 
 __version__ = "0.1.0"
+
+# Imported on first use: torch and transformers take seconds that `spp-fx --help` need not wait for.
+_HOMES = {
+    "ExportSettings": "spp_fx.workflows.export",
+    "Program": "spp_fx.ir.program",
+    "SppFxError": "spp_fx.errors",
+    "TrainSettings": "spp_fx.workflows.train",
+    "evaluate": "spp_fx.workflows.evaluate",
+    "export": "spp_fx.workflows.export",
+    "inject": "spp_fx.workflows.inject",
+    "inspect": "spp_fx.workflows.inspect",
+    "load_program": "spp_fx.workflows.load",
+    "merge": "spp_fx.workflows.merge",
+    "parse_pipeline": "spp_fx.passes",
+    "print_pipeline": "spp_fx.passes",
+    "print_program": "spp_fx.ir.printer",
+    "prune": "spp_fx.workflows.prune",
+    "run_pipeline": "spp_fx.passes",
+    "trace": "spp_fx.ir.trace",
+    "train": "spp_fx.workflows.train",
+    "verify": "spp_fx.workflows.verify",
+}
+
+__all__ = [
+    "ExportSettings",
+    "Program",
+    "SppFxError",
+    "TrainSettings",
+    "__version__",
+    "evaluate",
+    "export",
+    "inject",
+    "inspect",
+    "load_program",
+    "merge",
+    "parse_pipeline",
+    "print_pipeline",
+    "print_program",
+    "prune",
+    "run_pipeline",
+    "trace",
+    "train",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'spp_fx' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)
