@@ -1,0 +1,29 @@
+"""Exporters: one format a file, each a writer and a reader."""
+
+from spp_fx.exporters import cusparselt, onnx, plain
+from spp_fx.exporters.registry import (
+    FORMATS,
+    ExportSettings,
+    Format,
+    Say,
+    Tick,
+    Weights,
+    find_format,
+    register,
+)
+from spp_fx.exporters.source import Source
+
+__all__ = [
+    "FORMATS",
+    "ExportSettings",
+    "Format",
+    "Say",
+    "Source",
+    "Tick",
+    "Weights",
+    "cusparselt",
+    "find_format",
+    "onnx",
+    "plain",
+    "register",
+]

@@ -1,19 +1,16 @@
 """Anything that verify reads, as named weights whose zeros can be looked at."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from spp_fx.checkpoint import ModelFolder, Shard
 from spp_fx.errors import UsageError
-from spp_fx.exporters import cusparselt
-from spp_fx.exporters.manifest import MANIFEST, Manifest, read_manifest
-from spp_fx.exporters.onnx_sparse import SparseInitializer, load_sparse_masks
+from spp_fx.exporters import Weights, find_format
+from spp_fx.exporters.manifest import MANIFEST, read_manifest
+from spp_fx.exporters.onnx import read_graph
 from spp_fx.passes import Match
-from spp_fx.sparsity import LOCK_NAME, Lock, PackedMask, Scan, load_lock, scan_file, scan_tensor
+from spp_fx.sparsity import LOCK_NAME, Lock, Scan, load_lock, scan_file, scan_tensor
 from spp_fx.workflows.adapter_folder import CONFIG, AdapterFolder
 from spp_fx.workflows.survey import choose, survey, tensors_of
 
@@ -23,26 +20,21 @@ NO_SITE = ("embed", "lm_head", "wte", "wpe", "norm")
 
 @dataclass(frozen=True)
 class Artifact:
-    """Named weights, looked at one by one.
+    """Weights with the lock that came with them, if any.
 
     Attributes:
         path: what was opened.
         kind: model, adapter, safetensors, onnx, cusparselt, ...
-        names: its weights.
-        scan: look at a weight, given its name and whether it is stored (in, out).
-        file: the name of the file that holds a weight.
-        lock: the lock that came with it, if any.
-        sites: the weights that must be sparse where no lock says so: name -> stored (in, out)?
-            Found on demand, since a model has to be traced for it.
     """
 
     path: Path
     kind: str
-    names: frozenset[str]
-    scan: Callable[[str, bool], Scan]
-    file: Callable[[str], str]
+    weights: Weights
     lock: Lock | None
-    sites: Callable[[], Mapping[str, bool]] = field(repr=False)
+
+    @property
+    def names(self) -> frozenset[str]:
+        return self.weights.names
 
 
 def open_artifact(path: Path) -> Artifact:
@@ -53,7 +45,7 @@ def open_artifact(path: Path) -> Artifact:
         FormatError: a file of it is damaged.
     """
     if path.suffix == ".onnx":
-        return _onnx(path, "onnx", _lock_beside(path.parent))
+        return _onnx(path)
     if path.suffix == ".safetensors":
         return _safetensors(path)
     if (path / MANIFEST).is_file():
@@ -75,7 +67,7 @@ def _lock_beside(folder: Path) -> Lock | None:
     return load_lock(path) if path.is_file() else None
 
 
-def _model(path: Path, kind: str = "model") -> Artifact:
+def _model(path: Path) -> Artifact:
     folder = ModelFolder.open(path)
 
     def scan(name: str, transposed: bool) -> Scan:
@@ -91,7 +83,7 @@ def _model(path: Path, kind: str = "model") -> Artifact:
     def file(name: str) -> str:
         return folder.info(name)[0].name
 
-    return Artifact(path, kind, frozenset(folder.names), scan, file, _lock_beside(path), sites)
+    return Artifact(path, "model", Weights(frozenset(folder.names), scan, file, sites), _lock_beside(path))
 
 
 def _adapter(path: Path) -> Artifact:
@@ -102,7 +94,7 @@ def _adapter(path: Path) -> Artifact:
         if where is not None:
             raise UsageError(f"{adapter.shard.path}: the factor {name} holds NaN or infinity; train it again")
     base = _model(adapter.find_base())
-    return Artifact(path, "adapter", base.names, base.scan, base.file, adapter.lock, base.sites)
+    return Artifact(path, "adapter", base.weights, adapter.lock)
 
 
 def _safetensors(path: Path) -> Artifact:
@@ -114,7 +106,7 @@ def _safetensors(path: Path) -> Artifact:
 
     def sites() -> Mapping[str, bool]:
         if (path.parent / "config.json").is_file():
-            known = _model(path.parent).sites()
+            known = _model(path.parent).weights.sites()
             return {name: transposed for name, transposed in known.items() if name in shard.header.tensors}
         return {
             name: False
@@ -122,10 +114,8 @@ def _safetensors(path: Path) -> Artifact:
             if len(info.shape) == 2 and info.dtype in ("F64", "F32", "F16", "BF16") and _looks_like_site(name)
         }
 
-    lock = _lock_beside(path.parent)
-    return Artifact(
-        path, "safetensors", frozenset(shard.header.tensors), scan, lambda _: path.name, lock, sites
-    )
+    weights = Weights(frozenset(shard.header.tensors), scan, lambda _: path.name, sites)
+    return Artifact(path, "safetensors", weights, _lock_beside(path.parent))
 
 
 def _looks_like_site(name: str) -> bool:
@@ -134,70 +124,16 @@ def _looks_like_site(name: str) -> bool:
 
 def _export(path: Path) -> Artifact:
     manifest = read_manifest(path)
-    if manifest.format == "safetensors":
-        return _model(path)
-    if manifest.format == "cusparselt":
-        return _cusparselt(path, manifest)
-    if manifest.format == "onnx":
-        return _onnx(path / "model.onnx", "onnx", _lock_beside(path))
-    raise UsageError(f"{path / MANIFEST}: this release does not read the format '{manifest.format}'")
+    return Artifact(
+        path, manifest.format, find_format(manifest.format).read(path, manifest), _lock_beside(path)
+    )
 
 
-def _cusparselt(path: Path, manifest: Manifest) -> Artifact:
-    shard = Shard.open(path / cusparselt.WEIGHTS)
-    sm = cusparselt.sm_of(manifest)
-    records = {record.name: record for record in manifest.tensors}
-
-    def scan(name: str, transposed: bool) -> Scan:
-        record = records[name]
-        if record.layout != cusparselt.DENSE:
-            return scan_tensor(cusparselt.read_weight(shard, record, sm))
-        info = shard.info(name)
-        return scan_file(shard.path, info.start, info.shape, info.dtype, transposed=record.transposed)
-
-    def sites() -> Mapping[str, bool]:
-        return {name: record.transposed for name, record in records.items()}
-
-    lock = _lock_beside(path)
-    return Artifact(path, "cusparselt", frozenset(records), scan, lambda _: shard.name, lock, sites)
-
-
-def _onnx(path: Path, kind: str, lock: Lock | None) -> Artifact:
-    """Weights of a graph; each is read once, its mask kept."""
-    masks: dict[str, Scan] = {}
-    sparse: set[str] = set()
-    for found in load_sparse_masks(path):
-        if isinstance(found, SparseInitializer):
-            sparse.add(found.name)
-            values = torch.from_numpy(found.values.astype("float32"))
-            finite = scan_tensor(values.reshape(1, -1))
-            masks[found.name] = Scan(
-                PackedMask.from_bool(found.mask()), finite.non_finite, finite.first_non_finite
-            )
-        else:
-            masks[found.name] = scan_tensor(_tensor(found.array))
-
-    def scan(name: str, transposed: bool) -> Scan:
-        if not transposed:
-            return masks[name]
-        stored = masks[name]
-        mask = PackedMask.from_bool(stored.mask.to_bool().swapaxes(-1, -2))
-        return Scan(mask, stored.non_finite, stored.first_non_finite)
-
-    def sites() -> Mapping[str, bool]:
-        return dict.fromkeys(sparse, False)
-
-    return Artifact(path, kind, frozenset(masks), scan, lambda _: path.name, lock, sites)
-
-
-def _tensor(array: object) -> Tensor:
-    try:
-        return torch.from_numpy(array)  # type: ignore[arg-type]
-    except TypeError:  # bfloat16, which numpy has only through ml_dtypes
-        return torch.from_numpy(array.astype("float32"))  # type: ignore[attr-defined]
+def _onnx(path: Path) -> Artifact:
+    return Artifact(path, "onnx", read_graph(path), _lock_beside(path.parent))
 
 
 def each(artifact: Artifact, sites: Mapping[str, bool]) -> Iterator[tuple[str, Scan | None]]:
     """Every site with its scan, None where the artifact has no such weight."""
     for name, transposed in sites.items():
-        yield name, artifact.scan(name, transposed) if name in artifact.names else None
+        yield name, artifact.weights.scan(name, transposed) if name in artifact.names else None

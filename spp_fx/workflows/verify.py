@@ -119,7 +119,7 @@ def verify(
     sites = (
         {entry.name: entry.transposed for entry in held.sites}
         if held
-        else dict(sorted(artifact.sites().items()))
+        else dict(sorted(artifact.weights.sites().items()))
     )
     if not sites:
         raise SppFxError(f"{path}: it has no weight that could be verified")
@@ -160,7 +160,7 @@ def _judge(
         return SiteVerdict(
             name, shape, 0, 0.0, 0, None, None, None, f"{artifact.path} has no such weight", ""
         )
-    mask, file = scan.mask, artifact.file(name)
+    mask, file = scan.mask, artifact.weights.file(name)
     reasons: list[str] = []
     if scan.first_non_finite is not None:
         reasons.append(
@@ -171,7 +171,7 @@ def _judge(
     new: int | None = None
     if other is not None:
         if name in other.names:
-            theirs = other.scan(name, transposed).mask
+            theirs = other.weights.scan(name, transposed).mask
             equal, lost, new = _exact(theirs, mask, f"in {other.path}", reasons)
         else:
             equal = False

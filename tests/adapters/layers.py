@@ -54,7 +54,7 @@ def run(execution: str, layer: Layer, seed: Tensor | None = None, dropout: float
 
 
 def linear_program(weight: Tensor, bias: Tensor | None) -> Program:
-    """A program that is one linear layer: root(x) = x weight^T + bias."""
+    """A program that is one linear layer called `layer`: root(x) = x weight^T + bias."""
     module = nn.Module()
     module.weight = nn.Parameter(weight, requires_grad=False)
     graph = fx.Graph()
@@ -63,7 +63,11 @@ def linear_program(weight: Tensor, bias: Tensor | None) -> Program:
         module.bias = nn.Parameter(bias, requires_grad=False)
         operands.append(graph.get_attr("bias"))
     graph.output(graph.call_function(torch.ops.aten.linear.default, tuple(operands)))
-    return Program(fx.GraphModule(module, graph), PretrainedConfig(), lambda **_: None, {}, None)
+    outer = nn.Module()
+    outer.layer = fx.GraphModule(module, graph)
+    calls = fx.Graph()
+    calls.output(calls.call_module("layer", (calls.placeholder("x"),)))
+    return Program(fx.GraphModule(outer, calls), PretrainedConfig(), lambda **_: None, {}, None)
 
 
 def lowered(layer: Layer, with_dropout: bool):
@@ -72,22 +76,20 @@ def lowered(layer: Layer, with_dropout: bool):
     program = linear_program(layer.weight.detach(), bias)
     rate = 0.5 if with_dropout else 0.0
     inject = Inject(rank=layer.alpha.shape[0], scale=SCALE, dropout=rate)
-    passes = [Canonicalize(), Match(targets=("weight",), dense=True), inject, Lower(kernel="reference")]
+    passes = [Canonicalize(), Match(targets=("layer",), dense=True), inject, Lower(kernel="reference")]
     run_pipeline(program, passes)
-    graph = program.root.graph
-    targets = {str(node.target) for node in graph.nodes if node.op == "call_function"}
+    module = program.get_submodule("layer")
+    targets = {str(node.target) for node in module.graph.nodes}
     assert not any("spp_linear" in target for target in targets), targets
     own = {
         "weight": layer.weight,
-        "weight_spp_alpha": layer.alpha,
         "spp_alpha": layer.alpha,
-        "weight_spp_beta": layer.beta,
         "spp_beta": layer.beta,
         "bias": layer.bias,
     }
 
     def call(x: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
-        return _Feed(program.root, own, seed, dropout).run(x)
+        return _Feed(module, own, seed, dropout).run(x)
 
     return call
 

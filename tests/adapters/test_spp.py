@@ -306,7 +306,9 @@ def test_the_weight_of_a_transposed_stack_is_the_same(blocks):
     dy = torch.randn_like(weight).transpose(1, 2).contiguous().transpose(1, 2)
     assert all(
         torch.equal(p, q)
-        for p, q in zip(torch.autograd.grad(a, [alpha, beta], dy), torch.autograd.grad(b, [alpha, beta], dy))
+        for p, q in zip(
+            torch.autograd.grad(a, [alpha, beta], dy), torch.autograd.grad(b, [alpha, beta], dy), strict=True
+        )
     )
 
 

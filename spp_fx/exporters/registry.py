@@ -1,0 +1,82 @@
+"""What an export format is: a writer, a reader that shares no code with it, and a name."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Literal
+
+from spp_fx.errors import UsageError
+from spp_fx.exporters.manifest import Manifest
+from spp_fx.exporters.source import Source
+from spp_fx.sparsity import Scan
+
+Tick = Callable[[str, int], None]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """Options of the formats.
+
+    Attributes:
+        sm: GPU generation of a cusparselt pack, 80 or 90.
+        dtype: float16 or bfloat16 to round the weights of a cusparselt export to; None keeps theirs.
+        indices: index type of onnx.
+    """
+
+    sm: int = 80
+    dtype: str | None = None
+    indices: Literal["smallest", "int64"] = "smallest"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of something written, looked at one by one.
+
+    Attributes:
+        names: its weights.
+        scan: look at a weight, given its name and whether its site is stored (in, out).
+        file: the name of the file that holds a weight.
+        sites: the weights that must be sparse where no lock says so: name -> stored (in, out)?
+    """
+
+    names: frozenset[str]
+    scan: Callable[[str, bool], Scan]
+    file: Callable[[str], str]
+    sites: Callable[[], Mapping[str, bool]]
+
+
+@dataclass(frozen=True)
+class Format:
+    """One export format.
+
+    Attributes:
+        name: as `--format` and the manifest spell it.
+        write: writes all files, lock and manifest of an export into an empty folder and compares what it
+            can; returns what it checked. Called with source, folder, settings, tick, say.
+        read: the weights of such a folder, from its files.
+    """
+
+    name: str
+    write: Callable[[Source, Path, ExportSettings, Tick, Say], dict[str, Any]]
+    read: Callable[[Path, Manifest], Weights]
+
+
+FORMATS: dict[str, Format] = {}
+
+
+def register(format: Format) -> Format:
+    """Make a format known; packages of others use the entry point group `spp_fx.formats`."""
+    FORMATS[format.name] = format
+    return format
+
+
+def find_format(name: str) -> Format:
+    """A format by name; UsageError lists what is known."""
+    if name not in FORMATS:
+        for entry in entry_points(group="spp_fx.formats"):
+            entry.load()
+    if name not in FORMATS:
+        raise UsageError(f"unknown export format '{name}'; known: {', '.join(sorted(FORMATS))}")
+    return FORMATS[name]

@@ -1,0 +1,186 @@
+"""Pipelines: spelt, read back, refused where they are wrong, run with their conditions."""
+
+import string
+from dataclasses import dataclass, fields
+from typing import get_type_hints
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spp_fx.errors import PostconditionError, PreconditionError, UsageError
+from spp_fx.passes import (
+    PASSES,
+    Canonicalize,
+    Inject,
+    Match,
+    Pass,
+    PassReport,
+    parse_pipeline,
+    print_pipeline,
+    register,
+    run_pipeline,
+)
+from tests.adapters.layers import linear_program
+
+WORD = st.text(string.ascii_letters + string.digits + "_.*?[]:%-", min_size=1, max_size=12)
+VALUES = {
+    str: WORD,
+    int: st.integers(),
+    float: st.floats(allow_nan=False),
+    bool: st.booleans(),
+    tuple[str, ...]: st.lists(WORD, max_size=3).map(tuple),
+}
+
+
+def passes_of(cls: type[Pass]) -> st.SearchStrategy[Pass]:
+    types = get_type_hints(cls)
+    return st.builds(cls, **{field.name: VALUES[types[field.name]] for field in fields(cls)})
+
+
+@pytest.fixture
+def small():
+    return linear_program(torch.tensor([[1.0, 0.0, 0.0, 2.0]]), None)
+
+
+@pytest.fixture
+def registered():
+    """Registers a pass for one test."""
+    added = []
+
+    def add(name: str):
+        added.append(name)
+        return register(name)
+
+    yield add
+    for name in added:
+        del PASSES[name]
+
+
+@given(
+    st.lists(st.sampled_from(sorted(PASSES)).flatmap(lambda n: passes_of(PASSES[n])), min_size=1, max_size=4)
+)
+def test_parsing_a_printed_pipeline_gives_the_pipeline(passes):
+    assert parse_pipeline(print_pipeline(passes)) == passes
+
+
+def test_a_comma_without_an_option_continues_the_list_before_it():
+    assert parse_pipeline("match{targets=q_proj,v_proj,dense=true},inject{rank=8}") == [
+        Match(targets=("q_proj", "v_proj"), dense=True),
+        Inject(rank=8),
+    ]
+
+
+def test_blanks_between_words_mean_nothing():
+    assert parse_pipeline(" canonicalize , match{ targets = a , b } ") == [
+        Canonicalize(),
+        Match(targets=("a", "b")),
+    ]
+
+
+def test_options_at_their_defaults_are_not_printed():
+    assert print_pipeline([Match(), Inject(scale=2.0, rank=8)]) == "match,inject{rank=8}"
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("", "a pass is missing"),
+        ("   ", "a pass is missing|character 0"),
+        ("match,", "a pass is missing"),
+        (",match", "character 0"),
+        ("match,,inject", "character 6"),
+        ("match inject", "character 0"),
+        ("canonicalize,match{targets=a", "'match{targets=a' at character 13"),
+        ("match}", "character 0"),
+        ("match{targets={a}}", "character 0"),
+        ("Match", "character 0"),
+        ("nosuch", "unknown pass 'nosuch'; known: .*canonicalize.*verify"),
+        ("match{nosuch=1}", "match: unknown option 'nosuch'; known: dense, targets"),
+        ("canonicalize{a=1}", "canonicalize: unknown option 'a'; known: none"),
+        ("match{q_proj}", "match: 'q_proj' is no option"),
+        ("inject{rank=many}", "inject: option rank takes int, got 'many'"),
+        ("inject{rank=1,2}", "inject: option rank takes int, got '1,2'"),
+        ("inject{rank=}", "inject: option rank takes int, got ''"),
+        ("inject{scale=two}", "inject: option scale takes float, got 'two'"),
+        ("match{dense=perhaps}", "match: option dense takes bool, got 'perhaps'"),
+        ("inject{rank=1,rank=2}", "inject: option 'rank' is given twice"),
+    ],
+)
+def test_a_wrong_spelling_is_a_usage_error_that_says_where(text, where):
+    with pytest.raises(UsageError, match=where):
+        parse_pipeline(text)
+
+
+@pytest.mark.parametrize("target", ["a,b", "a=b", "{", "}"])
+def test_a_value_that_cannot_be_read_back_is_not_printed(target):
+    with pytest.raises(UsageError, match="cannot be spelt"):
+        print_pipeline([Match(targets=(target,))])
+
+
+@pytest.mark.parametrize("text", ["match", "inject", "lower", "fold", "verify"])
+def test_a_pass_refuses_a_program_that_is_not_ready_for_it(small, text):
+    with pytest.raises(PreconditionError, match=rf"{text}: .*passes that ran before: none"):
+        run_pipeline(small, parse_pipeline(text))
+
+
+def test_a_failed_condition_names_the_passes_that_ran_before(small):
+    passes = parse_pipeline("canonicalize,match{targets=weight},lower")
+    with pytest.raises(PreconditionError, match=r"before: canonicalize, match\{targets=weight\}\)"):
+        run_pipeline(small, passes)
+
+
+def test_a_broken_promise_is_raised_and_not_recorded_as_run(small, registered):
+    @registered("promises")
+    @dataclass(frozen=True)
+    class Promises(Pass):
+        def apply(self, program):
+            return PassReport()
+
+        def ensures(self, program):
+            raise PostconditionError("promises: broken")
+
+    with pytest.raises(PostconditionError, match="promises: broken"):
+        run_pipeline(small, parse_pipeline("canonicalize,promises"))
+    assert small.history == ["canonicalize"]
+
+
+def test_reports_reach_the_callback_in_order(small):
+    seen = []
+    passes = parse_pipeline("canonicalize,match{targets=weight}")
+    reports = run_pipeline(small, passes, after=lambda item, report: seen.append((item, report)))
+    assert [item for item, _ in seen] == passes
+    assert [report for _, report in seen] == list(reports.values())
+
+
+def test_a_pass_run_twice_keeps_both_reports(small, registered):
+    @registered("count")
+    @dataclass(frozen=True)
+    class Count(Pass):
+        def apply(self, program):
+            return PassReport(changed={"runs": str(len(program.history))})
+
+    seen = []
+    run_pipeline(small, parse_pipeline("count,count"), after=lambda _, report: seen.append(report))
+    assert [report.changed["runs"] for report in seen] == ["0", "1"]
+    assert small.history == ["count", "count"]
+
+
+def test_a_pass_needs_one_registration_to_be_read_printed_and_run(small, registered):
+    @registered("negate")
+    @dataclass(frozen=True)
+    class Negate(Pass):
+        times: int = 1
+        names: tuple[str, ...] = ()
+
+        def apply(self, program):
+            for name in self.names:
+                program.weight(name).data *= (-1) ** self.times
+            return PassReport(changed=dict.fromkeys(self.names, "negated"))
+
+    (item,) = parse_pipeline("negate{times=3,names=weight}")
+    assert item == Negate(times=3, names=("weight",))
+    assert print_pipeline([item]) == "negate{times=3,names=weight}"
+    run_pipeline(small, [item])
+    assert small.weight("weight").tolist() == [[-1.0, 0.0, 0.0, -2.0]]
