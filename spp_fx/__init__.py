@@ -12,6 +12,8 @@ The functions behind the command line's verbs are here under the same names.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from spp_fx.version import VERSION
+
 if TYPE_CHECKING:
     from spp_fx.errors import SppFxError
     from spp_fx.ir.printer import print_program
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from spp_fx.workflows.train import TrainSettings, train
     from spp_fx.workflows.verify import verify
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 # Imported on first use: torch and transformers take seconds that `spp-fx --help` need not wait for.
 _HOMES = {

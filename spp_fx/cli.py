@@ -12,9 +12,9 @@ from typing import Any
 
 import click
 
-from spp_fx import __version__
 from spp_fx.console import Output, megabytes, shape, table
 from spp_fx.errors import SppFxError
+from spp_fx.version import VERSION
 
 FOLDER = click.Path(path_type=Path)
 COMMAND: dict[str, Any] = {"context_settings": {"help_option_names": ["-h", "--help"]}}
@@ -27,7 +27,7 @@ class State:
 
 
 @click.group(**COMMAND)
-@click.version_option(__version__, prog_name="spp-fx")
+@click.version_option(VERSION, prog_name="spp-fx")
 def cli() -> None:
     """Train pruned language models without moving a zero, fold, prove, export.
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spp_fx import __version__
 from spp_fx.checkpoint import ModelFolder, copy_file, dtype_name, torch_dtype
 from spp_fx.errors import MaskError
 from spp_fx.exporters.manifest import TensorRecord, write_manifest
 from spp_fx.sparsity import LOCK_NAME, Lock, LockEntry
+from spp_fx.version import VERSION
 
 
 @dataclass(frozen=True)
@@ -76,5 +76,5 @@ class Source:
         (folder / LOCK_NAME).write_text(lock.dumps())
         fields = {"requirements": {}, "sizes": {}} | fields
         write_manifest(
-            folder, spp_fx_version=__version__, format=format, pattern=lock.pattern, tensors=records, **fields
+            folder, spp_fx_version=VERSION, format=format, pattern=lock.pattern, tensors=records, **fields
         )

@@ -11,12 +11,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from spp_fx import __version__
 from spp_fx.adapters import Method, make_method
 from spp_fx.checkpoint import Shard, dtype_name, write_safetensors
 from spp_fx.errors import FormatError, UsageError
 from spp_fx.ir.binding import Piece
 from spp_fx.sparsity import LOCK_NAME, Lock, load_lock
+from spp_fx.version import VERSION
 
 CONFIG = "adapter_config.json"
 FACTORS = "adapter_model.safetensors"
@@ -170,7 +170,7 @@ def write_adapter(
     """Write the files of an adapter folder that will be called `target` into `folder`."""
     config = AdapterConfig(
         format_version=FORMAT_VERSION,
-        spp_fx_version=__version__,
+        spp_fx_version=VERSION,
         peft_type=method.name.upper(),
         task_type="CAUSAL_LM",
         base_model_name_or_path=os.path.abspath(base),
