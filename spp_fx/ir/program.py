@@ -107,6 +107,12 @@ class Program(nn.Module):
         )
         return CausalLMOutput(loss=loss, logits=logits)  # type: ignore[arg-type]
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Copied or unpickled, the root has tables of its own: share them again.
+        root = self.root
+        root._modules, root._parameters, root._buffers = self._modules, self._parameters, self._buffers
+
     def train(self, mode: bool = True) -> "Program":
         super().train(mode)
         self.root.training = mode

@@ -38,7 +38,7 @@ def trace(model: PreTrainedModel | str | Path) -> Program:
     """
     if isinstance(model, str | Path):
         model = load_model(model)
-    if not hasattr(model, "get_output_embeddings") or not hasattr(model, "loss_function"):
+    if not _is_causal_lm(model):
         raise UsageError(
             f"trace: {type(model).__name__} is no Hugging Face causal language model; "
             "load it with AutoModelForCausalLM"
@@ -56,6 +56,14 @@ def trace(model: PreTrainedModel | str | Path) -> Program:
         head=_head(model),
     )
     return program.train(model.training)
+
+
+def _is_causal_lm(model: nn.Module) -> bool:
+    return (
+        isinstance(model, PreTrainedModel)
+        and model.get_output_embeddings() is not None
+        and not getattr(model.config, "is_encoder_decoder", False)
+    )
 
 
 def load_model(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -96,6 +104,7 @@ def _export(model: PreTrainedModel) -> ExportedProgram:
     ids = torch.zeros(2, 7, dtype=torch.int64, device=device)
     dynamic = {0: Dim("batch"), 1: Dim("sequence")}
     experts = _exportable_experts(model)
+    replaced = model.__dict__.get("forward")  # hooks of other libraries put one on the instance
     model.forward = forward  # type: ignore[method-assign]
     try:
         with warnings.catch_warnings(), experts:
@@ -116,6 +125,8 @@ def _export(model: PreTrainedModel) -> ExportedProgram:
         ) from error
     finally:
         del model.forward
+        if replaced is not None:
+            model.forward = replaced
 
 
 @contextmanager

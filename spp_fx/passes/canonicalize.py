@@ -84,7 +84,7 @@ class Canonicalize(Pass):
                     else:
                         found.setdefault(name, []).append((module, reached))
         for name, uses in found.items():
-            if name in report.refused:
+            if name in report.refused or name in program.sites:
                 continue
             if len({(c.transposed, _kind(c)) for _, c in uses}) > 1:
                 report.refused[name] = "is used in two orientations or forms"

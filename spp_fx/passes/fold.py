@@ -12,7 +12,7 @@ from spp_fx.errors import PostconditionError, PreconditionError, UsageError
 from spp_fx.ir.program import ADAPTER, Program, Use
 from spp_fx.ir.site import Site, factor_attribute
 from spp_fx.passes.base import Pass, PassReport, register
-from spp_fx.passes.inject import PLAIN
+from spp_fx.passes.inject import PLAIN, replace_node
 
 aten = torch.ops.aten
 
@@ -104,7 +104,7 @@ def _take_out(use: Use, method: Method, site: Site) -> None:
             by = graph.call_function(aten.linear.default, operands)
         by.meta = {key: value for key, value in node.meta.items() if key not in (ADAPTER, PLAIN)}
         replaced = node
-    replaced.replace_all_uses_with(by)
+    replace_node(replaced, by)
     node.meta.pop(ADAPTER, None)
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     for key in method.factors(site.shape):

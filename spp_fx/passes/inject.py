@@ -125,8 +125,16 @@ def _inject_linear(
         adapted = graph.call_function(method.linear, (x, weight, *nodes, bias, seed, method.scale, p))  # type: ignore[arg-type]
     operands = tuple(n.name if isinstance(n, fx.Node) else None for n in (x, weight, bias))
     adapted.meta = dict(node.meta) | {ADAPTER: node.meta[SITE], PLAIN: operands}
-    node.replace_all_uses_with(adapted)
+    replace_node(node, adapted)
     graph.erase_node(node)
+
+
+def replace_node(node: fx.Node, by: fx.Node) -> None:
+    """Replace all uses of a node, and its name where an adapter of the same graph keeps it as an operand."""
+    node.replace_all_uses_with(by)
+    for other in node.graph.nodes:
+        if PLAIN in other.meta:
+            other.meta[PLAIN] = tuple(by.name if name == node.name else name for name in other.meta[PLAIN])
 
 
 def _inject_stack(

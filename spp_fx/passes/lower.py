@@ -12,6 +12,7 @@ from spp_fx.adapters.ops.dropout import DROPOUT
 from spp_fx.errors import PostconditionError, PreconditionError, UsageError
 from spp_fx.ir.program import ADAPTER, Program, Use
 from spp_fx.passes.base import Pass, PassReport, register
+from spp_fx.passes.inject import replace_node
 
 aten = torch.ops.aten
 REFERENCE = "reference"
@@ -96,7 +97,7 @@ def _expand_weight(graph: fx.Graph, node: fx.Node, method: Method) -> None:
 
 def _replace(graph: fx.Graph, node: fx.Node, result: fx.Node) -> None:
     result.meta = dict(node.meta)
-    node.replace_all_uses_with(result)
+    replace_node(node, result)
     graph.erase_node(node)
 
 

@@ -27,7 +27,7 @@ def test_backward_uses_the_mask_of_forward():
     x = torch.randn(50, 60, dtype=torch.float64, requires_grad=True)
     y = DROPOUT(x, torch.tensor(5), P)
     y.sum().backward()
-    torch.testing.assert_close(x.grad, (y != 0) / (1 - P), rtol=1e-15, atol=0)
+    torch.testing.assert_close(x.grad, (y != 0).double() / (1 - P), rtol=1e-15, atol=0)
 
 
 def test_the_mask_is_a_function_of_the_seed():

@@ -126,8 +126,8 @@ def test_a_pass_refuses_a_program_that_is_not_ready_for_it(small, text):
 
 
 def test_a_failed_condition_names_the_passes_that_ran_before(small):
-    passes = parse_pipeline("canonicalize,match{targets=weight},lower")
-    with pytest.raises(PreconditionError, match=r"before: canonicalize, match\{targets=weight\}\)"):
+    passes = parse_pipeline("canonicalize,match{targets=layer},lower")
+    with pytest.raises(PreconditionError, match=r"before: canonicalize, match\{targets=layer\}\)"):
         run_pipeline(small, passes)
 
 
@@ -148,7 +148,7 @@ def test_a_broken_promise_is_raised_and_not_recorded_as_run(small, registered):
 
 def test_reports_reach_the_callback_in_order(small):
     seen = []
-    passes = parse_pipeline("canonicalize,match{targets=weight}")
+    passes = parse_pipeline("canonicalize,match{targets=layer}")
     reports = run_pipeline(small, passes, after=lambda item, report: seen.append((item, report)))
     assert [item for item, _ in seen] == passes
     assert [report for _, report in seen] == list(reports.values())
@@ -179,8 +179,8 @@ def test_a_pass_needs_one_registration_to_be_read_printed_and_run(small, registe
                 program.weight(name).data *= (-1) ** self.times
             return PassReport(changed=dict.fromkeys(self.names, "negated"))
 
-    (item,) = parse_pipeline("negate{times=3,names=weight}")
-    assert item == Negate(times=3, names=("weight",))
-    assert print_pipeline([item]) == "negate{times=3,names=weight}"
+    (item,) = parse_pipeline("negate{times=3,names=layer.weight}")
+    assert item == Negate(times=3, names=("layer.weight",))
+    assert print_pipeline([item]) == "negate{times=3,names=layer.weight}"
     run_pipeline(small, [item])
-    assert small.weight("weight").tolist() == [[-1.0, 0.0, 0.0, -2.0]]
+    assert small.weight("layer.weight").tolist() == [[-1.0, 0.0, 0.0, -2.0]]

@@ -148,8 +148,8 @@ def reduce_rows(
     first, last = start // height, -(-stop // height)
     gw = g.to(torch.promote_types(g.dtype, alpha.dtype)).mul_(weight[start:stop])
     gw = gw.view(last - first, -1, gw.shape[1])
-    dbeta[start:stop] = torch.bmm(gw, alpha[first:last].unsqueeze(2)).view(-1, 1) * scale
-    column = beta[start:stop].view(last - first, 1, -1)
+    dbeta[start:stop] = torch.bmm(gw, alpha[first:last].unsqueeze(2).to(gw.dtype)).view(-1, 1) * scale
+    column = beta[start:stop].view(last - first, 1, -1).to(gw.dtype)
     dalpha[first:last] += torch.bmm(column, gw).squeeze(1) * scale
 
 

@@ -1,0 +1,173 @@
+"""The whole way on a real model, checked with plain torch and not with the project's own code."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from spp_fx.cli import run
+from spp_fx.workflows.load import load_program
+from tests.command import spp_fx
+from tests.real_data import data_folder
+
+
+@pytest.fixture(scope="module")
+def way(tmp_path_factory) -> Path:
+    """A folder in which every verb has been typed once."""
+    data, folder = data_folder(), tmp_path_factory.mktemp("way")
+    text = data / "tinystories" / "generated.txt"
+    for line in (
+        ["prune", data / "story-656k", "-o", folder / "sparse", "--pattern", "2:4"],
+        ["inject", folder / "sparse", "-o", folder / "adapter"],
+        ["train", folder / "adapter", "--data", text, "--steps", 12, "--seq-len", 128, "--batch-size", 4],
+        ["merge", folder / "adapter", "-o", folder / "merged", "--verify-sparsity"],
+        ["export", folder / "merged", "--format", "cusparselt", "-o", folder / "neutral"],
+        ["export", folder / "merged", "--format", "cusparselt", "--sm", "90", "--dtype", "bfloat16", "-o", folder / "sm90"],
+        ["export", folder / "merged", "--format", "onnx", "-o", folder / "onnx"],
+        ["export", folder / "merged", "--format", "onnx", "--indices", "int64", "-o", folder / "onnx64"],
+        ["export", folder / "merged", "--format", "safetensors", "-o", folder / "plain"],
+    ):  # fmt: skip
+        assert run([*map(str, line), "-q"]) == 0, line
+    return folder
+
+
+def digest(weight: torch.Tensor) -> str:
+    """BLAKE2b-256 over the shape as int64 and the row-major mask packed LSB first."""
+    state = hashlib.blake2b(np.array(weight.shape, dtype="<i8").tobytes(), digest_size=32)
+    state.update(np.packbits((weight != 0).numpy().ravel(), bitorder="little").tobytes())
+    return state.hexdigest()
+
+
+def test_every_mask_is_the_locks_and_the_pruned_models(way):
+    before, after = (load_file(way / name / "model.safetensors") for name in ("sparse", "merged"))
+    lock = json.loads((way / "merged" / "sparsity.lock.json").read_text())
+    assert len(lock["sites"]) == 14
+    for site in lock["sites"]:
+        weight = after[site["name"]]
+        assert torch.equal(weight != 0, before[site["name"]] != 0)
+        assert digest(weight) == site["mask"]
+        assert int((weight != 0).sum()) == site["nnz"]
+        assert int((weight.view(-1, 4) != 0).sum(1).max()) <= 2
+
+
+def test_merged_weights_are_the_formula_to_half_a_unit_in_the_last_place(way):
+    base, merged = (load_file(way / name / "model.safetensors") for name in ("sparse", "merged"))
+    factors = load_file(way / "adapter" / "adapter_model.safetensors")
+    sites = [name.removesuffix(".spp_beta") for name in factors if name.endswith(".spp_beta")]
+    assert len(sites) == 14
+    for name in sites:
+        alpha, beta = factors[f"{name}.spp_alpha"].double(), factors[f"{name}.spp_beta"].double()
+        w = base[name].double()
+        exact = w * (1 + 2.0 * beta * alpha.repeat_interleave(w.shape[0] // alpha.shape[0], dim=0))
+        assert float(beta.abs().max()) > 0
+        stored = merged[name]
+        up = (
+            torch.nextafter(stored.abs(), torch.full_like(stored, torch.inf)).double() - stored.abs().double()
+        )
+        assert bool(((stored.double() - exact).abs() <= up / 2).all())
+
+
+def test_all_else_has_the_bases_bytes(way):
+    base, merged = (way / name / "model.safetensors" for name in ("sparse", "merged"))
+    headers = []
+    for path in (base, merged):
+        raw = path.read_bytes()
+        headers.append(raw[: 8 + int.from_bytes(raw[:8], "little")])
+    assert headers[0] == headers[1]
+    before, after = load_file(base), load_file(merged)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    locked = {
+        site["name"] for site in json.loads((way / "merged" / "sparsity.lock.json").read_text())["sites"]
+    }
+    assert changed == locked
+    names = {p.name for p in (way / "sparse").iterdir()}
+    assert {p.name for p in (way / "merged").iterdir()} == names
+
+
+def test_the_merged_folder_loads_and_gives_the_programs_logits(way):
+    ids = torch.arange(5, 69).view(2, 32)
+    model = AutoModelForCausalLM.from_pretrained(way / "merged").eval()
+    program = load_program(way / "adapter").program.eval()
+    with torch.no_grad():
+        theirs, ours = model(ids).logits, program(ids).logits
+    assert float((theirs - ours).abs().max()) <= 1e-4
+
+
+def test_the_neutral_export_decodes_to_the_weights(way):
+    merged, packed = load_file(way / "merged" / "model.safetensors"), way / "neutral" / "model.safetensors"
+    manifest = json.loads((way / "neutral" / "export.json").read_text())
+    assert {t["layout"] for t in manifest["tensors"]} == {"neutral"}
+    assert all("float32" in t["reason"] for t in manifest["tensors"])
+    with safe_open(packed, "pt") as file:
+        for tensor in manifest["tensors"]:
+            values, positions = (
+                file.get_tensor(f"{tensor['name']}.{part}") for part in ("values", "positions")
+            )
+            assert torch.equal(decode(values, positions), merged[tensor["name"]])
+
+
+def decode(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Dense rows from two values and two 2-bit positions for each group of four."""
+    m, half = values.shape
+    nibbles = torch.stack((positions & 15, positions >> 4), dim=2).view(m, -1)
+    columns = torch.stack((nibbles & 3, nibbles >> 2), dim=2).long()
+    dense = torch.zeros(m, half // 2, 4, dtype=values.dtype)
+    return dense.scatter_(2, columns, values.view(m, -1, 2)).view(m, 2 * half)
+
+
+def test_the_packed_export_holds_values_then_metadata(way):
+    manifest = json.loads((way / "sm90" / "export.json").read_text())
+    merged = load_file(way / "merged" / "model.safetensors")
+    packed = [t for t in manifest["tensors"] if t["layout"] == "cusparselt"]
+    assert len(packed) == 14
+    assert manifest["requirements"]["sm"] == 90
+    with safe_open(way / "sm90" / "model.safetensors", "pt") as file:
+        for tensor in packed:
+            m, k = tensor["shape"]
+            pack, values, positions = (
+                file.get_tensor(f"{tensor['name']}.{part}") for part in ("packed", "values", "positions")
+            )
+            assert pack.shape == (m, 9 * k // 16)
+            assert torch.equal(pack.flatten()[: m * k // 2].view(m, k // 2), values)
+            assert torch.equal(decode(values, positions), merged[tensor["name"]].bfloat16())
+
+
+@pytest.mark.parametrize(
+    "name", ["sparse", "adapter", "merged", "neutral", "sm90", "onnx", "onnx64", "plain"]
+)
+def test_every_artifact_verifies(way, name, capfd):
+    ran = spp_fx(capfd, "verify", way / name, "--pattern", "2:4", "--json")
+    assert ran.code == 0
+    verdict = ran.json()
+    assert verdict["ok"] is True
+    assert verdict["pattern"] == "2:4"
+    assert verdict["summary"] == {"sites": 14, "ok": 14, "failed": 0, "sparsity": 0.5}
+    keys = [
+        "name",
+        "shape",
+        "nnz",
+        "sparsity",
+        "violations",
+        "lost_zeros",
+        "new_zeros",
+        "mask_equal",
+        "ok",
+        "reason",
+    ]
+    assert all(list(site) == keys for site in verdict["sites"])
+    assert all(site["mask_equal"] is True for site in verdict["sites"])
+
+
+def test_eval_prints_the_perplexity_of_the_formula(way, capfd):
+    text = data_folder() / "tinystories" / "valid.txt"
+    ran = spp_fx(capfd, "eval", way / "merged", "--data", text, "--seq-len", 256, "--json")
+    result = ran.json()
+    assert ran.code == 0
+    assert result["tokens"] == 7891
+    assert 30 < result["perplexity"] < 184

@@ -1,0 +1,90 @@
+"""A small sparse model folder with a tokenizer, and an adapter over it, for tests that damage them."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from spp_fx.cli import run
+from spp_fx.workflows.demo_model import train_tokenizer
+from tests.families import make_model
+
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "saw",
+    "one",
+    "small",
+    "red",
+    "bird",
+    "in",
+    "that",
+    "old",
+    "tree",
+    "while",
+    "it",
+    "was",
+    "warm",
+]
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    generator = random.Random(0)
+    path.write_text("\n".join(" ".join(generator.choices(WORDS, k=12)) + "." for _ in range(400)))
+    return path
+
+
+def save_with_tokenizer(folder: Path, text: Path, family: str = "llama", **kwargs: object) -> None:
+    """A random model whose vocabulary is large enough for a byte-level tokenizer of the text."""
+    model = make_model(family)
+    tokenizer = train_tokenizer(text)
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(folder, **kwargs)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def pristine(tmp_path_factory, text_file) -> Path:
+    """dense/, sparse/ (2:4), half/ (50%), adapter/ over sparse/."""
+    folder = tmp_path_factory.mktemp("pristine")
+    save_with_tokenizer(folder / "dense", text_file, max_shard_size="40KB")
+    for line in (
+        ["prune", folder / "dense", "-o", folder / "sparse"],
+        ["prune", folder / "dense", "-o", folder / "half", "--pattern", "50%"],
+        ["inject", folder / "sparse", "-o", folder / "adapter", "--rank", 4],
+    ):
+        assert run([*map(str, line), "-q"]) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """A world of small folders: dense, sparse (2:4), half (50%), adapter, merged, packed."""
+    root = tmp_path_factory.mktemp("world") / "world"
+    model = make_model("llama")
+    model.save_pretrained(root / "dense")
+    save_tokenizer(root / "dense")
+    (root / "text.txt").write_text("\n".join("a b c d e f g h i j" for _ in range(60)))
+    must("prune", root / "dense", "-o", root / "sparse")
+    must("prune", root / "dense", "-o", root / "half", "--pattern", "50%")
+    must("inject", root / "sparse", "-o", root / "adapter", "--rank", 4)
+    randomize(root / "adapter")
+    must("merge", root / "adapter", "-o", root / "merged")
+    must("export", root / "merged", "-o", root / "packed", "--format", "cusparselt")
+    return root
+
+
+@pytest.fixture
+def world(made, tmp_path):
+    """A copy of the small folders that a test may damage; its adapter's base is the copy."""
+    root = shutil.copytree(made, tmp_path / "world")
+    config = root / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(made), str(root)))
+    return root

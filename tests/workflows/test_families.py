@@ -1,0 +1,107 @@
+"""prune -> inject -> merge -> verify on disk, for every way in which a family stores its weights."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from spp_fx.cli import run
+from spp_fx.workflows.load import load_program
+from tests.families import FAMILIES, batch, make_model
+
+# Stored (in, out): groups run along the first dimension of the stored tensor.
+TRANSPOSED = {"gpt2": ("c_attn", "c_proj", "c_fc"), "gpt-oss": ("experts.gate_up_proj", "experts.down_proj")}
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: t for path in folder.glob("*.safetensors") for name, t in load_file(path).items()}
+
+
+def way(folder: Path, pattern: str) -> None:
+    for line in (
+        ["prune", folder / "dense", "-o", folder / "sparse", "--pattern", pattern],
+        ["inject", folder / "sparse", "-o", folder / "adapter", "--rank", 4],
+    ):
+        assert run([*map(str, line), "-q"]) == 0
+    path = folder / "adapter" / "adapter_model.safetensors"
+    generator = torch.Generator().manual_seed(1)
+    factors = {
+        name: value + 0.3 * torch.randn(value.shape, generator=generator)
+        for name, value in load_file(path).items()
+    }
+    save_file(factors, path)
+    for line in (["merge", folder / "adapter", "-o", folder / "merged"], ["verify", folder / "merged"]):
+        assert run([*map(str, line), "-q"]) == 0
+
+
+def check(folder: Path, family: str, group: int | None, kept: int) -> None:
+    before, after = stored(folder / "sparse"), stored(folder / "merged")
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert len(changed) >= 8
+    for name in changed:
+        assert torch.equal(before[name] != 0, after[name] != 0)
+        canonical = after[name]
+        if any(word in name for word in TRANSPOSED.get(family, ())):
+            canonical = canonical.transpose(-1, -2)
+        if group is None:
+            assert float((canonical == 0).float().mean()) >= 0.499
+        else:
+            assert int((canonical.reshape(-1, group) != 0).sum(1).max()) <= kept
+    ids = batch()
+    model = AutoModelForCausalLM.from_pretrained(folder / "merged").eval()
+    program = load_program(folder / "adapter").program.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, program(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_2_4_the_whole_way(tmp_path, family):
+    make_model(family).save_pretrained(tmp_path / "dense", max_shard_size="60KB")
+    way(tmp_path, "2:4")
+    check(tmp_path, family, 4, 2)
+
+
+@pytest.mark.parametrize(("pattern", "group", "kept"), [("4:8", 8, 4), ("1:4", 4, 1), ("50%", None, 0)])
+def test_other_patterns_the_whole_way(tmp_path, pattern, group, kept):
+    make_model("llama").save_pretrained(tmp_path / "dense")
+    way(tmp_path, pattern)
+    check(tmp_path, "llama", group, kept)
+
+
+def test_names_without_the_models_prefix(tmp_path):
+    make_model("gpt2").save_pretrained(tmp_path / "dense")
+    path = tmp_path / "dense" / "model.safetensors"
+    save_file({n.removeprefix("transformer."): t for n, t in load_file(path).items()}, path, {"format": "pt"})
+    way(tmp_path, "2:4")
+    check(tmp_path, "gpt2", 4, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_folds_to_half_a_unit_in_the_last_place(tmp_path, dtype):
+    make_model("llama", dtype=dtype).save_pretrained(tmp_path / "dense")
+    way(tmp_path, "2:4")
+    base, merged = stored(tmp_path / "sparse"), stored(tmp_path / "merged")
+    factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    for name in [n.removesuffix(".spp_beta") for n in factors if n.endswith(".spp_beta")]:
+        w = base[name].double()
+        alpha, beta = factors[f"{name}.spp_alpha"].double(), factors[f"{name}.spp_beta"].double()
+        exact = w * (1 + 2.0 * beta * alpha.repeat_interleave(w.shape[0] // 4, dim=0))
+        value = merged[name]
+        assert value.dtype is dtype
+        half = (
+            torch.nextafter(value.abs(), torch.full_like(value, torch.inf)).double() - value.abs().double()
+        ) / 2
+        kept = (value.abs() == torch.finfo(dtype).tiny) & (exact.abs() < torch.finfo(dtype).tiny)
+        assert bool((((value.double() - exact).abs() <= half) | kept).all())
+
+
+def test_same_input_same_bytes(tmp_path):
+    make_model("llama").save_pretrained(tmp_path / "dense")
+    way(tmp_path, "2:4")
+    first = {p.name: p.read_bytes() for p in (tmp_path / "merged").iterdir()}
+    shutil.rmtree(tmp_path / "merged")
+    assert run(["merge", str(tmp_path / "adapter"), "-o", str(tmp_path / "merged"), "-q"]) == 0
+    assert {p.name: p.read_bytes() for p in (tmp_path / "merged").iterdir()} == first
