@@ -66,6 +66,9 @@ class Program(nn.Module):
         # The root graph shares its children with this module, so that names carry no prefix.
         object.__setattr__(self, "root", root)
         self._modules, self._parameters, self._buffers = root._modules, root._parameters, root._buffers
+        self._transient = {
+            path: names for path, module in self.named_modules() if (names := module._non_persistent_buffers_set)
+        }
         self.config = config
         self.loss_function = loss_function
         self.tied = tied
@@ -109,9 +112,12 @@ class Program(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # Copied or unpickled, the root has tables of its own: share them again.
+        # Copied or unpickled, the root has tables of its own, and its graphs forget which buffers are
+        # not part of the state.
         root = self.root
         root._modules, root._parameters, root._buffers = self._modules, self._parameters, self._buffers
+        for path, names in self._transient.items():
+            self.get_submodule(path)._non_persistent_buffers_set = set(names)
 
     def train(self, mode: bool = True) -> "Program":
         super().train(mode)

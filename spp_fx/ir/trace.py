@@ -227,6 +227,7 @@ def _tree(exported: ExportedProgram, model: PreTrainedModel) -> fx.GraphModule:
         warnings.simplefilter("ignore")
         tree = unflatten(exported)
     root = _with_generated_code(tree)
+    stored = model.state_dict().keys()
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(
         model.named_buffers(remove_duplicate=False)
     )
@@ -238,6 +239,8 @@ def _tree(exported: ExportedProgram, model: PreTrainedModel) -> fx.GraphModule:
                 full = f"{prefix}.{name}".lstrip(".")
                 if full in own:
                     table[name] = own[full]  # type: ignore[assignment]
+        # Buffers that the model computes and does not store stay out of the program's state as well.
+        module._non_persistent_buffers_set = {n for n in module._buffers if f"{prefix}.{n}".lstrip(".") not in stored}
     return root
 
 

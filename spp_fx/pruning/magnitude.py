@@ -38,7 +38,7 @@ def _keep_n_of_m(weight: Tensor, pattern: NM) -> Tensor:
     kept = torch.zeros(out, columns, dtype=torch.bool)
     step = max(1, BLOCK_ELEMENTS // columns)
     for start in range(0, out, step):
-        groups = weight[start : start + step].abs().float().reshape(-1, pattern.group)
+        groups = weight[start : start + step].abs().reshape(-1, pattern.group)
         # A stable sort puts the earlier of two equals first, so the result does not depend on the kernel.
         order = groups.argsort(dim=1, descending=True, stable=True)[:, : pattern.kept]
         block = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order, True)
@@ -50,7 +50,7 @@ def _smallest_dropped(score: Tensor, count: int) -> Tensor:
     """All but the `count` smallest scores; among equals at the threshold the later ones are dropped."""
     if count == 0:
         return torch.ones_like(score, dtype=torch.bool)
-    score = score.float()
+    score = score.float() if score.dtype in (torch.float16, torch.bfloat16) else score  # kthvalue lacks halves
     threshold = score.kthvalue(count).values
     dropped = score < threshold
     ties = (score == threshold).nonzero().flatten()

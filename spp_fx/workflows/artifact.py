@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spp_fx.checkpoint import ModelFolder, Shard
-from spp_fx.errors import UsageError
+from spp_fx.errors import FormatError, UsageError
 from spp_fx.exporters import Weights, find_format
 from spp_fx.exporters.manifest import MANIFEST, read_manifest
 from spp_fx.exporters.onnx import read_graph
@@ -92,7 +92,9 @@ def _adapter(path: Path) -> Artifact:
     for name in adapter.shard.header.tensors:
         where = scan_tensor(adapter.shard.read(name).reshape(1, -1)).first_non_finite
         if where is not None:
-            raise UsageError(f"{adapter.shard.path}: the factor {name} holds NaN or infinity; train it again")
+            raise FormatError(
+                f"{adapter.shard.path}: the factor {name} holds NaN or infinity; train it again"
+            )
     base = _model(adapter.find_base())
     return Artifact(path, "adapter", base.weights, adapter.lock)
 

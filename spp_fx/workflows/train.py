@@ -114,6 +114,9 @@ def train(
     before = _evaluate(loaded, held_out)
     guide = _teacher(teacher, program, trust_remote_code) if teacher else None
     trainer = _trainer(adapter, loaded, windows, settings, lr, callbacks or [], guide)
+    if checkpoint is None:
+        for folder in adapter.glob("checkpoint-*"):
+            shutil.rmtree(folder)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     broken = [name for name, value in loaded.factors.items() if not bool(value.isfinite().all())]
     if broken or result.training_loss != result.training_loss:
@@ -168,8 +171,6 @@ def _checkpoint(adapter: Path, settings: TrainSettings) -> str | None:
                 f"{adapter}: nothing to resume, it has no checkpoint; train with --save-steps N to get some"
             )
         return last
-    for folder in adapter.glob("checkpoint-*"):
-        shutil.rmtree(folder)
     return None
 
 

@@ -1,43 +1,31 @@
 """A small sparse model folder with a tokenizer, and an adapter over it, for tests that damage them."""
 
 import random
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from spp_fx.cli import run
 from spp_fx.workflows.demo_model import train_tokenizer
 from tests.families import make_model
+from tests.workflows.commands import must, randomize, save_tokenizer
 
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "and",
-    "saw",
-    "one",
-    "small",
-    "red",
-    "bird",
-    "in",
-    "that",
-    "old",
-    "tree",
-    "while",
-    "it",
-    "was",
-    "warm",
-]
+SENTENCE = "the cat sat on a mat and saw one small red bird in that old tree while it was warm"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    # Several test processes share the cores; threads that wait for one another cost more than they bring.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     generator = random.Random(0)
-    path.write_text("\n".join(" ".join(generator.choices(WORDS, k=12)) + "." for _ in range(400)))
+    path.write_text("\n".join(" ".join(generator.choices(SENTENCE.split(), k=12)) + "." for _ in range(400)))
     return path
 
 

@@ -33,11 +33,9 @@ def nothing(world: Path) -> None:
 def shard(world: Path) -> None:
     """The sparse folder becomes one of two shards, the second of which is missing."""
     folder = world / "sparse"
-    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
-    index = {
-        "metadata": {},
-        "weight_map": {Q: "model-00001-of-00002.safetensors", "x": "model-00002-of-00002.safetensors"},
-    }
+    first, second = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+    index = {"metadata": {}, "weight_map": {Q: first, "x": second}}
+    (folder / "model.safetensors").rename(folder / first)
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 

@@ -1,0 +1,128 @@
+"""What the commands print: help, JSON, reports, defaults."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from spp_fx.cli import cli
+from tests.command import spp_fx
+
+# Table 1 of the SPP paper: hidden, intermediate, layers, heads, key-value heads -> parameters, per mille.
+TABLE_1 = {
+    "LLaMA 7B": ((4096, 11008, 32, 32, 32), 2.0e7, 2.90),
+    "LLaMA-2 70B": ((8192, 28672, 80, 64, 8), 1.1e8, 1.54),
+}
+
+
+@pytest.mark.parametrize("name", TABLE_1)
+def test_a_dry_run_counts_what_the_paper_counts(name, tmp_path, capfd):
+    (hidden, intermediate, layers, heads, kv), parameters, per_mille = TABLE_1[name]
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "vocab_size": 32000,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    report = spp_fx(capfd, "inject", tmp_path, "--dry-run", "--json").json()
+    assert report["per_mille"] == pytest.approx(per_mille, abs=0.01)
+    assert report["trainable_parameters"] == pytest.approx(parameters, rel=0.05)
+    assert len(report["sites"]) == 7 * layers
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("name", sorted(cli.commands))
+def test_every_help_text_shows_an_example(name, capfd):
+    ran = spp_fx(capfd, name, "--help")
+    assert ran.code == 0
+    assert f"spp-fx {name}" in ran.out.split("\n\n", 1)[1]
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "spp_fx", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("spp-fx")
+
+
+def test_folders_default_to_the_current_one(pristine, tmp_path, monkeypatch, capfd):
+    shutil.copytree(pristine / "adapter", tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path / "adapter")
+    assert spp_fx(capfd, "merge", "--verify-sparsity", "-q").code == 0
+    monkeypatch.chdir(tmp_path / "adapter-merged")
+    assert spp_fx(capfd, "verify").out.startswith("ok: model")
+
+
+def test_verify_writes_junit_and_annotations(pristine, tmp_path, capfd):
+    ran = spp_fx(
+        capfd, "verify", pristine / "sparse", "--pattern", "1:4", "--junit", tmp_path / "r.xml", "--github"
+    )
+    assert ran.code == 1
+    suite = ElementTree.parse(tmp_path / "r.xml").getroot()[0]
+    assert suite.get("failures") == suite.get("tests") == str(len(suite))
+    assert ran.out.count("::error title=") == len(suite)
+
+
+def test_verify_against_another_artifact_counts_what_differs(pristine, capfd):
+    same = spp_fx(capfd, "verify", pristine / "adapter", "--against", pristine / "sparse", "--json").json()
+    assert same["kind"] == "adapter"
+    assert same["ok"] is True
+    other = spp_fx(capfd, "verify", pristine / "half", "--against", pristine / "sparse", "--json").json()
+    assert other["ok"] is False
+    assert all(site["lost_zeros"] > 0 and site["mask_equal"] is False for site in other["sites"])
+
+
+def test_inspect_says_what_would_be_matched_and_why_not(pristine, capfd):
+    report = spp_fx(capfd, "inspect", pristine / "sparse", "--json").json()
+    by_name = {site["name"]: site for site in report["sites"]}
+    assert by_name["lm_head.weight"]["matched"] is False
+    assert "logits" in by_name["lm_head.weight"]["reason"]
+    assert by_name["model.layers.0.self_attn.q_proj.weight"]["pattern"] == "2:4"
+    assert report["matched"] == 14
+
+
+def test_opt_prints_the_program_after_every_pass(pristine, capfd):
+    pipeline = "canonicalize,match{targets=q_proj},inject{rank=4},lower{kernel=fused}"
+    ran = spp_fx(capfd, "opt", pristine / "sparse", "-p", pipeline, "--print-after-all")
+    assert ran.code == 0
+    assert ran.out.count("program llama") == 4
+    assert ran.out.count("spp_fx.spp_linear(") == 2
+    assert ran.out.count("spp_fx.spp_linear_fused(") == 2
+
+
+def test_the_vanish_policies_do_what_they_say(pristine, tmp_path, capfd):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(pristine / "adapter", tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    site = "model.layers.0.self_attn.q_proj.weight"
+    tensors[f"{site}.spp_alpha"].fill_(0.5)
+    tensors[f"{site}.spp_beta"][3] = -1.0
+    save_file(tensors, path)
+
+    def merge(policy: str) -> tuple[int, Path]:
+        out = tmp_path / policy
+        ran = spp_fx(capfd, "merge", tmp_path / "adapter", "-o", out, "--vanish", policy, "-q")
+        return ran.code, out
+
+    assert merge("error")[0] == 1
+    assert not (tmp_path / "error").exists()
+    assert merge("keep")[0] == 0
+    assert merge("allow")[0] == 0
+    rows = {}
+    for policy in ("keep", "allow"):
+        index = json.loads((tmp_path / policy / "model.safetensors.index.json").read_text())
+        rows[policy] = load_file(tmp_path / policy / index["weight_map"][site])[site][3]
+    assert int((rows["keep"] != 0).sum()) == 16
+    assert int((rows["allow"] != 0).sum()) == 0
+    assert spp_fx(capfd, "verify", tmp_path / "allow").code == 0
