@@ -67,7 +67,9 @@ class Program(nn.Module):
         object.__setattr__(self, "root", root)
         self._modules, self._parameters, self._buffers = root._modules, root._parameters, root._buffers
         self._transient = {
-            path: names for path, module in self.named_modules() if (names := module._non_persistent_buffers_set)
+            path: names
+            for path, module in self.named_modules()
+            if (names := module._non_persistent_buffers_set)
         }
         self.config = config
         self.loss_function = loss_function

@@ -240,7 +240,9 @@ def _tree(exported: ExportedProgram, model: PreTrainedModel) -> fx.GraphModule:
                 if full in own:
                     table[name] = own[full]  # type: ignore[assignment]
         # Buffers that the model computes and does not store stay out of the program's state as well.
-        module._non_persistent_buffers_set = {n for n in module._buffers if f"{prefix}.{n}".lstrip(".") not in stored}
+        module._non_persistent_buffers_set = {
+            n for n in module._buffers if f"{prefix}.{n}".lstrip(".") not in stored
+        }
     return root
 
 

@@ -50,7 +50,9 @@ def _smallest_dropped(score: Tensor, count: int) -> Tensor:
     """All but the `count` smallest scores; among equals at the threshold the later ones are dropped."""
     if count == 0:
         return torch.ones_like(score, dtype=torch.bool)
-    score = score.float() if score.dtype in (torch.float16, torch.bfloat16) else score  # kthvalue lacks halves
+    score = (
+        score.float() if score.dtype in (torch.float16, torch.bfloat16) else score
+    )  # kthvalue lacks halves
     threshold = score.kthvalue(count).values
     dropped = score < threshold
     ties = (score == threshold).nonzero().flatten()

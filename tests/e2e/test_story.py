@@ -28,7 +28,8 @@ def way(tmp_path_factory) -> Path:
         ["train", folder / "adapter", "--data", text, "--steps", 12, "--seq-len", 128, "--batch-size", 4],
         ["merge", folder / "adapter", "-o", folder / "merged", "--verify-sparsity"],
         ["export", folder / "merged", "--format", "cusparselt", "-o", folder / "neutral"],
-        ["export", folder / "merged", "--format", "cusparselt", "--sm", 90, "--dtype", "bfloat16", "-o", folder / "sm90"],
+        ["export", folder / "merged", "--format", "cusparselt", "--sm", 90, "--dtype", "bfloat16"]
+        + ["-o", folder / "sm90"],
         ["export", folder / "merged", "--format", "onnx", "-o", folder / "onnx"],
         ["export", folder / "merged", "--format", "onnx", "--indices", "int64", "-o", folder / "onnx64"],
         ["export", folder / "merged", "--format", "safetensors", "-o", folder / "plain"],
