@@ -21,15 +21,14 @@ from tests.real_data import data_folder
 def way(tmp_path_factory) -> Path:
     """A folder in which every verb has been typed once."""
     data, folder = data_folder(), tmp_path_factory.mktemp("way")
-    text = data / "tinystories" / "generated.txt"
+    text, sm90 = data / "tinystories" / "generated.txt", folder / "sm90"
     for line in (
         ["prune", data / "story-656k", "-o", folder / "sparse", "--pattern", "2:4"],
         ["inject", folder / "sparse", "-o", folder / "adapter"],
         ["train", folder / "adapter", "--data", text, "--steps", 12, "--seq-len", 128, "--batch-size", 4],
         ["merge", folder / "adapter", "-o", folder / "merged", "--verify-sparsity"],
         ["export", folder / "merged", "--format", "cusparselt", "-o", folder / "neutral"],
-        ["export", folder / "merged", "--format", "cusparselt", "--sm", 90, "--dtype", "bfloat16"]
-        + ["-o", folder / "sm90"],
+        ["export", folder / "merged", "--format", "cusparselt", "--sm", 90, "--dtype", "bfloat16", "-o", sm90],
         ["export", folder / "merged", "--format", "onnx", "-o", folder / "onnx"],
         ["export", folder / "merged", "--format", "onnx", "--indices", "int64", "-o", folder / "onnx64"],
         ["export", folder / "merged", "--format", "safetensors", "-o", folder / "plain"],
