@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 from transformers import PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -125,6 +126,36 @@ class Program(nn.Module):
         super().train(mode)
         self.root.training = mode
         return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Program":
+        """Move the program; what torch's `to`, `cuda` and their like end in.
+
+        Raises:
+            UsageError: `fn` changes a dtype. The dtypes a model computes in are written into its graphs.
+        """
+        for dtype in {p.dtype for p in self.parameters()}:
+            probe = fn(torch.empty(0, dtype=dtype, device=self.device))
+            if probe.dtype != dtype:
+                raise UsageError(
+                    f"a program computes in the dtype it was traced in, {dtype}: load the model in {probe.dtype} "
+                    "and trace that, or run it under torch.autocast"
+                )
+        before = self.device
+        super()._apply(fn, recurse)
+        if self.device != before:
+            self._move_constants(before, self.device)
+        return self
+
+    def _move_constants(self, before: torch.device, after: torch.device) -> None:
+        """Tensors that the graphs themselves make (positions, masks) are made where the weights are."""
+
+        def move(argument: Any) -> Any:
+            return after if isinstance(argument, torch.device) and argument == before else argument
+
+        for _, module in self.graphs():
+            for node in module.graph.nodes:
+                node.args, node.kwargs = map_aggregate((node.args, node.kwargs), move)  # type: ignore[assignment]
+            module.recompile()
 
     @property
     def device(self) -> torch.device:

@@ -254,7 +254,7 @@ def _to_meta(tensor: Tensor) -> Tensor:
 def _with_generated_code(module: nn.Module) -> fx.GraphModule:
     """An unflattened tree, whose modules interpret their graphs, as graph modules that run generated code."""
     for name, child in list(module._modules.items()):
-        if child is not None and not isinstance(child, fx.GraphModule):
+        if child is not None:
             module._modules[name] = _with_generated_code(child)
     graph = getattr(module, "graph", None)
     if graph is None:
@@ -262,7 +262,11 @@ def _with_generated_code(module: nn.Module) -> fx.GraphModule:
     for node in list(graph.nodes):
         if node.target in GUARDS:
             graph.erase_node(node)
-        elif node.op == "output" and isinstance(node.args[0], tuple) and len(node.args[0]) == 1:
+    if isinstance(module, fx.GraphModule):  # the body of a higher-order operator
+        module.recompile()
+        return module
+    for node in graph.nodes:
+        if node.op == "output" and isinstance(node.args[0], tuple) and len(node.args[0]) == 1:
             node.args = (node.args[0][0],)
     result = fx.GraphModule(module, graph, class_name="Graph")
     # GraphModule takes only what its graph names; containers and unused parameters belong to the tree too.

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from spp_fx.adapters import Factors, Method
 from spp_fx.adapters.fold import FoldCounts, Vanish, fold_matrix
@@ -53,7 +53,9 @@ class Fold(Pass):
                 for matrix, value in zip(matrices(target), folded[name], strict=True):
                     matrix.copy_(value)
             for use in uses[name]:
-                _take_out(use, method, program.sites[name])
+                _take_out(use, program.sites[name])
+            for module in {use.module for use in uses[name]}:
+                _drop_factors(module, method, program.sites[name])
             del program.adapters[name]
         return report
 
@@ -91,9 +93,9 @@ def _fold(
     return result
 
 
-def _take_out(use: Use, method: Method, site: Site) -> None:
-    """Put the plain nodes back in place of an adapter's, whatever it was lowered to; drop its factors."""
-    node, module, graph = use.node, use.module, use.module.graph
+def _take_out(use: Use, site: Site) -> None:
+    """Put the plain nodes back in place of an adapter's, whatever it was lowered to."""
+    node, graph = use.node, use.module.graph
     named = {n.name: n for n in graph.nodes}
     plain = node.meta[PLAIN]
     if site.kind == "experts":
@@ -106,7 +108,11 @@ def _take_out(use: Use, method: Method, site: Site) -> None:
         replaced = node
     replace_node(replaced, by)
     node.meta.pop(ADAPTER, None)
-    graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+
+
+def _drop_factors(module: fx.GraphModule, method: Method, site: Site) -> None:
+    """Remove what only the adapters of a site used, nodes and parameters, from a module of which they are gone."""
+    module.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     for key in method.factors(site.shape):
         delattr(module, factor_attribute(site.name.rpartition(".")[2], key))
     module.recompile()

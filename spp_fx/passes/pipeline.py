@@ -57,8 +57,8 @@ def run_pipeline(
     program: Program,
     passes: Sequence[Pass],
     after: Callable[[Pass, PassReport], None] | None = None,
-) -> dict[str, PassReport]:
-    """Run passes in order, each between its `requires` and `ensures`.
+) -> list[PassReport]:
+    """Run passes in order, each between its `requires` and `ensures`; their reports, in the same order.
 
     Args:
         program: rewritten in place.
@@ -68,7 +68,7 @@ def run_pipeline(
     Raises:
         SppFxError: as the pass raised it, with the passes that had run before.
     """
-    reports: dict[str, PassReport] = {}
+    reports: list[PassReport] = []
     for item in passes:
         try:
             item.requires(program)
@@ -77,9 +77,8 @@ def run_pipeline(
         except PreconditionError as error:
             before = ", ".join(program.history) or "none"
             raise PreconditionError(f"{error} (passes that ran before: {before})") from error
-        spelling = print_pass(item)
-        program.history.append(spelling)
-        reports[spelling] = report
+        program.history.append(print_pass(item))
+        reports.append(report)
         if after is not None:
             after(item, report)
     return reports

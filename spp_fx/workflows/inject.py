@@ -123,12 +123,12 @@ def _inject(
     if found.folder.shards:
         candidates, refused = choose(found, Match(targets=tuple(targets), dense=True))
         masks = observe(found, candidates, tick)
-        (report,) = run_pipeline(program, [Match(targets=tuple(targets))]).values()
+        (report,) = run_pipeline(program, [Match(targets=tuple(targets))])
         refused = report.refused | {k: v for k, v in refused.items() if k not in candidates}
         for name in [n for n in program.matched if n not in candidates]:
             del program.matched[name]
     else:
-        (report,) = run_pipeline(program, [Match(targets=tuple(targets), dense=True)]).values()
+        (report,) = run_pipeline(program, [Match(targets=tuple(targets), dense=True)])
         refused = dict(report.refused)
     lock = _lock(found, masks) if masks else Lock.of([])
     sites = {name: (program.sites[name], pattern) for name, pattern in program.matched.items()}

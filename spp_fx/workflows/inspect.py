@@ -84,9 +84,9 @@ def _refusals(found: Survey, weights: bool) -> dict[str, str]:
     """What match refuses, with its reasons; a model without any match is all refusals."""
     refused = dict(found.binding.refused) if weights else {}
     try:
-        (report,) = run_pipeline(found.program, [Match(dense=not weights)]).values()
+        (report,) = run_pipeline(found.program, [Match(dense=not weights)])
     except SppFxError:
-        (report,) = run_pipeline(found.program, [Match(dense=True)]).values()
+        (report,) = run_pipeline(found.program, [Match(dense=True)])
         for name in report.changed:
             report.refused[name] = "dense: it has no zeros to keep"
     return report.refused | refused

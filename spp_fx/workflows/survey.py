@@ -51,7 +51,7 @@ def choose(found: Survey, match: Match) -> tuple[list[str], dict[str, str]]:
     Raises:
         UsageError: no site is left.
     """
-    (report,) = run_pipeline(found.program, [match]).values()
+    (report,) = run_pipeline(found.program, [match])
     refused = dict(report.refused)
     for name in list(found.program.matched):
         reason = found.binding.refused.get(name) or _unusable(found, name)

@@ -332,3 +332,23 @@ def test_tracing_takes_no_memory_for_weights():
     weights, share = map(float, result.stdout.split())
     assert weights > 190e6
     assert share < 0.1
+
+
+@pytest.mark.parametrize("cast", [lambda p: p.bfloat16(), lambda p: p.double(), lambda p: p.to(torch.float16)])
+def test_a_cast_is_refused_and_changes_nothing(cast):
+    _, program = copy.deepcopy(traced("llama"))
+    ids = batch()
+    before = program(ids).logits
+    with pytest.raises(UsageError, match=r"traced in, torch.float32: load the model in torch\.\w+ and trace"):
+        cast(program)
+    assert torch.equal(program(ids).logits, before)
+    assert torch.equal(program.float()(ids).logits, before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_program_moves_to_another_device_with_the_tensors_its_graphs_make(family):
+    _, program = copy.deepcopy(traced(family))
+    ids = batch()
+    shape = program(ids).logits.shape
+    logits = program.to("meta")(ids.to("meta")).logits
+    assert (logits.device.type, logits.shape) == ("meta", shape)

@@ -56,7 +56,7 @@ def test_an_untied_head_is_no_embedding():
 def test_canonicalize_is_idempotent():
     program = canonical("gpt2")
     sites = dict(program.sites)
-    report = run_pipeline(program, [Canonicalize()])["canonicalize"]
+    (report,) = run_pipeline(program, [Canonicalize()])
     assert (program.sites, report.changed) == (sites, {})
 
 

@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from spp_fx.errors import PatternError, UsageError
+from spp_fx.errors import PatternError, PreconditionError, UsageError
 from spp_fx.passes import Match, run_pipeline
-from tests.passes.programs import canonical
+from tests.passes.programs import adapted, canonical
 
 
 def matched(program, **options):
     item = Match(**options)
-    reports = run_pipeline(program, [item])
-    return set(program.matched), next(iter(reports.values())).refused
+    (report,) = run_pipeline(program, [item])
+    return set(program.matched), report.refused
 
 
 def test_without_targets_every_linear_of_the_layers_is_taken():
@@ -88,3 +88,11 @@ def test_routers_are_refused(family):
     assert {refused[name] for name in routers} == {
         "routes tokens to experts; name it in the targets to take it"
     }
+
+
+def test_sites_are_not_chosen_anew_under_adapters():
+    program = adapted(canonical("llama"))
+    chosen = dict(program.matched)
+    with pytest.raises(PreconditionError, match="match: the program has adapters; fold them"):
+        run_pipeline(program, [Match(targets=("q_proj",))])
+    assert program.matched == chosen

@@ -48,6 +48,6 @@ def test_a_pattern_that_nothing_holds_is_refused():
 
 def test_an_untouched_program_holds():
     program = folded("llama")
-    (report,) = run_pipeline(program, [Verify()]).values()
+    (report,) = run_pipeline(program, [Verify()])
     assert set(report.changed.values()) == {"2:4 holds, mask equal"}
     assert len(report.changed) == 14

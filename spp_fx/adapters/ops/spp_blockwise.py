@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from spp_fx.adapters.ops.dropout import apply_dropout
-from spp_fx.adapters.ops.frozen import flatten, refuse_weight_gradient
+from spp_fx.adapters.ops.frozen import flatten, follow_autocast, refuse_weight_gradient
 
 
 @torch.library.custom_op("spp_fx::spp_linear_blockwise", mutates_args=())
@@ -30,8 +30,9 @@ def spp_linear_blockwise(
     height = weight.shape[0] // alpha.shape[0]
     for j in range(alpha.shape[0]):
         block = slice(j * height, (j + 1) * height)
-        branch = (dropped * alpha[j]).to(x.dtype) @ weight[block].t()
-        flat[:, block] = rows @ weight[block].t() + scale * branch * beta[block, 0]
+        w = weight[block].to(x.dtype)
+        branch = (dropped * alpha[j]).to(x.dtype) @ w.t()
+        flat[:, block] = rows @ w.t() + scale * branch * beta[block, 0]
     if bias is not None:
         y += bias
     return y
@@ -72,7 +73,7 @@ def spp_linear_blockwise_backward(
     dalpha, dbeta = torch.empty_like(alpha), torch.empty_like(beta)
     for j in range(alpha.shape[0]):
         block = slice(j * height, (j + 1) * height)
-        w = weight[block]
+        w = weight[block].to(x.dtype)
         dx += dy[:, block] @ w
         inner = ((scale * dy[:, block]) * beta[block, 0]).to(x.dtype) @ w
         dbranch += inner * alpha[j]
@@ -119,3 +120,4 @@ def _backward(ctx, grad: Tensor):  # pyright: ignore[reportMissingParameterType]
 spp_linear_blockwise.register_autograd(_backward, setup_context=_setup)
 
 OP = torch.ops.spp_fx.spp_linear_blockwise.default
+follow_autocast("spp_fx::spp_linear_blockwise", OP)

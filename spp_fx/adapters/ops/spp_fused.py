@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spp_fx.adapters.ops.dropout import apply_dropout
-from spp_fx.adapters.ops.frozen import flatten, refuse_weight_gradient
+from spp_fx.adapters.ops.frozen import flatten, follow_autocast, refuse_weight_gradient
 
 BLOCK_ELEMENTS = 1 << 22
 """Elements of one row block: every temporary of the size of W is at most this large."""
@@ -41,13 +41,37 @@ def multiplier(alpha: Tensor, beta: Tensor, start: int, stop: int, scale: float)
 
 
 def update_rows(
-    w: Tensor, alpha: Tensor, beta: Tensor, start: int, stop: int, scale: float, base: float
+    w: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    start: int,
+    stop: int,
+    scale: float,
+    base: float,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Rows start..stop of base * W + s * W * beta * repeat(alpha), rounded once to W's dtype."""
+    """Rows start..stop of base * W + s * W * beta * repeat(alpha), rounded once to dtype."""
     factor = multiplier(alpha, beta, start, stop, scale)
+    factor = factor.to(torch.promote_types(factor.dtype, w.dtype))
     if base:
         factor += base
-    return factor.mul_(w[start:stop]).to(w.dtype)
+    return factor.mul_(w[start:stop]).to(dtype)
+
+
+def _base_rows(
+    w: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    start: int,
+    stop: int,
+    scale: float,
+    masked: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """What x itself is multiplied with: the whole W', or W alone where dropout parts the branches."""
+    if masked:
+        return w[start:stop].to(dtype)
+    return update_rows(w, alpha, beta, start, stop, scale, 1.0, dtype)
 
 
 @torch.library.custom_op("spp_fx::spp_linear_fused", mutates_args=())
@@ -69,13 +93,13 @@ def spp_linear_fused(
     flat = y.view(-1, m)
     for start, stop in row_blocks(m, n, m // alpha.shape[0]):
         out = flat[:, start:stop]
-        w = weight[start:stop] if masked else update_rows(weight, alpha, beta, start, stop, scale, 1.0)
+        w = _base_rows(weight, alpha, beta, start, stop, scale, masked, x.dtype)
         if bias is None:
             torch.mm(rows, w.t(), out=out)
         else:
-            torch.addmm(bias[start:stop], rows, w.t(), out=out)
+            torch.addmm(bias[start:stop].to(x.dtype), rows, w.t(), out=out)
         if masked:
-            out += dropped @ update_rows(weight, alpha, beta, start, stop, scale, 0.0).t()
+            out += dropped @ update_rows(weight, alpha, beta, start, stop, scale, 0.0, x.dtype).t()
     return y
 
 
@@ -116,10 +140,10 @@ def spp_linear_fused_backward(
     for start, stop in row_blocks(m, n, height):
         dy_block = dy[:, start:stop]
         if dx is not None:
-            w = weight[start:stop] if masked else update_rows(weight, alpha, beta, start, stop, scale, 1.0)
+            w = _base_rows(weight, alpha, beta, start, stop, scale, masked, x.dtype)
             dx.add_product(dy_block, w)
         if dbranch is not None:
-            dbranch.add_product(dy_block, update_rows(weight, alpha, beta, start, stop, scale, 0.0))
+            dbranch.add_product(dy_block, update_rows(weight, alpha, beta, start, stop, scale, 0.0, x.dtype))
         reduce_rows(dy_block.t() @ dropped, weight, alpha, beta, start, stop, scale, dalpha, dbeta)
     if dx is None:
         return x.new_empty(0), dalpha, dbeta
@@ -210,3 +234,4 @@ def _backward(ctx, grad: Tensor):  # pyright: ignore[reportMissingParameterType]
 spp_linear_fused.register_autograd(_backward, setup_context=_setup)
 
 OP = torch.ops.spp_fx.spp_linear_fused.default
+follow_autocast("spp_fx::spp_linear_fused", OP)

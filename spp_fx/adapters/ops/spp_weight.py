@@ -25,7 +25,7 @@ def spp_weight(weight: Tensor, alpha: Tensor, beta: Tensor, scale: float, base: 
     _, m, n = weight.shape
     for w, a, b, o in zip(weight, alpha, beta, out, strict=True):
         for start, stop in row_blocks(m, n, m // a.shape[0]):
-            o[start:stop] = update_rows(w, a, b, start, stop, scale, base)
+            o[start:stop] = update_rows(w, a, b, start, stop, scale, base, w.dtype)
     return out
 
 
