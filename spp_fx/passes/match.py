@@ -31,7 +31,9 @@ class Match(Pass):
         if not program.sites:
             raise PreconditionError("match: the program has no sites; run canonicalize first")
         if program.adapters:
-            raise PreconditionError("match: the program has adapters; fold them before other sites are chosen")
+            raise PreconditionError(
+                "match: the program has adapters; fold them before other sites are chosen"
+            )
 
     def apply(self, program: Program) -> PassReport:
         report = PassReport()

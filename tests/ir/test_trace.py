@@ -334,7 +334,9 @@ def test_tracing_takes_no_memory_for_weights():
     assert share < 0.1
 
 
-@pytest.mark.parametrize("cast", [lambda p: p.bfloat16(), lambda p: p.double(), lambda p: p.to(torch.float16)])
+@pytest.mark.parametrize(
+    "cast", [lambda p: p.bfloat16(), lambda p: p.double(), lambda p: p.to(torch.float16)]
+)
 def test_a_cast_is_refused_and_changes_nothing(cast):
     _, program = copy.deepcopy(traced("llama"))
     ids = batch()
