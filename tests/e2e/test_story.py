@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from spp_fx.cli import run
 from spp_fx.workflows.load import load_program
-from tests.command import spp_fx
+from tests.command import command
 from tests.real_data import data_folder
 
 
@@ -141,10 +141,10 @@ def test_the_packed_export_holds_values_then_metadata(way):
 @pytest.mark.parametrize(
     "name", ["sparse", "adapter", "merged", "neutral", "sm90", "onnx", "onnx64", "plain"]
 )
-def test_every_artifact_verifies(way, name, capfd):
-    ran = spp_fx(capfd, "verify", way / name, "--pattern", "2:4", "--json")
+def test_every_artifact_verifies(way, name):
+    ran = command("verify", way / name, "--pattern", "2:4", "--json")
     assert ran.code == 0
-    verdict = ran.json()
+    verdict = ran.json
     assert verdict["ok"] is True
     assert verdict["pattern"] == "2:4"
     assert verdict["summary"] == {"sites": 14, "ok": 14, "failed": 0, "sparsity": 0.5}
@@ -164,10 +164,10 @@ def test_every_artifact_verifies(way, name, capfd):
     assert all(site["mask_equal"] is True for site in verdict["sites"])
 
 
-def test_eval_prints_the_perplexity_of_the_formula(way, capfd):
+def test_eval_prints_the_perplexity_of_the_formula(way):
     text = data_folder() / "tinystories" / "valid.txt"
-    ran = spp_fx(capfd, "eval", way / "merged", "--data", text, "--seq-len", 256, "--json")
-    result = ran.json()
+    ran = command("eval", way / "merged", "--data", text, "--seq-len", 256, "--json")
+    result = ran.json
     assert ran.code == 0
     assert result["tokens"] == 7891
     assert 30 < result["perplexity"] < 184

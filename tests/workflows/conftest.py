@@ -9,8 +9,8 @@ import torch
 
 from spp_fx.cli import run
 from spp_fx.workflows.demo_model import train_tokenizer
+from tests.command import must, randomize, save_tokenizer
 from tests.families import make_model
-from tests.workflows.commands import must, randomize, save_tokenizer
 
 SENTENCE = "the cat sat on a mat and saw one small red bird in that old tree while it was warm"
 
@@ -54,7 +54,7 @@ def pristine(tmp_path_factory, text_file) -> Path:
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory):
-    """A world of small folders: dense, sparse (2:4), half (50%), adapter, merged, packed."""
+    """Small folders: dense, shards (dense), sparse, sharded (both 2:4), half (50%), adapter, merged, packed."""
     root = tmp_path_factory.mktemp("world") / "world"
     model = make_model("llama")
     model.save_pretrained(root / "dense")
@@ -62,6 +62,8 @@ def made(tmp_path_factory):
     (root / "text.txt").write_text("\n".join("a b c d e f g h i j" for _ in range(60)))
     must("prune", root / "dense", "-o", root / "sparse")
     must("prune", root / "dense", "-o", root / "half", "--pattern", "50%")
+    model.save_pretrained(root / "shards", max_shard_size="40KB")
+    must("prune", root / "shards", "-o", root / "sharded")
     must("inject", root / "sparse", "-o", root / "adapter", "--rank", 4)
     randomize(root / "adapter")
     must("merge", root / "adapter", "-o", root / "merged")

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from spp_fx.cli import cli
-from tests.command import spp_fx
+from tests.command import command
 
 # Table 1 of the SPP paper: hidden, intermediate, layers, heads, key-value heads -> parameters, per mille.
 TABLE_1 = {
@@ -20,7 +20,7 @@ TABLE_1 = {
 
 
 @pytest.mark.parametrize("name", TABLE_1)
-def test_a_dry_run_counts_what_the_paper_counts(name, tmp_path, capfd):
+def test_a_dry_run_counts_what_the_paper_counts(name, tmp_path):
     (hidden, intermediate, layers, heads, kv), parameters, per_mille = TABLE_1[name]
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -33,7 +33,7 @@ def test_a_dry_run_counts_what_the_paper_counts(name, tmp_path, capfd):
         "vocab_size": 32000,
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    report = spp_fx(capfd, "inject", tmp_path, "--dry-run", "--json").json()
+    report = command("inject", tmp_path, "--dry-run", "--json").json
     assert report["per_mille"] == pytest.approx(per_mille, abs=0.01)
     assert report["trainable_parameters"] == pytest.approx(parameters, rel=0.05)
     assert len(report["sites"]) == 7 * layers
@@ -41,8 +41,8 @@ def test_a_dry_run_counts_what_the_paper_counts(name, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("name", sorted(cli.commands))
-def test_every_help_text_shows_an_example(name, capfd):
-    ran = spp_fx(capfd, name, "--help")
+def test_every_help_text_shows_an_example(name):
+    ran = command(name, "--help")
     assert ran.code == 0
     assert f"spp-fx {name}" in ran.out.split("\n\n", 1)[1]
 
@@ -54,17 +54,17 @@ def test_the_package_runs_as_a_module():
     assert done.stdout.startswith("spp-fx")
 
 
-def test_folders_default_to_the_current_one(pristine, tmp_path, monkeypatch, capfd):
+def test_folders_default_to_the_current_one(pristine, tmp_path, monkeypatch):
     shutil.copytree(pristine / "adapter", tmp_path / "adapter")
     monkeypatch.chdir(tmp_path / "adapter")
-    assert spp_fx(capfd, "merge", "--verify-sparsity", "-q").code == 0
+    assert command("merge", "--verify-sparsity", "-q").code == 0
     monkeypatch.chdir(tmp_path / "adapter-merged")
-    assert spp_fx(capfd, "verify").out.startswith("ok: model")
+    assert command("verify").out.startswith("ok: model")
 
 
-def test_verify_writes_junit_and_annotations(pristine, tmp_path, capfd):
-    ran = spp_fx(
-        capfd, "verify", pristine / "sparse", "--pattern", "1:4", "--junit", tmp_path / "r.xml", "--github"
+def test_verify_writes_junit_and_annotations(pristine, tmp_path):
+    ran = command(
+        "verify", pristine / "sparse", "--pattern", "1:4", "--junit", tmp_path / "r.xml", "--github"
     )
     assert ran.code == 1
     suite = ElementTree.parse(tmp_path / "r.xml").getroot()[0]
@@ -72,17 +72,17 @@ def test_verify_writes_junit_and_annotations(pristine, tmp_path, capfd):
     assert ran.out.count("::error title=") == len(suite)
 
 
-def test_verify_against_another_artifact_counts_what_differs(pristine, capfd):
-    same = spp_fx(capfd, "verify", pristine / "adapter", "--against", pristine / "sparse", "--json").json()
+def test_verify_against_another_artifact_counts_what_differs(pristine):
+    same = command("verify", pristine / "adapter", "--against", pristine / "sparse", "--json").json
     assert same["kind"] == "adapter"
     assert same["ok"] is True
-    other = spp_fx(capfd, "verify", pristine / "half", "--against", pristine / "sparse", "--json").json()
+    other = command("verify", pristine / "half", "--against", pristine / "sparse", "--json").json
     assert other["ok"] is False
     assert all(site["lost_zeros"] > 0 and site["mask_equal"] is False for site in other["sites"])
 
 
-def test_inspect_says_what_would_be_matched_and_why_not(pristine, capfd):
-    report = spp_fx(capfd, "inspect", pristine / "sparse", "--json").json()
+def test_inspect_says_what_would_be_matched_and_why_not(pristine):
+    report = command("inspect", pristine / "sparse", "--json").json
     by_name = {site["name"]: site for site in report["sites"]}
     assert by_name["lm_head.weight"]["matched"] is False
     assert "logits" in by_name["lm_head.weight"]["reason"]
@@ -90,16 +90,16 @@ def test_inspect_says_what_would_be_matched_and_why_not(pristine, capfd):
     assert report["matched"] == 14
 
 
-def test_opt_prints_the_program_after_every_pass(pristine, capfd):
+def test_opt_prints_the_program_after_every_pass(pristine):
     pipeline = "canonicalize,match{targets=q_proj},inject{rank=4},lower{kernel=fused}"
-    ran = spp_fx(capfd, "opt", pristine / "sparse", "-p", pipeline, "--print-after-all")
+    ran = command("opt", pristine / "sparse", "-p", pipeline, "--print-after-all")
     assert ran.code == 0
     assert ran.out.count("program llama") == 4
     assert ran.out.count("spp_fx.spp_linear(") == 2
     assert ran.out.count("spp_fx.spp_linear_fused(") == 2
 
 
-def test_the_vanish_policies_do_what_they_say(pristine, tmp_path, capfd):
+def test_the_vanish_policies_do_what_they_say(pristine, tmp_path):
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(pristine / "adapter", tmp_path / "adapter")
@@ -112,7 +112,7 @@ def test_the_vanish_policies_do_what_they_say(pristine, tmp_path, capfd):
 
     def merge(policy: str) -> tuple[int, Path]:
         out = tmp_path / policy
-        ran = spp_fx(capfd, "merge", tmp_path / "adapter", "-o", out, "--vanish", policy, "-q")
+        ran = command("merge", tmp_path / "adapter", "-o", out, "--vanish", policy, "-q")
         return ran.code, out
 
     assert merge("error")[0] == 1
@@ -125,4 +125,4 @@ def test_the_vanish_policies_do_what_they_say(pristine, tmp_path, capfd):
         rows[policy] = load_file(tmp_path / policy / index["weight_map"][site])[site][3]
     assert int((rows["keep"] != 0).sum()) == 16
     assert int((rows["allow"] != 0).sum()) == 0
-    assert spp_fx(capfd, "verify", tmp_path / "allow").code == 0
+    assert command("verify", tmp_path / "allow").code == 0

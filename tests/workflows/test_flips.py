@@ -1,11 +1,22 @@
 """A single changed zero among all weights is found, named and counted."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
-from tests.workflows.commands import command, rewrite, tensors
+from tests.command import command, rewrite, tensors
 
 Q, DOWN = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"
+
+
+def file_of(folder: Path, name: str) -> Path:
+    """The file that holds a tensor."""
+    index = folder / "model.safetensors.index.json"
+    return folder / (
+        json.loads(index.read_text())["weight_map"][name] if index.exists() else "model.safetensors"
+    )
 
 
 def place_of(weight: torch.Tensor, zero: bool) -> tuple[int, int]:
@@ -14,12 +25,12 @@ def place_of(weight: torch.Tensor, zero: bool) -> tuple[int, int]:
     return row, column
 
 
-@pytest.mark.parametrize("model", ["sparse", "half", "merged"])
+@pytest.mark.parametrize("model", ["sparse", "half", "merged", "sharded"])
 @pytest.mark.parametrize("name", [Q, DOWN])
 def test_a_zero_that_became_a_value_is_named(world, model, name):
     folder = world / model
     row, column = place_of(tensors(folder)[name], zero=True)
-    rewrite(folder / "model.safetensors", lambda values: values[name].__setitem__((row, column), 1e-30))
+    rewrite(file_of(folder, name), lambda values: values[name].__setitem__((row, column), 1e-30))
     result = command("verify", folder, "--lock", folder / "sparsity.lock.json")
     assert result.code == 1
     (line,) = [line for line in result.out.splitlines() if line.startswith("FAIL")]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.workflows.commands import command, listing, one_line, rewrite
+from tests.command import command, listing, one_line, rewrite
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 
@@ -28,6 +28,10 @@ def spoil(name: str):
 
 def nothing(world: Path) -> None:
     """Wrong from the start."""
+
+
+def second_shard(world: Path) -> Path:
+    return sorted((world / "sharded").glob("model-*.safetensors"))[1]
 
 
 def shard(world: Path) -> None:
@@ -82,6 +86,12 @@ CASES = {
         lambda w: rewrite(w / "adapter" / "adapter_model.safetensors", spoil(f"{Q}.spp_alpha")),
         "merge adapter -o new", 1, Q,
     ),
+    "merge-infinite-factor": (
+        lambda w: rewrite(
+            w / "adapter" / "adapter_model.safetensors", lambda v: v[f"{Q}.spp_beta"][2].fill_(float("inf"))
+        ),
+        "merge adapter -o new", 1, "): row 2, column",
+    ),
     "merge-factor-missing": (
         lambda w: rewrite(w / "adapter" / "adapter_model.safetensors", lambda v: v.pop(f"{Q}.spp_beta")),
         "merge adapter -o new", 1, "is missing",
@@ -112,6 +122,11 @@ CASES = {
         lambda w: truncate(w / "sparse" / "model.safetensors", 0.001), "verify sparse", 1, "model.safetensors",
     ),
     "verify-missing-shard": (shard, "verify sparse", 1, "model-00002-of-00002.safetensors"),
+    "verify-lost-shard": (lambda w: second_shard(w).unlink(), "verify sharded", 1, "model-00002-of-"),
+    "verify-cut-shard": (lambda w: truncate(second_shard(w), 0.99), "verify sharded", 1, "model-00002-of-"),
+    "export-lost-shard": (
+        lambda w: second_shard(w).unlink(), "export sharded -o new --format safetensors", 1, "model-00002-of-",
+    ),
     "verify-broken-lock": (
         lambda w: truncate(w / "sparse" / "sparsity.lock.json"), "verify sparse", 1, "sparsity.lock.json",
     ),
@@ -139,6 +154,8 @@ CASES = {
     "train-negative-rate": (nothing, TRAIN + " --lr -1", 2, "--lr"),
     "train-nothing-to-resume": (nothing, TRAIN + " --resume", 2, "--save-steps"),
     "eval-text-missing": (nothing, "eval merged --data nowhere.txt", 2, "nowhere.txt"),
+    "eval-no-window": (nothing, "eval merged --data text.txt --seq-len 1", 2, "seq-len"),
+    "inject-dropout": (nothing, "inject sparse -o new --rank 4 --dropout 1.5", 2, "dropout"),
     "opt-unknown-pass": (nothing, "opt dense -p canonicalize,polish", 2, "polish"),
     "opt-bad-field": (nothing, "opt dense -p canonicalize,match{colour=red}", 2, "colour"),
     "opt-open-brace": (nothing, "opt dense -p canonicalize,match{", 2, "match"),

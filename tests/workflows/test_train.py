@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.command import spp_fx
+from tests.command import command
 
 
 @pytest.fixture
@@ -15,74 +15,72 @@ def adapter(pristine, tmp_path) -> Path:
     return tmp_path / "adapter"
 
 
-def train(capfd, adapter: Path, text: Path, *more: object):
+def train(adapter: Path, text: Path, *more: object):
     line = ("train", adapter, "--data", text, "--seq-len", 32, "--batch-size", 4, "--steps", 24, "-q")
-    return spp_fx(capfd, *line, *more)
+    return command(*line, *more)
 
 
 def factors(adapter: Path) -> bytes:
     return (adapter / "adapter_model.safetensors").read_bytes()
 
 
-def test_training_lowers_the_perplexity_and_the_same_seed_gives_the_same_bytes(
-    adapter, text_file, capfd, tmp_path
-):
+def test_training_lowers_the_perplexity_and_the_same_seed_gives_the_same_bytes(adapter, text_file, tmp_path):
     shutil.copytree(adapter, tmp_path / "again")
-    report = train(capfd, adapter, text_file, "--eval-data", text_file, "--json").json()
+    report = train(adapter, text_file, "--eval-data", text_file, "--json").json
     assert report["perplexity"] < report["perplexity_before"]
     assert report["steps"] == 24
-    assert train(capfd, tmp_path / "again", text_file).code == 0
+    assert train(tmp_path / "again", text_file).code == 0
     assert factors(adapter) == factors(tmp_path / "again")
 
 
-def test_a_resumed_run_ends_with_the_bytes_of_an_undisturbed_one(adapter, text_file, capfd, tmp_path):
+def test_a_resumed_run_ends_with_the_bytes_of_an_undisturbed_one(adapter, text_file, tmp_path):
     start = factors(adapter)
-    assert train(capfd, adapter, text_file, "--save-steps", 10).code == 0
+    assert train(adapter, text_file, "--save-steps", 10).code == 0
     whole = factors(adapter)
     # As if it had been killed after step 10: the newer checkpoint and the result are gone.
     shutil.rmtree(adapter / "checkpoint-20")
     (adapter / "adapter_model.safetensors").write_bytes(start)
-    assert train(capfd, adapter, text_file, "--save-steps", 10, "--resume").code == 0
+    assert train(adapter, text_file, "--save-steps", 10, "--resume").code == 0
     assert factors(adapter) == whole
 
 
-def test_checkpoints_hold_no_pickle(adapter, text_file, capfd):
-    train(capfd, adapter, text_file, "--save-steps", 10)
+def test_checkpoints_hold_no_pickle(adapter, text_file):
+    train(adapter, text_file, "--save-steps", 10)
     files = [p for p in (adapter / "checkpoint-20").rglob("*") if p.is_file()]
     assert files
     assert {p.suffix for p in files} <= {".json", ".safetensors"}
 
 
-def test_a_run_that_diverges_leaves_the_adapter_as_it_was(adapter, text_file, capfd):
+def test_a_run_that_diverges_leaves_the_adapter_as_it_was(adapter, text_file):
     before = factors(adapter)
-    ran = train(capfd, adapter, text_file, "--lr", "1e30")
+    ran = train(adapter, text_file, "--lr", "1e30")
     assert ran.code == 1
     assert "--lr" in ran.err
     assert factors(adapter) == before
 
 
-def test_a_teacher_of_another_vocabulary_is_refused_and_checkpoints_stay(adapter, text_file, capfd, tmp_path):
+def test_a_teacher_of_another_vocabulary_is_refused_and_checkpoints_stay(adapter, text_file, tmp_path):
     from tests.families import make_model
 
-    train(capfd, adapter, text_file, "--save-steps", 10)
+    train(adapter, text_file, "--save-steps", 10)
     make_model("llama").save_pretrained(tmp_path / "other")
-    ran = train(capfd, adapter, text_file, "--teacher", tmp_path / "other")
+    ran = train(adapter, text_file, "--teacher", tmp_path / "other")
     assert ran.code == 2
     assert "vocabulary" in ran.err
     assert (adapter / "checkpoint-20").is_dir()
 
 
-def test_a_teacher_changes_what_is_learned(adapter, pristine, text_file, capfd, tmp_path):
+def test_a_teacher_changes_what_is_learned(adapter, pristine, text_file, tmp_path):
     shutil.copytree(adapter, tmp_path / "taught")
-    train(capfd, adapter, text_file)
-    assert train(capfd, tmp_path / "taught", text_file, "--teacher", pristine / "dense").code == 0
+    train(adapter, text_file)
+    assert train(tmp_path / "taught", text_file, "--teacher", pristine / "dense").code == 0
     plain, taught = (
         load_file(folder / "adapter_model.safetensors") for folder in (adapter, tmp_path / "taught")
     )
     assert any(not plain[name].equal(taught[name]) for name in plain)
 
 
-def test_resume_without_a_checkpoint_is_refused(adapter, text_file, capfd):
-    ran = train(capfd, adapter, text_file, "--resume")
+def test_resume_without_a_checkpoint_is_refused(adapter, text_file):
+    ran = train(adapter, text_file, "--resume")
     assert ran.code == 2
     assert "--save-steps" in ran.err

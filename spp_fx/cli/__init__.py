@@ -1,0 +1,48 @@
+"""The command line: parse, call a workflow, show the result."""
+
+import signal
+import sys
+import traceback
+
+import click
+
+from spp_fx.cli import demo, evaluate, export, inject, inspect, merge, optimize, prune, train, verify
+from spp_fx.cli.base import cli
+from spp_fx.errors import SppFxError
+
+VERBS = (prune, inject, train, merge, verify, export, inspect, evaluate, optimize, demo)
+"""The modules of the subcommands; each adds its own to the group as it is imported."""
+
+
+def main() -> None:
+    """Entry point: runs the command and turns errors into one clear line and an exit code."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command line; returns 0 if it holds, 1 if it does not or failed, 2 for wrong usage."""
+    # A terminated run cleans its temporary folder up like an interrupted one.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    debug = "--debug" in arguments
+    try:
+        code = cli.main(args=arguments, prog_name="spp-fx", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("spp-fx: interrupted; nothing is left half written", err=True)
+        return 130
+    except SppFxError as error:
+        return _failed(str(error), error.exit_code, debug)
+    except OSError as error:
+        return _failed(str(error), 1, debug)
+    except Exception as error:  # noqa: BLE001 - the last net: a bug is reported in one line, its trace with --debug
+        return _failed(f"internal error: {type(error).__name__}: {error} (--debug shows where)", 1, debug)
+    return code if isinstance(code, int) else 0
+
+
+def _failed(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    click.echo(f"spp-fx: {message}", err=True)
+    return code

@@ -1,0 +1,104 @@
+"""What every subcommand shares: the group, the common options, and how names on the command line are read."""
+
+import functools
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from spp_fx.console import Output
+from spp_fx.version import VERSION
+
+FOLDER = click.Path(path_type=Path)
+COMMAND: dict[str, Any] = {"context_settings": {"help_option_names": ["-h", "--help"]}}
+
+
+@click.group(**COMMAND)
+@click.version_option(VERSION, prog_name="spp-fx")
+def cli() -> None:
+    """Train pruned language models without moving a zero, fold, prove, export.
+
+    \b
+    spp-fx prune my-model -o my-sparse --method magnitude --pattern 2:4
+    spp-fx inject my-sparse
+    spp-fx train my-sparse-spp --data text.txt --steps 300
+    spp-fx merge my-sparse-spp --verify-sparsity
+    spp-fx verify my-sparse-spp-merged --pattern 2:4
+    spp-fx export my-sparse-spp-merged --format cusparselt
+    """
+
+
+def command(name: str) -> Callable[[Callable[..., Any]], click.Command]:
+    """A subcommand with the options that every command has; it gets an `Output` as its first argument."""
+
+    def decorate(function: Callable[..., Any]) -> click.Command:
+        @cli.command(name, **COMMAND)
+        @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+        @click.option("-q", "--quiet", is_flag=True, help="No progress and no log on stderr.")
+        @click.option("--debug", is_flag=True, help="Show the trace of an error.")
+        @functools.wraps(function)
+        def wrapped(as_json: bool, quiet: bool, debug: bool, **options: Any) -> Any:
+            _calm(debug)
+            return function(Output(as_json=as_json, quiet=quiet), **options)
+
+        return wrapped
+
+    return decorate
+
+
+def _calm(debug: bool) -> None:
+    """Other libraries' warnings and bars would drown ours."""
+    if debug:
+        return
+    warnings.simplefilter("ignore")
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def model_argument(function: Callable[..., Any]) -> Callable[..., Any]:
+    return click.argument("model", default=".")(function)
+
+
+def remote_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    help_text = "Run code that the model folder brings. Off: such models are refused."
+    return click.option("--trust-remote-code", is_flag=True, help=help_text)(function)
+
+
+def output_options(default: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        function = click.option("--force", is_flag=True, help="Replace the output if it exists.")(function)
+        return click.option("-o", "--out", type=FOLDER, help=f"Folder to write. Default: {default}.")(
+            function
+        )
+
+    return add
+
+
+def targets_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    help_text = (
+        "Sites to take: last words of module names or globs, comma-separated or repeated "
+        "(q_proj,v_proj or 'model.layers.0.*'). Default: every linear of the decoder layers."
+    )
+    return click.option("--targets", multiple=True, help=help_text)(function)
+
+
+def split_targets(values: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(word for value in values for word in value.split(",") if word)
+
+
+def model_folder(name: str) -> Path:
+    from spp_fx.workflows.hub import resolve_model
+
+    return resolve_model(name)
+
+
+def beside(folder: Path, suffix: str) -> Path:
+    """FOLDER-suffix beside a folder."""
+    folder = folder.resolve()
+    return folder.parent / f"{folder.name}-{suffix}"
