@@ -25,8 +25,8 @@ from spp_fx.workflows.prune import prune
 from spp_fx.workflows.train import TrainSettings, train
 from spp_fx.workflows.verify import verify
 
-DENSE_STEPS = 240
-ADAPTER_STEPS = 80
+DENSE_STEPS = 900
+ADAPTER_STEPS = 120
 
 
 class Bar(Protocol):
