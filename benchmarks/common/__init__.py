@@ -1,0 +1,1 @@
+"""What the benchmarks share: rival layers, timing, memory."""
