@@ -56,11 +56,20 @@ def main() -> None:
         for batch in options.batch
         for rank in options.rank
     ]
-    print(json.dumps({"question": "one step of one linear", "threads": torch.get_num_threads(), "results": results}, indent=1))
+    print(
+        json.dumps(
+            {"question": "one step of one linear", "threads": torch.get_num_threads(), "results": results},
+            indent=1,
+        )
+    )
 
 
-def measure(width: int, batch: int, rank: int, dtype: torch.dtype, repeats: int, only: list[str] | None) -> dict[str, object]:
-    steps = {name: step for name, step in make_steps(width, batch, rank, dtype).items() if not only or name in only}
+def measure(
+    width: int, batch: int, rank: int, dtype: torch.dtype, repeats: int, only: list[str] | None
+) -> dict[str, object]:
+    steps = {
+        name: step for name, step in make_steps(width, batch, rank, dtype).items() if not only or name in only
+    }
     times = timing.interleaved(steps, repeats)
     reference = REFERENCE if REFERENCE in steps else next(iter(steps))
     return {

@@ -15,13 +15,13 @@ class LoRS(torch.autograd.Function):
     """LoRS: W' = W + s (A B) * (W != 0), recomputed in backward; dA and dB without the mask (straight through)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(x, weight, a, b)
         ctx.scale = scale
         return x @ masked_sum(weight, a, b, scale).t()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b = ctx.saved_tensors
         dx = grad @ masked_sum(weight, a, b, ctx.scale)
         da = ctx.scale * (grad.t() @ (x @ b.to(x.dtype).t()))

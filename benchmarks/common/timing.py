@@ -9,7 +9,10 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2, sync: Callable[[], None] | None = None
+    runs: Mapping[str, Callable[[], object]],
+    repeats: int,
+    warmup: int = 2,
+    sync: Callable[[], None] | None = None,
 ) -> dict[str, list[float]]:
     """Milliseconds of each run, `repeats` times, the runs taking turns."""
     times: dict[str, list[float]] = {name: [] for name in runs}

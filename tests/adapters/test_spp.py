@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from spp_fx.adapters import SPP
-from spp_fx.adapters.ops import spp_fused, spp_linear, spp_weight
+from spp_fx.adapters.ops import passes, rows, spp_linear, spp_weight
 from spp_fx.adapters.ops.dropout import apply_dropout
 from spp_fx.errors import UsageError
 from tests.adapters.layers import EXECUTIONS, OPS, SCALE, Layer, make_layer, run
@@ -20,9 +20,15 @@ M, N, R = 12, 10, 3  # blocks of 4 rows
 BLOCKS = {"one row": N, "less": 3 * N, "equal": 4 * N, "two and a rest": 9 * N + 3, "all": 1 << 22}
 
 
+def small_blocks(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
+    """Blocks of so many elements, and tiles of half as many."""
+    monkeypatch.setitem(rows.BLOCK_ELEMENTS, "cpu", elements)
+    monkeypatch.setattr(passes, "TILE_ELEMENTS", max(1, elements // 2))
+
+
 @pytest.fixture(params=BLOCKS.values(), ids=BLOCKS.keys())
 def blocks(request, monkeypatch):
-    monkeypatch.setattr(spp_fused, "BLOCK_ELEMENTS", request.param)
+    small_blocks(monkeypatch, request.param)
 
 
 def effective(weight: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
@@ -90,7 +96,7 @@ def test_the_gradients_of_every_execution_are_those_of_the_definition(execution,
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("execution", OPS)
 def test_gradcheck(execution, shape, dropout, monkeypatch):
-    monkeypatch.setattr(spp_fused, "BLOCK_ELEMENTS", 2 * shape[1])
+    small_blocks(monkeypatch, 2 * shape[1])
     layer = make_layer(*shape, (2,))
     seed = torch.tensor(7) if dropout else None
 
@@ -185,9 +191,9 @@ def test_opcheck_of_the_backwards():
     dy = torch.randn(3, 4, dtype=torch.float64)
     shared = (dy, x, layer.weight, alpha, beta, torch.tensor(7), SCALE, 0.4)
     ops = torch.ops.spp_fx
-    torch.library.opcheck(ops.spp_linear_blockwise_backward.default, shared)
-    for needs_x in (True, False):
-        torch.library.opcheck(ops.spp_linear_fused_backward.default, (*shared, needs_x))
+    for backward in (ops.spp_linear_blockwise_backward.default, ops.spp_linear_fused_backward.default):
+        for needs_x in (True, False):
+            torch.library.opcheck(backward, (*shared, needs_x))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -230,9 +236,10 @@ def test_a_fused_training_step_costs_three_products_and_five_with_dropout(dropou
 MEMORY = """
 import sys, torch
 from spp_fx.adapters.ops import spp_fused, spp_linear
+from spp_fx.adapters.ops.rows import BLOCK_ELEMENTS
 torch.set_num_threads(1)
 m, n, b = 4096, 4096, 8
-spp_fused.BLOCK_ELEMENTS = 1 << 18
+BLOCK_ELEMENTS["cpu"] = 1 << 18
 op = {"fused": spp_fused.OP, "definition": spp_linear.OP}[sys.argv[1]]
 def peak():  # not getrusage: it starts at the peak of the process that started this one
     status = open("/proc/self/status").read()
@@ -316,7 +323,7 @@ def test_the_weight_of_a_transposed_stack_is_the_same(blocks):
 
 
 def test_gradcheck_and_opcheck_of_the_weight_of_a_stack(monkeypatch):
-    monkeypatch.setattr(spp_fused, "BLOCK_ELEMENTS", 20)
+    small_blocks(monkeypatch, 20)
     weight, alpha, beta = stack()
     assert torch.autograd.gradcheck(lambda a, b: spp_weight.OP(weight, a, b, SCALE, 1.0), [alpha, beta])
     torch.library.opcheck(spp_weight.OP, (weight, alpha, beta, SCALE, 1.0))

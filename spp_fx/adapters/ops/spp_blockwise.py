@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from spp_fx.adapters.ops.dropout import apply_dropout
-from spp_fx.adapters.ops.frozen import flatten, follow_autocast, refuse_weight_gradient
+from spp_fx.adapters.ops.frozen import flatten
+from spp_fx.adapters.ops.linear_op import linear_op
 
 
-@torch.library.custom_op("spp_fx::spp_linear_blockwise", mutates_args=())
-def spp_linear_blockwise(
+def forward(
     x: Tensor,
     weight: Tensor,
     alpha: Tensor,
@@ -20,8 +20,7 @@ def spp_linear_blockwise(
 ) -> Tensor:
     """`spp_linear` as Y_j = X W_j^T + s * beta_j * ((X~ * alpha_j) W_j^T) over the r row blocks j of W.
 
-    Arguments and result as in `spp_linear`; X~ is x after dropout. Costs two GEMMs of the layer's size;
-    temporaries are (b, n) and (b, m/r).
+    X~ is x after dropout. Costs two GEMMs of the layer's size; temporaries are (b, n) and (b, m/r).
     """
     rows = flatten(x)
     dropped = rows if seed is None or dropout == 0 else apply_dropout(rows, seed, dropout)
@@ -38,22 +37,7 @@ def spp_linear_blockwise(
     return y
 
 
-@spp_linear_blockwise.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    alpha: Tensor,
-    beta: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    dropout: float,
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-@torch.library.custom_op("spp_fx::spp_linear_blockwise_backward", mutates_args=())
-def spp_linear_blockwise_backward(
+def backward(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -62,8 +46,9 @@ def spp_linear_blockwise_backward(
     seed: Tensor | None,
     scale: float,
     dropout: float,
+    needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, alpha and beta; three GEMMs of the layer's size."""
+    """Gradients of x (an empty tensor unless needs_x), alpha and beta; three GEMMs of the layer's size."""
     rows, dy = flatten(x), flatten(grad)
     masked = seed is not None and dropout != 0
     dropped = apply_dropout(rows, seed, dropout) if masked else rows
@@ -74,50 +59,17 @@ def spp_linear_blockwise_backward(
     for j in range(alpha.shape[0]):
         block = slice(j * height, (j + 1) * height)
         w = weight[block].to(x.dtype)
-        dx += dy[:, block] @ w
         inner = ((scale * dy[:, block]) * beta[block, 0]).to(x.dtype) @ w
-        dbranch += inner * alpha[j]
         dalpha[j] = (dropped.to(dx.dtype) * inner).sum(0)
         branch = (dropped * alpha[j]).to(x.dtype) @ w.t()
         dbeta[block, 0] = scale * (dy[:, block].to(dx.dtype) * branch).sum(0)
+        if needs_x:
+            dx += dy[:, block] @ w
+            dbranch += inner * alpha[j]
+    if not needs_x:
+        return x.new_empty(0), dalpha, dbeta
     dx += apply_dropout(dbranch, seed, dropout) if masked else dbranch
     return dx.to(x.dtype).view(x.shape), dalpha, dbeta
 
 
-@spp_linear_blockwise_backward.register_fake
-def _(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    alpha: Tensor,
-    beta: Tensor,
-    seed: Tensor | None,
-    scale: float,
-    dropout: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device),
-        torch.empty_like(alpha),
-        torch.empty_like(beta),
-    )
-
-
-def _setup(ctx, inputs, output) -> None:  # pyright: ignore[reportMissingParameterType]
-    x, weight, alpha, beta, _, seed, ctx.scale, ctx.dropout = inputs
-    refuse_weight_gradient(ctx)
-    ctx.save_for_backward(x, weight, alpha, beta, seed)
-
-
-def _backward(ctx, grad: Tensor):  # pyright: ignore[reportMissingParameterType]
-    x, weight, alpha, beta, seed = ctx.saved_tensors
-    dx, dalpha, dbeta = spp_linear_blockwise_backward(
-        grad, x, weight, alpha, beta, seed, ctx.scale, ctx.dropout
-    )
-    dbias = flatten(grad).sum(0) if ctx.needs_input_grad[4] else None
-    return dx, None, dalpha, dbeta, dbias, None, None, None
-
-
-spp_linear_blockwise.register_autograd(_backward, setup_context=_setup)
-
-OP = torch.ops.spp_fx.spp_linear_blockwise.default
-follow_autocast("spp_fx::spp_linear_blockwise", OP)
+OP = linear_op("spp_linear_blockwise", forward, backward)

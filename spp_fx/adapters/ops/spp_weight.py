@@ -4,12 +4,13 @@ import torch
 from torch import Tensor
 
 from spp_fx.adapters.ops.frozen import refuse_weight_gradient
-from spp_fx.adapters.ops.spp_fused import reduce_rows, row_blocks, update_rows
+from spp_fx.adapters.ops.passes import build, reduce_gradient
+from spp_fx.adapters.ops.rows import DenseRows
 
 
 @torch.library.custom_op("spp_fx::spp_weight", mutates_args=())
 def spp_weight(weight: Tensor, alpha: Tensor, beta: Tensor, scale: float, base: float) -> Tensor:
-    """base * W + s * W * beta * repeat(alpha), expert by expert, temporaries bounded by row blocks.
+    """base * W + s * W * beta * repeat(alpha), expert by expert, in tiles.
 
     Args:
         weight: (experts, m, n), frozen.
@@ -22,10 +23,8 @@ def spp_weight(weight: Tensor, alpha: Tensor, beta: Tensor, scale: float, base: 
         (experts, m, n) in weight's dtype.
     """
     out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    _, m, n = weight.shape
     for w, a, b, o in zip(weight, alpha, beta, out, strict=True):
-        for start, stop in row_blocks(m, n, m // a.shape[0]):
-            o[start:stop] = update_rows(w, a, b, start, stop, scale, base, w.dtype)
+        build(DenseRows(w), a, b, 0, w.shape[0], scale, base, o)
     return out
 
 
@@ -40,11 +39,8 @@ def spp_weight_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of alpha and beta."""
     dalpha, dbeta = torch.zeros_like(alpha), torch.empty_like(beta)
-    _, m, n = weight.shape
-    for e in range(weight.shape[0]):
-        for start, stop in row_blocks(m, n, m // alpha.shape[1]):
-            g = grad[e, start:stop].clone()
-            reduce_rows(g, weight[e], alpha[e], beta[e], start, stop, scale, dalpha[e], dbeta[e])
+    for w, g, a, b, da, db in zip(weight, grad, alpha, beta, dalpha, dbeta, strict=True):
+        reduce_gradient(g, DenseRows(w), a, b, 0, w.shape[0], scale, da, db)
     return dalpha, dbeta
 
 
