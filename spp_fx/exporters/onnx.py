@@ -11,7 +11,8 @@ from spp_fx.checkpoint import dtype_name
 from spp_fx.exporters.manifest import Manifest, TensorRecord
 from spp_fx.exporters.onnx_check import check_standard, compare_logits
 from spp_fx.exporters.onnx_graph import build_onnx, locate
-from spp_fx.exporters.onnx_sparse import SparseInitializer, load_sparse_masks, save, size_report, sparsify
+from spp_fx.exporters.onnx_reader import SparseInitializer, load_sparse_masks
+from spp_fx.exporters.onnx_sparse import save, size_report, sparsify
 from spp_fx.exporters.registry import ExportSettings, Format, Say, Tick, Weights, register
 from spp_fx.exporters.source import Source
 from spp_fx.ir.program import Program

@@ -19,7 +19,8 @@ from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # pyright
 from torch import Tensor
 
 from spp_fx.errors import SppFxError
-from spp_fx.exporters.onnx_sparse import SparseInitializer, load_model, load_sparse_masks, read_tensors, save
+from spp_fx.exporters.onnx_reader import SparseInitializer, load_model, load_sparse_masks, read_tensors
+from spp_fx.exporters.onnx_sparse import save
 
 # Largest allowed difference of a logit, as a share of the logits' spread. fp32 differs by the order of
 # summation only (about 1e-6 a layer stack); fp16 and bf16 round every activation to 2^-11 and 2^-8.

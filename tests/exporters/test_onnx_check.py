@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from spp_fx.errors import FormatError, SppFxError
 from spp_fx.exporters.onnx_check import check_standard, compare_logits, run_onnx
 from spp_fx.exporters.onnx_graph import build_onnx
-from spp_fx.exporters.onnx_sparse import load_sparse_masks, save, sparsify
+from spp_fx.exporters.onnx_reader import load_sparse_masks
+from spp_fx.exporters.onnx_sparse import save, sparsify
 
 VOCAB = 97
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -1,0 +1,210 @@
+"""The weights of an .onnx file, dense and sparse, read from the protobuf and believed only when checked.
+
+This shares no code with `onnx_sparse`, which writes such files: it is what a written file is checked with.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import TensorProto
+
+from spp_fx.errors import FormatError, UsageError
+
+_WEIGHT_TYPES = {
+    TensorProto.FLOAT,
+    TensorProto.FLOAT16,
+    TensorProto.BFLOAT16,
+    TensorProto.DOUBLE,
+    TensorProto.INT8,
+}
+
+
+@dataclass(frozen=True)
+class SparseInitializer:
+    """A sparse initializer as read: `indices` (nnz,) int64, ascending, unique; `values` (nnz,) of `dtype`."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    index_dtype: str
+    indices: npt.NDArray[np.int64]
+    values: npt.NDArray[Any]
+
+    def mask(self) -> npt.NDArray[np.bool_]:
+        """Where the tensor is non-zero, of `shape`; a stored zero does not count."""
+        flat = np.zeros(math.prod(self.shape), dtype=np.bool_)
+        flat[self.indices] = self.values != 0
+        return flat.reshape(self.shape)
+
+    def dense(self) -> npt.NDArray[Any]:
+        """The whole tensor, of `shape` and `dtype`."""
+        flat = np.zeros(math.prod(self.shape), dtype=self.values.dtype)
+        flat[self.indices] = self.values
+        return flat.reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class DenseInitializer:
+    """A dense initializer of two or more dimensions and of a type that weights have, as read."""
+
+    name: str
+    array: npt.NDArray[Any]
+
+
+def load_sparse_masks(path: Path) -> Iterator[SparseInitializer | DenseInitializer]:
+    """Read the weights of an .onnx file, one at a time, believing nothing.
+
+    Yields every sparse initializer, and every dense one of two or more dimensions that is fp32, fp16, bf16,
+    double or int8, in the order of the file (dense first). bfloat16 comes as ml_dtypes.bfloat16. External
+    data is read only from files inside the model's folder. Both forms of indices the standard knows are
+    read: linear [nnz], and one row per element [nnz, rank].
+
+    Raises:
+        FormatError: the file is no ONNX model; a name is missing or comes twice; indices are of another
+            type, out of bounds, not ascending or not unique; data is truncated, of another length than
+            its shape says, or outside the folder. The message names the file and the tensor.
+    """
+    for where, tensor in _entries(path):
+        if isinstance(tensor, onnx.SparseTensorProto):
+            yield _read_sparse(path, where, tensor)
+        elif len(tensor.dims) >= 2 and tensor.data_type in _WEIGHT_TYPES:
+            yield DenseInitializer(tensor.name, _read(path, where, tensor))
+
+
+def read_tensors(path: Path) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    """Name and numbers of every initializer, sparse ones expanded; checked as in `load_sparse_masks`."""
+    for where, tensor in _entries(path):
+        if isinstance(tensor, onnx.SparseTensorProto):
+            yield tensor.values.name, _read_sparse(path, where, tensor).dense()
+        else:
+            yield tensor.name, _read(path, where, tensor)
+
+
+def load_model(path: Path) -> onnx.ModelProto:
+    """The protobuf of an .onnx file, external data left where it is.
+
+    Raises:
+        UsageError: there is no such file.
+        FormatError: the file cannot be read or is no ONNX model.
+    """
+    try:
+        model = onnx.ModelProto.FromString(path.read_bytes())
+    except FileNotFoundError as error:
+        raise UsageError(f"{path} does not exist; give an .onnx file") from error
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read: {error.strerror}") from error
+    except DecodeError as error:
+        raise FormatError(f"{path}: not an ONNX model: {error}") from error
+    if model.ir_version <= 0 or not model.HasField("graph"):
+        raise FormatError(f"{path}: not an ONNX model: it holds no graph")
+    return model
+
+
+def _entries(path: Path) -> Iterator[tuple[str, TensorProto | onnx.SparseTensorProto]]:
+    model = load_model(path)
+    seen: set[str] = set()
+    for tensor in model.graph.initializer:
+        yield _claim(path, tensor.name, seen), tensor
+    for sparse in model.graph.sparse_initializer:
+        yield _claim(path, sparse.values.name, seen), sparse
+
+
+def _claim(path: Path, name: str, seen: set[str]) -> str:
+    if not name:
+        raise FormatError(f"{path}: an initializer has no name")
+    if name in seen:
+        raise FormatError(f"{name} ({path}): two initializers have this name")
+    seen.add(name)
+    return f"{name} ({path})"
+
+
+def _read_sparse(path: Path, where: str, sparse: onnx.SparseTensorProto) -> SparseInitializer:
+    shape = tuple(sparse.dims)
+    if not shape or min(shape) <= 0:
+        raise FormatError(f"{where}: {list(shape)} is no shape of a sparse tensor")
+    numel = math.prod(shape)
+    if sparse.indices.data_type not in (
+        TensorProto.INT8,
+        TensorProto.INT16,
+        TensorProto.INT32,
+        TensorProto.INT64,
+    ):
+        raise FormatError(f"{where}: indices have type {sparse.indices.data_type}, not int8, 16, 32 or 64")
+    values = _read(path, f"{where}, values", sparse.values)
+    stored = _read(path, f"{where}, indices", sparse.indices)
+    indices: npt.NDArray[np.int64] = stored.astype(np.int64)
+    if values.ndim != 1 or indices.shape not in {(values.size,), (values.size, len(shape))}:
+        raise FormatError(f"{where}: {list(values.shape)} values but {list(indices.shape)} indices")
+    if indices.ndim == 2:
+        if ((indices < 0) | (indices >= np.array(shape))).any():
+            raise FormatError(f"{where}: an index is outside the shape {list(shape)}")
+        indices = np.asarray(np.ravel_multi_index(tuple(indices.T), shape), dtype=np.int64)
+    outside = (indices < 0) | (indices >= numel)
+    if outside.any():
+        at = int(outside.argmax())
+        raise FormatError(f"{where}: index {at} is {int(indices[at])}, outside 0..{numel - 1}")
+    steps = np.diff(indices)
+    if (steps <= 0).any():
+        at = int((steps <= 0).argmax())
+        raise FormatError(
+            f"{where}: indices {at} and {at + 1} are {int(indices[at])} and {int(indices[at + 1])}, "
+            "they must ascend without repeats"
+        )
+    return SparseInitializer(sparse.values.name, shape, str(values.dtype), str(stored.dtype), indices, values)
+
+
+def _read(path: Path, where: str, tensor: TensorProto) -> npt.NDArray[Any]:
+    """The tensor's numbers, of its shape; inline or external."""
+    dims = list(tensor.dims)
+    try:
+        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+    except KeyError as error:
+        raise FormatError(f"{where}: unknown data type {tensor.data_type}") from error
+    if any(dim < 0 for dim in dims):
+        raise FormatError(f"{where}: {dims} is no shape")
+    count = math.prod(dims)
+    if tensor.data_location == TensorProto.EXTERNAL:
+        return _read_external(path, where, tensor, dtype, count).reshape(dims)
+    if tensor.HasField("raw_data"):
+        needed = count * dtype.itemsize
+        if len(tensor.raw_data) != needed:
+            raise FormatError(
+                f"{where}: {len(tensor.raw_data)} bytes of data, the shape {dims} needs {needed}"
+            )
+        return np.frombuffer(tensor.raw_data, dtype=dtype).reshape(dims)
+    try:
+        return onnx.numpy_helper.to_array(tensor)
+    except (ValueError, TypeError) as error:
+        raise FormatError(f"{where}: the data does not fit the shape {dims}: {error}") from error
+
+
+def _read_external(
+    path: Path, where: str, tensor: TensorProto, dtype: np.dtype[Any], count: int
+) -> npt.NDArray[Any]:
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location = entries.get("location", "")
+    folder = path.parent.resolve()
+    if not location or "\0" in location:
+        raise FormatError(f"{where}: external data without a file name")
+    file = (folder / location).resolve()
+    if Path(location).is_absolute() or folder not in file.parents:
+        raise FormatError(f"{where}: external data at {location!r} is not inside the model's folder")
+    if not file.is_file():
+        raise FormatError(f"{where}: the data file {location} is missing")
+    needed = count * dtype.itemsize
+    offset, length = entries.get("offset", "0"), entries.get("length", str(needed))
+    if not all(text.isascii() and text.isdecimal() and len(text) < 20 for text in (offset, length)):
+        raise FormatError(f"{where}: offset {offset!r} or length {length!r} is no number")
+    if int(length) != needed:
+        raise FormatError(f"{where}: {length} bytes of data, the shape {list(tensor.dims)} needs {needed}")
+    if int(offset) + needed > os.path.getsize(file):
+        raise FormatError(f"{where}: {location} is truncated, it ends before byte {int(offset) + needed}")
+    return np.fromfile(file, dtype=dtype, count=count, offset=int(offset))
