@@ -59,7 +59,8 @@ def fold_rows(
         MaskError: a value is not finite, or one vanishes under `error`; names row and column.
     """
     own = {key: value.double() for key, value in method.rows(factors, start, start + weight.shape[0]).items()}
-    folded = round_once(method.effective_weight(weight.double(), **own), weight.dtype)
+    exact = method.effective_weight(weight.double(), **own)
+    folded = round_once(exact, weight.dtype)
     nonzero = weight != 0
     if not folded.isfinite().all():
         row, column = first(~folded.isfinite())
@@ -78,9 +79,10 @@ def fold_rows(
                 "keep them with --vanish keep"
             )
         if vanish == "keep":
-            # The sign that the weight had: the formula's value is zero and has none of its own.
+            # The value's own sign; where it is exactly zero and has none, the one that the weight had.
             smallest = torch.tensor(torch.finfo(weight.dtype).tiny, dtype=weight.dtype)
-            folded = torch.where(gone, torch.copysign(smallest, weight), folded)
+            sign = torch.where(exact == 0, weight.double(), exact).to(weight.dtype)
+            folded = torch.where(gone, torch.copysign(smallest, sign), folded)
     folded = torch.where(nonzero, folded, weight)
     counts.changed += int((folded != weight).sum())
     return folded

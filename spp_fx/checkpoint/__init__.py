@@ -4,6 +4,7 @@ from spp_fx.checkpoint.atomic import atomic_file, atomic_folder
 from spp_fx.checkpoint.dtypes import dtype_name, torch_dtype
 from spp_fx.checkpoint.folder import ModelFolder
 from spp_fx.checkpoint.header import Header, TensorInfo, read_header
+from spp_fx.checkpoint.layout import INDEX_NAME, OWN_FILES
 from spp_fx.checkpoint.model import rewrite_model
 from spp_fx.checkpoint.shard import Shard
 from spp_fx.checkpoint.stream import (
@@ -16,6 +17,8 @@ from spp_fx.checkpoint.stream import (
 )
 
 __all__ = [
+    "INDEX_NAME",
+    "OWN_FILES",
     "Content",
     "Header",
     "ModelFolder",

@@ -18,6 +18,9 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # Other frameworks' copies of the weights: stale as soon as ours change.
 _FOREIGN = (".h5", ".msgpack", ".gguf", ".ot", ".onnx", ".onnx_data", ".onnx.data", ".nemo", ".tflite")
 _NOT_TAKEN = (*_PICKLES, *_FOREIGN, ".safetensors", ".safetensors.index.json", ".bin.index.json")
+OWN_FILES = ("adapter_config.json", "export.json", "sparsity.lock.json")
+"""What spp-fx says of the folder it lies in; a changed copy of the folder must not take it along."""
+
 _JUNK_NAMES = frozenset({".DS_Store", "Thumbs.db"})
 
 
@@ -150,14 +153,15 @@ def other_files(folder: Path) -> tuple[Path, ...]:
     """Relative paths, sorted, of the files a copy of the model takes along beside its weights.
 
     Left out: every .safetensors and index, pickles, other frameworks' weights (they would be stale),
-    hidden folders (.git, .cache), __pycache__, and what desktop systems leave behind.
+    hidden folders (.git, .cache), __pycache__, folders that spp-fx wrote (outputs made within the model's
+    folder), and what desktop systems leave behind.
 
     Raises:
         FormatError: a link that leaves the folder or leads to no file, a linked folder, a pipe or device.
     """
     found: list[Path] = []
     for parent, folders, files in os.walk(folder, onerror=_raise_walk_error):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
+        folders[:] = sorted(name for name in folders if _is_taken(Path(parent, name)))
         for name in folders:
             path = Path(parent, name)
             if path.is_symlink():
@@ -173,6 +177,12 @@ def other_files(folder: Path) -> tuple[Path, ...]:
                 raise FormatError(f"{path}: is no regular file (a dangling link, a pipe?); remove it")
             found.append(path.relative_to(folder))
     return tuple(sorted(found))
+
+
+def _is_taken(folder: Path) -> bool:
+    if folder.name.startswith(".") or folder.name == "__pycache__":
+        return False
+    return not any((folder / name).is_file() for name in OWN_FILES)
 
 
 def _raise_walk_error(error: OSError) -> None:

@@ -35,7 +35,7 @@ def command(name: str) -> Callable[[Callable[..., Any]], click.Command]:
     """A subcommand with the options that every command has; it gets an `Output` as its first argument."""
 
     def decorate(function: Callable[..., Any]) -> click.Command:
-        @cli.command(name, **COMMAND)
+        @cli.command(name, short_help=(function.__doc__ or "").splitlines()[0], **COMMAND)
         @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
         @click.option("-q", "--quiet", is_flag=True, help="No progress and no log on stderr.")
         @click.option("--debug", is_flag=True, help="Show the trace of an error.")
@@ -96,6 +96,12 @@ def model_folder(name: str) -> Path:
     from spp_fx.workflows.hub import resolve_model
 
     return resolve_model(name)
+
+
+def default_out(model: str, suffix: str) -> Path:
+    """MODEL-suffix beside a model folder; in the current folder where MODEL is a hub id."""
+    path = Path(model)
+    return beside(path, suffix) if path.exists() else Path.cwd() / f"{path.name}-{suffix}"
 
 
 def beside(folder: Path, suffix: str) -> Path:

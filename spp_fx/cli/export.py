@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from spp_fx.cli.base import beside, command, model_argument, model_folder, output_options, remote_code
+from spp_fx.cli.base import command, default_out, model_argument, model_folder, output_options, remote_code
 from spp_fx.console import Output, megabytes
 
 
@@ -39,7 +39,7 @@ def export_command(output: Output, model: str, **options: Any) -> None:
     from spp_fx.workflows.export import ExportSettings, export
 
     folder = model_folder(model)
-    target = options["out"] or beside(folder, options["format_"])
+    target = options["out"] or default_out(model, options["format_"])
     with output.bytes_bar("exporting") as tick:
         done = export(
             folder,

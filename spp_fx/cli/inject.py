@@ -5,8 +5,8 @@ from typing import Any
 import click
 
 from spp_fx.cli.base import (
-    beside,
     command,
+    default_out,
     model_argument,
     model_folder,
     output_options,
@@ -44,7 +44,7 @@ def inject_command(output: Output, model: str, **options: Any) -> None:
 
     folder = model_folder(model)
     method = options["method"]
-    target = None if options["dry_run"] else options["out"] or beside(folder, method)
+    target = None if options["dry_run"] else options["out"] or default_out(model, method)
     with output.bytes_bar("looking at masks") as tick:
         done = inject(
             folder,

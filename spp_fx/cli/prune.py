@@ -6,8 +6,8 @@ from typing import Any
 import click
 
 from spp_fx.cli.base import (
-    beside,
     command,
+    default_out,
     model_argument,
     model_folder,
     output_options,
@@ -38,7 +38,7 @@ def prune_command(output: Output, model: str, **options: Any) -> None:
 
     folder = model_folder(model)
     pattern = options["pattern"]
-    target = options["out"] or beside(folder, pattern.replace(":", "of").replace("%", "pct"))
+    target = options["out"] or default_out(model, pattern.replace(":", "of").replace("%", "pct"))
     with output.bytes_bar("pruning") as tick:
         done = prune(
             folder,

@@ -21,11 +21,14 @@ from spp_fx.console import Output
 @click.option("--teacher", help="Model folder whose predictions are learned, such as the dense model.")
 @click.option("--save-steps", type=int, help="Steps between checkpoints. Default: none.")
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in ADAPTER.")
+@click.option("--force", is_flag=True, help="Start anew, deleting the checkpoints of an earlier run.")
 @click.option("--seed", default=0, show_default=True, help="Of data order and dropout.")
 @click.option("--base", type=FOLDER, help="Base model, if it is not where the adapter says.")
 @remote_code
 def train_command(output: Output, adapter: Path, **options: Any) -> None:
     """Train an ADAPTER folder on a text file; zeros of the base never move.
+
+    Factors trained before are trained on. With --teacher the loss is the divergence from the teacher.
 
     \b
     spp-fx train my-sparse-spp --data text.txt --eval-data held-out.txt --steps 300
@@ -35,7 +38,7 @@ def train_command(output: Output, adapter: Path, **options: Any) -> None:
     from spp_fx.training.progress import ProgressCallback
     from spp_fx.workflows.train import TrainSettings, train
 
-    names = ("steps", "epochs", "lr", "batch_size", "seq_len", "save_steps", "resume", "seed")
+    names = ("steps", "epochs", "lr", "batch_size", "seq_len", "save_steps", "resume", "force", "seed")
     with output.steps_bar("training") as bar:
         done = train(
             adapter,
@@ -51,7 +54,8 @@ def train_command(output: Output, adapter: Path, **options: Any) -> None:
     def show() -> None:
         click.echo(
             f"{done.adapter}: {done.steps} steps of {options['batch_size']} x {done.seq_len} tokens "
-            f"in {done.seconds:.0f} s, learning rate {done.lr:.3g}, mean loss {done.loss:.3f}"
+            f"in {done.seconds:.0f} s, learning rate {done.lr:.3g}, "
+            f"loss {done.loss:.3f} on average, {done.last_loss:.3f} at the end"
         )
         if done.before and done.after:
             click.echo(f"perplexity {done.before.perplexity:.2f} -> {done.after.perplexity:.2f}")

@@ -28,6 +28,7 @@ def verify_command(output: Output, artifact: Path, **options: Any) -> int:
     """
     from spp_fx.report.github import annotations
     from spp_fx.report.junit import write_junit
+    from spp_fx.report.text import printable
     from spp_fx.workflows.verify import verify
 
     with output.bytes_bar("verifying") as tick:
@@ -45,7 +46,7 @@ def verify_command(output: Output, artifact: Path, **options: Any) -> int:
     def show() -> None:
         for site in verdict.sites:
             if not site.ok:
-                click.echo(f"FAIL {site.name}: {site.reason}")
+                click.echo(f"FAIL {printable(site.name)}: {printable(site.reason or '')}")
         summary = data["summary"]
         held = f"hold {verdict.pattern}" if verdict.pattern else "are as they should be"
         if verdict.ok:

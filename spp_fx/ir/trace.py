@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, unflatten
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from spp_fx.errors import SppFxError, UsageError
+from spp_fx.errors import FormatError, SppFxError, UsageError
 from spp_fx.ir.program import Program
 
 aten = torch.ops.aten
@@ -67,17 +67,53 @@ def _is_causal_lm(model: nn.Module) -> bool:
 
 
 def load_model(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """A causal language model from a folder in its stored dtype; never from a pickle file."""
-    return AutoModelForCausalLM.from_pretrained(str(folder), dtype="auto", use_safetensors=True, **kwargs)
+    """A causal language model from a folder in its stored dtype; never from a pickle file.
+
+    Raises:
+        FormatError: the folder lacks a tensor of the model (transformers would fill it with random
+            numbers), holds one of another shape, or cannot be made a model of.
+    """
+    with _readable(folder):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder), dtype="auto", use_safetensors=True, output_loading_info=True, **kwargs
+        )
+    model, found = loaded
+    for what, names in (("lacks", found["missing_keys"]), ("has another shape of", found["mismatched_keys"])):
+        if names:
+            first = sorted(map(str, names))[0]
+            raise FormatError(
+                f"{folder}: the checkpoint {what} {len(names)} of the model's tensors (first: {first}); "
+                "it is damaged, or config.json is not its own"
+            )
+    return model
 
 
 def meta_model(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     """The model a folder's config.json describes, on the meta device: shapes without weights."""
-    config = AutoConfig.from_pretrained(str(folder), **kwargs)
-    if config.dtype is None:
-        config.dtype = torch.float32
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=config.dtype).eval()
+    with _readable(folder):
+        config = AutoConfig.from_pretrained(str(folder), **kwargs)
+        if config.dtype is None:
+            config.dtype = torch.float32
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=config.dtype, **kwargs).eval()
+
+
+@contextmanager
+def _readable(folder: str | Path) -> Generator[None, None, None]:
+    """What transformers says of a folder that it cannot make a model of, as one line."""
+    try:
+        yield
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RuntimeError,
+        ZeroDivisionError,
+    ) as error:
+        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise FormatError(f"{folder}: no causal language model can be made of it: {said}") from error
 
 
 @contextmanager

@@ -36,7 +36,7 @@ def _keep_n_of_m(weight: Tensor, pattern: NM) -> Tensor:
     if columns % pattern.group:
         raise PatternError(f"its {columns} inputs are no multiple of {pattern.group}, {pattern} cannot hold")
     kept = torch.zeros(out, columns, dtype=torch.bool)
-    step = max(1, BLOCK_ELEMENTS // columns)
+    step = max(1, BLOCK_ELEMENTS // max(1, columns))
     for start in range(0, out, step):
         groups = weight[start : start + step].abs().reshape(-1, pattern.group)
         # A stable sort puts the earlier of two equals first, so the result does not depend on the kernel.

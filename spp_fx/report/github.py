@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from spp_fx.report.text import printable
+
 
 def annotations(verdict: Mapping[str, Any]) -> Iterator[str]:
     """One `::error` line for each site that does not hold."""
@@ -12,7 +14,7 @@ def annotations(verdict: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _escape(text: str) -> str:
-    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+    return printable(text).replace("%", "%25")
 
 
 def _property(text: str) -> str:

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from spp_fx.report.text import printable
+
 
 def write_junit(verdict: Mapping[str, Any], artifact: Path, target: Path) -> None:
     """Write the JSON form of a verdict (see `verify --json`) as a JUnit report."""
@@ -17,10 +19,14 @@ def write_junit(verdict: Mapping[str, Any], artifact: Path, target: Path) -> Non
         errors="0",
     )
     for site in verdict["sites"]:
-        case = ElementTree.SubElement(suite, "testcase", classname=str(artifact.name), name=site["name"])
+        case = ElementTree.SubElement(
+            suite, "testcase", classname=str(artifact.name), name=printable(site["name"])
+        )
         if not site["ok"]:
-            failure = ElementTree.SubElement(case, "failure", message=site["reason"], type="sparsity")
-            failure.text = site["reason"]
+            failure = ElementTree.SubElement(
+                case, "failure", message=printable(site["reason"]), type="sparsity"
+            )
+            failure.text = printable(site["reason"])
     root = ElementTree.Element("testsuites")
     root.append(suite)
     ElementTree.indent(root)

@@ -2,11 +2,13 @@
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -58,7 +60,7 @@ def load_state(folder: Path, name: str) -> Any:
     try:
         tensors = load_file(folder / f"{name}.safetensors")
         return join(json.loads((folder / f"{name}.json").read_text()), tensors)
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, SafetensorError) as error:
         raise FormatError(f"{folder}: the saved state '{name}' cannot be read: {error}") from error
 
 
@@ -84,3 +86,29 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The Trainer's checkpoint folders, `checkpoint-STEP`, in the order of their steps."""
+    found = {
+        int(match[1]): path
+        for path in folder.glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
+    }
+    return [found[step] for step in sorted(found)]
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end: the Trainer writes its own state last.
+
+    The length of every safetensors file is held to its header, so one that was cut is told too.
+    """
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+        files = list(checkpoint.glob("*.safetensors"))
+        for path in files:
+            with safe_open(str(path), framework="pt"):
+                pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    return bool(files)

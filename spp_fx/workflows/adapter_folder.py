@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from spp_fx.adapters import Method, make_method
-from spp_fx.checkpoint import Shard, dtype_name, write_safetensors
+from spp_fx.checkpoint import ModelFolder, Shard, dtype_name, write_safetensors
 from spp_fx.errors import FormatError, UsageError
 from spp_fx.ir.binding import Piece
 from spp_fx.sparsity import LOCK_NAME, Lock, load_lock
@@ -125,6 +125,15 @@ class AdapterFolder:
                 return candidate
         raise UsageError(f"{self.path}: its base model {recorded} is not there; name it with --base MODEL")
 
+    def check_base(self, base: ModelFolder) -> None:
+        """FormatError unless a model folder is the very one that the adapter was made for."""
+        if base.fingerprint() != self.config.base_model_fingerprint:
+            raise FormatError(
+                f"{base.path} is not the model that {self.path} was made for, "
+                f"{self.config.base_model_name_or_path}, or its files have changed since inject; "
+                "name the right one with --base"
+            )
+
     def _check(self) -> None:
         where = self.path / FACTORS
         locked = self.lock.by_name()
@@ -214,7 +223,7 @@ tags: [sparse, {config.method}]
 
 # {target.name}
 
-A {config.method.upper()} adapter of rank {config.r} for the pruned model `{base.name}`:
+Factors of {config.method.upper()}, rank {config.r}, for the pruned model `{base.name}`:
 {trainable_parameters(factors):,} trainable parameters over {len(config.sites)} weights. It trains the
 non-zeros and leaves every zero where it is; `{LOCK_NAME}` holds the masks.
 

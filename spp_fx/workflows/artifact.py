@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from spp_fx.checkpoint import ModelFolder, Shard
+from spp_fx.checkpoint import INDEX_NAME, ModelFolder, Shard
 from spp_fx.errors import FormatError, UsageError
 from spp_fx.exporters import Weights, find_format
 from spp_fx.exporters.manifest import MANIFEST, read_manifest
@@ -12,7 +12,7 @@ from spp_fx.exporters.onnx import read_graph
 from spp_fx.passes import Match
 from spp_fx.sparsity import LOCK_NAME, Lock, Scan, load_lock, scan_file, scan_tensor
 from spp_fx.workflows.adapter_folder import CONFIG, AdapterFolder
-from spp_fx.workflows.survey import choose, survey, tensors_of
+from spp_fx.workflows.survey import choose, open_model, survey, tensors_of
 
 NO_SITE = ("embed", "lm_head", "wte", "wpe", "norm")
 """Words in the names of matrices that are no sites, for files without a model that could be traced."""
@@ -68,7 +68,7 @@ def _lock_beside(folder: Path) -> Lock | None:
 
 
 def _model(path: Path) -> Artifact:
-    folder = ModelFolder.open(path)
+    folder = open_model(path)
 
     def scan(name: str, transposed: bool) -> Scan:
         shard, info = folder.info(name)
@@ -117,7 +117,22 @@ def _safetensors(path: Path) -> Artifact:
         }
 
     weights = Weights(frozenset(shard.header.tensors), scan, lambda _: path.name, sites)
-    return Artifact(path, "safetensors", weights, _lock_beside(path.parent))
+    return Artifact(path, "safetensors", weights, _lock_of_shard(shard))
+
+
+def _lock_of_shard(shard: Shard) -> Lock | None:
+    """The lock beside a file, less the sites that the folder's index places in other shards."""
+    lock = _lock_beside(shard.path.parent)
+    index = shard.path.parent / INDEX_NAME
+    if lock is None or not index.is_file():
+        return lock
+    elsewhere = {
+        name
+        for other in ModelFolder.open(shard.path.parent).shards
+        if other.path.name != shard.path.name
+        for name in other.header.tensors
+    }
+    return Lock.of(entry for entry in lock.sites if entry.name not in elsewhere)
 
 
 def _looks_like_site(name: str) -> bool:

@@ -35,11 +35,11 @@ class Evaluated:
 
 
 def evaluate(
-    model: Path,
-    data: Path,
+    model: str | Path,
+    data: str | Path,
     *,
     seq_len: int | None = None,
-    base: Path | None = None,
+    base: str | Path | None = None,
     trust_remote_code: bool = False,
     tick: Tick = no_tick,
 ) -> Evaluated:
@@ -48,6 +48,7 @@ def evaluate(
     Raises:
         UsageError: the text or the model cannot be used.
     """
+    model, data = Path(model), Path(data)
     loaded = load_program(model, base=base, trust_remote_code=trust_remote_code)
     program = loaded.program.eval()
     tokenizer = load_tokenizer(loaded.model, trust_remote_code=trust_remote_code)

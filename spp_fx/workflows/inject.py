@@ -9,7 +9,7 @@ import torch
 
 from spp_fx.adapters import Method, initial_factor, make_method
 from spp_fx.checkpoint import atomic_folder
-from spp_fx.errors import MaskError, SppFxError
+from spp_fx.errors import MaskError, SppFxError, UsageError
 from spp_fx.ir.site import Site
 from spp_fx.passes import Inject, Match, run_pipeline
 from spp_fx.sparsity import LOCK_NAME, Lock, PackedMask, Pattern, compare, load_lock, make_entry
@@ -63,8 +63,8 @@ class Injected:
 
 
 def inject(
-    model: Path,
-    out: Path | None,
+    model: str | Path,
+    out: str | Path | None,
     *,
     method: str = "spp",
     rank: int = 16,
@@ -86,6 +86,9 @@ def inject(
         PatternError: the model is dense.
         MaskError: the model is not the one its own lock describes.
     """
+    model, out = Path(model), None if out is None else Path(out)
+    if seed < 0:
+        raise UsageError(f"--seed must not be negative, got {seed}")
     pass_ = Inject(method=method, rank=rank, scale=scale, dropout=dropout, seed=seed)
     adapter = make_method(method, rank=rank, scale=scale, dropout=dropout)
     if out is None:
@@ -156,8 +159,13 @@ def _lock(found: Survey, masks: dict[str, tuple[PackedMask, Pattern | None]]) ->
         for site in found.program.matched
         for piece in found.pieces[site]
     }
+    if known and not any(name in found.folder for name in known):
+        raise SppFxError(
+            f"{path} is the lock of another model: {found.folder.path} has none of its {len(known)} sites "
+            f"(first: {next(iter(known))}); remove it, or put the right one there"
+        )
     for name, entry in entries.items():
-        if name not in known:
+        if name not in known:  # pruned by another tool since, or of another pattern: locked from now on
             continue
         difference = compare(known[name], masks[name][0])
         if not difference.equal:

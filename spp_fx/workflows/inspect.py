@@ -56,8 +56,9 @@ class Inspected:
         }
 
 
-def inspect(model: Path, *, trust_remote_code: bool = False, tick: Tick = no_tick) -> Inspected:
+def inspect(model: str | Path, *, trust_remote_code: bool = False, tick: Tick = no_tick) -> Inspected:
     """Look at a model folder; with config.json alone the shapes are shown and the patterns left out."""
+    model = Path(model)
     weights = any(model.glob("*.safetensors"))
     found = survey(model, weights=weights, trust_remote_code=trust_remote_code)
     program = found.program

@@ -6,14 +6,14 @@ from pathlib import Path
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from spp_fx.checkpoint import ModelFolder
-from spp_fx.errors import FormatError, UsageError
+from spp_fx.errors import UsageError
 from spp_fx.ir.program import Program
 from spp_fx.ir.site import factor_attribute
 from spp_fx.ir.trace import load_model, trace
 from spp_fx.passes import Canonicalize, Inject, Lower, Match, run_pipeline
 from spp_fx.training.trainer import load_factors
 from spp_fx.workflows.adapter_folder import CONFIG, AdapterFolder
+from spp_fx.workflows.survey import open_model
 
 
 @dataclass(frozen=True)
@@ -25,22 +25,21 @@ class Loaded:
     factors: dict[str, nn.Parameter]
 
 
-def load_program(folder: Path, *, base: Path | None = None, trust_remote_code: bool = False) -> Loaded:
+def load_program(
+    folder: str | Path, *, base: str | Path | None = None, trust_remote_code: bool = False
+) -> Loaded:
     """The program of a model folder, or of an adapter folder with its factors in place.
 
     Raises:
         UsageError, FormatError: the folder is neither, or is damaged.
     """
+    folder = Path(folder)
     if not (folder / CONFIG).is_file():
-        ModelFolder.open(folder)
+        open_model(folder)
         return Loaded(trace(load_model(folder, trust_remote_code=trust_remote_code)), folder, {})
     adapter = AdapterFolder.open(folder)
-    model = adapter.find_base(base)
-    if ModelFolder.open(model).fingerprint() != adapter.config.base_model_fingerprint:
-        raise FormatError(
-            f"{model} is not the model that {folder} was made for: its files have changed since inject; "
-            "name the right one with --base"
-        )
+    model = adapter.find_base(Path(base) if base else None)
+    adapter.check_base(open_model(model))
     program = trace(load_model(model, trust_remote_code=trust_remote_code))
     settings = adapter.method.parameters()
     run_pipeline(

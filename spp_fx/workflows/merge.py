@@ -10,12 +10,23 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from spp_fx.adapters.fold import FoldCounts, Vanish, fold_matrix
-from spp_fx.checkpoint import ModelFolder, Shard, TensorInfo, atomic_folder, rewrite_model
+from spp_fx.checkpoint import OWN_FILES, ModelFolder, Shard, TensorInfo, atomic_folder, rewrite_model
 from spp_fx.errors import FormatError, MaskError, UsageError
 from spp_fx.ir.binding import Piece
-from spp_fx.sparsity import LOCK_NAME, Lock, LockEntry, compare, make_entry, pack_mask, scan_bits
+from spp_fx.sparsity import (
+    LOCK_NAME,
+    Lock,
+    LockEntry,
+    PackedMask,
+    compare,
+    compare_masks,
+    load_lock,
+    make_entry,
+    pack_mask,
+    scan_bits,
+)
 from spp_fx.workflows.adapter_folder import AdapterFolder
-from spp_fx.workflows.survey import Tick, no_tick, scan_tensor
+from spp_fx.workflows.survey import Tick, no_tick, open_model, scan_tensor
 
 
 @dataclass(frozen=True)
@@ -65,10 +76,10 @@ class Merged:
 
 
 def merge(
-    adapter: Path,
-    out: Path,
+    adapter: str | Path,
+    out: str | Path,
     *,
-    base: Path | None = None,
+    base: str | Path | None = None,
     vanish: Vanish = "keep",
     verify_sparsity: bool = True,
     force: bool = False,
@@ -85,24 +96,24 @@ def merge(
         FormatError: a file is damaged, or the base is not the one the adapter was made for.
         MaskError: a mask is not the lock's, or a value folds to NaN or infinity. Nothing is written.
     """
+    adapter, out = Path(adapter), Path(out)
     source = AdapterFolder.open(adapter)
-    base = source.find_base(base)
+    base = source.find_base(Path(base) if base else None)
     with atomic_folder(out, force, sources=[base, adapter]) as temporary:
-        folder = ModelFolder.open(base)
-        if folder.fingerprint() != source.config.base_model_fingerprint:
-            raise FormatError(
-                f"{base} is not the model that {adapter} was made for: its files have changed since inject; "
-                "name the right one with --base"
-            )
-        locked = source.lock.by_name()
+        folder = open_model(base)
+        source.check_base(folder)
+        # What the base's own lock holds beyond the adapter's sites stays locked: it is copied, and proven.
+        held = Lock.of((base_lock(base) | source.lock.by_name()).values())
+        locked = held.by_name()
         if verify_sparsity:
             _check_base(folder, locked)
         fold = _Fold(source, vanish, tick)
-        rewritten = rewrite_model(folder, temporary, fold.replace, skip=[LOCK_NAME])
-        lock = source.lock
+        rewritten = rewrite_model(folder, temporary, fold.replace, skip=OWN_FILES)
+        lock = held
         mask_equal: dict[str, bool | None] = dict.fromkeys(fold.counts)
         if verify_sparsity:
-            entries, mask_equal = _read_back(folder, temporary, locked, fold.counts, vanish, tick)
+            entries, equal = _read_back(folder, temporary, locked, fold.counts, vanish, tick)
+            mask_equal = {name: equal[name] for name in fold.counts}
             lock = Lock.of(entries)
         (temporary / LOCK_NAME).write_text(lock.dumps())
     untouched = len(folder.names) - len(fold.counts)
@@ -165,14 +176,23 @@ class _Fold:
             yield (folded.t() if piece.transposed else folded).contiguous().unsqueeze(0)
 
 
+def base_lock(base: Path) -> dict[str, LockEntry]:
+    """The entries of the lock beside a model's weights, by tensor; none if it has no lock."""
+    path = base / LOCK_NAME
+    return load_lock(path).by_name() if path.is_file() else {}
+
+
 def _check_base(folder: ModelFolder, locked: dict[str, LockEntry]) -> None:
     for name, entry in locked.items():
         if name not in folder:
-            raise UsageError(f"{folder.path} has no tensor {name}: it is not the base of this adapter")
+            raise UsageError(
+                f"{folder.path} has no tensor {name}, which is locked: it is not the base of this adapter, "
+                f"or its {LOCK_NAME} is that of another model"
+            )
         difference = compare(entry, scan_tensor(folder, name, transposed=entry.transposed).mask)
         if not difference.equal:
             raise MaskError(
-                f"{folder.path}: {name}: the base no longer has the adapter's masks {difference.reason}"
+                f"{folder.path}: {name}: the base no longer has its locked mask {difference.reason}"
             )
 
 
@@ -194,16 +214,18 @@ def _read_back(
                     raise FormatError(f"{shard.name}: read back, its tensors are not those of the base")
                 for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
                     value = file.get_tensor(name)
-                    if name not in locked:
+                    if name not in counts:
                         if not _same_bytes(value, shard.read(name)):
                             raise FormatError(f"{shard.name}: read back, {name} differs from the base")
-                        continue
+                        if name not in locked:
+                            continue
                     entry = locked[name]
                     mask = pack_mask(value, transposed=entry.transposed)
                     pattern = entry.parsed_pattern()
                     equal[name] = mask.digest == entry.mask
-                    lost = vanish == "allow" and mask.nnz == entry.nnz - counts[name].vanished
-                    if not equal[name] and not lost:
+                    if not equal[name] and not (
+                        vanish == "allow" and _only_vanished(shard, entry, mask, counts[name])
+                    ):
                         raise MaskError(f"{name}: read back from disk, its mask is not the lock's")
                     if pattern is not None and scan_bits(mask, pattern).count:
                         raise MaskError(f"{name}: read back from disk, it does not hold {pattern}")
@@ -212,6 +234,13 @@ def _read_back(
         except SafetensorError as error:
             raise FormatError(f"{shard.name}: cannot be read back: {error}") from error
     return entries, equal
+
+
+def _only_vanished(shard: Shard, entry: LockEntry, mask: PackedMask, counts: FoldCounts) -> bool:
+    """Whether a mask is the base's less the values that folded to zero: no position gained, so many lost."""
+    before = pack_mask(shard.read(entry.name), transposed=entry.transposed)
+    found = compare_masks(before, mask, limit=1)
+    return found.lost_zeros == 0 and found.new_zeros == counts.vanished
 
 
 def _same_bytes(a: Tensor, b: Tensor) -> bool:

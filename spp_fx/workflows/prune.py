@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spp_fx.checkpoint import ModelFolder, Shard, TensorInfo, atomic_folder, rewrite_model
+from spp_fx.checkpoint import OWN_FILES, ModelFolder, Shard, TensorInfo, atomic_folder, rewrite_model
 from spp_fx.errors import MaskError, PatternError, UsageError
 from spp_fx.ir.binding import Piece
 from spp_fx.passes import Match
@@ -46,8 +46,8 @@ class Pruned:
 
 
 def prune(
-    model: Path,
-    out: Path,
+    model: str | Path,
+    out: str | Path,
     *,
     method: str,
     pattern: str,
@@ -65,7 +65,9 @@ def prune(
     """
     if method not in WEIGHT_CRITERIA:
         raise UsageError(f"unknown pruning method '{method}'; known: {', '.join(WEIGHT_CRITERIA)}")
-    wanted = parse_pattern(pattern)
+    model, out, wanted = Path(model), Path(out), parse_pattern(pattern)
+    if wanted.sparsity == 1:
+        raise UsageError(f"--pattern {pattern} would leave no weight at all; choose less than 100%")
     with atomic_folder(out, force, sources=[model]) as temporary:
         found = survey(model, trust_remote_code=trust_remote_code)
         matched, refused = choose(found, Match(targets=tuple(targets), dense=True))
@@ -90,7 +92,7 @@ def prune(
             tick(info.name, info.nbytes)
             return weight
 
-        rewrite_model(found.folder, temporary, replace, skip=[LOCK_NAME])
+        rewrite_model(found.folder, temporary, replace, skip=OWN_FILES)
         lock = lock_folder(ModelFolder.open(temporary), pieces.values(), kinds, wanted)
         (temporary / LOCK_NAME).write_text(lock.dumps())
     return Pruned(out, wanted, lock, refused)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spp_fx.checkpoint import ModelFolder
-from spp_fx.errors import UsageError
+from spp_fx.errors import FormatError, UsageError
+from spp_fx.exporters.manifest import MANIFEST, read_manifest
 from spp_fx.ir.binding import Binding, Piece, bind
 from spp_fx.ir.program import Program
 from spp_fx.ir.trace import meta_model, trace
@@ -33,9 +34,41 @@ class Survey:
         return self.binding.pieces
 
 
+def open_model(path: Path, *, weights: bool = True) -> ModelFolder:
+    """Open a model folder whose tensors are the model's own.
+
+    Raises:
+        UsageError: an export in a form that transformers cannot load.
+        FormatError: a file is damaged, or the weights are compressed.
+    """
+    if (path / MANIFEST).is_file() and (form := read_manifest(path).format) != "safetensors":
+        raise UsageError(f"{path}: is an export ({form}); give the model folder that it was made from")
+    folder = ModelFolder.open(path, weights=weights)
+    check_plain(folder)
+    return folder
+
+
+def check_plain(folder: ModelFolder) -> None:
+    """FormatError if the weights are compressed-tensors', which transformers fills with random numbers."""
+    quantized = folder.config.get("quantization_config") or folder.config.get("compression_config")
+    settings = quantized if isinstance(quantized, dict) else {}
+    sparsity = settings.get("sparsity_config") or folder.config.get("sparsity_config")
+    packed = [name for name in folder.names if name.endswith((".bitmask", ".compressed"))]
+    if packed:
+        raise FormatError(
+            f"{folder.path}: its weights are compressed (first: {packed[0]}); servers and transformers load "
+            "such a model with random weights. Decompress it with the compressed-tensors release that wrote it"
+        )
+    if sparsity:
+        raise FormatError(
+            f"{folder.path}: config.json has a sparsity_config, which servers refuse or misread; "
+            "remove it if the weights are plain"
+        )
+
+
 def survey(path: Path, *, weights: bool = True, trust_remote_code: bool = False) -> Survey:
     """Open a model folder, trace its model without weights, find the stored tensors of each site."""
-    folder = ModelFolder.open(path, weights=weights)
+    folder = open_model(path, weights=weights)
     if not folder.config:
         raise UsageError(f"{path}: config.json is missing or empty; a model folder needs it")
     model = meta_model(path, trust_remote_code=trust_remote_code)

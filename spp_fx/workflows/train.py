@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from spp_fx.checkpoint import atomic_file
 from spp_fx.errors import SppFxError, UsageError
 from spp_fx.ir.program import Program
 from spp_fx.training.data import Windows, all_windows, check_vocabulary, training_windows
 from spp_fx.training.perplexity import Perplexity, perplexity
+from spp_fx.training.state import checkpoints, is_whole
 from spp_fx.training.trainer import AdapterTrainer, CutEachEpoch
 from spp_fx.workflows.adapter_folder import FACTORS, AdapterFolder, write_factors
 from spp_fx.workflows.load import Loaded, load_program, load_tokenizer, window_length
@@ -33,9 +33,10 @@ class TrainSettings:
         lr: peak learning rate; None chooses by the sites' width, see `default_rate`.
         batch_size: windows per step and device.
         seq_len: tokens per window; None for 512 or the model's positions if fewer.
-        save_steps: steps between checkpoints; None for none but the last.
-        resume: go on from the newest checkpoint of the adapter folder.
-        seed: of the order of windows and of dropout.
+        save_steps: steps between checkpoints; None for none.
+        resume: go on from the newest whole checkpoint of the adapter folder.
+        force: start anew where checkpoints of an earlier run lie, and delete them.
+        seed: of the order of windows and of dropout, 0 to 2**32 - 1.
     """
 
     steps: int | None = None
@@ -47,6 +48,7 @@ class TrainSettings:
     warmup: float = 0.03
     save_steps: int | None = None
     resume: bool = False
+    force: bool = False
     seed: int = 0
 
 
@@ -59,6 +61,7 @@ class Trained:
     lr: float
     seq_len: int
     loss: float
+    last_loss: float
     seconds: float
     trainable: int
     before: Perplexity | None
@@ -71,6 +74,7 @@ class Trained:
             "lr": self.lr,
             "seq_len": self.seq_len,
             "loss": self.loss,
+            "last_loss": self.last_loss,
             "seconds": self.seconds,
             "trainable_parameters": self.trainable,
             "perplexity_before": self.before.perplexity if self.before else None,
@@ -79,13 +83,13 @@ class Trained:
 
 
 def train(
-    adapter: Path,
-    data: Path,
+    adapter: str | Path,
+    data: str | Path,
     settings: TrainSettings,
     *,
-    eval_data: Path | None = None,
-    teacher: Path | None = None,
-    base: Path | None = None,
+    eval_data: str | Path | None = None,
+    teacher: str | Path | None = None,
+    base: str | Path | None = None,
     trust_remote_code: bool = False,
     callbacks: list[TrainerCallback] | None = None,
 ) -> Trained:
@@ -93,12 +97,13 @@ def train(
 
     Checkpoints (`checkpoint-N`) go into the adapter folder; a run that was stopped goes on with `resume`,
     to the same factors it would have reached. With a `teacher` (the dense model, say) its distribution is
-    learned instead of the text's own tokens.
+    learned instead of the text's own tokens. Factors that were trained before are trained on.
 
     Raises:
         UsageError: settings or data that cannot be used, nothing to resume.
         SppFxError: the loss is not finite; the adapter stays as it was.
     """
+    adapter, data = Path(adapter), Path(data)
     _check(settings)
     loaded = load_program(adapter, base=base, trust_remote_code=trust_remote_code)
     if not loaded.factors:
@@ -108,14 +113,14 @@ def train(
     length = window_length(program, settings.seq_len)
     windows = training_windows(data, tokenizer, length)
     check_vocabulary(windows.tokens, program.config.vocab_size, data)
-    held_out = all_windows(eval_data, tokenizer, length) if eval_data else None
+    held_out = all_windows(Path(eval_data), tokenizer, length) if eval_data else None
     lr = default_rate(loaded) if settings.lr is None else settings.lr
     checkpoint = _checkpoint(adapter, settings)
     before = _evaluate(loaded, held_out)
-    guide = _teacher(teacher, program, trust_remote_code) if teacher else None
+    guide = _teacher(Path(teacher), program, trust_remote_code) if teacher else None
     trainer = _trainer(adapter, loaded, windows, settings, lr, callbacks or [], guide)
     if checkpoint is None:
-        for folder in adapter.glob("checkpoint-*"):
+        for folder in checkpoints(adapter):
             shutil.rmtree(folder)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     broken = [name for name, value in loaded.factors.items() if not bool(value.isfinite().all())]
@@ -133,6 +138,7 @@ def train(
         lr=lr,
         seq_len=length,
         loss=result.training_loss,
+        last_loss=_last_loss(trainer),
         seconds=result.metrics["train_runtime"],
         trainable=sum(value.numel() for value in loaded.factors.values()),
         before=before,
@@ -161,17 +167,30 @@ def _check(settings: TrainSettings) -> None:
         value = getattr(settings, name)
         if value is not None and not value > 0:
             raise UsageError(f"--{name.replace('_', '-')} must be positive, got {value}")
+    if not 0 <= settings.seed < 2**32:
+        raise UsageError(f"--seed must be 0 to {2**32 - 1}, got {settings.seed}")
 
 
 def _checkpoint(adapter: Path, settings: TrainSettings) -> str | None:
-    last = get_last_checkpoint(str(adapter))
-    if settings.resume:
-        if last is None:
+    found = checkpoints(adapter)
+    if not settings.resume:
+        if found and not settings.force:
             raise UsageError(
-                f"{adapter}: nothing to resume, it has no checkpoint; train with --save-steps N to get some"
+                f"{adapter}: holds checkpoints of an earlier run (newest: {found[-1].name}); go on from there "
+                "with --resume, or start anew and delete them with --force"
             )
-        return last
-    return None
+        return None
+    whole = [folder for folder in found if is_whole(folder)]
+    if not whole:
+        raise UsageError(
+            f"{adapter}: nothing to resume, it has no whole checkpoint; train with --save-steps N to get some"
+        )
+    return str(whole[-1])
+
+
+def _last_loss(trainer: AdapterTrainer) -> float:
+    """Mean loss of the last steps that were logged."""
+    return next(float(entry["loss"]) for entry in reversed(trainer.state.log_history) if "loss" in entry)
 
 
 def _teacher(path: Path, student: Program, trust_remote_code: bool) -> Program:
@@ -210,7 +229,7 @@ def _trainer(
         weight_decay=settings.weight_decay,
         warmup_steps=settings.warmup,
         lr_scheduler_type="linear",
-        logging_steps=10,
+        logging_steps=min(10, settings.steps or 10),
         save_strategy="steps" if settings.save_steps else "no",
         save_steps=settings.save_steps or 500,
         save_total_limit=2,

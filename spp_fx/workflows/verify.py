@@ -90,14 +90,16 @@ class Verified:
 
 
 def verify(
-    path: Path,
+    path: str | Path,
     *,
     pattern: str | None = None,
-    lock: Path | None = None,
-    against: Path | None = None,
+    lock: str | Path | None = None,
+    against: str | Path | None = None,
     tick: Tick = no_tick,
 ) -> Verified:
     """Hold every site of an artifact to a lock (by default the one beside it), a pattern, another artifact.
+
+    A lock is asked of the sites that it names; `pattern` and `against` of every site of the artifact.
 
     Raises:
         UsageError: the artifact is of no known kind, or there is nothing to hold it to.
@@ -105,9 +107,10 @@ def verify(
         SppFxError: the lock is that of another model.
     """
     asked = parse_pattern(pattern) if pattern else None
+    path = Path(path)
     artifact = open_artifact(path)
     held = load_lock(lock) if lock else artifact.lock
-    other = open_artifact(against) if against else None
+    other = open_artifact(Path(against)) if against else None
     if held is None and asked is None and other is None:
         raise UsageError(
             f"{path}: nothing to hold it to: it has no sparsity.lock.json; "
@@ -116,19 +119,19 @@ def verify(
     entries = held.by_name() if held else {}
     if held:
         _check_same_model(artifact, held, lock)
-    sites = (
-        {entry.name: entry.transposed for entry in held.sites}
-        if held
-        else dict(sorted(artifact.weights.sites().items()))
-    )
+    sites = {entry.name: entry.transposed for entry in held.sites} if held else {}
+    if held is None or asked is not None or other is not None:
+        # A lock speaks of its own sites; a pattern or another artifact is asked of every site there is.
+        sites = dict(sorted((dict(artifact.weights.sites()) | sites).items()))
     if not sites:
         raise SppFxError(f"{path}: it has no weight that could be verified")
     verdicts: list[SiteVerdict] = []
     for name, scan in each(artifact, sites):
         verdicts.append(_judge(artifact, name, scan, asked, entries.get(name), other, sites[name]))
         tick(name, scan.mask.numel if scan else 0)
-    wrong = [verdict for verdict in verdicts if held and entries[verdict.name].shape != verdict.shape]
-    if held and len(wrong) == len(verdicts):
+    locked = [verdict for verdict in verdicts if verdict.name in entries]
+    wrong = [verdict for verdict in locked if entries[verdict.name].shape != verdict.shape]
+    if held and wrong and len(wrong) == len(locked):
         raise SppFxError(
             f"{lock or LOCK_NAME} is the lock of another model: {wrong[0].name} has shape {list(wrong[0].shape)} in "
             f"{path}, {list(entries[wrong[0].name].shape)} in the lock"
@@ -137,7 +140,7 @@ def verify(
     return Verified(path, artifact.kind, None if common is None else str(common), verdicts)
 
 
-def _check_same_model(artifact: Artifact, lock: Lock, path: Path | None) -> None:
+def _check_same_model(artifact: Artifact, lock: Lock, path: str | Path | None) -> None:
     missing = [entry.name for entry in lock.sites if entry.name not in artifact.names]
     if missing and len(missing) == len(lock.sites):
         raise SppFxError(

