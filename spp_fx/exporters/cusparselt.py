@@ -9,61 +9,52 @@
 | NAME.positions | [m, ceil(k/8)] | uint8        | two groups a byte, low nibble first, idx0, idx1 << 2   | both       |
 
 and every other tensor of the model as it is. A pack is tied to the SM and the library; values and
-positions are not, and give the weight back bit for bit. A dtype that has no public pack is stored as
-values and positions alone (layout `neutral`); a shape that the library cannot take stays dense.
+positions are not, and give the weight back bit for bit, but for negative zeros that have no slot. A dtype
+that has no public pack is stored as values and positions alone (layout `neutral`); a shape that the library
+cannot take stays dense.
 """
 
 import json
-from collections.abc import Iterator
+import tempfile
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
 
 from spp_fx.checkpoint import Shard, torch_dtype, write_safetensors
-from spp_fx.errors import FormatError, MaskError, PatternError, UsageError
-from spp_fx.exporters.cusparselt_layout import Sm, from_neutral, refusal, unpack
-from spp_fx.exporters.manifest import Manifest, TensorRecord, read_manifest
-from spp_fx.exporters.registry import ExportSettings, Format, Say, Tick, Weights, register
-from spp_fx.exporters.semi_structured import Packed24, clear_negative_zeros, pack_2_4, unpack_2_4
-from spp_fx.exporters.source import Source
-from spp_fx.sparsity import PackedMask, Scan, parse_pattern, scan_bits, scan_file, scan_tensor
+from spp_fx.errors import MaskError, PatternError, UsageError
+from spp_fx.exporters.cusparselt_layout import Sm, from_neutral, refusal
+from spp_fx.exporters.cusparselt_reader import WEIGHTS, Layout, bits, part_specs, read, read_sites
+from spp_fx.exporters.manifest import TensorRecord, read_manifest
+from spp_fx.exporters.read_back import check_copied
+from spp_fx.exporters.registry import ExportSettings, Format, Say, Tick, register
+from spp_fx.exporters.semi_structured import clear_negative_zeros, pack_2_4
+from spp_fx.exporters.source import Source, scan_stored
+from spp_fx.sparsity import LockEntry, PackedMask, parse_pattern, scan_bits
 
-PACKED = "cusparselt"
-NEUTRAL = "neutral"
-DENSE = "dense"
-WEIGHTS = "model.safetensors"
-PARTS = {PACKED: ("packed", "values", "positions"), NEUTRAL: ("values", "positions"), DENSE: ()}
 ROUND_TO = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-LIBRARY = "cuSPARSELt 0.6 to 0.8, alg_id 0"
+DOCUMENTED_FOR = "cuSPARSELt 0.6 to 0.8"
+"""The versions that the public kernels were written for, from which the order of a pack is known."""
+NOT_2_4 = "it is not 2:4"
+STACK = "it is a stack of matrices, the library takes one matrix"
 
 
-def choose_layout(mask: PackedMask, dtype: str, sm: Sm) -> tuple[str, str | None]:
+def choose_layout(mask: PackedMask, dtype: str, sm: Sm) -> tuple[Layout, str | None]:
     """How a weight is stored for this SM, and why not packed if it is not."""
-    if len(mask.shape) != 2 or mask.columns % 4 or scan_bits(mask, parse_pattern("2:4")).count:
-        return DENSE, "it is not 2:4"
+    if len(mask.shape) != 2:
+        return "dense", STACK
+    if mask.columns % 4 or scan_bits(mask, parse_pattern("2:4")).count:
+        return "dense", NOT_2_4
     reason = refusal(mask.shape, torch_dtype(dtype), sm)
     if reason is None:
-        return PACKED, None
-    return (DENSE if dtype in ("F16", "BF16") else NEUTRAL), reason
+        return "cusparselt", None
+    return ("dense" if dtype in ("F16", "BF16") else "neutral"), reason
 
 
-def part_specs(
-    name: str, shape: tuple[int, int], dtype: str, layout: str
-) -> list[tuple[str, str, tuple[int, ...]]]:
-    """Names, dtypes and shapes of the tensors that store a site."""
-    m, k = shape
-    forms = {
-        "packed": (dtype, (m, 9 * k // 16)),
-        "values": (dtype, (m, k // 2)),
-        "positions": ("U8", (m, -(-k // 8))),
-    }
-    return [(f"{name}.{part}", *forms[part]) for part in PARTS[layout]]
-
-
-def pack_parts(name: str, weight: Tensor, sm: Sm, layout: str) -> tuple[dict[str, Tensor], int]:
+def pack_parts(name: str, weight: Tensor, sm: Sm, layout: Layout) -> tuple[dict[str, Tensor], int]:
     """The stored tensors of a site, and how many zeros of negative sign had to be written as +0.
 
     Args:
@@ -77,69 +68,9 @@ def pack_parts(name: str, weight: Tensor, sm: Sm, layout: str) -> tuple[dict[str
         weight, count = clear_negative_zeros(weight)
         neutral = pack_2_4(weight)
     parts = {"values": neutral.values, "positions": neutral.positions}
-    if layout == PACKED:
+    if layout == "cusparselt":
         parts["packed"] = from_neutral(neutral, sm)
     return {f"{name}.{part}": value for part, value in parts.items()}, count
-
-
-def read_weight(shard: Shard, record: TensorRecord, sm: Sm) -> Tensor:
-    """A site's canonical weight, decoded from every form it is stored in; they must agree to the bit.
-
-    Raises:
-        FormatError: a part is missing or of a wrong shape, or the pack says another weight than the
-            neutral form.
-    """
-    m, k = record.shape
-    for part, dtype, shape in part_specs(record.name, (m, k), record.dtype, record.layout):
-        info = shard.info(part)
-        if info.dtype != dtype or info.shape != shape:
-            raise FormatError(
-                f"{shard.path}: {part} is {info.dtype} {list(info.shape)}, expected {dtype} {list(shape)}"
-            )
-    values, positions = (shard.read(f"{record.name}.{part}") for part in ("values", "positions"))
-    neutral = unpack_2_4(Packed24(values, positions), k)
-    if record.layout == NEUTRAL:
-        return neutral
-    packed = unpack(shard.read(f"{record.name}.packed"), (m, k), sm)
-    if not torch.equal(_bits(neutral), _bits(packed)):
-        row, column = divmod(int((_bits(neutral) != _bits(packed)).flatten().to(torch.uint8).argmax()), k)
-        raise FormatError(
-            f"{shard.path}: {record.name}: row {row}, column {column}: the packed form says another value "
-            "than the layout-neutral one"
-        )
-    return neutral
-
-
-def read_sites(folder: Path, manifest: Manifest) -> Iterator[tuple[TensorRecord, Tensor]]:
-    """Every site of an export with its canonical weight."""
-    shard = Shard.open(folder / WEIGHTS)
-    sm = sm_of(manifest)
-    for record in manifest.tensors:
-        if record.layout != DENSE:
-            yield record, read_weight(shard, record, sm)
-        else:
-            stored = shard.read(record.name)
-            yield record, stored.transpose(-1, -2) if record.transposed else stored
-
-
-def sm_of(manifest: Manifest) -> Sm:
-    """The SM a manifest's packs are made for."""
-    sm = manifest.requirements.get("sm")
-    if sm not in (80, 90):
-        raise FormatError(f"export.json: requirements.sm is {sm!r}, expected 80 or 90")
-    return sm  # type: ignore[return-value]
-
-
-def same_weight(decoded: Tensor, stored: Tensor, negative_zeros: int) -> bool:
-    """Whether a decoded weight is the stored one to the bit, but for that many zeros of negative sign."""
-    differing = _bits(decoded) != _bits(stored)
-    both_zero = (decoded == 0) & (stored == 0)
-    return not bool((differing & ~both_zero).any()) and int(differing.sum()) <= negative_zeros
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.contiguous().view(kinds[tensor.element_size()])
 
 
 def write(source: Source, target: Path, settings: ExportSettings, tick: Tick, say: Say) -> dict[str, Any]:
@@ -150,58 +81,111 @@ def write(source: Source, target: Path, settings: ExportSettings, tick: Tick, sa
         if settings.dtype not in ROUND_TO:
             raise UsageError(f"--dtype takes {' or '.join(ROUND_TO)}, got '{settings.dtype}'")
         source = replace(source, rounded_to=ROUND_TO[settings.dtype])
-    folder, entries = source.folder, source.lock.by_name()
-    records: dict[str, TensorRecord] = {}
-    specs: list[tuple[str, str, tuple[int, ...]]] = []
-    for name in folder.names:
-        info = folder.info(name)[1]
-        if name not in entries:
-            specs.append((name, source.dtype(name), info.shape))
-            continue
-        entry, dtype = entries[name], source.dtype(name)
-        mask = _scan_stored(source, entry.name, entry.transposed).mask
-        layout, reason = choose_layout(mask, dtype, sm)
-        records[name] = source.record(entry, layout, reason)
-        if layout == DENSE:
-            specs.append((name, dtype, info.shape))
-        else:
-            m, k = entry.shape
-            specs += part_specs(name, (m, k), dtype, layout)
-    parts: dict[str, Tensor] = {}
-
-    def produce(name: str) -> list[Tensor]:
-        if name in folder:
-            return [source.stored(name)]
-        site, _, _ = name.rpartition(".")
-        if name not in parts:
-            parts.clear()
-            made, zeros = pack_parts(site, source.canonical(entries[site]), sm, records[site].layout)
-            parts.update(made)
-            records[site] = records[site].model_copy(update={"negative_zeros": zeros})
-            tick(site, folder.info(site)[1].nbytes)
-        return [parts[name]]
-
-    write_safetensors(target / WEIGHTS, specs, produce, {"format": "pt"})
+    records = {entry.name: _record(source, entry, sm) for entry in source.lock.sites}
+    _check_any_2_4(source, records)
+    with tempfile.TemporaryFile(dir=target.parent) as spool:
+        _write_weights(source, target / WEIGHTS, records, sm, tick, spool)
     source.copy_small_files(target)
     if settings.dtype is not None:
         _say_dtype(target / "config.json", settings.dtype)
-    by_layout = {
-        layout: [r.name for r in records.values() if r.layout == layout]
-        for layout in (PACKED, NEUTRAL, DENSE)
-    }
-    if not by_layout[PACKED]:
-        reason = next(r.reason for r in records.values())
-        say(f"warning: no weight could be packed for sm{sm}: {reason}; try --dtype bfloat16 or another --sm")
+    layouts = Counter(record.layout for record in records.values())
+    if not layouts["cusparselt"]:
+        reasons = _count(records)
+        say(f"warning: no weight could be packed for sm{sm}: {reasons}{_hint(records, settings, sm)}")
     source.finish(
         target,
         "cusparselt",
         source.lock,
         list(records.values()),
-        requirements={"sm": sm, "library": LIBRARY, "alg_id": 0},
-        sizes=_packed_sizes(source, by_layout, target / WEIGHTS),
+        requirements={"sm": sm, "layout_documented_for": DOCUMENTED_FOR, "alg_id": 0},
+        sizes=_packed_sizes(source, records, target / WEIGHTS),
     )
-    _decode_back(source, target)
-    return {layout: len(names) for layout, names in by_layout.items()} | {"bit_exact": len(records)}
+    return {name: layouts[name] for name in ("cusparselt", "neutral", "dense")} | _read_back(
+        source, target, say
+    )
+
+
+def _record(source: Source, entry: LockEntry, sm: Sm) -> TensorRecord:
+    mask = scan_stored(source.folder.info(entry.name)[0], entry.name, transposed=entry.transposed).mask
+    layout, reason = choose_layout(mask, source.dtype(entry.name), sm)
+    return source.record(entry, layout, reason)
+
+
+def _count(records: dict[str, TensorRecord]) -> str:
+    """The reasons of weights that are not packed, each with how many have it."""
+    reasons = Counter(record.reason for record in records.values() if record.reason is not None)
+    return "; ".join(f"{reason} ({count} of {len(records)})" for reason, count in reasons.most_common())
+
+
+def _check_any_2_4(source: Source, records: dict[str, TensorRecord]) -> None:
+    if all(record.reason in (NOT_2_4, STACK) for record in records.values()):
+        patterns = ", ".join(sorted({str(entry.pattern) for entry in source.lock.sites}))
+        raise PatternError(
+            f"{source.folder.path}: no weight can be packed, cuSPARSELt takes 2:4 matrices alone and the "
+            f"lock says {patterns}: {_count(records)}; export it with --format safetensors or onnx, or prune "
+            "with --pattern 2:4"
+        )
+
+
+def _hint(records: dict[str, TensorRecord], settings: ExportSettings, sm: Sm) -> str:
+    """The first change of options that would pack weights, and how many; empty where none would."""
+    other: Sm = 90 if sm == 80 else 80
+    half = [] if settings.dtype else ["bfloat16"]
+    for dtype, on in [*((d, sm) for d in half), (None, other), *((d, other) for d in half)]:
+        count = sum(
+            record.reason not in (NOT_2_4, STACK)
+            and refusal(tuple(record.shape), ROUND_TO[dtype] if dtype else torch_dtype(record.dtype), on)
+            is None
+            for record in records.values()
+        )
+        if count:
+            words = [f"--dtype {dtype}"] * (dtype is not None) + [f"--sm {on}"] * (on != sm)
+            return f"; {' '.join(words)} would pack {count} of them"
+    return ""
+
+
+def _write_weights(
+    source: Source, file: Path, records: dict[str, TensorRecord], sm: Sm, tick: Tick, spool: BinaryIO
+) -> None:
+    """Write the file; positions, which come last in it, wait in `spool` so that each site is packed once."""
+    folder, entries = source.folder, source.lock.by_name()
+    specs: list[tuple[str, str, tuple[int, ...]]] = []
+    for name in folder.names:
+        record = records.get(name)
+        if record is None or record.layout == "dense":
+            specs.append((name, source.dtype(name), folder.info(name)[1].shape))
+        else:
+            m, k = record.shape
+            specs += part_specs(name, (m, k), record.dtype, cast(Layout, record.layout))
+    waiting: dict[str, Tensor] = {}
+    spooled: dict[str, tuple[int, int]] = {}
+
+    def pack(site: str) -> None:
+        record = records[site]
+        parts, zeros = pack_parts(site, source.canonical(entries[site]), sm, cast(Layout, record.layout))
+        records[site] = record.model_copy(update={"negative_zeros": zeros})
+        positions = parts.pop(f"{site}.positions").contiguous().numpy()
+        spooled[site] = spool.tell(), positions.nbytes
+        spool.write(positions.data)
+        waiting.update(parts)
+        tick(site, folder.info(site)[1].nbytes)
+
+    def produce(name: str) -> Tensor:
+        if name in folder:
+            return source.stored(name)
+        site, _, part = name.rpartition(".")
+        if site not in spooled:
+            pack(site)
+        if part != "positions":
+            return waiting.pop(name)
+        offset, count = spooled[site]
+        end = spool.tell()
+        spool.seek(offset)
+        data = torch.frombuffer(bytearray(spool.read(count)), dtype=torch.uint8)
+        spool.seek(end)
+        return data.view(records[site].shape[0], -1)
+
+    write_safetensors(file, specs, produce, {"format": "pt"})
 
 
 def _say_dtype(path: Path, dtype: str) -> None:
@@ -211,11 +195,11 @@ def _say_dtype(path: Path, dtype: str) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def _packed_sizes(source: Source, by_layout: dict[str, list[str]], file: Path) -> dict[str, int]:
+def _packed_sizes(source: Source, records: dict[str, TensorRecord], file: Path) -> dict[str, int]:
     """Bytes of the sites that are not dense: as the model holds them, and in each form; of the whole file."""
     shard = Shard.open(file)
-    sparse = [name for layout, names in by_layout.items() if layout != DENSE for name in names]
-    packed = by_layout[PACKED]
+    sparse = [name for name, record in records.items() if record.layout != "dense"]
+    packed = [name for name in sparse if records[name].layout == "cusparselt"]
     neutral = ("values", "positions")
     return {
         "dense_bytes": sum(source.folder.info(name)[1].nbytes for name in sparse),
@@ -225,33 +209,34 @@ def _packed_sizes(source: Source, by_layout: dict[str, list[str]], file: Path) -
     }
 
 
-def _decode_back(source: Source, target: Path) -> None:
-    """Decode every site from the files just written; it must be the model's weight to the bit."""
+def _read_back(source: Source, target: Path, say: Say) -> dict[str, int]:
+    """Decode every site from the file just written and compare the other tensors; returns what was equal.
+
+    Raises:
+        MaskError: a value is not the model's; a zero that lost its sign is counted, and said.
+    """
     entries = source.lock.by_name()
-    for record, weight in read_sites(target, read_manifest(target)):
-        if not same_weight(weight, source.canonical(entries[record.name]), record.negative_zeros):
+    checks = {"bit_exact": 0, "signs_of_zeros_lost": 0, "tensors_equal": 0}
+    for record, decoded in read_sites(target, read_manifest(target)):
+        lost = lost_signs(decoded, source.canonical(entries[record.name]))
+        if lost is None:
             raise MaskError(f"{record.name}: decoded from the export, it is not the model's weight")
+        checks["signs_of_zeros_lost" if lost else "bit_exact"] += 1
+        if lost:
+            say(f"warning: {record.name}: {lost} zeros of negative sign were written as +0")
+    others = [name for name in source.folder.names if name not in entries]
+    checks["tensors_equal"] = check_copied(source.folder, others, target / WEIGHTS, source.as_exported)
+    return checks
 
 
-def _scan_stored(source: Source, name: str, transposed: bool) -> Scan:
-    shard, info = source.folder.info(name)
-    return scan_file(shard.path, info.start, info.shape, info.dtype, transposed=transposed)
-
-
-def read(folder: Path, manifest: Manifest) -> Weights:
-    """The weights of an export, decoded from every form that they are stored in."""
-    shard, sm = Shard.open(folder / WEIGHTS), sm_of(manifest)
-    records = {record.name: record for record in manifest.tensors}
-
-    def scan(name: str, transposed: bool) -> Scan:
-        record = records[name]
-        if record.layout != DENSE:
-            return scan_tensor(read_weight(shard, record, sm))
-        info = shard.info(name)
-        return scan_file(shard.path, info.start, info.shape, info.dtype, transposed=record.transposed)
-
-    sites = {name: record.transposed for name, record in records.items()}
-    return Weights(frozenset(records), scan, lambda _: shard.name, lambda: sites)
+def lost_signs(decoded: Tensor, stored: Tensor) -> int | None:
+    """How many zeros differ in sign alone; None where any other element differs in any bit."""
+    if decoded.dtype != stored.dtype or decoded.shape != stored.shape:
+        return None
+    differing = bits(decoded) != bits(stored)
+    if bool((differing & ~((decoded == 0) & (stored == 0))).any()):
+        return None
+    return int(differing.sum())
 
 
 FORMAT = register(Format("cusparselt", write, read))

@@ -12,7 +12,8 @@ NVIDIA does not document that order and may change it. What is here follows publ
   warp_tensor.h, `store_metadata_reordered`). No public test compares it with the library.
 
 So a pack is a proposal: whoever loads it compares it once with the library on the GPU it is for, and
-repacks from the layout-neutral form where they differ.
+repacks from the layout-neutral form where they differ. `cusparselt_reader` decodes a pack, by a table of
+its own.
 """
 
 from typing import Final, Literal
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 from spp_fx.errors import FormatError, UsageError
-from spp_fx.exporters.semi_structured import Packed24, pack_2_4, unpack_2_4
+from spp_fx.exporters.semi_structured import Packed24, pack_2_4
 
 Sm = Literal[80, 90]
 
@@ -77,24 +78,6 @@ def pack(weight: Tensor, sm: Sm) -> Tensor:
     return from_neutral(pack_2_4(weight), sm)
 
 
-def unpack(packed: Tensor, shape: tuple[int, int], sm: Sm) -> Tensor:
-    """The dense weight of a packed tensor, bit for bit.
-
-    Args:
-        packed: (m, 9k/16), or flat as older PyTorch has it, float16 or bfloat16.
-        shape: (m, k) of the dense weight.
-        sm: the GPU the pack is for.
-
-    Returns:
-        (m, k) of packed's dtype.
-
-    Raises:
-        UsageError: `refusal` has a reason.
-        FormatError: the size does not fit the shape, or a metadata nibble is not idx0 < idx1.
-    """
-    return unpack_2_4(to_neutral(packed, shape, sm), shape[1])
-
-
 def from_neutral(neutral: Packed24, sm: Sm) -> Tensor:
     """Pack the layout-neutral form of a weight, without making it dense.
 
@@ -125,26 +108,8 @@ def from_neutral(neutral: Packed24, sm: Sm) -> Tensor:
     if sm == 80:
         _sm80_order(meta, m, k).copy_(_sm80_rows(positions, m, k))
     else:
-        _swap_sm90(positions, meta, m, k, to_library=True)
+        _fill_sm90(positions, meta, m, k)
     return packed.view(dtype).view(m, 9 * k // 16)
-
-
-def to_neutral(packed: Tensor, shape: tuple[int, int], sm: Sm) -> Packed24:
-    """The layout-neutral form of a packed tensor; arguments and errors as `unpack`."""
-    m, k = shape
-    _check((m, k), packed.dtype, sm)
-    if packed.dim() not in (1, 2) or packed.numel() != m * 9 * k // 16:
-        raise FormatError(
-            f"packed tensor has shape {tuple(packed.shape)}, a weight of {m} x {k} needs ({m}, {9 * k // 16})"
-        )
-    flat = packed.detach().reshape(-1).view(torch.int16)
-    values, meta = flat[: m * k // 2], flat[m * k // 2 :].view(torch.uint8)
-    positions = torch.empty((m, k // 8), dtype=torch.uint8, device=packed.device)
-    if sm == 80:
-        _sm80_rows(positions, m, k).copy_(_sm80_order(meta, m, k))
-    else:
-        _swap_sm90(positions, meta, m, k, to_library=False)
-    return Packed24(values.view(m, k // 2).clone().view(packed.dtype), positions)
 
 
 def _check(shape: tuple[int, ...], dtype: torch.dtype, sm: int) -> None:
@@ -169,25 +134,24 @@ def _sm80_rows(positions: Tensor, m: int, k: int) -> Tensor:
     return units.permute(5, 0, 6, 1, 4, 2, 7, 3, 8)
 
 
-def _swap_sm90(positions: Tensor, meta: Tensor, m: int, k: int, *, to_library: bool) -> None:
-    """Fill sm90's metadata (m k/8,) uint8 from positions (m, k/8) uint8, or the reverse.
+def _fill_sm90(positions: Tensor, meta: Tensor, m: int, k: int) -> None:
+    """Fill sm90's metadata (m k/8,) uint8 from positions (m, k/8) uint8.
 
     64 rows are 8 k bytes of metadata, in which 64 x 32 blocks of 256 bytes follow one another along the
     columns; in a block 16 rows are 64 bytes; there, row r (0..7) is 8 bytes, one for each group of four
     columns in the order 0 4 1 5 2 6 3 7, with row r in the low nibble and row r + 8 in the high one.
 
     A byte of positions holds two groups of one row, a byte of metadata one group of two rows: the bytes of
-    rows r and r + 8 become the bytes of the even and the odd group by swapping two nibbles, which is its own
-    inverse. Group 4 d + 2 h + odd (its byte is 2 d + h) stands at 4 h + 2 odd + d.
+    rows r and r + 8 become the bytes of the even and the odd group by swapping two nibbles. Group
+    4 d + 2 h + odd (its byte is 2 d + h) stands at 4 h + 2 odd + d.
     """
     rows = positions.view(m // 64, 4, 2, 8, k // 32, 2, 2)  # R r16 r8 r C d h
     upper, lower = rows[:, :, 0], rows[:, :, 1]  # R r16 r C d h
     groups = meta.view(m // 64, k // 32, 4, 8, 2, 2, 2)  # R C r16 r h odd d
     even, odd = (groups[..., i, :].permute(0, 2, 3, 1, 5, 4) for i in (0, 1))  # R r16 r C d h
-    source, target = ((upper, lower), (even, odd)) if to_library else ((even, odd), (upper, lower))
     step = max(1, _CHUNK_BYTES // (8 * k))
     for start in range(0, m // 64, step):
         part = slice(start, start + step)
-        first, second = source[0][part], source[1][part]
-        target[0][part] = (first & 0x0F) | (second << 4)
-        target[1][part] = (first >> 4) | (second & 0xF0)
+        first, second = upper[part], lower[part]
+        even[part] = (first & 0x0F) | (second << 4)
+        odd[part] = (first >> 4) | (second & 0xF0)

@@ -3,15 +3,37 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from spp_fx.errors import FormatError
+from spp_fx.sparsity import LOCK_NAME, load_lock
 
 MANIFEST = "export.json"
 SCHEMA_VERSION = 1
 CHUNK = 1 << 22
+TENSOR_FILES = (".safetensors", ".onnx", ".onnx.data")
+"""Ends of the names of files that hold weights: such a file is never read without a digest."""
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class Part(BaseModel):
+    """The place of a site in a graph that holds it under another name, or as a part of a stack.
+
+    Attributes:
+        initializer: name in the graph.
+        expert: index in the stack; None where the initializer is the site as a whole.
+        start, stop: rows of the stack's matrix, where `expert` is given.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    initializer: str
+    expert: Count | None = None
+    start: Count = 0
+    stop: Count = 0
 
 
 class TensorRecord(BaseModel):
@@ -19,25 +41,27 @@ class TensorRecord(BaseModel):
 
     Attributes:
         name: the checkpoint's name of the weight.
-        shape: canonical, (out, in).
+        shape: canonical, (out, in) or (experts, out, in).
         dtype: of the values, in safetensors' words ('BF16').
         layout: how it is stored here; `dense` where it could not be stored sparse.
         reason: why it is dense, None where it is not.
         transposed: the base stores it (in, out).
         negative_zeros: zeros of negative sign that had no slot and were written as +0.
-        details: what the layout needs to be read (index type, sizes, ...).
+        details: sizes and what else is worth knowing.
+        part: where it is in an ONNX graph.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
     name: str
-    shape: list[int]
+    shape: Annotated[list[Count], Field(min_length=2, max_length=3)]
     dtype: str
     layout: str
     reason: str | None = None
     transposed: bool = False
-    negative_zeros: int = 0
+    negative_zeros: Count = 0
     details: dict[str, int | str] = {}
+    part: Part | None = None
 
 
 class Manifest(BaseModel):
@@ -75,7 +99,12 @@ def write_manifest(folder: Path, **fields: Any) -> Manifest:
 
 
 def read_manifest(folder: Path, *, check_files: bool = True) -> Manifest:
-    """Read export.json; with `check_files` every file it names must be there with its digest.
+    """Read export.json; it must say of each site what the lock beside it says.
+
+    Args:
+        folder: the export.
+        check_files: every file that it names must be there with its digest, and every file that holds
+            weights, and the lock, must be named.
 
     Raises:
         FormatError: names the file and the fault.
@@ -88,12 +117,38 @@ def read_manifest(folder: Path, *, check_files: bool = True) -> Manifest:
         raise FormatError(f"{path}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from error
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: is not JSON: {error}") from error
-    for name, digest in manifest.files.items() if check_files else ():
+    if check_files:
+        _check_files(folder, path, manifest.files)
+    if (folder / LOCK_NAME).is_file():
+        _check_sites(folder, path, manifest.tensors)
+    return manifest
+
+
+def _check_files(folder: Path, path: Path, files: dict[str, str]) -> None:
+    for name, digest in files.items():
         file = folder / name
         if ".." in Path(name).parts or Path(name).is_absolute():
-            raise FormatError(f"{path}: names {name}, which is outside of the export")
+            raise FormatError(f"{path}: files: names {name}, which is outside of the export")
         if not file.is_file():
             raise FormatError(f"{file}: is missing; {MANIFEST} names it")
         if sha256(file) != digest:
             raise FormatError(f"{file}: has changed since it was exported (SHA-256 differs)")
-    return manifest
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        if (name == LOCK_NAME or name.endswith(TENSOR_FILES)) and name not in files and file.is_file():
+            raise FormatError(f"{path}: files: {name} has no digest; export again")
+
+
+def _check_sites(folder: Path, path: Path, tensors: list[TensorRecord]) -> None:
+    entries = load_lock(folder / LOCK_NAME).by_name()
+    for index, record in enumerate(tensors):
+        where = f"{path}: tensors.{index}"
+        entry = entries.pop(record.name, None)
+        if entry is None:
+            raise FormatError(f"{where}.name: {record.name} comes twice or is not in {LOCK_NAME}")
+        if tuple(record.shape) != entry.shape:
+            raise FormatError(f"{where}.shape: {record.shape}, {LOCK_NAME} has {list(entry.shape)}")
+        if record.transposed != entry.transposed:
+            raise FormatError(f"{where}.transposed: {record.transposed}, {LOCK_NAME} has {entry.transposed}")
+    if entries:
+        raise FormatError(f"{path}: tensors: {min(entries)} of {LOCK_NAME} is missing")

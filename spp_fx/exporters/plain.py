@@ -5,9 +5,10 @@ from typing import Any
 
 from spp_fx.checkpoint import ModelFolder, Shard, TensorInfo, rewrite_model
 from spp_fx.exporters.manifest import MANIFEST, Manifest
+from spp_fx.exporters.read_back import check_copied
 from spp_fx.exporters.registry import ExportSettings, Format, Say, Tick, Weights, register
-from spp_fx.exporters.source import Source
-from spp_fx.sparsity import LOCK_NAME, Scan, scan_file
+from spp_fx.exporters.source import Source, scan_stored
+from spp_fx.sparsity import LOCK_NAME, Scan
 
 
 def write(source: Source, target: Path, settings: ExportSettings, tick: Tick, say: Say) -> dict[str, Any]:
@@ -18,10 +19,14 @@ def write(source: Source, target: Path, settings: ExportSettings, tick: Tick, sa
         tick(info.name, info.nbytes)
 
     rewrite_model(source.folder, target, keep, skip=[LOCK_NAME, MANIFEST])
+    compared = sum(
+        check_copied(source.folder, shard.header.tensors, target / shard.name)
+        for shard in source.folder.shards
+    )
     records = [source.record(entry, "dense") for entry in source.lock.sites]
     size = source.folder.stored_bytes
     source.finish(target, "safetensors", source.lock, records, sizes={"dense_bytes": size, "bytes": size})
-    return {}
+    return {"tensors_equal": compared}
 
 
 def read(folder: Path, manifest: Manifest) -> Weights:
@@ -29,8 +34,7 @@ def read(folder: Path, manifest: Manifest) -> Weights:
     model = ModelFolder.open(folder)
 
     def scan(name: str, transposed: bool) -> Scan:
-        shard, info = model.info(name)
-        return scan_file(shard.path, info.start, info.shape, info.dtype, transposed=transposed)
+        return scan_stored(model.info(name)[0], name, transposed=transposed)
 
     sites = {record.name: record.transposed for record in manifest.tensors}
     return Weights(frozenset(model.names), scan, lambda name: model.info(name)[0].name, lambda: sites)

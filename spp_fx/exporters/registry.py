@@ -1,4 +1,16 @@
-"""What an export format is: a writer, a reader that shares no code with it, and a name."""
+"""What an export format is: a name, a writer, and a reader of what was written.
+
+How far a reader is independent of its writer:
+
+- safetensors: every tensor is compared with the model's byte for byte, both read by the safetensors library.
+- cusparselt: packs are decoded through a second, table-written order (`cusparselt_reader`), the neutral
+  form through `unpack_2_4`, and held to the model's weights; tensors that are no sites are compared as in
+  safetensors. Where `--dtype` rounds, the rounded values are computed once more by the same function.
+- onnx: weights are read by a parser of their own (`onnx_reader`) and held to the model's lock; onnxruntime
+  runs the graph and its logits are compared with the model's.
+
+The fast look at zeros (`spp_fx.sparsity`) and the safetensors header reader serve both sides everywhere.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -7,11 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spp_fx.checkpoint import ModelFolder, copy_file, dtype_name, torch_dtype
+from spp_fx.adapters.fold import round_once
+from spp_fx.checkpoint import ModelFolder, Shard, copy_file, dtype_name
 from spp_fx.errors import MaskError
 from spp_fx.exporters.manifest import TensorRecord, write_manifest
-from spp_fx.sparsity import LOCK_NAME, Lock, LockEntry
+from spp_fx.sparsity import LOCK_NAME, Lock, LockEntry, Scan, scan_file
 from spp_fx.version import VERSION
+
+ROUNDED = ("F64", "F32", "F16", "BF16")
+"""What `--dtype` rounds; integers and the types of quantized weights stay byte for byte."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class Source:
         folder: the model's folder.
         lock: of its sparse weights.
         trust_remote_code: whether the folder's own model code may run.
-        rounded_to: half precision that floating tensors are rounded to, None to keep their own.
+        rounded_to: half precision that `ROUNDED` tensors are rounded to, None to keep their own.
     """
 
     folder: ModelFolder
@@ -33,15 +37,19 @@ class Source:
     def dtype(self, name: str) -> str:
         """The dtype that a tensor is exported in."""
         own = self.folder.info(name)[1].dtype
-        floating = torch_dtype(own).is_floating_point
-        return dtype_name(self.rounded_to) if floating and self.rounded_to is not None else own
+        return own if self.rounded_to is None or own not in ROUNDED else dtype_name(self.rounded_to)
 
     def stored(self, name: str) -> Tensor:
-        """A tensor as it is exported: the model's, rounded where that was asked for, no zero gained."""
-        value = self.folder.read(name)
-        if self.rounded_to is None or not value.is_floating_point():
+        """A tensor as it is exported: the model's, rounded once where that was asked for, no zero gained."""
+        return self.as_exported(name, self.folder.read(name))
+
+    def as_exported(self, name: str, value: Tensor) -> Tensor:
+        """What `stored` makes of the model's tensor, however that was read."""
+        if self.rounded_to is None or self.dtype(name) == self.folder.info(name)[1].dtype:
             return value
-        rounded = value.to(self.rounded_to)
+        # torch goes to half precision by way of float32, which is exact for all but float64.
+        double = value.dtype is torch.float64
+        rounded = round_once(value, self.rounded_to) if double else value.to(self.rounded_to)
         if bool((rounded.isinf() & ~value.isinf()).any()):
             raise MaskError(f"{name}: a value is too large for {self.rounded_to}; choose another --dtype")
         smallest = torch.tensor(torch.finfo(self.rounded_to).tiny, dtype=self.rounded_to)
@@ -78,3 +86,9 @@ class Source:
         write_manifest(
             folder, spp_fx_version=VERSION, format=format, pattern=lock.pattern, tensors=records, **fields
         )
+
+
+def scan_stored(shard: Shard, name: str, *, transposed: bool) -> Scan:
+    """The fast look at one tensor of a file."""
+    info = shard.info(name)
+    return scan_file(shard.path, info.start, info.shape, info.dtype, transposed=transposed)

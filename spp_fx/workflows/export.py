@@ -74,7 +74,9 @@ def export(
         if not verdict.ok:
             broken = next(site for site in verdict.sites if not site.ok)
             raise MaskError(f"{broken.name}: read back from the export: {broken.reason}")
-        checks["masks_equal"] = len(verdict.sites)
+        if load_lock(temporary / LOCK_NAME).by_name() != source.lock.by_name():
+            raise MaskError(f"{format}: the lock of the export is not the model's")
+        checks["masks_equal"] = sum(site.mask_equal is True for site in verdict.sites)
     return Exported(out, read_manifest(out, check_files=False), checks)
 
 

@@ -1,0 +1,269 @@
+"""cusparselt exports: what is counted is what was decoded, and export.json is not believed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from spp_fx.errors import FormatError, MaskError, PatternError
+from spp_fx.exporters import ExportSettings, cusparselt, cusparselt_layout, source
+from spp_fx.sparsity import Lock
+from spp_fx.workflows.export import Exported, export
+from spp_fx.workflows.verify import verify
+from tests.command import command
+from tests.families import make_model, prune_2_4
+
+
+def model_folder(
+    folder: Path, pattern: str = "2:4", dtype: torch.dtype = torch.float32, **extra: Tensor
+) -> Path:
+    """A small Llama, its projections of the first layer pruned to 2:4 (or 4:8), with `extra` tensors."""
+    model = make_model("llama", dtype=dtype)
+    for name, weight in model.named_parameters():
+        if "layers.0" in name and weight.ndim == 2:
+            if pattern == "2:4":
+                prune_2_4(weight)
+            else:
+                with torch.no_grad():
+                    weight.view(-1, 8)[:, :4] = 0
+    model.save_pretrained(folder)
+    if extra:
+        path = folder / "model.safetensors"
+        save_file(load_file(path) | extra, path, {"format": "pt"})
+    return folder
+
+
+def change(folder: Path, edit) -> None:
+    """Edit the tensors of a model folder."""
+    path = folder / "model.safetensors"
+    values = load_file(path)
+    edit(values)
+    save_file(values, path, {"format": "pt"})
+
+
+def exported(
+    model: Path, *, sm: int = 90, dtype: str | None = None, lines: list[str] | None = None
+) -> Exported:
+    said = [] if lines is None else lines
+    out = model.parent / "out"
+    return export(model, out, "cusparselt", ExportSettings(sm=sm, dtype=dtype), say=said.append)
+
+
+def test_sites_and_other_tensors_are_counted_as_compared(tmp_path):
+    done = exported(model_folder(tmp_path / "m"))
+    assert done.checks["bit_exact"] == done.checks["masks_equal"] == len(done.manifest.tensors) == 7
+    assert done.checks["signs_of_zeros_lost"] == 0
+    with safe_open(str(tmp_path / "m" / "model.safetensors"), "pt") as file:
+        assert done.checks["tensors_equal"] == len(list(file.keys())) - 7
+
+
+def test_a_lost_sign_of_a_zero_is_not_called_bit_exact(tmp_path):
+    name = "model.layers.0.mlp.up_proj.weight"
+    folder = model_folder(tmp_path / "m")
+
+    def add_negative_zeros(values):
+        values[name][3] = torch.where(values[name][3] == 0, -0.0, values[name][3])
+
+    change(folder, add_negative_zeros)
+    lines: list[str] = []
+    done = exported(folder, lines=lines)
+    assert done.checks["bit_exact"] == 6
+    assert done.checks["signs_of_zeros_lost"] == 1
+    assert any(f"{name}: 16 zeros of negative sign were written as +0" in line for line in lines)
+
+
+def test_a_fault_of_the_writers_order_is_found(tmp_path, monkeypatch):
+    """The order that is read back by is another one than the one that is written by."""
+    model = make_wide(tmp_path / "m")
+    right = cusparselt_layout._fill_sm90
+
+    def swapped(positions, meta, m, k):
+        right(positions, meta, m, k)
+        meta.view(-1, 8)[:] = meta.view(-1, 8).flip(1).clone()
+
+    monkeypatch.setattr(cusparselt_layout, "_fill_sm90", swapped)
+    with pytest.raises(FormatError, match="the packed form says another value"):
+        exported(model, dtype="bfloat16")
+    assert not (tmp_path / "out").exists()
+
+
+def make_wide(folder: Path) -> Path:
+    """A model that has 64 x 64 projections, which sm90 takes."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    for name, weight in model.named_parameters():
+        if "layers" in name and weight.ndim == 2:
+            prune_2_4(weight)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_fault_in_a_copied_tensor_is_found(tmp_path, monkeypatch):
+    folder, right = model_folder(tmp_path / "m"), source.Source.stored
+
+    def wrong(self, name):
+        value = right(self, name)
+        return value + 1 if name == "model.norm.weight" else value
+
+    monkeypatch.setattr(source.Source, "stored", wrong)
+    with pytest.raises(FormatError, match=r"model.norm.weight: byte \d+ differs"):
+        exported(folder)
+
+
+def test_each_site_is_packed_once(tmp_path, monkeypatch):
+    packed: list[str] = []
+    right = cusparselt.pack_parts
+    monkeypatch.setattr(
+        cusparselt, "pack_parts", lambda name, *rest: packed.append(name) or right(name, *rest)
+    )
+    ticked: list[str] = []
+    model = make_wide(tmp_path / "m")
+    done = export(
+        model,
+        tmp_path / "out",
+        "cusparselt",
+        ExportSettings(sm=90, dtype="bfloat16"),
+        tick=lambda what, _: ticked.append(what),
+    )
+    names = sorted(tensor.name for tensor in done.manifest.tensors)
+    assert done.checks["cusparselt"] == len(names)
+    assert sorted(packed) == names
+    assert sorted(ticked) == names
+
+
+def test_a_model_without_2_4_weights_is_an_error(tmp_path):
+    with pytest.raises(
+        PatternError, match=r"takes 2:4 matrices alone and the lock says 4:8: it is not 2:4 \(7 of 7\)"
+    ):
+        exported(model_folder(tmp_path / "m", "4:8"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sm", "hint"),
+    [
+        (torch.float32, 90, "--dtype bfloat16 would pack 7 of them"),
+        (torch.bfloat16, 80, "--sm 90 would pack 7 of them"),
+        (torch.float32, 80, "--dtype bfloat16 --sm 90 would pack 7 of them"),
+    ],
+)
+def test_the_hint_is_what_would_help(tmp_path, dtype, sm, hint):
+    model = make_wide(tmp_path / "m")
+    if dtype is torch.bfloat16:
+        change(model, lambda values: values.update({k: v.bfloat16() for k, v in values.items()}))
+    lines: list[str] = []
+    exported(model, sm=sm, lines=lines)
+    assert lines[0].endswith(hint)
+
+
+def test_no_hint_where_nothing_would_help(tmp_path):
+    lines: list[str] = []
+    exported(model_folder(tmp_path / "m"), lines=lines)
+    assert "would pack" not in lines[0]
+    assert "float32 is 1:2 sparse" in lines[0]
+
+
+def test_float64_is_rounded_once(tmp_path):
+    name = "model.layers.0.mlp.up_proj.weight"
+    folder = model_folder(tmp_path / "m")
+    # Just above the middle of two bfloat16 numbers; float32 rounds it to the middle, which goes to even: 1.
+    value = 1 + 2.0**-8 + 2.0**-40
+
+    def widen(values):
+        values[name] = values[name].double()
+        values[name][values[name] != 0] = value
+        values["model.norm.weight"] = torch.full_like(values["model.norm.weight"], value, dtype=torch.float64)
+
+    change(folder, widen)
+    exported(folder, dtype="bfloat16")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written["model.norm.weight"].unique().tolist() == [1 + 2.0**-7]
+    assert set(written[name].unique().tolist()) == {0, 1 + 2.0**-7}
+
+
+def test_quantized_and_integer_tensors_are_not_rounded(tmp_path):
+    extra = {
+        "f8": torch.arange(0, 120, dtype=torch.uint8).view(torch.float8_e4m3fn),
+        "e8": torch.arange(0, 120, dtype=torch.uint8).view(torch.float8_e8m0fnu),
+        "f4": torch.arange(0, 120, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
+        "i64": torch.arange(7),
+        "bool": torch.tensor([True, False]),
+    }
+    exported(model_folder(tmp_path / "m", **extra), dtype="bfloat16")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written["model.norm.weight"].dtype == torch.bfloat16
+    for name, value in extra.items():
+        assert written[name].dtype == value.dtype
+        assert torch.equal(written[name].view(torch.uint8), value.view(torch.uint8))
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("good")
+    exported(make_wide(root / "m"), dtype="bfloat16")
+    return root / "out"
+
+
+def set_first(field, value):
+    return lambda data: data["tensors"][0].__setitem__(field, value)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (set_first("shape", [4]), r"export\.json: tensors\.0\.shape: List should have at least 2"),
+        (set_first("shape", [64, -64]), r"export\.json: tensors\.0\.shape\.1"),
+        (
+            set_first("shape", [64, 192]),
+            r"export\.json: tensors\.0\.shape: \[64, 192\], sparsity\.lock\.json has",
+        ),
+        (set_first("layout", "foo"), r"export\.json: tensors\.0\.layout: 'foo', expected one of cusparselt"),
+        (set_first("dtype", "F99"), r"export\.json: tensors\.0\.dtype"),
+        (set_first("dtype", "F32"), r"export\.json: tensors\.0\.layout: 'cusparselt', which cannot be"),
+        (set_first("transposed", True), r"export\.json: tensors\.0\.transposed"),
+        (set_first("name", "other"), r"export\.json: tensors\.0\.name: other"),
+        (lambda data: data["tensors"].pop(), r"export\.json: tensors: .* is missing"),
+        (lambda data: data["tensors"].append(data["tensors"][0]), r"tensors\.7\.name: .* comes twice"),
+        (lambda data: data.update(files={}), r"export\.json: files: model\.safetensors has no digest"),
+        (lambda data: data["files"].pop("sparsity.lock.json"), r"files: sparsity\.lock\.json has no digest"),
+        (lambda data: data["requirements"].update(sm=70), r"export\.json: requirements\.sm: 70"),
+        (set_first("layout", "dense"), r"model\.safetensors: holds no tensor .*export\.json says it does"),
+    ],
+)
+def test_export_json_is_not_believed(tmp_path, good, edit, message):
+    folder = shutil.copytree(good, tmp_path / "out")
+    path = folder / "export.json"
+    data = json.loads(path.read_text())
+    edit(data)
+    path.write_text(json.dumps(data))
+    with pytest.raises(FormatError, match=message):
+        verify(folder)
+
+
+def test_a_mask_that_is_not_the_sources_is_not_counted(tmp_path, monkeypatch):
+    """The lock that an export is held to is the model's own, not one that the writer made."""
+    right = source.Source.finish
+
+    def fewer(self, folder, format, lock, records, **fields):
+        right(self, folder, format, Lock.of(lock.sites[:-1]), records[:-1], **fields)
+
+    monkeypatch.setattr(source.Source, "finish", fewer)
+    with pytest.raises(MaskError, match="the lock of the export is not the model's"):
+        exported(model_folder(tmp_path / "m"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_verb_reports_it(tmp_path):
+    model = model_folder(tmp_path / "m", "4:8")
+    ran = command("export", model, "--format", "cusparselt", "-o", tmp_path / "out")
+    assert ran.code == 1
+    assert "2:4 matrices alone" in ran.err

@@ -1,0 +1,72 @@
+"""safetensors exports: every tensor is compared with the model, through another library."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from spp_fx.checkpoint import Shard
+from spp_fx.errors import FormatError
+from spp_fx.exporters import plain
+from spp_fx.workflows.export import export
+from tests.exporters.test_cusparselt import model_folder
+
+
+def test_every_tensor_is_compared(tmp_path):
+    extra = {"f4": torch.arange(8, dtype=torch.uint8).view(torch.float4_e2m1fn_x2), "none": torch.zeros(0, 3)}
+    model = model_folder(tmp_path / "m", **extra)
+    done = export(model, tmp_path / "out", "safetensors")
+    with safe_open(str(model / "model.safetensors"), "pt") as file:
+        assert done.checks["tensors_equal"] == len(list(file.keys()))
+    assert done.checks["masks_equal"] == 7
+
+
+def test_a_byte_that_changed_on_the_way_is_found(tmp_path, monkeypatch):
+    """A site's mask stays what it was, and so does all that is no site: the masks alone would not tell."""
+    right = plain.rewrite_model
+
+    def wrong(source, target, *rest, **options):
+        right(source, target, *rest, **options)
+        info = Shard.open(target / "model.safetensors").info("model.layers.0.mlp.up_proj.weight")
+        with (target / "model.safetensors").open("r+b") as file:
+            file.seek(info.start)
+            values = torch.frombuffer(bytearray(file.read(info.nbytes)), dtype=torch.float32)
+            index = int(values.nonzero()[0])
+            file.seek(info.start + 4 * index)
+            file.write((values[index] * 2).numpy().tobytes())
+
+    monkeypatch.setattr(plain, "rewrite_model", wrong)
+    with pytest.raises(FormatError, match=r"model\.layers\.0\.mlp\.up_proj\.weight: byte \d+ differs"):
+        export(model_folder(tmp_path / "m"), tmp_path / "out", "safetensors")
+    assert not (tmp_path / "out").exists()
+
+
+def test_types_that_torch_has_not_are_compared_as_whole_files(tmp_path):
+    """F6 tensors are copied as bytes, and no library hands them out."""
+    model = model_folder(tmp_path / "m", six=torch.arange(6, dtype=torch.uint8))
+    path = model / "model.safetensors"
+    raw = path.read_bytes()
+    old, new = b'"six":{"dtype":"U8","shape":[6]', b'"six":{"dtype":"F6_E2M3","shape":[8]'
+    assert old in raw
+    length = int.from_bytes(raw[:8], "little")
+    header = raw[8 : 8 + length].replace(old, new).rstrip()
+    header += b" " * (-len(header) % 8)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + raw[8 + length :])
+    done = export(model, tmp_path / "out", "safetensors")
+    assert done.checks["masks_equal"] == 7
+
+
+def test_shards_are_compared_each_with_its_own(tmp_path):
+    model = model_folder(tmp_path / "m")
+    values = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    names = sorted(values)
+    index = {}
+    for number, part in enumerate((names[::2], names[1::2]), 1):
+        file = f"model-0000{number}-of-00002.safetensors"
+        save_file({name: values[name] for name in part}, model / file, {"format": "pt"})
+        index |= dict.fromkeys(part, file)
+    (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    assert export(model, tmp_path / "out", "safetensors").checks["tensors_equal"] == len(names)
