@@ -49,6 +49,8 @@ class Method(ABC):
     """`(weight, *factors, scale, base) -> base * weight + update`, for stacks of experts."""
     kernels: ClassVar[Mapping[str, OpOverload]]
     """Faster executions of `linear`, by name."""
+    packed: ClassVar[Mapping[str, OpOverload]]
+    """The fused execution on a packed weight, by packing: the tensors of the packing follow x."""
 
     rank: int = 16
     scale: float = 2.0

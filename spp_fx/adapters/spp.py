@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spp_fx.adapters.method import Factors, FactorSpec, Method, register
-from spp_fx.adapters.ops import spp_blockwise, spp_fused, spp_linear, spp_weight
+from spp_fx.adapters.ops import packed, spp_blockwise, spp_fused, spp_linear, spp_weight
 
 LARGEST_RANK = 256
 
@@ -22,6 +22,7 @@ class SPP(Method):
     linear: ClassVar = spp_linear.OP
     weight: ClassVar = spp_weight.OP
     kernels: ClassVar = {"blockwise": spp_blockwise.OP, "fused": spp_fused.OP}
+    packed: ClassVar = packed.OPS
 
     def factors(self, shape: tuple[int, ...]) -> dict[str, FactorSpec]:
         *stack, m, n = shape

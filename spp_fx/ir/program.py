@@ -47,6 +47,7 @@ class Program(nn.Module):
             missing until somebody who read the weights fills them in.
         matched: the sites that later passes treat, with their patterns; filled by `match`.
         adapters: the method that each injected site carries; filled by `inject`.
+        packings: how the weight of a site is packed, if it is; see `passes.storage`.
         masks: the mask that each injected site had when its adapter came; held to by `verify`.
         tied: parameters that share another's storage: name -> the first name.
         head: name of the weight that makes the logits, if the model has one.
@@ -80,6 +81,7 @@ class Program(nn.Module):
         self.patterns: dict[str, Pattern | None] = {}
         self.matched: dict[str, Pattern | None] = {}
         self.adapters: dict[str, Method] = {}
+        self.packings: dict[str, str] = {}
         self.masks: dict[str, PackedMask] = {}
         self.history: list[str] = []
 

@@ -13,6 +13,7 @@ from spp_fx.ir.program import ADAPTER, Program, Use
 from spp_fx.ir.site import Site, factor_attribute
 from spp_fx.passes.base import Pass, PassReport, register
 from spp_fx.passes.inject import PLAIN, replace_node
+from spp_fx.passes.storage import unpack_site
 
 aten = torch.ops.aten
 
@@ -39,6 +40,8 @@ class Fold(Pass):
 
     def apply(self, program: Program) -> PassReport:
         report = PassReport()
+        for name in list(program.packings):
+            unpack_site(program, name)
         uses = program.uses(ADAPTER)
         # All sites are folded before one is written: an error leaves the program as it was.
         folded: dict[str, list[Tensor]] = {}

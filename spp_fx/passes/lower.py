@@ -13,6 +13,7 @@ from spp_fx.errors import PostconditionError, PreconditionError, UsageError
 from spp_fx.ir.program import ADAPTER, Program, Use
 from spp_fx.passes.base import Pass, PassReport, register
 from spp_fx.passes.inject import replace_node
+from spp_fx.passes.storage import pack_site
 
 aten = torch.ops.aten
 REFERENCE = "reference"
@@ -27,14 +28,24 @@ class Lower(Pass):
         kernel: `reference` expands the definition into plain aten nodes; `blockwise` and `fused` (and
             whatever else a method brings) are single ops equal to it. Stacks of experts have one
             op, which bounds its temporaries like `fused`.
+        storage: `dense`, or `packed` (kernel `fused` only): each frozen weight becomes values and positions
+            (2:4) or values and a bit mask (any other pattern). Stacks of experts, and weights that
+            something else uses too, stay dense, with that reason in the report.
     """
 
     name: ClassVar[str]
     kernel: str = "fused"
+    storage: str = "dense"
 
     def requires(self, program: Program) -> None:
         if not program.adapters:
             raise PreconditionError("lower: the program has no adapters; run inject first")
+        if self.storage not in ("dense", "packed"):
+            raise UsageError(f"lower: storage takes dense or packed, got '{self.storage}'")
+        if self.storage == "packed" and self.kernel != "fused":
+            raise UsageError("lower: packed storage is unpacked by the fused kernel; give kernel=fused")
+        if self.storage == "packed" and program.device.type == "meta":
+            raise PreconditionError("lower: the program is on the meta device; there is nothing to pack")
 
     def apply(self, program: Program) -> PassReport:
         report = PassReport()
@@ -48,6 +59,11 @@ class Lower(Pass):
             for use in uses[name]:
                 report.changed[name] = _lower(use, method, self.kernel)
                 use.module.recompile()
+            if self.storage == "packed":
+                packed, reason = pack_site(program, name, uses[name])
+                report.changed[name] += f", {packed}" if packed else ", dense"
+                if reason:
+                    report.refused[name] = reason
         return report
 
     def ensures(self, program: Program) -> None:

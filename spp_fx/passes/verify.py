@@ -6,6 +6,7 @@ from typing import ClassVar
 from spp_fx.errors import MaskError, PreconditionError
 from spp_fx.ir.program import Program
 from spp_fx.passes.base import Pass, PassReport, register
+from spp_fx.passes.storage import weight_of
 from spp_fx.sparsity import compare_masks, pack_mask, parse_pattern, scan_bits
 
 
@@ -31,8 +32,7 @@ class Verify(Pass):
         report = PassReport()
         asked = parse_pattern(self.pattern) if self.pattern else None
         for name in dict.fromkeys((*program.matched, *program.masks)):
-            site = program.sites[name]
-            mask = pack_mask(program.weight(name).detach().cpu(), transposed=site.transposed)
+            mask = pack_mask(weight_of(program, name).cpu().contiguous())
             if name in program.masks and mask.digest != program.masks[name].digest:
                 difference = compare_masks(program.masks[name], mask, limit=1)
                 raise MaskError(f"verify: {name}: the mask changed: {difference}")

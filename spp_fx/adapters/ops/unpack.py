@@ -1,0 +1,61 @@
+"""Rows of a packed weight laid out densely: compiled loops where numba is at hand, torch expressions elsewhere."""
+
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def unpack_2_4(values: Tensor, positions: Tensor, out: Tensor) -> Tensor:
+    """Lay out 2:4 rows.
+
+    Args:
+        values: (rows, n/2), the two of each group in order.
+        positions: (rows, ceil(n/8)) uint8, four bits a group, the even group in the low ones: the first
+            value's lane in the lower two, the second's in the upper two.
+        out: (rows, n) of values' dtype; every element is written.
+    """
+    kernels = _kernels() if out.device.type == "cpu" else None
+    if kernels is not None:
+        kernels.two_of_four(_integers(values), positions.numpy(), _integers(out))
+        return out
+    rows, groups = len(out), out.shape[1] // 4
+    nibbles = torch.stack((positions & 15, positions >> 4), dim=2).flatten(1)[:, :groups]
+    lanes = torch.stack((nibbles & 3, nibbles >> 2), dim=2).long()
+    out.view(rows, groups, 4).zero_().scatter_(2, lanes, values.view(rows, groups, 2))
+    return out
+
+
+def unpack_bitmask(values: Tensor, bits: Tensor, out: Tensor) -> Tensor:
+    """Lay out rows of any pattern.
+
+    Args:
+        values: (nnz,), the non-zeros of these rows in row-major order.
+        bits: (rows, ceil(n/8)) uint8, least significant bit first.
+        out: (rows, n) of values' dtype; every element is written.
+    """
+    kernels = _kernels() if out.device.type == "cpu" else None
+    if kernels is not None and len(values):
+        kernels.bitmask(_integers(values), bits.numpy(), _integers(out))
+        return out
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    kept = ((bits.unsqueeze(2) >> shifts) & 1).flatten(1)[:, : out.shape[1]].bool()
+    return out.zero_().masked_scatter_(kept, values)
+
+
+def _integers(tensor: Tensor) -> Any:
+    """A CPU tensor as a numpy array of integers of its width: numpy has no bfloat16."""
+    return tensor.detach().view(INTEGERS[tensor.element_size()]).numpy()
+
+
+@cache
+def _kernels() -> ModuleType | None:
+    try:
+        from spp_fx.adapters.ops import _unpack_numba
+    except ImportError:
+        return None
+    return _unpack_numba
