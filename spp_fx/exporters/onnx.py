@@ -1,44 +1,37 @@
 """onnx: the whole model as one graph, its sparse weights as sparse initializers."""
 
-from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from transformers import PreTrainedModel
 
 from spp_fx.checkpoint import dtype_name
-from spp_fx.exporters.manifest import Manifest, TensorRecord
+from spp_fx.errors import MaskError
+from spp_fx.exporters.manifest import Part, TensorRecord
 from spp_fx.exporters.onnx_check import check_standard, compare_logits
-from spp_fx.exporters.onnx_graph import build_onnx, locate
-from spp_fx.exporters.onnx_reader import SparseInitializer, load_sparse_masks
-from spp_fx.exporters.onnx_sparse import save, size_report, sparsify
-from spp_fx.exporters.registry import ExportSettings, Format, Say, Tick, Weights, register
+from spp_fx.exporters.onnx_graph import WeightLocation, build_onnx, locate
+from spp_fx.exporters.onnx_sparse import SparsifiedTensor, save, size_report, sparse_bytes, sparsify
+from spp_fx.exporters.onnx_weights import GRAPH, read, read_graph
+from spp_fx.exporters.registry import ExportSettings, Format, Say, Tick, register
 from spp_fx.exporters.source import Source
+from spp_fx.ir.binding import bind
 from spp_fx.ir.program import Program
 from spp_fx.ir.trace import load_model, trace
 from spp_fx.passes import Canonicalize, run_pipeline
-from spp_fx.sparsity import (
-    Lock,
-    LockEntry,
-    PackedMask,
-    Scan,
-    detect_pattern,
-    make_entry,
-    pack_mask,
-    scan_tensor,
-)
+from spp_fx.sparsity import LockEntry, compare, pack_mask
 
-GRAPH = "model.onnx"
+__all__ = ["FORMAT", "GRAPH", "place_sites", "read", "read_graph", "write"]
 
 
 def write(source: Source, target: Path, settings: ExportSettings, tick: Tick, say: Say) -> dict[str, Any]:
-    program = trace(load_model(source.folder.path, trust_remote_code=source.trust_remote_code)).eval()
+    model = load_model(source.folder.path, trust_remote_code=source.trust_remote_code)
+    program = trace(model).eval()
     run_pipeline(program, [Canonicalize()])
-    lock, names = _graph_lock(source, program)
+    places = place_sites(source, model, program)
     dense = build_onnx(program)
-    found = locate(dense, program)
-    sparse, tensors = sparsify(dense, [found[name].initializer for name in names], settings.indices)
+    places = _in_graph(places, locate(dense, program), source)
+    sparse, tensors = sparsify(dense, [part.initializer for _, part in places.values()], settings.indices)
     report = size_report(sparse, tensors)
     del dense
     say(
@@ -51,29 +44,18 @@ def write(source: Source, target: Path, settings: ExportSettings, tick: Tick, sa
     source.copy_small_files(target)
     by_name = {tensor.name: tensor for tensor in tensors}
     records: list[TensorRecord] = []
-    for entry in lock.sites:
-        tensor = by_name[found[entry.name].initializer]
-        details: dict[str, int | str] = {"nnz": tensor.nnz, "dense_bytes": tensor.dense_bytes}
-        if tensor.sparse_bytes is not None:
-            details |= {"sparse_bytes": tensor.sparse_bytes, "index_type": str(tensor.index_type)}
-        dtype = dtype_name(program.weight(entry.name).dtype)
-        records.append(
-            TensorRecord(
-                name=entry.name,
-                shape=list(entry.shape),
-                dtype=dtype,
-                layout="sparse_initializer" if tensor.reason is None else "dense",
-                reason=tensor.reason,
-                transposed=entry.transposed,
-                details=details,
-            )
-        )
+    for entry in source.lock.sites:
+        site, part = places[entry.name]
+        dtype = dtype_name(program.weight(site).dtype)
+        records.append(_record(entry, part, by_name[part.initializer], dtype, settings))
     sizes = {
         "dense_bytes": report.dense_bytes,
         "sparse_bytes": report.sparse_bytes,
         "other_bytes": report.other_bytes,
     }
-    source.finish(target, "onnx", lock, records, requirements={"indices": settings.indices}, sizes=sizes)
+    source.finish(
+        target, "onnx", source.lock, records, requirements={"indices": settings.indices}, sizes=sizes
+    )
     if settings.indices == "int64":
         check_standard(target / GRAPH)
     logits = compare_logits(
@@ -92,19 +74,84 @@ def write(source: Source, target: Path, settings: ExportSettings, tick: Tick, sa
     }
 
 
-def _graph_lock(source: Source, program: Program) -> tuple[Lock, list[str]]:
-    """The lock in the graph's own names: a stack of experts is one tensor there, whatever it is on disk."""
-    locked = source.lock.by_name()
-    entries: list[LockEntry] = []
-    for name, site in program.sites.items():
-        if name in locked:
-            entries.append(locked[name])
-        elif site.tied_to is None and not site.is_head:
-            mask = pack_mask(program.weight(name).detach(), transposed=site.transposed)
-            pattern = detect_pattern(mask)
-            if pattern is not None:
-                entries.append(make_entry(name, site.kind, mask, pattern, site.transposed))
-    return Lock.of(entries), [entry.name for entry in entries]
+Places = dict[str, tuple[str, Part]]
+"""Stored tensor -> the program's name of the weight that it is in, and where."""
+
+
+def place_sites(source: Source, model: PreTrainedModel, program: Program) -> Places:
+    """Where each site of the source's lock is in the loaded model, with the lock's zeros.
+
+    Raises:
+        MaskError: transformers loaded a site with other zeros, or no linear of the program reads it.
+    """
+    folder, entries = source.folder, source.lock.by_name()
+    stored = {name: folder.info(name)[1].shape for name in folder.names}
+    places: Places = {}
+    for site, pieces in bind(model, program.sites, stored).pieces.items():
+        for piece in pieces:
+            entry = entries.get(piece.tensor)
+            if entry is None or piece.tensor in places:
+                continue
+            stacked = piece.expert is not None and not piece.whole
+            part = (
+                Part(initializer=site, expert=piece.expert, start=piece.start, stop=piece.stop)
+                if stacked
+                else Part(initializer=site)
+            )
+            weight = program.weight(site).detach()
+            weight = weight[part.expert, part.start : part.stop] if stacked else weight
+            found = compare(entry, pack_mask(weight, transposed=entry.transposed))
+            if not found.equal:
+                flips = [(*place, "zero in the lock, non-zero") for place in found.lost_zeros]
+                flips += [(*place, "non-zero in the lock, zero") for place in found.new_zeros]
+                where = found.reason or "row {}, column {}: {} as loaded".format(*flips[0])
+                raise MaskError(
+                    f"{piece.tensor}: transformers loads it as {site} with other zeros than the lock's: {where}"
+                )
+            places[piece.tensor] = site, part
+    _check_all(source, places, "no linear of the loaded model reads it")
+    return places
+
+
+def _in_graph(places: Places, found: dict[str, WeightLocation], source: Source) -> Places:
+    """The same places by the names of the graph, which has one for all names of a tied weight."""
+    located = {
+        name: (site, part.model_copy(update={"initializer": found[site].initializer}))
+        for name, (site, part) in places.items()
+        if site in found
+    }
+    _check_all(source, located, "the ONNX graph does not hold it")
+    return located
+
+
+def _check_all(source: Source, places: Places, why: str) -> None:
+    missing = [entry.name for entry in source.lock.sites if entry.name not in places]
+    if missing:
+        raise MaskError(
+            f"{missing[0]} and {len(missing) - 1} more of the lock's {len(source.lock.sites)} sites cannot be "
+            f"exported to onnx: {why}"
+        )
+
+
+def _record(
+    entry: LockEntry, part: Part, tensor: SparsifiedTensor, dtype: str, settings: ExportSettings
+) -> TensorRecord:
+    """A site's record; its bytes are its share of the graph's tensor."""
+    itemsize = tensor.dense_bytes // max(1, prod(tensor.shape))
+    details: dict[str, int | str] = {"nnz": entry.nnz, "dense_bytes": prod(entry.shape) * itemsize}
+    if tensor.reason is None:
+        size = sparse_bytes(prod(tensor.shape), entry.nnz, itemsize, settings.indices)
+        details |= {"sparse_bytes": size, "index_type": str(tensor.index_type)}
+    return TensorRecord(
+        name=entry.name,
+        shape=list(entry.shape),
+        dtype=dtype,
+        layout="sparse_initializer" if tensor.reason is None else "dense",
+        reason=tensor.reason,
+        transposed=entry.transposed,
+        details=details,
+        part=None if part == Part(initializer=entry.name) else part,
+    )
 
 
 def _size_line(dense: int, sparse: int, other: int, larger: int, count: int) -> str:
@@ -114,47 +161,6 @@ def _size_line(dense: int, sparse: int, other: int, larger: int, count: int) -> 
         f"{abs(sparse / dense - 1):.0%} {word} ({larger} of {count} weights grow); "
         f"{other / 1e6:.2f} MB are the same either way"
     )
-
-
-def read(folder: Path, manifest: Manifest) -> Weights:
-    """The weights of an export's graph."""
-    del manifest
-    return read_graph(folder / GRAPH)
-
-
-def read_graph(path: Path) -> Weights:
-    """The weights of an .onnx file; each is read once, its mask kept."""
-    masks: dict[str, Scan] = {}
-    sparse: set[str] = set()
-    for found in load_sparse_masks(path):
-        if isinstance(found, SparseInitializer):
-            sparse.add(found.name)
-            values = torch.from_numpy(found.values.astype("float32"))
-            finite = scan_tensor(values.reshape(1, -1))
-            masks[found.name] = Scan(
-                PackedMask.from_bool(found.mask()), finite.non_finite, finite.first_non_finite
-            )
-        else:
-            masks[found.name] = scan_tensor(_tensor(found.array))
-
-    def scan(name: str, transposed: bool) -> Scan:
-        if not transposed:
-            return masks[name]
-        stored = masks[name]
-        mask = PackedMask.from_bool(stored.mask.to_bool().swapaxes(-1, -2))
-        return Scan(mask, stored.non_finite, stored.first_non_finite)
-
-    def sites() -> Mapping[str, bool]:
-        return dict.fromkeys(sparse, False)
-
-    return Weights(frozenset(masks), scan, lambda _: path.name, sites)
-
-
-def _tensor(array: object) -> Tensor:
-    try:
-        return torch.from_numpy(array)  # type: ignore[arg-type]
-    except TypeError:  # bfloat16, which numpy has only through ml_dtypes
-        return torch.from_numpy(array.astype("float32"))  # type: ignore[attr-defined]
 
 
 FORMAT = register(Format("onnx", write, read))
