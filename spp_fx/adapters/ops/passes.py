@@ -5,6 +5,9 @@ factors. On the CPU both run in tiles that stay in a core's cache, in float32 fo
 on CUDA each is one Triton kernel where Triton is at hand, and else the same expressions on whole blocks.
 """
 
+from functools import cache
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -38,6 +41,15 @@ def build(
     Returns:
         The rows of `out` that were written.
     """
+    kernels = _triton(out.device)
+    run = build_torch if kernels is None else kernels.build
+    return run(rows, alpha, beta, start, stop, scale, base, out)
+
+
+def build_torch(
+    rows: Rows, alpha: Tensor, beta: Tensor, start: int, stop: int, scale: float, base: float, out: Tensor
+) -> Tensor:
+    """`build` in torch expressions."""
     n, height = alpha.shape[1], beta.shape[0] // alpha.shape[0]
     work = _work_dtype(rows.dtype, alpha.dtype)
     for first, last in _tiles(start, stop, n, height, out.device):
@@ -71,6 +83,23 @@ def reduce_gradient(
         dalpha: as alpha; the other arguments as in `build`.
         dbeta: as beta.
     """
+    kernels = _triton(g.device)
+    run = reduce_torch if kernels is None else kernels.reduce_gradient
+    run(g, rows, alpha, beta, start, stop, scale, dalpha, dbeta)
+
+
+def reduce_torch(
+    g: Tensor,
+    rows: Rows,
+    alpha: Tensor,
+    beta: Tensor,
+    start: int,
+    stop: int,
+    scale: float,
+    dalpha: Tensor,
+    dbeta: Tensor,
+) -> None:
+    """`reduce_gradient` in torch expressions."""
     n, height = alpha.shape[1], beta.shape[0] // alpha.shape[0]
     work = _work_dtype(g.dtype, alpha.dtype)
     for first, last in _tiles(start, stop, n, height, g.device):
@@ -81,6 +110,19 @@ def reduce_gradient(
         dbeta[first:last] = torch.bmm(gw, factor).view(-1, 1) * scale
         column = beta[first:last].view(j.stop - j.start, 1, -1).to(work)
         dalpha[j] += torch.bmm(column, gw).squeeze(1) * scale
+
+
+def _triton(device: torch.device) -> ModuleType | None:
+    return _triton_passes() if device.type == "cuda" else None
+
+
+@cache
+def _triton_passes() -> ModuleType | None:
+    try:
+        from spp_fx.adapters.ops import triton_passes
+    except ImportError:
+        return None
+    return triton_passes
 
 
 def _factor(alpha: Tensor, beta: Tensor, start: int, stop: int, scale: float, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,158 @@
+"""The two passes over W as Triton kernels: one program takes some rows and walks along their columns.
+
+Both unpack a packed weight on the way, so a packed one is read at its packed size. Sums are taken in a fixed
+order: each program writes the sums of its own rows, and those are added afterwards, so results repeat to
+the bit. Triton's interpreter runs the same code on the CPU (TRITON_INTERPRET=1), which is how it is tested
+where there is no GPU.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from spp_fx.adapters.ops.packed_rows import PackedRows2of4, PackedRowsBitmask
+from spp_fx.adapters.ops.rows import DenseRows, Rows
+
+ROWS, COLUMNS = 16, 256
+DENSE, TWO_OF_FOUR, BITMASK = 0, 1, 2
+
+
+@triton.jit
+def load_weight(  # pyright: ignore[reportMissingParameterType]
+    storage: tl.constexpr, values, index, offsets, row, column, valid, seen, n: tl.constexpr
+):
+    """A tile of W, and for a bit mask how many values of each row lie before the next tile."""
+    if storage == 0:
+        return tl.load(values + row[:, None] * n + column[None, :], mask=valid, other=0.0), seen
+    if storage == 1:
+        group, lane = column // 4, column % 4
+        byte = tl.load(index + row[:, None] * ((n + 7) // 8) + (group // 2)[None, :], mask=valid, other=0)
+        nibble = (byte.to(tl.int32) >> ((group % 2) * 4)[None, :]) & 15
+        place = row[:, None] * (n // 2) + 2 * group[None, :]
+        first = tl.load(values + place, mask=valid, other=0.0)
+        second = tl.load(values + place + 1, mask=valid, other=0.0)
+        zero = tl.zeros_like(first)
+        return tl.where(lane == (nibble & 3), first, tl.where(lane == (nibble >> 2), second, zero)), seen
+    byte = tl.load(index + row[:, None] * ((n + 7) // 8) + (column // 8)[None, :], mask=valid, other=0)
+    kept = (byte.to(tl.int32) >> (column % 8)[None, :]) & 1
+    place = seen[:, None] + tl.cumsum(kept, axis=1) - kept
+    return tl.load(values + place, mask=valid & (kept == 1), other=0.0), seen + tl.sum(kept, axis=1)
+
+
+@triton.jit
+def build_kernel(  # pyright: ignore[reportMissingParameterType]
+    values, index, offsets, alpha, beta, out, start, stop, height, scale, base,
+    n: tl.constexpr, storage: tl.constexpr, work: tl.constexpr, block_rows: tl.constexpr, block_columns: tl.constexpr,
+):  # fmt: skip
+    """out = base * W + s * W * beta * repeat(alpha) for block_rows rows."""
+    row = start + tl.program_id(0).to(tl.int64) * block_rows + tl.arange(0, block_rows)
+    held = row < stop
+    row = tl.where(held, row, start)
+    seen = tl.load(offsets + row) if storage == 2 else row
+    factor = tl.load(beta + row).to(work) * scale
+    for first in range(0, n, block_columns):
+        column = first + tl.arange(0, block_columns)
+        valid = held[:, None] & (column < n)[None, :]
+        w, seen = load_weight(storage, values, index, offsets, row, column, valid, seen, n)
+        a = tl.load(alpha + (row // height)[:, None] * n + column[None, :], mask=valid, other=0.0).to(work)
+        result = w.to(work) * (base + factor[:, None] * a)
+        tl.store(
+            out + (row - start)[:, None] * n + column[None, :], result.to(out.dtype.element_ty), mask=valid
+        )
+
+
+@triton.jit
+def reduce_kernel(  # pyright: ignore[reportMissingParameterType]
+    g, values, index, offsets, alpha, beta, row_sums, column_sums, start, stop, height, span, tiles,
+    n: tl.constexpr, storage: tl.constexpr, work: tl.constexpr, block_rows: tl.constexpr, block_columns: tl.constexpr,
+):  # fmt: skip
+    """row_sums = sum_c G W alpha, and per program column_sums = sum_i beta G W, for rows of one block j."""
+    program = tl.program_id(0).to(tl.int64)
+    block, tile = program // tiles, program % tiles
+    first_row = start + block * span
+    row = first_row + tile * block_rows + tl.arange(0, block_rows)
+    held = row < tl.minimum(first_row + span, stop)
+    row = tl.where(held, row, start)
+    seen = tl.load(offsets + row) if storage == 2 else row
+    b = tl.load(beta + row, mask=held, other=0.0).to(work)
+    along = tl.zeros([block_rows], dtype=work)
+    for first in range(0, n, block_columns):
+        column = first + tl.arange(0, block_columns)
+        inside = column < n
+        valid = held[:, None] & inside[None, :]
+        w, seen = load_weight(storage, values, index, offsets, row, column, valid, seen, n)
+        gradient = tl.load(g + (row - start)[:, None] * n + column[None, :], mask=valid, other=0.0)
+        product = gradient.to(work) * w.to(work)
+        a = tl.load(alpha + (first_row // height) * n + column, mask=inside, other=0.0).to(work)
+        along += tl.sum(product * a[None, :], axis=1)
+        tl.store(column_sums + program * n + column, tl.sum(product * b[:, None], axis=0), mask=inside)
+    tl.store(row_sums + (row - start), along, mask=held)
+
+
+def build(
+    rows: Rows, alpha: Tensor, beta: Tensor, start: int, stop: int, scale: float, base: float, out: Tensor
+) -> Tensor:
+    """`passes.build` as one kernel."""
+    if stop > start:
+        height = beta.shape[0] // alpha.shape[0]
+        grid = (triton.cdiv(stop - start, ROWS),)
+        build_kernel[grid](
+            *_storage(rows), alpha, beta, out, start, stop, height, scale, base, **_constants(rows, alpha)
+        )  # fmt: skip
+    return out[: stop - start]
+
+
+def reduce_gradient(
+    g: Tensor,
+    rows: Rows,
+    alpha: Tensor,
+    beta: Tensor,
+    start: int,
+    stop: int,
+    scale: float,
+    dalpha: Tensor,
+    dbeta: Tensor,
+) -> None:
+    """`passes.reduce_gradient` as one kernel and two short sums."""
+    if stop == start:
+        return
+    n, height = alpha.shape[1], beta.shape[0] // alpha.shape[0]
+    # A range is a whole number of alpha's row blocks, or lies within one.
+    span = min(height, stop - start)
+    blocks, tiles = -(-(stop - start) // span), triton.cdiv(span, ROWS)
+    work = torch.promote_types(torch.float32, torch.promote_types(alpha.dtype, rows.dtype))
+    row_sums = torch.empty(stop - start, dtype=work, device=g.device)
+    column_sums = torch.empty(blocks, tiles, n, dtype=work, device=g.device)
+    reduce_kernel[(blocks * tiles,)](
+        g, *_storage(rows), alpha, beta, row_sums, column_sums, start, stop, height, span, tiles,
+        **_constants(rows, alpha),
+    )  # fmt: skip
+    dbeta[start:stop] = (row_sums * scale).unsqueeze(1).to(dbeta.dtype)
+    first = start // height
+    dalpha[first : first + blocks] += (column_sums.sum(1) * scale).to(dalpha.dtype)
+
+
+def _storage(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, index and offsets; what a storage lacks is stood in for by its values."""
+    if isinstance(rows, PackedRowsBitmask):
+        return rows.values, rows.bits, rows.offsets
+    if isinstance(rows, PackedRows2of4):
+        return rows.values, rows.positions, rows.values
+    if isinstance(rows, DenseRows):
+        return rows.weight.contiguous(), rows.weight, rows.weight
+    raise TypeError(f"no kernel reads {type(rows).__name__}")
+
+
+def _constants(rows: Rows, alpha: Tensor) -> dict[str, Any]:
+    kinds = {DenseRows: DENSE, PackedRows2of4: TWO_OF_FOUR, PackedRowsBitmask: BITMASK}
+    double = torch.float64 in (rows.dtype, alpha.dtype)
+    return {
+        "n": alpha.shape[1],
+        "storage": kinds[type(rows)],
+        "work": tl.float64 if double else tl.float32,
+        "block_rows": ROWS,
+        "block_columns": COLUMNS,
+    }
