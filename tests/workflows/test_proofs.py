@@ -193,7 +193,19 @@ def test_everything_pruned_is_refused(world):
 
 def test_checkpoints_are_kept_unless_they_are_given_up(world, monkeypatch):
     monkeypatch.chdir(world)
-    line = ["train", "adapter", "--data", "text.txt", "--seq-len", "16", "--batch-size", "2", "--steps", "4", "-q"]
+    line = [
+        "train",
+        "adapter",
+        "--data",
+        "text.txt",
+        "--seq-len",
+        "16",
+        "--batch-size",
+        "2",
+        "--steps",
+        "4",
+        "-q",
+    ]
     must(*line, "--save-steps", 2)
     (world / "adapter" / "checkpoint-best").mkdir()
     result = command(*line)
@@ -207,7 +219,19 @@ def test_checkpoints_are_kept_unless_they_are_given_up(world, monkeypatch):
 @pytest.mark.parametrize("damage", ["optimizer.safetensors", "trainer_state.json"])
 def test_resume_takes_the_newest_whole_checkpoint(world, monkeypatch, damage):
     monkeypatch.chdir(world)
-    line = ["train", "adapter", "--data", "text.txt", "--seq-len", "16", "--batch-size", "2", "--steps", "4", "-q"]
+    line = [
+        "train",
+        "adapter",
+        "--data",
+        "text.txt",
+        "--seq-len",
+        "16",
+        "--batch-size",
+        "2",
+        "--steps",
+        "4",
+        "-q",
+    ]
     must(*line, "--save-steps", 2)
     whole = (world / "adapter" / "adapter_model.safetensors").read_bytes()
     path = world / "adapter" / "checkpoint-4" / damage

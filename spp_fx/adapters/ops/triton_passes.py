@@ -6,6 +6,10 @@ the bit. Triton's interpreter runs the same code on the CPU (TRITON_INTERPRET=1)
 where there is no GPU.
 """
 
+# Kernels are a language of their own: their parameters have no Python types.
+# pyright: reportMissingParameterType=false, reportOptionalOperand=false, reportGeneralTypeIssues=false
+# pyright: reportCallIssue=false, reportArgumentType=false
+
 from typing import Any
 
 import torch
@@ -21,9 +25,7 @@ DENSE, TWO_OF_FOUR, BITMASK = 0, 1, 2
 
 
 @triton.jit
-def load_weight(  # pyright: ignore[reportMissingParameterType]
-    storage: tl.constexpr, values, index, offsets, row, column, valid, seen, n: tl.constexpr
-):
+def load_weight(storage: tl.constexpr, values, index, offsets, row, column, valid, seen, n: tl.constexpr):
     """A tile of W, and for a bit mask how many values of each row lie before the next tile."""
     if storage == 0:
         return tl.load(values + row[:, None] * n + column[None, :], mask=valid, other=0.0), seen
@@ -43,7 +45,7 @@ def load_weight(  # pyright: ignore[reportMissingParameterType]
 
 
 @triton.jit
-def build_kernel(  # pyright: ignore[reportMissingParameterType]
+def build_kernel(
     values, index, offsets, alpha, beta, out, start, stop, height, scale, base,
     n: tl.constexpr, storage: tl.constexpr, work: tl.constexpr, block_rows: tl.constexpr, block_columns: tl.constexpr,
 ):  # fmt: skip
@@ -65,7 +67,7 @@ def build_kernel(  # pyright: ignore[reportMissingParameterType]
 
 
 @triton.jit
-def reduce_kernel(  # pyright: ignore[reportMissingParameterType]
+def reduce_kernel(
     g, values, index, offsets, alpha, beta, row_sums, column_sums, start, stop, height, span, tiles,
     n: tl.constexpr, storage: tl.constexpr, work: tl.constexpr, block_rows: tl.constexpr, block_columns: tl.constexpr,
 ):  # fmt: skip
@@ -97,10 +99,11 @@ def build(
 ) -> Tensor:
     """`passes.build` as one kernel."""
     if stop > start:
+        kind, *storage = _storage(rows)
         height = beta.shape[0] // alpha.shape[0]
         grid = (triton.cdiv(stop - start, ROWS),)
         build_kernel[grid](
-            *_storage(rows), alpha, beta, out, start, stop, height, scale, base, **_constants(rows, alpha)
+            *storage, alpha, beta, out, start, stop, height, scale, base, storage=kind, **_constants(rows, alpha)
         )  # fmt: skip
     return out[: stop - start]
 
@@ -120,6 +123,7 @@ def reduce_gradient(
     if stop == start:
         return
     n, height = alpha.shape[1], beta.shape[0] // alpha.shape[0]
+    kind, *storage = _storage(rows)
     # A range is a whole number of alpha's row blocks, or lies within one.
     span = min(height, stop - start)
     blocks, tiles = -(-(stop - start) // span), triton.cdiv(span, ROWS)
@@ -127,31 +131,29 @@ def reduce_gradient(
     row_sums = torch.empty(stop - start, dtype=work, device=g.device)
     column_sums = torch.empty(blocks, tiles, n, dtype=work, device=g.device)
     reduce_kernel[(blocks * tiles,)](
-        g, *_storage(rows), alpha, beta, row_sums, column_sums, start, stop, height, span, tiles,
-        **_constants(rows, alpha),
+        g, *storage, alpha, beta, row_sums, column_sums, start, stop, height, span, tiles,
+        storage=kind, **_constants(rows, alpha),
     )  # fmt: skip
     dbeta[start:stop] = (row_sums * scale).unsqueeze(1).to(dbeta.dtype)
     first = start // height
     dalpha[first : first + blocks] += (column_sums.sum(1) * scale).to(dalpha.dtype)
 
 
-def _storage(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, index and offsets; what a storage lacks is stood in for by its values."""
+def _storage(rows: Rows) -> tuple[int, Tensor, Tensor, Tensor]:
+    """Kind, values, index and offsets; what a storage lacks is stood in for by its values."""
     if isinstance(rows, PackedRowsBitmask):
-        return rows.values, rows.bits, rows.offsets
+        return BITMASK, rows.values, rows.bits, rows.offsets
     if isinstance(rows, PackedRows2of4):
-        return rows.values, rows.positions, rows.values
+        return TWO_OF_FOUR, rows.values, rows.positions, rows.values
     if isinstance(rows, DenseRows):
-        return rows.weight.contiguous(), rows.weight, rows.weight
+        return DENSE, rows.weight.contiguous(), rows.weight, rows.weight
     raise TypeError(f"no kernel reads {type(rows).__name__}")
 
 
 def _constants(rows: Rows, alpha: Tensor) -> dict[str, Any]:
-    kinds = {DenseRows: DENSE, PackedRows2of4: TWO_OF_FOUR, PackedRowsBitmask: BITMASK}
     double = torch.float64 in (rows.dtype, alpha.dtype)
     return {
         "n": alpha.shape[1],
-        "storage": kinds[type(rows)],
         "work": tl.float64 if double else tl.float32,
         "block_rows": ROWS,
         "block_columns": COLUMNS,
