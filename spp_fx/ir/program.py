@@ -47,6 +47,7 @@ class Program(nn.Module):
             missing until somebody who read the weights fills them in.
         matched: the sites that later passes treat, with their patterns; filled by `match`.
         adapters: the method that each injected site carries; filled by `inject`.
+        units: paths of the decoder layers' graph modules, in order; filled by `partition`.
         packings: how the weight of a site is packed, if it is; see `passes.storage`.
         masks: the mask that each injected site had when its adapter came; held to by `verify`.
         tied: parameters that share another's storage: name -> the first name.
@@ -81,6 +82,7 @@ class Program(nn.Module):
         self.patterns: dict[str, Pattern | None] = {}
         self.matched: dict[str, Pattern | None] = {}
         self.adapters: dict[str, Method] = {}
+        self.units: list[str] = []
         self.packings: dict[str, str] = {}
         self.masks: dict[str, PackedMask] = {}
         self.history: list[str] = []

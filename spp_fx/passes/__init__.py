@@ -6,16 +6,19 @@ from spp_fx.passes.fold import Fold
 from spp_fx.passes.inject import Inject
 from spp_fx.passes.lower import Lower
 from spp_fx.passes.match import Match
+from spp_fx.passes.partition import Checkpoint, Partition
 from spp_fx.passes.pipeline import parse_pipeline, print_pass, print_pipeline, run_pipeline
 from spp_fx.passes.verify import Verify
 
 __all__ = [
     "PASSES",
     "Canonicalize",
+    "Checkpoint",
     "Fold",
     "Inject",
     "Lower",
     "Match",
+    "Partition",
     "Pass",
     "PassReport",
     "Verify",

@@ -1,0 +1,123 @@
+"""partition: the decoder layers as units, and checkpoint: units that forget their activations."""
+
+import re
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+from torch.utils.checkpoint import checkpoint
+
+from spp_fx.errors import PostconditionError, PreconditionError
+from spp_fx.ir.program import Program, Use
+from spp_fx.passes.base import Pass, PassReport, register
+
+
+@register("partition")
+@dataclass(frozen=True)
+class Partition(Pass):
+    """Name one unit per decoder layer: what is sharded, checkpointed or moved as a whole.
+
+    A unit is the graph module that holds all sites of one layer, called once by one node. The report
+    lists units, not sites.
+    """
+
+    name: ClassVar[str]
+
+    def requires(self, program: Program) -> None:
+        if not program.sites:
+            raise PreconditionError("partition: the program has no sites; run canonicalize first")
+
+    def apply(self, program: Program) -> PassReport:
+        report = PassReport()
+        program.units = sorted(_layers(program), key=_natural)
+        for path in program.units:
+            size = sum(p.numel() for p in program.get_submodule(path).parameters())
+            report.changed[path] = f"{size:,} parameters"
+        return report
+
+    def ensures(self, program: Program) -> None:
+        if not program.units:
+            raise PostconditionError("partition: no site lies in a decoder layer, so there is no unit")
+        calls = unit_calls(program)
+        odd = [path for path in program.units if len(calls.get(path, [])) != 1]
+        if odd:
+            raise PostconditionError(f"partition: {odd[0]} is not called exactly once")
+
+
+@register("checkpoint")
+@dataclass(frozen=True)
+class Checkpoint(Pass):
+    """Let each unit keep only its inputs while training, and run again in backward.
+
+    Gradients are the same to the bit, dropout included; a step costs one more forward.
+    """
+
+    name: ClassVar[str]
+
+    def requires(self, program: Program) -> None:
+        if not program.units:
+            raise PreconditionError("checkpoint: the program has no units; run partition first")
+
+    def apply(self, program: Program) -> PassReport:
+        report = PassReport()
+        for path, uses in unit_calls(program).items():
+            for use in uses:
+                _checkpoint(use)
+                use.module.recompile()
+            report.changed[path] = "runs again in backward"
+        return report
+
+
+def run_checkpointed(module: torch.nn.Module, *args: Any) -> Any:
+    """A unit's output; while training, with nothing kept but its inputs."""
+    if module.training and torch.is_grad_enabled():
+        return checkpoint(module, *args, use_reentrant=False)
+    return module(*args)
+
+
+def unit_calls(program: Program) -> dict[str, list[Use]]:
+    """The nodes that call each unit."""
+    found: dict[str, list[Use]] = {}
+    units = set(program.units)
+    for path, module in program.graphs():
+        for node in module.graph.nodes:
+            if node.op in ("call_module", "get_attr"):
+                target = f"{path}.{node.target}".lstrip(".")
+                if target in units:
+                    found.setdefault(target, []).append(Use(path, module, node))
+    return found
+
+
+def _checkpoint(use: Use) -> None:
+    node, graph = use.node, use.module.graph
+    if node.op != "call_module":
+        raise PreconditionError(f"checkpoint: {node.target} is checkpointed already")
+    with graph.inserting_before(node):
+        module = graph.get_attr(str(node.target))
+        call = graph.call_function(run_checkpointed, (module, *node.args), dict(node.kwargs))
+    call.meta = dict(node.meta)
+    node.replace_all_uses_with(call)
+    graph.erase_node(node)
+
+
+def _layers(program: Program) -> set[str]:
+    """For each decoder layer the path of the graph module that its sites have in common."""
+    paths: dict[int, list[str]] = {}
+    for site in program.sites.values():
+        if site.layer is not None:
+            paths.setdefault(site.layer, []).append(site.name)
+    found: set[str] = set()
+    for layer, names in paths.items():
+        match = re.match(rf"(?:.*?\.)?{layer}(?=\.)", names[0])
+        if match is None:
+            raise PostconditionError(f"partition: {names[0]} does not name its layer, {layer}")
+        path = match[0]
+        if not isinstance(program.get_submodule(path), fx.GraphModule):
+            raise PostconditionError(f"partition: {path} is no graph of its own")
+        found.add(path)
+    return found
+
+
+def _natural(path: str) -> list[Any]:
+    return [int(part) if part.isdigit() else part for part in path.split(".")]

@@ -1,0 +1,84 @@
+"""partition and checkpoint: one unit a decoder layer, less memory kept, the same gradients."""
+
+import copy
+
+import pytest
+import torch
+
+from spp_fx.errors import PreconditionError
+from spp_fx.passes import Checkpoint, Fold, Partition, run_pipeline
+from tests.families import FAMILIES, batch
+from tests.passes.programs import adapted, canonical, loss_of
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_unit_is_a_decoder_layer(family):
+    program = canonical(family)
+    (report,) = run_pipeline(program, [Partition()])
+    layers = {site.layer for site in program.sites.values() if site.layer is not None}
+    assert len(program.units) == len(layers) > 1
+    assert list(report.changed) == program.units
+    for site in program.sites.values():
+        if site.layer is not None:
+            assert site.name.startswith(f"{program.units[site.layer]}.")
+
+
+def gradients(program, ids) -> dict[str, torch.Tensor]:
+    torch.manual_seed(5)
+    program.train()
+    program.zero_grad()
+    loss_of(program, ids).backward()
+    return {name: p.grad.clone() for name, p in program.named_parameters() if p.grad is not None}
+
+
+def kept_bytes(program, ids) -> int:
+    """Bytes of all that a step keeps for backward, less the parameters."""
+    parameters = {p.untyped_storage().data_ptr() for p in program.parameters()}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    program.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss_of(program, ids)
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpointing_keeps_less_and_gives_the_same_gradients(family, dropout):
+    plain = adapted(canonical(family), dropout=dropout)
+    for p in plain.parameters():
+        if p.requires_grad:
+            p.data.normal_(std=0.2)
+    light = copy.deepcopy(plain)
+    run_pipeline(light, [Partition(), Checkpoint()])
+    ids = batch(4, 24)
+    expected, got = gradients(plain, ids), gradients(light, ids)
+    assert expected.keys() == got.keys()
+    for name, gradient in expected.items():
+        assert torch.equal(got[name], gradient), name
+    assert kept_bytes(light, ids) < 0.7 * kept_bytes(plain, ids)
+
+
+def test_evaluation_and_fold_are_as_without():
+    plain = adapted(canonical("llama"))
+    light = copy.deepcopy(plain)
+    run_pipeline(light, [Partition(), Checkpoint()])
+    ids = batch()
+    assert torch.equal(light.eval()(ids).logits, plain.eval()(ids).logits)
+    assert light.state_dict().keys() == plain.state_dict().keys()
+    assert torch.equal(copy.deepcopy(light)(ids).logits, plain(ids).logits)
+    run_pipeline(light, [Fold()])
+    run_pipeline(plain, [Fold()])
+    assert torch.equal(light(ids).logits, plain(ids).logits)
+
+
+def test_order_is_asked_for():
+    with pytest.raises(PreconditionError, match="run partition first"):
+        run_pipeline(canonical("llama"), [Checkpoint()])
+    with pytest.raises(PreconditionError, match="checkpointed already"):
+        run_pipeline(canonical("llama"), [Partition(), Checkpoint(), Checkpoint()])
