@@ -76,13 +76,15 @@ class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
-def training_windows(path: Path, tokenizer: PreTrainedTokenizerBase, length: int) -> Windows:
-    """The windows of a text to train on.
+def training_windows(
+    path: Path, documents: list[str], tokenizer: PreTrainedTokenizerBase, length: int
+) -> Windows:
+    """The windows of documents to train on; `path` is where they came from.
 
     Raises:
         UsageError: the text fills no window.
     """
-    tokens = encode(tokenizer, read_documents(path))
+    tokens = encode(tokenizer, documents)
     if tokens.numel() < length:
         raise UsageError(
             f"{path}: its {tokens.numel()} tokens fill no window of {length}; use more text or a smaller --seq-len"

@@ -92,6 +92,11 @@ class Samples(torch.utils.data.Dataset[dict[str, Tensor]]):
     def __init__(self, samples: Sequence[Tokens], *, length: int, packing: bool) -> None:
         self.rows = pack(samples, length) if packing else list(samples)
 
+    @property
+    def tokens(self) -> Tensor:
+        """Every token, (tokens,) int64."""
+        return torch.tensor([token for row in self.rows for token in row.ids], dtype=torch.int64)
+
     def __len__(self) -> int:
         return len(self.rows)
 

@@ -107,3 +107,31 @@ class CutEachEpoch(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.windows.cut(int(state.epoch or 0))
+
+
+class EarlyStop(TrainerCallback):
+    """Ends training when the evaluation loss has not improved for a while, and puts the best factors back."""
+
+    def __init__(self, factors: Mapping[str, nn.Parameter], patience: int) -> None:
+        self.factors = factors
+        self.patience = patience
+        self.best = float("inf")
+        self.since = 0
+        self.kept: dict[str, Tensor] = {}
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        loss = (metrics or {}).get("eval_loss", float("nan"))
+        if loss < self.best:
+            self.best, self.since = loss, 0
+            self.kept = {name: value.detach().clone() for name, value in self.factors.items()}
+            return
+        self.since += 1
+        if self.since >= self.patience:
+            control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        with torch.no_grad():
+            for name, value in self.kept.items():
+                self.factors[name].copy_(value)

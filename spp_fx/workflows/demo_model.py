@@ -16,7 +16,7 @@ from transformers import (
     set_seed,
 )
 
-from spp_fx.training.data import SEPARATOR, training_windows
+from spp_fx.training.data import SEPARATOR, read_documents, training_windows
 from spp_fx.training.progress import ProgressCallback
 
 BOS, EOS = SPECIAL = "<|bos|>", "<|eos|>"
@@ -110,7 +110,7 @@ def train_model(
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=training_windows(text, tokenizer, WINDOW),
+        train_dataset=training_windows(text, read_documents(text), tokenizer, WINDOW),
         callbacks=[ProgressCallback(update)],
     )
     for callback in list(trainer.callback_handler.callbacks):

@@ -10,7 +10,7 @@ from spp_fx.errors import UsageError
 from spp_fx.ir.program import Program
 from spp_fx.ir.site import factor_attribute
 from spp_fx.ir.trace import load_model, trace
-from spp_fx.passes import Canonicalize, Inject, Lower, Match, run_pipeline
+from spp_fx.passes import Canonicalize, Checkpoint, Inject, Lower, Match, Partition, run_pipeline
 from spp_fx.training.trainer import load_factors
 from spp_fx.workflows.adapter_folder import CONFIG, AdapterFolder
 from spp_fx.workflows.survey import open_model
@@ -26,9 +26,19 @@ class Loaded:
 
 
 def load_program(
-    folder: str | Path, *, base: str | Path | None = None, trust_remote_code: bool = False
+    folder: str | Path,
+    *,
+    base: str | Path | None = None,
+    trust_remote_code: bool = False,
+    packed: bool = False,
+    checkpointed: bool = False,
 ) -> Loaded:
     """The program of a model folder, or of an adapter folder with its factors in place.
+
+    Args:
+        base: the adapter's base model, if it is not where the adapter says.
+        packed: keep the frozen weights of adapted sites packed.
+        checkpointed: let each decoder layer forget its activations while training.
 
     Raises:
         UsageError, FormatError: the folder is neither, or is damaged.
@@ -48,9 +58,11 @@ def load_program(
             Canonicalize(),
             Match(targets=tuple(adapter.pieces)),
             Inject(method=adapter.method.name, seed=adapter.config.seed, **settings),
-            Lower(kernel="fused"),
+            Lower(kernel="fused", storage="packed" if packed else "dense"),
         ],
     )
+    if checkpointed:
+        run_pipeline(program, [Partition(), Checkpoint()])
     factors = {
         f"{site}.{key}": _factor(program, site, key)
         for site in adapter.pieces

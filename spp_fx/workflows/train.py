@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from math import sqrt
 from pathlib import Path
 from statistics import median
@@ -13,15 +14,21 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from spp_fx.checkpoint import atomic_file
 from spp_fx.errors import SppFxError, UsageError
 from spp_fx.ir.program import Program
-from spp_fx.training.data import Windows, all_windows, check_vocabulary, training_windows
+from spp_fx.training.data import Windows, all_windows, check_vocabulary
 from spp_fx.training.perplexity import Perplexity, perplexity
+from spp_fx.training.rows import Rows, evaluation_rows, pad_token, training_rows
+from spp_fx.training.samples import pad
 from spp_fx.training.state import checkpoints, is_whole
-from spp_fx.training.trainer import AdapterTrainer, CutEachEpoch
+from spp_fx.training.trainer import AdapterTrainer, CutEachEpoch, EarlyStop
 from spp_fx.workflows.adapter_folder import FACTORS, AdapterFolder, write_factors
 from spp_fx.workflows.load import Loaded, load_program, load_tokenizer, window_length
 
 PAPER_RATE = 4e-3
 PAPER_WIDTH = 4096
+POSITIVE = (
+    "steps", "epochs", "lr", "batch_size", "accumulate", "save_steps", "eval_steps", "early_stop", "logging_steps",
+)  # fmt: skip
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
 
 
 @dataclass(frozen=True)
@@ -31,22 +38,47 @@ class TrainSettings:
     Attributes:
         steps, epochs: one of the two ends training; both None means 3 epochs.
         lr: peak learning rate; None chooses by the sites' width, see `default_rate`.
-        batch_size: windows per step and device.
-        seq_len: tokens per window; None for 512 or the model's positions if fewer.
+        batch_size: rows per forward and device.
+        accumulate: forwards per optimizer step.
+        seq_len: tokens per row at most; None for 512 or the model's positions if fewer.
+        loss_on: `all`, or `answer` to leave prompts out of the loss.
+        packing: put short samples of instruction and chat data into one row (text always fills its rows).
+        schedule: of the learning rate, by transformers' names.
+        warmup: steps, or below 1 a share of all steps.
+        clip: largest norm of the gradient; 0 for no limit.
+        bf16: run under bfloat16 autocast.
+        packed: keep the frozen weights packed.
+        gradient_checkpointing: let each decoder layer forget its activations.
         save_steps: steps between checkpoints; None for none.
+        eval_steps: steps between evaluations; None for none but before and after.
+        early_stop: end after so many evaluations that did not better the best, and take the best factors.
+        logging_steps: steps between reports of the loss.
+        report_to: where transformers reports to (`tensorboard`, `wandb`, ...).
         resume: go on from the newest whole checkpoint of the adapter folder.
         force: start anew where checkpoints of an earlier run lie, and delete them.
-        seed: of the order of windows and of dropout, 0 to 2**32 - 1.
+        seed: of the order of rows and of dropout, 0 to 2**32 - 1.
     """
 
     steps: int | None = None
     epochs: float | None = None
     lr: float | None = None
     batch_size: int = 16
+    accumulate: int = 1
     seq_len: int | None = None
+    loss_on: str = "all"
+    packing: bool = False
     weight_decay: float = 1e-3
+    schedule: str = "linear"
     warmup: float = 0.03
+    clip: float = 1.0
+    bf16: bool = False
+    packed: bool = False
+    gradient_checkpointing: bool = False
     save_steps: int | None = None
+    eval_steps: int | None = None
+    early_stop: int | None = None
+    logging_steps: int = 10
+    report_to: tuple[str, ...] = ()
     resume: bool = False
     force: bool = False
     seed: int = 0
@@ -105,20 +137,27 @@ def train(
     """
     adapter, data = Path(adapter), Path(data)
     _check(settings)
-    loaded = load_program(adapter, base=base, trust_remote_code=trust_remote_code)
+    loaded = load_program(
+        adapter,
+        base=base,
+        trust_remote_code=trust_remote_code,
+        packed=settings.packed,
+        checkpointed=settings.gradient_checkpointing,
+    )
     if not loaded.factors:
         raise UsageError(f"{adapter} is a model folder; make an adapter with 'spp-fx inject {adapter}'")
     program = loaded.program
     tokenizer = load_tokenizer(loaded.model, trust_remote_code=trust_remote_code)
     length = window_length(program, settings.seq_len)
-    windows = training_windows(data, tokenizer, length)
-    check_vocabulary(windows.tokens, program.config.vocab_size, data)
+    rows = training_rows(data, tokenizer, length, loss_on=settings.loss_on, packing=settings.packing)
+    check_vocabulary(rows.tokens, program.config.vocab_size, data)
     held_out = all_windows(Path(eval_data), tokenizer, length) if eval_data else None
     lr = default_rate(loaded) if settings.lr is None else settings.lr
     checkpoint = _checkpoint(adapter, settings)
     before = _evaluate(loaded, held_out)
     guide = _teacher(Path(teacher), program, trust_remote_code) if teacher else None
-    trainer = _trainer(adapter, loaded, windows, settings, lr, callbacks or [], guide)
+    pad_id = pad_token(tokenizer)
+    trainer = _trainer(adapter, loaded, rows, held_out, settings, lr, callbacks or [], guide, pad_id)
     if checkpoint is None:
         for folder in checkpoints(adapter):
             shutil.rmtree(folder)
@@ -163,7 +202,18 @@ def default_rate(loaded: Loaded) -> float:
 def _check(settings: TrainSettings) -> None:
     if settings.steps is not None and settings.epochs is not None:
         raise UsageError("give --steps or --epochs, not both")
-    for name in ("steps", "epochs", "lr", "batch_size", "save_steps"):
+    if settings.schedule not in SCHEDULES:
+        raise UsageError(f"--schedule '{settings.schedule}' is unknown; known: {', '.join(SCHEDULES)}")
+    if settings.loss_on not in ("all", "answer"):
+        raise UsageError(f"--loss-on takes all or answer, got '{settings.loss_on}'")
+    if settings.early_stop and not settings.eval_steps:
+        raise UsageError("--early-stop needs --eval-steps and --eval-data to know what to stop by")
+    for name in ("warmup", "clip", "weight_decay"):
+        if not getattr(settings, name) >= 0:
+            raise UsageError(
+                f"--{name.replace('_', '-')} must not be negative, got {getattr(settings, name)}"
+            )
+    for name in POSITIVE:
         value = getattr(settings, name)
         if value is not None and not value > 0:
             raise UsageError(f"--{name.replace('_', '-')} must be positive, got {value}")
@@ -213,27 +263,36 @@ def _evaluate(loaded: Loaded, windows: list[torch.Tensor] | None) -> Perplexity 
 def _trainer(
     adapter: Path,
     loaded: Loaded,
-    windows: Windows,
+    rows: Rows,
+    held_out: list[torch.Tensor] | None,
     settings: TrainSettings,
     lr: float,
     callbacks: list[TrainerCallback],
     teacher: Program | None,
+    pad_id: int,
 ) -> AdapterTrainer:
     set_seed(settings.seed)
+    evaluated = evaluation_rows(held_out) if settings.eval_steps and held_out else None
     arguments = TrainingArguments(
         output_dir=str(adapter),
         max_steps=settings.steps or -1,
         num_train_epochs=settings.epochs or 3.0,
         learning_rate=lr,
         per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulate,
         weight_decay=settings.weight_decay,
         warmup_steps=settings.warmup,
-        lr_scheduler_type="linear",
-        logging_steps=min(10, settings.steps or 10),
+        lr_scheduler_type=settings.schedule,
+        max_grad_norm=settings.clip,
+        bf16=settings.bf16,
+        logging_steps=min(settings.logging_steps, settings.steps or settings.logging_steps),
         save_strategy="steps" if settings.save_steps else "no",
         save_steps=settings.save_steps or 500,
         save_total_limit=2,
-        report_to=[],
+        eval_strategy="steps" if evaluated else "no",
+        eval_steps=settings.eval_steps,
+        report_to=list(settings.report_to),
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=False,
@@ -241,13 +300,18 @@ def _trainer(
         seed=settings.seed,
         data_seed=settings.seed,
     )
+    own: list[TrainerCallback] = [CutEachEpoch(rows)] if isinstance(rows, Windows) else []
+    if settings.early_stop:
+        own.append(EarlyStop(loaded.factors, settings.early_stop))
     trainer = AdapterTrainer(
         model=loaded.program,
         factors=loaded.factors,
         teacher=teacher,
         args=arguments,
-        train_dataset=windows,
-        callbacks=[CutEachEpoch(windows), *callbacks],
+        train_dataset=rows,
+        eval_dataset=evaluated,
+        data_collator=partial(pad, pad_token=pad_id),
+        callbacks=[*own, *callbacks],
     )
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
