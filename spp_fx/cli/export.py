@@ -57,9 +57,10 @@ def export_command(output: Output, model: str, **options: Any) -> None:
         size = sum(file["bytes"] for file in data["files"])
         click.echo(f"{done.out}: {data['format']}, {len(data['sites'])} sparse weights, {megabytes(size)}")
         for key, value in data["sizes"].items():
-            click.echo(f"  {key.replace('_', ' ')}: {megabytes(value)}")
+            click.echo(f"  size, {key.removesuffix('_bytes').replace('_', ' ')}: {megabytes(value)}")
         for key, value in data["checks"].items():
-            click.echo(f"  {key.replace('_', ' ')}: {value}")
+            shown = f"{value:.3g}" if isinstance(value, float) else value
+            click.echo(f"  checked, {key.replace('_', ' ')}: {shown}")
         for reason, names in done.reasons().items():
             click.echo(f"  {len(names)} weights ({names[0]}, ...): {reason}")
 

@@ -66,7 +66,7 @@ def write(source: Source, target: Path, settings: ExportSettings, tick: Tick, sa
     )
     return {
         "max_abs_difference": logits.max_abs_difference,
-        "tolerance": logits.tolerance,
+        "allowed_difference": logits.tolerance * logits.spread,
         "argmax_agreement": logits.argmax_agreement,
         "standard_checker": "passed"
         if settings.indices == "int64"
