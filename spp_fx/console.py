@@ -1,6 +1,7 @@
 """What the command line shows: results on stdout, progress and log on stderr."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,9 @@ class Output:
 
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json = as_json
-        self.quiet = quiet
+        # Under torchrun every process runs the command, and the first one speaks.
+        self.speaks = os.environ.get("RANK", "0") == "0"
+        self.quiet = quiet or not self.speaks
 
     def say(self, line: str) -> None:
         """A line for the reader, on stderr."""
@@ -35,6 +38,8 @@ class Output:
 
     def result(self, data: Any, show: Callable[[], None]) -> None:
         """The result: `data` as JSON, or whatever `show` prints."""
+        if not self.speaks:
+            return
         if self.as_json:
             click.echo(json.dumps(data, indent=2))
         else:

@@ -90,7 +90,9 @@ def train_command(output: Output, adapter: Path, **options: Any) -> None:
     spp-fx train my-sparse-spp --data alpaca.json --loss-on answer --packing --bf16 --epochs 3
     spp-fx train my-sparse-spp --config run.yaml --save-steps 100
     spp-fx train my-sparse-spp --config run.yaml --save-steps 100 --resume
+    torchrun --nproc-per-node 8 -m spp_fx train my-sparse-spp --config run.yaml
     """
+    from spp_fx.training.distributed import leave
     from spp_fx.training.progress import ProgressCallback
     from spp_fx.workflows.train import TrainSettings, train
 
@@ -106,12 +108,13 @@ def train_command(output: Output, adapter: Path, **options: Any) -> None:
             trust_remote_code=options["trust_remote_code"],
             callbacks=[ProgressCallback(bar.update)],
         )
+    leave()
 
     def show() -> None:
-        rows = options["batch_size"] * options["accumulate"]
+        rows = options["batch_size"] * options["accumulate"] * done.processes
         click.echo(
             f"{done.adapter}: {done.steps} steps of {rows} x {done.seq_len} tokens in {done.seconds:.0f} s, "
-            f"learning rate {done.lr:.3g}, loss {done.loss:.3f} on average, {done.last_loss:.3f} at the end"
+            f"learning rate {done.lr:.3g}, loss {done.loss:.3f} on average, {done.losses[-1]:.3f} at the end"
         )
         if done.before and done.after:
             click.echo(f"perplexity {done.before.perplexity:.2f} -> {done.after.perplexity:.2f}")

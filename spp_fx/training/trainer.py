@@ -95,8 +95,10 @@ class AdapterTrainer(Trainer):
         save_state(Path(output_dir), f"{RANDOM}_{self.args.process_index}", random_state())
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            set_random_state(load_state(Path(checkpoint), f"{RANDOM}_{self.args.process_index}"))
+        name = f"{RANDOM}_{self.args.process_index}"
+        # A process that the interrupted run did not have goes on with its own generators.
+        if checkpoint is not None and (Path(checkpoint) / f"{name}.json").is_file():
+            set_random_state(load_state(Path(checkpoint), name))
 
 
 class CutEachEpoch(TrainerCallback):

@@ -86,14 +86,22 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class Trained:
-    """What training did."""
+    """What training did.
+
+    Attributes:
+        loss: mean over all steps.
+        losses: mean between reports, see `TrainSettings.logging_steps`.
+        processes: how many trained together.
+        before, after: of the evaluation text.
+    """
 
     adapter: Path
     steps: int
     lr: float
     seq_len: int
     loss: float
-    last_loss: float
+    losses: list[float]
+    processes: int
     seconds: float
     trainable: int
     before: Perplexity | None
@@ -106,7 +114,8 @@ class Trained:
             "lr": self.lr,
             "seq_len": self.seq_len,
             "loss": self.loss,
-            "last_loss": self.last_loss,
+            "losses": self.losses,
+            "processes": self.processes,
             "seconds": self.seconds,
             "trainable_parameters": self.trainable,
             "perplexity_before": self.before.perplexity if self.before else None,
@@ -129,7 +138,8 @@ def train(
 
     Checkpoints (`checkpoint-N`) go into the adapter folder; a run that was stopped goes on with `resume`,
     to the same factors it would have reached. With a `teacher` (the dense model, say) its distribution is
-    learned instead of the text's own tokens. Factors that were trained before are trained on.
+    learned instead of the text's own tokens. Started by torchrun or accelerate launch, every process calls
+    this; `batch_size` is that of each, and the first one writes. Factors that were trained before are trained on.
 
     Raises:
         UsageError: settings or data that cannot be used, nothing to resume.
@@ -158,9 +168,12 @@ def train(
     guide = _teacher(Path(teacher), program, trust_remote_code) if teacher else None
     pad_id = pad_token(tokenizer)
     trainer = _trainer(adapter, loaded, rows, held_out, settings, lr, callbacks or [], guide, pad_id)
-    if checkpoint is None:
+    together = trainer.accelerator
+    together.wait_for_everyone()
+    if checkpoint is None and together.is_main_process:
         for folder in checkpoints(adapter):
             shutil.rmtree(folder)
+    together.wait_for_everyone()
     result = trainer.train(resume_from_checkpoint=checkpoint)
     broken = [name for name, value in loaded.factors.items() if not bool(value.isfinite().all())]
     if broken or result.training_loss != result.training_loss:
@@ -168,16 +181,19 @@ def train(
             f"training diverged (loss {result.training_loss}); {adapter} stays as it was. Train with a lower --lr "
             f"than {lr:g}"
         )
-    with atomic_file(adapter / FACTORS, force=True) as temporary:
-        write_factors(temporary, loaded.factors)
-    AdapterFolder.open(adapter)
+    if together.is_main_process:
+        with atomic_file(adapter / FACTORS, force=True) as temporary:
+            write_factors(temporary, loaded.factors)
+        AdapterFolder.open(adapter)
+    together.wait_for_everyone()
     return Trained(
         adapter=adapter,
         steps=trainer.state.global_step,
         lr=lr,
         seq_len=length,
         loss=result.training_loss,
-        last_loss=_last_loss(trainer),
+        losses=[float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
+        processes=together.num_processes,
         seconds=result.metrics["train_runtime"],
         trainable=sum(value.numel() for value in loaded.factors.values()),
         before=before,
@@ -238,11 +254,6 @@ def _checkpoint(adapter: Path, settings: TrainSettings) -> str | None:
     return str(whole[-1])
 
 
-def _last_loss(trainer: AdapterTrainer) -> float:
-    """Mean loss of the last steps that were logged."""
-    return next(float(entry["loss"]) for entry in reversed(trainer.state.log_history) if "loss" in entry)
-
-
 def _teacher(path: Path, student: Program, trust_remote_code: bool) -> Program:
     teacher = load_program(path, trust_remote_code=trust_remote_code).program.eval()
     if teacher.config.vocab_size != student.config.vocab_size:
@@ -299,6 +310,9 @@ def _trainer(
         use_cpu=not torch.cuda.is_available(),
         seed=settings.seed,
         data_seed=settings.seed,
+        # Frozen weights and positions never change: nothing but gradients goes between processes.
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
     )
     own: list[TrainerCallback] = [CutEachEpoch(rows)] if isinstance(rows, Windows) else []
     if settings.early_stop:
@@ -313,6 +327,8 @@ def _trainer(
         data_collator=partial(pad, pad_token=pad_id),
         callbacks=[*own, *callbacks],
     )
+    # Rows are dealt out by the data seed; dropout differs between processes.
+    torch.manual_seed(settings.seed + trainer.accelerator.process_index)
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
             trainer.remove_callback(type(callback))

@@ -1,0 +1,71 @@
+"""Two processes on the CPU learn what one does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.command import must, tensors
+
+ROOT = Path(__file__).parents[2]
+LINE = "train adapter --data text.txt --seq-len 16 --steps 6 --logging-steps 1 --json -q"
+
+
+def launch(world: Path, processes: int, *more: object) -> dict:
+    """The report of a run started by torchrun."""
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    result = subprocess.run(
+        [*map(str, line), "-m", "spp_fx", *LINE.split(), *map(str, more)],
+        cwd=world,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return json.loads(result.stdout)
+
+
+@pytest.fixture
+def start(world, monkeypatch) -> bytes:
+    monkeypatch.chdir(world)
+    return (world / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def restore(world: Path, start: bytes) -> None:
+    path = world / "adapter" / "adapter_model.safetensors"
+    path.unlink()
+    path.write_bytes(start)
+
+
+@pytest.mark.parametrize("more", [[], ["--packed", "--gradient-checkpointing"]], ids=["dense", "packed"])
+def test_two_processes_follow_the_loss_curve_of_one(world, start, more):
+    one = must(*LINE.split(), "--batch-size", 4, *more).json
+    alone = load_file(world / "adapter" / "adapter_model.safetensors")
+    restore(world, start)
+    two = launch(world, 2, "--batch-size", 2, *more)
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert len(two["losses"]) == 6
+    torch.testing.assert_close(torch.tensor(two["losses"]), torch.tensor(one["losses"]), rtol=1e-5, atol=1e-5)
+    for name, value in load_file(world / "adapter" / "adapter_model.safetensors").items():
+        torch.testing.assert_close(value, alone[name], rtol=1e-3, atol=1e-3, msg=name)
+    must("merge", "adapter", "-o", "together")
+    for name, value in tensors(world / "sparse").items():
+        assert torch.equal(tensors(world / "together")[name] != 0, value != 0), name
+
+
+def test_one_process_goes_on_where_two_stopped(world, start):
+    whole = launch(world, 2, "--batch-size", 2, "--save-steps", 3)
+    restore(world, start)
+    for path in (world / "adapter" / "checkpoint-6").iterdir():
+        path.unlink()
+    (world / "adapter" / "checkpoint-6").rmdir()
+    rest = must(*LINE.split(), "--batch-size", 4, "--save-steps", 3, "--resume").json
+    torch.testing.assert_close(
+        torch.tensor(rest["losses"][-3:]), torch.tensor(whole["losses"][-3:]), rtol=1e-5, atol=1e-5
+    )
