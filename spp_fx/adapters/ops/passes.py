@@ -59,7 +59,7 @@ def build_torch(
         if base and w.dtype == work == target.dtype:
             torch.addcmul(w, w, factor, value=1.0, out=target)
         else:
-            target.copy_((factor + base if base else factor).mul_(w))
+            target.copy_((factor.add_(base) if base else factor).mul_(w))
     return out[: stop - start]
 
 
