@@ -16,7 +16,7 @@ import torch
 from common import rivals, timing
 from torch import Tensor
 
-from spp_fx.adapters.ops import spp_blockwise, spp_fused, spp_linear
+from spp_fx.adapters.ops import packed, spp_blockwise, spp_fused, spp_linear
 
 REFERENCE = "lors"
 Way = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
@@ -106,9 +106,18 @@ def make_steps(width: int, batch: int, rank: int, dtype: torch.dtype) -> dict[st
 
         return run
 
+    ways = SPP | {"spp_packed": packed_way(weight)}
     return {name: step(way, low_rank) for name, way in OTHERS.items()} | {
-        name: step(way, spp) for name, way in SPP.items()
+        name: step(way, spp) for name, way in ways.items()
     }
+
+
+def packed_way(weight: Tensor) -> Way:
+    """The fused op on the weight packed; the dense one that a step hands over is not looked at."""
+    tensors = packed.PACKINGS["2:4"].pack(weight)
+    values, positions = tensors["values"], tensors["positions"]
+    run = packed.OPS["2:4"]
+    return lambda x, _, alpha, beta, scale: run(x, values, positions, alpha, beta, None, None, scale, 0.0)
 
 
 def kept(step: Callable[[], object]) -> int:
