@@ -351,3 +351,27 @@ def test_zeros_of_the_weight_stay_zero_whatever_the_factors():
     layer = make_layer(M, N, R)
     total = spp_linear.update(layer.weight, 1e6 * layer.alpha, 1e6 * layer.beta, SCALE)
     assert torch.equal(total != 0, layer.weight != 0)
+
+
+def test_layers_one_after_the_other_share_a_buffer_and_no_result():
+    """Several shapes and dtypes in turn, inference mode first: each as if it were alone."""
+    layers = [make_layer(M, N, R, seed=seed) for seed in range(3)]
+    with torch.inference_mode():
+        run("fused", layers[0])
+    outputs = [run("fused", layer) for layer in layers]
+    half = OPS["fused"](torch.ones(2, 64).half(), torch.ones(32, 64).half(), *factors(), None, None, 1.0, 0.0)
+    for layer, output in zip(layers, outputs, strict=True):
+        torch.testing.assert_close(output, expected(layer), rtol=EXACT, atol=EXACT)
+    gradients = [
+        torch.autograd.grad(y.sum(), layer.leaves()) for layer, y in zip(layers, outputs, strict=True)
+    ]
+    for layer, found in zip(layers, gradients, strict=True):
+        alone = torch.autograd.grad(run("definition", layer).sum(), layer.leaves())
+        for got, want in zip(found, alone, strict=True):
+            torch.testing.assert_close(got, want, rtol=EXACT, atol=EXACT)
+    assert torch.equal(half, torch.full((2, 32), 128.0).half())
+
+
+def factors() -> tuple[Tensor, Tensor]:
+    """Of a (32, 64) weight: they double it."""
+    return torch.ones(4, 64), torch.ones(32, 1)

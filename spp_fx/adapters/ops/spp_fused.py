@@ -18,6 +18,7 @@ from spp_fx.adapters.ops.frozen import flatten
 from spp_fx.adapters.ops.linear_op import linear_op
 from spp_fx.adapters.ops.passes import build, reduce_gradient
 from spp_fx.adapters.ops.rows import BLOCK_ELEMENTS, DenseRows, Rows, row_blocks
+from spp_fx.adapters.ops.workspace import workspace
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def _blocks(rows: Rows, alpha: Tensor) -> list[tuple[int, int]]:
 def _scratch(rows: Rows, blocks: list[tuple[int, int]], x: Tensor) -> Tensor:
     """One buffer for every block's W' and G, in x's dtype."""
     largest = max((stop - start for start, stop in blocks), default=0)
-    return x.new_empty(largest, rows.shape[1])
+    return workspace(largest, rows.shape[1], x)
 
 
 def _base(
