@@ -37,7 +37,7 @@ def masked_sum(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 def lors(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """Factors a (m, r) and b (r, n)."""
-    return LoRS.apply(x, weight, a, b, scale)  # type: ignore[no-any-return]
+    return LoRS.apply(x, weight, a, b, scale)
 
 
 def sqft(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -47,7 +47,7 @@ def sqft(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tenso
 
 def sqft_checkpoint(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """SQFT that keeps only x and runs its forward again in backward."""
-    return checkpoint(sqft, x, weight, a, b, scale, use_reentrant=False)  # type: ignore[no-any-return]
+    return checkpoint(sqft, x, weight, a, b, scale, use_reentrant=False)
 
 
 def spp_literal(x: Tensor, weight: Tensor, alpha: Tensor, beta: Tensor, scale: float) -> Tensor:
@@ -59,4 +59,4 @@ def spp_literal(x: Tensor, weight: Tensor, alpha: Tensor, beta: Tensor, scale: f
 
 def spp_literal_checkpoint(x: Tensor, weight: Tensor, alpha: Tensor, beta: Tensor, scale: float) -> Tensor:
     """The literal form with activation checkpointing, as its authors train it."""
-    return checkpoint(spp_literal, x, weight, alpha, beta, scale, use_reentrant=False)  # type: ignore[no-any-return]
+    return checkpoint(spp_literal, x, weight, alpha, beta, scale, use_reentrant=False)

@@ -146,7 +146,7 @@ def train(
         SppFxError: the loss is not finite; the adapter stays as it was.
     """
     adapter, data = Path(adapter), Path(data)
-    _check(settings)
+    _check(settings, evaluated=eval_data is not None)
     loaded = load_program(
         adapter,
         base=base,
@@ -215,7 +215,7 @@ def default_rate(loaded: Loaded) -> float:
     return PAPER_RATE * sqrt(PAPER_WIDTH / median(widths))
 
 
-def _check(settings: TrainSettings) -> None:
+def _check(settings: TrainSettings, *, evaluated: bool) -> None:
     if settings.steps is not None and settings.epochs is not None:
         raise UsageError("give --steps or --epochs, not both")
     if settings.schedule not in SCHEDULES:
@@ -223,7 +223,9 @@ def _check(settings: TrainSettings) -> None:
     if settings.loss_on not in ("all", "answer"):
         raise UsageError(f"--loss-on takes all or answer, got '{settings.loss_on}'")
     if settings.early_stop and not settings.eval_steps:
-        raise UsageError("--early-stop needs --eval-steps and --eval-data to know what to stop by")
+        raise UsageError("--early-stop needs --eval-steps to know what to stop by")
+    if settings.eval_steps and not evaluated:
+        raise UsageError("--eval-steps needs --eval-data to evaluate on")
     for name in ("warmup", "clip", "weight_decay"):
         if not getattr(settings, name) >= 0:
             raise UsageError(

@@ -193,3 +193,10 @@ def test_wrong_options_are_refused(here, more, word):
     assert result.code == 2
     assert word in one_line(result.err)
     assert all(torch.equal(value, before[name]) for name, value in factors(here).items())
+
+
+def test_evaluations_need_a_text(here):
+    line = "train adapter --data text.txt --seq-len 16 --steps 2 --eval-steps 1 -q"
+    result = command(*line.split())
+    assert result.code == 2
+    assert "--eval-data" in one_line(result.err)
