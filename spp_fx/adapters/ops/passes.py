@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from spp_fx.adapters.ops.rows import Rows, split
+from spp_fx.adapters.ops.workspace import workspace
 
-TILE_ELEMENTS = 1 << 17
-"""Elements of a CPU tile: 512 KiB of float32, within a core's own cache."""
+TILE_ELEMENTS = 1 << 18
+"""Elements of a CPU tile: 1 MiB of float32, within the cache that a core or two have to themselves."""
 
 
 def build(
@@ -103,13 +104,13 @@ def reduce_torch(
     n, height = alpha.shape[1], beta.shape[0] // alpha.shape[0]
     work = _work_dtype(g.dtype, alpha.dtype)
     for first, last in _tiles(start, stop, n, height, g.device):
-        gw = g[first - start : last - start].to(work, copy=True).mul_(rows.take(first, last))
         j = slice(first // height, -(-last // height))
+        gw = _product(g[first - start : last - start], rows.take(first, last), work)
         gw = gw.view(j.stop - j.start, -1, n)
-        factor = alpha[j].unsqueeze(2).to(work)
-        dbeta[first:last] = torch.bmm(gw, factor).view(-1, 1) * scale
-        column = beta[first:last].view(j.stop - j.start, 1, -1).to(work)
-        dalpha[j] += torch.bmm(column, gw).squeeze(1) * scale
+        row = (alpha[j].to(work) * scale).unsqueeze(2)
+        dbeta[first:last] = torch.bmm(gw, row).view(-1, 1)
+        column = (beta[first:last].to(work) * scale).view(j.stop - j.start, 1, -1)
+        dalpha[j] += torch.bmm(column, gw).squeeze(1)
 
 
 def _triton(device: torch.device) -> ModuleType | None:
@@ -126,11 +127,20 @@ def _triton_passes() -> ModuleType | None:
 
 
 def _factor(alpha: Tensor, beta: Tensor, start: int, stop: int, scale: float, dtype: torch.dtype) -> Tensor:
-    """Rows start..stop of s * beta * repeat(alpha): (stop - start, n), a fresh tensor."""
+    """Rows start..stop of s * beta * repeat(alpha): (stop - start, n), in the workspace."""
     height = beta.shape[0] // alpha.shape[0]
     j = slice(start // height, -(-stop // height))
     column = (beta[start:stop] * scale).to(dtype).view(j.stop - j.start, -1, 1)
-    return (alpha[j].to(dtype).unsqueeze(1) * column).view(stop - start, -1)
+    out = workspace("tile", stop - start, alpha.shape[1], dtype, alpha.device)
+    torch.mul(alpha[j].to(dtype).unsqueeze(1), column, out=out.view(j.stop - j.start, -1, alpha.shape[1]))
+    return out
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a * b in dtype, where no conversion is needed in the workspace."""
+    if a.dtype == b.dtype == dtype:
+        return torch.mul(a, b, out=workspace("tile", a.shape[0], a.shape[1], dtype, a.device))
+    return a.to(dtype, copy=True).mul_(b)
 
 
 def _work_dtype(dtype: torch.dtype, factors: torch.dtype) -> torch.dtype:

@@ -107,7 +107,7 @@ def _blocks(rows: Rows, alpha: Tensor) -> list[tuple[int, int]]:
 def _scratch(rows: Rows, blocks: list[tuple[int, int]], x: Tensor) -> Tensor:
     """One buffer for every block's W' and G, in x's dtype."""
     largest = max((stop - start for start, stop in blocks), default=0)
-    return workspace(largest, rows.shape[1], x)
+    return workspace("block", largest, rows.shape[1], x.dtype, x.device)
 
 
 def _base(
