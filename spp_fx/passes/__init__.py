@@ -2,6 +2,7 @@
 
 from spp_fx.passes.base import PASSES, Pass, PassReport, find_pass, register
 from spp_fx.passes.canonicalize import Canonicalize
+from spp_fx.passes.causal import Causal
 from spp_fx.passes.fold import Fold
 from spp_fx.passes.inject import Inject
 from spp_fx.passes.lower import Lower
@@ -13,6 +14,7 @@ from spp_fx.passes.verify import Verify
 __all__ = [
     "PASSES",
     "Canonicalize",
+    "Causal",
     "Checkpoint",
     "Fold",
     "Inject",

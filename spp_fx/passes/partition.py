@@ -9,6 +9,7 @@ from torch import fx
 from torch.utils.checkpoint import checkpoint
 
 from spp_fx.errors import PostconditionError, PreconditionError
+from spp_fx.ir.leaf import leaf
 from spp_fx.ir.program import Program, Use
 from spp_fx.passes.base import Pass, PassReport, register
 
@@ -69,6 +70,7 @@ class Checkpoint(Pass):
         return report
 
 
+@leaf
 def run_checkpointed(module: torch.nn.Module, *args: Any) -> Any:
     """A unit's output; while training, with nothing kept but its inputs."""
     if module.training and torch.is_grad_enabled():

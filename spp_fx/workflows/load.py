@@ -10,7 +10,7 @@ from spp_fx.errors import UsageError
 from spp_fx.ir.program import Program
 from spp_fx.ir.site import factor_attribute
 from spp_fx.ir.trace import load_model, trace
-from spp_fx.passes import Canonicalize, Checkpoint, Inject, Lower, Match, Partition, run_pipeline
+from spp_fx.passes import Canonicalize, Causal, Checkpoint, Inject, Lower, Match, Partition, run_pipeline
 from spp_fx.training.trainer import load_factors
 from spp_fx.workflows.adapter_folder import CONFIG, AdapterFolder
 from spp_fx.workflows.survey import open_model
@@ -46,7 +46,9 @@ def load_program(
     folder = Path(folder)
     if not (folder / CONFIG).is_file():
         open_model(folder)
-        return Loaded(trace(load_model(folder, trust_remote_code=trust_remote_code)), folder, {})
+        program = trace(load_model(folder, trust_remote_code=trust_remote_code))
+        run_pipeline(program, [Causal()])
+        return Loaded(program, folder, {})
     adapter = AdapterFolder.open(folder)
     model = adapter.find_base(Path(base) if base else None)
     adapter.check_base(open_model(model))
@@ -56,6 +58,7 @@ def load_program(
         program,
         [
             Canonicalize(),
+            Causal(),
             Match(targets=tuple(adapter.pieces)),
             Inject(method=adapter.method.name, seed=adapter.config.seed, **settings),
             Lower(kernel="fused", storage="packed" if packed else "dense"),

@@ -1,6 +1,7 @@
 """partition and checkpoint: one unit a decoder layer, less memory kept, the same gradients."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -72,6 +73,11 @@ def test_evaluation_and_fold_are_as_without():
     assert torch.equal(light.eval()(ids).logits, plain.eval()(ids).logits)
     assert light.state_dict().keys() == plain.state_dict().keys()
     assert torch.equal(copy.deepcopy(light)(ids).logits, plain(ids).logits)
+    read = pickle.loads(pickle.dumps(light))
+    assert torch.equal(read(ids).logits, plain(ids).logits)
+    assert kept_bytes(read, ids) == kept_bytes(light, ids) < kept_bytes(plain, ids)
+    light.eval()
+    plain.eval()
     run_pipeline(light, [Fold()])
     run_pipeline(plain, [Fold()])
     assert torch.equal(light(ids).logits, plain(ids).logits)
