@@ -12,7 +12,7 @@ from spp_fx.errors import UsageError
 
 SETTINGS = (
     "steps", "epochs", "lr", "batch_size", "accumulate", "seq_len", "loss_on", "packing", "weight_decay", "schedule",
-    "warmup", "clip", "bf16", "packed", "gradient_checkpointing", "save_steps", "eval_steps", "early_stop",
+    "warmup", "clip", "bf16", "packed", "gradient_checkpointing", "shard", "save_steps", "eval_steps", "early_stop",
     "logging_steps", "resume", "force", "seed",
 )  # fmt: skip
 
@@ -67,6 +67,9 @@ def read_options(context: click.Context, parameter: click.Parameter, path: Path 
     "--packed", is_flag=True, help="Keep the frozen weights packed: 0.56 of their memory at 2:4 in bf16."
 )
 @click.option("--gradient-checkpointing", is_flag=True, help="Less memory: layers run again in backward.")
+@click.option(
+    "--shard", help="Under torchrun: split the frozen weights over the world's processes, or a node's."
+)
 @click.option("--teacher", help="Model folder whose predictions are learned, such as the dense model.")
 @click.option("--save-steps", type=int, help="Steps between checkpoints. Default: none.")
 @click.option("--eval-steps", type=int, help="Steps between evaluations on --eval-data. Default: none.")
@@ -90,7 +93,7 @@ def train_command(output: Output, adapter: Path, **options: Any) -> None:
     spp-fx train my-sparse-spp --data alpaca.json --loss-on answer --packing --bf16 --epochs 3
     spp-fx train my-sparse-spp --config run.yaml --save-steps 100
     spp-fx train my-sparse-spp --config run.yaml --save-steps 100 --resume
-    torchrun --nproc-per-node 8 -m spp_fx train my-sparse-spp --config run.yaml
+    torchrun --nproc-per-node 8 -m spp_fx train my-sparse-spp --config run.yaml --shard world --packed
     """
     from spp_fx.training.distributed import leave
     from spp_fx.training.progress import ProgressCallback

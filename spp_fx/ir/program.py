@@ -36,8 +36,8 @@ class Use:
 class Program(nn.Module):
     """A causal language model as nested fx graphs; called like the Hugging Face model it was traced from.
 
-    Module paths, parameter and buffer names are the checkpoint's own. The graphs are plain
-    `torch.fx.GraphModule`s that run generated code, so `torch.compile`, `torch.export` and every
+    Module paths, parameter and buffer names are the checkpoint's own (a packed weight is several). The
+    graphs are plain `torch.fx.GraphModule`s that run generated code, so `torch.compile`, `torch.export` and every
     fx tool take them; `train()` and `eval()` switch the dropout that the source model has.
 
     Attributes:
@@ -147,10 +147,10 @@ class Program(nn.Module):
         before = self.device
         super()._apply(fn, recurse)
         if self.device != before:
-            self._move_constants(before, self.device)
+            self.move_constants(before, self.device)
         return self
 
-    def _move_constants(self, before: torch.device, after: torch.device) -> None:
+    def move_constants(self, before: torch.device, after: torch.device) -> None:
         """Tensors that the graphs themselves make (positions, masks) are made where the weights are."""
 
         def move(argument: Any) -> Any:

@@ -11,7 +11,7 @@ aten = torch.ops.aten
 
 
 def pack_site(program: Program, site: str, uses: list[Use]) -> tuple[str | None, str | None]:
-    """Replace a site's parameter by packed buffers, in every graph that uses it.
+    """Replace a site's parameter by packed ones, in every graph that uses it.
 
     Returns:
         The packing chosen, or None and the reason why the weight stays dense.
@@ -21,14 +21,16 @@ def pack_site(program: Program, site: str, uses: list[Use]) -> tuple[str | None,
         return None, reason
     weight = program.canonical_weight(site).detach()
     name = choose_packing(weight)
-    tensors = PACKINGS[name].pack(weight)
+    tensors = {
+        key: nn.Parameter(value, requires_grad=False) for key, value in PACKINGS[name].pack(weight).items()
+    }
     parameter = site.rpartition(".")[2]
     for use in uses:
         node, graph, method = use.node, use.module.graph, program.adapters[site]
         for key, value in tensors.items():
-            use.module.register_buffer(_buffer(parameter, key), value)
+            use.module.register_parameter(_packed(parameter, key), value)
         with graph.inserting_before(node):
-            storage = [graph.get_attr(_buffer(parameter, key)) for key in PACKINGS[name].tensors]
+            storage = [graph.get_attr(_packed(parameter, key)) for key in PACKINGS[name].tensors]
         x, _, *rest = node.args
         node.args = (x, *storage, *rest)
         node.target = method.packed[name]
@@ -63,7 +65,7 @@ def unpack_site(program: Program, site: str) -> None:
     for module in {use.module for use in uses}:
         _erase_unused(module.graph)
         for key in packing.tensors:
-            delattr(module, _buffer(parameter, key))
+            delattr(module, _packed(parameter, key))
         module.recompile()
 
 
@@ -74,7 +76,7 @@ def weight_of(program: Program, site: str) -> Tensor:
     packing = PACKINGS[program.packings[site]]
     module = program.uses(ADAPTER)[site][0].module
     parameter = site.rpartition(".")[2]
-    storage = [module.get_buffer(_buffer(parameter, key)) for key in packing.tensors]
+    storage = [module.get_parameter(_packed(parameter, key)) for key in packing.tensors]
     m, n = program.sites[site].shape
     return packing.rows(*storage, (m, n)).take(0, m)
 
@@ -105,7 +107,7 @@ def _readers(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _buffer(parameter: str, key: str) -> str:
+def _packed(parameter: str, key: str) -> str:
     return f"{parameter}_{key}"
 
 

@@ -10,7 +10,17 @@ from spp_fx.errors import UsageError
 from spp_fx.ir.program import Program
 from spp_fx.ir.site import factor_attribute
 from spp_fx.ir.trace import load_model, trace
-from spp_fx.passes import Canonicalize, Causal, Checkpoint, Inject, Lower, Match, Partition, run_pipeline
+from spp_fx.passes import (
+    Canonicalize,
+    Causal,
+    Checkpoint,
+    Inject,
+    Lower,
+    Match,
+    Partition,
+    Shard,
+    run_pipeline,
+)
 from spp_fx.training.trainer import load_factors
 from spp_fx.workflows.adapter_folder import CONFIG, AdapterFolder
 from spp_fx.workflows.survey import open_model
@@ -32,6 +42,7 @@ def load_program(
     trust_remote_code: bool = False,
     packed: bool = False,
     checkpointed: bool = False,
+    shard: str | None = None,
 ) -> Loaded:
     """The program of a model folder, or of an adapter folder with its factors in place.
 
@@ -39,6 +50,7 @@ def load_program(
         base: the adapter's base model, if it is not where the adapter says.
         packed: keep the frozen weights of adapted sites packed.
         checkpointed: let each decoder layer forget its activations while training.
+        shard: split the frozen weights over the processes of the `world` or of a `node`, layer by layer.
 
     Raises:
         UsageError, FormatError: the folder is neither, or is damaged.
@@ -48,12 +60,15 @@ def load_program(
         open_model(folder)
         program = trace(load_model(folder, trust_remote_code=trust_remote_code))
         run_pipeline(program, [Causal()])
+        if shard:
+            program.requires_grad_(False)
+            run_pipeline(program, [Canonicalize(), Partition(), Shard(over=shard)])
         return Loaded(program, folder, {})
     adapter = AdapterFolder.open(folder)
     model = adapter.find_base(Path(base) if base else None)
     adapter.check_base(open_model(model))
     program = trace(load_model(model, trust_remote_code=trust_remote_code))
-    settings = adapter.method.parameters()
+    settings, storage = adapter.method.parameters(), "packed" if packed else "dense"
     run_pipeline(
         program,
         [
@@ -61,11 +76,16 @@ def load_program(
             Causal(),
             Match(targets=tuple(adapter.pieces)),
             Inject(method=adapter.method.name, seed=adapter.config.seed, **settings),
-            Lower(kernel="fused", storage="packed" if packed else "dense"),
+            # Shard packs by itself, one layer at a time.
+            Lower(kernel="fused", storage="dense" if shard else storage),
         ],
     )
+    if checkpointed or shard:
+        run_pipeline(program, [Partition()])
     if checkpointed:
-        run_pipeline(program, [Partition(), Checkpoint()])
+        run_pipeline(program, [Checkpoint()])
+    if shard:
+        run_pipeline(program, [Shard(over=shard, storage=storage)])
     factors = {
         f"{site}.{key}": _factor(program, site, key)
         for site in adapter.pieces

@@ -15,6 +15,7 @@ from spp_fx.checkpoint import atomic_file
 from spp_fx.errors import SppFxError, UsageError
 from spp_fx.ir.program import Program
 from spp_fx.training.data import Windows, all_windows, check_vocabulary
+from spp_fx.training.distributed import held_bytes, join
 from spp_fx.training.perplexity import Perplexity, perplexity
 from spp_fx.training.rows import Rows, evaluation_rows, pad_token, training_rows
 from spp_fx.training.samples import pad
@@ -49,6 +50,7 @@ class TrainSettings:
         bf16: run under bfloat16 autocast.
         packed: keep the frozen weights packed.
         gradient_checkpointing: let each decoder layer forget its activations.
+        shard: split the frozen weights over the processes: `world`, or `node` to keep all of them in each node.
         save_steps: steps between checkpoints; None for none.
         eval_steps: steps between evaluations; None for none but before and after.
         early_stop: end after so many evaluations that did not better the best, and take the best factors.
@@ -74,6 +76,7 @@ class TrainSettings:
     bf16: bool = False
     packed: bool = False
     gradient_checkpointing: bool = False
+    shard: str | None = None
     save_steps: int | None = None
     eval_steps: int | None = None
     early_stop: int | None = None
@@ -92,6 +95,7 @@ class Trained:
         loss: mean over all steps.
         losses: mean between reports, see `TrainSettings.logging_steps`.
         processes: how many trained together.
+        frozen_bytes: of frozen weights that this process holds.
         before, after: of the evaluation text.
     """
 
@@ -104,6 +108,7 @@ class Trained:
     processes: int
     seconds: float
     trainable: int
+    frozen_bytes: int
     before: Perplexity | None
     after: Perplexity | None
 
@@ -118,6 +123,7 @@ class Trained:
             "processes": self.processes,
             "seconds": self.seconds,
             "trainable_parameters": self.trainable,
+            "frozen_bytes": self.frozen_bytes,
             "perplexity_before": self.before.perplexity if self.before else None,
             "perplexity": self.after.perplexity if self.after else None,
         }
@@ -147,12 +153,14 @@ def train(
     """
     adapter, data = Path(adapter), Path(data)
     _check(settings, evaluated=eval_data is not None)
+    join(shards=settings.shard is not None)
     loaded = load_program(
         adapter,
         base=base,
         trust_remote_code=trust_remote_code,
         packed=settings.packed,
         checkpointed=settings.gradient_checkpointing,
+        shard=settings.shard,
     )
     if not loaded.factors:
         raise UsageError(f"{adapter} is a model folder; make an adapter with 'spp-fx inject {adapter}'")
@@ -165,7 +173,7 @@ def train(
     lr = default_rate(loaded) if settings.lr is None else settings.lr
     checkpoint = _checkpoint(adapter, settings)
     before = _evaluate(loaded, held_out)
-    guide = _teacher(Path(teacher), program, trust_remote_code) if teacher else None
+    guide = _teacher(Path(teacher), program, settings.shard, trust_remote_code) if teacher else None
     pad_id = pad_token(tokenizer)
     trainer = _trainer(adapter, loaded, rows, held_out, settings, lr, callbacks or [], guide, pad_id)
     together = trainer.accelerator
@@ -196,6 +204,7 @@ def train(
         processes=together.num_processes,
         seconds=result.metrics["train_runtime"],
         trainable=sum(value.numel() for value in loaded.factors.values()),
+        frozen_bytes=held_bytes(value for value in program.parameters() if not value.requires_grad),
         before=before,
         after=_evaluate(loaded, held_out),
     )
@@ -220,6 +229,8 @@ def _check(settings: TrainSettings, *, evaluated: bool) -> None:
         raise UsageError("give --steps or --epochs, not both")
     if settings.schedule not in SCHEDULES:
         raise UsageError(f"--schedule '{settings.schedule}' is unknown; known: {', '.join(SCHEDULES)}")
+    if settings.shard not in (None, "world", "node"):
+        raise UsageError(f"--shard takes world or node, got '{settings.shard}'")
     if settings.loss_on not in ("all", "answer"):
         raise UsageError(f"--loss-on takes all or answer, got '{settings.loss_on}'")
     if settings.early_stop and not settings.eval_steps:
@@ -256,8 +267,8 @@ def _checkpoint(adapter: Path, settings: TrainSettings) -> str | None:
     return str(whole[-1])
 
 
-def _teacher(path: Path, student: Program, trust_remote_code: bool) -> Program:
-    teacher = load_program(path, trust_remote_code=trust_remote_code).program.eval()
+def _teacher(path: Path, student: Program, shard: str | None, trust_remote_code: bool) -> Program:
+    teacher = load_program(path, trust_remote_code=trust_remote_code, shard=shard).program.eval()
     if teacher.config.vocab_size != student.config.vocab_size:
         raise UsageError(
             f"{path}: its vocabulary has {teacher.config.vocab_size} tokens, the student's "

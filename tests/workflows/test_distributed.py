@@ -10,15 +10,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.command import must, tensors
+from tests.command import command, must, one_line, tensors
 
 ROOT = Path(__file__).parents[2]
 LINE = "train adapter --data text.txt --seq-len 16 --steps 6 --logging-steps 1 --json -q"
 
 
-def launch(world: Path, processes: int, *more: object) -> dict:
-    """The report of a run started by torchrun."""
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+TORCHRUN = "torch.distributed.run --standalone --nproc-per-node"
+ACCELERATE = (
+    "accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no"
+)
+
+
+def launch(world: Path, processes: int, *more: object, launcher: str = TORCHRUN) -> dict:
+    """The report of a run of several processes."""
+    line = [sys.executable, "-m", *launcher.split(), processes]
     result = subprocess.run(
         [*map(str, line), "-m", "spp_fx", *LINE.split(), *map(str, more)],
         cwd=world,
@@ -27,7 +33,7 @@ def launch(world: Path, processes: int, *more: object) -> dict:
         text=True,
         timeout=300,
     )
-    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.returncode == 0, result.stderr[-6000:]
     return json.loads(result.stdout)
 
 
@@ -43,13 +49,29 @@ def restore(world: Path, start: bytes) -> None:
     path.write_bytes(start)
 
 
-@pytest.mark.parametrize("more", [[], ["--packed", "--gradient-checkpointing"]], ids=["dense", "packed"])
-def test_two_processes_follow_the_loss_curve_of_one(world, start, more):
-    one = must(*LINE.split(), "--batch-size", 4, *more).json
+WAYS = {
+    "whole": (TORCHRUN, ""),
+    "whole-packed": (TORCHRUN, "--packed --gradient-checkpointing"),
+    "split": (TORCHRUN, "--shard world"),
+    "split-packed": (
+        f"{ACCELERATE} --num_processes",
+        "--shard node --packed --gradient-checkpointing --teacher dense",
+    ),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_follow_the_loss_curve_of_one(world, start, way):
+    launcher, options = WAYS[way]
+    more = options.split()
+    alone_options = [option for option in more if option not in ("--shard", "world", "node")]
+    one = must(*LINE.split(), "--batch-size", 4, *alone_options).json
     alone = load_file(world / "adapter" / "adapter_model.safetensors")
     restore(world, start)
-    two = launch(world, 2, "--batch-size", 2, *more)
+    two = launch(world, 2, "--batch-size", 2, *more, launcher=launcher)
     assert (one["processes"], two["processes"]) == (1, 2)
+    part = two["frozen_bytes"] / one["frozen_bytes"]
+    assert 0.5 <= part < 0.51 if "--shard" in more else part == 1
     assert len(two["losses"]) == 6
     torch.testing.assert_close(torch.tensor(two["losses"]), torch.tensor(one["losses"]), rtol=1e-5, atol=1e-5)
     for name, value in load_file(world / "adapter" / "adapter_model.safetensors").items():
@@ -59,8 +81,19 @@ def test_two_processes_follow_the_loss_curve_of_one(world, start, more):
         assert torch.equal(tensors(world / "together")[name] != 0, value != 0), name
 
 
+def test_splitting_needs_processes_to_split_over(world, start):
+    assert "this is one; start with torchrun" in one_line(command(*LINE.split(), "--shard", "world").err)
+    assert "--shard takes world or node" in one_line(command(*LINE.split(), "--shard", "all").err)
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_a_launcher_that_splits_models_its_own_way_is_refused(world, start, monkeypatch, variable):
+    monkeypatch.setenv(variable, "true")
+    assert "give --shard world or node" in one_line(command(*LINE.split()).err)
+
+
 def test_one_process_goes_on_where_two_stopped(world, start):
-    whole = launch(world, 2, "--batch-size", 2, "--save-steps", 3)
+    whole = launch(world, 2, "--batch-size", 2, "--save-steps", 3, "--shard", "world")
     restore(world, start)
     for path in (world / "adapter" / "checkpoint-6").iterdir():
         path.unlink()

@@ -1,0 +1,100 @@
+"""shard: every process holds its part of the frozen weights, and all the trained ones (FSDP2, unit by unit)."""
+
+import os
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from spp_fx.errors import PostconditionError, PreconditionError, UsageError
+from spp_fx.ir.program import ADAPTER, Program, Use
+from spp_fx.passes.base import Pass, PassReport, register
+from spp_fx.passes.storage import pack_site
+
+
+@register("shard")
+@dataclass(frozen=True)
+class Shard(Pass):
+    """Split frozen weights between processes; a unit's are gathered while it runs, and let go after it.
+
+    Factors stay whole in every process: they are a thousandth of the model, and DistributedDataParallel
+    sums their gradients. Nothing else has a gradient, so nothing else is ever sent but what is gathered.
+    Weights go to the process's device one unit at a time: a process never holds more than its part and a unit.
+
+    Args:
+        over: `world`, or `node`: every node holds all parts, and gathers without leaving it.
+        storage: `dense`, or `packed`: adapted sites are packed first, unit by unit, and gathered packed.
+    """
+
+    name: ClassVar[str]
+    over: str = "world"
+    storage: str = "dense"
+
+    def requires(self, program: Program) -> None:
+        if self.over not in ("world", "node"):
+            raise UsageError(f"shard: over takes world or node, got '{self.over}'")
+        if self.storage not in ("dense", "packed"):
+            raise UsageError(f"shard: storage takes dense or packed, got '{self.storage}'")
+        if not program.units:
+            raise PreconditionError("shard: the program has no units; run partition first")
+        if not (dist.is_available() and dist.is_initialized()):
+            raise PreconditionError("shard: there is no group of processes; start with torchrun")
+        if isinstance(program, FSDPModule):
+            raise PreconditionError("shard: the program is sharded already")
+
+    def apply(self, program: Program) -> PassReport:
+        report = PassReport()
+        device = _own_device()
+        mesh = _mesh(self.over, device.type)
+        trained = {p for p in program.parameters() if p.requires_grad}
+        program.move_constants(program.device, device)
+        adapters = program.uses(ADAPTER) if self.storage == "packed" else {}
+        for path in program.units:
+            inside = {name: uses for name, uses in adapters.items() if name.startswith(f"{path}.")}
+            _pack(program, inside, report)
+            fully_shard(program.get_submodule(path), mesh=mesh, ignored_params=trained)
+            report.changed[path] = f"split between {mesh.size()} processes"
+        done = program.packings.keys() | report.refused.keys()
+        _pack(program, {name: uses for name, uses in adapters.items() if name not in done}, report)
+        for parameter in trained:
+            parameter.data = parameter.data.to(device)
+        fully_shard(program, mesh=mesh, ignored_params=trained)
+        # The Trainer wraps what it is given in DistributedDataParallel, which is to look at factors alone.
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            program, [name for name, p in program.named_parameters() if not p.requires_grad]
+        )
+        return report
+
+    def ensures(self, program: Program) -> None:
+        for name, parameter in program.named_parameters():
+            if isinstance(parameter, DTensor) == parameter.requires_grad:
+                what = "trained, but split" if parameter.requires_grad else "frozen, but whole"
+                raise PostconditionError(f"shard: {name} is {what}")
+
+
+def _own_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _mesh(over: str, device_type: str) -> DeviceMesh:
+    world = dist.get_world_size()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world)) if over == "node" else world
+    if world % here:
+        raise UsageError(f"shard: {world} processes are no whole number of nodes of {here}; use over=world")
+    return init_device_mesh(device_type, (world // here, here), mesh_dim_names=("nodes", "processes"))[
+        "processes"
+    ]
+
+
+def _pack(program: Program, adapters: dict[str, list[Use]], report: PassReport) -> None:
+    for name, uses in adapters.items():
+        packing, reason = pack_site(program, name, uses)
+        if packing is None:
+            report.refused[name] = str(reason)
