@@ -1,0 +1,85 @@
+"""shard, in a group of one process: every family computes what it did. Groups of two: tests/workflows."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from spp_fx.errors import PostconditionError, PreconditionError, UsageError
+from spp_fx.passes import Causal, Checkpoint, Partition, Shard, run_pipeline
+from tests.families import FAMILIES, batch
+from tests.passes.programs import adapted, canonical, loss_of
+
+
+@pytest.fixture
+def group(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def random_factors(program):
+    torch.manual_seed(3)
+    for parameter in program.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.2)
+    return program
+
+
+@pytest.mark.parametrize("storage", ["dense", "packed"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sharded_program_computes_what_it_did(group, family, storage):
+    whole = random_factors(adapted(canonical(family)))
+    run_pipeline(whole, [Causal()])
+    parts = copy.deepcopy(whole)
+    names = {name for name, _ in parts.named_parameters()}
+    _, _, report = run_pipeline(parts, [Partition(), Checkpoint(), Shard(storage=storage)])
+    assert set(parts.units) <= set(report.changed)
+    if storage == "dense":
+        assert {name for name, _ in parts.named_parameters()} == names
+    else:
+        taken = {name for name, site in parts.sites.items() if site.kind != "experts"} & set(parts.adapters)
+        assert set(parts.packings) == taken
+    ids = batch(3, 8)
+    torch.manual_seed(5)
+    expected = loss_of(whole.train(), ids)
+    torch.manual_seed(5)
+    got = loss_of(parts.train(), ids)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+    expected.backward()
+    got.backward()
+    gradients = {name: p.grad for name, p in parts.named_parameters() if p.grad is not None}
+    for name, parameter in whole.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(gradients.pop(name), parameter.grad, rtol=1e-5, atol=1e-7, msg=name)
+    assert not gradients
+    # What was gathered is let go of: between steps only parts are held.
+    for path in parts.units:
+        assert all(
+            isinstance(p, DTensor) == (not p.requires_grad) for p in parts.get_submodule(path).parameters()
+        )
+
+
+def test_what_it_needs(group):
+    program = adapted(canonical("llama"))
+    with pytest.raises(PreconditionError, match="run partition first"):
+        run_pipeline(program, [Shard()])
+    run_pipeline(program, [Partition()])
+    with pytest.raises(UsageError, match="over takes world or node, got 'all'"):
+        run_pipeline(program, [Shard(over="all")])
+    with pytest.raises(UsageError, match="storage takes dense or packed"):
+        run_pipeline(program, [Shard(storage="tight")])
+    run_pipeline(program, [Shard(over="node")])
+    with pytest.raises(PreconditionError, match="sharded already"):
+        run_pipeline(program, [Shard()])
+    factor = next(p for p in program.parameters() if p.requires_grad)
+    factor.requires_grad_(False)
+    with pytest.raises(PostconditionError, match="frozen, but whole"):
+        Shard().ensures(program)
+
+
+def test_it_needs_a_group():
+    with pytest.raises(PreconditionError, match="start with torchrun"):
+        run_pipeline(adapted(canonical("llama")), [Partition(), Shard()])
