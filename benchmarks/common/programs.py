@@ -1,0 +1,64 @@
+"""A small Llama as a program whose sites are computed by one way or another."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from spp_fx.ir.leaf import leaf
+from spp_fx.ir.program import ADAPTER, Program
+from spp_fx.ir.trace import trace
+from spp_fx.passes import Canonicalize, Causal, Inject, Match, run_pipeline
+
+SCALE = 2.0
+Way = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
+
+
+def small_llama(layers: int, dtype: torch.dtype) -> PreTrainedModel:
+    """1,024 wide, 12.8 million parameters a layer, each decoder weight 2:4."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=8192,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        max_position_embeddings=4096,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for name, parameter in model.named_parameters():
+        if "layers." in name and parameter.ndim == 2:
+            groups = parameter.data.view(-1, 4)
+            groups.scatter_(1, groups.abs().argsort(1)[:, :2], 0)
+    return model
+
+
+def abstract_program(model: PreTrainedModel, rank: int) -> Program:
+    """The program with SPP adapters that are not lowered yet."""
+    program = trace(model)
+    run_pipeline(program, [Canonicalize(), Causal(), Match(), Inject(rank=rank, scale=SCALE)])
+    return program.train()
+
+
+def run_by(program: Program, way: Way, *, low_rank: bool) -> None:
+    """Compute every adapted linear by `way(x (b, n), weight, factor, factor, scale)`.
+
+    The factors are SPP's own, alpha (r, n) and beta (m, 1), or of a low-rank update, (m, r) and (r, n).
+    """
+
+    @leaf
+    def run(x: Tensor, weight: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        return way(x.flatten(0, -2), weight, first, second, SCALE).view(*x.shape[:-1], weight.shape[0])
+
+    for site, uses in program.uses(ADAPTER).items():
+        (use,) = uses
+        node, module = use.node, use.module
+        x, weight, alpha, beta, bias, *_ = node.args
+        assert bias is None
+        if low_rank:
+            (m, n), rank = program.sites[site].shape, module.get_parameter(str(alpha.target)).shape[0]  # type: ignore[union-attr]
+            for factor, shape in ((alpha, (m, rank)), (beta, (rank, n))):
+                setattr(module, str(factor.target), nn.Parameter(0.02 * torch.randn(shape)))  # type: ignore[union-attr]
+        node.target, node.args, node.kwargs = run, (x, weight, alpha, beta), {}
+        module.recompile()
