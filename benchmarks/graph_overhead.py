@@ -21,8 +21,8 @@ from spp_fx.passes import Causal, run_pipeline
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--repeats", type=int, default=9)
@@ -37,7 +37,7 @@ def measure(dtype: str, options: argparse.Namespace) -> dict[str, object]:
     masked = trace(model)
     causal = trace(model)
     run_pipeline(causal, [Causal()])
-    ids = torch.randint(8192, (options.tokens // options.seq_len, options.seq_len))
+    ids = torch.randint(model.config.vocab_size, (options.tokens // options.seq_len, options.seq_len))
 
     def step(module: nn.Module) -> None:
         module.zero_grad()

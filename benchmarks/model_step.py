@@ -1,6 +1,6 @@
 """How long does a training step of a whole small Llama take, with exact SPP and with its rivals?
 
-    python benchmarks/model_step.py --seq-len 512 --tokens 2048 --dtype bfloat16
+    python benchmarks/model_step.py --seq-len 1024 --tokens 2048 --dtype bfloat16
 
 All ways run in the same traced program on the same 2:4 weights; a step is forward, loss and backward. The
 ways take turns; `ratio_to_lors` is that of medians, `peak` the bytes that torch held at most during a step.
@@ -45,8 +45,8 @@ PREPARE: dict[str, Callable[[Program], object]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--seq-len", type=int, nargs="+", default=[512])
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--seq-len", type=int, nargs="+", default=[1024])
     parser.add_argument("--tokens", type=int, default=2048, help="of a step")
     parser.add_argument("--rank", type=int, nargs="+", default=[16])
     parser.add_argument("--dtype", nargs="+", default=["bfloat16", "float32"])

@@ -16,15 +16,16 @@ Way = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 
 def small_llama(layers: int, dtype: torch.dtype) -> PreTrainedModel:
-    """1,024 wide, 12.8 million parameters a layer, each decoder weight 2:4."""
+    """The shape of llama2.c's 110M model (12 layers, 768 wide, 32,000 words), each decoder weight 2:4."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=8192,
-        hidden_size=1024,
-        intermediate_size=2816,
+        vocab_size=32000,
+        hidden_size=768,
+        intermediate_size=2048,
         num_hidden_layers=layers,
-        num_attention_heads=16,
+        num_attention_heads=12,
         max_position_embeddings=4096,
+        tie_word_embeddings=True,
     )
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     for name, parameter in model.named_parameters():

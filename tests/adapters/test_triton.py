@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from spp_fx.adapters.ops import passes
+from spp_fx.adapters.ops.adapted import Adapted
 from spp_fx.adapters.ops.packed import PACKINGS
 from spp_fx.adapters.ops.rows import DenseRows
 
@@ -15,7 +16,7 @@ SHAPES = [(8, 12, 2), (64, 300, 4), (40, 1024, 1), (33, 20, 33)]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
 
-def make(m: int, n: int, r: int, dtype: torch.dtype, storage: str):
+def make(m: int, n: int, r: int, dtype: torch.dtype, storage: str) -> Adapted:
     generator = torch.Generator().manual_seed(m * n)
     scores = torch.rand(m, n // 4, 4, generator=generator)
     kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(2).indices, True).view(m, n)
@@ -26,9 +27,10 @@ def make(m: int, n: int, r: int, dtype: torch.dtype, storage: str):
         torch.randn(m, 1, generator=generator).to(work),
     )
     if storage == "dense":
-        return DenseRows(weight), alpha, beta
+        return Adapted(DenseRows(weight), alpha, beta, 1.5)
     tensors = PACKINGS[storage].pack(weight)
-    return PACKINGS[storage].rows(*(tensors[k] for k in PACKINGS[storage].tensors), (m, n)), alpha, beta
+    rows = PACKINGS[storage].rows(*(tensors[k] for k in PACKINGS[storage].tensors), (m, n))
+    return Adapted(rows, alpha, beta, 1.5)
 
 
 def ranges(m: int, r: int) -> list[tuple[int, int]]:
@@ -41,21 +43,21 @@ def ranges(m: int, r: int) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_both_passes_are_those_of_torch(shape, dtype, storage):
-    rows, alpha, beta = make(*shape, dtype, storage)
+    adapted = make(*shape, dtype, storage)
     m, n, r = shape
     tolerance = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
     for start, stop in ranges(m, r):
         for base in (0.0, 1.0):
             expected, got = (torch.full((stop - start, n), 7.0, dtype=dtype) for _ in range(2))
-            passes.build_torch(rows, alpha, beta, start, stop, 1.5, base, expected)
-            triton_passes.build(rows, alpha, beta, start, stop, 1.5, base, got)
+            passes.build_torch(adapted, start, stop, base, expected)
+            triton_passes.build(adapted, start, stop, base, got)
             torch.testing.assert_close(got, expected, **tolerance)
         g = torch.randn(stop - start, n, generator=torch.Generator().manual_seed(3)).to(dtype)
-        sums = [(torch.ones_like(alpha), torch.ones_like(beta)) for _ in range(2)]
+        sums = [(torch.ones_like(adapted.alpha), torch.ones_like(adapted.beta)) for _ in range(2)]
         for reduce, (dalpha, dbeta) in zip(
             (passes.reduce_torch, triton_passes.reduce_gradient), sums, strict=True
         ):
-            reduce(g, rows, alpha, beta, start, stop, 1.5, dalpha, dbeta)
+            reduce(adapted, g, start, stop, dalpha, dbeta)
         for got, expected in zip(sums[1], sums[0], strict=True):
             torch.testing.assert_close(
                 got, expected, **({"rtol": 1e-4, "atol": 1e-4} if dtype != torch.float64 else tolerance)
@@ -63,8 +65,8 @@ def test_both_passes_are_those_of_torch(shape, dtype, storage):
 
 
 def test_nothing_is_done_for_no_rows():
-    rows, alpha, beta = make(8, 12, 2, torch.float32, "dense")
+    adapted = make(8, 12, 2, torch.float32, "dense")
     out = torch.full((1, 12), 7.0)
-    triton_passes.build(rows, alpha, beta, 4, 4, 1.0, 1.0, out)
-    triton_passes.reduce_gradient(out[:0], rows, alpha, beta, 4, 4, 1.0, alpha, beta)
+    triton_passes.build(adapted, 4, 4, 1.0, out)
+    triton_passes.reduce_gradient(adapted, out[:0], 4, 4, adapted.alpha, adapted.beta)
     assert bool((out == 7).all())

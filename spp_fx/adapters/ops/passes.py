@@ -5,37 +5,26 @@ factors. On the CPU both run in tiles that stay in a core's cache, in float32 fo
 on CUDA each is one Triton kernel where Triton is at hand, and else the same expressions on whole blocks.
 """
 
+from collections.abc import Iterable
 from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from spp_fx.adapters.ops.rows import Rows, split
+from spp_fx.adapters.ops.adapted import Adapted
+from spp_fx.adapters.ops.rows import split
 from spp_fx.adapters.ops.workspace import workspace
 
 TILE_ELEMENTS = 1 << 18
 """Elements of a CPU tile: 1 MiB of float32, within the cache that a core or two have to themselves."""
 
 
-def build(
-    rows: Rows,
-    alpha: Tensor,
-    beta: Tensor,
-    start: int,
-    stop: int,
-    scale: float,
-    base: float,
-    out: Tensor,
-) -> Tensor:
+def build(adapted: Adapted, start: int, stop: int, base: float, out: Tensor) -> Tensor:
     """Write rows start..stop of base * W + s * W * beta * repeat(alpha) into out, rounded once.
 
     Args:
-        rows: the frozen weight (m, n).
-        alpha: (r, n).
-        beta: (m, 1).
         start, stop: a range as `row_blocks` gives it.
-        scale: s.
         base: 1 for the effective weight, 0 for the update alone.
         out: at least stop - start rows of n elements, of any floating dtype.
 
@@ -44,18 +33,15 @@ def build(
     """
     kernels = _triton(out.device)
     run = build_torch if kernels is None else kernels.build
-    return run(rows, alpha, beta, start, stop, scale, base, out)
+    return run(adapted, start, stop, base, out)
 
 
-def build_torch(
-    rows: Rows, alpha: Tensor, beta: Tensor, start: int, stop: int, scale: float, base: float, out: Tensor
-) -> Tensor:
+def build_torch(adapted: Adapted, start: int, stop: int, base: float, out: Tensor) -> Tensor:
     """`build` in torch expressions."""
-    n, height = alpha.shape[1], beta.shape[0] // alpha.shape[0]
-    work = _work_dtype(rows.dtype, alpha.dtype)
-    for first, last in _tiles(start, stop, n, height, out.device):
-        w = rows.take(first, last)
-        factor = _factor(alpha, beta, first, last, scale, work)
+    work = _work_dtype(adapted.rows.dtype, adapted.alpha.dtype)
+    for first, last in _tiles(adapted, start, stop, out.device):
+        w = adapted.rows.take(first, last)
+        factor = _factor(adapted, first, last, work)
         target = out[first - start : last - start]
         if base and w.dtype == work == target.dtype:
             torch.addcmul(w, w, factor, value=1.0, out=target)
@@ -65,15 +51,7 @@ def build_torch(
 
 
 def reduce_gradient(
-    g: Tensor,
-    rows: Rows,
-    alpha: Tensor,
-    beta: Tensor,
-    start: int,
-    stop: int,
-    scale: float,
-    dalpha: Tensor,
-    dbeta: Tensor,
+    adapted: Adapted, g: Tensor, start: int, stop: int, dalpha: Tensor, dbeta: Tensor
 ) -> None:
     """Reduce rows start..stop of G = dL/dW' into dalpha (added to) and dbeta (written).
 
@@ -81,32 +59,22 @@ def reduce_gradient(
 
     Args:
         g: (stop - start, n).
-        dalpha: as alpha; the other arguments as in `build`.
-        dbeta: as beta.
+        start, stop: a range as `row_blocks` gives it.
+        dalpha, dbeta: as alpha and beta.
     """
     kernels = _triton(g.device)
     run = reduce_torch if kernels is None else kernels.reduce_gradient
-    run(g, rows, alpha, beta, start, stop, scale, dalpha, dbeta)
+    run(adapted, g, start, stop, dalpha, dbeta)
 
 
-def reduce_torch(
-    g: Tensor,
-    rows: Rows,
-    alpha: Tensor,
-    beta: Tensor,
-    start: int,
-    stop: int,
-    scale: float,
-    dalpha: Tensor,
-    dbeta: Tensor,
-) -> None:
+def reduce_torch(adapted: Adapted, g: Tensor, start: int, stop: int, dalpha: Tensor, dbeta: Tensor) -> None:
     """`reduce_gradient` in torch expressions."""
-    n, height = alpha.shape[1], beta.shape[0] // alpha.shape[0]
+    alpha, beta, scale = adapted.alpha, adapted.beta, adapted.scale
     work = _work_dtype(g.dtype, alpha.dtype)
-    for first, last in _tiles(start, stop, n, height, g.device):
-        j = slice(first // height, -(-last // height))
-        gw = _product(g[first - start : last - start], rows.take(first, last), work)
-        gw = gw.view(j.stop - j.start, -1, n)
+    for first, last in _tiles(adapted, start, stop, g.device):
+        j = _shared(adapted, first, last)
+        gw = _product(g[first - start : last - start], adapted.rows.take(first, last), work)
+        gw = gw.view(j.stop - j.start, -1, alpha.shape[1])
         row = (alpha[j].to(work) * scale).unsqueeze(2)
         dbeta[first:last] = torch.bmm(gw, row).view(-1, 1)
         column = (beta[first:last].to(work) * scale).view(j.stop - j.start, 1, -1)
@@ -126,13 +94,18 @@ def _triton_passes() -> ModuleType | None:
     return triton_passes
 
 
-def _factor(alpha: Tensor, beta: Tensor, start: int, stop: int, scale: float, dtype: torch.dtype) -> Tensor:
+def _shared(adapted: Adapted, start: int, stop: int) -> slice:
+    """The rows of alpha that rows start..stop of W share."""
+    return slice(start // adapted.height, -(-stop // adapted.height))
+
+
+def _factor(adapted: Adapted, start: int, stop: int, dtype: torch.dtype) -> Tensor:
     """Rows start..stop of s * beta * repeat(alpha): (stop - start, n), in the workspace."""
-    height = beta.shape[0] // alpha.shape[0]
-    j = slice(start // height, -(-stop // height))
-    column = (beta[start:stop] * scale).to(dtype).view(j.stop - j.start, -1, 1)
-    out = workspace("tile", stop - start, alpha.shape[1], dtype, alpha.device)
-    torch.mul(alpha[j].to(dtype).unsqueeze(1), column, out=out.view(j.stop - j.start, -1, alpha.shape[1]))
+    j = _shared(adapted, start, stop)
+    row = adapted.alpha[j].to(dtype).unsqueeze(1)
+    column = (adapted.beta[start:stop] * adapted.scale).to(dtype).view(j.stop - j.start, -1, 1)
+    out = workspace("tile", stop - start, row.shape[2], dtype, row.device)
+    torch.mul(row, column, out=out.view(j.stop - j.start, -1, row.shape[2]))
     return out
 
 
@@ -148,7 +121,7 @@ def _work_dtype(dtype: torch.dtype, factors: torch.dtype) -> torch.dtype:
     return torch.promote_types(torch.promote_types(dtype, factors), torch.float32)
 
 
-def _tiles(start: int, stop: int, n: int, height: int, device: torch.device):
+def _tiles(adapted: Adapted, start: int, stop: int, device: torch.device) -> Iterable[tuple[int, int]]:
     if device.type != "cpu":
         return [(start, stop)]
-    return split(start, stop, n, height, TILE_ELEMENTS)
+    return split(start, stop, adapted.alpha.shape[1], adapted.height, TILE_ELEMENTS)

@@ -7,12 +7,12 @@ With dropout the two branches see different inputs, and it costs five.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from spp_fx.adapters.ops.adapted import Adapted
 from spp_fx.adapters.ops.dropout import apply_dropout
 from spp_fx.adapters.ops.frozen import flatten
 from spp_fx.adapters.ops.linear_op import linear_op
@@ -36,61 +36,44 @@ class Branches:
         return cls(rows, apply_dropout(rows, seed, dropout) if masked else rows, masked)
 
 
-def forward(
-    rows: Rows,
-    x: Tensor,
-    alpha: Tensor,
-    beta: Tensor,
-    bias: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    dropout: float,
-) -> Tensor:
+def forward(adapted: Adapted, x: Tensor, bias: Tensor | None, seed: Tensor | None, dropout: float) -> Tensor:
     """`spp_linear` with temporaries bounded by row blocks."""
-    m, _ = rows.shape
+    m, _ = adapted.rows.shape
     branches = Branches.of(x, seed, dropout)
     y = x.new_empty(*x.shape[:-1], m)
     flat = y.view(-1, m)
-    blocks = _blocks(rows, alpha)
-    scratch = _scratch(rows, blocks, x)
+    blocks = _blocks(adapted)
+    scratch = _scratch(adapted, blocks, x)
     for start, stop in blocks:
         out = flat[:, start:stop]
-        w = _base(rows, alpha, beta, start, stop, scale, branches, scratch)
+        w = _base(adapted, start, stop, branches, scratch)
         if bias is None:
             torch.mm(branches.x, w.t(), out=out)
         else:
             torch.addmm(bias[start:stop].to(x.dtype), branches.x, w.t(), out=out)
         if branches.masked:
-            out += branches.dropped @ build(rows, alpha, beta, start, stop, scale, 0.0, scratch).t()
+            out += branches.dropped @ build(adapted, start, stop, 0.0, scratch).t()
     return y
 
 
 def backward(
-    grad: Tensor,
-    rows: Rows,
-    x: Tensor,
-    alpha: Tensor,
-    beta: Tensor,
-    seed: Tensor | None,
-    scale: float,
-    dropout: float,
-    needs_x: bool,
+    grad: Tensor, adapted: Adapted, x: Tensor, seed: Tensor | None, dropout: float, needs_x: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x (an empty tensor unless needs_x), alpha and beta."""
     dy = flatten(grad)
     branches = Branches.of(x, seed, dropout)
     dx, dbranch = _Sum(branches.x), _Sum(branches.x)
-    dalpha, dbeta = torch.zeros_like(alpha), torch.empty_like(beta)
-    blocks = _blocks(rows, alpha)
-    scratch = _scratch(rows, blocks, x)
+    dalpha, dbeta = torch.zeros_like(adapted.alpha), torch.empty_like(adapted.beta)
+    blocks = _blocks(adapted)
+    scratch = _scratch(adapted, blocks, x)
     for start, stop in blocks:
         dy_block = dy[:, start:stop]
         if needs_x:
-            dx.add_product(dy_block, _base(rows, alpha, beta, start, stop, scale, branches, scratch))
+            dx.add_product(dy_block, _base(adapted, start, stop, branches, scratch))
             if branches.masked:
-                dbranch.add_product(dy_block, build(rows, alpha, beta, start, stop, scale, 0.0, scratch))
+                dbranch.add_product(dy_block, build(adapted, start, stop, 0.0, scratch))
         g = torch.mm(dy_block.t(), branches.dropped, out=scratch[: stop - start])
-        reduce_gradient(g, rows, alpha, beta, start, stop, scale, dalpha, dbeta)
+        reduce_gradient(adapted, g, start, stop, dalpha, dbeta)
     if not needs_x:
         return x.new_empty(0), dalpha, dbeta
     result = dx.total()
@@ -99,31 +82,22 @@ def backward(
     return result.view(x.shape), dalpha, dbeta
 
 
-def _blocks(rows: Rows, alpha: Tensor) -> list[tuple[int, int]]:
-    (m, n), elements = rows.shape, BLOCK_ELEMENTS[alpha.device.type]
-    return list(row_blocks(m, n, m // alpha.shape[0], elements))
+def _blocks(adapted: Adapted) -> list[tuple[int, int]]:
+    (m, n), elements = adapted.rows.shape, BLOCK_ELEMENTS[adapted.alpha.device.type]
+    return list(row_blocks(m, n, adapted.height, elements))
 
 
-def _scratch(rows: Rows, blocks: list[tuple[int, int]], x: Tensor) -> Tensor:
+def _scratch(adapted: Adapted, blocks: list[tuple[int, int]], x: Tensor) -> Tensor:
     """One buffer for every block's W' and G, in x's dtype."""
     largest = max((stop - start for start, stop in blocks), default=0)
-    return workspace("block", largest, rows.shape[1], x.dtype, x.device)
+    return workspace("block", largest, adapted.rows.shape[1], x.dtype, x.device)
 
 
-def _base(
-    rows: Rows,
-    alpha: Tensor,
-    beta: Tensor,
-    start: int,
-    stop: int,
-    scale: float,
-    branches: Branches,
-    scratch: Tensor,
-) -> Tensor:
+def _base(adapted: Adapted, start: int, stop: int, branches: Branches, scratch: Tensor) -> Tensor:
     """What x itself is multiplied with: the whole W', or W alone where dropout parts the branches."""
     if branches.masked:
-        return rows.take(start, stop).to(scratch.dtype)
-    return build(rows, alpha, beta, start, stop, scale, 1.0, scratch)
+        return adapted.rows.take(start, stop).to(scratch.dtype)
+    return build(adapted, start, stop, 1.0, scratch)
 
 
 class _Sum:
@@ -155,15 +129,33 @@ def fused_op(name: str, storage: Sequence[str], rows_of: Callable[..., Rows]) ->
         rows_of: called with those tensors and the weight's shape (m, n).
     """
 
-    def op_forward(storage: Sequence[Tensor], x: Tensor, alpha: Tensor, beta: Tensor, *rest: Any) -> Tensor:
-        rows = rows_of(*storage, (beta.shape[0], x.shape[-1]))
-        return forward(rows, x, alpha, beta, *rest)
+    def adapted(storage: Sequence[Tensor], x: Tensor, alpha: Tensor, beta: Tensor, scale: float) -> Adapted:
+        return Adapted(rows_of(*storage, (beta.shape[0], x.shape[-1])), alpha, beta, scale)
+
+    def op_forward(
+        storage: Sequence[Tensor],
+        x: Tensor,
+        alpha: Tensor,
+        beta: Tensor,
+        bias: Tensor | None,
+        seed: Tensor | None,
+        scale: float,
+        dropout: float,
+    ) -> Tensor:
+        return forward(adapted(storage, x, alpha, beta, scale), x, bias, seed, dropout)
 
     def op_backward(
-        grad: Tensor, storage: Sequence[Tensor], x: Tensor, alpha: Tensor, beta: Tensor, *rest: Any
+        grad: Tensor,
+        storage: Sequence[Tensor],
+        x: Tensor,
+        alpha: Tensor,
+        beta: Tensor,
+        seed: Tensor | None,
+        scale: float,
+        dropout: float,
+        needs_x: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rows = rows_of(*storage, (beta.shape[0], x.shape[-1]))
-        return backward(grad, rows, x, alpha, beta, *rest)
+        return backward(grad, adapted(storage, x, alpha, beta, scale), x, seed, dropout, needs_x)
 
     return linear_op(name, storage, op_forward, op_backward)
 

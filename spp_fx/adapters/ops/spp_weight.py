@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from spp_fx.adapters.ops.adapted import Adapted
 from spp_fx.adapters.ops.frozen import refuse_weight_gradient
 from spp_fx.adapters.ops.passes import build, reduce_gradient
 from spp_fx.adapters.ops.rows import DenseRows
@@ -24,7 +25,7 @@ def spp_weight(weight: Tensor, alpha: Tensor, beta: Tensor, scale: float, base: 
     """
     out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     for w, a, b, o in zip(weight, alpha, beta, out, strict=True):
-        build(DenseRows(w), a, b, 0, w.shape[0], scale, base, o)
+        build(Adapted(DenseRows(w), a, b, scale), 0, w.shape[0], base, o)
     return out
 
 
@@ -40,7 +41,7 @@ def spp_weight_backward(
     """Gradients of alpha and beta."""
     dalpha, dbeta = torch.zeros_like(alpha), torch.empty_like(beta)
     for w, g, a, b, da, db in zip(weight, grad, alpha, beta, dalpha, dbeta, strict=True):
-        reduce_gradient(g, DenseRows(w), a, b, 0, w.shape[0], scale, da, db)
+        reduce_gradient(Adapted(DenseRows(w), a, b, scale), g, 0, w.shape[0], da, db)
     return dalpha, dbeta
 
 

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from spp_fx.adapters.ops.adapted import Adapted
 from spp_fx.adapters.ops.packed_rows import PackedRows2of4, PackedRowsBitmask
 from spp_fx.adapters.ops.rows import DenseRows, Rows
 
@@ -94,49 +95,39 @@ def reduce_kernel(
     tl.store(row_sums + (row - start), along, mask=held)
 
 
-def build(
-    rows: Rows, alpha: Tensor, beta: Tensor, start: int, stop: int, scale: float, base: float, out: Tensor
-) -> Tensor:
+def build(adapted: Adapted, start: int, stop: int, base: float, out: Tensor) -> Tensor:
     """`passes.build` as one kernel."""
     if stop > start:
-        kind, *storage = _storage(rows)
-        height = beta.shape[0] // alpha.shape[0]
+        kind, *storage = _storage(adapted.rows)
         grid = (triton.cdiv(stop - start, ROWS),)
         build_kernel[grid](
-            *storage, alpha, beta, out, start, stop, height, scale, base, storage=kind, **_constants(rows, alpha)
+            *storage, adapted.alpha, adapted.beta, out, start, stop, adapted.height, adapted.scale, base,
+            storage=kind, **_constants(adapted),
         )  # fmt: skip
     return out[: stop - start]
 
 
 def reduce_gradient(
-    g: Tensor,
-    rows: Rows,
-    alpha: Tensor,
-    beta: Tensor,
-    start: int,
-    stop: int,
-    scale: float,
-    dalpha: Tensor,
-    dbeta: Tensor,
+    adapted: Adapted, g: Tensor, start: int, stop: int, dalpha: Tensor, dbeta: Tensor
 ) -> None:
     """`passes.reduce_gradient` as one kernel and two short sums."""
     if stop == start:
         return
-    n, height = alpha.shape[1], beta.shape[0] // alpha.shape[0]
-    kind, *storage = _storage(rows)
+    alpha, beta, height = adapted.alpha, adapted.beta, adapted.height
+    kind, *storage = _storage(adapted.rows)
     # A range is a whole number of alpha's row blocks, or lies within one.
     span = min(height, stop - start)
     blocks, tiles = -(-(stop - start) // span), triton.cdiv(span, ROWS)
-    work = torch.promote_types(torch.float32, torch.promote_types(alpha.dtype, rows.dtype))
+    work = torch.promote_types(torch.float32, torch.promote_types(alpha.dtype, adapted.rows.dtype))
     row_sums = torch.empty(stop - start, dtype=work, device=g.device)
-    column_sums = torch.empty(blocks, tiles, n, dtype=work, device=g.device)
+    column_sums = torch.empty(blocks, tiles, alpha.shape[1], dtype=work, device=g.device)
     reduce_kernel[(blocks * tiles,)](
         g, *storage, alpha, beta, row_sums, column_sums, start, stop, height, span, tiles,
-        storage=kind, **_constants(rows, alpha),
+        storage=kind, **_constants(adapted),
     )  # fmt: skip
-    dbeta[start:stop] = (row_sums * scale).unsqueeze(1).to(dbeta.dtype)
+    dbeta[start:stop] = (row_sums * adapted.scale).unsqueeze(1).to(dbeta.dtype)
     first = start // height
-    dalpha[first : first + blocks] += (column_sums.sum(1) * scale).to(dalpha.dtype)
+    dalpha[first : first + blocks] += (column_sums.sum(1) * adapted.scale).to(dalpha.dtype)
 
 
 def _storage(rows: Rows) -> tuple[int, Tensor, Tensor, Tensor]:
@@ -150,10 +141,10 @@ def _storage(rows: Rows) -> tuple[int, Tensor, Tensor, Tensor]:
     raise TypeError(f"no kernel reads {type(rows).__name__}")
 
 
-def _constants(rows: Rows, alpha: Tensor) -> dict[str, Any]:
-    double = torch.float64 in (rows.dtype, alpha.dtype)
+def _constants(adapted: Adapted) -> dict[str, Any]:
+    double = torch.float64 in (adapted.rows.dtype, adapted.alpha.dtype)
     return {
-        "n": alpha.shape[1],
+        "n": adapted.alpha.shape[1],
         "work": tl.float64 if double else tl.float32,
         "block_rows": ROWS,
         "block_columns": COLUMNS,

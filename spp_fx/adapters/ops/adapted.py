@@ -1,0 +1,29 @@
+"""A frozen weight together with the factors that scale it."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from spp_fx.adapters.ops.rows import Rows
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """W' = W + s * W * beta * repeat(alpha).
+
+    Attributes:
+        rows: the frozen W (m, n).
+        alpha: (r, n), each row repeated over m / r rows of W.
+        beta: (m, 1).
+        scale: s.
+    """
+
+    rows: Rows
+    alpha: Tensor
+    beta: Tensor
+    scale: float
+
+    @property
+    def height(self) -> int:
+        """Rows of W that share a row of alpha."""
+        return self.beta.shape[0] // self.alpha.shape[0]
