@@ -37,8 +37,14 @@ check: install
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
+# On a quiet machine: some half an hour on two cores.
 bench: install
-	@for file in benchmarks/*.py; do $(BIN)/python $$file || exit 1; done
+	@$(BIN)/python benchmarks/scan.py
+	@$(BIN)/python benchmarks/linear_step.py
+	@$(BIN)/python benchmarks/linear_step.py --width 2048 --batch 1024 --rank 4 8 16 32 64 --only lors spp_fused
+	@$(BIN)/python benchmarks/model_step.py
+	@$(BIN)/python benchmarks/model_step.py --seq-len 256 512 1024 2048 --dtype bfloat16 --only lors spp_fused
+	@$(BIN)/python benchmarks/graph_overhead.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info

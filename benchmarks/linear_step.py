@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[256, 1024, 2048])
     parser.add_argument("--rank", type=int, nargs="+", default=[16])
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", nargs="+", help="names of ways; default: all")
     options = parser.parse_args()
     results = [
