@@ -15,6 +15,7 @@ from torch._ops import OpOverload
 from spp_fx.adapters.ops.adapted import Adapted
 from spp_fx.adapters.ops.dropout import apply_dropout
 from spp_fx.adapters.ops.frozen import flatten
+from spp_fx.adapters.ops.gemm import gemm
 from spp_fx.adapters.ops.linear_op import linear_op
 from spp_fx.adapters.ops.passes import build, reduce_gradient
 from spp_fx.adapters.ops.rows import BLOCK_ELEMENTS, DenseRows, Rows, row_blocks
@@ -40,20 +41,18 @@ def forward(adapted: Adapted, x: Tensor, bias: Tensor | None, seed: Tensor | Non
     """`spp_linear` with temporaries bounded by row blocks."""
     m, _ = adapted.rows.shape
     branches = Branches.of(x, seed, dropout)
-    y = x.new_empty(*x.shape[:-1], m)
-    flat = y.view(-1, m)
     blocks = _blocks(adapted)
     scratch = _scratch(adapted, blocks, x)
+    y = x.new_empty(len(branches.x), m) if len(blocks) != 1 else None
     for start, stop in blocks:
-        out = flat[:, start:stop]
         w = _base(adapted, start, stop, branches, scratch)
-        if bias is None:
-            torch.mm(branches.x, w.t(), out=out)
-        else:
-            torch.addmm(bias[start:stop].to(x.dtype), branches.x, w.t(), out=out)
+        own_bias = None if bias is None else bias[start:stop].to(x.dtype)
+        out = gemm(branches.x, w.t(), own_bias, None if y is None else y[:, start:stop])
         if branches.masked:
-            out += branches.dropped @ build(adapted, start, stop, 0.0, scratch).t()
-    return y
+            out += gemm(branches.dropped, build(adapted, start, stop, 0.0, scratch).t())
+        y = out if y is None else y
+    assert y is not None
+    return y.view(*x.shape[:-1], m)
 
 
 def backward(
@@ -108,13 +107,13 @@ class _Sum:
         self.sum: Tensor | None = None
 
     def add_product(self, a: Tensor, b: Tensor) -> None:
+        product = gemm(a, b)
         if self.sum is None:
-            self.sum = a @ b
-        elif self.like.dtype in (torch.float16, torch.bfloat16):
+            self.sum = product
+            return
+        if self.like.dtype in (torch.float16, torch.bfloat16):
             self.sum = self.sum.float()
-            self.sum += a @ b
-        else:
-            torch.addmm(self.sum, a, b, out=self.sum)
+        self.sum += product
 
     def total(self) -> Tensor:
         return self.like.new_zeros(self.like.shape) if self.sum is None else self.sum.to(self.like.dtype)
