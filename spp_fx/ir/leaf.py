@@ -18,8 +18,9 @@ def leaf(function: F) -> F:
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if has_torch_function(args):
-            return handle_torch_function(call, args, *args, **kwargs)
+        given = (*args, *kwargs.values())
+        if has_torch_function(given):
+            return handle_torch_function(call, given, *args, **kwargs)
         return function(*args, **kwargs)
 
     return cast(F, call)

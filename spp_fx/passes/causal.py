@@ -52,7 +52,7 @@ class Causal(Pass):
             if reason is not None:
                 report.refused.update((use.path, reason) for use in readers if use.node.target == ATTENTION)
                 continue
-            _outline(source, callers)
+            _outline(source)
             for use in readers:
                 use.node.target = attention
                 use.module.recompile()
@@ -85,36 +85,36 @@ class MaskUnlessCausal(nn.Module):
 
     Args:
         mask: the graph that makes the mask of the attention mask and of sizes.
-        position: of the attention mask among its arguments; None if it does not read it.
+        position: of the attention mask (batch, sequence) among its arguments.
     """
 
-    def __init__(self, mask: fx.GraphModule, position: int | None) -> None:
+    def __init__(self, mask: fx.GraphModule, position: int) -> None:
         super().__init__()
         self.mask = mask
         self.position = position
         self.proven: dict[tuple[Any, ...], bool] = {}
 
     def forward(self, *args: Any) -> Tensor | None:
-        padded = self.position is not None and not bool((args[self.position] == 1).all())
-        if padded:
+        attention_mask: Tensor = args[self.position]
+        # Who compiles or exports wants one graph, without a look at the data: that is the masked one.
+        if torch.compiler.is_compiling() or not bool((attention_mask == 1).all()):
             return self.mask(*args)
         # Without padding the attention mask is all ones: the mask is a function of shapes alone.
         key = tuple(tuple(each.shape) if isinstance(each, Tensor) else int(each) for each in args)
         if key not in self.proven:
-            self.proven[key] = is_causal_mask(self.mask(*args))
+            self.proven[key] = is_causal_mask(self.mask(*args), attention_mask.shape[-1])
         return None if self.proven[key] else self.mask(*args)
 
 
-def is_causal_mask(mask: Tensor) -> bool:
-    """Whether a mask (..., queries, keys) lets each query see its own key and those before, and no other.
+def is_causal_mask(mask: Tensor, length: int) -> bool:
+    """Whether a mask (..., length, length) lets each token see itself and those before, and no other.
 
     Boolean masks are True where a key is seen; floating ones are added: 0 where it is seen, and -inf or the
     lowest finite number where not.
     """
-    queries, keys = mask.shape[-2:]
-    if queries != keys:
+    if mask.shape[-2:] != (length, length):
         return False
-    seen = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril()
+    seen = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
     if mask.dtype == torch.bool:
         return bool((mask == seen).all())
     hidden = mask <= torch.finfo(mask.dtype).min
@@ -176,6 +176,11 @@ def _obstacle(source: Use, readers: list[Use], callers: dict[str, Use]) -> str |
     for node in nodes:
         if node.op != "call_function" or _is_random(node):
             return f"the mask comes from {node.op} {node.target}"
+    write = _write_through_a_view(nodes)
+    if write is not None:
+        return f"{write.name} writes into what the mask is made of"
+    if all(_is_size(node) for node in inputs):
+        return "the mask does not depend on the attention mask"
     for node in inputs:
         origin = _source(Use(source.path, source.module, node), callers)
         if not _is_size(node) and not (origin.path == "" and origin.node.target == "attention_mask"):
@@ -203,6 +208,22 @@ def _slice(source: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
     return [node for node in source.graph.nodes if node in inside], list(inputs)
 
 
+def _write_through_a_view(nodes: list[fx.Node]) -> fx.Node | None:
+    """An in-place operation on the values of a slice that is no part of it: the slice would lack it."""
+    inside, waiting = set(nodes), list(nodes)
+    while waiting:
+        for user in waiting.pop().users:
+            schema = getattr(user.target, "_schema", None)
+            if user in inside or schema is None:
+                continue
+            if schema.is_mutable:
+                return user
+            if any(result.alias_info is not None for result in schema.returns):
+                inside.add(user)
+                waiting.append(user)
+    return None
+
+
 def _is_size(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), int | torch.SymInt)
 
@@ -211,7 +232,7 @@ def _is_random(node: fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
-def _outline(source: Use, callers: dict[str, Use]) -> None:
+def _outline(source: Use) -> None:
     """Move the nodes of a mask into a module that runs them where they are needed."""
     owner, graph = source.module, source.module.graph
     nodes, inputs = _slice(source.node)
@@ -223,7 +244,7 @@ def _outline(source: Use, callers: dict[str, Use]) -> None:
     for node in nodes:
         copies[node] = inner.node_copy(node, copies.__getitem__)
     inner.output(copies[source.node])
-    position = next((i for i, node in enumerate(inputs) if not _is_size(node)), None)
+    position = next(i for i, node in enumerate(inputs) if not _is_size(node))
     name = _free_name(owner, "causal_mask")
     owner.add_module(name, MaskUnlessCausal(fx.GraphModule(nn.Module(), inner, class_name="Graph"), position))
     with graph.inserting_after(source.node):

@@ -32,6 +32,7 @@ class Inject(Pass):
         scale: the factor s of the update.
         dropout: probability on the adapter branch's input while training.
         seed: of the factors' start.
+        masks: keep each site's mask, a bit a weight, for `verify`.
     """
 
     name: ClassVar[str]
@@ -40,6 +41,7 @@ class Inject(Pass):
     scale: float = 2.0
     dropout: float = 0.0
     seed: int = 0
+    masks: bool = True
 
     def requires(self, program: Program) -> None:
         if not program.matched:
@@ -60,7 +62,7 @@ class Inject(Pass):
                 key: nn.Parameter(initial_factor(spec, f"{name}.{key}", self.seed, weight.device))
                 for key, spec in specs.items()
             }
-            if weight.device.type != "meta":
+            if self.masks and weight.device.type != "meta":
                 program.masks[name] = pack_mask(weight.detach().cpu(), transposed=site.transposed)
             for use in uses[name]:
                 rewrite = _inject_stack if site.kind == "experts" else _inject_linear

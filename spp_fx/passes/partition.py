@@ -40,6 +40,11 @@ class Partition(Pass):
     def ensures(self, program: Program) -> None:
         if not program.units:
             raise PostconditionError("partition: no site lies in a decoder layer, so there is no unit")
+        for site in program.sites.values():
+            if site.layer is not None and not any(site.name.startswith(f"{path}.") for path in program.units):
+                raise PostconditionError(
+                    f"partition: {site.name} lies in no unit: there is more than one stack"
+                )
         calls = unit_calls(program)
         odd = [path for path in program.units if len(calls.get(path, [])) != 1]
         if odd:

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -46,6 +47,7 @@ class Shard(Pass):
             raise PreconditionError("shard: there is no group of processes; start with torchrun")
         if isinstance(program, FSDPModule):
             raise PreconditionError("shard: the program is sharded already")
+        _refuse_shared(program)
 
     def apply(self, program: Program) -> PassReport:
         report = PassReport()
@@ -56,11 +58,11 @@ class Shard(Pass):
         adapters = program.uses(ADAPTER) if self.storage == "packed" else {}
         for path in program.units:
             inside = {name: uses for name, uses in adapters.items() if name.startswith(f"{path}.")}
-            _pack(program, inside, report)
+            _pack(program, inside, device, report)
             fully_shard(program.get_submodule(path), mesh=mesh, ignored_params=trained)
             report.changed[path] = f"split between {mesh.size()} processes"
         done = program.packings.keys() | report.refused.keys()
-        _pack(program, {name: uses for name, uses in adapters.items() if name not in done}, report)
+        _pack(program, {n: uses for n, uses in adapters.items() if n not in done}, device, report)
         for parameter in trained:
             parameter.data = parameter.data.to(device)
         fully_shard(program, mesh=mesh, ignored_params=trained)
@@ -85,16 +87,42 @@ def _own_device() -> torch.device:
 
 def _mesh(over: str, device_type: str) -> DeviceMesh:
     world = dist.get_world_size()
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", world)) if over == "node" else world
-    if world % here:
-        raise UsageError(f"shard: {world} processes are no whole number of nodes of {here}; use over=world")
-    return init_device_mesh(device_type, (world // here, here), mesh_dim_names=("nodes", "processes"))[
-        "processes"
-    ]
+    here = _processes_here() if over == "node" else world
+    names = ("nodes", "processes")
+    return init_device_mesh(device_type, (world // here, here), mesh_dim_names=names)["processes"]
 
 
-def _pack(program: Program, adapters: dict[str, list[Use]], report: PassReport) -> None:
+def _processes_here() -> int:
+    """Processes of this node; every node must have as many."""
+    here = os.environ.get("LOCAL_WORLD_SIZE")
+    if here is None:
+        raise UsageError(
+            "shard: over=node needs LOCAL_WORLD_SIZE, which torchrun and accelerate launch set; or use over=world"
+        )
+    everywhere: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(everywhere, int(here))
+    if len(set(everywhere)) > 1 or len(everywhere) % everywhere[0]:
+        raise UsageError(
+            f"shard: over=node needs as many processes on every node, got {sorted(set(everywhere))}; use over=world"
+        )
+    return everywhere[0]
+
+
+def _refuse_shared(program: Program) -> None:
+    """FSDP gathers a parameter with one unit; one that two of them use cannot be split."""
+    owner: dict[nn.Parameter, tuple[str, str]] = {}
+    for name, parameter in program.named_parameters(remove_duplicate=False):
+        unit = next((path for path in program.units if name.startswith(f"{path}.")), "")
+        first_unit, first_name = owner.setdefault(parameter, (unit, name))
+        if unit != first_unit and not parameter.requires_grad:
+            raise PreconditionError(
+                f"shard: {name} and {first_name} are one weight in two units, which cannot be split; "
+                "train without sharding"
+            )
+
+
+def _pack(program: Program, adapters: dict[str, list[Use]], device: torch.device, report: PassReport) -> None:
     for name, uses in adapters.items():
-        packing, reason = pack_site(program, name, uses)
+        packing, reason = pack_site(program, name, uses, device)
         if packing is None:
             report.refused[name] = str(reason)

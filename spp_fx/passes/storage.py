@@ -10,8 +10,13 @@ from spp_fx.passes.inject import PLAIN
 aten = torch.ops.aten
 
 
-def pack_site(program: Program, site: str, uses: list[Use]) -> tuple[str | None, str | None]:
+def pack_site(
+    program: Program, site: str, uses: list[Use], device: torch.device | None = None
+) -> tuple[str | None, str | None]:
     """Replace a site's parameter by packed ones, in every graph that uses it.
+
+    Args:
+        device: where to pack and to leave the packed ones; None: where the weight is.
 
     Returns:
         The packing chosen, or None and the reason why the weight stays dense.
@@ -19,7 +24,7 @@ def pack_site(program: Program, site: str, uses: list[Use]) -> tuple[str | None,
     reason = _refusal(program, site, uses)
     if reason is not None:
         return None, reason
-    weight = program.canonical_weight(site).detach()
+    weight = program.canonical_weight(site).detach().to(device)
     name = choose_packing(weight)
     tensors = {
         key: nn.Parameter(value, requires_grad=False) for key, value in PACKINGS[name].pack(weight).items()

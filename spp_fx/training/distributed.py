@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -29,7 +30,8 @@ def join(*, shards: bool) -> None:
                 f"accelerate is configured for {name}, which would split the factors from their weights; "
                 "configure it for plain multi-GPU (or use torchrun) and give --shard world or node"
             )
-    state = PartialState(cpu=not torch.cuda.is_available())
+    # Loading takes minutes, and not everywhere the same number of them.
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(minutes=30))
     if shards and state.num_processes == 1:
         raise UsageError(
             "--shard splits weights over several processes, and this is one; "

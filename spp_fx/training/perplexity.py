@@ -46,7 +46,8 @@ def perplexity(
     for batch in _batches(windows):
         ids = torch.stack(batch)
         logits = logits_of(ids, torch.ones_like(ids))[:, :-1].float()
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        targets = ids[:, 1:].flatten().to(logits.device)
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
         total += float(loss.double().sum())
         count += loss.numel()
         tick(len(batch))

@@ -7,6 +7,8 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 
 from spp_fx.errors import FormatError
@@ -49,8 +51,18 @@ class AdapterTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         self.factors = factors
-        self.teacher = teacher
         super().__init__(model=model, **kwargs)
+        if teacher is not None and not isinstance(teacher, FSDPModule):
+            teacher = teacher.to(self.args.device)
+        self.teacher = teacher
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        # accelerate takes any DTensor for a model that DistributedDataParallel cannot take; of a sharded
+        # program it is to look at the factors alone, which are whole.
+        if training and isinstance(model, FSDPModule):
+            model = self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+            return DistributedDataParallel(model, broadcast_buffers=False)
+        return super()._wrap_model(model, training, dataloader)
 
     def compute_loss(
         self,
@@ -65,7 +77,9 @@ class AdapterTrainer(Trainer):
         output = model(ids, mask)
         with torch.no_grad():
             taught = self.teacher(ids, mask).logits
-        loss = distillation_loss(output.logits, taught, inputs["labels"])
+        loss = distillation_loss(output.logits, taught, inputs["labels"], num_items_in_batch)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # their mean is taken, and the count is over all
         return (loss, output) if return_outputs else loss
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

@@ -75,7 +75,8 @@ def load_program(
             Canonicalize(),
             Causal(),
             Match(targets=tuple(adapter.pieces)),
-            Inject(method=adapter.method.name, seed=adapter.config.seed, **settings),
+            # check_base has told the base by its fingerprint, and nothing here writes to it.
+            Inject(method=adapter.method.name, seed=adapter.config.seed, masks=False, **settings),
             # Shard packs by itself, one layer at a time.
             Lower(kernel="fused", storage="dense" if shard else storage),
         ],

@@ -172,10 +172,11 @@ def train(
     held_out = all_windows(Path(eval_data), tokenizer, length) if eval_data else None
     lr = default_rate(loaded) if settings.lr is None else settings.lr
     checkpoint = _checkpoint(adapter, settings)
-    before = _evaluate(loaded, held_out)
+    frozen_bytes = held_bytes(value for value in program.parameters() if not value.requires_grad)
     guide = _teacher(Path(teacher), program, settings.shard, trust_remote_code) if teacher else None
     pad_id = pad_token(tokenizer)
     trainer = _trainer(adapter, loaded, rows, held_out, settings, lr, callbacks or [], guide, pad_id)
+    before = _evaluate(loaded, held_out)  # where the trainer has put the program
     together = trainer.accelerator
     together.wait_for_everyone()
     if checkpoint is None and together.is_main_process:
@@ -204,7 +205,7 @@ def train(
         processes=together.num_processes,
         seconds=result.metrics["train_runtime"],
         trainable=sum(value.numel() for value in loaded.factors.values()),
-        frozen_bytes=held_bytes(value for value in program.parameters() if not value.requires_grad),
+        frozen_bytes=frozen_bytes,
         before=before,
         after=_evaluate(loaded, held_out),
     )
@@ -281,7 +282,8 @@ def _evaluate(loaded: Loaded, windows: list[torch.Tensor] | None) -> Perplexity 
     if windows is None:
         return None
     program = loaded.program.eval()
-    return perplexity(lambda ids, mask: program(ids, mask).logits, windows)
+    device = program.device
+    return perplexity(lambda ids, mask: program(ids.to(device), mask.to(device)).logits, windows)
 
 
 def _trainer(

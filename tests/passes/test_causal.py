@@ -140,6 +140,32 @@ def test_a_mask_of_the_tokens_themselves_is_left_with_the_reason():
     assert all("depends on input_ids" in why for why in report.refused.values())
 
 
+def test_a_write_through_a_view_is_seen():
+    program = canonical("llama")
+    module = program.get_submodule("model")
+    assert isinstance(module, torch.fx.GraphModule)
+    (mask,) = (n for n in module.graph.nodes if n.name == "expand")
+    made = mask.args[0]
+    assert isinstance(made, torch.fx.Node)
+    with module.graph.inserting_before(mask):
+        view = module.graph.call_function(torch.ops.aten.slice.Tensor, (made, 3, 0, 1))
+        write = module.graph.call_function(torch.ops.aten.fill_.Scalar, (view, False))
+    module.recompile()
+    (report,) = run_pipeline(program, [Causal()])
+    assert not report.changed
+    assert all(f"{write.name} writes into" in why for why in report.refused.values())
+
+
+def test_who_exports_gets_the_masked_graph():
+    program = canonical("llama")
+    run_pipeline(program, [Causal()])
+    ids = batch(3, 12)
+    exported = torch.export.export(program.root, (ids, torch.ones_like(ids)))
+    padding = torch.ones_like(ids)
+    padding[0, :3] = 0
+    assert torch.equal(exported.module()(ids, padding), program(ids, padding).logits)
+
+
 def test_copies_and_state_are_as_before():
     program = canonical("llama")
     names = list(program.state_dict())
@@ -177,13 +203,14 @@ def test_every_entry_of_a_mask_counts(dtype):
     mask = (
         seen if dtype == torch.bool else torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, -torch.inf)
     )
-    assert is_causal_mask(mask)
+    assert is_causal_mask(mask, 5)
+    assert not is_causal_mask(mask, 6)
     for index in range(mask.numel()):
         damaged = mask.clone()
         entry = damaged.view(-1)[index : index + 1]
         entry.copy_(~entry if dtype == torch.bool else torch.where(entry == 0, -torch.inf, 0.0))
-        assert not is_causal_mask(damaged), index
-    assert not is_causal_mask(mask[..., :4])
+        assert not is_causal_mask(damaged, 5), index
+    assert not is_causal_mask(mask[..., :4], 5)
     if dtype != torch.bool:
-        assert is_causal_mask(mask.clamp(min=torch.finfo(dtype).min))
-        assert not is_causal_mask(mask.clamp(min=-1e4))
+        assert is_causal_mask(mask.clamp(min=torch.finfo(dtype).min), 5)
+        assert not is_causal_mask(mask.clamp(min=-1e4), 5)

@@ -62,7 +62,7 @@ def test_a_sharded_program_computes_what_it_did(group, family, storage):
         )
 
 
-def test_what_it_needs(group):
+def test_what_it_needs(group, monkeypatch):
     program = adapted(canonical("llama"))
     with pytest.raises(PreconditionError, match="run partition first"):
         run_pipeline(program, [Shard()])
@@ -71,6 +71,13 @@ def test_what_it_needs(group):
         run_pipeline(program, [Shard(over="all")])
     with pytest.raises(UsageError, match="storage takes dense or packed"):
         run_pipeline(program, [Shard(storage="tight")])
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    with pytest.raises(UsageError, match="needs LOCAL_WORLD_SIZE"):
+        run_pipeline(program, [Shard(over="node")])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="as many processes on every node"):
+        run_pipeline(program, [Shard(over="node")])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     run_pipeline(program, [Shard(over="node")])
     with pytest.raises(PreconditionError, match="sharded already"):
         run_pipeline(program, [Shard()])
@@ -78,6 +85,15 @@ def test_what_it_needs(group):
     factor.requires_grad_(False)
     with pytest.raises(PostconditionError, match="frozen, but whole"):
         Shard().ensures(program)
+
+
+def test_a_weight_of_two_units_is_refused(group):
+    program = adapted(canonical("llama"))
+    run_pipeline(program, [Partition()])
+    first, second = (program.get_submodule(f"model.layers.{i}.input_layernorm") for i in (0, 1))
+    second.weight = first.weight
+    with pytest.raises(PreconditionError, match=r"layers\.1\.input_layernorm\.weight and model\.layers\.0"):
+        run_pipeline(program, [Shard()])
 
 
 def test_it_needs_a_group():

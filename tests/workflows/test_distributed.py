@@ -55,7 +55,7 @@ WAYS = {
     "split": (TORCHRUN, "--shard world"),
     "split-packed": (
         f"{ACCELERATE} --num_processes",
-        "--shard node --packed --gradient-checkpointing --teacher dense",
+        "--shard node --packed --gradient-checkpointing --teacher dense --accumulate 2",
     ),
 }
 

@@ -53,9 +53,11 @@ def test_saving_memory_changes_no_bit(here, option):
         assert torch.equal(saved[name], value), name
 
 
-def test_accumulating_is_a_larger_batch(here):
-    plain, _ = trained(here, "--warmup", 0)
-    halves, _ = trained(here, "--warmup", 0, "--batch-size", 2, "--accumulate", 2)
+@pytest.mark.parametrize("teacher", [[], ["--teacher", "dense"]], ids=["text", "teacher"])
+def test_accumulating_is_a_larger_batch(here, teacher):
+    plain, whole = trained(here, "--warmup", 0, *teacher)
+    halves, parts = trained(here, "--warmup", 0, "--batch-size", 2, "--accumulate", 2, *teacher)
+    assert parts["loss"] == pytest.approx(whole["loss"], rel=1e-4)
     for name, value in plain.items():
         torch.testing.assert_close(halves[name], value, rtol=2e-3, atol=2e-4, msg=name)
 

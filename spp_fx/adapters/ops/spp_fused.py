@@ -52,7 +52,8 @@ def forward(adapted: Adapted, x: Tensor, bias: Tensor | None, seed: Tensor | Non
             out += gemm(branches.dropped, build(adapted, start, stop, 0.0, scratch).t())
         y = out if y is None else y
     assert y is not None
-    return y.view(*x.shape[:-1], m)
+    # Not a view: what comes next may write to it in place.
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], m))
 
 
 def backward(
