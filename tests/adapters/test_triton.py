@@ -4,39 +4,13 @@ import pytest
 import torch
 
 from spp_fx.adapters.ops import passes
-from spp_fx.adapters.ops.adapted import Adapted
-from spp_fx.adapters.ops.packed import PACKINGS
-from spp_fx.adapters.ops.rows import DenseRows
+from tests.adapters.adapted import SHAPES, make, ranges
 
 pytest.importorskip("triton", reason="triton is not installed")
 from spp_fx.adapters.ops import triton_passes
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels run compiled")
-SHAPES = [(8, 12, 2), (64, 300, 4), (40, 1024, 1), (33, 20, 33)]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
-
-
-def make(m: int, n: int, r: int, dtype: torch.dtype, storage: str) -> Adapted:
-    generator = torch.Generator().manual_seed(m * n)
-    scores = torch.rand(m, n // 4, 4, generator=generator)
-    kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(2).indices, True).view(m, n)
-    weight = (torch.randn(m, n, generator=generator) * kept).to(dtype)
-    work = torch.float64 if dtype == torch.float64 else torch.float32
-    alpha, beta = (
-        torch.randn(r, n, generator=generator).to(work),
-        torch.randn(m, 1, generator=generator).to(work),
-    )
-    if storage == "dense":
-        return Adapted(DenseRows(weight), alpha, beta, 1.5)
-    tensors = PACKINGS[storage].pack(weight)
-    rows = PACKINGS[storage].rows(*(tensors[k] for k in PACKINGS[storage].tensors), (m, n))
-    return Adapted(rows, alpha, beta, 1.5)
-
-
-def ranges(m: int, r: int) -> list[tuple[int, int]]:
-    """All rows, the last block of alpha's, and one row within a block."""
-    height = m // r
-    return [(0, m), (m - height, m), (m // 2 // height * height, m // 2 // height * height + 1)]
 
 
 @pytest.mark.parametrize("storage", ["dense", "2:4", "bitmask"])

@@ -1,8 +1,9 @@
 """The two passes over W that exact SPP needs besides its matrix products.
 
 `build` makes rows of the effective weight, `reduce_gradient` takes G = dL/dW' to the gradients of the
-factors. On the CPU both run in tiles that stay in a core's cache, in float32 for half-precision weights;
-on CUDA each is one Triton kernel where Triton is at hand, and else the same expressions on whole blocks.
+factors, both at least in float32. On CUDA each is one Triton kernel, for bfloat16 on the CPU one compiled
+loop; where Triton or numba are not at hand, and for other types on the CPU, torch's expressions do it, there
+in tiles that stay in a core's cache.
 """
 
 from collections.abc import Iterable
@@ -34,7 +35,7 @@ def build(adapted: Adapted, start: int, stop: int, base: float, out: Tensor) -> 
     Returns:
         The rows of `out` that were written.
     """
-    kernels = _triton(out.device)
+    kernels = _kernels(adapted, out)
     run = build_torch if kernels is None else kernels.build
     return run(adapted, start, stop, base, out)
 
@@ -68,7 +69,7 @@ def reduce_gradient(
         start, stop: a range as `row_blocks` gives it.
         dalpha, dbeta: as alpha and beta.
     """
-    kernels = _triton(g.device)
+    kernels = _kernels(adapted, g)
     run = reduce_torch if kernels is None else kernels.reduce_gradient
     run(adapted, g, start, stop, dalpha, dbeta)
 
@@ -87,17 +88,30 @@ def reduce_torch(adapted: Adapted, g: Tensor, start: int, stop: int, dalpha: Ten
         dalpha[j] += torch.bmm(column, gw).squeeze(1)
 
 
-def _triton(device: torch.device) -> ModuleType | None:
-    return _triton_passes() if device.type == "cuda" else None
+def _kernels(adapted: Adapted, other: Tensor) -> ModuleType | None:
+    """The compiled passes for these types and this device, if there are any."""
+    if other.device.type == "cuda":
+        return _triton()
+    compiled = _numba() if other.device.type == "cpu" else None
+    return compiled if compiled is not None and compiled.takes(adapted, other.dtype) else None
 
 
 @cache
-def _triton_passes() -> ModuleType | None:
+def _triton() -> ModuleType | None:
     try:
         from spp_fx.adapters.ops import triton_passes
     except ImportError:
         return None
     return triton_passes
+
+
+@cache
+def _numba() -> ModuleType | None:
+    try:
+        from spp_fx.adapters.ops import numba_passes
+    except ImportError:
+        return None
+    return numba_passes
 
 
 def _shared(adapted: Adapted, start: int, stop: int) -> slice:

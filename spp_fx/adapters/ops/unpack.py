@@ -4,9 +4,10 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from spp_fx.adapters.ops.arrays import as_array
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -22,7 +23,7 @@ def unpack_2_4(values: Tensor, positions: Tensor, out: Tensor) -> Tensor:
     """
     kernels = _kernels() if out.device.type == "cpu" else None
     if kernels is not None:
-        kernels.two_of_four(_integers(values), np.from_dlpack(positions.detach()), _integers(out))
+        kernels.two_of_four(_integers(values), as_array(positions), _integers(out))
         return out
     rows, groups = len(out), out.shape[1] // 4
     nibbles = torch.stack((positions & 15, positions >> 4), dim=2).flatten(1)[:, :groups]
@@ -41,7 +42,7 @@ def unpack_bitmask(values: Tensor, bits: Tensor, out: Tensor) -> Tensor:
     """
     kernels = _kernels() if out.device.type == "cpu" else None
     if kernels is not None and len(values):
-        kernels.bitmask(_integers(values), np.from_dlpack(bits.detach()), _integers(out))
+        kernels.bitmask(_integers(values), as_array(bits), _integers(out))
         return out
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
     kept = ((bits.unsqueeze(2) >> shifts) & 1).flatten(1)[:, : out.shape[1]].bool()
@@ -49,11 +50,8 @@ def unpack_bitmask(values: Tensor, bits: Tensor, out: Tensor) -> Tensor:
 
 
 def _integers(tensor: Tensor) -> Any:
-    """A CPU tensor as a numpy array of integers of its width: numpy has no bfloat16.
-
-    Through DLPack: `Tensor.numpy` would forbid the storage to be resized, and FSDP resizes what it gathers.
-    """
-    return np.from_dlpack(tensor.detach().view(INTEGERS[tensor.element_size()]))
+    """A CPU tensor as a numpy array of integers of its width."""
+    return as_array(tensor.view(INTEGERS[tensor.element_size()]))
 
 
 @cache

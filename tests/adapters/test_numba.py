@@ -1,0 +1,67 @@
+"""The compiled passes over a bfloat16 weight, held to torch's expressions."""
+
+import pytest
+import torch
+
+from spp_fx.adapters.ops import numba_passes, passes
+from spp_fx.adapters.ops.adapted import Adapted
+from spp_fx.adapters.ops.rows import DenseRows
+from tests.adapters.adapted import SHAPES, make, ranges
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("storage", ["dense", "2:4", "bitmask"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_both_passes_are_those_of_torch(shape, storage, dtype):
+    adapted = make(*shape, torch.bfloat16, storage)
+    m, n, r = shape
+    assert numba_passes.takes(adapted, dtype)
+    for start, stop in ranges(m, r):
+        for base in (0.0, 1.0):
+            expected, got = (torch.full((stop - start + 1, n), 7.0, dtype=dtype) for _ in range(2))
+            passes.build_torch(adapted, start, stop, base, expected)
+            assert numba_passes.build(adapted, start, stop, base, got).shape == (stop - start, n)
+            # A product may be rounded once where torch rounds it twice; where 1 + f cancels, that is seen.
+            rtol = 8e-3 if dtype == torch.bfloat16 else 1e-6
+            torch.testing.assert_close(got, expected, rtol=rtol, atol=2e-6)
+        g = torch.randn(stop - start, n, generator=torch.Generator().manual_seed(3)).to(dtype)
+        sums = [(torch.ones_like(adapted.alpha), torch.ones_like(adapted.beta)) for _ in range(2)]
+        passes.reduce_torch(adapted, g, start, stop, *sums[0])
+        numba_passes.reduce_gradient(adapted, g, start, stop, *sums[1])
+        for got, expected in zip(sums[1], sums[0], strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_every_bfloat16_is_read_and_written_as_it_is():
+    weight = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16).view(256, 256)
+    adapted = Adapted(DenseRows(weight), torch.zeros(4, 256), torch.zeros(256, 1), 1.0)
+    got = numba_passes.build(adapted, 0, 256, 1.0, torch.empty_like(weight))
+    finite = weight.isfinite()
+    assert torch.equal(got[finite], weight[finite])
+    assert bool(got[weight.isnan()].isnan().all())
+
+
+def test_rounding_is_to_nearest_ties_to_even():
+    torch.manual_seed(0)
+    weight = torch.ones(64, 512, dtype=torch.bfloat16)
+    # 1 + f has 16 bits below those that bfloat16 keeps: ties, just above and just below them.
+    ties = (torch.randint(0, 128, (64, 512)) * 2 + 1) * 2.0**-8 + torch.randint(-1, 2, (64, 512)) * 2.0**-20
+    adapted = Adapted(DenseRows(weight), ties, torch.ones(64, 1), 1.0)
+    got = numba_passes.build(adapted, 0, 64, 1.0, torch.empty_like(weight))
+    assert torch.equal(got, (1 + ties).to(torch.bfloat16))
+
+
+def test_a_weight_stored_the_other_way_round():
+    adapted = make(64, 300, 4, torch.bfloat16, "dense")
+    turned = Adapted(
+        DenseRows(adapted.rows.take(0, 64).t().contiguous().t()), adapted.alpha, adapted.beta, adapted.scale
+    )
+    expected, got = (torch.empty(64, 300, dtype=torch.bfloat16) for _ in range(2))
+    numba_passes.build(adapted, 0, 64, 1.0, expected)
+    assert torch.equal(numba_passes.build(turned, 0, 64, 1.0, got), expected)
+
+
+def test_types_it_does_not_have_are_left_to_torch():
+    assert not numba_passes.takes(make(8, 12, 2, torch.float16, "dense"), torch.float16)
+    assert not numba_passes.takes(make(8, 12, 2, torch.float32, "dense"), torch.float32)
+    assert not numba_passes.takes(make(8, 12, 2, torch.bfloat16, "dense"), torch.float64)
