@@ -55,6 +55,7 @@ def trace(model: PreTrainedModel | str | Path) -> Program:
         tied=_tied(model),
         head=_head(model),
     )
+    program.loss_type = model.loss_type
     return program.train(model.training)
 
 

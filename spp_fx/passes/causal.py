@@ -5,6 +5,7 @@ which keeps flash kernels out and costs memory. Here the nodes that make the mas
 own, which answers None for a batch whose mask is causal, and attention reads None as `is_causal`.
 """
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -214,11 +215,12 @@ def _write_through_a_view(nodes: list[fx.Node]) -> fx.Node | None:
     while waiting:
         for user in waiting.pop().users:
             schema = getattr(user.target, "_schema", None)
-            if user in inside or schema is None:
+            if user in inside or (schema is None and user.target is not operator.getitem):
                 continue
-            if schema.is_mutable:
+            if schema is not None and schema.is_mutable:
                 return user
-            if any(result.alias_info is not None for result in schema.returns):
+            # One of several results of a view is a view as well.
+            if schema is None or any(result.alias_info is not None for result in schema.returns):
                 inside.add(user)
                 waiting.append(user)
     return None

@@ -94,18 +94,19 @@ def _mesh(over: str, device_type: str) -> DeviceMesh:
 
 def _processes_here() -> int:
     """Processes of this node; every node must have as many."""
-    here = os.environ.get("LOCAL_WORLD_SIZE")
-    if here is None:
+    # All are asked before one complains: the others would wait for it.
+    everywhere: list[int] = [0] * dist.get_world_size()
+    dist.all_gather_object(everywhere, int(os.environ.get("LOCAL_WORLD_SIZE", "0")))
+    here, *others = sorted(set(everywhere))
+    if here == 0:
         raise UsageError(
             "shard: over=node needs LOCAL_WORLD_SIZE, which torchrun and accelerate launch set; or use over=world"
         )
-    everywhere: list[int] = [0] * dist.get_world_size()
-    dist.all_gather_object(everywhere, int(here))
-    if len(set(everywhere)) > 1 or len(everywhere) % everywhere[0]:
+    if others or len(everywhere) % here:
         raise UsageError(
-            f"shard: over=node needs as many processes on every node, got {sorted(set(everywhere))}; use over=world"
+            f"shard: over=node needs as many processes on every node, got {[here, *others]}; use over=world"
         )
-    return everywhere[0]
+    return here
 
 
 def _refuse_shared(program: Program) -> None:

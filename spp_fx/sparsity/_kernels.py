@@ -10,10 +10,10 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from spp_fx.sparsity import _intrinsics
 from spp_fx.sparsity._backend import Backend, Bytes, Elements, Words
+from spp_fx.sparsity._compile import compiled
 from spp_fx.sparsity._threads import thread_count
 
 if sys.byteorder != "little":
@@ -33,14 +33,7 @@ _THREADED_BITS = 1 << 24
 _TILE = 512  # rows transposed together: one cache line of each target row
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    try:
-        return njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # neither the package's folder nor the user's cache folder can be written
-        return njit(nogil=True)(function)
-
-
-@_compiled
+@compiled
 def _scan_words(
     elements: Elements, words: int, magnitude: np.uint64, start: np.uint64, span: np.uint64, out: Bytes
 ) -> tuple[int, int, int]:
@@ -61,7 +54,7 @@ def _scan_words(
     return non_zeros, non_finites, first
 
 
-@_compiled
+@compiled
 def _load_bits(bits: Bytes, position: int, count: int) -> np.uint64:
     """`count` <= 64 bits from bit `position`; never reads past the last byte that holds one of them."""
     first = position // 8
@@ -77,7 +70,7 @@ def _load_bits(bits: Bytes, position: int, count: int) -> np.uint64:
     return word
 
 
-@_compiled
+@compiled
 def _count_over_any(bits: Bytes, groups: int, group: int, kept: int) -> int:
     count = 0
     for index in range(groups):
@@ -86,7 +79,7 @@ def _count_over_any(bits: Bytes, groups: int, group: int, kept: int) -> int:
     return count
 
 
-@_compiled
+@compiled
 def first_over(bits: Bytes, groups: int, group: int, kept: int) -> int:
     for index in range(groups):
         if popcount(_load_bits(bits, index * group, group)) > kept:
@@ -127,10 +120,10 @@ def _count_over_words(group: int) -> Callable[..., int]:
             total += popcount((word + add) & high)
         return total
 
-    return _compiled(count)
+    return compiled(count)
 
 
-@_compiled
+@compiled
 def _transpose8(block: np.uint64) -> np.uint64:
     """Transpose the 8x8 bit matrix whose row i is byte i: swap 1x1, 2x2, then 4x4 off-diagonal blocks."""
     swap = (block ^ (block >> np.uint64(7))) & np.uint64(0x00AA00AA00AA00AA)
@@ -141,7 +134,7 @@ def _transpose8(block: np.uint64) -> np.uint64:
     return block ^ swap ^ (swap << np.uint64(28))
 
 
-@_compiled
+@compiled
 def _transpose_bytes(source: Bytes, target: Bytes, rows: int, columns: int, start: int, stop: int) -> None:
     """Whole bytes in both orders; `start` and `stop` bound the columns, all multiples of 8."""
     for tile in range(0, rows, _TILE):
@@ -157,7 +150,7 @@ def _transpose_bytes(source: Bytes, target: Bytes, rows: int, columns: int, star
                     target[((column + j) * rows + row) // 8] = byte
 
 
-@_compiled
+@compiled
 def _transpose_any(source: Bytes, target: Bytes, base: int, rows: int, columns: int) -> None:
     for tile in range(0, rows, _TILE):
         for column in range(0, columns, 8):
@@ -177,14 +170,14 @@ def _transpose_any(source: Bytes, target: Bytes, base: int, rows: int, columns: 
                         target[position // 8 + 1] |= np.uint8(pair >> np.uint64(8))
 
 
-@_compiled
+@compiled
 def _word_at(bits: Bytes, index: int) -> np.uint64:
     if index * 8 + 8 <= bits.size:
         return load_word(bits, index * 8)
     return _load_bits(bits, index * 64, 8 * (bits.size - index * 8))
 
 
-@_compiled
+@compiled
 def locate(bits: Bytes, rows: int, columns: int) -> Words:
     """Word by word: the numbers 64 w + j + 1 of a word share their high bits (j = 63 apart).
 

@@ -65,3 +65,17 @@ def test_types_it_does_not_have_are_left_to_torch():
     assert not numba_passes.takes(make(8, 12, 2, torch.float16, "dense"), torch.float16)
     assert not numba_passes.takes(make(8, 12, 2, torch.float32, "dense"), torch.float32)
     assert not numba_passes.takes(make(8, 12, 2, torch.bfloat16, "dense"), torch.float64)
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_written():
+    adapted = make(64, 300, 4, torch.bfloat16, "2:4")
+    with pytest.raises(ValueError, match=r"no rows 0 to 64 of a weight \(64, 300\)"):
+        numba_passes.build(adapted, 0, 64, 1.0, torch.empty(64, 296, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="do not fit a weight"):
+        Adapted(adapted.rows, adapted.alpha[:3], adapted.beta, 1.0)
+
+
+def test_many_threads_are_left_to_torch(monkeypatch):
+    adapted = make(8, 12, 2, torch.bfloat16, "dense")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: numba_passes.FEW_THREADS + 1)
+    assert not numba_passes.takes(adapted, torch.bfloat16)

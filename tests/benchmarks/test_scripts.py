@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[2]
 TINY = {
     "linear_step.py": "--width 64 --batch 8 --repeats 1",
     "gpu_train_step.py": "--device cpu --width 64 --batch 8 --repeats 1",
-    "model_step.py": "--layers 1 --tokens 32 --seq-len 16 --repeats 1 --dtype bfloat16",
+    "model_step.py": "--layers 1 --tokens 32 --seq-len 16 --repeats 1 --dtype bfloat16 "
+    "--only lors spp_fused spp_packed sqft sqft_checkpoint",
     "graph_overhead.py": "--layers 1 --tokens 32 --seq-len 16 --repeats 1 --dtype float32",
     "scan.py": "--gib 0.05 --repeats 1",
 }

@@ -217,9 +217,10 @@ def test_everything_is_fsynced_before_the_rename(tmp_path: Path, monkeypatch: py
 
 
 KILLED = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from spp_fx.checkpoint.atomic import atomic_folder
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
 with atomic_folder(Path(sys.argv[1]), force=True) as folder:
     (folder / "config.json").write_text("half of it")
     print("working", flush=True)

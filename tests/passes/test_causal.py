@@ -1,6 +1,7 @@
 """causal: batches without padding need no mask, all others keep theirs."""
 
 import copy
+import operator
 import pickle
 
 import pytest
@@ -140,7 +141,8 @@ def test_a_mask_of_the_tokens_themselves_is_left_with_the_reason():
     assert all("depends on input_ids" in why for why in report.refused.values())
 
 
-def test_a_write_through_a_view_is_seen():
+@pytest.mark.parametrize("several", [False, True], ids=["view", "one of several"])
+def test_a_write_through_a_view_is_seen(several):
     program = canonical("llama")
     module = program.get_submodule("model")
     assert isinstance(module, torch.fx.GraphModule)
@@ -148,7 +150,11 @@ def test_a_write_through_a_view_is_seen():
     made = mask.args[0]
     assert isinstance(made, torch.fx.Node)
     with module.graph.inserting_before(mask):
-        view = module.graph.call_function(torch.ops.aten.slice.Tensor, (made, 3, 0, 1))
+        if several:
+            views = module.graph.call_function(torch.ops.aten.split.Tensor, (made, 1, 3))
+            view = module.graph.call_function(operator.getitem, (views, 0))
+        else:
+            view = module.graph.call_function(torch.ops.aten.slice.Tensor, (made, 3, 0, 1))
         write = module.graph.call_function(torch.ops.aten.fill_.Scalar, (view, False))
     module.recompile()
     (report,) = run_pipeline(program, [Causal()])

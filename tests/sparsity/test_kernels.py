@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spp_fx.sparsity import _backend, _fallback, _kernels, pack_mask
+from spp_fx.sparsity import _backend, _compile, _fallback, _kernels, pack_mask
 
 both = pytest.mark.parametrize("kernels", [_kernels.BACKEND, _fallback.BACKEND], ids=lambda b: b.name)
 seeds = st.integers(0, 2**32 - 1)
@@ -96,6 +96,7 @@ def test_the_numpy_kernels_take_over_where_numba_is_missing(monkeypatch):
     monkeypatch.delitem(sys.modules, "spp_fx.sparsity._kernels")
     monkeypatch.delattr("spp_fx.sparsity._kernels")
     monkeypatch.delitem(sys.modules, "spp_fx.sparsity._intrinsics", raising=False)
+    monkeypatch.delitem(sys.modules, "spp_fx.sparsity._compile", raising=False)
     monkeypatch.setitem(sys.modules, "numba", None)
     _backend.backend.cache_clear()
     try:
@@ -115,6 +116,6 @@ def test_kernels_compile_without_a_cache_folder(monkeypatch):
             raise RuntimeError("cannot cache function: no locator available")
         return lambda function: function
 
-    monkeypatch.setattr(_kernels, "njit", njit)
-    assert _kernels._compiled(len) is len
-    assert calls == [{"nogil": True, "cache": True}, {"nogil": True}]
+    monkeypatch.setattr(_compile, "njit", njit)
+    assert _compile.compiled(len, fastmath=True) is len
+    assert calls == [{"nogil": True, "cache": True, "fastmath": True}, {"nogil": True, "fastmath": True}]

@@ -8,10 +8,14 @@ LLVM then knows that an index is not negative, and uses vectors.
 # Kernels are a language of their own: their parameters have no Python types.
 # pyright: reportMissingParameterType=false, reportMissingTypeStubs=false, reportCallIssue=false
 
+from functools import partial
+
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic, overload
+
+from spp_fx.sparsity._compile import compiled
 
 DENSE, TWO_OF_FOUR, BITMASK = 0, 1, 2
 
@@ -92,7 +96,7 @@ def load_row(storage, values, index, offsets, i, out):
             position += kept
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@partial(compiled, error_model="numpy")
 def build(storage, values, index, offsets, alpha, beta, first, height, scale, base, row, out):
     """Rows of base * W + s * W * beta * repeat(alpha); row is a buffer of n numbers of alpha's type."""
     for i in range(out.shape[0]):
@@ -103,7 +107,7 @@ def build(storage, values, index, offsets, alpha, beta, first, height, scale, ba
 
 
 # Sums in lanes need leave to be reordered; each row is still summed the same way every time.
-@njit(cache=True, nogil=True, error_model="numpy", fastmath={"reassoc", "nsz", "contract"})
+@partial(compiled, error_model="numpy", fastmath={"reassoc", "nsz", "contract"})
 def reduce_gradient(
     storage, values, index, offsets, alpha, beta, first, height, scale, row, g, dalpha, dbeta
 ):

@@ -1,10 +1,11 @@
 """Unpacking as compiled loops over one row after the other; elements travel as integers of their width."""
 
 import numpy as np
-from numba import njit  # pyright: ignore[reportMissingTypeStubs]
+
+from spp_fx.sparsity._compile import compiled
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def two_of_four(values, positions, out) -> None:  # pyright: ignore[reportMissingParameterType]
     """`unpack_2_4` on integer arrays."""
     rows, columns = out.shape
@@ -18,7 +19,7 @@ def two_of_four(values, positions, out) -> None:  # pyright: ignore[reportMissin
                 out[row, 4 * group + lane] = first if lane == a else (second if lane == b else zero)
 
 
-@njit(cache=True, nogil=True)
+@compiled
 def bitmask(values, bits, out) -> None:  # pyright: ignore[reportMissingParameterType]
     """`unpack_bitmask` on integer arrays."""
     rows, columns = out.shape

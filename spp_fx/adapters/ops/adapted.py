@@ -23,6 +23,13 @@ class Adapted:
     beta: Tensor
     scale: float
 
+    def __post_init__(self) -> None:
+        (m, n), (r, columns) = self.rows.shape, self.alpha.shape
+        if columns != n or self.beta.shape != (m, 1) or r == 0 or m % r:
+            raise ValueError(
+                f"factors {tuple(self.alpha.shape)} and {tuple(self.beta.shape)} do not fit a weight {(m, n)}"
+            )
+
     @property
     def height(self) -> int:
         """Rows of W that share a row of alpha."""
