@@ -1,0 +1,74 @@
+"""Which entries of a matrix are kept, by the absolute value of their scores."""
+
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from spp_fx.errors import PatternError
+from spp_fx.sparsity import NM, Pattern
+
+BLOCK_ELEMENTS = 1 << 22
+
+
+def keep_of_groups(score: Tensor, pattern: NM) -> Tensor:
+    """N largest of every M consecutive entries of a row; among equals the earlier.
+
+    Args:
+        score: (out, in), any real dtype.
+
+    Returns:
+        (out, in) bool, true where the entry is kept.
+
+    Raises:
+        PatternError: in is no multiple of M.
+    """
+    out, columns = score.shape
+    if columns % pattern.group:
+        raise PatternError(f"its {columns} inputs are no multiple of {pattern.group}, {pattern} cannot hold")
+    kept = torch.zeros(out, columns, dtype=torch.bool, device=score.device)
+    step = max(1, BLOCK_ELEMENTS // max(1, columns))
+    for start in range(0, out, step):
+        groups = score[start : start + step].abs().reshape(-1, pattern.group)
+        # A stable sort puts the earlier of two equals first, so the result does not depend on the kernel.
+        order = groups.argsort(dim=1, descending=True, stable=True)[:, : pattern.kept]
+        block = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order, True)
+        kept[start : start + step] = block.view(-1, columns)
+    return kept
+
+
+def keep_of_matrix(score: Tensor, share: Fraction) -> Tensor:
+    """All but the int(share * size) smallest of the whole matrix; among equals the earlier are kept."""
+    flat, count = _comparable(score).flatten(), int(share * score.numel())
+    if count == 0:
+        return torch.ones_like(score, dtype=torch.bool)
+    threshold = flat.kthvalue(count).values
+    dropped = flat < threshold
+    ties = (flat == threshold).nonzero().flatten()
+    dropped[ties[len(ties) - (count - int(dropped.sum())) :]] = True
+    return ~dropped.view(score.shape)
+
+
+def keep_of_rows(score: Tensor, share: Fraction) -> Tensor:
+    """All but the int(share * in) smallest of every row; among equals the earlier are kept."""
+    out, columns = score.shape
+    count = int(share * columns)
+    kept = torch.ones(out, columns, dtype=torch.bool, device=score.device)
+    step = max(1, BLOCK_ELEMENTS // max(1, columns))
+    for start in range(0, out if count else 0, step):
+        # Stable: of equals the earlier come first, so the last are dropped.
+        order = _comparable(score[start : start + step]).argsort(dim=1, descending=True, stable=True)
+        kept[start : start + step].scatter_(1, order[:, columns - count :], False)
+    return kept
+
+
+def keep(score: Tensor, pattern: Pattern, *, by_row: bool) -> Tensor:
+    """The entries that a pattern keeps: groups for N:M, else a share of each row or of the whole matrix."""
+    if isinstance(pattern, NM):
+        return keep_of_groups(score, pattern)
+    return keep_of_rows(score, pattern.share) if by_row else keep_of_matrix(score, pattern.share)
+
+
+def _comparable(score: Tensor) -> Tensor:
+    """The absolute value, in float32 at least: kthvalue lacks halves."""
+    return (score.float() if score.dtype in (torch.float16, torch.bfloat16) else score).abs()

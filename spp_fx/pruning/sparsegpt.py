@@ -1,0 +1,79 @@
+"""sparsegpt: prune column by column, and let the columns that follow make up for what was lost."""
+
+import torch
+from torch import Tensor
+
+from spp_fx.errors import PatternError, UsageError
+from spp_fx.pruning.select import keep_of_groups, keep_of_matrix
+from spp_fx.sparsity import NM, Pattern
+
+BLOCK_SIZE = 128
+DAMP = 0.01
+
+
+def sparsegpt(
+    weight: Tensor, hessian: Tensor, pattern: Pattern, *, damp: float = DAMP, block_size: int = BLOCK_SIZE
+) -> tuple[Tensor, Tensor]:
+    """Prune W and update what is kept, so that W X changes little (Frantar and Alistarh, 2023, Algorithm 1).
+
+    Args:
+        weight: (out, in); not written to.
+        hessian: (in, in), X X^T of the site's inputs; a common factor does not matter.
+        damp: what is added to the diagonal, as a share of its mean.
+        block_size: columns between updates of all that follow; unstructured patterns are chosen block by block.
+
+    Returns:
+        The new weight (out, in) in float32, zero where it was pruned, and the mask, true where it was kept.
+
+    Raises:
+        PatternError: in is no multiple of M, or the damped Hessian is not positive definite.
+        UsageError: a block that no whole number of groups fills.
+    """
+    columns = weight.shape[1]
+    if isinstance(pattern, NM) and columns % pattern.group:
+        raise PatternError(f"its {columns} inputs are no multiple of {pattern.group}, {pattern} cannot hold")
+    if isinstance(pattern, NM) and block_size % pattern.group:
+        raise UsageError(f"a block of {block_size} columns is no whole number of groups of {pattern}")
+    w = weight.to(torch.float32, copy=True)
+    inverse = _inverse_factor(hessian.to(torch.float32, copy=True), w, damp)
+    kept = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
+    for start in range(0, columns, block_size):
+        block = slice(start, min(start + block_size, columns))
+        errors, kept[:, block] = _prune_block(w[:, block], inverse[block, block], pattern)
+        w[:, block.stop :] -= errors @ inverse[block, block.stop :]
+    return w, kept
+
+
+def _inverse_factor(hessian: Tensor, w: Tensor, damp: float) -> Tensor:
+    """The upper Cholesky factor of the damped Hessian's inverse; inputs that never came clear their column."""
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0
+    diagonal[dead] = 1
+    w[:, dead] = 0
+    diagonal += damp * diagonal.mean()
+    lower, failed = torch.linalg.cholesky_ex(hessian)
+    if not int(failed):
+        lower, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    if int(failed):
+        raise PatternError(
+            f"its Hessian is not positive definite with damp {damp:g}; raise --damp, or calibrate on more text"
+        )
+    return lower
+
+
+def _prune_block(w: Tensor, inverse: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    """Prune the columns of a block in place; their scaled errors, and what was kept."""
+    errors = torch.zeros_like(w)
+    scale = inverse.diagonal() ** 2
+    kept = torch.ones_like(w, dtype=torch.bool)
+    if not isinstance(pattern, NM):
+        kept = keep_of_matrix(w**2 / scale, pattern.share)
+    for i in range(w.shape[1]):
+        if isinstance(pattern, NM) and i % pattern.group == 0:
+            group = slice(i, i + pattern.group)
+            kept[:, group] = keep_of_groups(w[:, group] ** 2 / scale[group], pattern)
+        column = w[:, i].clone()
+        w[:, i] *= kept[:, i]
+        errors[:, i] = (column - w[:, i]) / inverse[i, i]
+        w[:, i + 1 :] -= errors[:, i : i + 1] * inverse[i, i + 1 :]
+    return errors, kept
