@@ -37,7 +37,7 @@ check: install
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
-# On a quiet machine: some half an hour on two cores.
+# On a quiet machine: the better part of an hour on two cores.
 bench: install
 	@$(BIN)/python benchmarks/scan.py
 	@$(BIN)/python benchmarks/linear_step.py

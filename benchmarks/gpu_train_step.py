@@ -15,11 +15,6 @@ from pathlib import Path
 import torch
 from common import linear
 
-WAYS = [
-    "lors", "spp_fused", "spp_packed", "spp_blockwise", "spp_literal", "spp_literal_checkpoint", "sqft",
-    "sqft_checkpoint",
-]  # fmt: skip
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -35,7 +30,7 @@ def main() -> None:
         sys.exit("gpu_train_step: torch sees no CUDA device, so nothing was measured")
     dtype = getattr(torch, options.dtype)
     results = [
-        linear.measure(width, options.batch, options.rank, dtype, options.repeats, WAYS, options.device)
+        linear.measure(width, options.batch, options.rank, dtype, options.repeats, device=options.device)
         for width in options.width
     ]
     text = json.dumps(

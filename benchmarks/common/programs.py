@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from spp_fx.ir.leaf import leaf
@@ -57,9 +57,11 @@ def run_by(program: Program, way: Way, *, low_rank: bool) -> None:
         node, module = use.node, use.module
         x, weight, alpha, beta, bias, *_ = node.args
         assert bias is None
+        assert isinstance(alpha, fx.Node)
+        assert isinstance(beta, fx.Node)
         if low_rank:
-            (m, n), rank = program.sites[site].shape, module.get_parameter(str(alpha.target)).shape[0]  # type: ignore[union-attr]
+            (m, n), rank = program.sites[site].shape, module.get_parameter(str(alpha.target)).shape[0]
             for factor, shape in ((alpha, (m, rank)), (beta, (rank, n))):
-                setattr(module, str(factor.target), nn.Parameter(0.02 * torch.randn(shape)))  # type: ignore[union-attr]
+                setattr(module, str(factor.target), nn.Parameter(0.02 * torch.randn(shape)))
         node.target, node.args, node.kwargs = run, (x, weight, alpha, beta), {}
         module.recompile()

@@ -177,7 +177,7 @@ def _obstacle(source: Use, readers: list[Use], callers: dict[str, Use]) -> str |
     for node in nodes:
         if node.op != "call_function" or _is_random(node):
             return f"the mask comes from {node.op} {node.target}"
-    write = _write_through_a_view(nodes)
+    write = _write_through_a_view(source, nodes)
     if write is not None:
         return f"{write.name} writes into what the mask is made of"
     if all(_is_size(node) for node in inputs):
@@ -209,20 +209,20 @@ def _slice(source: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
     return [node for node in source.graph.nodes if node in inside], list(inputs)
 
 
-def _write_through_a_view(nodes: list[fx.Node]) -> fx.Node | None:
+def _write_through_a_view(source: Use, nodes: list[fx.Node]) -> fx.Node | None:
     """An in-place operation on the values of a slice that is no part of it: the slice would lack it."""
-    inside, waiting = set(nodes), list(nodes)
+    inside, waiting = set(nodes), [Use(source.path, source.module, node) for node in nodes]
     while waiting:
-        for user in waiting.pop().users:
-            schema = getattr(user.target, "_schema", None)
-            if user in inside or (schema is None and user.target is not operator.getitem):
+        for use in _readers(waiting.pop()):
+            schema = getattr(use.node.target, "_schema", None)
+            if use.node in inside or (schema is None and use.node.target is not operator.getitem):
                 continue
             if schema is not None and schema.is_mutable:
-                return user
+                return use.node
             # One of several results of a view is a view as well.
             if schema is None or any(result.alias_info is not None for result in schema.returns):
-                inside.add(user)
-                waiting.append(user)
+                inside.add(use.node)
+                waiting.append(use)
     return None
 
 

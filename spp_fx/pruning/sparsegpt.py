@@ -51,14 +51,14 @@ def _inverse_factor(hessian: Tensor, w: Tensor, damp: float) -> Tensor:
     diagonal[dead] = 1
     w[:, dead] = 0
     diagonal += damp * diagonal.mean()
-    lower, failed = torch.linalg.cholesky_ex(hessian)
+    factor, failed = torch.linalg.cholesky_ex(hessian)
     if not int(failed):
-        lower, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
     if int(failed):
         raise PatternError(
             f"its Hessian is not positive definite with damp {damp:g}; raise --damp, or calibrate on more text"
         )
-    return lower
+    return factor
 
 
 def _prune_block(w: Tensor, inverse: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:

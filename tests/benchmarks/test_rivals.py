@@ -25,7 +25,10 @@ def numbers():
     torch.manual_seed(0)
     m, n, r, b = 12, 8, 4, 5
     weight = torch.randn(m, n, dtype=torch.float64) * (torch.rand(m, n) < 0.5)
-    draw = lambda *shape: torch.randn(shape, dtype=torch.float64)  # noqa: E731
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=torch.float64)
+
     return draw(b, n), weight, draw(m, r), draw(r, n), draw(b, m)
 
 

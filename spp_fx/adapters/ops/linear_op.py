@@ -7,16 +7,19 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from spp_fx.adapters.ops.adapted import Adapted
 from spp_fx.adapters.ops.frozen import flatten, follow_autocast, refuse_weight_gradient
+from spp_fx.adapters.ops.rows import Rows
 
-Forward = Callable[..., Tensor]
-"""`(storage, x, alpha, beta, bias, seed, scale, dropout)`: `spp_linear` with the frozen weight as some tensors."""
-Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
-"""`(grad, storage, x, alpha, beta, seed, scale, dropout, needs_x)`: gradients of
-x (empty unless needs_x), alpha and beta."""
+Forward = Callable[[Adapted, Tensor, Tensor | None, Tensor | None, float], Tensor]
+"""`(adapted, x, bias, seed, dropout)`: `spp_linear` with the frozen weight as rows."""
+Backward = Callable[[Tensor, Adapted, Tensor, Tensor | None, float, bool], tuple[Tensor, Tensor, Tensor]]
+"""`(grad, adapted, x, seed, dropout, needs_x)`: gradients of x (empty unless needs_x), alpha and beta."""
 
 
-def linear_op(name: str, storage: Sequence[str], forward: Forward, backward: Backward) -> OpOverload:
+def linear_op(
+    name: str, storage: Sequence[str], rows_of: Callable[..., Rows], forward: Forward, backward: Backward
+) -> OpOverload:
     """The op `spp_fx::NAME` that runs `forward`, keeps its inputs and runs `spp_fx::NAME_backward`.
 
     torch.compile, export and activation checkpointing see one node; the weight is frozen.
@@ -25,21 +28,27 @@ def linear_op(name: str, storage: Sequence[str], forward: Forward, backward: Bac
         name: of the op.
         storage: names of the tensors that hold the frozen weight; they follow x in the op's arguments, and
             alpha, beta, bias, seed, scale and dropout follow them.
+        rows_of: called with those tensors and the weight's shape (m, n).
         forward, backward: the kernel.
     """
     count, qualified = len(storage), f"spp_fx::{name}"
     tensors = "".join(f", Tensor {each}" for each in storage)
     bias_at = 1 + count + 2
 
+    def adapted(storage: Sequence[Tensor], x: Tensor, alpha: Tensor, beta: Tensor, scale: float) -> Adapted:
+        return Adapted(rows_of(*storage, (beta.shape[0], x.shape[-1])), alpha, beta, scale)
+
     def call(x: Tensor, *arguments: Any) -> Tensor:
-        return forward(arguments[:count], x, *arguments[count:])
+        alpha, beta, bias, seed, scale, dropout = arguments[count:]
+        return forward(adapted(arguments[:count], x, alpha, beta, scale), x, bias, seed, dropout)
 
     def fake(x: Tensor, *arguments: Any) -> Tensor:
         beta = arguments[count + 1]
         return x.new_empty(*x.shape[:-1], beta.shape[0])
 
     def call_backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        return backward(grad, arguments[:count], x, *arguments[count:])
+        alpha, beta, seed, scale, dropout, needs_x = arguments[count:]
+        return backward(grad, adapted(arguments[:count], x, alpha, beta, scale), x, seed, dropout, needs_x)
 
     def fake_backward(grad: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         (alpha, beta), needs_x = arguments[count : count + 2], arguments[-1]

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spp_fx.adapters.ops import spp_fused
+from spp_fx.adapters.ops.linear_op import linear_op
 from spp_fx.adapters.ops.packed_rows import PackedRows2of4, PackedRowsBitmask
 from spp_fx.adapters.ops.rows import Rows
-from spp_fx.adapters.ops.spp_fused import fused_op
 
 
 def pack_2_4(weight: Tensor) -> dict[str, Tensor]:
@@ -64,8 +65,8 @@ PACKINGS = {
     "bitmask": Packing(("values", "bits", "offsets"), pack_bitmask, PackedRowsBitmask),
 }
 OPS = {
-    "2:4": fused_op("spp_linear_2_4", PACKINGS["2:4"].tensors, PACKINGS["2:4"].rows),
-    "bitmask": fused_op("spp_linear_bitmask", PACKINGS["bitmask"].tensors, PACKINGS["bitmask"].rows),
+    name: linear_op(op, PACKINGS[name].tensors, PACKINGS[name].rows, spp_fused.forward, spp_fused.backward)
+    for name, op in (("2:4", "spp_linear_2_4"), ("bitmask", "spp_linear_bitmask"))
 }
 
 

@@ -7,13 +7,13 @@ in tiles that stay in a core's cache.
 """
 
 from collections.abc import Iterable
-from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from spp_fx.adapters.ops.adapted import Adapted
+from spp_fx.adapters.ops.optional import optional
 from spp_fx.adapters.ops.rows import split
 from spp_fx.adapters.ops.workspace import workspace
 
@@ -91,27 +91,9 @@ def reduce_torch(adapted: Adapted, g: Tensor, start: int, stop: int, dalpha: Ten
 def _kernels(adapted: Adapted, other: Tensor) -> ModuleType | None:
     """The compiled passes for these types and this device, if there are any."""
     if other.device.type == "cuda":
-        return _triton()
-    compiled = _numba() if other.device.type == "cpu" else None
+        return optional("triton_passes")
+    compiled = optional("numba_passes") if other.device.type == "cpu" else None
     return compiled if compiled is not None and compiled.takes(adapted, other.dtype) else None
-
-
-@cache
-def _triton() -> ModuleType | None:
-    try:
-        from spp_fx.adapters.ops import triton_passes
-    except ImportError:
-        return None
-    return triton_passes
-
-
-@cache
-def _numba() -> ModuleType | None:
-    try:
-        from spp_fx.adapters.ops import numba_passes
-    except ImportError:
-        return None
-    return numba_passes
 
 
 def _shared(adapted: Adapted, start: int, stop: int) -> slice:

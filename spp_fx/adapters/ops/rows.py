@@ -43,6 +43,11 @@ class DenseRows:
         return self.weight[start:stop]
 
 
+def dense_rows(weight: Tensor, shape: tuple[int, int]) -> DenseRows:
+    """The rows of an op whose weight is one dense tensor."""
+    return DenseRows(weight)
+
+
 def row_blocks(m: int, n: int, height: int, elements: int) -> Iterator[tuple[int, int]]:
     """Row ranges of an (m, n) weight of at most `elements` elements (but at least one row).
 

@@ -5,12 +5,10 @@ G = dY^T X, from which dbeta = s rowsum(G * W * rep(alpha)) and dalpha_j = s col
 With dropout the two branches see different inputs, and it costs five.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 from spp_fx.adapters.ops.adapted import Adapted
 from spp_fx.adapters.ops.dropout import apply_dropout
@@ -18,7 +16,7 @@ from spp_fx.adapters.ops.frozen import flatten
 from spp_fx.adapters.ops.gemm import gemm
 from spp_fx.adapters.ops.linear_op import linear_op
 from spp_fx.adapters.ops.passes import build, reduce_gradient
-from spp_fx.adapters.ops.rows import BLOCK_ELEMENTS, DenseRows, Rows, row_blocks
+from spp_fx.adapters.ops.rows import BLOCK_ELEMENTS, dense_rows, row_blocks
 from spp_fx.adapters.ops.workspace import workspace
 
 
@@ -120,44 +118,4 @@ class _Sum:
         return self.like.new_zeros(self.like.shape) if self.sum is None else self.sum.to(self.like.dtype)
 
 
-def fused_op(name: str, storage: Sequence[str], rows_of: Callable[..., Rows]) -> OpOverload:
-    """The fused op for weights stored as the named tensors, of which `rows_of` makes rows.
-
-    Args:
-        name: of the op.
-        storage: names of the tensors.
-        rows_of: called with those tensors and the weight's shape (m, n).
-    """
-
-    def adapted(storage: Sequence[Tensor], x: Tensor, alpha: Tensor, beta: Tensor, scale: float) -> Adapted:
-        return Adapted(rows_of(*storage, (beta.shape[0], x.shape[-1])), alpha, beta, scale)
-
-    def op_forward(
-        storage: Sequence[Tensor],
-        x: Tensor,
-        alpha: Tensor,
-        beta: Tensor,
-        bias: Tensor | None,
-        seed: Tensor | None,
-        scale: float,
-        dropout: float,
-    ) -> Tensor:
-        return forward(adapted(storage, x, alpha, beta, scale), x, bias, seed, dropout)
-
-    def op_backward(
-        grad: Tensor,
-        storage: Sequence[Tensor],
-        x: Tensor,
-        alpha: Tensor,
-        beta: Tensor,
-        seed: Tensor | None,
-        scale: float,
-        dropout: float,
-        needs_x: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return backward(grad, adapted(storage, x, alpha, beta, scale), x, seed, dropout, needs_x)
-
-    return linear_op(name, storage, op_forward, op_backward)
-
-
-OP = fused_op("spp_linear_fused", ("weight",), lambda weight, shape: DenseRows(weight))
+OP = linear_op("spp_linear_fused", ("weight",), dense_rows, forward, backward)

@@ -1,6 +1,5 @@
 """Rows of a packed weight laid out densely: compiled loops where numba is at hand, torch expressions elsewhere."""
 
-from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 from spp_fx.adapters.ops.arrays import as_array
+from spp_fx.adapters.ops.optional import optional
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -21,9 +21,9 @@ def unpack_2_4(values: Tensor, positions: Tensor, out: Tensor) -> Tensor:
             value's lane in the lower two, the second's in the upper two.
         out: (rows, n) of values' dtype; every element is written.
     """
-    kernels = _kernels() if out.device.type == "cpu" else None
+    kernels = _kernels(out)
     if kernels is not None:
-        kernels.two_of_four(_integers(values), as_array(positions), _integers(out))
+        kernels.unpack_2_4(_integers(values), as_array(positions), _integers(out))
         return out
     rows, groups = len(out), out.shape[1] // 4
     nibbles = torch.stack((positions & 15, positions >> 4), dim=2).flatten(1)[:, :groups]
@@ -40,24 +40,19 @@ def unpack_bitmask(values: Tensor, bits: Tensor, out: Tensor) -> Tensor:
         bits: (rows, ceil(n/8)) uint8, least significant bit first.
         out: (rows, n) of values' dtype; every element is written.
     """
-    kernels = _kernels() if out.device.type == "cpu" else None
-    if kernels is not None and len(values):
-        kernels.bitmask(_integers(values), as_array(bits), _integers(out))
+    kernels = _kernels(out)
+    if kernels is not None:
+        kernels.unpack_bitmask(_integers(values), as_array(bits), _integers(out))
         return out
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
     kept = ((bits.unsqueeze(2) >> shifts) & 1).flatten(1)[:, : out.shape[1]].bool()
     return out.zero_().masked_scatter_(kept, values)
 
 
+def _kernels(out: Tensor) -> ModuleType | None:
+    return optional("_numba_kernels") if out.device.type == "cpu" else None
+
+
 def _integers(tensor: Tensor) -> Any:
     """A CPU tensor as a numpy array of integers of its width."""
     return as_array(tensor.view(INTEGERS[tensor.element_size()]))
-
-
-@cache
-def _kernels() -> ModuleType | None:
-    try:
-        from spp_fx.adapters.ops import _unpack_numba
-    except ImportError:
-        return None
-    return _unpack_numba
