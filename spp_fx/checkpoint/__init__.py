@@ -1,6 +1,6 @@
 """Weight streams: safetensors files and model folders read and written tensor by tensor, all or nothing."""
 
-from spp_fx.checkpoint.atomic import atomic_file, atomic_folder
+from spp_fx.checkpoint.atomic import atomic_file, atomic_folder, check_target
 from spp_fx.checkpoint.dtypes import dtype_name, torch_dtype
 from spp_fx.checkpoint.folder import ModelFolder
 from spp_fx.checkpoint.header import Header, TensorInfo, read_header
@@ -28,6 +28,7 @@ __all__ = [
     "TensorSpec",
     "atomic_file",
     "atomic_folder",
+    "check_target",
     "copy_file",
     "dtype_name",
     "read_header",

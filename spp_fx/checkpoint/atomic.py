@@ -39,7 +39,7 @@ def atomic_folder(
         SppFxError: the disk is full, read-only or refuses to be written.
     """
     target = Path(os.path.abspath(target))
-    _check_target(target, force, sources)
+    check_target(target, force, sources)
     with _beside(target) as temporary:
         os.mkdir(temporary)
         yield temporary
@@ -90,7 +90,8 @@ def _beside(target: Path) -> Generator[Path, None, None]:
     _confirm(target)
 
 
-def _check_target(target: Path, force: bool, sources: Iterable[Path]) -> None:
+def check_target(target: Path, force: bool, sources: Iterable[Path]) -> None:
+    """What `atomic_folder` will refuse, to be known before long work; raises UsageError."""
     real = os.path.realpath(target)
     for source in sources:
         if Path(os.path.realpath(source)).is_relative_to(real):

@@ -6,9 +6,12 @@ them and states, for each site, the tensors that make it up.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -19,7 +22,29 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from spp_fx.ir.site import Site
+
+class Slot(Protocol):
+    """What stored tensors fill: a site, or any parameter."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """With the weight in its canonical orientation."""
+        ...
+
+    @property
+    def transposed(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter or buffer in the orientation it is stored in."""
+
+    name: str
+    shape: tuple[int, ...]
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,12 +75,12 @@ class Binding:
     refused: dict[str, str]
 
 
-def bind(model: PreTrainedModel, sites: Mapping[str, Site], stored: Mapping[str, tuple[int, ...]]) -> Binding:
-    """Find the stored tensors of every site.
+def bind(model: PreTrainedModel, slots: Mapping[str, Slot], stored: Mapping[str, tuple[int, ...]]) -> Binding:
+    """Find the stored tensors of every site or parameter.
 
     Args:
         model: as built from the configuration; the meta device suffices.
-        sites: by name.
+        slots: sites or parameters, by name.
         stored: shape of every tensor of the checkpoint, by name.
     """
     transforms = get_model_conversion_mapping(model)
@@ -72,35 +97,34 @@ def bind(model: PreTrainedModel, sites: Mapping[str, Site], stored: Mapping[str,
             converted.setdefault(target, {}).setdefault(pattern, []).append(name)
     pieces: dict[str, tuple[Piece, ...]] = {}
     refused: dict[str, str] = {}
-    for site in sites.values():
-        if site.name in plain:
-            found = _plain(site, plain[site.name], stored)
-        elif site.name in converted:
-            found = _converted(site, converted[site.name], converters, stored)
+    for slot in slots.values():
+        if slot.name in plain:
+            found = _plain(slot, plain[slot.name], stored)
+        elif slot.name in converted:
+            found = _converted(slot, converted[slot.name], converters, stored)
         else:
             found = "the checkpoint holds no tensor for it"
         if isinstance(found, str):
-            refused[site.name] = found
+            refused[slot.name] = found
         else:
-            pieces[site.name] = found
+            pieces[slot.name] = found
     return Binding(pieces, refused)
 
 
-def _plain(site: Site, tensor: str, stored: Mapping[str, tuple[int, ...]]) -> tuple[Piece, ...] | str:
+def _plain(slot: Slot, tensor: str, stored: Mapping[str, tuple[int, ...]]) -> tuple[Piece, ...] | str:
     shape = stored[tensor]
-    expected = (*site.shape[:-2], site.shape[-1], site.shape[-2]) if site.transposed else site.shape
+    expected = (*slot.shape[:-2], slot.shape[-1], slot.shape[-2]) if slot.transposed else slot.shape
     if shape != expected:
         return f"is stored as {tensor} of shape {list(shape)}, the model wants {list(expected)}"
-    if len(site.shape) == 2:
-        return (Piece(tensor, site.transposed, None, 0, site.out_features),)
+    if len(slot.shape) != 3:
+        return (Piece(tensor, slot.transposed, None, 0, _rows(slot)),)
     return tuple(
-        Piece(tensor, site.transposed, expert, 0, site.out_features, whole=True)
-        for expert in range(site.shape[0])
+        Piece(tensor, slot.transposed, expert, 0, _rows(slot), whole=True) for expert in range(slot.shape[0])
     )
 
 
 def _converted(
-    site: Site,
+    slot: Slot,
     by_pattern: Mapping[str, list[str]],
     converters: list[WeightConverter],
     stored: Mapping[str, tuple[int, ...]],
@@ -111,20 +135,55 @@ def _converted(
     if operations not in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]):
         names = ", ".join(op.__name__ for op, _ in operations)
         return f"is made of stored tensors by {names}, which cannot be undone matrix by matrix"
-    if site.transposed or len(site.shape) != 3:
+    if slot.transposed or len(slot.shape) != 3:
         return "is made of several stored tensors along its input dimension"
     pieces: list[Piece] = []
-    start = [0] * site.shape[0]
+    start = [0] * slot.shape[0]
     for pattern in (p for p in converter.source_patterns if p in by_pattern):
         number = re.compile(re.escape(pattern.rstrip("$")).replace(r"\*", r"(\d+)"))
         for tensor in by_pattern[pattern]:
             match = number.search(tensor) or re.search(r"\.experts\.(\d+)\.", tensor)
             rows, columns = stored[tensor] if len(stored[tensor]) == 2 else (0, 0)
-            if match is None or int(match[1]) >= site.shape[0] or columns != site.in_features:
+            if match is None or int(match[1]) >= slot.shape[0] or columns != slot.shape[-1]:
                 return f"its stored tensor {tensor} of shape {list(stored[tensor])} does not fit"
             expert = int(match[1])
             pieces.append(Piece(tensor, False, expert, start[expert], start[expert] + rows))
             start[expert] += rows
-    if start != [site.out_features] * site.shape[0]:
+    if start != [_rows(slot)] * slot.shape[0]:
         return "its stored tensors do not fill it"
     return tuple(pieces)
+
+
+def _rows(slot: Slot) -> int:
+    """Rows of a matrix; a vector is a column."""
+    return slot.shape[-2] if len(slot.shape) > 1 else torch.Size(slot.shape).numel()
+
+
+def assemble(pieces: tuple[Piece, ...], shape: tuple[int, ...], read: Callable[[str], Tensor]) -> Tensor:
+    """A parameter as the model has it, of its stored tensors.
+
+    Args:
+        pieces: all of the parameter's.
+        shape: the parameter's, in the model.
+        read: gives a stored tensor by name.
+    """
+    if pieces[0].whole or pieces[0].expert is None:
+        return read(pieces[0].tensor).view(shape)
+    result: Tensor | None = None
+    for piece in pieces:
+        part = read(piece.tensor)
+        if result is None:
+            result = torch.empty(shape, dtype=part.dtype)
+        result[piece.expert, piece.start : piece.stop] = part
+    assert result is not None
+    return result
+
+
+def take_apart(pieces: tuple[Piece, ...], parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The stored tensors of a parameter as the model has it, by name: the inverse of `assemble`."""
+    if pieces[0].whole or pieces[0].expert is None:
+        yield pieces[0].tensor, parameter
+        return
+    for piece in pieces:
+        assert piece.expert is not None
+        yield piece.tensor, parameter[piece.expert, piece.start : piece.stop]

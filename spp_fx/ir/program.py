@@ -52,6 +52,7 @@ class Program(nn.Module):
         masks: the mask that each injected site had when its adapter came; held to by `verify`.
         tied: parameters that share another's storage: name -> the first name.
         head: name of the weight that makes the logits, if the model has one.
+        calibration: tokens (samples, length) int64 that passes which look at inputs run it on.
         loss_type: what transformers calls the loss; its Trainer counts a step's tokens by it.
         history: spellings of the passes that ran, in order.
     """
@@ -86,6 +87,7 @@ class Program(nn.Module):
         self.units: list[str] = []
         self.packings: dict[str, str] = {}
         self.masks: dict[str, PackedMask] = {}
+        self.calibration: Tensor | None = None
         self.loss_type: str | None = None
         self.history: list[str] = []
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, unflatten
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -97,6 +98,40 @@ def meta_model(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
             config.dtype = torch.float32
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=config.dtype, **kwargs).eval()
+
+
+def hollow_model(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """The model of a folder without its weights: buffers are real, parameters take no memory until read from.
+
+    It is traced on the CPU, so that the constants of its graphs are real as well; `hollow` then takes the
+    parameters away.
+    """
+    with _readable(folder):
+        config = AutoConfig.from_pretrained(str(folder), **kwargs)
+        dtype = config.dtype or torch.float32
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs).eval()
+        model.tie_weights()  # registering a parameter made a new one of it
+    # An address range that nothing was written to has no pages.
+    _replace_parameters(model, lambda p: torch.empty_like(p, device="cpu"))
+    return model
+
+
+def hollow(program: Program) -> Program:
+    """Put every parameter on the meta device: to use one that nobody filled in is an error, not noise."""
+    _replace_parameters(program, lambda p: torch.empty_like(p, device="meta"))
+    return program
+
+
+def _replace_parameters(module: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
+    """Replace each parameter by another, once where it has several names."""
+    made: dict[int, nn.Parameter] = {}
+    for each in list(module.modules()):
+        for name, parameter in list(each._parameters.items()):
+            if parameter is not None:
+                if id(parameter) not in made:
+                    made[id(parameter)] = nn.Parameter(make(parameter.detach()), requires_grad=False)
+                each._parameters[name] = made[id(parameter)]
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from spp_fx.passes.lower import Lower
 from spp_fx.passes.match import Match
 from spp_fx.passes.partition import Checkpoint, Partition
 from spp_fx.passes.pipeline import parse_pipeline, print_pass, print_pipeline, run_pipeline
+from spp_fx.passes.prune import Prune
 from spp_fx.passes.shard import Shard
 from spp_fx.passes.verify import Verify
 
@@ -24,6 +25,7 @@ __all__ = [
     "Partition",
     "Pass",
     "PassReport",
+    "Prune",
     "Shard",
     "Verify",
     "find_pass",

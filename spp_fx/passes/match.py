@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import ClassVar
 
 from spp_fx.errors import PatternError, PreconditionError, UsageError
+from spp_fx.ir.names import is_target, module_name
 from spp_fx.ir.program import Program
 from spp_fx.ir.site import Site
 from spp_fx.passes.base import Pass, PassReport, register
@@ -60,19 +60,6 @@ class Match(Pass):
         if not program.matched:
             raise _nothing(report, dense, bool(self.targets))
         return report
-
-
-def module_name(site: str) -> str:
-    """The name of the module that holds a site's weight; stacks are named by their parameter."""
-    return site.removesuffix(".weight")
-
-
-def is_target(site: str, target: str) -> bool:
-    """Whether a target names a site: by its last words, or as a glob over the whole name."""
-    name = module_name(site)
-    if any(c in target for c in "*?["):
-        return fnmatchcase(name, target) or fnmatchcase(site, target)
-    return name == target or site == target or name.endswith("." + target)
 
 
 def _refusal(site: Site, targets: Sequence[str], experts: set[int]) -> str | None:

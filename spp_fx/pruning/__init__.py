@@ -1,13 +1,21 @@
-"""Pruning criteria: which entries of a weight are kept."""
+"""Pruning: which entries of a weight are kept, and the walk over the layers that shows what they multiply."""
 
-from collections.abc import Callable
+from spp_fx.pruning.criterion import CRITERIA, Criterion, make_criterion, register
+from spp_fx.pruning.inputs import Inputs
+from spp_fx.pruning.magnitude import Magnitude, magnitude_mask
+from spp_fx.pruning.ria import Ria
+from spp_fx.pruning.sparsegpt import SparseGpt
+from spp_fx.pruning.wanda import Wanda
 
-from torch import Tensor
-
-from spp_fx.pruning.magnitude import magnitude_mask
-from spp_fx.sparsity import Pattern
-
-WEIGHT_CRITERIA: dict[str, Callable[[Tensor, Pattern], Tensor]] = {"magnitude": magnitude_mask}
-"""Criteria that look at the weight alone, by name."""
-
-__all__ = ["WEIGHT_CRITERIA", "magnitude_mask"]
+__all__ = [
+    "CRITERIA",
+    "Criterion",
+    "Inputs",
+    "Magnitude",
+    "Ria",
+    "SparseGpt",
+    "Wanda",
+    "magnitude_mask",
+    "make_criterion",
+    "register",
+]

@@ -1,9 +1,26 @@
 """magnitude: keep the entries of largest absolute value."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 from torch import Tensor
 
+from spp_fx.pruning.criterion import Criterion, register
+from spp_fx.pruning.inputs import Inputs
 from spp_fx.pruning.select import keep
 from spp_fx.sparsity import Pattern
+
+
+@register("magnitude")
+@dataclass(frozen=True)
+class Magnitude(Criterion):
+    """Looks at the weight alone."""
+
+    name: ClassVar[str]
+    calibrated = False
+
+    def prune(self, weight: Tensor, inputs: Inputs, pattern: Pattern) -> tuple[Tensor, None]:
+        return magnitude_mask(weight, pattern), None
 
 
 def magnitude_mask(weight: Tensor, pattern: Pattern) -> Tensor:

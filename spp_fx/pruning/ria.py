@@ -1,15 +1,38 @@
 """ria: relative importance of a weight among its row and its column, times a power of its input's norm."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
 from torch import Tensor
 
+from spp_fx.pruning.criterion import Criterion, register
+from spp_fx.pruning.inputs import BLOCK_ELEMENTS, Inputs
 from spp_fx.pruning.select import keep
 from spp_fx.sparsity import Pattern
 
 POWER = 0.5
 
 
+@register("ria")
+@dataclass(frozen=True)
+class Ria(Criterion):
+    """Zhang et al., 2024.
+
+    Args:
+        permute: reorder the inputs of a weight, so that those of large score fall into different groups of
+            an N:M pattern, wherever the order can be absorbed by the weights that make the inputs.
+    """
+
+    name: ClassVar[str]
+    permute: bool = False
+
+    def prune(self, weight: Tensor, inputs: Inputs, pattern: Pattern) -> tuple[Tensor, None]:
+        return ria_mask(weight, inputs.norms, pattern), None
+
+
 def ria_score(weight: Tensor, norms: Tensor) -> Tensor:
-    """(|W| / colsum |W| + |W| / rowsum |W|) * ||x_j||^0.5 in float32 (Zhang et al., 2024).
+    """(|W| / colsum |W| + |W| / rowsum |W|) * ||x_j||^0.5 in float32.
 
     A row or column without any weight has no importance.
 
@@ -17,10 +40,18 @@ def ria_score(weight: Tensor, norms: Tensor) -> Tensor:
         weight: (out, in).
         norms: (in,), of each input over the calibration data.
     """
-    size = weight.abs().float()
-    columns, rows = size.sum(0, keepdim=True), size.sum(1, keepdim=True)
-    relative = size / columns.masked_fill(columns == 0, 1) + size / rows.masked_fill(rows == 0, 1)
-    return relative * norms.float() ** POWER
+    step = max(1, BLOCK_ELEMENTS // max(1, weight.shape[1]))
+    columns = torch.zeros_like(norms, dtype=torch.float32)
+    for part in weight.split(step):
+        columns += part.abs().float().sum(0)
+    columns.masked_fill_(columns == 0, 1)
+    factor = norms.float() ** POWER
+    score = torch.empty(weight.shape, device=weight.device)
+    for part, out in zip(weight.split(step), score.split(step), strict=True):
+        size = part.abs().float()
+        rows = size.sum(1, keepdim=True)
+        out.copy_((size / columns + size / rows.masked_fill(rows == 0, 1)) * factor)
+    return score
 
 
 def ria_mask(weight: Tensor, norms: Tensor, pattern: Pattern) -> Tensor:

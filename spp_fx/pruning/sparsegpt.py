@@ -1,9 +1,14 @@
 """sparsegpt: prune column by column, and let the columns that follow make up for what was lost."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
 from spp_fx.errors import PatternError, UsageError
+from spp_fx.pruning.criterion import Criterion, register
+from spp_fx.pruning.inputs import Inputs
 from spp_fx.pruning.select import keep_of_groups, keep_of_matrix
 from spp_fx.sparsity import NM, Pattern
 
@@ -11,16 +16,54 @@ BLOCK_SIZE = 128
 DAMP = 0.01
 
 
+@register("sparsegpt")
+@dataclass(frozen=True)
+class SparseGpt(Criterion):
+    """Frantar and Alistarh, 2023.
+
+    Args:
+        damp: what is added to the Hessian's diagonal, as a share of its mean.
+        block_size: columns between updates of all that follow; unstructured patterns are chosen block by block.
+    """
+
+    name: ClassVar[str]
+    hessian = True
+    damp: float = DAMP
+    block_size: int = BLOCK_SIZE
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.damp < float("inf"):
+            raise UsageError(f"sparsegpt: damp must be a finite number of at least 0, got {self.damp}")
+        if self.block_size < 1:
+            raise UsageError(f"sparsegpt: block-size must be at least 1, got {self.block_size}")
+
+    def prune(self, weight: Tensor, inputs: Inputs, pattern: Pattern) -> tuple[Tensor, Tensor]:
+        values, mask = self._solve(weight, inputs, pattern)
+        return mask, values
+
+    def update(self, weight: Tensor, inputs: Inputs, mask: Tensor) -> Tensor:
+        return self._solve(weight, inputs, mask)[0]
+
+    def _solve(self, weight: Tensor, inputs: Inputs, chosen: Pattern | Tensor) -> tuple[Tensor, Tensor]:
+        assert inputs.hessian is not None
+        return sparsegpt(weight, inputs.hessian, chosen, damp=self.damp, block_size=self.block_size)
+
+
 def sparsegpt(
-    weight: Tensor, hessian: Tensor, pattern: Pattern, *, damp: float = DAMP, block_size: int = BLOCK_SIZE
+    weight: Tensor,
+    hessian: Tensor,
+    chosen: Pattern | Tensor,
+    *,
+    damp: float = DAMP,
+    block_size: int = BLOCK_SIZE,
 ) -> tuple[Tensor, Tensor]:
-    """Prune W and update what is kept, so that W X changes little (Frantar and Alistarh, 2023, Algorithm 1).
+    """Prune W and update what is kept, so that W X changes little (Algorithm 1).
 
     Args:
         weight: (out, in); not written to.
         hessian: (in, in), X X^T of the site's inputs; a common factor does not matter.
-        damp: what is added to the diagonal, as a share of its mean.
-        block_size: columns between updates of all that follow; unstructured patterns are chosen block by block.
+        chosen: a pattern, whose mask is chosen on the way, or the mask itself, (out, in) bool.
+        damp, block_size: see `SparseGpt`.
 
     Returns:
         The new weight (out, in) in float32, zero where it was pruned, and the mask, true where it was kept.
@@ -30,16 +73,17 @@ def sparsegpt(
         UsageError: a block that no whole number of groups fills.
     """
     columns = weight.shape[1]
-    if isinstance(pattern, NM) and columns % pattern.group:
-        raise PatternError(f"its {columns} inputs are no multiple of {pattern.group}, {pattern} cannot hold")
-    if isinstance(pattern, NM) and block_size % pattern.group:
-        raise UsageError(f"a block of {block_size} columns is no whole number of groups of {pattern}")
+    if isinstance(chosen, NM) and columns % chosen.group:
+        raise PatternError(f"its {columns} inputs are no multiple of {chosen.group}, {chosen} cannot hold")
+    if isinstance(chosen, NM) and block_size % chosen.group:
+        raise UsageError(f"a block of {block_size} columns is no whole number of groups of {chosen}")
     w = weight.to(torch.float32, copy=True)
     inverse = _inverse_factor(hessian.to(torch.float32, copy=True), w, damp)
     kept = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
     for start in range(0, columns, block_size):
         block = slice(start, min(start + block_size, columns))
-        errors, kept[:, block] = _prune_block(w[:, block], inverse[block, block], pattern)
+        here = chosen[:, block] if isinstance(chosen, Tensor) else chosen
+        errors, kept[:, block] = _prune_block(w[:, block], inverse[block, block], here)
         w[:, block.stop :] -= errors @ inverse[block, block.stop :]
     return w, kept
 
@@ -61,17 +105,20 @@ def _inverse_factor(hessian: Tensor, w: Tensor, damp: float) -> Tensor:
     return factor
 
 
-def _prune_block(w: Tensor, inverse: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+def _prune_block(w: Tensor, inverse: Tensor, chosen: Pattern | Tensor) -> tuple[Tensor, Tensor]:
     """Prune the columns of a block in place; their scaled errors, and what was kept."""
     errors = torch.zeros_like(w)
     scale = inverse.diagonal() ** 2
-    kept = torch.ones_like(w, dtype=torch.bool)
-    if not isinstance(pattern, NM):
-        kept = keep_of_matrix(w**2 / scale, pattern.share)
+    if isinstance(chosen, Tensor):
+        kept = chosen
+    elif isinstance(chosen, NM):
+        kept = torch.ones_like(w, dtype=torch.bool)
+    else:
+        kept = keep_of_matrix(w**2 / scale, chosen.share)
     for i in range(w.shape[1]):
-        if isinstance(pattern, NM) and i % pattern.group == 0:
-            group = slice(i, i + pattern.group)
-            kept[:, group] = keep_of_groups(w[:, group] ** 2 / scale[group], pattern)
+        if isinstance(chosen, NM) and i % chosen.group == 0:
+            group = slice(i, i + chosen.group)
+            kept[:, group] = keep_of_groups(w[:, group] ** 2 / scale[group], chosen)
         column = w[:, i].clone()
         w[:, i] *= kept[:, i]
         errors[:, i] = (column - w[:, i]) / inverse[i, i]

@@ -1,13 +1,30 @@
 """wanda: keep the entries whose weight times the norm of its input is largest, within each row."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
 from torch import Tensor
 
+from spp_fx.pruning.criterion import Criterion, register
+from spp_fx.pruning.inputs import BLOCK_ELEMENTS, Inputs
 from spp_fx.pruning.select import keep
 from spp_fx.sparsity import Pattern
 
 
+@register("wanda")
+@dataclass(frozen=True)
+class Wanda(Criterion):
+    """Sun et al., 2024."""
+
+    name: ClassVar[str]
+
+    def prune(self, weight: Tensor, inputs: Inputs, pattern: Pattern) -> tuple[Tensor, None]:
+        return wanda_mask(weight, inputs.norms, pattern), None
+
+
 def wanda_score(weight: Tensor, norms: Tensor) -> Tensor:
-    """|W_ij| * ||x_j||_2 in float32 (Sun et al., 2024, Eq. 1).
+    """|W_ij| * ||x_j||_2 in float32 (Eq. 1).
 
     Args:
         weight: (out, in).
@@ -18,4 +35,5 @@ def wanda_score(weight: Tensor, norms: Tensor) -> Tensor:
 
 def wanda_mask(weight: Tensor, norms: Tensor, pattern: Pattern) -> Tensor:
     """(out, in) bool, true where wanda keeps; unstructured patterns drop int(p * in) of every row."""
-    return keep(wanda_score(weight, norms), pattern, by_row=True)
+    rows = max(1, BLOCK_ELEMENTS // max(1, weight.shape[1]))
+    return torch.cat([keep(wanda_score(part, norms), pattern, by_row=True) for part in weight.split(rows)])

@@ -8,13 +8,24 @@ from spp_fx.ir.printer import print_program
 from spp_fx.ir.program import Program
 from spp_fx.ir.trace import load_model, meta_model, trace
 from spp_fx.passes import Pass, PassReport, parse_pipeline, print_pass, run_pipeline
+from spp_fx.workflows.calibration import Calibration, calibration_tokens
 
 After = Callable[[str, PassReport, str], None]
 """Called with a pass's spelling, its report, and the program as text after it."""
 
 
-def optimize(model: Path, pipeline: str, *, after: After, trust_remote_code: bool = False) -> Program:
+def optimize(
+    model: Path,
+    pipeline: str,
+    *,
+    after: After,
+    calibration: Calibration | None = None,
+    trust_remote_code: bool = False,
+) -> Program:
     """Trace a model folder and run a pipeline over it; a folder without weights is traced on meta.
+
+    Args:
+        calibration: text for passes that look at inputs.
 
     Raises:
         UsageError: the pipeline cannot be read; nothing is loaded then.
@@ -24,6 +35,10 @@ def optimize(model: Path, pipeline: str, *, after: After, trust_remote_code: boo
     ModelFolder.open(model, weights=weights)
     source = load_model if weights else meta_model
     program = trace(source(model, trust_remote_code=trust_remote_code))
+    if calibration is not None:
+        program.calibration = calibration_tokens(
+            model, program, calibration, trust_remote_code=trust_remote_code
+        )
 
     def show(item: Pass, report: PassReport) -> None:
         after(print_pass(item), report, print_program(program))

@@ -1,20 +1,35 @@
-"""prune: a dense model folder into a sparse one, tensor by tensor."""
+"""prune: a dense model folder into a sparse one, tensor by tensor or decoder layer by decoder layer."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spp_fx.checkpoint import OWN_FILES, ModelFolder, Shard, TensorInfo, atomic_folder, rewrite_model
+from spp_fx.checkpoint import (
+    OWN_FILES,
+    ModelFolder,
+    Shard,
+    TensorInfo,
+    atomic_folder,
+    check_target,
+    rewrite_model,
+)
 from spp_fx.errors import MaskError, PatternError, UsageError
-from spp_fx.ir.binding import Piece
-from spp_fx.passes import Match
-from spp_fx.pruning import WEIGHT_CRITERIA
-from spp_fx.sparsity import LOCK_NAME, NM, Lock, Pattern, make_entry, parse_pattern, scan_bits
-from spp_fx.workflows.survey import Survey, Tick, choose, no_tick, scan_tensor, survey, tensors_of
+from spp_fx.ir.binding import take_apart
+from spp_fx.passes import Causal, Match, Partition, run_pipeline
+from spp_fx.pruning import make_criterion
+from spp_fx.pruning.layerwise import LayerResult, Tick, outside_of_layers, prune_layers, silent
+from spp_fx.pruning.recipe import MatrixReport, Recipe, divides, patterns_of, prune_matrix
+from spp_fx.sparsity import LOCK_NAME, Lock, Pattern, make_entry, parse_pattern, scan_bits
+from spp_fx.version import VERSION
+from spp_fx.workflows.calibration import Calibration, calibration_tokens
+from spp_fx.workflows.layer_store import layer_store
+from spp_fx.workflows.layer_weights import FolderWeights
+from spp_fx.workflows.survey import Survey, choose, scan_tensor, survey, tensors_of
 
 
 @dataclass(frozen=True)
@@ -23,25 +38,53 @@ class Pruned:
 
     Attributes:
         out: the folder written.
-        pattern: the pattern that every pruned weight holds now.
+        pattern: what every pruned weight holds now, unless a ratio says otherwise.
         lock: the masks, as written to `sparsity.lock.json`.
         refused: sites left dense, each with its reason.
+        reports: what was done to each matrix, by the tensor that holds it; a stack stored whole has several.
+        calibration: how many windows of how many tokens were looked at, if any.
     """
 
     out: Path
     pattern: Pattern
     lock: Lock
     refused: dict[str, str]
+    reports: dict[str, list[MatrixReport]]
+    calibration: dict[str, int] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
             "out": str(self.out),
             "pattern": str(self.pattern),
+            "calibration": self.calibration,
             "sites": [
-                {"name": e.name, "shape": list(e.shape), "nnz": e.nnz, "sparsity": 1 - e.nnz / numel(e.shape)}
+                {
+                    "name": e.name,
+                    "shape": list(e.shape),
+                    "nnz": e.nnz,
+                    "sparsity": 1 - e.nnz / torch.Size(e.shape).numel(),
+                    "pattern": str(e.pattern),
+                    **self.errors(e.name),
+                    "notes": list(dict.fromkeys(n for report in self.reports[e.name] for n in report.notes)),
+                }
                 for e in self.lock.sites
             ],
             "refused": self.refused,
+        }
+
+    def errors(self, tensor: str) -> dict[str, float | None]:
+        """What the outputs of a weight lost of their energy on calibration inputs.
+
+        `error_before` is what the first mask alone takes, `error_after` what is missing after update and repair;
+        both are squared norms relative to the dense weight's, None without calibration.
+        """
+        reports = self.reports[tensor]
+        energy = sum(report.energy or 0 for report in reports)
+        if not energy:
+            return {"error_before": None, "error_after": None}
+        return {
+            "error_before": sum(report.lost_before or 0 for report in reports) / energy,
+            "error_after": sum(report.lost_after or 0 for report in reports) / energy,
         }
 
 
@@ -51,78 +94,196 @@ def prune(
     *,
     method: str,
     pattern: str,
+    calibration: Calibration | None = None,
+    repair: str | None = None,
+    damp: float | None = None,
+    block_size: int | None = None,
+    permute: bool | None = None,
     targets: Sequence[str] = (),
+    ratios: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    device: str | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
-    tick: Tick = no_tick,
+    tick: Tick = silent,
 ) -> Pruned:
     """Prune every matched site of a model folder and write the lock beside the weights.
 
+    Without calibration, tensor by tensor. With it, decoder layer by decoder layer: each is run on what the
+    pruned layers before it give, pruned, and run again; memory holds the weights of one layer. An interrupted
+    run goes on at the layer where it was stopped when it is called again, and writes the same bytes.
+
+    Args:
+        method: name of a criterion.
+        pattern: N:M or a share of zeros.
+        repair: `dsnot`, or none.
+        damp, block_size, permute: options of the criteria that have them.
+        targets: sites to take; see `Match`.
+        ratios: `NAME@PATTERN`: other patterns for the sites of that name; the last that fits counts.
+        skip: names of sites that stay dense.
+        device: where layers run; a GPU if torch sees one.
+
     Raises:
-        UsageError: unknown method, bad pattern, no match, or an output that exists.
-        PatternError: the pattern does not divide a site's inputs.
+        UsageError: an option is wrong, the text too short, or the output exists.
+        PatternError: the pattern does not divide a site's inputs, or a site cannot be pruned; names it.
         MaskError: what was read back is not what was meant to be written.
     """
-    if method not in WEIGHT_CRITERIA:
-        raise UsageError(f"unknown pruning method '{method}'; known: {', '.join(WEIGHT_CRITERIA)}")
-    model, out, wanted = Path(model), Path(out), parse_pattern(pattern)
-    if wanted.sparsity == 1:
-        raise UsageError(f"--pattern {pattern} would leave no weight at all; choose less than 100%")
-    with atomic_folder(out, force, sources=[model]) as temporary:
-        found = survey(model, trust_remote_code=trust_remote_code)
-        matched, refused = choose(found, Match(targets=tuple(targets), dense=True))
-        _check_divisible(found, matched, wanted)
-        pieces = tensors_of(piece for site in matched for piece in found.pieces[site])
-        kinds = {
-            piece.tensor: found.program.sites[site].kind for site in matched for piece in found.pieces[site]
-        }
-        criterion = WEIGHT_CRITERIA[method]
+    model, out, wanted = Path(model), Path(out).absolute(), parse_pattern(pattern)
+    criterion = make_criterion(method, damp=damp, block_size=block_size, permute=permute)
+    recipe = Recipe(criterion, repair)
+    if recipe.calibrated and calibration is None:
+        raise UsageError(f"{repair or method} looks at inputs: give the text to calibrate on, --calib FILE")
+    check_target(out, force, [model])
+    found = survey(model, trust_remote_code=trust_remote_code, runnable=calibration is not None)
+    matched, refused = choose(found, Match(targets=tuple(targets), dense=True))
+    if calibration is not None:
+        run_pipeline(found.program, [Partition(), Causal()])
+        outside = outside_of_layers(found.program, matched)
+        refused |= outside
+        matched = [name for name in matched if name not in outside]
+    patterns, skipped = patterns_of(matched, wanted, ratios, skip)
+    refused |= skipped
+    _check_divisible(found, patterns)
+    if calibration is None:
+        reports = _stream(found, patterns, recipe, out, force, model, tick)
+        used = None
+    else:
+        tokens = calibration_tokens(model, found.program, calibration, trust_remote_code=trust_remote_code)
+        used = {"samples": tokens.shape[0], "seq_len": tokens.shape[1]}
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        reports = _walk(found, patterns, recipe, tokens, out, force, model, where, tick)
+    return Pruned(out, wanted, reports.lock, refused, reports.by_tensor, used)
+
+
+@dataclass(frozen=True)
+class _Written:
+    lock: Lock
+    by_tensor: dict[str, list[MatrixReport]]
+
+
+def _stream(
+    found: Survey,
+    patterns: Mapping[str, Pattern],
+    recipe: Recipe,
+    out: Path,
+    force: bool,
+    model: Path,
+    tick: Tick,
+) -> _Written:
+    """Prune by the weights alone, one stored tensor in memory."""
+    site_of = {piece.tensor: (site, piece) for site in patterns for piece in found.pieces[site]}
+    by_tensor: dict[str, list[MatrixReport]] = {}
+
+    def replace(shard: Shard, info: TensorInfo) -> Tensor | None:
+        if info.name not in site_of:
+            return None
+        site, piece = site_of[info.name]
+        weight = shard.read(info.name)
+        canonical = weight.transpose(-1, -2) if piece.transposed else weight
+        matrices = list(canonical) if canonical.ndim == 3 else [canonical]
+        by_tensor[info.name] = [
+            prune_matrix(matrix, None, patterns[site], recipe, info.name, i if piece.whole else None)
+            for i, matrix in enumerate(matrices)
+        ]
+        tick(len(by_tensor), len(site_of), info.name)
+        return weight
+
+    return _Written(_write(found, patterns, out, force, model, replace), by_tensor)
+
+
+def _walk(
+    found: Survey,
+    patterns: Mapping[str, Pattern],
+    recipe: Recipe,
+    tokens: Tensor,
+    out: Path,
+    force: bool,
+    model: Path,
+    device: torch.device,
+    tick: Tick,
+) -> _Written:
+    """Prune layer by layer, with one layer in memory."""
+    plan = {
+        "version": VERSION,
+        "torch": torch.__version__,
+        "base": found.folder.fingerprint(),
+        "criterion": {"name": recipe.criterion.name, **asdict(recipe.criterion)},
+        "repair": recipe.repair,
+        "patterns": {name: str(pattern) for name, pattern in patterns.items()},
+        "tokens": blake2b(tokens.numpy().tobytes()).hexdigest(),
+        "shape": list(tokens.shape),
+        "device": device.type,
+    }
+    with layer_store(out, plan) as store:
+
+        def finish(index: int, result: LayerResult) -> None:
+            tensors = {
+                stored: part
+                for name, tensor in result.tensors.items()
+                for stored, part in take_apart(found.pieces[name], tensor)
+            }
+            store.finish(index, tensors, result.reports)
+
+        if store.done < len(found.program.units):
+            prune_layers(
+                found.program.eval(), tokens, patterns, recipe, weights=FolderWeights(found),
+                states=store.states, device=device, start=store.done, finish=finish, tick=tick,
+            )  # fmt: skip
+        pruned = store.tensors()
 
         def replace(shard: Shard, info: TensorInfo) -> Tensor | None:
-            if info.name not in pieces:
-                return None
-            weight = shard.read(info.name)
-            canonical = weight.transpose(-1, -2) if pieces[info.name].transposed else weight
-            for matrix in canonical if canonical.ndim == 3 else [canonical]:
-                if not matrix.isfinite().all():
-                    raise PatternError(
-                        f"{info.name} ({shard.name}) holds NaN or infinity; it cannot be pruned"
-                    )
-                matrix.masked_fill_(~criterion(matrix, wanted), 0)
-            tick(info.name, info.nbytes)
-            return weight
+            return pruned[info.name].read(info.name) if info.name in pruned else None
 
-        rewrite_model(found.folder, temporary, replace, skip=OWN_FILES)
-        lock = lock_folder(ModelFolder.open(temporary), pieces.values(), kinds, wanted)
-        (temporary / LOCK_NAME).write_text(lock.dumps())
-    return Pruned(out, wanted, lock, refused)
+        lock = _write(found, patterns, out, force, model, replace)
+        by_site: dict[str, list[MatrixReport]] = {}
+        for report in store.reports():
+            by_site.setdefault(report.site, []).append(report)
+    by_tensor = {
+        piece.tensor: [r for r in by_site[site] if piece.whole or r.expert == piece.expert]
+        for site in patterns
+        for piece in found.pieces[site]
+    }
+    return _Written(lock, by_tensor)
 
 
-def lock_folder(
-    folder: ModelFolder, pieces: Iterable[Piece], kinds: dict[str, str], pattern: Pattern
+def _write(
+    found: Survey,
+    patterns: Mapping[str, Pattern],
+    out: Path,
+    force: bool,
+    model: Path,
+    replace: Callable[[Shard, TensorInfo], Tensor | None],
 ) -> Lock:
-    """The lock of a folder just written, from its own bytes; every mask must hold the pattern."""
+    """Write the folder with some tensors replaced, and the lock as read back from it."""
+    with atomic_folder(out, force, sources=[model]) as temporary:
+        rewrite_model(found.folder, temporary, replace, skip=OWN_FILES)
+        lock = _lock_folder(ModelFolder.open(temporary), found, patterns)
+        (temporary / LOCK_NAME).write_text(lock.dumps())
+    return lock
+
+
+def _lock_folder(folder: ModelFolder, found: Survey, patterns: Mapping[str, Pattern]) -> Lock:
+    """The lock of a folder just written, from its own bytes; every mask must hold its pattern."""
     entries: list[Any] = []
-    for piece in pieces:
-        mask = scan_tensor(folder, piece.tensor, transposed=piece.transposed).mask
-        violations = scan_bits(mask, pattern)
-        if violations.count:
-            raise MaskError(f"{piece.tensor}: read back, it does not hold: {violations.describe(pattern)}")
-        entries.append(make_entry(piece.tensor, kinds[piece.tensor], mask, pattern, piece.transposed))
+    for site, pattern in patterns.items():
+        for piece in tensors_of(found.pieces[site]).values():
+            mask = scan_tensor(folder, piece.tensor, transposed=piece.transposed).mask
+            violations = scan_bits(mask, pattern)
+            if violations.count:
+                raise MaskError(
+                    f"{piece.tensor}: read back, it does not hold: {violations.describe(pattern)}"
+                )
+            kind = found.program.sites[site].kind
+            entries.append(make_entry(piece.tensor, kind, mask, pattern, piece.transposed))
     return Lock.of(entries)
 
 
-def numel(shape: Sequence[int]) -> int:
-    return torch.Size(shape).numel()
-
-
-def _check_divisible(found: Survey, matched: Sequence[str], pattern: Pattern) -> None:
-    if not isinstance(pattern, NM):
-        return
-    wrong = [n for n in matched if found.program.sites[n].in_features % pattern.group]
+def _check_divisible(found: Survey, patterns: Mapping[str, Pattern]) -> None:
+    sites = found.program.sites
+    wrong = [name for name, pattern in patterns.items() if not divides(pattern, sites[name].in_features)]
     if wrong:
-        columns = found.program.sites[wrong[0]].in_features
+        pattern = patterns[wrong[0]]
         raise PatternError(
-            f"{wrong[0]}: its {columns} inputs are no multiple of {pattern.group}, so {pattern} cannot hold "
-            f"({len(wrong)} of {len(matched)} sites); choose another pattern or leave it out with --targets"
+            f"{wrong[0]}: its {sites[wrong[0]].in_features} inputs are no multiple of the group of {pattern}, which "
+            f"cannot hold ({len(wrong)} of {len(patterns)} sites); choose another pattern, or leave it out with --skip"
         )

@@ -7,9 +7,9 @@ from pathlib import Path
 from spp_fx.checkpoint import ModelFolder
 from spp_fx.errors import FormatError, UsageError
 from spp_fx.exporters.manifest import MANIFEST, read_manifest
-from spp_fx.ir.binding import Binding, Piece, bind
+from spp_fx.ir.binding import Binding, Parameter, Piece, bind
 from spp_fx.ir.program import Program
-from spp_fx.ir.trace import meta_model, trace
+from spp_fx.ir.trace import hollow, hollow_model, meta_model, trace
 from spp_fx.passes import Canonicalize, Match, run_pipeline
 from spp_fx.sparsity import PackedMask, Pattern, Scan, detect_pattern, scan_file
 
@@ -66,16 +66,28 @@ def check_plain(folder: ModelFolder) -> None:
         )
 
 
-def survey(path: Path, *, weights: bool = True, trust_remote_code: bool = False) -> Survey:
-    """Open a model folder, trace its model without weights, find the stored tensors of each site."""
+def survey(
+    path: Path, *, weights: bool = True, trust_remote_code: bool = False, runnable: bool = False
+) -> Survey:
+    """Open a model folder, trace its model without weights, find the stored tensors of each site.
+
+    Args:
+        runnable: give the program real constants and buffers, and find the stored tensors of every
+            parameter too, so that it runs once these are filled in.
+    """
     folder = open_model(path, weights=weights)
     if not folder.config:
         raise UsageError(f"{path}: config.json is missing or empty; a model folder needs it")
-    model = meta_model(path, trust_remote_code=trust_remote_code)
-    program = trace(model)
+    make = hollow_model if runnable else meta_model
+    model = make(path, trust_remote_code=trust_remote_code)
+    program = hollow(trace(model))
     run_pipeline(program, [Canonicalize()])
     stored = {name: folder.info(name)[1].shape for name in folder.names}
-    return Survey(folder, program, bind(model, program.sites, stored) if stored else Binding({}, {}))
+    if not stored:
+        return Survey(folder, program, Binding({}, {}))
+    parameters = {name: Parameter(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
+    slots = parameters | program.sites if runnable else program.sites
+    return Survey(folder, program, bind(model, slots, stored))
 
 
 def choose(found: Survey, match: Match) -> tuple[list[str], dict[str, str]]:

@@ -9,7 +9,7 @@ from spp_fx.adapters.ops import unpack
 from spp_fx.adapters.ops.packed import OPS, PACKINGS, choose_packing
 from spp_fx.errors import PreconditionError, UsageError
 from spp_fx.passes import Fold, Lower, Verify, run_pipeline
-from spp_fx.pruning import WEIGHT_CRITERIA
+from spp_fx.pruning import magnitude_mask
 from spp_fx.sparsity import parse_pattern
 from tests.families import batch
 from tests.passes.programs import adapted, canonical, loss_of
@@ -18,7 +18,7 @@ from tests.passes.programs import adapted, canonical, loss_of
 def pruned(m: int, n: int, pattern: str, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(m, n, generator=generator).to(dtype)
-    return weight.masked_fill_(~WEIGHT_CRITERIA["magnitude"](weight, parse_pattern(pattern)), 0)
+    return weight.masked_fill_(~magnitude_mask(weight, parse_pattern(pattern)), 0)
 
 
 def rows(weight: torch.Tensor, packing: str):

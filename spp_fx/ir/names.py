@@ -1,0 +1,16 @@
+"""How users name sites: by the last words of module names, or by globs over whole names."""
+
+from fnmatch import fnmatchcase
+
+
+def module_name(site: str) -> str:
+    """The name of the module that holds a site's weight; stacks are named by their parameter."""
+    return site.removesuffix(".weight")
+
+
+def is_target(site: str, target: str) -> bool:
+    """Whether a target names a site: by its last words, or as a glob over the whole name."""
+    name = module_name(site)
+    if any(c in target for c in "*?["):
+        return fnmatchcase(name, target) or fnmatchcase(site, target)
+    return name == target or site == target or name.endswith("." + target)

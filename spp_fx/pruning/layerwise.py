@@ -1,0 +1,251 @@
+"""Pruning a program decoder layer by decoder layer, each calibrated on what the pruned ones before it give."""
+
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from spp_fx.errors import PreconditionError
+from spp_fx.ir.program import Program
+from spp_fx.pruning.observer import Observer
+from spp_fx.pruning.permute import best_order, producers
+from spp_fx.pruning.recipe import MatrixReport, Recipe, prune_matrix
+from spp_fx.pruning.ria import Ria, ria_score
+from spp_fx.pruning.states import States
+from spp_fx.pruning.walk import Layer, Shared, Walk
+from spp_fx.sparsity import NM, Pattern
+
+Tick = Callable[[int, int, str], None]
+"""Called with the passes of a sample through a layer that are done, how many there are, and the layer."""
+
+
+def silent(done: int, total: int, item: str) -> None:
+    """Show nothing."""
+
+
+class Weights(Protocol):
+    """Where the tensors of a program come from when a layer is about to run."""
+
+    def fill(self, program: Program, names: Iterable[str], device: torch.device) -> None:
+        """Put these parameters and buffers in place."""
+        ...
+
+    def empty(self, program: Program, names: Iterable[str]) -> None:
+        """Let them go again."""
+        ...
+
+    def stored(self, program: Program, name: str) -> Tensor:
+        """A parameter as it is stored, to be pruned in place: the program's own, unless dtypes differ."""
+        ...
+
+
+class InPlace:
+    """The tensors that the program itself holds."""
+
+    def fill(self, program: Program, names: Iterable[str], device: torch.device) -> None:
+        pass
+
+    def empty(self, program: Program, names: Iterable[str]) -> None:
+        pass
+
+    def stored(self, program: Program, name: str) -> Tensor:
+        return program.get_parameter(name).data
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """What was done to one layer.
+
+    Attributes:
+        layer: path of its unit.
+        tensors: new values by parameter, as stored; valid until the next layer.
+        reports: of every matrix.
+    """
+
+    layer: str
+    tensors: Mapping[str, Tensor]
+    reports: tuple[MatrixReport, ...]
+
+
+def outside_of_layers(program: Program, sites: Iterable[str]) -> dict[str, str]:
+    """The sites that a walk over the layers does not calibrate, with reasons."""
+    owners: dict[str, str] = {}
+    for name in sites:
+        units = {unit for unit in program.units if name.startswith(f"{unit}.")}
+        used_in = {use.path for use in program.uses().get(name, [])}
+        if not units:
+            owners[name] = (
+                "lies outside of the decoder layers, where nothing is calibrated; magnitude takes it"
+            )
+        elif any(not f"{path}.".startswith(f"{next(iter(units))}.") for path in used_in):
+            owners[name] = "is shared by several layers, so there is no one layer to calibrate it in"
+    return owners
+
+
+@torch.no_grad()
+def prune_layers(
+    program: Program,
+    tokens: Tensor,
+    patterns: Mapping[str, Pattern],
+    recipe: Recipe,
+    *,
+    weights: Weights,
+    states: States,
+    device: torch.device,
+    start: int = 0,
+    finish: Callable[[int, LayerResult], None],
+    tick: Tick = silent,
+) -> None:
+    """Walk the layers: run one to see its inputs, prune it, run it again to feed the next.
+
+    Args:
+        program: partitioned, in eval mode.
+        tokens: (samples, length) int64.
+        patterns: by site; all of them lie in layers.
+        recipe: how a matrix is pruned.
+        weights: where the tensors come from.
+        states: where values wait between layers; those of layer `start` are there if start is not 0.
+        start: the layer to begin with.
+        finish: called after each layer with its index and what was done, while it is still in place.
+
+    Raises:
+        PatternError: names the site that cannot be pruned, and why.
+    """
+    walk = Walk(program)
+    samples, last = len(tokens), len(walk.layers) - 1
+    total = 2 * samples * len(walk.layers) - samples
+    with _in_place(program, weights, walk.entry_tensors(), device):
+        shared: Shared = {}
+        for i in range(samples if start == 0 else 1):
+            values, shared = walk.enter(tokens[i : i + 1].to(device))
+            if start == 0:
+                states.save(0, i, values)
+    if start == 0:
+        states.finish(0)
+    for index in range(start, last + 1):
+        layer = walk.layers[index]
+        done = 2 * samples * index
+        with _in_place(program, weights, walk.layer_tensors(index), device):
+            here = {name: pattern for name, pattern in patterns.items() if name.startswith(f"{layer.path}.")}
+            observer = Observer(
+                {name: program.sites[name] for name in here},
+                hessian=recipe.criterion.hessian,
+                samples=samples,
+                device=device,
+            )
+            for i in range(samples if here else 0):
+                walk.observe(index, _to(states.load(index, i), device), shared, observer)
+                tick(done + i + 1, total, f"{layer.path}: inputs")
+            result = _prune_layer(program, layer, here, observer, recipe, weights)
+            for i in range(samples if index < last else 0):
+                states.save(index + 1, i, walk.run(index, _to(states.load(index, i), device), shared))
+                tick(done + samples + i + 1, total, f"{layer.path}: outputs")
+            if index < last:
+                states.finish(index + 1)
+            finish(index, result)
+
+
+def _prune_layer(
+    program: Program,
+    layer: Layer,
+    patterns: Mapping[str, Pattern],
+    observer: Observer,
+    recipe: Recipe,
+    weights: Weights,
+) -> LayerResult:
+    edited = _Edited(program, weights)
+    notes: dict[str, str] = {}
+    if isinstance(recipe.criterion, Ria) and recipe.criterion.permute:
+        notes = _reorder(program, layer, patterns, observer, edited)
+    reports: list[MatrixReport] = []
+    for name, pattern in patterns.items():
+        canonical = edited.canonical(name)
+        for expert, matrix in enumerate(canonical if canonical.ndim == 3 else [canonical]):
+            inputs = observer.inputs.get((name, expert))
+            if inputs is None:
+                raise PreconditionError(f"{name}: its layer ran without using it")
+            index = expert if canonical.ndim == 3 else None
+            report = prune_matrix(matrix, inputs, pattern, recipe, name, index)
+            reports.append(replace(report, notes=(*report.notes, notes[name])) if name in notes else report)
+    edited.put_back()
+    return LayerResult(layer.path, edited.tensors, tuple(reports))
+
+
+class _Edited:
+    """Parameters of a layer as they are stored, changed in place."""
+
+    def __init__(self, program: Program, weights: Weights) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._program = program
+        self._weights = weights
+
+    def stored(self, name: str) -> Tensor:
+        if name not in self.tensors:
+            self.tensors[name] = self._weights.stored(self._program, name)
+        return self.tensors[name]
+
+    def canonical(self, site: str) -> Tensor:
+        """The weight of a site as (..., out, in)."""
+        stored = self.stored(site)
+        return stored.transpose(-1, -2) if self._program.sites[site].transposed else stored
+
+    def put_back(self) -> None:
+        """Let the program compute with them."""
+        for name, tensor in self.tensors.items():
+            parameter = self._program.get_parameter(name).data
+            if parameter.data_ptr() != tensor.data_ptr():
+                parameter.copy_(tensor)
+
+
+def _reorder(
+    program: Program, layer: Layer, patterns: Mapping[str, Pattern], observer: Observer, edited: _Edited
+) -> dict[str, str]:
+    """Give sites whose inputs can change places the order that keeps most; what was done or why not, by site."""
+    notes: dict[str, str] = {}
+    possible = producers(program, layer.path)
+    for name, pattern in patterns.items():
+        makers = possible[name]
+        if not isinstance(pattern, NM):
+            notes[name] = f"inputs keep their order: {pattern} has no groups"
+        elif isinstance(makers, str):
+            notes[name] = f"inputs keep their order: {makers}"
+        else:
+            weight, inputs = edited.canonical(name), observer.inputs[name, 0]
+            order = best_order(ria_score(weight, inputs.norms), pattern)
+            if order is None:
+                notes[name] = "inputs keep their order: another keeps no more"
+                continue
+            weight.copy_(weight[:, order])
+            inputs.reorder(order)
+            for tensor in (*map(edited.canonical, makers.sites), *map(edited.stored, makers.biases)):
+                tensor.copy_(tensor[order])
+            notes[name] = f"inputs reordered, and with them the rows of {', '.join(makers.sites)}"
+    return notes
+
+
+def _to(values: list[object], device: torch.device) -> list[object]:
+    return [value.to(device) if isinstance(value, Tensor) else value for value in values]
+
+
+@contextmanager
+def _in_place(
+    program: Program, weights: Weights, names: list[str], device: torch.device
+) -> Generator[None, None, None]:
+    weights.fill(program, names, device)
+    try:
+        yield
+    finally:
+        weights.empty(program, names)
+
+
+def replace_tensor(program: Program, name: str, tensor: Tensor) -> None:
+    """Put another tensor under the name of a parameter or buffer."""
+    path, _, attribute = name.rpartition(".")
+    module = program.get_submodule(path)
+    if attribute in module._parameters:
+        module._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[attribute] = tensor

@@ -1,0 +1,167 @@
+"""What is done to each site: its pattern, the criterion, and the repair after it."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from spp_fx.errors import PatternError, UsageError
+from spp_fx.ir.names import is_target
+from spp_fx.pruning.criterion import Criterion
+from spp_fx.pruning.dsnot import dsnot
+from spp_fx.pruning.inputs import Inputs, output_energy
+from spp_fx.pruning.magnitude import Magnitude
+from spp_fx.sparsity import NM, Pattern, parse_pattern
+
+REPAIRS = {"dsnot": dsnot}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a matrix is pruned.
+
+    Attributes:
+        criterion: chooses the mask, and may change values.
+        repair: name of a repair of the mask, or none.
+    """
+
+    criterion: Criterion
+    repair: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.repair is not None and self.repair not in REPAIRS:
+            raise UsageError(f"unknown repair '{self.repair}'; known: {', '.join(REPAIRS)}")
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether inputs are looked at."""
+        return self.criterion.calibrated or self.repair is not None
+
+
+@dataclass(frozen=True)
+class MatrixReport:
+    """What pruning did to one matrix.
+
+    Attributes:
+        site: its name.
+        expert: its index in a stack, or None.
+        pattern: what it holds.
+        zeros, size: entries.
+        energy: squared norm of its outputs for some calibration inputs, None without calibration.
+        lost_before: the same of what the mask alone takes from them, before update and repair.
+        lost_after: of what is missing in the end.
+        notes: what the reader should know.
+    """
+
+    site: str
+    expert: int | None
+    pattern: str
+    zeros: int
+    size: int
+    energy: float | None
+    lost_before: float | None
+    lost_after: float | None
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "notes": list(self.notes)}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "MatrixReport":
+        values: dict[str, Any] = dict(content)
+        values["notes"] = tuple(content["notes"])
+        return cls(**values)
+
+
+def prune_matrix(
+    weight: Tensor,
+    inputs: Inputs | None,
+    pattern: Pattern,
+    recipe: Recipe,
+    site: str,
+    expert: int | None = None,
+) -> MatrixReport:
+    """Prune a matrix (out, in) in place.
+
+    Raises:
+        PatternError: the weight is not finite, the pattern cannot hold, or the inputs cannot be used; names
+            the site.
+    """
+    where = site if expert is None else f"{site}, expert {expert}"
+    if not bool(weight.isfinite().all()):
+        raise PatternError(f"{where}: holds NaN or infinity; it cannot be pruned")
+    seen = inputs or Inputs(weight.shape[1])
+    notes: list[str] = []
+    if inputs is not None and inputs.dead:
+        notes.append(f"{inputs.dead} of its {inputs.features} inputs were always 0")
+    criterion = recipe.criterion
+    if recipe.calibrated and not seen.tokens:
+        notes = ["saw no token: pruned by magnitude"]
+        criterion, repair = Magnitude(), None
+    else:
+        repair = recipe.repair
+    try:
+        mask, values = criterion.prune(weight, seen, pattern)
+        first = new = weight.masked_fill(~mask, 0)
+        if repair is not None:
+            mask = REPAIRS[repair](weight, mask, seen, pattern)
+            values = criterion.update(weight, seen, mask)
+            new = weight.masked_fill(~mask, 0)
+    except PatternError as error:
+        raise PatternError(f"{where}: {error}") from error
+    if values is not None:
+        new = values.to(weight.dtype).masked_fill_(~mask, 0)  # a product with 0 may have left -0
+        if not bool(new.isfinite().all()):
+            raise PatternError(f"{where}: its new values do not fit {weight.dtype}; raise --damp")
+    energy = before = after = None
+    if inputs is not None:
+        energy, before = output_energy(inputs.kept, weight), output_energy(inputs.kept, weight, first)
+        after = before if new is first else output_energy(inputs.kept, weight, new)
+    weight.copy_(new)
+    zeros = int((new == 0).sum())
+    return MatrixReport(site, expert, str(pattern), zeros, new.numel(), energy, before, after, tuple(notes))
+
+
+def patterns_of(
+    sites: Iterable[str], default: Pattern, ratios: Sequence[str], skip: Sequence[str]
+) -> tuple[dict[str, Pattern], dict[str, str]]:
+    """The pattern of each site, and the sites that are skipped with the reason.
+
+    Args:
+        sites: names.
+        default: of sites that no ratio names.
+        ratios: `NAME@PATTERN`, such as `down_proj@4:8` or `model.layers.0.*@30%`; the last that fits counts.
+        skip: names of sites that stay dense.
+
+    Raises:
+        UsageError: a ratio cannot be read, or a name fits no site.
+    """
+    names = list(sites)
+    rules: list[tuple[str, Pattern]] = []
+    for ratio in ratios:
+        target, at, text = ratio.rpartition("@")
+        if not at or not target:
+            raise UsageError(f"'{ratio}' is no ratio; write NAME@PATTERN, such as down_proj@4:8")
+        rules.append((target, parse_pattern(text)))
+    for target in [*(target for target, _ in rules), *skip]:
+        if not any(is_target(name, target) for name in names):
+            raise UsageError(f"'{target}' names no site that is to be pruned")
+    patterns: dict[str, Pattern] = {}
+    skipped: dict[str, str] = {}
+    for name in names:
+        if any(is_target(name, target) for target in skip):
+            skipped[name] = "is to be skipped"
+            continue
+        patterns[name] = next((p for target, p in reversed(rules) if is_target(name, target)), default)
+    for name, pattern in patterns.items():
+        if pattern.sparsity == 1:
+            raise UsageError(f"{name}: {pattern} would leave no weight at all; choose less than 100%")
+    if not patterns:
+        raise UsageError("every site is to be skipped, so there is nothing to prune")
+    return patterns, skipped
+
+
+def divides(pattern: Pattern, columns: int) -> bool:
+    """Whether so many inputs can hold the pattern."""
+    return not isinstance(pattern, NM) or columns % pattern.group == 0

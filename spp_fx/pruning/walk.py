@@ -1,0 +1,220 @@
+"""Running a program one decoder layer at a time, over many samples.
+
+The graph says what each layer needs: the values that later layers read are all that has to be kept between
+two of them. Those that depend on the sample's tokens (hidden states) are kept for each sample; the others
+(positions, masks) are functions of the sequence's length and made once.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from spp_fx.errors import PreconditionError
+from spp_fx.ir.program import SITE, Program, Use
+
+Observe = Callable[[fx.Node, tuple[Any, ...]], None]
+"""Called with each node that contracts a site, and its arguments, before it runs."""
+Shared = dict[str, Any]
+"""Values by the names of their nodes: those that are the same for every sample."""
+
+
+class Interpreter(fx.Interpreter):
+    """Runs a graph node by node, graphs that it calls as well, and shows the nodes that contract sites."""
+
+    def __init__(self, module: fx.GraphModule, observe: Observe | None = None) -> None:
+        super().__init__(module)
+        self.observe = observe
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "call_module":
+            child = self.fetch_attr(str(n.target))
+            if isinstance(child, fx.GraphModule):
+                args, kwargs = self.fetch_args_kwargs_from_env(n)
+                return Interpreter(child, self.observe).run(*args, *kwargs.values())
+        if self.observe is not None and SITE in n.meta:
+            self.observe(n, self.fetch_args_kwargs_from_env(n)[0])
+        return super().run_node(n)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A decoder layer.
+
+    Attributes:
+        path: of its unit.
+        nodes: the node that calls it, and those that run before the next one is called.
+        reads: values from before it, that it or a later layer reads, and that depend on the sample.
+    """
+
+    path: str
+    nodes: tuple[fx.Node, ...]
+    reads: tuple[fx.Node, ...]
+
+
+class Walk:
+    """The layers of a partitioned program in the order in which they run.
+
+    Raises:
+        PreconditionError: the program has no units, or they are not called one after another by one graph.
+    """
+
+    def __init__(self, program: Program) -> None:
+        if not program.units:
+            raise PreconditionError("calibration walks layer by layer: run partition first")
+        self.program = program
+        owner, self._way = _way_in(program)
+        self._owner = owner
+        nodes = list(owner.module.graph.nodes)
+        calls = [i for i, node in enumerate(nodes) if _unit(owner.path, node) in program.units]
+        self._prefix = nodes[: calls[0]]
+        later = set(nodes[calls[0] : calls[-1] + 1])
+        self._shared = {
+            node for node in _untainted(self._way, owner, self._prefix) if not later.isdisjoint(node.users)
+        }
+        stops = [*calls[1:], calls[-1] + 1]
+        self.layers = tuple(
+            Layer(_unit(owner.path, nodes[start]), tuple(nodes[start:stop]), ())
+            for start, stop in zip(calls, stops, strict=True)
+        )
+        self.layers = tuple(
+            Layer(layer.path, layer.nodes, self._reads(nodes, start, calls[-1]))
+            for layer, start in zip(self.layers, calls, strict=True)
+        )
+
+    def enter(self, tokens: Tensor) -> tuple[list[Any], Shared]:
+        """What the first layer reads of a sample, and what all samples share.
+
+        Args:
+            tokens: (1, length) int64.
+        """
+        arguments: Sequence[Any] = (tokens, torch.ones_like(tokens))
+        for use in self._way:
+            interpreter = _started(use.module, arguments)
+            _run(interpreter, _before(use.node))
+            arguments, _ = interpreter.fetch_args_kwargs_from_env(use.node)
+        interpreter = _started(self._owner.module, arguments)
+        _run(interpreter, self._prefix)
+        values = [interpreter.env[node] for node in self.layers[0].reads]
+        return values, {node.name: interpreter.env[node] for node in self._shared}
+
+    def observe(self, index: int, values: Sequence[Any], shared: Shared, observe: Observe) -> None:
+        """Run one layer on what it reads, showing the nodes that contract sites."""
+        interpreter = self._at(index, values, shared, observe)
+        interpreter.run_node(self.layers[index].nodes[0])
+
+    def run(self, index: int, values: Sequence[Any], shared: Shared) -> list[Any]:
+        """Run one layer, which is not the last; what the next one reads."""
+        interpreter = self._at(index, values, shared, None)
+        _run(interpreter, self.layers[index].nodes)
+        return [interpreter.env[node] for node in self.layers[index + 1].reads]
+
+    def entry_tensors(self) -> list[str]:
+        """Names of the parameters and buffers that `enter` uses."""
+        names = [name for use in self._way for name in _tensors(use.path, use.module, _before(use.node))]
+        return names + _tensors(self._owner.path, self._owner.module, self._prefix)
+
+    def layer_tensors(self, index: int) -> list[str]:
+        """Names of the parameters and buffers that a layer uses."""
+        return _tensors(self._owner.path, self._owner.module, self.layers[index].nodes)
+
+    def _at(self, index: int, values: Sequence[Any], shared: Shared, observe: Observe | None) -> Interpreter:
+        interpreter = Interpreter(self._owner.module, observe)
+        interpreter.env = {node: shared[node.name] for node in self._shared}
+        interpreter.env |= dict(zip(self.layers[index].reads, values, strict=True))
+        return interpreter
+
+    def _reads(self, nodes: list[fx.Node], start: int, last: int) -> tuple[fx.Node, ...]:
+        later = set(nodes[start : last + 1])
+        return tuple(n for n in nodes[:start] if n not in self._shared and not later.isdisjoint(n.users))
+
+
+def _way_in(program: Program) -> tuple[Use, list[Use]]:
+    """The graph that calls the units (with its first call), and the calls that lead to it from the root."""
+    owners: dict[str, Use] = {}
+    callers: dict[str, Use] = {}
+    for path, module in program.graphs():
+        for node in module.graph.nodes:
+            if node.op == "call_module":
+                callers[_unit(path, node)] = Use(path, module, node)
+            if _unit(path, node) in program.units:
+                if node.op != "call_module":
+                    raise PreconditionError("calibration needs layers that are not checkpointed")
+                owners.setdefault(path, Use(path, module, node))
+    if len(owners) != 1:
+        raise PreconditionError(f"the decoder layers are called by {len(owners)} graphs, expected one")
+    (owner,) = owners.values()
+    way: list[Use] = []
+    path = owner.path
+    while path:
+        if path not in callers:
+            raise PreconditionError(
+                f"{path or 'the root'}: the graph of the layers is not called by a module"
+            )
+        way.insert(0, callers[path])
+        path = callers[path].path
+    return owner, way
+
+
+def _unit(path: str, node: fx.Node) -> str:
+    return f"{path}.{node.target}".lstrip(".") if node.op in ("call_module", "get_attr") else ""
+
+
+def _before(node: fx.Node) -> list[fx.Node]:
+    nodes = list(node.graph.nodes)
+    return nodes[: nodes.index(node)]
+
+
+def _started(module: fx.GraphModule, arguments: Sequence[Any]) -> Interpreter:
+    interpreter = Interpreter(module)
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    interpreter.env = dict(zip(placeholders, arguments, strict=True))
+    return interpreter
+
+
+def _run(interpreter: Interpreter, nodes: Iterable[fx.Node]) -> None:
+    for node in nodes:
+        if node not in interpreter.env:
+            interpreter.env[node] = interpreter.run_node(node)
+
+
+def _untainted(way: Sequence[Use], owner: Use, prefix: Sequence[fx.Node]) -> set[fx.Node]:
+    """The values of the prefix that do not depend on which tokens the sample holds."""
+    tainted = [True, False]  # input_ids, attention_mask
+    for use in way:
+        inside = _tainted(use.module, _before(use.node), tainted)
+        tainted = [isinstance(a, fx.Node) and a in inside for a in use.node.args]
+    inside = _tainted(owner.module, prefix, tainted)
+    return {node for node in prefix if node not in inside}
+
+
+def _tainted(module: fx.GraphModule, nodes: Sequence[fx.Node], arguments: Sequence[bool]) -> set[fx.Node]:
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    found = {node for node, flag in zip(placeholders, arguments, strict=True) if flag}
+    for node in nodes:
+        # Sizes of what depends on the tokens do not.
+        if isinstance(node.meta.get("val"), int | torch.SymInt):
+            found.discard(node)
+        elif not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _tensors(path: str, module: fx.GraphModule, nodes: Iterable[fx.Node]) -> list[str]:
+    return list(dict.fromkeys(name for node in nodes for name in _of_node(path, module, node)))
+
+
+def _of_node(path: str, module: fx.GraphModule, node: fx.Node) -> Iterator[str]:
+    if node.op not in ("call_module", "get_attr"):
+        return
+    full = f"{path}.{node.target}".lstrip(".")
+    value: Any = module
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    if isinstance(value, Tensor):
+        yield full
+    elif isinstance(value, torch.nn.Module):
+        for name, _ in [*value.named_parameters(remove_duplicate=False), *value.named_buffers()]:
+            yield f"{full}.{name}"
