@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from spp_fx.pruning.inputs import BLOCK_ELEMENTS, Inputs
+from spp_fx.pruning.inputs import Inputs
+from spp_fx.pruning.select import row_blocks
 from spp_fx.pruning.wanda import wanda_score
 from spp_fx.sparsity import NM, Pattern
 
@@ -26,13 +27,15 @@ def dsnot(weight: Tensor, mask: Tensor, inputs: Inputs, pattern: Pattern) -> Ten
         inputs: what calibration saw.
         pattern: that the mask holds.
     """
-    rows = max(1, BLOCK_ELEMENTS // max(1, weight.shape[1]))
-    parts = zip(weight.split(rows), mask.split(rows), strict=True)
     group = pattern.group if isinstance(pattern, NM) else None
-    return torch.cat([_repair(part, kept.clone(), inputs, group) for part, kept in parts])
+    repaired = mask.clone()
+    for part, kept in row_blocks(weight, repaired):
+        _repair(part, kept, inputs, group)
+    return repaired
 
 
-def _repair(weight: Tensor, mask: Tensor, inputs: Inputs, group: int | None) -> Tensor:
+def _repair(weight: Tensor, mask: Tensor, inputs: Inputs, group: int | None) -> None:
+    """Swap in the rows of a mask."""
     share = weight.float() * inputs.mean
     gain = share / inputs.variance.clamp_min(torch.finfo(torch.float32).tiny)
     gain[mask] = 0  # nothing to grow
@@ -56,7 +59,6 @@ def _repair(weight: Tensor, mask: Tensor, inputs: Inputs, group: int | None) -> 
         gain[moved, grown], cost[moved, pruned] = 0, torch.inf
         error[moved] = after[found]
         active = moved[error[moved].abs() > THRESHOLD]
-    return mask
 
 
 def _swap(grows: Tensor, prunes: Tensor, group: int | None) -> tuple[Tensor, Tensor, Tensor]:

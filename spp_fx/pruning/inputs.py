@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from spp_fx.errors import PatternError
+from spp_fx.pruning.select import row_blocks
 
 BLOCK_ELEMENTS = 1 << 22
 KEPT_TOKENS = 512
@@ -92,19 +93,23 @@ class Inputs:
             self.hessian = self.hessian[order][:, order]
 
 
-def output_energy(x: Tensor, weight: Tensor, minus: Tensor | None = None) -> float:
-    """The squared norm of X (W - V)^T, in blocks of rows of W.
+def output_energy(
+    x: Tensor, weight: Tensor, *, minus: Tensor | None = None, without: Tensor | None = None
+) -> float:
+    """The squared norm of X D^T in blocks of rows of D.
 
     Args:
         x: (tokens, n).
-        weight: W (m, n).
-        minus: V (m, n); zero if None.
+        weight: D (m, n), unless one of the following is given.
+        minus: another weight V: D = W - V.
+        without: a mask: D is W outside of it.
     """
     total, x = 0.0, x.float()
-    step = max(1, BLOCK_ELEMENTS // max(1, weight.shape[1]))
-    for start in range(0, len(weight), step):
-        block = weight[start : start + step].float()
-        if minus is not None:
-            block = block - minus[start : start + step].float()
+    for part, other, mask in row_blocks(
+        weight, weight if minus is None else minus, weight if without is None else without
+    ):
+        block = part.float() if minus is None else part.float() - other.float()
+        if without is not None:
+            block = block.masked_fill(mask, 0)
         total += float((x @ block.t()).double().square().sum())
     return total

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from spp_fx.errors import PreconditionError
 from spp_fx.ir.program import Program
-from spp_fx.pruning.observer import Observer
+from spp_fx.pruning.observer import InputsBySite, Observer
 from spp_fx.pruning.permute import best_order, producers
 from spp_fx.pruning.recipe import MatrixReport, Recipe, prune_matrix
 from spp_fx.pruning.ria import Ria, ria_score
@@ -114,64 +114,98 @@ def prune_layers(
     Raises:
         PatternError: names the site that cannot be pruned, and why.
     """
-    walk = Walk(program)
-    samples, last = len(tokens), len(walk.layers) - 1
-    total = 2 * samples * len(walk.layers) - samples
-    with _in_place(program, weights, walk.entry_tensors(), device):
+    run = _Run(Walk(program), len(tokens), patterns, recipe, weights, states, device, tick)
+    shared = run.enter(tokens, start)
+    for index in range(start, len(run.walk.layers)):
+        run.layer(index, shared, finish)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One walk over the layers; each call leaves none of a layer's weights behind."""
+
+    walk: Walk
+    samples: int
+    patterns: Mapping[str, Pattern]
+    recipe: Recipe
+    weights: Weights
+    states: States
+    device: torch.device
+    tick: Tick
+
+    def enter(self, tokens: Tensor, start: int) -> Shared:
+        """Save what the first layer reads, if that is where the walk begins; what all samples share."""
         shared: Shared = {}
-        for i in range(samples if start == 0 else 1):
-            values, shared = walk.enter(tokens[i : i + 1].to(device))
-            if start == 0:
-                states.save(0, i, values)
-    if start == 0:
-        states.finish(0)
-    for index in range(start, last + 1):
-        layer = walk.layers[index]
-        done = 2 * samples * index
-        with _in_place(program, weights, walk.layer_tensors(index), device):
-            here = {name: pattern for name, pattern in patterns.items() if name.startswith(f"{layer.path}.")}
-            observer = Observer(
-                {name: program.sites[name] for name in here},
-                hessian=recipe.criterion.hessian,
-                samples=samples,
-                device=device,
-            )
-            for i in range(samples if here else 0):
-                walk.observe(index, _to(states.load(index, i), device), shared, observer)
-                tick(done + i + 1, total, f"{layer.path}: inputs")
-            result = _prune_layer(program, layer, here, observer, recipe, weights)
-            for i in range(samples if index < last else 0):
-                states.save(index + 1, i, walk.run(index, _to(states.load(index, i), device), shared))
-                tick(done + samples + i + 1, total, f"{layer.path}: outputs")
+        with self._in_place(self.walk.entry_tensors()):
+            for i in range(self.samples if start == 0 else 1):
+                values, shared = self.walk.enter(tokens[i : i + 1].to(self.device))
+                if start == 0:
+                    self.states.save(0, i, values)
+        if start == 0:
+            self.states.finish(0)
+        return shared
+
+    def layer(self, index: int, shared: Shared, finish: Callable[[int, LayerResult], None]) -> None:
+        """See the inputs of a layer, prune it, and save what it gives the next."""
+        layer, last = self.walk.layers[index], len(self.walk.layers) - 1
+        patterns = {n: pattern for n, pattern in self.patterns.items() if n.startswith(f"{layer.path}.")}
+        with self._in_place(self.walk.layer_tensors(index)):
+            result = self._prune(layer, patterns, self._look(index, shared, patterns))
+            for i in range(self.samples if index < last else 0):
+                self.states.save(index + 1, i, self.walk.run(index, self._load(index, i), shared))
+                self._tell(index, self.samples + i + 1, "outputs")
             if index < last:
-                states.finish(index + 1)
+                self.states.finish(index + 1)
             finish(index, result)
 
+    def _look(self, index: int, shared: Shared, sites: Iterable[str]) -> InputsBySite:
+        program, hessian = self.walk.program, self.recipe.criterion.hessian
+        observer = Observer(
+            {name: program.sites[name] for name in sites},
+            hessian=hessian,
+            samples=self.samples,
+            device=self.device,
+        )
+        for i in range(self.samples):
+            self.walk.observe(index, self._load(index, i), shared, observer)
+            self._tell(index, i + 1, "inputs")
+        return observer.inputs
 
-def _prune_layer(
-    program: Program,
-    layer: Layer,
-    patterns: Mapping[str, Pattern],
-    observer: Observer,
-    recipe: Recipe,
-    weights: Weights,
-) -> LayerResult:
-    edited = _Edited(program, weights)
-    notes: dict[str, str] = {}
-    if isinstance(recipe.criterion, Ria) and recipe.criterion.permute:
-        notes = _reorder(program, layer, patterns, observer, edited)
-    reports: list[MatrixReport] = []
-    for name, pattern in patterns.items():
-        canonical = edited.canonical(name)
-        for expert, matrix in enumerate(canonical if canonical.ndim == 3 else [canonical]):
-            inputs = observer.inputs.get((name, expert))
-            if inputs is None:
-                raise PreconditionError(f"{name}: its layer ran without using it")
-            index = expert if canonical.ndim == 3 else None
-            report = prune_matrix(matrix, inputs, pattern, recipe, name, index)
-            reports.append(replace(report, notes=(*report.notes, notes[name])) if name in notes else report)
-    edited.put_back()
-    return LayerResult(layer.path, edited.tensors, tuple(reports))
+    def _prune(self, layer: Layer, patterns: Mapping[str, Pattern], seen: InputsBySite) -> LayerResult:
+        edited = _Edited(self.walk.program, self.weights)
+        notes: dict[str, str] = {}
+        if isinstance(self.recipe.criterion, Ria) and self.recipe.criterion.permute:
+            notes = _reorder(self.walk.program, layer, patterns, seen, edited)
+        reports: list[MatrixReport] = []
+        for name, pattern in patterns.items():
+            canonical = edited.canonical(name)
+            for expert, matrix in enumerate(canonical if canonical.ndim == 3 else [canonical]):
+                inputs = seen.get((name, expert))
+                if inputs is None:
+                    raise PreconditionError(f"{name}: its layer ran without using it")
+                index = expert if canonical.ndim == 3 else None
+                report = prune_matrix(matrix, inputs, pattern, self.recipe, name, index)
+                reports.append(
+                    replace(report, notes=(*report.notes, notes[name])) if name in notes else report
+                )
+        edited.put_back()
+        return LayerResult(layer.path, edited.tensors, tuple(reports))
+
+    def _load(self, index: int, sample: int) -> list[object]:
+        values = self.states.load(index, sample)
+        return [value.to(self.device) if isinstance(value, Tensor) else value for value in values]
+
+    def _tell(self, index: int, done: int, what: str) -> None:
+        total = 2 * self.samples * len(self.walk.layers) - self.samples
+        self.tick(2 * self.samples * index + done, total, f"{self.walk.layers[index].path}: {what}")
+
+    @contextmanager
+    def _in_place(self, names: list[str]) -> Generator[None, None, None]:
+        self.weights.fill(self.walk.program, names, self.device)
+        try:
+            yield
+        finally:
+            self.weights.empty(self.walk.program, names)
 
 
 class _Edited:
@@ -201,7 +235,11 @@ class _Edited:
 
 
 def _reorder(
-    program: Program, layer: Layer, patterns: Mapping[str, Pattern], observer: Observer, edited: _Edited
+    program: Program,
+    layer: Layer,
+    patterns: Mapping[str, Pattern],
+    seen: InputsBySite,
+    edited: _Edited,
 ) -> dict[str, str]:
     """Give sites whose inputs can change places the order that keeps most; what was done or why not, by site."""
     notes: dict[str, str] = {}
@@ -213,7 +251,7 @@ def _reorder(
         elif isinstance(makers, str):
             notes[name] = f"inputs keep their order: {makers}"
         else:
-            weight, inputs = edited.canonical(name), observer.inputs[name, 0]
+            weight, inputs = edited.canonical(name), seen[name, 0]
             order = best_order(ria_score(weight, inputs.norms), pattern)
             if order is None:
                 notes[name] = "inputs keep their order: another keeps no more"
@@ -224,21 +262,6 @@ def _reorder(
                 tensor.copy_(tensor[order])
             notes[name] = f"inputs reordered, and with them the rows of {', '.join(makers.sites)}"
     return notes
-
-
-def _to(values: list[object], device: torch.device) -> list[object]:
-    return [value.to(device) if isinstance(value, Tensor) else value for value in values]
-
-
-@contextmanager
-def _in_place(
-    program: Program, weights: Weights, names: list[str], device: torch.device
-) -> Generator[None, None, None]:
-    weights.fill(program, names, device)
-    try:
-        yield
-    finally:
-        weights.empty(program, names)
 
 
 def replace_tensor(program: Program, name: str, tensor: Tensor) -> None:

@@ -12,18 +12,17 @@ from spp_fx.ir.program import SITE
 from spp_fx.ir.site import Site
 from spp_fx.pruning.inputs import Inputs
 
+InputsBySite = dict[tuple[str, int], Inputs]
+"""By the site's name and the expert, which is 0 where it is a plain matrix."""
+
 
 class Observer:
-    """`Inputs` of the sites of one layer; sites that read the same tensor share them.
-
-    Attributes:
-        inputs: by site and expert (0 where it is a plain matrix).
-    """
+    """`Inputs` of the sites of one layer; sites that read the same tensor share them."""
 
     def __init__(
         self, sites: Mapping[str, Site], *, hessian: bool, samples: int, device: torch.device
     ) -> None:
-        self.inputs: dict[tuple[str, int], Inputs] = {}
+        self.inputs: InputsBySite = {}
         self._sites = sites
         self._options: dict[str, Any] = {"hessian": hessian, "samples": samples, "device": device}
         self._readers = WeakTensorKeyDictionary()

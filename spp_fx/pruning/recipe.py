@@ -12,6 +12,7 @@ from spp_fx.pruning.criterion import Criterion
 from spp_fx.pruning.dsnot import dsnot
 from spp_fx.pruning.inputs import Inputs, output_energy
 from spp_fx.pruning.magnitude import Magnitude
+from spp_fx.pruning.select import row_blocks
 from spp_fx.sparsity import NM, Pattern, parse_pattern
 
 REPAIRS = {"dsnot": dsnot}
@@ -89,7 +90,7 @@ def prune_matrix(
             the site.
     """
     where = site if expert is None else f"{site}, expert {expert}"
-    if not bool(weight.isfinite().all()):
+    if not all(bool(part.isfinite().all()) for (part,) in row_blocks(weight)):
         raise PatternError(f"{where}: holds NaN or infinity; it cannot be pruned")
     seen = inputs or Inputs(weight.shape[1])
     notes: list[str] = []
@@ -102,25 +103,32 @@ def prune_matrix(
     else:
         repair = recipe.repair
     try:
-        mask, values = criterion.prune(weight, seen, pattern)
-        first = new = weight.masked_fill(~mask, 0)
+        first, values = criterion.prune(weight, seen, pattern)
+        mask = first
         if repair is not None:
-            mask = REPAIRS[repair](weight, mask, seen, pattern)
+            mask = REPAIRS[repair](weight, first, seen, pattern)
             values = criterion.update(weight, seen, mask)
-            new = weight.masked_fill(~mask, 0)
     except PatternError as error:
         raise PatternError(f"{where}: {error}") from error
-    if values is not None:
-        new = values.to(weight.dtype).masked_fill_(~mask, 0)  # a product with 0 may have left -0
-        if not bool(new.isfinite().all()):
-            raise PatternError(f"{where}: its new values do not fit {weight.dtype}; raise --damp")
     energy = before = after = None
     if inputs is not None:
-        energy, before = output_energy(inputs.kept, weight), output_energy(inputs.kept, weight, first)
-        after = before if new is first else output_energy(inputs.kept, weight, new)
-    weight.copy_(new)
-    zeros = int((new == 0).sum())
-    return MatrixReport(site, expert, str(pattern), zeros, new.numel(), energy, before, after, tuple(notes))
+        energy = output_energy(inputs.kept, weight)
+        before = after = output_energy(inputs.kept, weight, without=first)
+        if values is not None:
+            after = output_energy(inputs.kept, weight, minus=values)
+        elif mask is not first:
+            after = output_energy(inputs.kept, weight, without=mask)
+    if values is not None:
+        weight.copy_(values)
+    zeros = 0
+    for part, kept in row_blocks(weight, mask):
+        part.masked_fill_(~kept, 0)
+        if values is not None and not bool(part.isfinite().all()):
+            raise PatternError(f"{where}: its new values do not fit {weight.dtype}; raise --damp")
+        zeros += int((part == 0).sum())
+    return MatrixReport(
+        site, expert, str(pattern), zeros, weight.numel(), energy, before, after, tuple(notes)
+    )
 
 
 def patterns_of(

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from spp_fx.pruning.criterion import Criterion, register
-from spp_fx.pruning.inputs import BLOCK_ELEMENTS, Inputs
-from spp_fx.pruning.select import keep
+from spp_fx.pruning.inputs import Inputs
+from spp_fx.pruning.select import keep, row_blocks
 from spp_fx.sparsity import Pattern
 
 POWER = 0.5
@@ -40,14 +40,13 @@ def ria_score(weight: Tensor, norms: Tensor) -> Tensor:
         weight: (out, in).
         norms: (in,), of each input over the calibration data.
     """
-    step = max(1, BLOCK_ELEMENTS // max(1, weight.shape[1]))
     columns = torch.zeros_like(norms, dtype=torch.float32)
-    for part in weight.split(step):
+    for (part,) in row_blocks(weight):
         columns += part.abs().float().sum(0)
     columns.masked_fill_(columns == 0, 1)
     factor = norms.float() ** POWER
     score = torch.empty(weight.shape, device=weight.device)
-    for part, out in zip(weight.split(step), score.split(step), strict=True):
+    for part, out in row_blocks(weight, score):
         size = part.abs().float()
         rows = size.sum(1, keepdim=True)
         out.copy_((size / columns + size / rows.masked_fill(rows == 0, 1)) * factor)

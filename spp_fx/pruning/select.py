@@ -1,5 +1,6 @@
 """Which entries of a matrix are kept, by the absolute value of their scores."""
 
+from collections.abc import Iterator
 from fractions import Fraction
 
 import torch
@@ -8,7 +9,16 @@ from torch import Tensor
 from spp_fx.errors import PatternError
 from spp_fx.sparsity import NM, Pattern
 
-BLOCK_ELEMENTS = 1 << 22
+BLOCK_ELEMENTS = 1 << 20
+"""What is looked at in one go: everything beside a weight and its mask stays this small."""
+
+
+def row_blocks(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of several matrices, block after block, as views."""
+    rows, columns = matrices[0].shape
+    step = max(1, BLOCK_ELEMENTS // max(1, columns))
+    for start in range(0, rows, step):
+        yield tuple(matrix[start : start + step] for matrix in matrices)
 
 
 def keep_of_groups(score: Tensor, pattern: NM) -> Tensor:
@@ -27,13 +37,11 @@ def keep_of_groups(score: Tensor, pattern: NM) -> Tensor:
     if columns % pattern.group:
         raise PatternError(f"its {columns} inputs are no multiple of {pattern.group}, {pattern} cannot hold")
     kept = torch.zeros(out, columns, dtype=torch.bool, device=score.device)
-    step = max(1, BLOCK_ELEMENTS // max(1, columns))
-    for start in range(0, out, step):
-        groups = score[start : start + step].abs().reshape(-1, pattern.group)
+    for part, target in row_blocks(score, kept):
+        groups = part.abs().reshape(-1, pattern.group)
         # A stable sort puts the earlier of two equals first, so the result does not depend on the kernel.
         order = groups.argsort(dim=1, descending=True, stable=True)[:, : pattern.kept]
-        block = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order, True)
-        kept[start : start + step] = block.view(-1, columns)
+        target.view(-1, pattern.group).scatter_(1, order, True)
     return kept
 
 
@@ -51,14 +59,13 @@ def keep_of_matrix(score: Tensor, share: Fraction) -> Tensor:
 
 def keep_of_rows(score: Tensor, share: Fraction) -> Tensor:
     """All but the int(share * in) smallest of every row; among equals the earlier are kept."""
-    out, columns = score.shape
+    columns = score.shape[1]
     count = int(share * columns)
-    kept = torch.ones(out, columns, dtype=torch.bool, device=score.device)
-    step = max(1, BLOCK_ELEMENTS // max(1, columns))
-    for start in range(0, out if count else 0, step):
+    kept = torch.ones(score.shape, dtype=torch.bool, device=score.device)
+    for part, target in row_blocks(score, kept) if count else ():
         # Stable: of equals the earlier come first, so the last are dropped.
-        order = _comparable(score[start : start + step]).argsort(dim=1, descending=True, stable=True)
-        kept[start : start + step].scatter_(1, order[:, columns - count :], False)
+        order = _comparable(part).argsort(dim=1, descending=True, stable=True)
+        target.scatter_(1, order[:, columns - count :], False)
     return kept
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from spp_fx.pruning.criterion import Criterion, register
-from spp_fx.pruning.inputs import BLOCK_ELEMENTS, Inputs
-from spp_fx.pruning.select import keep
+from spp_fx.pruning.inputs import Inputs
+from spp_fx.pruning.select import keep, row_blocks
 from spp_fx.sparsity import Pattern
 
 
@@ -35,5 +35,7 @@ def wanda_score(weight: Tensor, norms: Tensor) -> Tensor:
 
 def wanda_mask(weight: Tensor, norms: Tensor, pattern: Pattern) -> Tensor:
     """(out, in) bool, true where wanda keeps; unstructured patterns drop int(p * in) of every row."""
-    rows = max(1, BLOCK_ELEMENTS // max(1, weight.shape[1]))
-    return torch.cat([keep(wanda_score(part, norms), pattern, by_row=True) for part in weight.split(rows)])
+    mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+    for part, target in row_blocks(weight, mask):
+        target.copy_(keep(wanda_score(part, norms), pattern, by_row=True))
+    return mask

@@ -29,6 +29,7 @@ from spp_fx.version import VERSION
 from spp_fx.workflows.calibration import Calibration, calibration_tokens
 from spp_fx.workflows.layer_store import layer_store
 from spp_fx.workflows.layer_weights import FolderWeights
+from spp_fx.workflows.memory import return_large_blocks
 from spp_fx.workflows.survey import Survey, choose, scan_tensor, survey, tensors_of
 
 
@@ -134,6 +135,8 @@ def prune(
     if recipe.calibrated and calibration is None:
         raise UsageError(f"{repair or method} looks at inputs: give the text to calibrate on, --calib FILE")
     check_target(out, force, [model])
+    if calibration is not None:
+        return_large_blocks()
     found = survey(model, trust_remote_code=trust_remote_code, runnable=calibration is not None)
     matched, refused = choose(found, Match(targets=tuple(targets), dense=True))
     if calibration is not None:
