@@ -64,6 +64,8 @@ class Prune(Pass):
         walks = program.calibration is not None and bool(program.units)
         report.refused.update(outside_of_layers(program, program.matched) if walks else {})
         sites = [name for name in program.matched if name not in report.refused]
+        if not sites:
+            raise PreconditionError(f"prune: {'; '.join(sorted(set(report.refused.values())))}")
         patterns, skipped = patterns_of(sites, parse_pattern(self.pattern), self.ratios, self.skip)
         report.refused.update(skipped)
         for name, pattern in patterns.items():

@@ -144,6 +144,8 @@ def prune(
         outside = outside_of_layers(found.program, matched)
         refused |= outside
         matched = [name for name in matched if name not in outside]
+        if not matched:
+            raise UsageError(f"no site can be calibrated: {'; '.join(sorted(set(outside.values())))}")
     patterns, skipped = patterns_of(matched, wanted, ratios, skip)
     refused |= skipped
     _check_divisible(found, patterns)

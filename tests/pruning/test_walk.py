@@ -1,0 +1,227 @@
+"""The walk over the layers of programs of every family."""
+
+import copy
+
+import pytest
+import torch
+
+from spp_fx.errors import PatternError, PreconditionError, UsageError
+from spp_fx.passes import Causal, Match, Partition, Prune, parse_pipeline, run_pipeline
+from spp_fx.pruning.inputs import Inputs, output_energy
+from spp_fx.pruning.states import FileStates, MemoryStates
+from spp_fx.pruning.walk import Walk
+from tests.families import FAMILIES, batch
+from tests.passes.programs import sparse
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_one_by_one_are_the_model(family, causal, tmp_path):
+    model, program = sparse(family)
+    run_pipeline(program.eval(), [Partition(), *([Causal()] if causal else [])])
+    ids = batch(3, 12)
+    with torch.no_grad():
+        expected = model.eval()(ids, output_hidden_states=True).hidden_states
+        walk = Walk(program)
+        for states in (MemoryStates(), FileStates(tmp_path)):
+            for i in range(3):
+                values, shared = walk.enter(ids[i : i + 1])
+                states.save(0, i, values)
+            states.finish(0)
+            for layer in range(len(walk.layers) - 1):
+                for i in range(3):
+                    states.save(layer + 1, i, walk.run(layer, states.load(layer, i), shared))
+                states.finish(layer + 1)
+            for i in range(3):
+                last = states.load(len(walk.layers) - 1, i)
+                (hidden,) = [v for v in last if isinstance(v, torch.Tensor) and v.is_floating_point()]
+                torch.testing.assert_close(hidden[0], expected[len(walk.layers) - 1][i], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_matrix_sees_the_inputs_it_multiplies(family):
+    """The energy of the outputs that calibration measures is what pruning everything would take."""
+    _, program = sparse(family)
+    for parameter in program.parameters():
+        parameter.data += 0.01 * torch.randn_like(parameter)
+    program.calibration = batch(8, 12)
+    run_pipeline(program, [Match(dense=True), Partition(), Causal()])
+    before = copy.deepcopy(program.state_dict())
+    (report,) = run_pipeline(program, [Prune(method="wanda", pattern="2:4")])
+    assert set(report.changed) == set(program.matched)
+    for name, note in report.changed.items():
+        assert note.startswith("2:4, 5")
+        assert "output error" in note
+        weight, old = program.weight(name), before[name]
+        assert torch.equal(weight[weight != 0], old[weight != 0])
+    untouched = before.keys() - program.matched.keys()
+    assert all(torch.equal(before[name], program.state_dict()[name]) for name in untouched)
+
+
+def test_experts_are_pruned_each_by_the_tokens_it_sees():
+    model, program = sparse("mixtral")
+    weight = program.weight("model.layers.0.mlp.experts.down_proj")
+    torch.manual_seed(0)
+    weight.data.normal_()
+    program.calibration = batch(4, 12)
+    run_pipeline(program, [Match(targets=("experts.down_proj",), dense=True), Partition()])
+    dense = weight.detach().clone()
+    seen: dict[int, list[torch.Tensor]] = {}
+
+    def remember(module, args, output):
+        hidden, chosen, _ = args
+        for expert in range(4):
+            rows = hidden[(chosen == expert).any(-1)]
+            gate, up = torch.nn.functional.linear(rows, module.gate_up_proj[expert]).chunk(2, -1)
+            seen.setdefault(expert, []).append(module.act_fn(gate) * up)
+
+    hook = model.model.layers[0].mlp.experts.register_forward_hook(remember)
+    with torch.no_grad():
+        for row in program.calibration:
+            model.eval()(row[None])
+    hook.remove()
+    run_pipeline(program, [Prune(method="wanda", pattern="50%")])
+    for expert in range(4):
+        x = torch.cat(seen[expert])
+        score = dense[expert].abs() * (x**2).sum(0).sqrt()
+        smallest = score.argsort(1)[:, : score.shape[1] // 2]
+        expected = dense[expert].scatter(1, smallest, 0)
+        assert torch.equal(program.weight("model.layers.0.mlp.experts.down_proj")[expert], expected)
+
+
+def test_an_expert_that_saw_no_token_is_pruned_by_magnitude_and_says_so():
+    _, program = sparse("mixtral")
+    program.calibration = batch(1, 2)
+    run_pipeline(program, [Match(targets=("experts.down_proj",), dense=True), Partition()])
+    (report,) = run_pipeline(program, [Prune(method="sparsegpt", pattern="2:4", damp=0.1)])
+    assert "saw no token: pruned by magnitude" in " ".join(report.changed.values())
+
+
+def ready(family: str = "llama"):
+    _, program = sparse(family)
+    program.calibration = batch(4, 12)
+    run_pipeline(program, [Match(dense=True), Partition()])
+    return program
+
+
+def test_inputs_that_are_not_finite_are_refused_by_name():
+    program = ready()
+    program.get_parameter("model.layers.1.input_layernorm.weight").data[3] = torch.nan
+    with pytest.raises(
+        PatternError, match=r"layers\.1\.self_attn\.\w+\.weight: its inputs are NaN .* sample 1"
+    ):
+        run_pipeline(program, [Prune(method="wanda")])
+
+
+def test_a_weight_that_is_not_finite_is_refused_by_name():
+    program = ready()
+    program.weight("model.layers.0.self_attn.q_proj.weight").data[0, 0] = torch.inf
+    with pytest.raises(PatternError, match=r"(its inputs are|holds) NaN or inf"):
+        run_pipeline(program, [Prune(method="magnitude")])
+
+
+def test_a_hessian_that_is_not_positive_definite_is_refused_with_the_way_out():
+    with pytest.raises(PatternError, match=r"layers\.0.*not positive definite with damp 0; raise --damp"):
+        run_pipeline(ready(), [Prune(method="sparsegpt", damp=0.0)])
+
+
+def test_dead_inputs_are_told():
+    program = ready()
+    program.get_parameter("model.layers.0.input_layernorm.weight").data[5:8] = 0
+    (report,) = run_pipeline(program, [Prune(method="sparsegpt", damp=0.1)])
+    assert "3 of its 32 inputs were always 0" in report.changed["model.layers.0.self_attn.q_proj.weight"]
+    assert bool((program.weight("model.layers.0.self_attn.q_proj.weight")[:, 5:8] == 0).all())
+
+
+def test_sites_outside_of_layers_are_refused_with_the_reason():
+    program = ready()
+    run_pipeline(program, [Match(targets=("lm_head", "q_proj"), dense=True)])
+    (report,) = run_pipeline(program, [Prune(method="wanda")])
+    assert "outside of the decoder layers" in report.refused["lm_head.weight"]
+    assert set(program.matched) == {f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)}
+
+
+def test_ratios_and_skips_are_per_site():
+    program = ready()
+    ratios = ("down_proj@1:4", "model.layers.0.*@4:8", "k_proj@75%")
+    (report,) = run_pipeline(program, [Prune(method="ria", ratios=ratios, skip=("v_proj",))])
+    assert str(program.matched["model.layers.1.mlp.down_proj.weight"]) == "1:4"
+    assert str(program.matched["model.layers.0.mlp.down_proj.weight"]) == "4:8"
+    assert str(program.matched["model.layers.0.self_attn.k_proj.weight"]) == "75%"
+    assert str(program.matched["model.layers.1.self_attn.q_proj.weight"]) == "2:4"
+    assert report.refused["model.layers.0.self_attn.v_proj.weight"] == "is to be skipped"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "wand"}, "unknown pruning method 'wand'"),
+        ({"method": "wanda", "damp": 0.5}, "wanda has no option damp"),
+        ({"repair": "fsnot"}, "unknown repair"),
+        ({"pattern": "2to4"}, "is not a sparsity pattern"),
+        ({"method": "sparsegpt", "block_size": 0}, "at least 1"),
+        ({"method": "sparsegpt", "damp": -1.0}, "at least 0"),
+    ],
+)
+def test_wrong_options_are_refused_before_anything_runs(options, message):
+    with pytest.raises(UsageError, match=message):
+        Prune(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ratios": ("q_proj",)}, "write NAME@PATTERN"),
+        ({"ratios": ("nothing@2:4",)}, "names no site"),
+        ({"ratios": ("q_proj@100%",)}, "leave no weight at all"),
+        ({"skip": ("*",)}, "every site is to be skipped"),
+    ],
+)
+def test_wrong_rules_are_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        run_pipeline(ready(), [Prune(**options)])
+
+
+def test_what_a_pass_needs_is_said():
+    _, program = sparse("llama")
+    with pytest.raises(PreconditionError, match="run match"):
+        run_pipeline(program, [Prune()])
+    run_pipeline(program, [Match(dense=True)])
+    with pytest.raises(PreconditionError, match="give the text to calibrate on"):
+        run_pipeline(program, [Prune(method="wanda")])
+    program.calibration = batch(2, 12)
+    with pytest.raises(PreconditionError, match="run partition first"):
+        run_pipeline(program, [Prune(method="wanda")])
+    with pytest.raises(PatternError, match="no multiple of the group of 2:5"):
+        run_pipeline(program, [Prune(pattern="2:5")])
+
+
+def test_spelling():
+    (item,) = parse_pipeline("prune{method=sparsegpt,ratios=down_proj@4:8,q_proj@50%,damp=0.1,permute=false}")
+    assert item == Prune(method="sparsegpt", ratios=("down_proj@4:8", "q_proj@50%"), damp=0.1)
+
+
+def test_statistics_are_those_of_the_tokens():
+    torch.manual_seed(0)
+    samples = [torch.randn(40, 6).bfloat16() for _ in range(3)]
+    inputs = Inputs(6, hessian=True, samples=3)
+    for sample in samples:
+        inputs.add(sample)
+    x = torch.cat(samples).double()
+    torch.testing.assert_close(inputs.norms.double(), (x.square().sum(0) / 3).sqrt(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(inputs.mean.double(), x.mean(0), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(inputs.variance.double(), x.var(0, unbiased=False), rtol=1e-5, atol=0)
+    torch.testing.assert_close(inputs.hessian.double(), x.t() @ x, rtol=1e-5, atol=1e-5)
+    assert inputs.tokens == 120
+
+
+def test_output_energy_leaves_weights_alone():
+    torch.manual_seed(0)
+    x, weight, other = torch.randn(7, 6), torch.randn(5, 6), torch.randn(5, 6)
+    mask, before = torch.rand(5, 6) < 0.5, weight.clone()
+    assert output_energy(x, weight) == pytest.approx(float((x @ weight.t()).square().sum()), rel=1e-5)
+    lost = float((x @ (weight - other).t()).square().sum())
+    assert output_energy(x, weight, minus=other) == pytest.approx(lost, rel=1e-5)
+    lost = float((x @ (weight * ~mask).t()).square().sum())
+    assert output_energy(x, weight, without=mask) == pytest.approx(lost, rel=1e-5)
+    assert torch.equal(weight, before)

@@ -1,0 +1,77 @@
+"""Pruning layer by layer from a folder against the plain implementation of each formula, on a real model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from spp_fx.ir.trace import trace
+from spp_fx.passes import Canonicalize, Match, run_pipeline
+from spp_fx.workflows.calibration import Calibration, calibration_tokens
+from spp_fx.workflows.prune import prune
+from tests.pruning import plain
+from tests.real_data import data_folder
+
+SAMPLES, LENGTH = 16, 128
+
+
+@pytest.fixture(scope="module")
+def story():
+    """The folder of the model, a calibration, and its tokens."""
+    data = data_folder()
+    calibration = Calibration(data / "tinystories" / "train.txt", SAMPLES, LENGTH)
+    program = trace(data / "story-656k")
+    return data / "story-656k", calibration, calibration_tokens(data / "story-656k", program, calibration)
+
+
+def both(story, tmp_path: Path, method: str, pattern: str, *, repair: bool = False):
+    """Weights of the layers' linears: as pruned from the folder, and as pruned plainly."""
+    model, calibration, tokens = story
+    prune(
+        model, tmp_path / "out", method=method, pattern=pattern, calibration=calibration,
+        repair="dsnot" if repair else None,
+    )  # fmt: skip
+    ours = load_file(tmp_path / "out" / "model.safetensors")
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    plain.prune(reference, tokens, method, pattern, repair=repair)
+    theirs = {name: tensor for name, tensor in reference.state_dict().items() if "_proj" in name}
+    assert len(theirs) == 14
+    return [(ours[name], tensor) for name, tensor in theirs.items()]
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "50%"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "ria"])
+def test_masks_are_the_formulas(story, tmp_path, method, pattern):
+    for ours, theirs in both(story, tmp_path, method, pattern):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "75%"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_the_repair_is_the_formula(story, tmp_path, method, pattern):
+    for ours, theirs in both(story, tmp_path, method, pattern, repair=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "50%"])
+def test_sparsegpt_is_the_algorithm(story, tmp_path, pattern):
+    pairs = both(story, tmp_path, "sparsegpt", pattern)
+    same = sum(int(((ours != 0) == (theirs != 0)).sum()) for ours, theirs in pairs)
+    assert same >= 0.999 * sum(ours.numel() for ours, _ in pairs)
+    for ours, theirs in pairs:
+        assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+
+
+def test_a_program_in_memory_is_pruned_as_a_folder_is(story, tmp_path):
+    from spp_fx.passes import Causal, Partition, Prune
+
+    model, calibration, tokens = story
+    prune(model, tmp_path / "out", method="wanda", pattern="2:4", calibration=calibration, repair="dsnot")
+    program = trace(model)
+    program.calibration = tokens
+    passes = [Canonicalize(), Match(dense=True), Partition(), Causal(), Prune(method="wanda", repair="dsnot")]
+    run_pipeline(program, passes)
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        assert torch.equal(tensor, program.get_parameter(name))

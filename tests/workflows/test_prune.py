@@ -1,0 +1,244 @@
+"""`spp-fx prune` with calibration: what it writes, what it refuses, and that nothing done is lost."""
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from spp_fx.workflows import prune as workflow
+from tests.command import command, listing, must
+from tests.workflows.conftest import save_with_tokenizer
+
+CALIBRATION = ("--samples", 8, "--seq-len", 32)
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2", "falcon", "mixtral", "gpt-oss", "qwen2"])
+def test_a_folder_of_every_family_streams(tmp_path, text_file, family):
+    """Layer by layer from the folder, and verified from the bytes that were written."""
+    save_with_tokenizer(tmp_path / "dense", text_file, family, max_shard_size="40KB")
+    options = ("--method", "wanda", "--calib", text_file, *CALIBRATION)
+    result = must("prune", tmp_path / "dense", "-o", tmp_path / "out", *options, "--json").json
+    assert result["calibration"] == {"samples": 8, "seq_len": 32}
+    for site in result["sites"]:
+        assert site["pattern"] == "2:4"
+        assert 0 < site["error_before"] == site["error_after"] < 1
+    assert must("verify", tmp_path / "out", "--json").json["ok"]
+    assert not (tmp_path / ".out.prune").exists()
+    # In memory, at once, as a pass: the same model.
+    pipeline = "canonicalize,match{dense=true},partition,causal,prune{method=wanda}"
+    passes = must(
+        "opt", tmp_path / "dense", "-p", pipeline, "--calib", text_file, *CALIBRATION, "--json"
+    ).json
+    assert len(passes["passes"][-1]["changed"]) > 0
+    for name, tensor in weights(tmp_path / "dense").items():
+        new = weights(tmp_path / "out")[name]
+        assert torch.equal(new[new != 0], tensor[new != 0])
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory, text_file) -> Path:
+    """Six layers with a tokenizer."""
+    folder = tmp_path_factory.mktemp("deep")
+    save_with_tokenizer(folder / "tokens", text_file)
+    vocabulary = json.loads((folder / "tokens" / "config.json").read_text())["vocab_size"]
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, dtype=torch.bfloat16,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "dense", max_shard_size="40KB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / "dense" / name).write_bytes((folder / "tokens" / name).read_bytes())
+    return folder
+
+
+def arguments(deep: Path, out: Path, text: Path) -> list[str]:
+    words = (
+        "prune",
+        deep / "dense",
+        "-o",
+        out,
+        "--method",
+        "sparsegpt",
+        "--damp",
+        0.1,
+        "--calib",
+        text,
+        *CALIBRATION,
+    )
+    return [str(word) for word in words]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(deep, text_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "out"
+    must(*arguments(deep, out, text_file))
+    return listing(out)
+
+
+def test_a_killed_run_goes_on_and_writes_the_same_bytes(deep, text_file, tmp_path, uninterrupted):
+    """SIGKILL once some layers are done; the process is slowed down so that it is killed between two."""
+    out, store = tmp_path / "out", tmp_path / ".out.prune"
+    slow = (
+        "import sys, time; from spp_fx.workflows.layer_store import LayerStore; from spp_fx.cli import run\n"
+        "finish = LayerStore.finish\n"
+        "LayerStore.finish = lambda self, *a: (finish(self, *a), time.sleep(0.3))\n"
+        "sys.exit(run(sys.argv[1:]))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", slow, *arguments(deep, out, text_file), "-q"])
+    until = time.monotonic() + 120
+    while not (store / "layer-00002.json").is_file():
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not out.exists()
+    done = sorted(path.name for path in store.glob("layer-*.json"))
+    assert len(done) == 3
+    before = (store / "layer-00000.safetensors").stat().st_mtime_ns
+
+    calls = []
+    real = workflow.prune_layers
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workflow, "prune_layers", lambda *a, **k: (calls.append(k["start"]), real(*a, **k)))
+        must(*arguments(deep, out, text_file))
+    assert calls == [3]
+    assert before  # the finished layer was read, not written again
+    assert listing(out) == uninterrupted
+    assert not store.exists()
+
+
+def test_an_error_on_the_way_keeps_what_is_done(deep, text_file, tmp_path, monkeypatch, uninterrupted):
+    out, real = tmp_path / "out", workflow.prune_layers
+
+    def stop(*positional, finish, **named):
+        def finish_two(index, result):
+            finish(index, result)
+            if index == 1:
+                raise KeyboardInterrupt
+
+        real(*positional, finish=finish_two, **named)
+
+    monkeypatch.setattr(workflow, "prune_layers", stop)
+    with pytest.raises(KeyboardInterrupt):
+        workflow.prune(
+            deep / "dense", out, method="sparsegpt", pattern="2:4", damp=0.1,
+            calibration=workflow.Calibration(text_file, 8, 32),
+        )  # fmt: skip
+    monkeypatch.undo()
+    assert not out.exists()
+    assert (tmp_path / ".out.prune" / "layer-00001.json").is_file()
+    # Another plan starts afresh, the first one too after that.
+    must("prune", deep / "dense", "-o", out, "--method", "wanda", "--calib", text_file, *CALIBRATION)
+    assert listing(out) != uninterrupted
+    must(*arguments(deep, out, text_file), "--force")
+    assert listing(out) == uninterrupted
+
+
+def test_two_processes_do_not_work_on_one_output(deep, text_file, tmp_path):
+    (tmp_path / ".out.prune").mkdir()
+    lock = os.open(tmp_path / ".out.prune", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        result = command(*arguments(deep, tmp_path / "out", text_file))
+    finally:
+        os.close(lock)
+    assert result.code == 2
+    assert "another process is pruning into it" in result.err
+
+
+def test_seeds_draw_windows(deep, text_file, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        must(*arguments(deep, tmp_path / name, text_file), "--seed", seed)
+    assert listing(tmp_path / "a") == listing(tmp_path / "b") != listing(tmp_path / "c")
+
+
+def test_weights_keep_the_type_they_are_stored_in(deep, text_file, tmp_path):
+    """A float32 checkpoint of a model that computes in bfloat16: what is kept is kept to the bit."""
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for path in (deep / "dense").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    from safetensors.torch import save_file
+
+    for file in folder.glob("*.safetensors"):
+        wide = {k: v.float() + 1e-4 * torch.rand(v.shape) for k, v in load_file(file).items()}
+        save_file(wide, file, {"format": "pt"})
+    must("prune", folder, "-o", tmp_path / "out", "--method", "wanda", "--calib", text_file, *CALIBRATION)
+    before, after = weights(folder), weights(tmp_path / "out")
+    for name, new in after.items():
+        assert new.dtype == torch.float32
+        assert torch.equal(new[new != 0], before[name][new != 0])
+
+
+def test_permuted_models_compute_what_their_dense_weights_would(deep, text_file, tmp_path):
+    options = ("--calib", text_file, *CALIBRATION, "--method", "ria", "--permute")
+    result = must("prune", deep / "dense", "-o", tmp_path / "out", *options, "--json").json
+    notes = {site["name"]: " ".join(site["notes"]) for site in result["sites"]}
+    assert all(("keep their order" in note) or ("inputs reordered" in note) for note in notes.values())
+    assert must("verify", tmp_path / "out", "--json").json["ok"]
+    dense, out = weights(deep / "dense"), weights(tmp_path / "out")
+    moved = [name for name, note in notes.items() if "inputs reordered" in note]
+    assert moved
+    for name in moved:
+        gate = name.replace("down_proj", "gate_proj")
+        # Rows of the producer are the dense rows in another order.
+        kept = out[gate] != 0
+        rows = [
+            next(i for i, row in enumerate(dense[gate]) if torch.equal(row[k], new[k]))
+            for new, k in zip(out[gate], kept, strict=True)
+        ]
+        assert sorted(rows) == list(range(len(rows)))
+        assert rows != sorted(rows)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("--method", "wanda"), 2, "--calib FILE"),
+        (("--repair", "dsnot"), 2, "--calib FILE"),
+        (("--method", "wanda", "--damp", 1), 2, "wanda has no option damp"),
+        (("--method", "magnitude", "--permute"), 2, "magnitude has no option permute"),
+        (("--method", "wanda", "--calib", "TEXT"), 2, "are asked for; use more text, --samples"),
+        (("--method", "wanda", "--calib", "TEXT", "--samples", 0), 2, "--samples must be at least 1"),
+        (("--method", "wanda", "--calib", "TEXT", "--seq-len", 100), 2, "more than the model's 64 positions"),
+        (("--method", "wanda", "--calib", "no-such.txt", *CALIBRATION), 2, "cannot be read"),
+        (("--method", "wanda", "--calib", "TEXT", *CALIBRATION, "--pattern", "2:5"), 1, "no multiple of the group of 2:5"),
+        (("--method", "wanda", "--calib", "TEXT", *CALIBRATION, "--targets", "lm_head"), 2, "outside of the decoder layers"),
+        (("--method", "sparsegpt", "--damp", 0, "--calib", "TEXT", "--samples", 1, "--seq-len", 16), 1, "raise --damp"),
+        (("--method", "wanda", "--calib", "TEXT", *CALIBRATION, "--skip", "nothing"), 2, "names no site"),
+        (("--ratio", "down_proj"), 2, "write NAME@PATTERN"),
+        (("--pattern", "100%"), 2, "leave no weight at all"),
+    ],
+)  # fmt: skip
+def test_refusals(deep, text_file, tmp_path, words, code, message):
+    words = [str(text_file) if word == "TEXT" else word for word in words]
+    result = command("prune", deep / "dense", "-o", tmp_path / "out", *words)
+    assert result.code == code, result.err
+    assert message in result.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_ratios_and_skips_without_calibration(deep, tmp_path):
+    options = ("--ratio", "down_proj@1:4", "--ratio", "model.layers.0.*@50%", "--skip", "k_proj,v_proj")
+    result = must("prune", deep / "dense", "-o", tmp_path / "out", *options, "--json").json
+    patterns = {site["name"]: site["pattern"] for site in result["sites"]}
+    assert patterns["model.layers.0.mlp.down_proj.weight"] == "50%"
+    assert patterns["model.layers.1.mlp.down_proj.weight"] == "1:4"
+    assert patterns["model.layers.1.self_attn.q_proj.weight"] == "2:4"
+    assert result["refused"]["model.layers.0.self_attn.k_proj.weight"] == "is to be skipped"
+    assert must("verify", tmp_path / "out", "--json").json["ok"]
