@@ -27,6 +27,8 @@ POINTWISE = frozenset(
     )
 )  # fmt: skip
 """Operations whose result at a place depends on their operands at that place alone."""
+RESHAPES = frozenset((aten.view, aten.reshape, aten._unsafe_view))
+"""Operations that keep every row where they keep the last dimension."""
 
 RESIDUAL = "its input is the residual stream, which other layers read too"
 
@@ -102,7 +104,7 @@ def _producers(program: Program, name: str, value: Value) -> Producers | str:
         if SITE in each.node.meta:
             found.append(each)
         elif _is_pointwise(each.node):
-            waiting.extend(each.inputs)
+            waiting.extend(v for v in each.inputs if not _is_size(v.node))
     if reasons:
         return RESIDUAL if RESIDUAL in reasons else reasons[0]
     for each in region:
@@ -147,7 +149,20 @@ def _odd(program: Program, value: Value, columns: int) -> str | None:
 
 
 def _is_pointwise(node: fx.Node) -> bool:
-    return getattr(node.target, "overloadpacket", None) in POINTWISE
+    packet = getattr(node.target, "overloadpacket", None)
+    return packet in POINTWISE or (
+        packet in RESHAPES and _columns(node) == _columns(node.args[0]) is not None
+    )
+
+
+def _columns(node: Any) -> int | None:
+    """The size of the last dimension of a node's value, where it is fixed."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return value.shape[-1] if isinstance(value, Tensor) else None
+
+
+def _is_size(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), int | torch.SymInt)
 
 
 class _Inliner:

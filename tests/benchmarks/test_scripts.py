@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.command import save_tokenizer
+from tests.families import make_model
+
 ROOT = Path(__file__).parents[2]
 TINY = {
     "linear_step.py": "--width 64 --batch 8 --repeats 1",
@@ -16,6 +19,8 @@ TINY = {
     "--only lors spp_fused spp_packed sqft sqft_checkpoint",
     "graph_overhead.py": "--layers 1 --tokens 32 --seq-len 16 --repeats 1 --dtype float32",
     "scan.py": "--gib 0.05 --repeats 1",
+    "prune_layers.py": "--layers 1 --hidden 64 --intermediate 128 --samples 2 --seq-len 16",
+    "prune_criteria.py": "MODEL --calib TEXT --data TEXT --samples 2 --seq-len 32 --ways wanda --patterns 2:4",
 }
 
 
@@ -30,13 +35,21 @@ def run(script: str, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "benchmarks").glob("*.py")))
-def test_it_runs(script):
-    result = run(script, *TINY[script].split())
+def test_it_runs(script, tmp_path):
+    options = TINY[script]
+    if "MODEL" in options:
+        make_model("llama").save_pretrained(tmp_path / "model")
+        save_tokenizer(tmp_path / "model")
+        (tmp_path / "text.txt").write_text(" ".join(["the cat sat"] * 100))
+        options = options.replace("MODEL", str(tmp_path / "model")).replace(
+            "TEXT", str(tmp_path / "text.txt")
+        )
+    result = run(script, *options.split())
     assert result.returncode == 0, result.stderr[-2000:]
     report = json.loads(result.stdout)
     assert report["question"]
     for case in report.get("results", []):
-        assert all(value > 0 for value in case["milliseconds"].values())
+        assert all(value > 0 for value in case.get("milliseconds", {"all": case.get("seconds", 0)}).values())
     if script in ("linear_step.py", "gpu_train_step.py", "model_step.py"):
         (case, *_) = report["results"]
         assert case["ratio_to_lors"]["lors"] == 1

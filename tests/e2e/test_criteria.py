@@ -18,7 +18,7 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_the_mask_of_every_criterion_survives(tmp_path, way):
     data = data_folder()
-    train, valid = (data / "tinystories" / name for name in ("train.txt", "valid.txt"))
+    train = data / "tinystories" / "train.txt"
     sparse, adapter, merged = (tmp_path / name for name in ("sparse", "adapter", "merged"))
     options = (*WAYS[way], *(("--calib", train, "--samples", 8, "--seq-len", 256) if WAYS[way] else ()))
     must("prune", data / "story-656k", "-o", sparse, "--pattern", "2:4", *options)
@@ -32,8 +32,3 @@ def test_the_mask_of_every_criterion_survives(tmp_path, way):
     for site in report["sites"]:
         assert ((before[site["name"]] != 0) == (after[site["name"]] != 0)).all()
         assert not (before[site["name"]] == after[site["name"]]).all()
-    perplexity = {
-        folder: must("eval", folder, "--data", valid, "--seq-len", 256, "--json").json["perplexity"]
-        for folder in (sparse, merged)
-    }
-    assert perplexity[merged] < perplexity[sparse]

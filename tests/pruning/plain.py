@@ -1,10 +1,13 @@
 """Every criterion once more, as plainly as its paper has it: the whole model in memory, float32, no blocks."""
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from spp_fx.sparsity import NM, parse_pattern
+
+Array = np.ndarray
 
 
 def prune(model: PreTrainedModel, tokens: Tensor, method: str, pattern: str, *, repair: bool = False) -> None:
@@ -46,7 +49,9 @@ def pruned(weight: Tensor, x: Tensor, samples: int, method: str, text: str, repa
         mask = largest(score, text, rows=False)
     if repair:
         group = pattern.group if isinstance(pattern, NM) else 0
-        mask = torch.stack([dsnot(w, keep, x, samples, group) for w, keep in zip(weight, mask, strict=True)])
+        share, variance = (weight * x.mean(0)).numpy(), x.double().var(0, unbiased=False).numpy()
+        rows = zip(share, (size * norm).numpy(), mask.numpy(), strict=True)
+        mask = torch.stack([dsnot(own, cost, keep, variance, group) for own, cost, keep in rows])
     return torch.where(mask, weight, 0)
 
 
@@ -84,31 +89,27 @@ def sparsegpt(weight: Tensor, x: Tensor, samples: int, text: str, block: int = 1
     return w
 
 
-def dsnot(weight: Tensor, keep: Tensor, x: Tensor, samples: int, group: int) -> Tensor:
+def dsnot(share: Array, cost: Array, keep: Array, variance: Array, group: int) -> Tensor:
     """One row, one swap at a time."""
-    share = (weight * x.mean(0)).tolist()
-    variance = x.double().var(0, unbiased=False).tolist()
-    cost = (weight.abs() * ((x**2).sum(0) / samples).sqrt()).tolist()
-    kept, moved = keep.tolist(), set()
-    error = sum(s for s, k in zip(share, kept, strict=True) if not k)
-    columns = range(len(kept))
+    kept, free = keep.copy(), np.ones(len(keep), bool)
+    error = share[~kept].sum(dtype=np.float64)
     for _ in range(50):
         if abs(error) <= 0.1:
             break
-        sign = 1 if error > 0 else -1
-        prunes = [j for j in columns if kept[j] and j not in moved and share[j] * sign < 0]
-        grows = [j for j in columns if not kept[j] and j not in moved and share[j] * sign > 0]
+        sign = np.sign(error)
+        prunes = kept & free & (share * sign < 0)
+        grows = ~kept & free & (share * sign > 0)
         if group:
-            grows = [j for j in grows if any(k // group == j // group for k in prunes)]
-        if not grows or not prunes:
+            grows &= np.repeat(prunes.reshape(-1, group).any(1), group)
+        if not grows.any() or not prunes.any():
             break
-        grown = max(grows, key=lambda j: share[j] * sign / variance[j])
+        grown = np.where(grows, share * sign / variance, -np.inf).argmax()
         if group:
-            prunes = [k for k in prunes if k // group == grown // group]
-        gone = min(prunes, key=lambda j: cost[j])
+            prunes &= np.arange(len(kept)) // group == grown // group
+        gone = np.where(prunes, cost, np.inf).argmin()
         after = error - share[grown] + share[gone]
         if group and after * sign <= 0:
             break
-        kept[grown], kept[gone], error = True, False, after
-        moved |= {grown, gone}
-    return torch.tensor(kept)
+        kept[[grown, gone]], error = [True, False], after
+        free[[grown, gone]] = False
+    return torch.from_numpy(kept)

@@ -92,6 +92,8 @@ def test_pruning_with_permutation_keeps_the_function_of_what_is_kept():
     _, program = sparse("llama")
     for name in program.sites:
         program.weight(name).data.normal_(0, 0.3)
+        if "down_proj" in name:  # neighbours are alike: the worst for groups
+            program.weight(name).data.mul_(torch.linspace(3, 0.1, 64))
     program.calibration = batch(4, 12)
     ids = batch(seed=1)
     before = loss_of(program, ids).item()

@@ -41,7 +41,7 @@ def both(story, tmp_path: Path, method: str, pattern: str, *, repair: bool = Fal
     return [(ours[name], tensor) for name, tensor in theirs.items()]
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "4:8", "50%"])
+@pytest.mark.parametrize("pattern", ["2:4", "50%"])
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "ria"])
 def test_masks_are_the_formulas(story, tmp_path, method, pattern):
     for ours, theirs in both(story, tmp_path, method, pattern):
@@ -49,9 +49,8 @@ def test_masks_are_the_formulas(story, tmp_path, method, pattern):
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "75%"])
-@pytest.mark.parametrize("method", ["magnitude", "wanda"])
-def test_the_repair_is_the_formula(story, tmp_path, method, pattern):
-    for ours, theirs in both(story, tmp_path, method, pattern, repair=True):
+def test_the_repair_is_the_formula(story, tmp_path, pattern):
+    for ours, theirs in both(story, tmp_path, "wanda", pattern, repair=True):
         assert torch.equal(ours, theirs)
 
 

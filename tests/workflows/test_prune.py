@@ -14,14 +14,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from spp_fx.ir.trace import trace
 from spp_fx.workflows import prune as workflow
+from spp_fx.workflows.calibration import Calibration, calibration_tokens
 from tests.command import command, listing, must
 from tests.workflows.conftest import save_with_tokenizer
 
 CALIBRATION = ("--samples", 8, "--seq-len", 32)
+WANDA = ("--method", "wanda", "--calib", "TEXT")
 
 
-@pytest.mark.parametrize("family", ["llama-tied", "gpt2", "falcon", "mixtral", "gpt-oss", "qwen2"])
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2", "mixtral", "gpt-oss"])
 def test_a_folder_of_every_family_streams(tmp_path, text_file, family):
     """Layer by layer from the folder, and verified from the bytes that were written."""
     save_with_tokenizer(tmp_path / "dense", text_file, family, max_shard_size="40KB")
@@ -30,18 +33,13 @@ def test_a_folder_of_every_family_streams(tmp_path, text_file, family):
     assert result["calibration"] == {"samples": 8, "seq_len": 32}
     for site in result["sites"]:
         assert site["pattern"] == "2:4"
-        assert 0 < site["error_before"] == site["error_after"] < 1
+        if site["notes"] != ["saw no token: pruned by magnitude"]:
+            assert 0 < site["error_before"] == site["error_after"] < 1
     assert must("verify", tmp_path / "out", "--json").json["ok"]
     assert not (tmp_path / ".out.prune").exists()
-    # In memory, at once, as a pass: the same model.
-    pipeline = "canonicalize,match{dense=true},partition,causal,prune{method=wanda}"
-    passes = must(
-        "opt", tmp_path / "dense", "-p", pipeline, "--calib", text_file, *CALIBRATION, "--json"
-    ).json
-    assert len(passes["passes"][-1]["changed"]) > 0
+    after = weights(tmp_path / "out")
     for name, tensor in weights(tmp_path / "dense").items():
-        new = weights(tmp_path / "out")[name]
-        assert torch.equal(new[new != 0], tensor[new != 0])
+        assert torch.equal(after[name][after[name] != 0], tensor[after[name] != 0])
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -50,13 +48,13 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory, text_file) -> Path:
-    """Six layers with a tokenizer."""
+    """Four bfloat16 layers with a tokenizer."""
     folder = tmp_path_factory.mktemp("deep")
     save_with_tokenizer(folder / "tokens", text_file)
     vocabulary = json.loads((folder / "tokens" / "config.json").read_text())["vocab_size"]
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=6, num_attention_heads=4,
+        vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, dtype=torch.bfloat16,
     )  # fmt: skip
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "dense", max_shard_size="40KB")
@@ -100,7 +98,7 @@ def test_a_killed_run_goes_on_and_writes_the_same_bytes(deep, text_file, tmp_pat
     )
     process = subprocess.Popen([sys.executable, "-c", slow, *arguments(deep, out, text_file), "-q"])
     until = time.monotonic() + 120
-    while not (store / "layer-00002.json").is_file():
+    while not (store / "layer-00001.json").is_file():
         assert process.poll() is None
         assert time.monotonic() < until
         time.sleep(0.005)
@@ -108,16 +106,14 @@ def test_a_killed_run_goes_on_and_writes_the_same_bytes(deep, text_file, tmp_pat
     assert process.wait() == -signal.SIGKILL
     assert not out.exists()
     done = sorted(path.name for path in store.glob("layer-*.json"))
-    assert len(done) == 3
-    before = (store / "layer-00000.safetensors").stat().st_mtime_ns
+    assert len(done) == 2
 
     calls = []
     real = workflow.prune_layers
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workflow, "prune_layers", lambda *a, **k: (calls.append(k["start"]), real(*a, **k)))
         must(*arguments(deep, out, text_file))
-    assert calls == [3]
-    assert before  # the finished layer was read, not written again
+    assert calls == [2]
     assert listing(out) == uninterrupted
     assert not store.exists()
 
@@ -126,12 +122,11 @@ def test_an_error_on_the_way_keeps_what_is_done(deep, text_file, tmp_path, monke
     out, real = tmp_path / "out", workflow.prune_layers
 
     def stop(*positional, finish, **named):
-        def finish_two(index, result):
+        def finish_one(index, result):
             finish(index, result)
-            if index == 1:
-                raise KeyboardInterrupt
+            raise KeyboardInterrupt
 
-        real(*positional, finish=finish_two, **named)
+        real(*positional, finish=finish_one, **named)
 
     monkeypatch.setattr(workflow, "prune_layers", stop)
     with pytest.raises(KeyboardInterrupt):
@@ -141,7 +136,7 @@ def test_an_error_on_the_way_keeps_what_is_done(deep, text_file, tmp_path, monke
         )  # fmt: skip
     monkeypatch.undo()
     assert not out.exists()
-    assert (tmp_path / ".out.prune" / "layer-00001.json").is_file()
+    assert (tmp_path / ".out.prune" / "layer-00000.json").is_file()
     # Another plan starts afresh, the first one too after that.
     must("prune", deep / "dense", "-o", out, "--method", "wanda", "--calib", text_file, *CALIBRATION)
     assert listing(out) != uninterrupted
@@ -161,10 +156,15 @@ def test_two_processes_do_not_work_on_one_output(deep, text_file, tmp_path):
     assert "another process is pruning into it" in result.err
 
 
-def test_seeds_draw_windows(deep, text_file, tmp_path):
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        must(*arguments(deep, tmp_path / name, text_file), "--seed", seed)
-    assert listing(tmp_path / "a") == listing(tmp_path / "b") != listing(tmp_path / "c")
+def test_seeds_draw_windows(deep, text_file):
+    model, program = deep / "dense", trace(deep / "dense")
+    first, again, other = (
+        calibration_tokens(model, program, Calibration(text_file, 8, 32, seed)) for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert first.shape == (8, 32)
+    assert len({tuple(row.tolist()) for row in first}) == 8
 
 
 def test_weights_keep_the_type_they_are_stored_in(deep, text_file, tmp_path):
@@ -213,29 +213,29 @@ def test_permuted_models_compute_what_their_dense_weights_would(deep, text_file,
         (("--repair", "dsnot"), 2, "--calib FILE"),
         (("--method", "wanda", "--damp", 1), 2, "wanda has no option damp"),
         (("--method", "magnitude", "--permute"), 2, "magnitude has no option permute"),
-        (("--method", "wanda", "--calib", "TEXT"), 2, "are asked for; use more text, --samples"),
-        (("--method", "wanda", "--calib", "TEXT", "--samples", 0), 2, "--samples must be at least 1"),
-        (("--method", "wanda", "--calib", "TEXT", "--seq-len", 100), 2, "more than the model's 64 positions"),
+        (WANDA, 2, "are asked for; use more text, --samples"),
+        ((*WANDA, "--samples", 0), 2, "--samples must be at least 1"),
+        ((*WANDA, "--seq-len", 5000), 2, "more than the model's 2048 positions"),
         (("--method", "wanda", "--calib", "no-such.txt", *CALIBRATION), 2, "cannot be read"),
-        (("--method", "wanda", "--calib", "TEXT", *CALIBRATION, "--pattern", "2:5"), 1, "no multiple of the group of 2:5"),
-        (("--method", "wanda", "--calib", "TEXT", *CALIBRATION, "--targets", "lm_head"), 2, "outside of the decoder layers"),
+        ((*WANDA, *CALIBRATION, "--pattern", "2:5"), 1, "no multiple of the group of 2:5"),
+        ((*WANDA, *CALIBRATION, "--targets", "lm_head"), 2, "outside of the decoder layers"),
         (("--method", "sparsegpt", "--damp", 0, "--calib", "TEXT", "--samples", 1, "--seq-len", 16), 1, "raise --damp"),
-        (("--method", "wanda", "--calib", "TEXT", *CALIBRATION, "--skip", "nothing"), 2, "names no site"),
+        ((*WANDA, *CALIBRATION, "--skip", "nothing"), 2, "names no site"),
         (("--ratio", "down_proj"), 2, "write NAME@PATTERN"),
         (("--pattern", "100%"), 2, "leave no weight at all"),
     ],
 )  # fmt: skip
-def test_refusals(deep, text_file, tmp_path, words, code, message):
+def test_refusals(pristine, text_file, tmp_path, words, code, message):
     words = [str(text_file) if word == "TEXT" else word for word in words]
-    result = command("prune", deep / "dense", "-o", tmp_path / "out", *words)
+    result = command("prune", pristine / "dense", "-o", tmp_path / "out", *words)
     assert result.code == code, result.err
     assert message in result.err
     assert not (tmp_path / "out").exists()
 
 
-def test_ratios_and_skips_without_calibration(deep, tmp_path):
+def test_ratios_and_skips_without_calibration(pristine, tmp_path):
     options = ("--ratio", "down_proj@1:4", "--ratio", "model.layers.0.*@50%", "--skip", "k_proj,v_proj")
-    result = must("prune", deep / "dense", "-o", tmp_path / "out", *options, "--json").json
+    result = must("prune", pristine / "dense", "-o", tmp_path / "out", *options, "--json").json
     patterns = {site["name"]: site["pattern"] for site in result["sites"]}
     assert patterns["model.layers.0.mlp.down_proj.weight"] == "50%"
     assert patterns["model.layers.1.mlp.down_proj.weight"] == "1:4"
