@@ -43,6 +43,7 @@ bench: install
 	@$(BIN)/python benchmarks/linear_step.py
 	@$(BIN)/python benchmarks/linear_step.py --width 2048 --batch 1024 --rank 4 8 16 32 64 --only lors spp_fused
 	@$(BIN)/python benchmarks/model_step.py
+	@$(BIN)/python benchmarks/prune_layers.py
 	@$(BIN)/python benchmarks/model_step.py --seq-len 256 512 1024 2048 --dtype bfloat16 --only lors spp_fused
 	@$(BIN)/python benchmarks/graph_overhead.py
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from spp_fx.ir.program import Program
     from spp_fx.ir.trace import trace
     from spp_fx.passes import parse_pipeline, print_pipeline, run_pipeline
+    from spp_fx.workflows.calibration import Calibration
     from spp_fx.workflows.evaluate import evaluate
     from spp_fx.workflows.export import ExportSettings, export
     from spp_fx.workflows.inject import inject
@@ -34,6 +35,7 @@ __version__ = VERSION
 
 # Imported on first use: torch and transformers take seconds that `spp-fx --help` need not wait for.
 _HOMES = {
+    "Calibration": "spp_fx.workflows.calibration",
     "ExportSettings": "spp_fx.workflows.export",
     "Program": "spp_fx.ir.program",
     "SppFxError": "spp_fx.errors",
@@ -55,6 +57,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Calibration",
     "ExportSettings",
     "Program",
     "SppFxError",

@@ -57,8 +57,10 @@ def prune_command(output: Output, model: str, **options: Any) -> None:
     spp-fx prune my-model --method sparsegpt --pattern 50% --calib text.txt --skip 'model.layers.0.*'
     spp-fx prune my-model --method wanda --repair dsnot --calib text.txt --ratio down_proj@4:8
     """
+    from spp_fx.workflows.memory import return_large_blocks
     from spp_fx.workflows.prune import prune
 
+    return_large_blocks()
     folder = model_folder(model)
     pattern = options["pattern"]
     target = options["out"] or default_out(model, pattern.replace(":", "of").replace("%", "pct"))
@@ -81,6 +83,7 @@ def prune_command(output: Output, model: str, **options: Any) -> None:
             force=options["force"],
             trust_remote_code=options["trust_remote_code"],
             tick=bar.update,
+            say=output.say,
         )
 
     def show() -> None:

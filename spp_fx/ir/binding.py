@@ -136,7 +136,7 @@ def _converted(
         names = ", ".join(op.__name__ for op, _ in operations)
         return f"is made of stored tensors by {names}, which cannot be undone matrix by matrix"
     if slot.transposed or len(slot.shape) != 3:
-        return "is made of several stored tensors along its input dimension"
+        return "is made of several stored tensors in a way that cannot be undone"
     pieces: list[Piece] = []
     start = [0] * slot.shape[0]
     for pattern in (p for p in converter.source_patterns if p in by_pattern):

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields
+from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from spp_fx.errors import PreconditionError, SppFxError, UsageError
@@ -117,6 +118,8 @@ def _parse_value(name: str, key: str, kind: Any, values: list[str]) -> Any:
     if get_origin(kind) is tuple and get_args(kind) == (str, ...):
         return tuple(values)
     text = ",".join(values)
+    if get_origin(kind) is UnionType:  # an option that may be left to what it is for
+        (kind,) = (each for each in get_args(kind) if each is not NoneType)
     try:
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]

@@ -1,16 +1,16 @@
 """prune: zeros by a criterion, decoder layer by decoder layer where it looks at inputs."""
 
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
-from spp_fx.errors import PatternError, PostconditionError, PreconditionError
+from spp_fx.errors import PostconditionError, PreconditionError
 from spp_fx.ir.program import Program
 from spp_fx.passes.base import Pass, PassReport, register
 from spp_fx.pruning import make_criterion
 from spp_fx.pruning.layerwise import InPlace, LayerResult, outside_of_layers, prune_layers
-from spp_fx.pruning.recipe import MatrixReport, Recipe, divides, patterns_of, prune_matrix
+from spp_fx.pruning.recipe import MatrixReport, Recipe, check_patterns, patterns_of, prune_matrix
 from spp_fx.pruning.states import MemoryStates
 from spp_fx.sparsity import Pattern, pack_mask, parse_pattern, scan_bits
 
@@ -37,26 +37,24 @@ class Prune(Pass):
     repair: str = ""
     ratios: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
-    damp: float = 0.01
-    block_size: int = 128
-    permute: bool = False
-
-    def __post_init__(self) -> None:
-        parse_pattern(self.pattern)
-        self._recipe()
+    damp: float | None = None
+    block_size: int | None = None
+    permute: bool | None = None
 
     def requires(self, program: Program) -> None:
+        parse_pattern(self.pattern)
+        calibrated = self._recipe().calibrated
         if not program.matched:
             raise PreconditionError("prune: no site is matched; run match{dense=true} first")
         if program.adapters or program.packings:
             raise PreconditionError("prune: the program has adapters or packed weights; prune before inject")
         if any(program.weight(site).device.type == "meta" for site in program.matched):
             raise PreconditionError("prune: the program has no weights")
-        if self._recipe().calibrated and program.calibration is None:
+        if calibrated and program.calibration is None:
             raise PreconditionError(
                 f"prune: {self.repair or self.method} looks at inputs: give the text to calibrate on (--calib)"
             )
-        if self._recipe().calibrated and not program.units:
+        if calibrated and not program.units:
             raise PreconditionError("prune: calibration walks layer by layer; run partition first")
 
     def apply(self, program: Program) -> PassReport:
@@ -68,11 +66,7 @@ class Prune(Pass):
             raise PreconditionError(f"prune: {'; '.join(sorted(set(report.refused.values())))}")
         patterns, skipped = patterns_of(sites, parse_pattern(self.pattern), self.ratios, self.skip)
         report.refused.update(skipped)
-        for name, pattern in patterns.items():
-            if not divides(pattern, program.sites[name].in_features):
-                raise PatternError(
-                    f"{name}: its {program.sites[name].in_features} inputs are no multiple of the group of {pattern}"
-                )
+        check_patterns(program.sites, patterns, recipe.criterion)
         matrices = _walk(program, patterns, recipe) if walks else _each(program, patterns, recipe)
         for name, pattern in patterns.items():
             report.changed[name] = _describe([each for each in matrices if each.site == name])
@@ -90,13 +84,10 @@ class Prune(Pass):
                 raise PostconditionError(f"prune: {name} does not hold: {found.describe(pattern)}")
 
     def _recipe(self) -> Recipe:
-        defaults = {field.name: field.default for field in fields(self)}
-        options: dict[str, Any] = {
-            key: getattr(self, key)
-            for key in ("damp", "block_size", "permute")
-            if getattr(self, key) != defaults[key]
-        }
-        return Recipe(make_criterion(self.method, **options), self.repair or None)
+        criterion = make_criterion(
+            self.method, damp=self.damp, block_size=self.block_size, permute=self.permute
+        )
+        return Recipe(criterion, self.repair or None)
 
 
 def _walk(program: Program, patterns: dict[str, Pattern], recipe: Recipe) -> list[MatrixReport]:

@@ -70,6 +70,6 @@ def _swap(grows: Tensor, prunes: Tensor, group: int | None) -> tuple[Tensor, Ten
     rows = len(grows)
     costs, lanes = prunes.view(rows, -1, group).min(2)
     possible = (costs < torch.inf).repeat_interleave(group, 1)
-    gain, grown = grows.mul_(possible).max(1, keepdim=True)
+    gain, grown = grows.masked_fill_(~possible, 0).max(1, keepdim=True)
     where = grown // group
     return grown, where * group + lanes.gather(1, where), (gain > 0).squeeze(1)

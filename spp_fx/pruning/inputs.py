@@ -19,7 +19,7 @@ class Inputs:
     Attributes:
         features: n.
         samples, tokens: how many were added.
-        hessian: sum of x x^T, (n, n) float32, where it was asked for.
+        hessian: 2/samples times the sum of x x^T, (n, n) float32, where it was asked for.
     """
 
     def __init__(
@@ -43,12 +43,15 @@ class Inputs:
         Raises:
             PatternError: an input is NaN or infinite.
         """
+        count = self.samples + 1
+        past = self.samples / count
         for part in x.split(max(1, BLOCK_ELEMENTS // max(1, self.features))):
             part = part.float()
             self._sum += part.sum(0)
             self._squares += part.square().sum(0)
             if self.hessian is not None:
-                self.hessian.addmm_(part.t(), part)
+                self.hessian.addmm_(part.t(), part, beta=past, alpha=2 / count)
+                past = 1.0
         if not bool(self._squares.isfinite().all()):
             raise PatternError(f"its inputs are NaN or infinite in calibration sample {self.samples + 1}")
         self.samples += 1

@@ -26,6 +26,10 @@ def silent(done: int, total: int, item: str) -> None:
     """Show nothing."""
 
 
+Part = tuple[int | None, int, int]
+"""An expert, if the site is a stack, and rows from start to stop."""
+
+
 class Weights(Protocol):
     """Where the tensors of a program come from when a layer is about to run."""
 
@@ -41,6 +45,10 @@ class Weights(Protocol):
         """A parameter as it is stored, to be pruned in place: the program's own, unless dtypes differ."""
         ...
 
+    def parts(self, program: Program, site: str) -> list[Part]:
+        """The matrices that are pruned each by itself: those that are stored as one."""
+        ...
+
 
 class InPlace:
     """The tensors that the program itself holds."""
@@ -53,6 +61,10 @@ class InPlace:
 
     def stored(self, program: Program, name: str) -> Tensor:
         return program.get_parameter(name).data
+
+    def parts(self, program: Program, site: str) -> list[Part]:
+        shape = program.sites[site].shape
+        return [(e, 0, shape[-2]) for e in range(shape[0])] if len(shape) == 3 else [(None, 0, shape[-2])]
 
 
 @dataclass(frozen=True)
@@ -72,17 +84,17 @@ class LayerResult:
 
 def outside_of_layers(program: Program, sites: Iterable[str]) -> dict[str, str]:
     """The sites that a walk over the layers does not calibrate, with reasons."""
-    owners: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for name in sites:
         units = {unit for unit in program.units if name.startswith(f"{unit}.")}
         used_in = {use.path for use in program.uses().get(name, [])}
         if not units:
-            owners[name] = (
+            reasons[name] = (
                 "lies outside of the decoder layers, where nothing is calibrated; magnitude takes it"
             )
         elif any(not f"{path}.".startswith(f"{next(iter(units))}.") for path in used_in):
-            owners[name] = "is shared by several layers, so there is no one layer to calibrate it in"
-    return owners
+            reasons[name] = "is shared by several layers, so there is no one layer to calibrate it in"
+    return reasons
 
 
 @torch.no_grad()
@@ -178,16 +190,17 @@ class _Run:
             notes = _reorder(self.walk.program, layer, patterns, seen, edited)
         reports: list[MatrixReport] = []
         for name, pattern in patterns.items():
-            canonical = edited.canonical(name)
-            for expert, matrix in enumerate(canonical if canonical.ndim == 3 else [canonical]):
-                inputs = seen.get((name, expert))
+            canonical, parts = edited.canonical(name), self.weights.parts(self.walk.program, name)
+            for expert, start, stop in parts:
+                inputs = seen.get((name, expert or 0))
                 if inputs is None:
                     raise PreconditionError(f"{name}: its layer ran without using it")
-                index = expert if canonical.ndim == 3 else None
-                report = prune_matrix(matrix, inputs, pattern, self.recipe, name, index)
-                reports.append(
-                    replace(report, notes=(*report.notes, notes[name])) if name in notes else report
-                )
+                matrix = (canonical if expert is None else canonical[expert])[start:stop]
+                report = prune_matrix(matrix, inputs, pattern, self.recipe, name, expert)
+                own = (*report.notes, notes[name]) if name in notes else report.notes
+                reports.append(replace(report, start=start, notes=own))
+            for expert, *_ in parts:
+                seen.pop((name, expert or 0), None)  # products of inputs are large
         edited.put_back()
         return LayerResult(layer.path, edited.tensors, tuple(reports))
 
@@ -245,7 +258,7 @@ def _reorder(
     notes: dict[str, str] = {}
     possible = producers(program, layer.path)
     for name, pattern in patterns.items():
-        makers = possible[name]
+        makers = possible.get(name, "its layer runs without it")
         if not isinstance(pattern, NM):
             notes[name] = f"inputs keep their order: {pattern} has no groups"
         elif isinstance(makers, str):

@@ -44,14 +44,14 @@ class Observer:
     def _add(self, site: Site, x: Tensor) -> None:
         """Sites of the first sample that read the same tensor are found by its identity."""
         if (site.name, 0) not in self.inputs and site.uses == 1:
-            leader = self._readers.get(x)
-            if leader is not None:
-                self.inputs[site.name, 0] = leader
+            leader: tuple[Inputs, int] | None = self._readers.get(x)
+            if leader is not None and leader[1] == x._version:
+                self.inputs[site.name, 0] = leader[0]
                 self._followers.add(site.name)
                 return
         inputs = self._of(site, 0)
         if site.uses == 1:
-            self._readers[x] = inputs
+            self._readers[x] = (inputs, x._version)
         inputs.add(x.detach().reshape(-1, site.in_features))
 
     def _add_experts(self, site: Site, node: fx.Node, arguments: tuple[Any, ...]) -> None:

@@ -56,7 +56,7 @@ def producers(program: Program, unit: str) -> dict[str, Producers | str]:
     """For each matrix that a layer uses once, what can take on a new order of its inputs, or why nothing can."""
     values = _Inliner(program, unit).values
     sites = {value.node.meta[SITE]: value for value in values if SITE in value.node.meta}
-    return {name: _producers(program, name, value) for name, value in sites.items()}
+    return {name: _producers(program, name, value, values) for name, value in sites.items()}
 
 
 def best_order(score: Tensor, pattern: NM) -> Tensor | None:
@@ -84,7 +84,7 @@ def _kept(score: Tensor, pattern: NM) -> float:
     return float(groups.topk(pattern.kept, dim=1).values.sum(dtype=torch.float64))
 
 
-def _producers(program: Program, name: str, value: Value) -> Producers | str:
+def _producers(program: Program, name: str, value: Value, values: list[Value]) -> Producers | str:
     site = program.sites[name]
     if site.kind == "experts":
         return "is a stack of experts"
@@ -117,12 +117,18 @@ def _producers(program: Program, name: str, value: Value) -> Producers | str:
                 else f"{reader} reads {each.node.name} too"
             )
     biases = [bias for each in found for bias in each.inputs[2:]]
-    if any(len(bias.users) != 1 or bias.node.op != "get_attr" for bias in biases):
+    readers = [_parameter(each) for each in values]
+    if any(len(bias.users) != 1 or readers.count(_parameter(bias)) != 1 for bias in biases):
         return "a bias before it is no parameter of its own"
     return Producers(
         tuple(sorted(each.node.meta[SITE] for each in found)),
-        tuple(sorted(f"{bias.path}.{bias.node.target}".lstrip(".") for bias in biases)),
+        tuple(sorted(str(_parameter(bias)) for bias in biases)),
     )
+
+
+def _parameter(value: Value) -> str | None:
+    """The name of the parameter that a value is."""
+    return f"{value.path}.{value.node.target}".lstrip(".") if value.node.op == "get_attr" else None
 
 
 def _odd(program: Program, value: Value, columns: int) -> str | None:

@@ -1,6 +1,6 @@
 """What is done to each site: its pattern, the criterion, and the repair after it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,11 +8,13 @@ from torch import Tensor
 
 from spp_fx.errors import PatternError, UsageError
 from spp_fx.ir.names import is_target
+from spp_fx.ir.site import Site
 from spp_fx.pruning.criterion import Criterion
 from spp_fx.pruning.dsnot import dsnot
 from spp_fx.pruning.inputs import Inputs, output_energy
 from spp_fx.pruning.magnitude import Magnitude
 from spp_fx.pruning.select import row_blocks
+from spp_fx.pruning.sparsegpt import SparseGpt, check_blocks
 from spp_fx.sparsity import NM, Pattern, parse_pattern
 
 REPAIRS = {"dsnot": dsnot}
@@ -53,6 +55,7 @@ class MatrixReport:
         lost_before: the same of what the mask alone takes from them, before update and repair.
         lost_after: of what is missing in the end.
         notes: what the reader should know.
+        start: its first row in the site, where that is stored as several matrices.
     """
 
     site: str
@@ -64,6 +67,7 @@ class MatrixReport:
     lost_before: float | None
     lost_after: float | None
     notes: tuple[str, ...] = ()
+    start: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "notes": list(self.notes)}
@@ -170,6 +174,24 @@ def patterns_of(
     return patterns, skipped
 
 
-def divides(pattern: Pattern, columns: int) -> bool:
-    """Whether so many inputs can hold the pattern."""
-    return not isinstance(pattern, NM) or columns % pattern.group == 0
+def check_patterns(sites: Mapping[str, Site], patterns: Mapping[str, Pattern], criterion: Criterion) -> None:
+    """Refuse patterns that sites cannot hold, or a criterion cannot make, before anything is run.
+
+    Raises:
+        PatternError: a group does not divide a site's inputs.
+        UsageError: a block of columns would end within a group.
+    """
+    wrong = [
+        name
+        for name, pattern in patterns.items()
+        if isinstance(pattern, NM) and sites[name].in_features % pattern.group
+    ]
+    if wrong:
+        raise PatternError(
+            f"{wrong[0]}: its {sites[wrong[0]].in_features} inputs are no multiple of the group of "
+            f"{patterns[wrong[0]]}, which cannot hold ({len(wrong)} of {len(patterns)} sites); choose another "
+            "pattern, or leave it out with --skip"
+        )
+    for name, pattern in patterns.items():
+        if isinstance(criterion, SparseGpt):
+            check_blocks(sites[name].in_features, pattern, criterion.block_size)

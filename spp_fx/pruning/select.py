@@ -47,7 +47,12 @@ def keep_of_groups(score: Tensor, pattern: NM) -> Tensor:
 
 def keep_of_matrix(score: Tensor, share: Fraction) -> Tensor:
     """All but the int(share * size) smallest of the whole matrix; among equals the earlier are kept."""
-    flat, count = _comparable(score).flatten(), int(share * score.numel())
+    return keep_all_but(score, int(share * score.numel()))
+
+
+def keep_all_but(score: Tensor, count: int) -> Tensor:
+    """All but so many smallest of the whole matrix; among equals the earlier are kept."""
+    flat = _comparable(score).flatten()
     if count == 0:
         return torch.ones_like(score, dtype=torch.bool)
     threshold = flat.kthvalue(count).values

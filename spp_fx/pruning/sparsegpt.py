@@ -9,7 +9,7 @@ from torch import Tensor
 from spp_fx.errors import PatternError, UsageError
 from spp_fx.pruning.criterion import Criterion, register
 from spp_fx.pruning.inputs import Inputs
-from spp_fx.pruning.select import keep_of_groups, keep_of_matrix
+from spp_fx.pruning.select import keep_all_but, keep_of_groups
 from spp_fx.sparsity import NM, Pattern
 
 BLOCK_SIZE = 128
@@ -61,7 +61,8 @@ def sparsegpt(
 
     Args:
         weight: (out, in); not written to.
-        hessian: (in, in), X X^T of the site's inputs; a common factor does not matter.
+        hessian: (in, in), 2/n X X^T of the site's inputs over n samples; a common factor matters only beside
+            inputs that never came, whose diagonal counts as 1.
         chosen: a pattern, whose mask is chosen on the way, or the mask itself, (out, in) bool.
         damp, block_size: see `SparseGpt`.
 
@@ -75,17 +76,31 @@ def sparsegpt(
     columns = weight.shape[1]
     if isinstance(chosen, NM) and columns % chosen.group:
         raise PatternError(f"its {columns} inputs are no multiple of {chosen.group}, {chosen} cannot hold")
-    if isinstance(chosen, NM) and block_size % chosen.group:
-        raise UsageError(f"a block of {block_size} columns is no whole number of groups of {chosen}")
+    check_blocks(columns, chosen, block_size)
     w = weight.to(torch.float32, copy=True)
     inverse = _inverse_factor(hessian.to(torch.float32, copy=True), w, damp)
     kept = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
     for start in range(0, columns, block_size):
         block = slice(start, min(start + block_size, columns))
-        here = chosen[:, block] if isinstance(chosen, Tensor) else chosen
+        if isinstance(chosen, Tensor):
+            here = chosen[:, block]
+        elif isinstance(chosen, NM):
+            here = chosen
+        else:  # what blocks round off does not add up
+            before, after = (int(chosen.share * len(w) * stop) for stop in (start, block.stop))
+            here = after - before
         errors, kept[:, block] = _prune_block(w[:, block], inverse[block, block], here)
         w[:, block.stop :] -= errors @ inverse[block, block.stop :]
     return w, kept
+
+
+def check_blocks(columns: int, chosen: Pattern | Tensor, block_size: int) -> None:
+    """UsageError if a block would end within a group."""
+    if isinstance(chosen, NM) and block_size < columns and block_size % chosen.group:
+        raise UsageError(
+            f"sparsegpt: a block of {block_size} columns is no whole number of groups of {chosen}; "
+            f"give --block-size {max(1, block_size // chosen.group) * chosen.group}"
+        )
 
 
 def _inverse_factor(hessian: Tensor, w: Tensor, damp: float) -> Tensor:
@@ -105,8 +120,11 @@ def _inverse_factor(hessian: Tensor, w: Tensor, damp: float) -> Tensor:
     return factor
 
 
-def _prune_block(w: Tensor, inverse: Tensor, chosen: Pattern | Tensor) -> tuple[Tensor, Tensor]:
-    """Prune the columns of a block in place; their scaled errors, and what was kept."""
+def _prune_block(w: Tensor, inverse: Tensor, chosen: NM | Tensor | int) -> tuple[Tensor, Tensor]:
+    """Prune the columns of a block in place; their scaled errors, and what was kept.
+
+    `chosen` is a pattern of groups, a mask, or how many entries are dropped.
+    """
     errors = torch.zeros_like(w)
     scale = inverse.diagonal() ** 2
     if isinstance(chosen, Tensor):
@@ -114,7 +132,7 @@ def _prune_block(w: Tensor, inverse: Tensor, chosen: Pattern | Tensor) -> tuple[
     elif isinstance(chosen, NM):
         kept = torch.ones_like(w, dtype=torch.bool)
     else:
-        kept = keep_of_matrix(w**2 / scale, chosen.share)
+        kept = keep_all_but(w**2 / scale, chosen)
     for i in range(w.shape[1]):
         if isinstance(chosen, NM) and i % chosen.group == 0:
             group = slice(i, i + chosen.group)

@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
 from spp_fx.errors import PreconditionError
 from spp_fx.ir.program import SITE, Program, Use
+
+SIZE = torch.ops.aten.sym_size.int
 
 Observe = Callable[[fx.Node, tuple[Any, ...]], None]
 """Called with each node that contracts a site, and its arguments, before it runs."""
@@ -122,7 +125,11 @@ class Walk:
 
     def _at(self, index: int, values: Sequence[Any], shared: Shared, observe: Observe | None) -> Interpreter:
         interpreter = Interpreter(self._owner.module, observe)
-        interpreter.env = {node: shared[node.name] for node in self._shared}
+        # A layer may write to what it is given.
+        interpreter.env = {
+            node: value.clone() if isinstance(value := shared[node.name], Tensor) else value
+            for node in self._shared
+        }
         interpreter.env |= dict(zip(self.layers[index].reads, values, strict=True))
         return interpreter
 
@@ -185,7 +192,7 @@ def _untainted(way: Sequence[Use], owner: Use, prefix: Sequence[fx.Node]) -> set
     tainted = [True, False]  # input_ids, attention_mask
     for use in way:
         inside = _tainted(use.module, _before(use.node), tainted)
-        tainted = [isinstance(a, fx.Node) and a in inside for a in use.node.args]
+        tainted = [not inside.isdisjoint(_nodes(a)) for a in (*use.node.args, *use.node.kwargs.values())]
     inside = _tainted(owner.module, prefix, tainted)
     return {node for node in prefix if node not in inside}
 
@@ -193,12 +200,34 @@ def _untainted(way: Sequence[Use], owner: Use, prefix: Sequence[fx.Node]) -> set
 def _tainted(module: fx.GraphModule, nodes: Sequence[fx.Node], arguments: Sequence[bool]) -> set[fx.Node]:
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     found = {node for node, flag in zip(placeholders, arguments, strict=True) if flag}
-    for node in nodes:
-        # Sizes of what depends on the tokens do not.
-        if isinstance(node.meta.get("val"), int | torch.SymInt):
-            found.discard(node)
-        elif not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
+    count = -1
+    while count != len(found):  # what is written in place taints what was made before
+        count = len(found)
+        for node in nodes:
+            # Sizes of what depends on the tokens do not.
+            if node.target is not SIZE and not found.isdisjoint(node.all_input_nodes):
+                found.add(node)
+                schema = getattr(node.target, "_schema", None)
+                if schema is not None and schema.is_mutable:
+                    found |= _bases(node)
+    return found
+
+
+def _bases(node: fx.Node) -> set[fx.Node]:
+    """What an in-place operation may write to: its operands, and what they may be views of."""
+    found: set[fx.Node] = set()
+    waiting = list(node.all_input_nodes)
+    while waiting:
+        each = waiting.pop()
+        if each not in found and isinstance(each.meta.get("val"), Tensor):
+            found.add(each)
+            waiting.extend(each.all_input_nodes)
+    return found
+
+
+def _nodes(argument: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    map_arg(argument, found.append)
     return found
 
 
@@ -210,10 +239,10 @@ def _of_node(path: str, module: fx.GraphModule, node: fx.Node) -> Iterator[str]:
     if node.op not in ("call_module", "get_attr"):
         return
     full = f"{path}.{node.target}".lstrip(".")
-    value: Any = module
-    for part in str(node.target).split("."):
-        value = getattr(value, part)
-    if isinstance(value, Tensor):
+    owner, _, attribute = str(node.target).rpartition(".")
+    held: Any = module.get_submodule(owner)
+    value = getattr(held, attribute)
+    if attribute in held._parameters or attribute in held._buffers:
         yield full
     elif isinstance(value, torch.nn.Module):
         for name, _ in [*value.named_parameters(remove_duplicate=False), *value.named_buffers()]:

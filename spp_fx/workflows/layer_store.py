@@ -3,8 +3,7 @@
 import fcntl
 import json
 import os
-import shutil
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,7 +67,9 @@ class LayerStore:
 
 
 @contextmanager
-def layer_store(out: Path, plan: dict[str, Any]) -> Generator[LayerStore, None, None]:
+def layer_store(
+    out: Path, plan: dict[str, Any], say: Callable[[str], None]
+) -> Generator[LayerStore, None, None]:
     """The store of the work on `out`, which goes on where an earlier run with the same plan was stopped.
 
     It lies beside `out` as `.NAME.prune` and is removed when the block ends well.
@@ -76,28 +77,62 @@ def layer_store(out: Path, plan: dict[str, Any]) -> Generator[LayerStore, None, 
     Args:
         out: the folder that the work will end in.
         plan: everything that the result depends on, as JSON.
+        say: told where the work begins, and what is kept if it fails.
 
     Raises:
         UsageError: another process works on the same output.
     """
     folder = out.parent / f".{out.name}.prune"
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
+    lock = _locked(out, folder)
     try:
+        known = _read(folder / PLAN)
+        if known != plan:
+            if known is not None:
+                odd = [key for key in plan if known.get(key) != plan[key]]
+                say(f"{folder}: holds the work of another command ({', '.join(odd)}); starting over")
+            _clear(folder)
+            _write(folder / PLAN, plan)
+        store = LayerStore(folder)
+        if store.done:
+            say(f"{folder}: {store.done} layers are done, going on")
+        try:
+            yield store
+        except BaseException:
+            if store.done:
+                say(f"{folder}: keeps {store.done} layers; the same command goes on there, or remove it")
+            else:
+                _clear(folder)
+                folder.rmdir()
+            raise
+        _clear(folder)
+        folder.rmdir()
+    finally:
+        os.close(lock)
+
+
+def _locked(out: Path, folder: Path) -> int:
+    """A descriptor of the folder that nobody else holds; the folder is there while it is open."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if folder.exists() and os.fstat(lock).st_ino == folder.stat().st_ino:
+                return lock
         except BlockingIOError as error:
+            os.close(lock)
             raise UsageError(
                 f"{out}: another process is pruning into it; wait for it, or give another -o"
             ) from error
-        if _read(folder / PLAN) != plan:
-            for path in folder.iterdir():
-                path.unlink()
-            _write(folder / PLAN, plan)
-        yield LayerStore(folder)
-        shutil.rmtree(folder)
-    finally:
-        os.close(lock)
+        os.close(lock)  # somebody finished and removed it between two of these lines
+
+
+def _clear(folder: Path) -> None:
+    """Remove what is in a store, first of all what says that it is one."""
+    (folder / PLAN).unlink(missing_ok=True)
+    _sync(folder)
+    for path in folder.iterdir():
+        path.unlink()
 
 
 def _read(path: Path) -> Any:
@@ -115,7 +150,11 @@ def _write(path: Path, content: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    descriptor = os.open(path.parent, os.O_RDONLY)
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

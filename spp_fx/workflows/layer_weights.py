@@ -10,7 +10,7 @@ from spp_fx.checkpoint import ModelFolder, torch_dtype
 from spp_fx.errors import FormatError
 from spp_fx.ir.binding import assemble
 from spp_fx.ir.program import Program
-from spp_fx.pruning.layerwise import replace_tensor
+from spp_fx.pruning.layerwise import Part, replace_tensor
 from spp_fx.workflows.survey import Survey
 
 
@@ -39,6 +39,11 @@ class FolderWeights:
                     f"{self.found.binding.refused.get(name, 'the checkpoint holds no tensor for it')}"
                 )
             tensor = current if source is None else self._read(source, current)
+            if current.is_floating_point() and (not tensor.is_floating_point() or tensor.itemsize < 2):
+                raise FormatError(
+                    f"{self.folder.path}: {name} is stored as {tensor.dtype}, which means nothing without its "
+                    "scales; decompress the model first"
+                )
             replace_tensor(program, name, tensor.to(device=device, dtype=current.dtype))
 
     def empty(self, program: Program, names: Iterable[str]) -> None:
@@ -52,6 +57,9 @@ class FolderWeights:
         if {torch_dtype(dtype) for dtype in dtypes} == {parameter.dtype}:
             return parameter
         return self._read(name, parameter).to(parameter.device)
+
+    def parts(self, program: Program, site: str) -> list[Part]:
+        return [(piece.expert, piece.start, piece.stop) for piece in self.found.pieces[site]]
 
     def _source(self, program: Program, name: str) -> str | None:
         """The name under which the folder holds a tensor: its own, or another's that shares it."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from spp_fx.checkpoint import (
@@ -18,18 +19,17 @@ from spp_fx.checkpoint import (
     check_target,
     rewrite_model,
 )
-from spp_fx.errors import MaskError, PatternError, UsageError
+from spp_fx.errors import MaskError, UsageError
 from spp_fx.ir.binding import take_apart
 from spp_fx.passes import Causal, Match, Partition, run_pipeline
 from spp_fx.pruning import make_criterion
 from spp_fx.pruning.layerwise import LayerResult, Tick, outside_of_layers, prune_layers, silent
-from spp_fx.pruning.recipe import MatrixReport, Recipe, divides, patterns_of, prune_matrix
-from spp_fx.sparsity import LOCK_NAME, Lock, Pattern, make_entry, parse_pattern, scan_bits
+from spp_fx.pruning.recipe import MatrixReport, Recipe, check_patterns, patterns_of, prune_matrix
+from spp_fx.sparsity import LOCK_NAME, Lock, LockEntry, Pattern, make_entry, parse_pattern, scan_bits
 from spp_fx.version import VERSION
 from spp_fx.workflows.calibration import Calibration, calibration_tokens
 from spp_fx.workflows.layer_store import layer_store
 from spp_fx.workflows.layer_weights import FolderWeights
-from spp_fx.workflows.memory import return_large_blocks
 from spp_fx.workflows.survey import Survey, choose, scan_tensor, survey, tensors_of
 
 
@@ -107,6 +107,7 @@ def prune(
     force: bool = False,
     trust_remote_code: bool = False,
     tick: Tick = silent,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Pruned:
     """Prune every matched site of a model folder and write the lock beside the weights.
 
@@ -123,6 +124,7 @@ def prune(
         ratios: `NAME@PATTERN`: other patterns for the sites of that name; the last that fits counts.
         skip: names of sites that stay dense.
         device: where layers run; a GPU if torch sees one.
+        say: called with what the reader should know while it runs.
 
     Raises:
         UsageError: an option is wrong, the text too short, or the output exists.
@@ -135,8 +137,7 @@ def prune(
     if recipe.calibrated and calibration is None:
         raise UsageError(f"{repair or method} looks at inputs: give the text to calibrate on, --calib FILE")
     check_target(out, force, [model])
-    if calibration is not None:
-        return_large_blocks()
+    where = _device(device)
     found = survey(model, trust_remote_code=trust_remote_code, runnable=calibration is not None)
     matched, refused = choose(found, Match(targets=tuple(targets), dense=True))
     if calibration is not None:
@@ -148,16 +149,15 @@ def prune(
             raise UsageError(f"no site can be calibrated: {'; '.join(sorted(set(outside.values())))}")
     patterns, skipped = patterns_of(matched, wanted, ratios, skip)
     refused |= skipped
-    _check_divisible(found, patterns)
+    check_patterns(found.program.sites, patterns, criterion)
     if calibration is None:
-        reports = _stream(found, patterns, recipe, out, force, model, tick)
+        written = _stream(found, patterns, recipe, out, force, model, tick)
         used = None
     else:
         tokens = calibration_tokens(model, found.program, calibration, trust_remote_code=trust_remote_code)
         used = {"samples": tokens.shape[0], "seq_len": tokens.shape[1]}
-        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        reports = _walk(found, patterns, recipe, tokens, out, force, model, where, tick)
-    return Pruned(out, wanted, reports.lock, refused, reports.by_tensor, used)
+        written = _walk(found, patterns, recipe, tokens, out, force, model, where, tick, say)
+    return Pruned(out, wanted, written.lock, refused, written.by_tensor, used)
 
 
 @dataclass(frozen=True)
@@ -206,20 +206,24 @@ def _walk(
     model: Path,
     device: torch.device,
     tick: Tick,
+    say: Callable[[str], None],
 ) -> _Written:
     """Prune layer by layer, with one layer in memory."""
     plan = {
         "version": VERSION,
-        "torch": torch.__version__,
+        "libraries": {"torch": torch.__version__, "transformers": transformers.__version__},
         "base": found.folder.fingerprint(),
+        "config": found.folder.config,
+        "files": {shard.name: _stamp(shard.path) for shard in found.folder.shards},
         "criterion": {"name": recipe.criterion.name, **asdict(recipe.criterion)},
         "repair": recipe.repair,
         "patterns": {name: str(pattern) for name, pattern in patterns.items()},
         "tokens": blake2b(tokens.numpy().tobytes()).hexdigest(),
         "shape": list(tokens.shape),
-        "device": device.type,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
     }
-    with layer_store(out, plan) as store:
+    with layer_store(out, plan, say) as store:
 
         def finish(index: int, result: LayerResult) -> None:
             tensors = {
@@ -229,6 +233,8 @@ def _walk(
             }
             store.finish(index, tensors, result.reports)
 
+        if device.type != "cpu":
+            found.program.move_constants(torch.device("cpu"), device)
         if store.done < len(found.program.units):
             prune_layers(
                 found.program.eval(), tokens, patterns, recipe, weights=FolderWeights(found),
@@ -244,7 +250,9 @@ def _walk(
         for report in store.reports():
             by_site.setdefault(report.site, []).append(report)
     by_tensor = {
-        piece.tensor: [r for r in by_site[site] if piece.whole or r.expert == piece.expert]
+        piece.tensor: [
+            r for r in by_site[site] if piece.whole or (r.expert, r.start) == (piece.expert, piece.start)
+        ]
         for site in patterns
         for piece in found.pieces[site]
     }
@@ -269,7 +277,7 @@ def _write(
 
 def _lock_folder(folder: ModelFolder, found: Survey, patterns: Mapping[str, Pattern]) -> Lock:
     """The lock of a folder just written, from its own bytes; every mask must hold its pattern."""
-    entries: list[Any] = []
+    entries: list[LockEntry] = []
     for site, pattern in patterns.items():
         for piece in tensors_of(found.pieces[site]).values():
             mask = scan_tensor(folder, piece.tensor, transposed=piece.transposed).mask
@@ -283,12 +291,14 @@ def _lock_folder(folder: ModelFolder, found: Survey, patterns: Mapping[str, Patt
     return Lock.of(entries)
 
 
-def _check_divisible(found: Survey, patterns: Mapping[str, Pattern]) -> None:
-    sites = found.program.sites
-    wrong = [name for name, pattern in patterns.items() if not divides(pattern, sites[name].in_features)]
-    if wrong:
-        pattern = patterns[wrong[0]]
-        raise PatternError(
-            f"{wrong[0]}: its {sites[wrong[0]].in_features} inputs are no multiple of the group of {pattern}, which "
-            f"cannot hold ({len(wrong)} of {len(patterns)} sites); choose another pattern, or leave it out with --skip"
-        )
+def _device(name: str | None) -> torch.device:
+    try:
+        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
+
+
+def _stamp(path: Path) -> list[int]:
+    """Size and time of a file's last change."""
+    state = path.stat()
+    return [state.st_size, state.st_mtime_ns]

@@ -30,6 +30,9 @@ VALUES = {
     int: st.integers(),
     float: st.floats(allow_nan=False),
     bool: st.booleans(),
+    float | None: st.none() | st.floats(allow_nan=False),
+    int | None: st.none() | st.integers(),
+    bool | None: st.none() | st.booleans(),
     tuple[str, ...]: st.lists(WORD, max_size=3).map(tuple),
 }
 

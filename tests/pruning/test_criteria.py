@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from spp_fx.errors import PatternError, UsageError
+from spp_fx.pruning.dsnot import dsnot
+from spp_fx.pruning.inputs import Inputs
 from spp_fx.pruning.ria import ria_mask
 from spp_fx.pruning.sparsegpt import sparsegpt
 from spp_fx.pruning.wanda import wanda_mask
@@ -152,3 +154,25 @@ def test_sparsegpt_refuses_what_it_cannot_invert_or_divide(data):
         sparsegpt(weight, x.t() @ x, parse_pattern("2:5"))
     with pytest.raises(UsageError, match="no whole number of groups"):
         sparsegpt(weight, x.t() @ x, parse_pattern("4:8"), block_size=12)
+
+
+def test_sparsegpt_drops_the_share_of_the_whole_matrix_however_blocks_round():
+    torch.manual_seed(0)
+    weight, x = torch.randn(64, 640), torch.randn(900, 640)
+    _, kept = sparsegpt(weight, x.t() @ x, parse_pattern("30%"))
+    assert int((~kept).sum()) == int(0.3 * 64 * 640)
+
+
+def test_dsnot_swaps_where_an_input_is_constant():
+    """Such an input has no variance: growing its weight is the best there is, in a group that can give one up."""
+    torch.manual_seed(0)
+    x = torch.randn(64, 8)
+    x[:, 0] = 100
+    weight = torch.tensor([[1.0, 2, 3, -4, 1, 1, 1, 1]])
+    mask = torch.tensor([[False, True, False, True, True, True, False, False]])
+    x[:, 3] += 2
+    inputs = Inputs(8)
+    inputs.add(x)
+    repaired = dsnot(weight, mask, inputs, parse_pattern("2:4"))
+    assert repaired[0, 0]
+    assert repaired.view(-1, 4).sum(1).tolist() == [2, 2]

@@ -37,7 +37,7 @@ def test_layers_one_by_one_are_the_model(family, causal, tmp_path):
                 torch.testing.assert_close(hidden[0], expected[len(walk.layers) - 1][i], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gpt-oss"])
 def test_every_matrix_sees_the_inputs_it_multiplies(family):
     """The energy of the outputs that calibration measures is what pruning everything would take."""
     _, program = sparse(family)
@@ -164,7 +164,7 @@ def test_ratios_and_skips_are_per_site():
 )
 def test_wrong_options_are_refused_before_anything_runs(options, message):
     with pytest.raises(UsageError, match=message):
-        Prune(**options)
+        run_pipeline(sparse("llama")[1], [Prune(**options)])
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_what_a_pass_needs_is_said():
 
 
 def test_spelling():
-    (item,) = parse_pipeline("prune{method=sparsegpt,ratios=down_proj@4:8,q_proj@50%,damp=0.1,permute=false}")
+    (item,) = parse_pipeline("prune{method=sparsegpt,ratios=down_proj@4:8,q_proj@50%,damp=0.1}")
     assert item == Prune(method="sparsegpt", ratios=("down_proj@4:8", "q_proj@50%"), damp=0.1)
 
 
@@ -210,7 +210,7 @@ def test_statistics_are_those_of_the_tokens():
     torch.testing.assert_close(inputs.norms.double(), (x.square().sum(0) / 3).sqrt(), rtol=1e-6, atol=0)
     torch.testing.assert_close(inputs.mean.double(), x.mean(0), rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(inputs.variance.double(), x.var(0, unbiased=False), rtol=1e-5, atol=0)
-    torch.testing.assert_close(inputs.hessian.double(), x.t() @ x, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(inputs.hessian.double(), 2 / 3 * x.t() @ x, rtol=1e-5, atol=1e-5)
     assert inputs.tokens == 120
 
 

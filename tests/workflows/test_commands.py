@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -22,6 +23,19 @@ TABLE_1 = {
 @pytest.mark.parametrize("name", TABLE_1)
 def test_a_dry_run_counts_what_the_paper_counts(name, tmp_path):
     (hidden, intermediate, layers, heads, kv), parameters, per_mille = TABLE_1[name]
+    # Every layer adds as much: what all of them have follows from one and two.
+    one, two = (dry_run(tmp_path, hidden, intermediate, count, heads, kv) for count in (1, 2))
+    trained, total = (
+        one[key] + (layers - 1) * (two[key] - one[key])
+        for key in ("trainable_parameters", "total_parameters")
+    )
+    assert 1000 * trained / total == pytest.approx(per_mille, abs=0.01)
+    assert trained == pytest.approx(parameters, rel=0.05)
+    assert len(two["sites"]) == 14
+    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+def dry_run(folder: Path, hidden: int, intermediate: int, layers: int, heads: int, kv: int) -> dict[str, Any]:
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -32,12 +46,8 @@ def test_a_dry_run_counts_what_the_paper_counts(name, tmp_path):
         "num_key_value_heads": kv,
         "vocab_size": 32000,
     }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    report = command("inject", tmp_path, "--dry-run", "--json").json
-    assert report["per_mille"] == pytest.approx(per_mille, abs=0.01)
-    assert report["trainable_parameters"] == pytest.approx(parameters, rel=0.05)
-    assert len(report["sites"]) == 7 * layers
-    assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return command("inject", folder, "--dry-run", "--json").json
 
 
 @pytest.mark.parametrize("name", sorted(cli.commands))

@@ -51,7 +51,6 @@ def restore(world: Path, start: bytes) -> None:
 
 WAYS = {
     "whole": (TORCHRUN, ""),
-    "whole-packed": (TORCHRUN, "--packed --gradient-checkpointing"),
     "split": (TORCHRUN, "--shard world"),
     "split-packed": (
         f"{ACCELERATE} --num_processes",

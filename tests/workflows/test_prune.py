@@ -46,6 +46,22 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()}
 
 
+@pytest.mark.parametrize("method", ["magnitude", "ria"])
+def test_a_share_holds_for_every_stored_matrix_of_experts(tmp_path, text_file, method):
+    """Mixtral's files hold three matrices of each expert, two of which the model joins."""
+    save_with_tokenizer(tmp_path / "dense", text_file, "mixtral")
+    options = ("--method", method, "--pattern", "50%", "--calib", text_file, *CALIBRATION)
+    result = must("prune", tmp_path / "dense", "-o", tmp_path / "out", *options, "--json").json
+    experts = [site for site in result["sites"] if "experts" in site["name"]]
+    assert len(experts) == 2 * 4 * 3
+    assert all(site["sparsity"] == 0.5 for site in experts)
+    if method == "magnitude":
+        must("prune", tmp_path / "dense", "-o", tmp_path / "streamed", "--pattern", "50%")
+        assert weights(tmp_path / "out").keys() == weights(tmp_path / "streamed").keys()
+        for name, tensor in weights(tmp_path / "streamed").items():
+            assert torch.equal(weights(tmp_path / "out")[name], tensor)
+
+
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory, text_file) -> Path:
     """Four bfloat16 layers with a tokenizer."""
@@ -96,7 +112,10 @@ def test_a_killed_run_goes_on_and_writes_the_same_bytes(deep, text_file, tmp_pat
         "LayerStore.finish = lambda self, *a: (finish(self, *a), time.sleep(0.3))\n"
         "sys.exit(run(sys.argv[1:]))"
     )
-    process = subprocess.Popen([sys.executable, "-c", slow, *arguments(deep, out, text_file), "-q"])
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow, *arguments(deep, out, text_file), "-q"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     until = time.monotonic() + 120
     while not (store / "layer-00001.json").is_file():
         assert process.poll() is None
