@@ -50,7 +50,7 @@ CASES = {
     "prune-unknown-method": (nothing, "prune dense -o new --method best", 2, "magnitude"),
     "prune-bad-pattern": (nothing, "prune dense -o new --pattern 5:4", 2, "5:4"),
     "prune-pattern-no-pattern": (nothing, "prune dense -o new --pattern dense", 2, "dense"),
-    "prune-pattern-does-not-divide": (nothing, "prune dense -o new --pattern 2:5", 1, "no multiple of the group of 2:5"),
+    "prune-pattern-does-not-divide": (nothing, "prune dense -o new --pattern 2:5", 1, "no multiple of the group"),
     "prune-unknown-target": (nothing, "prune dense -o new --targets w_proj", 2, "w_proj"),
     "prune-missing-folder": (nothing, "prune nowhere -o new", 2, "nowhere"),
     "prune-not-finite": (
