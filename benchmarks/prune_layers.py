@@ -30,13 +30,14 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--method", default="wanda")
+    parser.add_argument("--floor", action=argparse.BooleanOptionalAction, default=True, help="measure it too")
     parser.add_argument("--folder", type=Path, help="where to write models (default: the temporary folder)")
     parser.add_argument("--output", type=Path, help="also write the JSON to this file")
     options = parser.parse_args()
     heads = max(1, options.hidden // 64)
     results = []
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        floor = measure(Path(folder), FLOOR, options)
+        floor = measure(Path(folder), FLOOR, options) if options.floor else None
         for layers in options.layers:
             shape = Shape(options.hidden, options.intermediate, heads, max(1, heads // 8), layers)
             results.append(measure(Path(folder), shape, options))

@@ -19,7 +19,7 @@ TINY = {
     "--only lors spp_fused spp_packed sqft sqft_checkpoint",
     "graph_overhead.py": "--layers 1 --tokens 32 --seq-len 16 --repeats 1 --dtype float32",
     "scan.py": "--gib 0.05 --repeats 1",
-    "prune_layers.py": "--layers 1 --hidden 64 --intermediate 128 --samples 2 --seq-len 16",
+    "prune_layers.py": "--no-floor --layers 1 --hidden 64 --intermediate 128 --samples 2 --seq-len 16",
     "prune_criteria.py": "MODEL --calib TEXT --data TEXT --samples 2 --seq-len 32 --ways wanda --patterns 2:4",
 }
 

@@ -51,7 +51,6 @@ def restore(world: Path, start: bytes) -> None:
 
 WAYS = {
     "whole": (TORCHRUN, ""),
-    "split": (TORCHRUN, "--shard world"),
     "split-packed": (
         f"{ACCELERATE} --num_processes",
         "--shard node --packed --gradient-checkpointing --teacher dense --accumulate 2",
