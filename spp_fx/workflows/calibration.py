@@ -1,5 +1,6 @@
 """Calibration text as windows of tokens."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,27 +39,40 @@ class Calibration:
 
 
 def calibration_tokens(
-    model: Path, program: Program, calibration: Calibration, *, trust_remote_code: bool = False
+    model: Path,
+    program: Program,
+    calibration: Calibration,
+    *,
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Tensor:
-    """Windows of a text, no two of which overlap, drawn at random: (samples, length) int64.
+    """Windows of a text drawn at random: (samples, length) int64.
+
+    No two overlap, unless the text is too short for that: then they begin at different tokens, and `say` is told.
 
     Raises:
-        UsageError: the text fills fewer windows than are asked for, or cannot be used.
+        UsageError: the text has fewer windows than are asked for, or cannot be used.
     """
     data, samples = calibration.data, calibration.samples
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     length = window_length(program, calibration.seq_len, default=2048)
     tokens = _tokens(data, tokenizer)
-    windows = len(tokens) // length
-    if windows < samples:
+    windows, starts = len(tokens) // length, len(tokens) - length + 1
+    if starts < samples:
         raise UsageError(
-            f"{data}: its {len(tokens)} tokens fill {windows} windows of {length}, and {samples} are asked for; use "
-            f"more text, {f'--samples {windows}, ' if windows else ''}or a smaller --seq-len"
+            f"{data}: is too short: its {len(tokens)} tokens have no {samples} windows of {length}; use more text, "
+            "fewer --samples or a smaller --seq-len"
         )
     check_vocabulary(tokens, program.config.vocab_size, Path(data))
     generator = torch.Generator().manual_seed(calibration.seed)
-    order = torch.randperm(windows, generator=generator)[:samples]
-    return torch.stack([tokens[i * length : (i + 1) * length] for i in order.tolist()])
+    if windows >= samples:
+        begins = torch.randperm(windows, generator=generator)[:samples] * length
+    else:
+        say(
+            f"{data}: its {len(tokens)} tokens fill {windows} windows of {length}; {samples} are drawn that overlap"
+        )
+        begins = torch.randperm(starts, generator=generator)[:samples]
+    return torch.stack([tokens[begin : begin + length] for begin in begins.tolist()])
 
 
 def _tokens(data: str | Path, tokenizer: PreTrainedTokenizerBase) -> Tensor:

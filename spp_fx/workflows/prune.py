@@ -154,7 +154,9 @@ def prune(
         written = _stream(found, patterns, recipe, out, force, model, tick)
         used = None
     else:
-        tokens = calibration_tokens(model, found.program, calibration, trust_remote_code=trust_remote_code)
+        tokens = calibration_tokens(
+            model, found.program, calibration, trust_remote_code=trust_remote_code, say=say
+        )
         used = {"samples": tokens.shape[0], "seq_len": tokens.shape[1]}
         written = _walk(found, patterns, recipe, tokens, out, force, model, where, tick, say)
     return Pruned(out, wanted, written.lock, refused, written.by_tensor, used)

@@ -184,6 +184,12 @@ def test_seeds_draw_windows(deep, text_file):
     assert not torch.equal(first, other)
     assert first.shape == (8, 32)
     assert len({tuple(row.tolist()) for row in first}) == 8
+    # More windows than the text fills: they overlap, begin apart, and that is said.
+    said: list[str] = []
+    count = len(text_file.read_text()) // 64
+    many = calibration_tokens(model, program, Calibration(text_file, count, 64), say=said.append)
+    assert many.shape == (count, 64)
+    assert "overlap" in said[0]
 
 
 def test_weights_keep_the_type_they_are_stored_in(deep, text_file, tmp_path):
@@ -232,7 +238,7 @@ def test_permuted_models_compute_what_their_dense_weights_would(deep, text_file,
         (("--repair", "dsnot"), 2, "--calib FILE"),
         (("--method", "wanda", "--damp", 1), 2, "wanda has no option damp"),
         (("--method", "magnitude", "--permute"), 2, "magnitude has no option permute"),
-        (WANDA, 2, "are asked for; use more text, --samples"),
+        ((*WANDA, "--samples", 1000000), 2, "is too short"),
         ((*WANDA, "--samples", 0), 2, "--samples must be at least 1"),
         ((*WANDA, "--seq-len", 5000), 2, "more than the model's 2048 positions"),
         (("--method", "wanda", "--calib", "no-such.txt", *CALIBRATION), 2, "cannot be read"),
