@@ -2,17 +2,17 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from importlib.metadata import entry_points
 from math import isfinite, sqrt
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
 from spp_fx.errors import UsageError
+from spp_fx.registry import Registry, naming
 
 Factors = Mapping[str, Tensor]
 
@@ -93,29 +93,13 @@ class Method(ABC):
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-METHODS: dict[str, type[Method]] = {}
-M = TypeVar("M", bound=type[Method])
-
-
-def register(name: str) -> Callable[[M], M]:
-    """Make a method known under a name; packages of others use the entry point group `spp_fx.methods`."""
-
-    def add(method: M) -> M:
-        method.name = name
-        METHODS[name] = method
-        return method
-
-    return add
+METHODS = Registry[type[Method]]("adapter method", "spp_fx.methods")
+register = naming(METHODS)
 
 
 def make_method(name: str, **settings: Any) -> Method:
     """A method by name with its settings; UsageError lists what is known."""
-    if name not in METHODS:
-        for entry in entry_points(group="spp_fx.methods"):
-            entry.load()
-    if name not in METHODS:
-        raise UsageError(f"unknown adapter method '{name}'; known: {', '.join(sorted(METHODS))}")
-    return METHODS[name](**settings)
+    return METHODS.find(name)(**settings)
 
 
 def initial_factor(spec: FactorSpec, key: str, seed: int, device: torch.device) -> Tensor:

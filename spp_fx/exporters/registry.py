@@ -14,13 +14,12 @@ The fast look at zeros (`spp_fx.sparsity`) and the safetensors header reader ser
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal
 
-from spp_fx.errors import UsageError
 from spp_fx.exporters.manifest import Manifest
 from spp_fx.exporters.source import Source
+from spp_fx.registry import Registry
 from spp_fx.sparsity import Scan
 
 Tick = Callable[[str, int], None]
@@ -75,7 +74,7 @@ class Format:
     read: Callable[[Path, Manifest], Weights]
 
 
-FORMATS: dict[str, Format] = {}
+FORMATS = Registry[Format]("export format", "spp_fx.formats")
 
 
 def register(format: Format) -> Format:
@@ -86,9 +85,4 @@ def register(format: Format) -> Format:
 
 def find_format(name: str) -> Format:
     """A format by name; UsageError lists what is known."""
-    if name not in FORMATS:
-        for entry in entry_points(group="spp_fx.formats"):
-            entry.load()
-    if name not in FORMATS:
-        raise UsageError(f"unknown export format '{name}'; known: {', '.join(sorted(FORMATS))}")
-    return FORMATS[name]
+    return FORMATS.find(name)

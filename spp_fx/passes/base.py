@@ -1,13 +1,11 @@
 """What a pass is: a named, typed rewrite or check of a program that reports what it did, site by site."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
-from spp_fx.errors import UsageError
 from spp_fx.ir.program import Program
+from spp_fx.registry import Registry, naming
 
 
 @dataclass(frozen=True)
@@ -40,26 +38,10 @@ class Pass(ABC):
         """Raise PostconditionError unless the pass left what it promises."""
 
 
-PASSES: dict[str, type[Pass]] = {}
-P = TypeVar("P", bound=type[Pass])
-
-
-def register(name: str) -> Callable[[P], P]:
-    """Make a pass known under a name; packages of others use the entry point group `spp_fx.passes`."""
-
-    def add(cls: P) -> P:
-        cls.name = name
-        PASSES[name] = cls
-        return cls
-
-    return add
+PASSES = Registry[type[Pass]]("pass", "spp_fx.passes")
+register = naming(PASSES)
 
 
 def find_pass(name: str) -> type[Pass]:
     """A pass by name; UsageError lists what is known."""
-    if name not in PASSES:
-        for entry in entry_points(group="spp_fx.passes"):
-            entry.load()
-    if name not in PASSES:
-        raise UsageError(f"unknown pass '{name}'; known: {', '.join(sorted(PASSES))}")
-    return PASSES[name]
+    return PASSES.find(name)

@@ -1,15 +1,14 @@
 """What a pruning criterion is: it chooses what is kept of a weight, and may change what it keeps."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, fields
-from importlib.metadata import entry_points
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from spp_fx.errors import UsageError
 from spp_fx.pruning.inputs import Inputs
+from spp_fx.registry import Registry, naming
 from spp_fx.sparsity import Pattern
 
 
@@ -42,19 +41,8 @@ class Criterion(ABC):
         return None
 
 
-CRITERIA: dict[str, type[Criterion]] = {}
-C = TypeVar("C", bound=type[Criterion])
-
-
-def register(name: str) -> Callable[[C], C]:
-    """Make a criterion known under a name; packages of others use the entry point group `spp_fx.criteria`."""
-
-    def add(criterion: C) -> C:
-        criterion.name = name
-        CRITERIA[name] = criterion
-        return criterion
-
-    return add
+CRITERIA = Registry[type[Criterion]]("pruning method", "spp_fx.criteria")
+register = naming(CRITERIA)
 
 
 def make_criterion(name: str, **options: Any) -> Criterion:
@@ -63,15 +51,11 @@ def make_criterion(name: str, **options: Any) -> Criterion:
     Raises:
         UsageError: nothing of that name is known, or it has no such option.
     """
-    if name not in CRITERIA:
-        for entry in entry_points(group="spp_fx.criteria"):
-            entry.load()
-    if name not in CRITERIA:
-        raise UsageError(f"unknown pruning method '{name}'; known: {', '.join(sorted(CRITERIA))}")
+    criterion = CRITERIA.find(name)
     given = {key: value for key, value in options.items() if value is not None}
-    known = {field.name for field in fields(CRITERIA[name])}
+    known = {field.name for field in fields(criterion)}
     if odd := sorted(given.keys() - known):
         raise UsageError(
             f"{name} has no option {odd[0].replace('_', '-')}; it has: {', '.join(sorted(known)) or 'none'}"
         )
-    return CRITERIA[name](**given)
+    return criterion(**given)
