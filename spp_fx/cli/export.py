@@ -1,5 +1,6 @@
 """spp-fx export."""
 
+from dataclasses import fields
 from typing import Any
 
 import click
@@ -11,15 +12,20 @@ from spp_fx.console import Output, megabytes
 @command("export")
 @model_argument
 @output_options("MODEL-FORMAT")
-@click.option("--format", "format_", required=True, type=click.Choice(["safetensors", "cusparselt", "onnx"]))
+@click.option("--format", "format_", required=True, metavar="NAME", help="The form to write, see above.")
 @click.option(
-    "--sm", type=click.Choice(["80", "90"]), default="80", show_default=True, help="GPU of a cusparselt pack."
+    "--sm",
+    type=click.IntRange(min=70),
+    default=80,
+    show_default=True,
+    help="GPU that weights are packed for: 80 Ampere, 90 Hopper; others are packed when they are loaded.",
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["bfloat16", "float16"]),
-    help="Round a cusparselt export to this type; the library packs no float32.",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="Round the weights to this type.",
 )
+@click.option("--with-past", is_flag=True, help="ONNX graph with a key/value cache, under Optimum's names.")
 @click.option(
     "--indices",
     type=click.Choice(["smallest", "int64"]),
@@ -27,13 +33,27 @@ from spp_fx.console import Output, megabytes
     show_default=True,
     help="Index type of onnx: the smallest onnxruntime takes, or the standard's own.",
 )
+@click.option(
+    "--compare-logits/--no-compare-logits",
+    default=None,
+    help="Run the written graph and compare its logits with the model's. Default: models below 1 GB.",
+)
 @remote_code
 def export_command(output: Output, model: str, **options: Any) -> None:
     """Write a sparse MODEL folder in the form a runtime takes; checked from disk before it says ok.
 
     \b
+    cusparselt      2:4 packed for cuSPARSELt
+    cutlass         2:4 packed for PyTorch's CUTLASS kernels
+    onnx            ONNX, sparse initializers
+    onnx-packed     ONNX, N:M weights packed, unpacked by standard operators
+    onnx-dense      ONNX, dense constants that keep the pattern (TensorRT --sparsity=enable)
+    safetensors     the plain folder that servers load
+    sparse-bitmask  values and bitmasks: compact, any pattern, given back bit for bit by 'spp-fx unpack'
+
+    \b
     spp-fx export my-merged --format cusparselt --sm 90 --dtype bfloat16
-    spp-fx export my-merged --format onnx --indices int64
+    spp-fx export my-merged --format onnx-packed --with-past
     spp-fx export my-merged --format safetensors
     """
     from spp_fx.workflows.export import ExportSettings, export
@@ -45,7 +65,7 @@ def export_command(output: Output, model: str, **options: Any) -> None:
             folder,
             target,
             options["format_"],
-            ExportSettings(sm=int(options["sm"]), dtype=options["dtype"], indices=options["indices"]),
+            ExportSettings(**{field.name: options[field.name] for field in fields(ExportSettings)}),
             force=options["force"],
             trust_remote_code=options["trust_remote_code"],
             tick=tick,

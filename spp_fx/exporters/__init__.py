@@ -3,6 +3,7 @@
 from spp_fx.exporters import cusparselt, onnx, plain
 from spp_fx.exporters.registry import (
     FORMATS,
+    Decoded,
     ExportSettings,
     Format,
     Say,
@@ -15,6 +16,7 @@ from spp_fx.exporters.source import Source
 
 __all__ = [
     "FORMATS",
+    "Decoded",
     "ExportSettings",
     "Format",
     "Say",

@@ -14,10 +14,8 @@ that has no public pack is stored as values and positions alone (layout `neutral
 cannot take stays dense.
 """
 
-import json
 import tempfile
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -32,10 +30,9 @@ from spp_fx.exporters.manifest import TensorRecord, read_manifest
 from spp_fx.exporters.read_back import check_copied
 from spp_fx.exporters.registry import ExportSettings, Format, Say, Tick, register
 from spp_fx.exporters.semi_structured import clear_negative_zeros, pack_2_4
-from spp_fx.exporters.source import Source, scan_stored
+from spp_fx.exporters.source import ROUND_TO, Source, scan_stored
 from spp_fx.sparsity import LockEntry, PackedMask, parse_pattern, scan_bits
 
-ROUND_TO = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 DOCUMENTED_FOR = "cuSPARSELt 0.6 to 0.8"
 """The versions that the public kernels were written for, from which the order of a pack is known."""
 NOT_2_4 = "it is not 2:4"
@@ -77,17 +74,11 @@ def write(source: Source, target: Path, settings: ExportSettings, tick: Tick, sa
     if settings.sm not in (80, 90):
         raise UsageError(f"--sm takes 80 (Ampere) or 90 (Hopper), got {settings.sm}")
     sm: Sm = 90 if settings.sm == 90 else 80
-    if settings.dtype is not None:
-        if settings.dtype not in ROUND_TO:
-            raise UsageError(f"--dtype takes {' or '.join(ROUND_TO)}, got '{settings.dtype}'")
-        source = replace(source, rounded_to=ROUND_TO[settings.dtype])
     records = {entry.name: _record(source, entry, sm) for entry in source.lock.sites}
     _check_any_2_4(source, records)
     with tempfile.TemporaryFile(dir=target.parent) as spool:
         _write_weights(source, target / WEIGHTS, records, sm, tick, spool)
     source.copy_small_files(target)
-    if settings.dtype is not None:
-        _say_dtype(target / "config.json", settings.dtype)
     layouts = Counter(record.layout for record in records.values())
     if not layouts["cusparselt"]:
         reasons = _count(records)
@@ -188,13 +179,6 @@ def _write_weights(
     write_safetensors(file, specs, produce, {"format": "pt"})
 
 
-def _say_dtype(path: Path, dtype: str) -> None:
-    """Put the dtype of rounded weights into the copied config.json."""
-    config = json.loads(path.read_bytes())
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
-    path.write_text(json.dumps(config, indent=2) + "\n")
-
-
 def _packed_sizes(source: Source, records: dict[str, TensorRecord], file: Path) -> dict[str, int]:
     """Bytes of the sites that are not dense: as the model holds them, and in each form; of the whole file."""
     shard = Shard.open(file)
@@ -239,4 +223,4 @@ def lost_signs(decoded: Tensor, stored: Tensor) -> int | None:
     return int(differing.sum())
 
 
-FORMAT = register(Format("cusparselt", write, read))
+FORMAT = register(Format("cusparselt", write, read, frozenset({"sm", "dtype"})))

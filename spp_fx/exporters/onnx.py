@@ -163,4 +163,4 @@ def _size_line(dense: int, sparse: int, other: int, larger: int, count: int) -> 
     )
 
 
-FORMAT = register(Format("onnx", write, read))
+FORMAT = register(Format("onnx", write, read, frozenset({"indices"})))

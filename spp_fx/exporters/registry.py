@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import Tensor
+
 from spp_fx.exporters.manifest import Manifest
 from spp_fx.exporters.source import Source
 from spp_fx.registry import Registry
@@ -28,17 +30,22 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """Options of the formats.
+    """Options of the formats; each format names those it takes.
 
     Attributes:
-        sm: GPU generation of a cusparselt pack, 80 or 90.
-        dtype: float16 or bfloat16 to round the weights of a cusparselt export to; None keeps theirs.
-        indices: index type of onnx.
+        sm: GPU generation that weights are packed for, such as 80 or 90.
+        dtype: float32, float16 or bfloat16 to round the weights to; None keeps theirs.
+        indices: index type of sparse initializers.
+        with_past: an ONNX graph with a key/value cache as inputs and outputs.
+        compare_logits: whether the written graph is run and its logits compared with the model's; None where
+            the model is small enough.
     """
 
     sm: int = 80
     dtype: str | None = None
     indices: Literal["smallest", "int64"] = "smallest"
+    with_past: bool = False
+    compare_logits: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,19 @@ class Weights:
 
 
 @dataclass(frozen=True)
+class Decoded:
+    """The model's tensors as an export gives them back, one by one.
+
+    Attributes:
+        shapes: as the model's files store them, by the names of those files.
+        read: a tensor by name, as the model stores it.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], Tensor]
+
+
+@dataclass(frozen=True)
 class Format:
     """One export format.
 
@@ -67,11 +87,18 @@ class Format:
         write: writes all files, lock and manifest of an export into an empty folder and compares what it
             can; returns what it checked. Called with source, folder, settings, tick, say.
         read: the weights of such a folder, from its files.
+        options: the fields of `ExportSettings` that it takes.
+        decode: gives the model's tensors back; None where the export is a program of its own.
+        restore: writes the files of the model's folder that hold weights, byte for byte as they were; None
+            where the export does not know them. Called with export, manifest, target, tick.
     """
 
     name: str
     write: Callable[[Source, Path, ExportSettings, Tick, Say], dict[str, Any]]
     read: Callable[[Path, Manifest], Weights]
+    options: frozenset[str] = frozenset()
+    decode: Callable[[Path, Manifest], Decoded] | None = None
+    restore: Callable[[Path, Manifest, Path, Tick], None] | None = None
 
 
 FORMATS = Registry[Format]("export format", "spp_fx.formats")

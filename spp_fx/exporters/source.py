@@ -1,5 +1,6 @@
 """What is exported: a model folder with its lock."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from spp_fx.exporters.manifest import TensorRecord, write_manifest
 from spp_fx.sparsity import LOCK_NAME, Lock, LockEntry, Scan, scan_file
 from spp_fx.version import VERSION
 
+ROUND_TO = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+"""What `--dtype` rounds to."""
 ROUNDED = ("F64", "F32", "F16", "BF16")
 """What `--dtype` rounds; integers and the types of quantized weights stay byte for byte."""
 
@@ -26,7 +29,7 @@ class Source:
         folder: the model's folder.
         lock: of its sparse weights.
         trust_remote_code: whether the folder's own model code may run.
-        rounded_to: half precision that `ROUNDED` tensors are rounded to, None to keep their own.
+        rounded_to: what `ROUNDED` tensors are rounded to, None to keep their own.
     """
 
     folder: ModelFolder
@@ -60,11 +63,13 @@ class Source:
         return stored.transpose(-1, -2) if entry.transposed else stored
 
     def copy_small_files(self, target: Path) -> None:
-        """Configuration, tokenizer and whatever else is no weight."""
+        """Configuration, tokenizer and whatever else is no weight; config.json says the dtype rounded to."""
         for name in self.folder.other_files():
             if name.as_posix() != LOCK_NAME:
                 (target / name).parent.mkdir(parents=True, exist_ok=True)
                 copy_file(self.folder.path / name, target / name)
+        if self.rounded_to is not None:
+            _say_dtype(target / "config.json", str(self.rounded_to).removeprefix("torch."))
 
     def record(self, entry: LockEntry, layout: str, reason: str | None = None, **extra: Any) -> TensorRecord:
         return TensorRecord(
@@ -86,6 +91,13 @@ class Source:
         write_manifest(
             folder, spp_fx_version=VERSION, format=format, pattern=lock.pattern, tensors=records, **fields
         )
+
+
+def _say_dtype(path: Path, dtype: str) -> None:
+    """Put the dtype of rounded weights into the copied config.json."""
+    config = json.loads(path.read_bytes())
+    config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def scan_stored(shard: Shard, name: str, *, transposed: bool) -> Scan:

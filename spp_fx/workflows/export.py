@@ -1,13 +1,14 @@
 """export: a sparse model folder in the form that a runtime takes, checked from disk before it says ok."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from spp_fx.checkpoint import ModelFolder, atomic_folder
 from spp_fx.errors import MaskError, UsageError
-from spp_fx.exporters import ExportSettings, Say, Source, find_format
+from spp_fx.exporters import FORMATS, ExportSettings, Format, Say, Source, find_format
 from spp_fx.exporters.manifest import Manifest, read_manifest
+from spp_fx.exporters.source import ROUND_TO
 from spp_fx.sparsity import LOCK_NAME, Lock, LockEntry, detect_pattern, load_lock, make_entry
 from spp_fx.workflows.survey import Tick, no_tick, scan_tensor, survey, tensors_of
 from spp_fx.workflows.verify import verify
@@ -65,10 +66,11 @@ def export(
     """
     chosen = find_format(format)
     settings = settings or ExportSettings()
-    if settings.dtype is not None and format != "cusparselt":
-        raise UsageError("--dtype belongs to --format cusparselt; the other formats keep the model's own")
+    _check_options(chosen, settings)
     with atomic_folder(out, force, sources=[model]) as temporary:
         source = open_source(model, trust_remote_code=trust_remote_code)
+        if settings.dtype is not None:
+            source = replace(source, rounded_to=ROUND_TO[settings.dtype])
         checks = chosen.write(source, temporary, settings, tick, say)
         verdict = verify(temporary)
         if not verdict.ok:
@@ -78,6 +80,18 @@ def export(
             raise MaskError(f"{format}: the lock of the export is not the model's")
         checks["masks_equal"] = sum(site.mask_equal is True for site in verdict.sites)
     return Exported(out, read_manifest(out, check_files=False), checks)
+
+
+def _check_options(format: Format, settings: ExportSettings) -> None:
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if value == field.default or field.name in format.options:
+            continue
+        takers = ", ".join(sorted(f.name for f in FORMATS.values() if field.name in f.options))
+        option = field.name.replace("_", "-")
+        raise UsageError(f"--{option} is no option of --format {format.name}; it is one of {takers}")
+    if settings.dtype is not None and settings.dtype not in ROUND_TO:
+        raise UsageError(f"--dtype takes {', '.join(ROUND_TO)}, got '{settings.dtype}'")
 
 
 def open_source(model: Path, *, trust_remote_code: bool = False) -> Source:
