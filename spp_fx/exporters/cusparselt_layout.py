@@ -11,9 +11,9 @@ NVIDIA does not document that order and may change it. What is here follows publ
 - sm90: torchao, torchao/csrc/cuda/activation24 (sparsify24.cu, `MetadataCusparseLt16bits`, and
   warp_tensor.h, `store_metadata_reordered`). No public test compares it with the library.
 
-So a pack is a proposal: whoever loads it compares it once with the library on the GPU it is for, and
-repacks from the layout-neutral form where they differ. `cusparselt_reader` decodes a pack, by a table of
-its own.
+So a pack is a proposal, sm90's above all (`ORDER`): whoever loads it compares it once with the library on the
+GPU it is for, and repacks from the layout-neutral form, which `cusparselt_reader.neutral_form` gives, where
+they differ. `cusparselt_reader` decodes a pack, by a table of its own.
 """
 
 from typing import Final, Literal
@@ -22,15 +22,28 @@ import torch
 from torch import Tensor
 
 from spp_fx.errors import FormatError, UsageError
-from spp_fx.exporters.semi_structured import Packed24, pack_2_4
+from spp_fx.exporters.cutlass_layout import fill_tiles
+from spp_fx.exporters.semi_structured import Packed24, kernels, pack_2_4
 
 Sm = Literal[80, 90]
 
 #: Rows and columns must be multiples of this for the order to be the known one.
 BLOCK: Final[dict[int, int]] = {80: 128, 90: 64}
 
-#: Metadata bytes reordered at a time for sm90.
-_CHUNK_BYTES = 1 << 22
+#: Rows and columns that PyTorch's class takes are multiples of this.
+_CLASS_MULTIPLE: Final[dict[torch.dtype, int]] = {
+    torch.float16: 16,
+    torch.bfloat16: 16,
+    torch.int8: 32,
+    torch.float8_e4m3fn: 32,
+}
+
+#: Where the metadata order of an SM is known from; a loader compares products before it trusts either.
+ORDER: Final[dict[int, str]] = {
+    80: "that of PyTorch's public kernels, not compared with the library here",
+    90: "unproven: that of torchao's kernels, which no public test compares with the library",
+}
+UNKNOWN_ORDER: Final = "unknown: nothing is packed ahead"
 
 
 def refusal(shape: tuple[int, ...], dtype: torch.dtype, sm: int) -> str | None:
@@ -42,20 +55,29 @@ def refusal(shape: tuple[int, ...], dtype: torch.dtype, sm: int) -> str | None:
         sm: compute capability of the GPU, 80 or 90.
     """
     name = str(dtype).removeprefix("torch.")
-    if sm not in BLOCK:
-        known = " and ".join(f"sm{known}" for known in BLOCK)
-        return f"the metadata order of sm{sm} is not public ({known} are known): repack at load"
-    if dtype == torch.float32:
-        return "float32 is 1:2 sparse on tensor cores and refused by PyTorch's cuSPARSELt class: use bfloat16"
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"the metadata order of {name} is not public (float16 and bfloat16 are known): repack at load"
     if len(shape) != 2:
         return f"shape {tuple(shape)} is not a matrix"
-    block = BLOCK[sm]
-    if any(size == 0 or size % block for size in shape):
+    if dtype == torch.float32:
         return (
-            f"shape {shape[0]} x {shape[1]}: the metadata order of sm{sm} is known for rows and columns "
-            f"in multiples of {block}: repack at load"
+            "float32 is 1:2 sparse on tensor cores and not taken by PyTorch's cuSPARSELt class (dense at "
+            "load): use --dtype bfloat16"
+        )
+    multiple = _CLASS_MULTIPLE.get(dtype)
+    if multiple is None:
+        return f"{name} is not taken by PyTorch's cuSPARSELt class (dense at load)"
+    rows_columns = f"shape {shape[0]} x {shape[1]}"
+    if any(size == 0 or size % multiple for size in shape):
+        return f"{rows_columns}: PyTorch's cuSPARSELt class takes multiples of {multiple} (dense at load)"
+    if sm not in BLOCK:
+        known = " and ".join(f"sm{known}" for known in BLOCK)
+        return f"the metadata order of sm{sm} is not public ({known} are known): packed at load"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"the metadata order of {name} is not public (float16 and bfloat16 are known): packed at load"
+    block = BLOCK[sm]
+    if any(size % block for size in shape):
+        return (
+            f"{rows_columns}: the metadata order of sm{sm} is known for rows and columns in multiples of "
+            f"{block}: packed at load"
         )
     return None
 
@@ -100,42 +122,42 @@ def from_neutral(neutral: Packed24, sm: Sm) -> Tensor:
             f"positions are {neutral.positions.dtype} of shape {tuple(neutral.positions.shape)}, "
             f"a weight of {m} x {k} needs torch.uint8 of shape ({m}, {k // 8})"
         )
-    positions = neutral.positions.contiguous()
-    # Integers throughout: no float conversion can touch a NaN's payload.
-    packed = torch.empty(m * 9 * k // 16, dtype=torch.int16, device=neutral.values.device)
-    values, meta = packed[: m * k // 2], packed[m * k // 2 :].view(torch.uint8)
-    values.view(m, k // 2).copy_(neutral.values.view(torch.int16))
-    if sm == 80:
-        _sm80_order(meta, m, k).copy_(_sm80_rows(positions, m, k))
-    else:
-        _fill_sm90(positions, meta, m, k)
-    return packed.view(dtype).view(m, 9 * k // 16)
+    packed = torch.empty((m, 9 * k // 16), dtype=dtype, device=neutral.values.device)
+    values, meta = views(packed)
+    values.view(torch.int16).copy_(neutral.values.view(torch.int16))  # integers: a NaN keeps its payload
+    fill(neutral.positions.contiguous(), meta, 0, (m, k), sm)
+    return packed
 
 
-def _check(shape: tuple[int, ...], dtype: torch.dtype, sm: int) -> None:
-    if reason := refusal(shape, dtype, sm):
-        raise UsageError(f"cannot pack for cuSPARSELt: {reason}")
+def views(packed: Tensor) -> tuple[Tensor, Tensor]:
+    """The two parts of a packed tensor (m, 9k/16): values (m, k/2), and metadata (m k/8,) uint8."""
+    m, width = packed.shape
+    flat, k = packed.view(-1), 16 * width // 9
+    return flat[: m * k // 2].view(m, k // 2), flat[m * k // 2 :].view(torch.uint8)
 
 
-def _sm80_order(meta: Tensor, m: int, k: int) -> Tensor:
-    """Metadata (m k/8,) uint8 as a view [C, R, c32, r32, r, r16, c16, r8, byte], the order in memory.
+def fill(positions: Tensor, meta: Tensor, first_row: int, shape: tuple[int, int], sm: Sm) -> None:
+    """Put the positions of some rows where they belong in the metadata of a pack.
 
-    A unit is two bytes, the 16 columns of one row. Unit (row, column) of the (m, k/16) units has
-    row = 128 R + 32 r32 + 16 r16 + 8 r8 + r and column = 4 C + 2 c32 + c16: 128 x 64 panels, panels of
-    a column below one another, in a panel 32 x 32 tiles of 64 units, column by column; in a tile, for each r,
-    (r, 0) (r+8, 0) (r, 1) (r+8, 1) (r+16, 0) (r+24, 0) (r+16, 1) (r+24, 1).
+    Args:
+        positions: (r, k/8) uint8, contiguous; r a multiple of `BLOCK[sm]`.
+        meta: (m k/8,) uint8.
+        first_row: number of the first of these rows in the weight, a multiple as r.
+        shape: (m, k) of the weight.
+        sm: the GPU the pack is for.
     """
-    return meta.view(k // 64, m // 128, 2, 4, 8, 2, 2, 2, 2)
+    m, k = shape
+    blocks = slice(first_row // BLOCK[sm], (first_row + len(positions)) // BLOCK[sm])
+    if sm == 80:
+        # 128 x 64 panels, panels of a column below one another; in a panel 2 columns of 4 tiles.
+        tiles = meta.view(torch.int16).view(k // 64, m // 128, 2, 4, 8, 8)
+        fill_tiles(positions.view(torch.int16), tiles[:, blocks])
+    else:
+        fill_sm90(positions, meta.view(m // 64, k // 32, 4, 8, 8)[blocks])
 
 
-def _sm80_rows(positions: Tensor, m: int, k: int) -> Tensor:
-    """Positions (m, k/8) uint8, row-major, as a view with the axes of `_sm80_order`."""
-    units = positions.view(m // 128, 4, 2, 2, 8, k // 64, 2, 2, 2)  # R r32 r16 r8 r C c32 c16 byte
-    return units.permute(5, 0, 6, 1, 4, 2, 7, 3, 8)
-
-
-def _fill_sm90(positions: Tensor, meta: Tensor, m: int, k: int) -> None:
-    """Fill sm90's metadata (m k/8,) uint8 from positions (m, k/8) uint8.
+def fill_sm90(positions: Tensor, meta: Tensor) -> None:
+    """Fill sm90's metadata from positions.
 
     64 rows are 8 k bytes of metadata, in which 64 x 32 blocks of 256 bytes follow one another along the
     columns; in a block 16 rows are 64 bytes; there, row r (0..7) is 8 bytes, one for each group of four
@@ -144,14 +166,23 @@ def _fill_sm90(positions: Tensor, meta: Tensor, m: int, k: int) -> None:
     A byte of positions holds two groups of one row, a byte of metadata one group of two rows: the bytes of
     rows r and r + 8 become the bytes of the even and the odd group by swapping two nibbles. Group
     4 d + 2 h + odd (its byte is 2 d + h) stands at 4 h + 2 odd + d.
+
+    Args:
+        positions: (64 R, 4 C) uint8, contiguous.
+        meta: [R, C, 4, 8, 8] uint8, a view of the metadata: row and column of blocks, sixteen rows, r, byte.
     """
-    rows = positions.view(m // 64, 4, 2, 8, k // 32, 2, 2)  # R r16 r8 r C d h
+    if compiled := kernels(meta):
+        compiled.fill_sm90(positions.numpy(), meta.numpy())
+        return
+    blocks, columns = meta.shape[:2]
+    rows = positions.view(blocks, 4, 2, 8, columns, 2, 2)  # R r16 r8 r C d h
     upper, lower = rows[:, :, 0], rows[:, :, 1]  # R r16 r C d h
-    groups = meta.view(m // 64, k // 32, 4, 8, 2, 2, 2)  # R C r16 r h odd d
+    groups = meta.view(blocks, columns, 4, 8, 2, 2, 2)  # R C r16 r h odd d
     even, odd = (groups[..., i, :].permute(0, 2, 3, 1, 5, 4) for i in (0, 1))  # R r16 r C d h
-    step = max(1, _CHUNK_BYTES // (8 * k))
-    for start in range(0, m // 64, step):
-        part = slice(start, start + step)
-        first, second = upper[part], lower[part]
-        even[part] = (first & 0x0F) | (second << 4)
-        odd[part] = (first >> 4) | (second & 0xF0)
+    even.copy_((upper & 0x0F) | (lower << 4))
+    odd.copy_((upper >> 4) | (lower & 0xF0))
+
+
+def _check(shape: tuple[int, ...], dtype: torch.dtype, sm: int) -> None:
+    if reason := refusal(shape, dtype, sm):
+        raise UsageError(f"cannot pack for cuSPARSELt: {reason}")

@@ -6,7 +6,7 @@ from spp_fx.sparsity.dtypes import ElementType, element_type
 from spp_fx.sparsity.locate import locator
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry, load_lock, make_entry
 from spp_fx.sparsity.mask import PackedMask
-from spp_fx.sparsity.pattern import NM, Pattern, Unstructured, parse_pattern
+from spp_fx.sparsity.pattern import NM, Pattern, Unstructured, implies, parse_pattern
 from spp_fx.sparsity.scan import Scan, count_non_finite, first_non_finite, pack_mask, scan_file, scan_tensor
 from spp_fx.sparsity.violations import Group, Violations, scan_bits
 
@@ -31,6 +31,7 @@ __all__ = [
     "detect_pattern",
     "element_type",
     "first_non_finite",
+    "implies",
     "load_lock",
     "locator",
     "make_entry",

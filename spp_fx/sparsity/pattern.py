@@ -78,6 +78,13 @@ class Unstructured:
 Pattern = NM | Unstructured
 
 
+def implies(known: Pattern | None, wanted: NM) -> bool:
+    """Whether every weight that holds a pattern holds an N:M pattern too, as 1:2 and 2:8 hold 4:8."""
+    if not isinstance(known, NM) or wanted.group % known.group:
+        return False
+    return known.kept * (wanted.group // known.group) <= wanted.kept
+
+
 def parse_pattern(text: str) -> Pattern:
     """Read `N:M` or a percentage; the inverse of str().
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from spp_fx.errors import FormatError, MaskError, PatternError
-from spp_fx.exporters import ExportSettings, cusparselt, cusparselt_layout, source
+from spp_fx.exporters import ExportSettings, cusparselt_layout, packed_writer, source
 from spp_fx.sparsity import Lock
 from spp_fx.workflows.export import Exported, export
 from spp_fx.workflows.verify import verify
@@ -81,14 +81,14 @@ def test_a_lost_sign_of_a_zero_is_not_called_bit_exact(tmp_path):
 def test_a_fault_of_the_writers_order_is_found(tmp_path, monkeypatch):
     """The order that is read back by is another one than the one that is written by."""
     model = make_wide(tmp_path / "m")
-    right = cusparselt_layout._fill_sm90
+    right = cusparselt_layout.fill_sm90
 
-    def swapped(positions, meta, m, k):
-        right(positions, meta, m, k)
-        meta.view(-1, 8)[:] = meta.view(-1, 8).flip(1).clone()
+    def swapped(positions, meta):
+        right(positions, meta)
+        meta.copy_(meta.flip(-1).clone())
 
-    monkeypatch.setattr(cusparselt_layout, "_fill_sm90", swapped)
-    with pytest.raises(FormatError, match="the packed form says another value"):
+    monkeypatch.setattr(cusparselt_layout, "fill_sm90", swapped)
+    with pytest.raises(MaskError, match="decoded from the export, it is not the model's weight"):
         exported(model, dtype="bfloat16")
     assert not (tmp_path / "out").exists()
 
@@ -120,11 +120,14 @@ def test_a_fault_in_a_copied_tensor_is_found(tmp_path, monkeypatch):
 
 
 def test_each_site_is_packed_once(tmp_path, monkeypatch):
-    packed: list[str] = []
-    right = cusparselt.pack_parts
-    monkeypatch.setattr(
-        cusparselt, "pack_parts", lambda name, *rest: packed.append(name) or right(name, *rest)
-    )
+    packed: list[int] = []
+    right = packed_writer.pack_rows
+
+    def counted(rows, values, positions, first_row, *rest, **options):
+        packed.append(len(rows))
+        return right(rows, values, positions, first_row, *rest, **options)
+
+    monkeypatch.setattr(packed_writer, "pack_rows", counted)
     ticked: list[str] = []
     model = make_wide(tmp_path / "m")
     done = export(
@@ -136,7 +139,7 @@ def test_each_site_is_packed_once(tmp_path, monkeypatch):
     )
     names = sorted(tensor.name for tensor in done.manifest.tensors)
     assert done.checks["cusparselt"] == len(names)
-    assert sorted(packed) == names
+    assert sum(packed) == sum(tensor.shape[0] for tensor in done.manifest.tensors)
     assert sorted(ticked) == names
 
 
@@ -185,9 +188,9 @@ def test_float64_is_rounded_once(tmp_path):
 
     change(folder, widen)
     exported(folder, dtype="bfloat16")
-    written = load_file(tmp_path / "out" / "model.safetensors")
+    written = load_file(tmp_path / "out" / "packed.safetensors")
     assert written["model.norm.weight"].unique().tolist() == [1 + 2.0**-7]
-    assert set(written[name].unique().tolist()) == {0, 1 + 2.0**-7}
+    assert written[f"{name}.values"].unique().tolist() == [1 + 2.0**-7]
 
 
 def test_quantized_and_integer_tensors_are_not_rounded(tmp_path):
@@ -199,7 +202,7 @@ def test_quantized_and_integer_tensors_are_not_rounded(tmp_path):
         "bool": torch.tensor([True, False]),
     }
     exported(model_folder(tmp_path / "m", **extra), dtype="bfloat16")
-    written = load_file(tmp_path / "out" / "model.safetensors")
+    written = load_file(tmp_path / "out" / "packed.safetensors")
     assert written["model.norm.weight"].dtype == torch.bfloat16
     for name, value in extra.items():
         assert written[name].dtype == value.dtype
@@ -233,10 +236,15 @@ def set_first(field, value):
         (set_first("name", "other"), r"export\.json: tensors\.0\.name: other"),
         (lambda data: data["tensors"].pop(), r"export\.json: tensors: .* is missing"),
         (lambda data: data["tensors"].append(data["tensors"][0]), r"tensors\.7\.name: .* comes twice"),
-        (lambda data: data.update(files={}), r"export\.json: files: model\.safetensors has no digest"),
+        (lambda data: data.update(files={}), r"export\.json: files: packed\.safetensors has no digest"),
         (lambda data: data["files"].pop("sparsity.lock.json"), r"files: sparsity\.lock\.json has no digest"),
-        (lambda data: data["requirements"].update(sm=70), r"export\.json: requirements\.sm: 70"),
-        (set_first("layout", "dense"), r"model\.safetensors: holds no tensor .*export\.json says it does"),
+        (lambda data: data["requirements"].update(sm="8"), r"export\.json: requirements\.sm: '8'"),
+        (lambda data: data["requirements"].update(sm=70), r"layout: 'cusparselt', .* sm70 is not public"),
+        (
+            set_first("layout", "neutral"),
+            r"packed\.safetensors: holds no tensor .*\.values, export\.json says",
+        ),
+        (set_first("layout", "dense"), r"packed\.safetensors: holds no tensor .*export\.json says it does"),
     ],
 )
 def test_export_json_is_not_believed(tmp_path, good, edit, message):

@@ -12,8 +12,9 @@ from torch.sparse._semi_structured_conversions import (
 from spp_fx.errors import FormatError, PatternError, UsageError
 from spp_fx.exporters import cusparselt_layout
 from spp_fx.exporters.cusparselt_layout import Sm, from_neutral, pack, refusal
-from spp_fx.exporters.cusparselt_reader import unpack
+from spp_fx.exporters.cusparselt_reader import neutral_form, unpack
 from spp_fx.exporters.semi_structured import Packed24, pack_2_4
+from tests.exporters.packing import without_kernels
 
 SHAPES: list[tuple[Sm, int, int]] = [
     (80, 128, 128),
@@ -159,12 +160,38 @@ def test_a_32_by_32_tile_of_sm80_is_torchs_cutlass_order():
             assert torch.equal(units[start : start + 64], meta.flatten()), (row, column)
 
 
-def test_sm90_in_chunks_gives_the_same(monkeypatch: pytest.MonkeyPatch):
-    weight = random_2_4(320, 64, torch.float16, 7)
-    whole = pack(weight, 90)
-    monkeypatch.setattr(cusparselt_layout, "_CHUNK_BYTES", 2 * 8 * 64)
-    assert torch.equal(pack(weight, 90).view(torch.int16), whole.view(torch.int16))
-    assert torch.equal(unpack(whole, (320, 64), 90).view(torch.int16), weight.view(torch.int16))
+@pytest.mark.parametrize(("sm", "m", "k"), SHAPES)
+def test_bands_of_rows_filled_one_by_one_give_the_same(sm: Sm, m: int, k: int):
+    neutral = pack_2_4(random_2_4(m, k, torch.float16, 7))
+    whole = metadata(from_neutral(neutral, sm), m, k)
+    meta, step = torch.zeros_like(whole), cusparselt_layout.BLOCK[sm]
+    for start in reversed(range(0, m, step)):
+        cusparselt_layout.fill(neutral.positions[start : start + step], meta, start, (m, k), sm)
+    assert torch.equal(meta, whole)
+
+
+@pytest.mark.parametrize(("sm", "m", "k"), SHAPES)
+@settings(max_examples=5, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_compiled_loops_order_as_torch_does(sm: Sm, m: int, k: int, seed: int):
+    weight = random_2_4(m, k, torch.bfloat16, seed)
+    compiled = pack(weight, sm)
+    with without_kernels():
+        defined = pack(weight, sm)
+        assert torch.equal(unpack(compiled, (m, k), sm).view(torch.int16), weight.view(torch.int16))
+    assert torch.equal(compiled.view(torch.int16), defined.view(torch.int16))
+
+
+@pytest.mark.parametrize(("sm", "m", "k"), SHAPES)
+def test_the_neutral_form_of_a_pack_is_the_one_it_was_made_from(sm: Sm, m: int, k: int):
+    neutral = pack_2_4(random_2_4(m, k, torch.bfloat16, 11))
+    found = neutral_form(from_neutral(neutral, sm), (m, k), sm)
+    assert torch.equal(found.values.view(torch.int16), neutral.values.view(torch.int16))
+    assert torch.equal(found.positions, neutral.positions)
+    other: Sm = 90 if sm == 80 else 80
+    if refusal((m, k), torch.bfloat16, other) is None:
+        repacked = from_neutral(found, other)
+        assert torch.equal(repacked.view(torch.int16), from_neutral(neutral, other).view(torch.int16))
 
 
 @pytest.mark.parametrize(
@@ -173,12 +200,16 @@ def test_sm90_in_chunks_gives_the_same(monkeypatch: pytest.MonkeyPatch):
         ((128, 128), torch.float32, 80, "1:2"),
         ((128, 128), torch.int8, 80, "metadata order of int8 is not public"),
         ((128, 128), torch.float8_e4m3fn, 90, "metadata order of float8_e4m3fn is not public"),
-        ((128, 128), torch.float16, 100, "sm100 is not public .sm80 and sm90 are known."),
+        ((128, 128), torch.uint8, 80, "uint8 is not taken by PyTorch's cuSPARSELt class"),
+        ((128, 128), torch.float64, 80, "float64 is not taken"),
+        ((128, 128), torch.float16, 100, "sm100 is not public .sm80 and sm90 are known.: packed at load"),
+        ((128, 72), torch.float16, 100, "multiples of 16 .dense at load."),
+        ((48, 64), torch.int8, 80, "multiples of 32 .dense at load."),
         ((64, 128), torch.float16, 80, "shape 64 x 128: .* multiples of 128"),
         ((128, 192), torch.bfloat16, 80, "shape 128 x 192: .* multiples of 128"),
         ((96, 64), torch.bfloat16, 90, "multiples of 64"),
-        ((64, 80), torch.bfloat16, 90, "multiples of 64"),
-        ((0, 128), torch.float16, 90, "multiples of 64"),
+        ((64, 80), torch.bfloat16, 90, "multiples of 64: packed at load"),
+        ((0, 128), torch.float16, 90, "multiples of 16"),
         ((2, 128, 128), torch.float16, 80, "not a matrix"),
     ],
 )

@@ -1,5 +1,7 @@
 """The layout-neutral 2:4 form: unpack(pack(w)) is w bit for bit, positions keep their laws, misfits named."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,7 +16,16 @@ from torch.sparse._semi_structured_conversions import (
 
 from spp_fx.errors import FormatError, PatternError, UsageError
 from spp_fx.exporters import semi_structured
-from spp_fx.exporters.semi_structured import Packed24, clear_negative_zeros, pack_2_4, unpack_2_4
+from spp_fx.exporters.semi_structured import (
+    Packed24,
+    clear_negative_zeros,
+    pack_1_2,
+    pack_2_4,
+    pack_rows,
+    unpack_1_2,
+    unpack_2_4,
+)
+from tests.exporters.packing import without_kernels
 
 BITS = {
     torch.float16: torch.int16,
@@ -235,3 +246,120 @@ def test_a_packed_form_that_does_not_fit_is_refused():
     padded[2, 1] = padded[2, 1] & 0xF | 0x40
     with pytest.raises(FormatError, match="row 2 ends with the nibble 0x4, padding is 0xE"):
         unpack_2_4(Packed24(values, padded), 12)
+
+
+@st.composite
+def weights_of_any_width(draw: st.DrawFn, groups_of: int = 4) -> Tensor:
+    """(m, k) of any dtype and any bits, also more entries a group than there are slots."""
+    dtype = draw(st.sampled_from(list(BITS))) if groups_of == 4 else torch.float32
+    rows, groups = draw(st.integers(1, 4)), draw(st.integers(1, 12))
+    bits, width = BITS[dtype], 8 * dtype.itemsize
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    special = torch.tensor([1, -1, -(1 << (width - 1)), (1 << (width - 1)) - 1]).to(bits)
+    entries = special[torch.randint(0, 4, (rows, 4 * groups), generator=generator)]
+    kept = torch.rand(rows, 4 * groups, generator=generator) < draw(st.sampled_from([0.2, 0.5]))
+    return torch.where(kept, entries, torch.zeros_like(entries)).view(dtype)
+
+
+def outcome(work, *arguments):
+    try:
+        packed = work(*arguments)
+    except PatternError as error:
+        return str(error)
+    return bits_of(packed.values).tolist(), packed.positions.tolist()
+
+
+@settings(max_examples=150, deadline=None)
+@given(weights_of_any_width())
+def test_compiled_loops_pack_as_torch_does(weight: Tensor):
+    """Also where they cannot: the same place is named."""
+    compiled = outcome(pack_2_4, weight)
+    with without_kernels():
+        assert outcome(pack_2_4, weight) == compiled
+
+
+@settings(max_examples=100, deadline=None)
+@given(weights_of_any_width(groups_of=2))
+def test_compiled_loops_pack_pairs_as_torch_does(weight: Tensor):
+    compiled = outcome(pack_1_2, weight)
+    with without_kernels():
+        assert outcome(pack_1_2, weight) == compiled
+
+
+@settings(max_examples=100, deadline=None)
+@given(weights_of_any_width())
+def test_clearing_makes_fit_what_only_signs_kept_from_fitting(weight: Tensor):
+    """A negative zero keeps its sign where the non-zeros of its group leave a slot, and no other bit moves."""
+    cleared, count = clear_negative_zeros(weight)
+    with without_kernels():
+        defined, defined_count = clear_negative_zeros(weight)
+    assert count == defined_count
+    assert torch.equal(bits_of(cleared), bits_of(defined))
+    before, after = (bits_of(each).view(-1, 4) for each in (weight, cleared))
+    assert int((before != after).sum()) == count
+    if weight.dtype.is_floating_point:
+        lowest = torch.iinfo(before.dtype).min
+        assert bool((before[before != after] == lowest).all())
+        nonzeros = ((before != 0) & (before != lowest)).sum(-1)
+        negative = (before == lowest).sum(-1)
+        kept = (after == lowest).sum(-1)
+        assert torch.equal(kept, torch.minimum(negative, (2 - nonzeros).clamp(min=0)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(weights_of_any_width(), st.integers(0, 40))
+def test_rows_that_are_cleared_as_they_are_packed(weight: Tensor, first: int):
+    cleared, count = clear_negative_zeros(weight)
+    values = torch.empty(weight.shape[0], weight.shape[1] // 2, dtype=weight.dtype)
+    positions = torch.empty(weight.shape[0], -(-weight.shape[1] // 8), dtype=torch.uint8)
+
+    def pack(rows: Tensor) -> Packed24:
+        assert pack_rows(rows, values, positions, first, clear=True) == count
+        return Packed24(values, positions)
+
+    expected = outcome(pack_2_4, cleared)
+    if isinstance(expected, str):
+        row = int(expected.split()[1].rstrip(","))
+        expected = expected.replace(f"row {row},", f"row {first + row},")
+    assert outcome(pack, weight) == expected
+    with without_kernels():
+        assert outcome(pack, weight) == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(weights_of_any_width(groups_of=2))
+def test_unpack_is_the_inverse_of_pack_for_pairs(weight: Tensor):
+    weight, _ = clear_negative_zeros(weight, 2)
+    pairs = weight.view(-1, 2)
+    weight = torch.where(
+        (pairs.view(torch.int32) != 0).all(-1, keepdim=True), pairs[:, :1].new_zeros(1), pairs
+    )
+    weight = weight.view(-1, 4)
+    packed = pack_1_2(weight)
+    assert torch.equal(bits_of(unpack_1_2(packed, 4)), bits_of(weight))
+    with without_kernels():
+        assert torch.equal(bits_of(unpack_1_2(packed, 4)), bits_of(weight))
+
+
+def test_pairs_are_refused_with_the_reason():
+    with pytest.raises(UsageError, match="it is the form of float32"):
+        pack_1_2(torch.zeros(1, 4, dtype=torch.float16))
+    weight = torch.zeros(3, 8)
+    weight[1, 2:4] = 1
+    with pytest.raises(PatternError, match="row 1, columns 2-3 hold 2 non-zeros, 1:2 allows 1"):
+        pack_1_2(weight)
+    packed = pack_1_2(torch.zeros(3, 8))
+    packed.positions[2, 1] = 0x8E
+    with pytest.raises(FormatError, match="row 2, columns 6-7 have the position nibble 0x8, a pair has"):
+        unpack_1_2(packed, 8)
+
+
+def test_faults_are_named_with_and_without_compiled_loops():
+    packed = pack_2_4(random_2_4(40, 24, torch.float16))
+    packed.positions[33, 2] = 0x44 - 0x4
+    for context in (nullcontext, without_kernels):
+        with (
+            context(),
+            pytest.raises(FormatError, match="row 35, columns 16-19 have the position nibble 0x0"),
+        ):
+            unpack_2_4(packed, 24, first_row=2)

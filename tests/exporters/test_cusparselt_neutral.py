@@ -1,0 +1,154 @@
+"""cusparselt exports hold each weight once: packed where the order is public, neutral where it is not."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+
+from spp_fx.errors import UsageError
+from spp_fx.exporters import ExportSettings, find_format, packed_writer
+from spp_fx.exporters.cusparselt_layout import Sm
+from spp_fx.exporters.cusparselt_reader import neutral_form, unpack
+from spp_fx.exporters.semi_structured import pack_2_4
+from spp_fx.workflows.export import Exported, export
+from tests.exporters.packing import bare_folder, bits_of, random_sparse, without_kernels
+
+OTHERS = {"norm": torch.ones(7, dtype=torch.bfloat16)}
+
+
+def exported(
+    folder,
+    sites: dict[str, Tensor],
+    sm: int,
+    transposed: frozenset[str] = frozenset(),
+    dtype: str | None = None,
+) -> Exported:
+    model = bare_folder(folder / "m", sites, OTHERS, transposed)
+    return export(model, folder / "out", "cusparselt", ExportSettings(sm=sm, dtype=dtype))
+
+
+@pytest.mark.parametrize("sm", [80, 90])
+def test_a_pack_is_stored_alone(tmp_path, sm: Sm):
+    weight = random_sparse(256, 384, torch.float16, 1)
+    done = exported(tmp_path, {"a.weight": weight}, sm)
+    written = load_file(tmp_path / "out" / "packed.safetensors")
+    assert set(written) == {"a.weight.packed", "norm"}
+    assert torch.equal(bits_of(unpack(written["a.weight.packed"], (256, 384), sm)), bits_of(weight))
+    sizes = done.manifest.sizes
+    assert sizes["sites_bytes"] == 0.5625 * sizes["dense_bytes"] == 0.5625 * weight.nbytes
+    assert sizes["file_bytes"] < 0.57 * weight.nbytes
+    neutral = neutral_form(written["a.weight.packed"], (256, 384), sm)
+    assert torch.equal(neutral.positions, pack_2_4(weight).positions)
+
+
+@pytest.mark.parametrize(
+    ("sm", "order"), [(80, "that of PyTorch's public kernels"), (90, "unproven: "), (100, "unknown: ")]
+)
+def test_a_pack_says_what_it_is_tied_to(tmp_path, sm: int, order: str):
+    done = exported(tmp_path, {"a.weight": random_sparse(128, 128, torch.float16, 1)}, sm)
+    requirements = done.manifest.requirements
+    assert requirements["sm"] == sm
+    assert requirements["alg_id"] == 0
+    assert requirements["layout_documented_for"] == "cuSPARSELt 0.6 to 0.8"
+    assert str(requirements["order"]).startswith(order)
+    (record,) = done.manifest.tensors
+    assert (record.dtype, record.shape) == ("F16", [128, 128])
+
+
+def test_other_gpus_get_the_neutral_form_with_the_reason(tmp_path):
+    done = exported(tmp_path, {"a.weight": random_sparse(128, 128, torch.float16, 1)}, 100)
+    (record,) = done.manifest.tensors
+    assert record.layout == "neutral"
+    assert (
+        record.reason == "the metadata order of sm100 is not public (sm80 and sm90 are known): packed at load"
+    )
+    assert done.checks["neutral"] == done.checks["bit_exact"] == 1
+
+
+def test_an_sm_below_70_is_a_wrong_option(tmp_path):
+    with pytest.raises(UsageError, match="--sm takes a compute capability from 70 up"):
+        exported(tmp_path, {"a.weight": random_sparse(128, 128, torch.float16, 1)}, 61)
+
+
+def test_what_has_no_public_pack_is_neutral_and_says_why(tmp_path):
+    sites = {
+        "a.weight": random_sparse(64, 64, torch.int8, 1),
+        "b.weight": random_sparse(64, 64, torch.float32, 2),
+        "c.weight": random_sparse(64, 80, torch.bfloat16, 3),
+        "d.weight": random_sparse(3, 12, torch.bfloat16, 4),
+        "e.weight": random_sparse(128, 128, torch.bfloat16, 5),
+        "f.weight": random_sparse(8, 8, torch.int16, 6),
+    }
+    done = exported(tmp_path, sites, 80)
+    found = {tensor.name[0]: (tensor.layout, tensor.reason or "") for tensor in done.manifest.tensors}
+    assert found["e"] == ("cusparselt", "")
+    assert {name: layout for name, (layout, _) in found.items() if name not in "ef"} == dict.fromkeys(
+        "abcd", "neutral"
+    )
+    assert "order of int8 is not public" in found["a"][1]
+    assert "float32 is 1:2 sparse" in found["b"][1]
+    assert "multiples of 128: packed at load" in found["c"][1]
+    assert "multiples of 16 (dense at load)" in found["d"][1]
+    assert found["f"] == ("dense", "int16 is not taken by PyTorch's cuSPARSELt class (dense at load)")
+    assert done.checks["bit_exact"] == done.checks["masks_equal"] == 6
+
+
+def test_rounding_to_float32_takes_the_neutral_form(tmp_path):
+    done = exported(tmp_path, {"a.weight": random_sparse(128, 128, torch.bfloat16, 1)}, 80, dtype="float32")
+    assert done.checks["neutral"] == 1
+    assert load_file(tmp_path / "out" / "packed.safetensors")["a.weight.values"].dtype == torch.float32
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    sm=st.sampled_from([80, 90, 120]),
+    dtypes=st.lists(
+        st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.int8]), min_size=1, max_size=3
+    ),
+    seed=st.integers(0, 2**32),
+    shape=st.sampled_from([(128, 128), (64, 192), (12, 20), (384, 64)]),
+    kernels=st.booleans(),
+    bands=st.booleans(),
+)
+def test_decode_gives_back_what_the_model_stores(
+    tmp_path_factory, monkeypatch, sm, dtypes, seed, shape, kernels, bands
+):
+    folder = tmp_path_factory.mktemp("law")
+    monkeypatch.setattr(packed_writer, "BAND_BYTES", 1 if bands else 1 << 21)
+    sites = {f"{i}.weight": random_sparse(*shape, dtype, seed + i) for i, dtype in enumerate(dtypes)}
+    if kernels:
+        done = exported(folder, sites, sm, frozenset({"0.weight"}))
+    else:
+        with without_kernels():
+            done = exported(folder, sites, sm, frozenset({"0.weight"}))
+    decode = find_format("cusparselt").decode
+    assert decode is not None
+    decoded = decode(folder / "out", done.manifest)
+    stored = load_file(folder / "m" / "model.safetensors")
+    assert {name: tuple(value.shape) for name, value in stored.items()} == decoded.shapes
+    for name, value in stored.items():
+        assert torch.equal(bits_of(decoded.read(name)), bits_of(value))
+
+
+def test_no_rounding_is_proposed_for_integers(tmp_path):
+    model = bare_folder(
+        tmp_path / "m", {"a.weight": random_sparse(128, 128, torch.int8, 1)}, OTHERS, frozenset()
+    )
+    lines: list[str] = []
+    export(model, tmp_path / "out", "cusparselt", ExportSettings(sm=80), say=lines.append)
+    assert lines == [
+        "warning: no weight could be packed for sm80: the metadata order of int8 is not public (float16 and "
+        "bfloat16 are known): packed at load (1 of 1)"
+    ]
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (8, 0)])
+def test_empty_matrices_are_given_back(tmp_path, shape):
+    sites = {"a.weight": torch.zeros(shape), "b.weight": random_sparse(8, 8, torch.float32, 1)}
+    done = exported(tmp_path, sites, 80)
+    assert done.checks["bit_exact"] == 2
+    decode = find_format("cusparselt").decode
+    assert decode is not None
+    assert decode(tmp_path / "out", done.manifest).read("a.weight").shape == shape
