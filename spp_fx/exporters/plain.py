@@ -1,32 +1,45 @@
 """safetensors: the plain dense folder that servers load, with lock and manifest beside it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
-from spp_fx.checkpoint import ModelFolder, Shard, TensorInfo, rewrite_model
-from spp_fx.exporters.manifest import MANIFEST, Manifest
+from spp_fx.checkpoint import ModelFolder, Shard, TensorInfo, copy_file, rewrite_model
+from spp_fx.checkpoint.layout import within
+from spp_fx.exporters.compressed_tensors import without_sparsity
+from spp_fx.exporters.manifest import MANIFEST, Manifest, site_sizes
 from spp_fx.exporters.read_back import check_copied
-from spp_fx.exporters.registry import ExportSettings, Format, Say, Tick, Weights, register
+from spp_fx.exporters.registry import Decoded, ExportSettings, Format, Say, Tick, Weights, register
 from spp_fx.exporters.source import Source, scan_stored
 from spp_fx.sparsity import LOCK_NAME, Scan
 
 
 def write(source: Source, target: Path, settings: ExportSettings, tick: Tick, say: Say) -> dict[str, Any]:
     """Plain dense safetensors for servers: the folder as it is, with lock and manifest."""
-    del settings, say
+    del settings
 
     def keep(shard: Shard, info: TensorInfo) -> None:
         tick(info.name, info.nbytes)
 
     rewrite_model(source.folder, target, keep, skip=[LOCK_NAME, MANIFEST])
+    write_plain_config(source.folder, target, say)
     compared = sum(
         check_copied(source.folder, shard.header.tensors, target / shard.name)
         for shard in source.folder.shards
     )
     records = [source.record(entry, "dense") for entry in source.lock.sites]
-    size = source.folder.stored_bytes
-    source.finish(target, "safetensors", source.lock, records, sizes={"dense_bytes": size, "bytes": size})
+    dense, files = sum(record.dense_bytes for record in records), target.rglob("*.safetensors")
+    source.finish(target, "safetensors", source.lock, records, sizes=site_sizes(dense, dense, files))
     return {"tensors_equal": compared}
+
+
+def write_plain_config(folder: ModelFolder, target: Path, say: Say) -> None:
+    """Take a sparsity_config out of the copied config.json: servers refuse it, or load the wrong weights."""
+    config, removed = without_sparsity(folder.config)
+    if removed:
+        text = json.dumps(config, indent=2, ensure_ascii=False)
+        (target / "config.json").write_text(text + "\n", encoding="utf-8")
+        say(f"config.json: left out, for the weights are plain: {', '.join(removed)}")
 
 
 def read(folder: Path, manifest: Manifest) -> Weights:
@@ -40,4 +53,22 @@ def read(folder: Path, manifest: Manifest) -> Weights:
     return Weights(frozenset(model.names), scan, lambda name: model.info(name)[0].name, lambda: sites)
 
 
-FORMAT = register(Format("safetensors", write, read))
+def decode(folder: Path, manifest: Manifest) -> Decoded:
+    """The tensors of an exported folder, which are the model's."""
+    del manifest
+    model = ModelFolder.open(folder)
+    return Decoded({name: model.info(name)[1].shape for name in model.names}, model.read)
+
+
+def restore(folder: Path, manifest: Manifest, target: Path, tick: Tick) -> None:
+    """Copy the weight files and their index."""
+    del manifest
+    model = ModelFolder.open(folder)
+    for name in [shard.name for shard in model.shards] + ([model.index] if model.index else []):
+        place = within(target, name)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        copy_file(within(folder, name), place)
+        tick(name, place.stat().st_size)
+
+
+FORMAT = register(Format("safetensors", write, read, decode=decode, restore=restore, mends_config=True))

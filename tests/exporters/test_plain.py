@@ -7,11 +7,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from spp_fx.checkpoint import Shard
+from spp_fx.checkpoint import ModelFolder, Shard
 from spp_fx.errors import FormatError
 from spp_fx.exporters import plain
+from spp_fx.exporters.manifest import read_manifest
 from spp_fx.workflows.export import export
 from tests.exporters.test_cusparselt import model_folder
+
+SITE = "model.layers.0.mlp.up_proj.weight"
 
 
 def test_every_tensor_is_compared(tmp_path):
@@ -41,6 +44,44 @@ def test_a_byte_that_changed_on_the_way_is_found(tmp_path, monkeypatch):
     with pytest.raises(FormatError, match=r"model\.layers\.0\.mlp\.up_proj\.weight: byte \d+ differs"):
         export(model_folder(tmp_path / "m"), tmp_path / "out", "safetensors")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", [None, "quantization_config", "compression_config"])
+def test_a_sparsity_config_is_left_out_and_that_is_said(tmp_path, place):
+    """Servers refuse it, or look for weights that are not there; all other files stay as they are."""
+    model = model_folder(tmp_path / "m")
+    original = json.loads((model / "config.json").read_text())
+    sparsity = {"sparsity_config": {"format": "dense", "sparsity_structure": "2:4"}}
+    quantized = {"quant_method": "compressed-tensors", "config_groups": {}} | sparsity
+    (model / "config.json").write_text(json.dumps(original | ({place: quantized} if place else sparsity)))
+    (model / "notes.txt").write_bytes(b"as it is\r\n")
+    lines: list[str] = []
+    done = export(model, tmp_path / "out", "safetensors", say=lines.append)
+    assert done.checks["masks_equal"] == 7
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == original
+    assert "sparsity_config" in lines[0]
+    same = [path.name for path in model.iterdir() if path.name != "config.json"]
+    assert all((tmp_path / "out" / name).read_bytes() == (model / name).read_bytes() for name in same)
+
+
+def test_a_config_without_one_stays_byte_for_byte(tmp_path):
+    model = model_folder(tmp_path / "m")
+    config = json.loads((model / "config.json").read_text()) | {
+        "quantization_config": {"quant_method": "awq"}
+    }
+    (model / "config.json").write_text(json.dumps(config, indent=7))
+    lines: list[str] = []
+    plain.write_plain_config(ModelFolder.open(model), tmp_path, lines.append)
+    assert lines == []
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_an_export_decodes_to_the_tensors_of_the_model(tmp_path):
+    out = export(model_folder(tmp_path / "m"), tmp_path / "out", "safetensors").out
+    decoded = plain.decode(out, read_manifest(out))
+    values = load_file(tmp_path / "m" / "model.safetensors")
+    assert decoded.shapes == {name: tuple(value.shape) for name, value in values.items()}
+    assert all(torch.equal(decoded.read(name), value) for name, value in values.items())
 
 
 def test_types_that_torch_has_not_are_compared_as_whole_files(tmp_path):
