@@ -68,8 +68,8 @@ def _is_causal_lm(model: nn.Module) -> bool:
     )
 
 
-def load_model(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """A causal language model from a folder in its stored dtype; never from a pickle file.
+def load_model(folder: str | Path, *, dtype: torch.dtype | str = "auto", **kwargs: Any) -> PreTrainedModel:
+    """A causal language model from a folder, by default in its own dtype; never from a pickle file.
 
     Raises:
         FormatError: the folder lacks a tensor of the model (transformers would fill it with random
@@ -77,7 +77,7 @@ def load_model(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     """
     with _readable(folder):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype="auto", use_safetensors=True, output_loading_info=True, **kwargs
+            str(folder), dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
         )
     model, found = loaded
     for what, names in (("lacks", found["missing_keys"]), ("has another shape of", found["mismatched_keys"])):
@@ -100,17 +100,17 @@ def meta_model(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
             return AutoModelForCausalLM.from_config(config, dtype=config.dtype, **kwargs).eval()
 
 
-def hollow_model(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
+def hollow_model(folder: str | Path, *, dtype: torch.dtype | None = None, **kwargs: Any) -> PreTrainedModel:
     """The model of a folder without its weights: buffers are real, parameters take no memory until read from.
 
     It is traced on the CPU, so that the constants of its graphs are real as well; `hollow` then takes the
-    parameters away.
+    parameters away. `dtype` stands in for the folder's own.
     """
     with _readable(folder):
         config = AutoConfig.from_pretrained(str(folder), **kwargs)
-        dtype = config.dtype or torch.float32
+        chosen = dtype or config.dtype or torch.float32
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs).eval()
+            model = AutoModelForCausalLM.from_config(config, dtype=chosen, **kwargs).eval()
         model.tie_weights()  # registering a parameter made a new one of it
     # An address range that nothing was written to has no pages.
     _replace_parameters(model, lambda p: torch.empty_like(p, device="cpu"))
@@ -175,15 +175,32 @@ def _export(model: PreTrainedModel) -> ExportedProgram:
     # Neither size may be 0 or 1 (export specialises on both), nor equal to another (it unifies them).
     ids = torch.zeros(2, 7, dtype=torch.int64, device=device)
     dynamic = {0: Dim("batch"), 1: Dim("sequence")}
+    return export_as(model, forward, (ids, torch.ones_like(ids)), (dynamic, dict(dynamic)))
+
+
+def export_as(
+    model: PreTrainedModel,
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    dynamic_shapes: tuple[Any, ...],
+) -> ExportedProgram:
+    """Export (non-strict) another signature of a model; names are the model's own.
+
+    Args:
+        model: in the mode that is to be exported; on the meta device, or with weights that are never read.
+        forward: stands in for the model's own while it is exported.
+        args, dynamic_shapes: as torch.export takes them.
+
+    Raises:
+        SppFxError: the model cannot be exported; carries torch.export's reason.
+    """
     experts = _exportable_experts(model)
     replaced = model.__dict__.get("forward")  # hooks of other libraries put one on the instance
     model.forward = forward  # type: ignore[method-assign]
     try:
-        with warnings.catch_warnings(), experts:
+        with warnings.catch_warnings(), experts, torch.no_grad():
             warnings.simplefilter("ignore")
-            return torch.export.export(
-                model, (ids, torch.ones_like(ids)), dynamic_shapes=(dynamic, dict(dynamic)), strict=False
-            )
+            return torch.export.export(model, args, dynamic_shapes=dynamic_shapes, strict=False)
     except (
         RuntimeError,
         ValueError,

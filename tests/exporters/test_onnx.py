@@ -2,23 +2,21 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import load_file, save_file
 
 from spp_fx.errors import FormatError, MaskError, UsageError
-from spp_fx.exporters import onnx
-from spp_fx.exporters.onnx_sparse import save, sparsify
-from spp_fx.exporters.onnx_weights import read_graph
+from spp_fx.exporters.onnx import packed, parameters
+from spp_fx.exporters.onnx.weights import read_graph
 from spp_fx.sparsity import load_lock
 from spp_fx.workflows.export import export
 from spp_fx.workflows.verify import verify
 from tests.command import must
-from tests.exporters.test_onnx_sparse import matmul_model, two_of_four
+from tests.exporters.onnx_files import two_of_four, write_sparse
 from tests.families import make_model
 
 LOCK = "sparsity.lock.json"
@@ -26,6 +24,12 @@ STORED = {
     "gpt2-without-prefix": "h.0.attn.c_attn.weight",
     "mixtral": "model.layers.0.block_sparse_moe.experts.1.w3.weight",
     "gpt-oss": "model.layers.0.mlp.experts.gate_up_proj",
+}
+CASES = {
+    "gpt2-without-prefix": "onnx-packed",
+    "mixtral": "onnx",
+    "mixtral-packed": "onnx-packed",
+    "gpt-oss": "onnx-dense",
 }
 
 
@@ -39,18 +43,23 @@ def sparse_model(family: str, folder: Path) -> Path:
     return folder / "sparse"
 
 
-@pytest.fixture(scope="module", params=list(STORED))
-def family(request) -> str:
+@pytest.fixture(scope="module", params=list(CASES))
+def case(request) -> str:
     return request.param
 
 
 @pytest.fixture(scope="module")
-def exported(family, tmp_path_factory) -> Path:
+def family(case) -> str:
+    return case.removesuffix("-packed")
+
+
+@pytest.fixture(scope="module")
+def exported(case, family, tmp_path_factory) -> Path:
     """A folder with `sparse`, a model, and `onnx`, its export."""
-    root = tmp_path_factory.mktemp(family)
+    root = tmp_path_factory.mktemp(case)
     model = sparse_model(family, root)
     assert STORED[family] in load_lock(model / LOCK).by_name()
-    done = export(model, root / "onnx", "onnx")
+    done = export(model, root / "onnx", CASES[case])
     assert done.checks["masks_equal"] == len(load_lock(model / LOCK).sites)
     return root
 
@@ -76,48 +85,49 @@ def test_it_verifies_against_the_models_lock_and_the_model(exported, artifact):
         assert all(site.mask_equal is True for site in verdict.sites)
 
 
-def test_a_graph_without_its_manifest_keeps_its_own_names(exported, family, tmp_path):
+def test_a_graph_without_its_manifest_keeps_its_own_names(exported, case, tmp_path):
     shutil.copy(exported / "onnx" / "model.onnx", tmp_path / "model.onnx")
     names = {site.name for site in verify(tmp_path / "model.onnx", pattern="50%").sites}
-    assert (STORED[family] in names) == (family == "gpt-oss")
+    assert {
+        "gpt2-without-prefix": "transformer.h.0.attn.c_attn.weight",
+        "mixtral": "model.layers.0.mlp.experts.gate_up_proj",
+        "mixtral-packed": "model.layers.0.mlp.experts.gate_up_proj",
+        "gpt-oss": "model.layers.0.mlp.experts.gate_up_proj",
+    }[case] in names
 
 
-def test_a_weight_that_loading_changed_is_found(family, tmp_path, monkeypatch):
-    model, right = sparse_model(family, tmp_path), onnx.load_model
+def test_a_weight_that_was_written_wrong_is_found(tmp_path, monkeypatch):
+    make_model("llama").save_pretrained(tmp_path / "dense")
+    must("prune", tmp_path / "dense", "-o", tmp_path / "sparse")
+    right = packed.encode
 
-    def wrong(*args, **kwargs):
-        loaded = right(*args, **kwargs)
-        weights = dict(loaded.named_parameters())
-        name = next(n for n in weights if n.endswith(("0.attn.c_attn.weight", "0.mlp.experts.gate_up_proj")))
-        with torch.no_grad():
-            place = tuple((weights[name] == 0).nonzero()[-1])
-            weights[name][place] = 1.0
-        return loaded
+    def wrong(*args):
+        values, codes, cleared = right(*args)
+        values[-1, -1] ^= 1  # the last bit of one number
+        return values, codes, cleared
 
-    monkeypatch.setattr(onnx, "load_model", wrong)
-    with pytest.raises(
-        MaskError, match=r"other zeros than the lock's: row \d+, column \d+: zero in the lock"
-    ):
-        export(model, tmp_path / "onnx", "onnx")
+    monkeypatch.setattr(packed, "encode", wrong)
+    with pytest.raises(MaskError, match="decoded from the export, it is not the model's weight"):
+        export(tmp_path / "sparse", tmp_path / "onnx", "onnx-packed")
     assert not (tmp_path / "onnx").exists()
 
 
 def test_a_site_of_the_lock_that_the_graph_has_not_is_found(tmp_path, monkeypatch):
-    model, right = sparse_model("gpt2-without-prefix", tmp_path), onnx.bind
+    model, right = sparse_model("gpt2-without-prefix", tmp_path), parameters.bind
 
-    def fewer(*args):
+    def other_names(*args):
         binding = right(*args)
-        binding.pieces.popitem()
+        for name, pieces in binding.pieces.items():
+            if name.endswith("1.mlp.c_proj.weight"):
+                binding.pieces[name] = tuple(replace(piece, tensor=piece.tensor + "x") for piece in pieces)
         return binding
 
-    monkeypatch.setattr(onnx, "bind", fewer)
-    with pytest.raises(
-        MaskError, match=r"0 more of the lock's 8 sites .* no linear of the loaded model reads it"
-    ):
+    monkeypatch.setattr(parameters, "bind", other_names)
+    with pytest.raises(MaskError, match=r"0 more of the lock's 8 sites .* the graph reads no parameter"):
         export(model, tmp_path / "onnx", "onnx")
 
 
-@pytest.mark.parametrize("family", ["mixtral"], indirect=True)
+@pytest.mark.parametrize("case", ["mixtral"], indirect=True)
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
@@ -142,31 +152,16 @@ def test_places_in_the_manifest_are_not_believed(exported, tmp_path, field, valu
         verify(folder)
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_the_place_of_a_nan_is_its_place_in_the_matrix(tmp_path, transposed, dtype):
-    weight = two_of_four((64, 128))
-    weight[17, 41] = np.nan
-    weight[30, 2] = np.inf
-    model, _ = sparsify(matmul_model(weight), ["W"])
-    save(model, tmp_path / "m.onnx")
-    scan = read_graph(tmp_path / "m.onnx").scan("W", transposed)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_place_of_a_nan_is_its_place_in_the_matrix(tmp_path, dtype):
+    weight = two_of_four((64, 128), dtype)
+    weight[17, 41] = torch.nan
+    weight[30, 2] = torch.inf
+    weight[0, 1] = 1e300 if dtype == torch.float64 else 1.0
+    write_sparse(tmp_path / "m.onnx", weight)
+    scan = read_graph(tmp_path / "m.onnx").scan("W", True)  # the product knows better
     assert scan.non_finite == 2
-    assert scan.first_non_finite == ((41, 17) if transposed else (17, 41))
-
-
-def test_a_large_double_is_finite(tmp_path):
-    values = np.array([1e300, np.inf])
-    sparse = helper.make_sparse_tensor(
-        numpy_helper.from_array(values, "D"),
-        helper.make_tensor("", TensorProto.INT64, [2], [3, 9]),
-        [4, 4],
-    )
-    model = matmul_model(two_of_four((8, 8)))
-    model.graph.sparse_initializer.append(sparse)
-    save(model, tmp_path / "m.onnx")
-    scan = read_graph(tmp_path / "m.onnx").scan("D", False)
-    assert (scan.non_finite, scan.first_non_finite) == (1, (2, 1))
+    assert scan.first_non_finite == (17, 41)
 
 
 def test_a_missing_file_is_a_wrong_request(tmp_path):

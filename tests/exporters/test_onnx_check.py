@@ -1,169 +1,126 @@
-"""A written file is run and compared; a file that computes something else is refused."""
+"""Comparing a graph's logits with the model's notices what is wrong, and says what cannot be run."""
 
-import os
-from pathlib import Path
+import shutil
 
 import numpy as np
 import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from spp_fx.errors import FormatError, SppFxError
-from spp_fx.exporters.onnx_check import check_standard, compare_logits, run_onnx
-from spp_fx.exporters.onnx_graph import build_onnx
-from spp_fx.exporters.onnx_reader import load_sparse_masks
-from spp_fx.exporters.onnx_sparse import save, sparsify
-
-VOCAB = 97
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-def prune(model: nn.Module) -> list[str]:
-    """Keep the two largest of every four inputs of each linear; returns the weights' names."""
-    names = [name for name, _ in model.named_parameters() if name.split(".")[-2] in LINEARS]
-    with torch.no_grad():
-        for name in names:
-            weight = model.get_parameter(name)
-            groups = weight.view(-1, 4)
-            groups.scatter_(1, groups.abs().float().topk(2, largest=False).indices, 0)
-    return names
-
-
-def logits_of(model: nn.Module):
-    return lambda input_ids, attention_mask: model(input_ids=input_ids, attention_mask=attention_mask).logits
+from spp_fx.exporters.onnx import data
+from spp_fx.exporters.onnx.check import check_standard, compare_logits, logits_of, run_onnx
+from spp_fx.workflows.export import ExportSettings, export
+from tests.command import must
+from tests.families import VOCABULARY, make_model
 
 
 @pytest.fixture(scope="module")
-def pruned():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=VOCAB,
-    )
-    model = AutoModelForCausalLM.from_config(config).eval()
-    model.config.use_cache = False
-    return model, prune(model), build_onnx(model)
+def root(tmp_path_factory):
+    """`sparse`, and its exports `inline` and `external`, both with int64 indices."""
+    root = tmp_path_factory.mktemp("check")
+    make_model("llama").save_pretrained(root / "dense")
+    must("prune", root / "dense", "-o", root / "sparse")
+    settings = ExportSettings(indices="int64", compare_logits=True)
+    done = export(root / "sparse", root / "inline", "onnx", settings)
+    assert done.checks["standard_checker"] == "passed"
+    assert done.checks["argmax_agreement"] == 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "SINGLE_FILE_LIMIT", 0)
+        export(root / "sparse", root / "external", "onnx", settings)
+    assert (root / "external" / "model.onnx.data").is_file()
+    return root
 
 
 @pytest.fixture
-def story():
-    data = Path(os.environ.get("SPP_FX_DATA", Path(__file__).parents[3] / "shared" / "data"))
-    if not (data / "story-656k").is_dir():
-        pytest.skip(f"no story-656k in {data}; set SPP_FX_DATA")
-    return data / "story-656k"
+def model(root):
+    return AutoModelForCausalLM.from_pretrained(root / "sparse").eval()
 
 
-@pytest.mark.parametrize("indices", ["smallest", "int64"])
-@pytest.mark.parametrize("external_threshold", [0, 2**30], ids=["external", "inline"])
-def test_a_sparse_model_computes_the_dense_model_s_logits(tmp_path, pruned, indices, external_threshold):
-    model, names, dense = pruned
-    sparse, reports = sparsify(dense, names, indices)
-    path = tmp_path / "model.onnx"
-    save(sparse, path, external_threshold=external_threshold)
-    assert all(report.reason is None for report in reports)
-    if indices == "int64":
-        check_standard(path)
-    comparison = compare_logits(path, logits_of(model), VOCAB, tolerance=1e-5)
-    assert comparison.argmax_agreement == 1
-    assert comparison.positions == 1 + (14 - 2 * 2) + (48 - 2 * 5) + 33
+def reference(model):
+    return logits_of(model, count_positions=False)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_real_model_exports_sparse_with_equal_logits_and_masks(tmp_path, story, dtype):
-    model = AutoModelForCausalLM.from_pretrained(story, dtype=getattr(torch, dtype)).eval()
-    model.config.use_cache = False
-    names = prune(model)
-    sparse, _ = sparsify(build_onnx(model), names, "int64")
-    path = tmp_path / "model.onnx"
-    save(sparse, path, external_threshold=2**20)
-    check_standard(path)
-
-    comparison = compare_logits(path, logits_of(model), 2048, max_length=512)
-    assert comparison.computed_in == "float32"
-    exact = compare_logits(path, logits_of(model.float()), 2048, tolerance=1e-4)
-    assert exact.argmax_agreement == 1
-    read = {entry.name: entry for entry in load_sparse_masks(path)}
-    for name in names:
-        assert np.array_equal(read[name].mask(), (model.get_parameter(name) != 0).numpy())
+def changed(root, tmp_path, change, kind="inline"):
+    folder = shutil.copytree(root / kind, tmp_path / "changed")
+    proto = onnx.load(str(folder / "model.onnx"), load_external_data=False)
+    change(proto)
+    (folder / "model.onnx").write_bytes(proto.SerializeToString())
+    return folder / "model.onnx"
 
 
-def test_run_onnx_returns_the_logits(tmp_path, pruned):
-    dense = pruned[2]
-    save(dense, tmp_path / "m.onnx")
-    input_ids = np.arange(10, dtype=np.int64).reshape(2, 5)
-    logits = run_onnx(tmp_path / "m.onnx", input_ids, np.ones_like(input_ids))
-    assert (logits.shape, logits.dtype) == ((2, 5, VOCAB), np.float32)
+@pytest.mark.parametrize("kind", ["inline", "external"])
+def test_a_sparse_graph_computes_the_models_logits(root, model, kind):
+    found = compare_logits(root / kind / "model.onnx", reference(model), VOCABULARY, tolerance=1e-5)
+    assert found.argmax_agreement == 1
+    assert found.positions == 1 + (14 - 2 * 2) + (48 - 2 * 5) + 33
 
 
-def test_a_changed_weight_is_noticed(tmp_path, pruned):
-    model, names, dense = pruned
-    changed = onnx.ModelProto()
-    changed.CopyFrom(dense)
-    tensor = next(t for t in changed.graph.initializer if t.name == names[0])
-    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor)[::-1].copy(), tensor.name))
-    save(changed, tmp_path / "m.onnx")
+def test_run_onnx_returns_the_logits(root):
+    ids = np.arange(10, dtype=np.int64).reshape(2, 5)
+    logits = run_onnx(root / "inline" / "model.onnx", ids, np.ones_like(ids))
+    assert (logits.shape, logits.dtype) == ((2, 5, VOCABULARY), np.float32)
+
+
+def test_a_changed_weight_is_noticed(root, tmp_path, model):
+    def reverse(proto):
+        tensor = next(t for t in proto.graph.initializer if t.name == "lm_head.weight")
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor)[::-1].copy(), tensor.name))
+
     with pytest.raises(SppFxError, match="logits differ from the reference by up to"):
-        compare_logits(tmp_path / "m.onnx", logits_of(model), VOCAB)
+        compare_logits(changed(root, tmp_path, reverse), reference(model), VOCABULARY)
 
 
-def test_a_mask_that_is_ignored_is_noticed(tmp_path, pruned):
-    model, _, dense = pruned
-    save(dense, tmp_path / "m.onnx")
-
+def test_a_mask_that_is_ignored_is_noticed(root, model):
     def without_mask(input_ids, attention_mask):
         return model(input_ids=input_ids, attention_mask=torch.ones_like(attention_mask)).logits
 
     with pytest.raises(SppFxError, match="differ"):
-        compare_logits(tmp_path / "m.onnx", without_mask, VOCAB)
+        compare_logits(root / "inline" / "model.onnx", without_mask, VOCABULARY)
 
 
-def test_a_reference_that_is_not_finite_is_no_reference(tmp_path, pruned):
-    model, _, dense = pruned
-    save(dense, tmp_path / "m.onnx")
-    with pytest.raises(SppFxError, match="the reference's logits are not finite"):
-        compare_logits(tmp_path / "m.onnx", lambda i, m: logits_of(model)(i, m) * torch.nan, VOCAB)
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda x: x * torch.nan, "the reference's logits are not finite"),
+        (lambda x: x[..., :-1], "have shape"),
+    ],
+)
+def test_a_reference_that_cannot_be_is_refused(root, model, spoil, message):
+    with pytest.raises(SppFxError, match=message):
+        compare_logits(root / "inline" / "model.onnx", lambda i, m: spoil(reference(model)(i, m)), VOCABULARY)
 
 
-def test_another_vocabulary_is_refused(tmp_path, pruned):
-    model, _, dense = pruned
-    save(dense, tmp_path / "m.onnx")
-    with pytest.raises(SppFxError, match="logits have shape"):
-        compare_logits(tmp_path / "m.onnx", lambda i, m: logits_of(model)(i, m)[..., :-1], VOCAB)
-
-
-def test_what_onnxruntime_cannot_load_is_one_clear_error(tmp_path, pruned):
-    _, names, dense = pruned
-    sparse, _ = sparsify(dense, names)
-    save(sparse, tmp_path / "m.onnx", external_threshold=0)
-    (tmp_path / "m.onnx.data").unlink()
+def test_what_onnxruntime_cannot_load_is_one_clear_error(root, tmp_path):
+    path = changed(root, tmp_path, lambda proto: None, "external")
+    (path.parent / "model.onnx.data").unlink()
     with pytest.raises(SppFxError, match="onnxruntime cannot load the model"):
-        compare_logits(tmp_path / "m.onnx", lambda i, m: i, VOCAB)
-    (tmp_path / "m.onnx").write_bytes(b"not a model")
+        compare_logits(path, lambda i, m: i, VOCABULARY)
+    path.write_bytes(b"not a model")
     with pytest.raises(FormatError, match="not an ONNX model"):
-        compare_logits(tmp_path / "m.onnx", lambda i, m: i, VOCAB)
+        compare_logits(path, lambda i, m: i, VOCABULARY)
 
 
-@pytest.mark.parametrize("external_threshold", [0, 2**30], ids=["external", "inline"])
-def test_narrow_indices_are_outside_the_standard(tmp_path, pruned, external_threshold):
-    _, names, dense = pruned
-    sparse, _ = sparsify(dense, names, "smallest")
-    save(sparse, tmp_path / "m.onnx", external_threshold=external_threshold)
-    with pytest.raises(SppFxError, match=r"not valid by the ONNX standard: .*INT64"):
-        check_standard(tmp_path / "m.onnx")
+def narrow(proto):
+    for sparse in proto.graph.sparse_initializer:
+        indices = numpy_helper.to_array(sparse.indices)
+        sparse.indices.CopyFrom(numpy_helper.from_array(indices.astype(np.int16)))
 
 
-@pytest.mark.parametrize("external_threshold", [0, 2**30], ids=["external", "inline"])
-def test_a_broken_graph_is_outside_the_standard(tmp_path, pruned, external_threshold):
-    _, names, dense = pruned
-    sparse, _ = sparsify(dense, names, "int64")
-    sparse.graph.node[-1].input[0] = "nobody computes this"
-    save(sparse, tmp_path / "m.onnx", external_threshold=external_threshold)
-    with pytest.raises(SppFxError, match="not valid by the ONNX standard"):
-        check_standard(tmp_path / "m.onnx")
+def broken(proto):
+    proto.graph.node[-1].input[0] = "nobody computes this"
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        (narrow, "inline", r"not valid by the ONNX standard: .*INT64"),
+        (broken, "inline", "not valid by the ONNX standard"),
+        (broken, "external", "not valid by the ONNX standard"),
+    ],
+)
+def test_what_is_outside_the_standard_is_refused(root, tmp_path, change, kind, message):
+    with pytest.raises(SppFxError, match=message):
+        check_standard(changed(root, tmp_path, change, kind))

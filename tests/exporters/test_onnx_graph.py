@@ -1,206 +1,116 @@
-"""A causal language model as one ONNX graph: same logits, weights under their own names."""
+"""A causal language model as one ONNX graph: named as the model names things, without its numbers."""
+
+from types import SimpleNamespace
 
 import onnx
 import pytest
 import torch
-from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    FalconConfig,
-    GPT2Config,
-    LlamaConfig,
-    MixtralConfig,
-    PreTrainedConfig,
-)
+from transformers import AutoModelForCausalLM, Lfm2Config, LlamaConfig
 
 from spp_fx.errors import SppFxError
-from spp_fx.exporters.onnx_check import compare_logits
-from spp_fx.exporters.onnx_graph import WeightLocation, build_onnx, locate
-from spp_fx.exporters.onnx_sparse import save
-
-VOCAB = 97
-LLAMA = LlamaConfig(
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=VOCAB,
-    max_position_embeddings=64,
-    tie_word_embeddings=True,
-)
-TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
-GPT2 = GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=VOCAB, n_positions=64, **TOKENS)
-FALCON = FalconConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, vocab_size=VOCAB, **TOKENS)
-MIXTRAL = MixtralConfig(
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=VOCAB,
-    num_local_experts=4,
-)
+from spp_fx.exporters.onnx.graph import build_graph
+from tests.families import SMALL, VOCABULARY, make_model
 
 
-def tiny(config: PreTrainedConfig, dtype: torch.dtype = torch.float32, **options: str) -> nn.Module:
-    """A random model whose linear weights are 2:4 along their input dimension."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options).eval()
-    model.config.use_cache = False
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim == 2 and "emb" not in name and "wte" not in name and "wpe" not in name:
-                along = weight.T if isinstance(config, GPT2Config) else weight
-                along[:, 0::4] = 0
-                along[:, 3::4] = 0
-    return model
-
-
-def logits_of(model: nn.Module):
-    return lambda input_ids, attention_mask: model(input_ids=input_ids, attention_mask=attention_mask).logits
-
-
-@pytest.mark.parametrize(
-    ("config", "options"),
-    [
-        pytest.param(LLAMA, {}, id="llama-tied"),
-        pytest.param(GPT2, {}, id="gpt2-conv1d"),
-        pytest.param(FALCON, {}, id="falcon-permute-matmul"),
-        pytest.param(MIXTRAL, {"experts_implementation": "batched_mm"}, id="mixtral-batched"),
-        pytest.param(MIXTRAL, {"experts_implementation": "grouped_mm"}, id="mixtral-grouped"),
-    ],
-)
-def test_the_graph_gives_the_same_logits_and_every_weight_is_found_as_stored(tmp_path, config, options):
-    model = tiny(config, **options)
-    exported = build_onnx(model)
-
-    onnx.checker.check_model(exported, full_check=True)
-    save(exported, tmp_path / "model.onnx")
-    comparison = compare_logits(tmp_path / "model.onnx", logits_of(model), VOCAB, tolerance=1e-5)
-    assert comparison.argmax_agreement == 1
-
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    locations = locate(exported, model)
-    assert set(locations) == set(parameters)
-    assert not any(location.transposed for location in locations.values())
-    first_names = {id(tensor): name for name, tensor in reversed(parameters.items())}
-    assert all(loc.initializer == first_names[id(parameters[name])] for name, loc in locations.items())
-    names = [tensor.name for tensor in exported.graph.initializer]
-    assert len(names) == len(set(names))
+def axes(graph):
+    values = [*graph.proto.graph.input, *graph.proto.graph.output]
+    return {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
 
 
 @pytest.fixture(scope="module")
 def llama():
-    model = tiny(LLAMA)
-    return model, build_onnx(model)
+    return build_graph(make_model("llama-tied"))
 
 
 def test_batch_and_sequence_are_dynamic_and_named(llama):
-    _, exported = llama
-    shapes = {
-        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        for value in [*exported.graph.input, *exported.graph.output]
-    }
-    assert shapes == {
-        "input_ids": ["batch", "sequence"],
-        "attention_mask": ["batch", "sequence"],
-        "logits": ["batch", "sequence", VOCAB],
+    assert axes(llama) == {
+        "input_ids": ["batch_size", "sequence_length"],
+        "attention_mask": ["batch_size", "sequence_length"],
+        "logits": ["batch_size", "sequence_length", VOCABULARY],
     }
 
 
-def test_tied_weights_are_stored_once(llama):
-    _, exported = llama
-    vocabulary_sized = [t.name for t in exported.graph.initializer if VOCAB in t.dims]
-    assert vocabulary_sized == ["model.embed_tokens.weight"]
+def test_a_cache_has_optimums_names():
+    shapes = axes(build_graph(make_model("llama"), with_past=True))
+    total = "past_sequence_length + sequence_length"
+    assert list(shapes)[:4] == ["input_ids", "attention_mask", "position_ids", "past_key_values.0.key"]
+    assert shapes["attention_mask"] == ["batch_size", total]
+    assert shapes["past_key_values.1.value"] == ["batch_size", 2, "past_sequence_length", 8]
+    assert shapes["present.1.value"] == ["batch_size", 2, total, 8]
+    assert len(shapes) == 3 + 4 + 1 + 4
 
 
-def test_equal_weights_of_different_layers_stay_apart(llama):
-    names = {tensor.name for tensor in llama[1].graph.initializer}
-    assert {f"model.layers.{i}.input_layernorm.weight" for i in range(2)} <= names  # both all ones
+def test_tied_weights_are_one_and_equal_weights_stay_apart(llama):
+    names = [parameter.name for parameter in llama.parameters]
+    assert len(names) == len(set(names))
+    assert [p.name for p in llama.parameters if VOCABULARY in p.shape] == ["model.embed_tokens.weight"]
+    assert {f"model.layers.{i}.input_layernorm.weight" for i in range(2)} <= set(names)  # both all ones
 
 
-def test_a_module_traced_before_exports_as_well(tmp_path):
-    model = tiny(GPT2)
-
-    class Plain(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = model
-
-        def forward(self, input_ids, attention_mask):
-            return self.inner(input_ids=input_ids, attention_mask=attention_mask).logits
-
-    example = {name: torch.ones(2, 8, dtype=torch.int64) for name in ("input_ids", "attention_mask")}
-    dynamic = {name: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for name in example}
-    traced = torch.export.unflatten(
-        torch.export.export(Plain(), (), kwargs=example, dynamic_shapes=dynamic, strict=False)
-    ).eval()
-    exported = build_onnx(traced)
-    save(exported, tmp_path / "model.onnx")
-    compare_logits(tmp_path / "model.onnx", Plain(), VOCAB, tolerance=1e-5)
-    assert locate(exported, traced)["inner.transformer.h.0.mlp.c_fc.weight"] == WeightLocation(
-        "inner.transformer.h.0.mlp.c_fc.weight", transposed=False
-    )
+def test_no_parameter_is_in_the_graph_and_none_is_read():
+    with torch.device("meta"):
+        hollow = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL, intermediate_size=64)).eval()
+    for module in hollow.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = torch.nn.Parameter(torch.full(parameter.shape, torch.nan))
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.ones(buffer.shape)
+    graph = build_graph(hollow)
+    held = {tensor.name for tensor in graph.proto.graph.initializer}
+    assert not held & {parameter.name for parameter in graph.parameters}
+    for tensor in graph.proto.graph.initializer:
+        assert (
+            not torch.tensor(onnx.numpy_helper.to_array(tensor).tolist(), dtype=torch.float64).isnan().any()
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_keeps_its_type(tmp_path, dtype):
-    model = tiny(LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": 1}), dtype)
-    exported = build_onnx(model)
+def test_half_precision_keeps_its_type(dtype):
+    graph = build_graph(make_model("llama", dtype=dtype))
     expected = {torch.float16: onnx.TensorProto.FLOAT16, torch.bfloat16: onnx.TensorProto.BFLOAT16}[dtype]
-    assert {t.data_type for t in exported.graph.initializer if len(t.dims) == 2} == {expected}
-    onnx.checker.check_model(exported, full_check=True)
-    save(exported, tmp_path / "model.onnx")
-    compare_logits(tmp_path / "model.onnx", logits_of(model), VOCAB)
+    assert {parameter.dtype for parameter in graph.parameters} == {expected}
 
 
 def test_the_same_model_gives_the_same_bytes_nothing_printed_and_no_trace_of_the_machine(llama, capfd):
-    first, second = (m.SerializeToString(deterministic=True) for m in (llama[1], build_onnx(tiny(LLAMA))))
+    again = build_graph(make_model("llama-tied"))
+    first, second = (g.proto.SerializeToString(deterministic=True) for g in (llama, again))
     assert first == second
+    assert llama.parameters == again.parameters
     assert capfd.readouterr().out == ""
     assert b".py" not in first
 
 
-def test_a_transposed_initializer_is_recognised_by_its_bytes(llama):
-    model, exported = llama[0], onnx.ModelProto()
-    exported.CopyFrom(llama[1])
-    name = "model.layers.0.mlp.up_proj.weight"
-    tensor = next(t for t in exported.graph.initializer if t.name == name)
-    transposed = onnx.numpy_helper.to_array(tensor).T.copy()
-    tensor.CopyFrom(onnx.numpy_helper.from_array(transposed, "folded"))
-    assert locate(exported, model)[name] == WeightLocation("folded", transposed=True)
-
-
 def test_training_mode_is_refused():
     with pytest.raises(SppFxError, match="training mode"):
-        build_onnx(tiny(LLAMA).train())
+        build_graph(make_model("llama").train())
 
 
-def test_meta_weights_are_refused_by_name():
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(LLAMA).eval()
-    with pytest.raises(SppFxError, match=r"model\.embed_tokens\.weight is on the meta device"):
-        build_onnx(model)
+def test_a_cache_that_is_no_keys_and_values_is_refused():
+    config = Lfm2Config(
+        **SMALL, intermediate_size=64, num_key_value_heads=2, layer_types=["conv", "full_attention"]
+    )
+    with pytest.raises(SppFxError, match=r"keeps .* not keys and values alone.*without --with-past"):
+        build_graph(AutoModelForCausalLM.from_config(config).eval(), with_past=True)
+
+
+def with_forward(forward):
+    model = make_model("llama")
+    model.forward = lambda input_ids, attention_mask, use_cache: SimpleNamespace(
+        logits=forward(input_ids, attention_mask)
+    )
+    return model
 
 
 def test_an_operator_without_onnx_form_is_named():
-    class Strange(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.table = nn.Parameter(torch.randn(VOCAB, 4, 4))
-
-        def forward(self, input_ids, attention_mask):
-            return torch.linalg.eigvalsh(self.table)[input_ids] * attention_mask.unsqueeze(-1)
-
+    table = torch.randn(VOCABULARY, 4, 4)
+    model = with_forward(lambda ids, mask: torch.linalg.eigvalsh(table)[ids] * mask.unsqueeze(-1))
     with pytest.raises(SppFxError, match=r"no ONNX form.*eigh"):
-        build_onnx(Strange().eval())
+        build_graph(model)
 
 
 def test_a_fixed_sequence_length_is_refused():
-    class Fixed(nn.Module):
-        def forward(self, input_ids, attention_mask):
-            return (input_ids * attention_mask + torch.arange(8)).unsqueeze(-1).float()
-
-    with pytest.raises(SppFxError, match="cannot be traced"):
-        build_onnx(Fixed().eval())
+    model = with_forward(lambda ids, mask: (ids * mask + torch.arange(8)).unsqueeze(-1).float())
+    with pytest.raises(SppFxError, match=r"cannot be traced|must stay dynamic"):
+        build_graph(model)

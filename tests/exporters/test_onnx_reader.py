@@ -6,18 +6,19 @@ import pytest
 from onnx import TensorProto, numpy_helper
 
 from spp_fx.errors import FormatError, UsageError
-from spp_fx.exporters.onnx_reader import load_model
-from spp_fx.exporters.onnx_sparse import save, sparsify
-from tests.exporters.test_onnx_sparse import matmul_model, read, two_of_four
+from spp_fx.exporters.onnx.reader import load_model, load_sparse_masks
+from tests.exporters.onnx_files import two_of_four, write_sparse
+
+
+def read(path):
+    return {entry.name: entry for entry in load_sparse_masks(path)}
 
 
 def written(tmp_path, change=lambda sparse: None, external=False):
-    """A 64 x 64 sparse W; `change` spoils its SparseTensorProto before or its references after writing."""
-    model, _ = sparsify(matmul_model(two_of_four((64, 64))), ["W"], "int64")
+    """A 64 x 64 sparse W whose SparseTensorProto `change` spoils."""
     path = tmp_path / "model.onnx"
-    if external:
-        save(model, path, external_threshold=0)
-        model = onnx.load(str(path), load_external_data=False)
+    write_sparse(path, two_of_four((64, 64)), "int64", external)
+    model = onnx.load(str(path), load_external_data=False)
     change(model.graph.sparse_initializer[0])
     path.write_bytes(model.SerializeToString())
     return path
@@ -150,15 +151,16 @@ def test_a_truncated_model_is_refused(tmp_path):
 
 
 def test_a_name_used_twice_is_refused(tmp_path):
-    model, _ = sparsify(matmul_model(two_of_four((8, 8))), ["W"])
+    path = written(tmp_path)
+    model = onnx.load(path)
     model.graph.initializer.append(numpy_helper.from_array(np.ones((2, 2), np.float32), "W"))
-    save(model, tmp_path / "m.onnx")
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(FormatError, match="two initializers have this name"):
         read(tmp_path / "m.onnx")
 
 
 def test_indices_as_coordinates_are_read_as_well(tmp_path):
-    weight = two_of_four((8, 8))
+    weight = two_of_four((64, 64)).numpy()
 
     def as_coordinates(sparse):
         del sparse.dims[:]

@@ -17,10 +17,10 @@ from onnxruntime import (
 )
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # pyright: ignore[reportAttributeAccessIssue]
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from spp_fx.errors import SppFxError
-from spp_fx.exporters.onnx_reader import SparseInitializer, load_model, load_sparse_masks, read_tensors
-from spp_fx.exporters.onnx_sparse import save
+from spp_fx.exporters.onnx.reader import SparseInitializer, load_model, load_sparse_masks, read_tensors
 
 # Largest allowed difference of a logit, as a share of the logits' spread. fp32 differs by the order of
 # summation only (about 1e-6 a layer stack); fp16 and bf16 round every activation to 2^-11 and 2^-8.
@@ -57,12 +57,92 @@ class LogitsComparison:
     computed_in: str
 
 
+class OnnxModel:
+    """A graph in onnxruntime, called like a model whatever its inputs are.
+
+    A bfloat16 file runs as its float32 twin (see `float32_twin`).
+
+    Args:
+        path: an .onnx file that spp-fx wrote, with or without a key/value cache.
+
+    Raises:
+        FormatError: the file is no ONNX model. SppFxError: onnxruntime cannot load it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._session = _session(path)
+        self._inputs = {each.name: each for each in self._session.get_inputs()}
+        self._outputs = [each.name for each in self._session.get_outputs()]
+
+    @property
+    def has_past(self) -> bool:
+        """Whether the graph has a key/value cache."""
+        return any(name.startswith("past_key_values.") for name in self._inputs)
+
+    def empty_past(self, batch: int) -> dict[str, npt.NDArray[Any]]:
+        """The cache of a batch that has seen nothing: no tokens long."""
+        dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+        return {
+            name: np.zeros((batch, each.shape[1], 0, each.shape[3]), dtype=dtypes[each.type])
+            for name, each in self._inputs.items()
+            if name.startswith("past_key_values.")
+        }
+
+    def step(
+        self,
+        input_ids: npt.NDArray[np.int64],
+        attention_mask: npt.NDArray[np.int64],
+        past: dict[str, npt.NDArray[Any]],
+    ) -> tuple[npt.NDArray[Any], dict[str, npt.NDArray[Any]]]:
+        """Logits of new tokens, and the cache with them.
+
+        Args:
+            input_ids: (batch, new) int64.
+            attention_mask: (batch, past + new) int64; positions are counted from it, padding left out.
+            past: of the tokens before, see `empty_past`; {} for a graph without a cache.
+
+        Raises:
+            SppFxError: onnxruntime cannot run the graph.
+        """
+        feeds = {"input_ids": input_ids, "attention_mask": attention_mask, **past}
+        if "position_ids" in self._inputs:
+            feeds["position_ids"] = positions_of(attention_mask)[:, -input_ids.shape[1] :]
+        try:
+            outputs = self._session.run(self._outputs, feeds)
+        except (*_ORT_ERRORS, ValueError) as error:
+            raise SppFxError(
+                f"{self.path}: onnxruntime cannot run the model on a batch of {input_ids.shape}: {_reason(error)}"
+            ) from error
+        arrays = [np.asarray(each) for each in outputs]
+        names = [name.replace("present.", "past_key_values.", 1) for name in self._outputs]
+        return arrays[0], dict(zip(names[1:], arrays[1:], strict=True))
+
+    def logits(
+        self, input_ids: npt.NDArray[np.int64], attention_mask: npt.NDArray[np.int64]
+    ) -> npt.NDArray[Any]:
+        """Logits (batch, sequence, vocabulary) of whole sequences; with a cache, of a half, one token, the rest."""
+        batch, length = input_ids.shape
+        if not self.has_past:
+            return self.step(input_ids, attention_mask, {})[0]
+        past, parts, start = self.empty_past(batch), [], 0
+        for stop in sorted({max(1, length // 2), min(length, length // 2 + 1), length}):
+            new, past = self.step(input_ids[:, start:stop], attention_mask[:, :stop], past)
+            parts.append(new)
+            start = stop
+        return np.concatenate(parts, axis=1)
+
+
+def positions_of(attention_mask: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Where each token stands, padding not counted, as transformers counts when it generates."""
+    positions = np.cumsum(attention_mask, axis=1, dtype=np.int64) - 1
+    return np.where(attention_mask == 0, 1, positions)
+
+
 def run_onnx(
     path: Path, input_ids: npt.NDArray[np.int64], attention_mask: npt.NDArray[np.int64]
 ) -> npt.NDArray[Any]:
     """The logits (batch, sequence, vocabulary) of the file, in the type it computes them in.
-
-    A bfloat16 file runs as its float32 twin (see `float32_twin`).
 
     Args:
         input_ids, attention_mask: (batch, sequence) int64.
@@ -70,8 +150,24 @@ def run_onnx(
     Raises:
         FormatError: the file is no ONNX model. SppFxError: onnxruntime cannot load or run it.
     """
-    session = _session(path)
-    return _run(path, session, input_ids, attention_mask)
+    return OnnxModel(path).logits(input_ids, attention_mask)
+
+
+def logits_of(model: PreTrainedModel, *, count_positions: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """A model as a reference for `compare_logits`.
+
+    Args:
+        model: in eval mode.
+        count_positions: give it position ids that leave padding out, as a graph with a cache is given.
+    """
+
+    def reference(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        extra: dict[str, Tensor] = {}
+        if count_positions:
+            extra["position_ids"] = torch.from_numpy(positions_of(attention_mask.numpy()))
+        return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra).logits
+
+    return reference
 
 
 def compare_logits(
@@ -101,7 +197,7 @@ def compare_logits(
         SppFxError: a logit differs by more than the tolerance, shapes differ, either side is not finite, or
             onnxruntime cannot run the file.
     """
-    session = _session(path)
+    model = OnnxModel(path)
     computed_in = ""
     worst, spread, agreed, positions = 0.0, 0.0, 0, 0
     limit = tolerance
@@ -111,7 +207,7 @@ def compare_logits(
         if limit is None:
             limit = TOLERANCE.get(str(answer.dtype).removeprefix("torch."), TOLERANCE["float32"])
         expected = answer.double().numpy()
-        logits = _run(path, session, input_ids, attention_mask)
+        logits = model.logits(input_ids, attention_mask)
         computed_in, got = logits.dtype.name, logits.astype(np.float64)
         if got.shape != expected.shape:
             raise SppFxError(f"{path}: logits have shape {got.shape}, the reference's {expected.shape}")
@@ -207,7 +303,7 @@ def float32_twin(path: Path) -> onnx.ModelProto:
             elif attribute.HasField("t") and attribute.t.data_type == TensorProto.BFLOAT16:
                 wide = onnx.numpy_helper.to_array(attribute.t).astype(np.float32)
                 attribute.t.CopyFrom(onnx.numpy_helper.from_array(wide))
-    for value in [*model.graph.output, *model.graph.value_info]:
+    for value in [*model.graph.input, *model.graph.output, *model.graph.value_info]:
         if value.type.tensor_type.elem_type == TensorProto.BFLOAT16:
             value.type.tensor_type.elem_type = TensorProto.FLOAT
     return model
@@ -236,7 +332,7 @@ def _session(path: Path) -> InferenceSession:
             return InferenceSession(str(path), options, providers=providers)
         with tempfile.TemporaryDirectory(prefix="spp-fx-") as folder:
             twin = Path(folder) / "model.onnx"
-            save(float32_twin(path), twin)
+            onnx.save(float32_twin(path), twin, save_as_external_data=True, location="model.data")
             return InferenceSession(str(twin), options, providers=providers)
     except _ORT_ERRORS as error:
         raise SppFxError(f"{path}: onnxruntime cannot load the model: {_reason(error)}") from error
@@ -246,21 +342,6 @@ def _has_bfloat16(path: Path) -> bool:
     graph = load_model(path).graph
     weights = [*graph.initializer, *(sparse.values for sparse in graph.sparse_initializer)]
     return any(tensor.data_type == TensorProto.BFLOAT16 for tensor in weights)
-
-
-def _run(
-    path: Path,
-    session: InferenceSession,
-    input_ids: npt.NDArray[np.int64],
-    attention_mask: npt.NDArray[np.int64],
-) -> npt.NDArray[Any]:
-    try:
-        outputs = session.run(["logits"], {"input_ids": input_ids, "attention_mask": attention_mask})
-    except (*_ORT_ERRORS, ValueError) as error:
-        raise SppFxError(
-            f"{path}: onnxruntime cannot run the model on a batch of {input_ids.shape}: {_reason(error)}"
-        ) from error
-    return np.asarray(outputs[0])
 
 
 def _reason(error: Exception) -> str:

@@ -1,6 +1,6 @@
 """The weights of an .onnx file, dense and sparse, read from the protobuf and believed only when checked.
 
-This shares no code with `onnx_sparse`, which writes such files: it is what a written file is checked with.
+This shares no code with what writes such files: it is what a written file is checked with.
 """
 
 import math
@@ -18,6 +18,8 @@ from onnx import TensorProto
 
 from spp_fx.errors import FormatError, UsageError
 
+TENSOR_LIMIT = 2**31
+"""onnxruntime's limit of a sparse tensor's dense form, in bytes; more elements than that are believed of none."""
 _WEIGHT_TYPES = {
     TensorProto.FLOAT,
     TensorProto.FLOAT16,
@@ -88,6 +90,42 @@ def read_tensors(path: Path) -> Iterator[tuple[str, npt.NDArray[Any]]]:
             yield tensor.name, _read(path, where, tensor)
 
 
+class OnnxFile:
+    """An .onnx file, whose weights are read one by one when they are asked for.
+
+    Raises:
+        UsageError: there is no such file.
+        FormatError: it is no ONNX model; a name is missing or comes twice.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.proto = load_model(path)
+        seen: set[str] = set()
+        self.dense = {t.name: t for t in self.proto.graph.initializer if _claim(path, t.name, seen)}
+        self.sparse = {
+            s.values.name: s for s in self.proto.graph.sparse_initializer if _claim(path, s.values.name, seen)
+        }
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of an initializer, as the file says."""
+        return tuple((self.dense.get(name) or self.sparse[name]).dims)
+
+    def read(self, name: str) -> npt.NDArray[Any]:
+        """The numbers of an initializer, a sparse one expanded; checked as in `load_sparse_masks`."""
+        where = f"{name} ({self.path})"
+        if name in self.sparse:
+            return _read_sparse(self.path, where, self.sparse[name]).dense()
+        return _read(self.path, where, self.dense[name])
+
+    def is_weight(self, name: str) -> bool:
+        """Whether an initializer has two dimensions or more and a type that weights have."""
+        tensor = self.dense.get(name)
+        return name in self.sparse or (
+            tensor is not None and len(tensor.dims) >= 2 and tensor.data_type in _WEIGHT_TYPES
+        )
+
+
 def load_model(path: Path) -> onnx.ModelProto:
     """The protobuf of an .onnx file, external data left where it is.
 
@@ -131,6 +169,10 @@ def _read_sparse(path: Path, where: str, sparse: onnx.SparseTensorProto) -> Spar
     if not shape or min(shape) <= 0:
         raise FormatError(f"{where}: {list(shape)} is no shape of a sparse tensor")
     numel = math.prod(shape)
+    if numel > TENSOR_LIMIT:
+        raise FormatError(
+            f"{where}: {list(shape)} is larger than a sparse tensor can be, {TENSOR_LIMIT} elements"
+        )
     if sparse.indices.data_type not in (
         TensorProto.INT8,
         TensorProto.INT16,
@@ -168,7 +210,9 @@ def _read(path: Path, where: str, tensor: TensorProto) -> npt.NDArray[Any]:
         dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
     except KeyError as error:
         raise FormatError(f"{where}: unknown data type {tensor.data_type}") from error
-    if any(dim < 0 for dim in dims):
+    if dtype.hasobject:
+        raise FormatError(f"{where}: holds text where numbers are expected")
+    if any(not 0 <= dim < 2**48 for dim in dims):
         raise FormatError(f"{where}: {dims} is no shape")
     count = math.prod(dims)
     if tensor.data_location == TensorProto.EXTERNAL:
@@ -190,15 +234,7 @@ def _read_external(
     path: Path, where: str, tensor: TensorProto, dtype: np.dtype[Any], count: int
 ) -> npt.NDArray[Any]:
     entries = {entry.key: entry.value for entry in tensor.external_data}
-    location = entries.get("location", "")
-    folder = path.parent.resolve()
-    if not location or "\0" in location:
-        raise FormatError(f"{where}: external data without a file name")
-    file = (folder / location).resolve()
-    if Path(location).is_absolute() or folder not in file.parents:
-        raise FormatError(f"{where}: external data at {location!r} is not inside the model's folder")
-    if not file.is_file():
-        raise FormatError(f"{where}: the data file {location} is missing")
+    file = _data_file(path, where, entries.get("location", ""))
     needed = count * dtype.itemsize
     offset, length = entries.get("offset", "0"), entries.get("length", str(needed))
     if not all(text.isascii() and text.isdecimal() and len(text) < 20 for text in (offset, length)):
@@ -206,5 +242,22 @@ def _read_external(
     if int(length) != needed:
         raise FormatError(f"{where}: {length} bytes of data, the shape {list(tensor.dims)} needs {needed}")
     if int(offset) + needed > os.path.getsize(file):
-        raise FormatError(f"{where}: {location} is truncated, it ends before byte {int(offset) + needed}")
+        raise FormatError(f"{where}: {file.name} is truncated, it ends before byte {int(offset) + needed}")
     return np.fromfile(file, dtype=dtype, count=count, offset=int(offset))
+
+
+def _data_file(path: Path, where: str, location: str) -> Path:
+    """The file that external data lies in: one of the model's folder."""
+    if not location or "\0" in location:
+        raise FormatError(f"{where}: external data without a file name")
+    try:
+        folder = path.parent.resolve()
+        file = (folder / location).resolve()
+        found = file.is_file()
+    except OSError as error:
+        raise FormatError(f"{where}: external data at {location[:80]!r}: {error.strerror}") from error
+    if Path(location).is_absolute() or folder not in file.parents:
+        raise FormatError(f"{where}: external data at {location[:80]!r} is not inside the model's folder")
+    if not found:
+        raise FormatError(f"{where}: the data file {location} is missing")
+    return file

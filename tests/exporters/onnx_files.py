@@ -1,0 +1,116 @@
+"""Small .onnx files with one weight, written by the encoders of the formats."""
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from spp_fx.exporters.manifest import Part
+from spp_fx.exporters.onnx.check import OnnxModel
+from spp_fx.exporters.onnx.data import TYPES, DataFile, save
+from spp_fx.exporters.onnx.encoding import Encoded, Encoding
+from spp_fx.exporters.onnx.graph import GraphParameter
+from spp_fx.exporters.onnx.parameters import SparseParameter
+from spp_fx.exporters.onnx.sparse import SparseInitializers
+from spp_fx.exporters.onnx.weights import GraphWeights
+from spp_fx.sparsity import make_entry, pack_mask, parse_pattern
+
+
+def two_of_four(shape, dtype=torch.float32, seed=0):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    weight.view(-1, 4)[:, [0, 3]] = 0
+    return weight
+
+
+def matmul_model(columns: int, rows: int, dtype: int = TensorProto.FLOAT, opset: int = 18):
+    """Y = X @ W^T in float32, for a W (rows, columns) of any type that is still to be put in."""
+    graph = helper.make_graph(
+        [
+            helper.make_node("Transpose", ["W"], ["turned"], perm=[1, 0]),
+            helper.make_node("Cast", ["turned"], ["wide"], to=TensorProto.FLOAT)
+            if dtype != TensorProto.FLOAT
+            else helper.make_node("Identity", ["turned"], ["wide"]),
+            helper.make_node("MatMul", ["X", "wide"], ["Y"]),
+        ],
+        "g",
+        [helper.make_tensor_value_info("X", TensorProto.FLOAT, ["n", columns])],
+        [helper.make_tensor_value_info("Y", TensorProto.FLOAT, ["n", rows])],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+
+
+def sites_of(weight: torch.Tensor, pattern: str, transposed: bool = False) -> SparseParameter:
+    entry = make_entry(
+        "W", "linear", pack_mask(weight, transposed=transposed), parse_pattern(pattern), transposed
+    )
+    return SparseParameter(((entry, Part(initializer="W")),), True, transposed)
+
+
+def write_weight(
+    path: Path,
+    weight: torch.Tensor,
+    encoding: Encoding,
+    pattern: str = "2:4",
+    *,
+    model=None,
+    transposed: bool = False,
+    external: bool = False,
+) -> Encoded:
+    """Put `weight` as W into a model (by default `matmul_model`) and write it."""
+    proto = model or matmul_model(weight.shape[-1], weight.shape[-2], TYPES[weight.dtype])
+    parameter = GraphParameter("W", tuple(weight.shape), TYPES[weight.dtype])
+    data_path = path.with_name(path.name + ".data")
+    with DataFile(data_path) as data:
+        done = encoding.encode(parameter, sites_of(weight, pattern, transposed), weight, data)
+    proto.graph.initializer.extend([*done.tensors, *encoding.constants()])
+    if done.sparse is not None:
+        proto.graph.sparse_initializer.append(done.sparse)
+    nodes = [*done.nodes, *proto.graph.node]
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    save(proto, path, data_path, single_file_limit=-1 if external else 2**30)
+    return done
+
+
+def write_sparse(path: Path, weight: torch.Tensor, indices="smallest", external: bool = False) -> Encoded:
+    return write_weight(path, weight, SparseInitializers(indices), external=external)
+
+
+def product(path: Path, columns: int, level: str = "ORT_ENABLE_ALL") -> np.ndarray:
+    """What onnxruntime computes for X = 1: W^T."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return session.run(None, {"X": np.eye(columns, dtype=np.float32)})[0]
+
+
+def read_back(path: Path, name: str = "W") -> torch.Tensor:
+    return GraphWeights.open(path).read(name)
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+def replace(proto, name: str, array: np.ndarray) -> None:
+    """Put other numbers into an initializer."""
+    for tensor in proto.graph.initializer:
+        if tensor.name == name:
+            tensor.CopyFrom(numpy_helper.from_array(array, name))
+            return
+    raise AssertionError(f"no initializer {name}")
+
+
+def greedy(path, input_ids, attention_mask, new):
+    """The loop that every user of such a graph writes."""
+    graph = OnnxModel(path)
+    past, step, tokens = graph.empty_past(len(input_ids)), input_ids, input_ids
+    for _ in range(new):
+        logits, past = graph.step(step, attention_mask, past)
+        step = logits[:, -1].argmax(axis=-1)[:, None].astype(np.int64)
+        tokens = np.concatenate([tokens, step], axis=1)
+        attention_mask = np.concatenate([attention_mask, np.ones_like(step)], axis=1)
+    return tokens

@@ -1,0 +1,222 @@
+"""onnx-packed: standard operators give the weight back, in every runtime, and lies about it are refused."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx.reference import ReferenceEvaluator
+
+from spp_fx.errors import FormatError
+from spp_fx.exporters.onnx.data import TYPES
+from spp_fx.exporters.onnx.graph import GraphParameter
+from spp_fx.exporters.onnx.packed import Packing
+from tests.exporters.onnx_files import (
+    bits,
+    matmul_model,
+    product,
+    read_back,
+    replace,
+    sites_of,
+    two_of_four,
+    write_weight,
+)
+
+PATTERNS = ["2:4", "1:2", "1:4", "4:8", "2:8", "3:5", "8:16"]
+
+
+def pruned(pattern: str, shape: tuple[int, ...], dtype=torch.float32, seed: int = 0) -> torch.Tensor:
+    """A random weight that keeps up to N of M, with groups that keep fewer."""
+    kept, group = map(int, pattern.split(":"))
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(shape, generator=generator).to(dtype)
+    groups = weight.view(-1, group)
+    order = torch.rand(groups.shape, generator=generator).argsort(dim=1)
+    groups[order >= kept] = 0
+    groups[::7] = 0
+    groups[3::7, 1:] = 0
+    return weight
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("level", ["ORT_DISABLE_ALL", "ORT_ENABLE_BASIC"])
+def test_onnxruntime_and_the_reader_unpack_it(tmp_path, pattern, level):
+    weight = pruned(pattern, (32, int(pattern.split(":")[1]) * 6))
+    write_weight(tmp_path / "m.onnx", weight, Packing(), pattern)
+    np.testing.assert_array_equal(product(tmp_path / "m.onnx", weight.shape[1], level), weight.numpy().T)
+    assert bits(read_back(tmp_path / "m.onnx")) == bits(weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_every_type_passes_the_checker_and_comes_back(tmp_path, dtype):
+    weight = pruned("2:4", (16, 32), dtype)
+    weight[0, 0:4] = torch.tensor([torch.finfo(dtype).smallest_normal / 2, 0, -0.0, 0])  # subnormal, -0.0
+    done = write_weight(
+        tmp_path / "m.onnx", weight, Packing(), model=matmul_model(32, 16, TYPES[dtype], opset=21)
+    )
+    assert done.negative_zeros == 0
+    onnx.checker.check_model(str(tmp_path / "m.onnx"), full_check=True)
+    assert bits(read_back(tmp_path / "m.onnx")) == bits(weight)
+    np.testing.assert_array_equal(product(tmp_path / "m.onnx", 32), weight.float().numpy().T)
+
+
+def test_the_standards_own_evaluator_agrees(tmp_path):
+    weight = pruned("4:8", (16, 32))
+    write_weight(tmp_path / "m.onnx", weight, Packing(), "4:8")
+    (result,) = ReferenceEvaluator(str(tmp_path / "m.onnx")).run(None, {"X": np.eye(32, dtype=np.float32)})
+    np.testing.assert_array_equal(result, weight.numpy().T)
+
+
+def test_openvino_agrees(tmp_path):
+    openvino = pytest.importorskip("openvino", reason="the extra 'openvino' is not installed")
+    weight = pruned("2:4", (16, 32))
+    write_weight(tmp_path / "m.onnx", weight, Packing())
+    model = openvino.Core().compile_model(
+        str(tmp_path / "m.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
+    (result,) = model({"X": np.eye(32, dtype=np.float32)}).values()
+    np.testing.assert_array_equal(result, weight.numpy().T)
+
+
+def test_onnxruntime_folds_it_away(tmp_path):
+    import onnxruntime
+
+    write_weight(tmp_path / "m.onnx", two_of_four((32, 64)), Packing())
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(tmp_path / "folded.onnx")
+    onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), options, providers=["CPUExecutionProvider"])
+    assert [node.op_type for node in onnx.load(tmp_path / "folded.onnx").graph.node] == ["MatMul"]
+
+
+def test_storage_the_other_way_round_and_stacks(tmp_path):
+    stored = pruned("2:4", (64, 32)).T.contiguous()  # (in, out)
+    write_weight(tmp_path / "t.onnx", stored, Packing(), transposed=True)
+    assert bits(read_back(tmp_path / "t.onnx")) == bits(stored)
+    stack = pruned("2:4", (3, 8, 16))
+    write_weight(tmp_path / "s.onnx", stack, Packing())
+    assert bits(read_back(tmp_path / "s.onnx")) == bits(stack)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "pattern", "share"),
+    [(torch.float16, "2:4", 0.5625), (torch.float32, "2:4", 0.53125), (torch.float16, "8:16", 0.5625)],
+)
+def test_the_size_is_known_before(dtype, pattern, share):
+    weight = pruned(pattern, (64, 64), dtype)
+    parameter = GraphParameter("W", (64, 64), TYPES[dtype])
+    sites = sites_of(weight, pattern)
+    assert Packing().refusal(parameter, sites) is None
+    assert Packing().size(parameter, sites) == share * weight.nbytes
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("40%", "40% is not packed, only N:M with M up to 16"),
+        ("16:32", "16:32 is not packed"),
+        ("15:16", "grow"),
+    ],
+)
+def test_what_stays_dense_says_why(pattern, message):
+    weight = torch.zeros(32, 32, dtype=torch.float16)
+    parameter = GraphParameter("W", (32, 32), TYPES[torch.float16])
+    if pattern == "15:16":  # three groups of int8: no two codes share a byte
+        weight, parameter = weight[:3, :16], GraphParameter("W", (3, 16), onnx.TensorProto.INT8)
+    refusal = Packing().refusal(parameter, sites_of(weight, pattern))
+    assert refusal is not None
+    assert message in refusal
+
+
+def edit(name, change):
+    def apply(proto):
+        tensor = next(t for t in proto.graph.initializer if t.name == name)
+        replace(proto, name, change(onnx.numpy_helper.to_array(tensor).copy()))
+
+    return apply
+
+
+def put(array, index, value):
+    array[index] = value
+    return array
+
+
+def other_axis(proto):
+    node = next(node for node in proto.graph.node if node.op_type == "ScatterElements")
+    node.attribute[0].i = 0
+
+
+def attribute(op_type, name, value):
+    def apply(proto):
+        node = next(node for node in proto.graph.node if node.op_type == op_type)
+        kept = [each for each in node.attribute if each.name != name]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+        node.attribute.append(onnx.helper.make_attribute(name, value))
+
+    return apply
+
+
+def without_inputs(op_type):
+    def apply(proto):
+        node = next(node for node in proto.graph.node if node.op_type == op_type)
+        del node.input[0 if op_type != "ScatterElements" else 1 :]
+
+    return apply
+
+
+def unread(proto):
+    node = next(node for node in proto.graph.node if node.op_type == "Transpose")
+    node.input[0] = "W.values"
+
+
+def other_source(proto):
+    node = next(node for node in proto.graph.node if node.op_type == "ScatterElements")
+    node.input[0] = "X"
+
+
+def other_background(proto):
+    node = next(node for node in proto.graph.node if node.op_type == "ConstantOfShape")
+    node.attribute[0].t.CopyFrom(onnx.helper.make_tensor("one", onnx.TensorProto.FLOAT, [1], [1.0]))
+
+
+TABLE = "spp_fx.positions.2_4x2"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (edit("W.codes", lambda a: put(a, 0, 255)), "code 255 is past the table's 36 rows"),
+        (edit("W.codes", lambda a: a[:-1]), "do not belong together"),
+        (edit("W.values", lambda a: a[:, :-1]), "do not belong together"),
+        (edit(TABLE, lambda a: put(a, (0, 0), 7)), "ascending positions below 8"),
+        (edit(TABLE, lambda a: put(a, (0, 3), 8)), "ascending positions below 8"),
+        (edit("W.runs", lambda a: put(a, 1, 10**12)), "a run of 1000000000000 elements"),
+        (edit("W.runs", lambda a: put(a, 0, 3)), "do not belong together"),
+        (edit("W.shape", lambda a: put(a, 0, 17)), r"its shape \[17, 32\]"),
+        (other_background, "background is not zero"),
+        (other_axis, "ScatterElements has axis 0"),
+        (attribute("ScatterElements", "reduction", "mul"), "ScatterElements has reduction b'mul'"),
+        (attribute("Cast", "to", onnx.TensorProto.BOOL), "Cast has to 9"),
+        (attribute("Gather", "axis", 1), "Gather has axis 1"),
+        (attribute("Reshape", "allowzero", 1), "Reshape has allowzero 1"),
+        (attribute("Gather", "surprise", 1), "Gather has an attribute surprise"),
+        (without_inputs("Cast"), "Cast has 0 inputs"),
+        (without_inputs("Gather"), "Gather has 0 inputs"),
+        (without_inputs("ConstantOfShape"), "ConstantOfShape has 0 inputs"),
+        (edit("W.runs", lambda a: a[0]), "W.runs is int64 of 0 dimensions"),
+        (edit("W.runs", lambda a: a.astype(np.float32) * np.nan), "W.runs is float32"),
+        (edit("W.shape", lambda a: a[0]), "W.shape is int64 of 0 dimensions"),
+        (edit(TABLE, lambda a: a.astype(np.float32) * np.nan), "is float32 of 2 dimensions"),
+        (edit("W.codes", lambda a: a.astype(np.int8)), "W.codes is int8"),
+        (unread, "nothing reads the weight"),
+        (other_source, "X is not made by Cast or ConstantOfShape"),
+    ],
+)
+def test_a_packing_that_lies_is_refused(tmp_path, damage, message):
+    path = tmp_path / "m.onnx"
+    write_weight(path, pruned("2:4", (16, 32)), Packing())
+    proto = onnx.load(path)
+    damage(proto)
+    path.write_bytes(proto.SerializeToString())
+    with pytest.raises(FormatError, match=message):
+        read_back(path)
