@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from spp_fx.version import VERSION
 
 if TYPE_CHECKING:
+    from spp_fx import runtime
     from spp_fx.errors import SppFxError
     from spp_fx.ir.printer import print_program
     from spp_fx.ir.program import Program
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from spp_fx.workflows.merge import merge
     from spp_fx.workflows.prune import prune
     from spp_fx.workflows.train import TrainSettings, train
+    from spp_fx.workflows.unpack import unpack
     from spp_fx.workflows.verify import verify
 
 __version__ = VERSION
@@ -53,6 +55,7 @@ _HOMES = {
     "run_pipeline": "spp_fx.passes",
     "trace": "spp_fx.ir.trace",
     "train": "spp_fx.workflows.train",
+    "unpack": "spp_fx.workflows.unpack",
     "verify": "spp_fx.workflows.verify",
 }
 
@@ -74,13 +77,17 @@ __all__ = [
     "print_program",
     "prune",
     "run_pipeline",
+    "runtime",
     "trace",
     "train",
+    "unpack",
     "verify",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "runtime":
+        return import_module("spp_fx.runtime")
     if name not in _HOMES:
         raise AttributeError(f"module 'spp_fx' has no attribute '{name}'")
     return getattr(import_module(_HOMES[name]), name)

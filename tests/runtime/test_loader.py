@@ -1,0 +1,240 @@
+"""load: the exported model is the plain folder's model, on a CPU to the bit; on a GPU as the libraries allow."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig
+
+import spp_fx.runtime
+from spp_fx.errors import FormatError, UsageError
+from spp_fx.exporters import FORMATS
+from spp_fx.exporters.manifest import MANIFEST, sha256
+from spp_fx.runtime import PackWarning, load, loader, trust
+from spp_fx.runtime.loader import decode, load_with
+from tests.families import FAMILIES, make_model
+from tests.runtime.exports import exported, logits, reference, save_sparse, wide_model
+from tests.runtime.libraries import Refuses, Right, WrongOrder
+
+CPU = torch.device("cpu")
+UP = "model.layers.0.mlp.up_proj.weight"
+DECODED = [name for name, format in FORMATS.items() if format.decode is not None]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_known():
+    trust.DECIDED.clear()
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A 2:4 Llama in half precision."""
+    folder = save_sparse(tmp_path_factory.mktemp("wide") / "model", wide_model())
+    GenerationConfig(max_new_tokens=9, do_sample=False).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(wide):
+    return exported(wide, "safetensors")
+
+
+@pytest.fixture(scope="module")
+def packed(wide):
+    """For sm80."""
+    return exported(wide, "cusparselt", sm=80)
+
+
+def same_model(loaded, plain):
+    mine, theirs = loaded.state_dict(), plain.state_dict()
+    assert mine.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert mine[name].dtype == value.dtype, name
+        assert torch.equal(mine[name], value), name
+    assert not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_plain_export_is_what_transformers_loads(family, tmp_path):
+    folder = save_sparse(tmp_path / "model", family)
+    loaded, plain = load(exported(folder, "safetensors")), reference(folder)
+    same_model(loaded, plain)
+    assert torch.equal(logits(loaded), logits(plain))
+    reasons = {(each.form, each.reason) for each in loaded.spp_fx_sites.values()}
+    assert reasons == {("dense", "it is stored as dense, which no library multiplies by")}
+
+
+@pytest.mark.parametrize("format", DECODED)
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2", "mixtral"])
+def test_every_format_decodes_to_what_transformers_loads(format, family, tmp_path):
+    folder = save_sparse(tmp_path / "model", wide_model(family))
+    loaded, plain = load(exported(folder, format)), reference(folder)
+    same_model(loaded, plain)
+    assert torch.equal(logits(loaded), logits(plain))
+
+
+@pytest.mark.parametrize("format", DECODED)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_packed_weights_decode_to_the_bit(format, dtype, tmp_path):
+    folder = save_sparse(tmp_path / "model", wide_model(dtype=dtype))
+    loaded, plain = load(exported(folder, format)), reference(folder)
+    same_model(loaded, plain)
+    assert torch.equal(logits(loaded), logits(plain))
+
+
+def test_it_generates_as_the_plain_model_does(wide, plain):
+    ids = torch.tensor([[5, 6, 7]])
+    written = load(plain).generate(ids)
+    assert written.shape == (1, 12)
+    assert torch.equal(written, reference(wide).generate(ids))
+
+
+def test_modules_that_transformers_keeps_in_float32_are(tmp_path):
+    folder = save_sparse(tmp_path / "model", make_model("gpt-oss", dtype=torch.float16))
+    loaded = load(exported(folder, "safetensors"))
+    same_model(loaded, reference(folder))
+    assert {p.dtype for p in loaded.parameters()} == {torch.float16, torch.float32}
+
+
+def test_a_config_without_a_dtype_takes_the_weights(tmp_path):
+    folder = save_sparse(tmp_path / "model", make_model("llama", dtype=torch.bfloat16))
+    config = json.loads((folder / "config.json").read_text())
+    del config["dtype"]
+    (folder / "config.json").write_text(json.dumps(config))
+    loaded = load(exported(folder, "safetensors"))
+    assert loaded.dtype == torch.bfloat16
+    same_model(loaded, reference(folder))
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_tied_weights_that_are_stored_twice(tmp_path, equal):
+    folder = save_sparse(tmp_path / "model", "llama-tied")
+    path = folder / "model.safetensors"
+    values = load_file(path)
+    head = values["model.embed_tokens.weight"].clone() * (1 if equal else 2)
+    save_file(values | {"lm_head.weight": head}, path, {"format": "pt"})
+    loaded, plain = load(exported(folder, "safetensors")), reference(folder)
+    assert torch.equal(logits(loaded), logits(plain))
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == equal
+
+
+def test_a_tensor_that_the_export_lacks_is_named(plain, monkeypatch):
+    def without(folder, manifest):
+        found = decode(folder, manifest)
+        return replace(found, shapes={name: shape for name, shape in found.shapes.items() if name != UP})
+
+    monkeypatch.setattr(loader, "decode", without)
+    with pytest.raises(FormatError, match=rf"{UP}: the checkpoint holds no tensor for it"):
+        load(plain)
+
+
+def test_a_changed_file_is_refused_before_anything_is_read(plain, tmp_path):
+    out = shutil.copytree(plain, tmp_path / "out")
+    with (out / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+    with pytest.raises(FormatError, match=r"model\.safetensors: has changed since it was exported"):
+        load(out)
+
+
+def test_what_is_no_export_is_refused(wide, tmp_path):
+    with pytest.raises(UsageError, match=r"has no export\.json; make an export"):
+        load(wide)
+    with pytest.raises(UsageError, match="there is no such folder"):
+        load(tmp_path / "nowhere")
+
+
+def test_a_program_is_refused_with_what_runs_it(tmp_path):
+    out = exported(save_sparse(tmp_path / "model", "llama"), "onnx", compare_logits=False)
+    with pytest.raises(
+        UsageError, match=r"program of its own: run .*/model\.onnx with onnxruntime, or export"
+    ):
+        load(out)
+
+
+def test_a_device_that_is_not_there_is_refused(packed):
+    with pytest.raises(UsageError, match="device 'gpu'"):
+        load(packed, device="gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="sees no CUDA device; use device='cpu'"):
+            load(packed, device="cuda")
+
+
+needs_decode = pytest.mark.skipif(
+    "cusparselt" not in DECODED, reason="cusparselt exports cannot be decoded yet"
+)
+
+
+def with_library(folder, library):
+    return load_with(folder, CPU, lambda layout: library)
+
+
+def test_on_a_cpu_packs_are_decoded_and_it_says_why(packed):
+    forms = load(packed).spp_fx_sites
+    assert len(forms) == 14
+    assert {(each.form, each.reason) for each in forms.values()} == {("dense", "cpu has no 2:4 product")}
+
+
+def test_packs_are_used_as_they_are_stored(packed, wide):
+    library = Right()
+    loaded = with_library(packed, library)
+    assert {each.form for each in loaded.spp_fx_sites.values()} == {"packed"}
+    assert "repack" not in library.calls
+    assert library.calls.count("wrap") == 14 + 3  # every site, and one of each of three shapes before
+    assert torch.equal(logits(loaded), logits(reference(wide)))
+
+
+@pytest.mark.parametrize(("library", "form"), [(WrongOrder(), "repacked"), (Refuses(), "dense")])
+def test_packs_that_are_not_trusted_do_not_run(packed, wide, library, form):
+    with pytest.warns(PackWarning) as caught:
+        loaded = with_library(packed, library)
+    assert len(caught) == 3
+    assert {each.form for each in loaded.spp_fx_sites.values()} == {form}
+    assert all(each.reason for each in loaded.spp_fx_sites.values())
+    assert torch.equal(logits(loaded), logits(reference(wide)))
+
+
+@pytest.mark.parametrize(
+    ("family", "site", "reason"),
+    [
+        ("llama-tied", "lm_head.weight", "it is shared by model.embed_tokens.weight and lm_head.weight"),
+        ("gpt2", "transformer.h.0.mlp.c_fc.weight", "its module is a Conv1D, no plain linear"),
+        ("mixtral", "model.layers.0.block_sparse_moe.experts.0.w1.weight", "it is part of a stack"),
+    ],
+)
+def test_what_is_no_linear_of_its_own_runs_dense(family, site, reason, tmp_path):
+    folder = save_sparse(tmp_path / "model", wide_model(family), also=("embed",))
+    path = folder / "model.safetensors"
+    values = load_file(path)
+    if family == "llama-tied":  # stored under the other of its two names
+        values["lm_head.weight"] = values.pop("model.embed_tokens.weight")
+    save_file(values, path, {"format": "pt"})
+    loaded = with_library(exported(folder, "cusparselt", sm=80), Right())
+    form = loaded.spp_fx_sites[site]
+    assert (form.form, (form.reason or "")[: len(reason)]) == ("dense", reason)
+    assert torch.equal(logits(loaded), logits(reference(folder)))
+
+
+def test_a_pack_of_another_dtype_than_the_models_runs_dense(packed, tmp_path):
+    out = shutil.copytree(packed, tmp_path / "out")
+    config = json.loads((out / "config.json").read_text()) | {"dtype": "bfloat16"}
+    (out / "config.json").write_text(json.dumps(config))
+    manifest = json.loads((out / MANIFEST).read_text())
+    manifest["files"]["config.json"] = sha256(out / "config.json")
+    (out / MANIFEST).write_text(json.dumps(manifest))
+    loaded = with_library(out, Right())
+    assert loaded.spp_fx_sites[UP].form == "dense"
+    assert loaded.spp_fx_sites[UP].reason == "it is packed as F16, the model computes in bfloat16"
+
+
+def test_importing_the_package_does_not_import_torch():
+    code = "import spp_fx.runtime, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    with pytest.raises(AttributeError, match="no attribute 'unload'"):
+        _ = spp_fx.runtime.unload
