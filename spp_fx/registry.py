@@ -1,7 +1,7 @@
 """Things known by a name: passes, methods, criteria, formats; packages of others add theirs by entry points."""
 
 from collections.abc import Callable
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
 from spp_fx.errors import UsageError
@@ -27,10 +27,18 @@ class Registry(dict[str, T], Generic[T]):
         """What has a name; UsageError lists what is known."""
         if name not in self:
             for entry in entry_points(group=self._group):
-                entry.load()
+                _load(entry, self._what)
         if name not in self:
             raise UsageError(f"unknown {self._what} '{name}'; known: {', '.join(sorted(self))}")
         return self[name]
+
+
+def _load(entry: EntryPoint, what: str) -> None:
+    try:
+        entry.load()
+    except ImportError as error:
+        package = entry.dist.name if entry.dist else "a package"
+        raise UsageError(f"{what} '{entry.name}' of {package} cannot be imported: {error}") from error
 
 
 def naming(registry: Registry[Any]) -> Callable[[str], Callable[[C], C]]:

@@ -146,7 +146,9 @@ def _sample_offsets(start: int, end: int) -> list[int]:
 def _read_config(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").exists():
         if (folder / "adapter_config.json").exists():
-            raise UsageError(f"{folder}: is an adapter folder; give the folder of the base model")
+            raise UsageError(
+                f"{folder}: is an adapter folder; give its base model, or what 'spp-fx merge' makes of both"
+            )
         raise UsageError(f"{folder}: has no config.json; give the folder of a Hugging Face model")
     path = within(folder, "config.json")
     if regular_file_size(path) > _MAX_CONFIG_BYTES:

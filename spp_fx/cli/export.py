@@ -76,11 +76,15 @@ def export_command(output: Output, model: str, **options: Any) -> None:
     def show() -> None:
         size = sum(file["bytes"] for file in data["files"])
         click.echo(f"{done.out}: {data['format']}, {len(data['sites'])} sparse weights, {megabytes(size)}")
-        for key, value in data["sizes"].items():
-            click.echo(f"  size, {key.removesuffix('_bytes').replace('_', ' ')}: {megabytes(value)}")
-        for key, value in data["checks"].items():
-            shown = f"{value:.3g}" if isinstance(value, float) else value
-            click.echo(f"  checked, {key.replace('_', ' ')}: {shown}")
+        dense, sites = (data["sizes"].get(f"{each}_bytes", 0) for each in ("dense", "sites"))
+        if dense:
+            click.echo(f"  they take {megabytes(sites)}, {sites / dense:.4g} of what they take dense")
+        checks = {key.replace("_", " "): value for key, value in data["checks"].items()}
+        counts = [f"{value} {key}" for key, value in checks.items() if isinstance(value, int) and value]
+        click.echo(f"  checked: {', '.join(counts)}")
+        for key, value in checks.items():
+            if not isinstance(value, int):
+                click.echo(f"  {key}: {f'{value:.3g}' if isinstance(value, float) else value}")
         for reason, names in done.reasons().items():
             click.echo(f"  {len(names)} weights ({names[0]}, ...): {reason}")
 

@@ -17,7 +17,7 @@ from spp_fx.console import Output
 @click.option("--junit", type=FOLDER, help="Also write a JUnit report.")
 @click.option("--github", is_flag=True, help="Also print GitHub annotations.")
 def verify_command(output: Output, artifact: Path, **options: Any) -> int:
-    """Hold an ARTIFACT to its lock, a pattern or another artifact; exit 1 if a site does not hold.
+    """Hold an ARTIFACT to its lock, a pattern or another artifact; exit 1 if it is not as it should be.
 
     ARTIFACT is a model, adapter or export folder, a .safetensors or an .onnx file.
 
@@ -44,6 +44,8 @@ def verify_command(output: Output, artifact: Path, **options: Any) -> int:
         write_junit(data, artifact.resolve(), options["junit"])
 
     def show() -> None:
+        for problem in verdict.problems:
+            click.echo(f"FAIL {verdict.kind}: {printable(problem)}")
         for site in verdict.sites:
             if not site.ok:
                 click.echo(f"FAIL {printable(site.name)}: {printable(site.reason or '')}")
@@ -54,9 +56,9 @@ def verify_command(output: Output, artifact: Path, **options: Any) -> int:
             masks = f", {equal} masks equal" if equal else ""
             click.echo(f"ok: {verdict.kind} {artifact}: all {summary['sites']} sites {held}{masks}")
         else:
-            click.echo(
-                f"not ok: {verdict.kind} {artifact}: {summary['failed']} of {summary['sites']} sites fail"
-            )
+            why = f", {len(verdict.problems)} problems of the whole" if verdict.problems else ""
+            failed = f"{summary['failed']} of {summary['sites']} sites fail"
+            click.echo(f"not ok: {verdict.kind} {artifact}: {failed}{why}")
 
     output.result(data, show)
     if options["github"]:

@@ -1,6 +1,6 @@
 """Exporters: one format a file, each a writer and a reader."""
 
-from spp_fx.exporters import cusparselt, onnx, plain
+from spp_fx.exporters import cusparselt, cutlass, onnx, plain, sparse_bitmask
 from spp_fx.exporters.registry import (
     FORMATS,
     Decoded,
@@ -24,8 +24,10 @@ __all__ = [
     "Tick",
     "Weights",
     "cusparselt",
+    "cutlass",
     "find_format",
     "onnx",
     "plain",
     "register",
+    "sparse_bitmask",
 ]

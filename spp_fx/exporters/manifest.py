@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from spp_fx.checkpoint.header import stored_nbytes
 from spp_fx.errors import FormatError
 from spp_fx.sparsity import LOCK_NAME, load_lock
 
@@ -26,6 +28,7 @@ class Part(BaseModel):
         initializer: name in the graph.
         expert: index in the stack; None where the initializer is the site as a whole.
         start, stop: rows of the stack's matrix, where `expert` is given.
+        swapped: the graph holds it with its last two dimensions swapped.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
@@ -34,6 +37,7 @@ class Part(BaseModel):
     expert: Count | None = None
     start: Count = 0
     stop: Count = 0
+    swapped: bool = False
 
 
 class TensorRecord(BaseModel):
@@ -63,9 +67,20 @@ class TensorRecord(BaseModel):
     details: dict[str, int | str] = {}
     part: Part | None = None
 
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the weight, dense and of this dtype."""
+        return stored_nbytes(self.dtype, tuple(self.shape), self.name)
+
 
 class Manifest(BaseModel):
-    """The manifest of an export folder."""
+    """The manifest of an export folder.
+
+    Attributes:
+        requirements: what the export is for or tied to; each format has its own keys.
+        sizes: `site_sizes`.
+        files: SHA-256 of each file but this one.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -77,6 +92,15 @@ class Manifest(BaseModel):
     tensors: list[TensorRecord]
     sizes: dict[str, int]
     files: dict[str, str]
+
+
+def site_sizes(dense_bytes: int, sites_bytes: int, files: Iterable[Path]) -> dict[str, int]:
+    """What all sites would take dense, in the dtype of the export; what they take; the files with weights."""
+    return {
+        "dense_bytes": dense_bytes,
+        "sites_bytes": sites_bytes,
+        "file_bytes": sum(path.stat().st_size for path in files),
+    }
 
 
 def sha256(path: Path) -> str:
@@ -120,12 +144,14 @@ def read_manifest(folder: Path, *, check_files: bool = True) -> Manifest:
     if check_files:
         _check_files(folder, path, manifest.files)
     if (folder / LOCK_NAME).is_file():
-        _check_sites(folder, path, manifest.tensors)
+        _check_sites(folder, path, manifest.pattern, manifest.tensors)
     return manifest
 
 
 def _check_files(folder: Path, path: Path, files: dict[str, str]) -> None:
     for name, digest in files.items():
+        if len(name.encode()) > 1024 or "\0" in name:
+            raise FormatError(f"{path}: files: {name[:80]!r}... is no file name")
         file = folder / name
         if ".." in Path(name).parts or Path(name).is_absolute():
             raise FormatError(f"{path}: files: names {name}, which is outside of the export")
@@ -139,8 +165,11 @@ def _check_files(folder: Path, path: Path, files: dict[str, str]) -> None:
             raise FormatError(f"{path}: files: {name} has no digest; export again")
 
 
-def _check_sites(folder: Path, path: Path, tensors: list[TensorRecord]) -> None:
-    entries = load_lock(folder / LOCK_NAME).by_name()
+def _check_sites(folder: Path, path: Path, pattern: str | None, tensors: list[TensorRecord]) -> None:
+    lock = load_lock(folder / LOCK_NAME)
+    if pattern != lock.pattern:
+        raise FormatError(f"{path}: pattern: {pattern!r}, {LOCK_NAME} has {lock.pattern!r}")
+    entries = lock.by_name()
     for index, record in enumerate(tensors):
         where = f"{path}: tensors.{index}"
         entry = entries.pop(record.name, None)

@@ -60,3 +60,21 @@ def _same(first: Tensor, second: Tensor) -> tuple[bool, str]:
     if torch.equal(theirs, ours):
         return True, ""
     return False, f"byte {int((theirs != ours).to(torch.uint8).argmax())}"
+
+
+def lost_signs(found: Tensor, expected: Tensor) -> int | None:
+    """How many zeros differ in sign alone; None where any other element differs in any bit, or the form does."""
+    if found.dtype != expected.dtype or found.shape != expected.shape:
+        return None
+    if torch.equal(_bits(found), _bits(expected)):
+        return 0
+    differing = _bits(found) != _bits(expected)
+    if bool((differing & ~((found == 0) & (expected == 0))).any()):
+        return None
+    return int(differing.sum())
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The elements as integers of their width."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.contiguous().view(kinds[tensor.element_size()])

@@ -89,6 +89,8 @@ class Format:
         read: the weights of such a folder, from its files.
         options: the fields of `ExportSettings` that it takes.
         decode: gives the model's tensors back; None where the export is a program of its own.
+        mends_config: takes a model of plain weights whose config.json has a sparsity_config, and writes it
+            without.
         restore: writes the files of the model's folder that hold weights, byte for byte as they were; None
             where the export does not know them. Called with export, manifest, target, tick.
     """
@@ -99,6 +101,7 @@ class Format:
     options: frozenset[str] = frozenset()
     decode: Callable[[Path, Manifest], Decoded] | None = None
     restore: Callable[[Path, Manifest, Path, Tick], None] | None = None
+    mends_config: bool = False
 
 
 FORMATS = Registry[Format]("export format", "spp_fx.formats")

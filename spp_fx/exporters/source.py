@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from spp_fx.adapters.fold import round_once
 from spp_fx.checkpoint import ModelFolder, Shard, copy_file, dtype_name
 from spp_fx.errors import MaskError
-from spp_fx.exporters.manifest import TensorRecord, write_manifest
+from spp_fx.exporters.manifest import MANIFEST, TensorRecord, write_manifest
 from spp_fx.sparsity import LOCK_NAME, Lock, LockEntry, Scan, scan_file
 from spp_fx.version import VERSION
 
@@ -19,6 +20,8 @@ ROUND_TO = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torc
 """What `--dtype` rounds to."""
 ROUNDED = ("F64", "F32", "F16", "BF16")
 """What `--dtype` rounds; integers and the types of quantized weights stay byte for byte."""
+_CHUNK = 1 << 20
+"""Elements rounded at a time: what is made on the way stays in cache, and is no second weight in memory."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,11 @@ class Source:
     trust_remote_code: bool
     rounded_to: torch.dtype | None = None
 
+    @cached_property
+    def sites(self) -> frozenset[str]:
+        """The names of the sparse weights."""
+        return frozenset(entry.name for entry in self.lock.sites)
+
     def dtype(self, name: str) -> str:
         """The dtype that a tensor is exported in."""
         own = self.folder.info(name)[1].dtype
@@ -50,22 +58,28 @@ class Source:
         """What `stored` makes of the model's tensor, however that was read."""
         if self.rounded_to is None or self.dtype(name) == self.folder.info(name)[1].dtype:
             return value
-        # torch goes to half precision by way of float32, which is exact for all but float64.
-        double = value.dtype is torch.float64
-        rounded = round_once(value, self.rounded_to) if double else value.to(self.rounded_to)
-        if bool((rounded.isinf() & ~value.isinf()).any()):
-            raise MaskError(f"{name}: a value is too large for {self.rounded_to}; choose another --dtype")
-        smallest = torch.tensor(torch.finfo(self.rounded_to).tiny, dtype=self.rounded_to)
-        return torch.where((value != 0) & (rounded == 0), torch.copysign(smallest, rounded), rounded)
+        return rounded(name, value, self.rounded_to, keep=name in self.sites)
 
     def canonical(self, entry: LockEntry) -> Tensor:
         stored = self.stored(entry.name)
         return stored.transpose(-1, -2) if entry.transposed else stored
 
+    def kept_from_zero(self) -> int:
+        """How many entries of sites would round to zero, and are kept as the smallest normal number."""
+        if self.rounded_to is None:
+            return 0
+        blocks = (
+            block
+            for entry in self.lock.sites
+            if self.dtype(entry.name) != self.folder.info(entry.name)[1].dtype
+            for block in self.folder.info(entry.name)[0].row_blocks(entry.name)
+        )
+        return sum(int(((b != 0) & (b.to(self.rounded_to) == 0)).sum()) for b in blocks)
+
     def copy_small_files(self, target: Path) -> None:
         """Configuration, tokenizer and whatever else is no weight; config.json says the dtype rounded to."""
         for name in self.folder.other_files():
-            if name.as_posix() != LOCK_NAME:
+            if name.as_posix() not in (LOCK_NAME, MANIFEST):  # those of another step
                 (target / name).parent.mkdir(parents=True, exist_ok=True)
                 copy_file(self.folder.path / name, target / name)
         if self.rounded_to is not None:
@@ -91,6 +105,34 @@ class Source:
         write_manifest(
             folder, spp_fx_version=VERSION, format=format, pattern=lock.pattern, tensors=records, **fields
         )
+
+
+def rounded(name: str, value: Tensor, dtype: torch.dtype, *, keep: bool) -> Tensor:
+    """A floating tensor rounded once to another type.
+
+    Args:
+        keep: what would become zero becomes the smallest normal number of its sign, for the mask's sake.
+
+    Raises:
+        MaskError: a finite value becomes infinite; `name` says whose.
+    """
+    result = torch.empty(value.shape, dtype=dtype)
+    pieces = zip(result.view(-1).split(_CHUNK), value.reshape(-1).split(_CHUNK), strict=True)
+    for part, piece in pieces:
+        part.copy_(_rounded(name, piece, dtype, keep))
+    return result
+
+
+def _rounded(name: str, value: Tensor, dtype: torch.dtype, keep: bool) -> Tensor:
+    # torch goes to half precision by way of float32, which is exact for all but float64.
+    double = value.dtype is torch.float64 and dtype.itemsize == 2
+    result = round_once(value, dtype) if double else value.to(dtype)
+    if bool((result.isinf() & ~value.isinf()).any()):
+        raise MaskError(f"{name}: a value is too large for {dtype}; choose another --dtype")
+    if not keep:
+        return result
+    smallest = torch.tensor(torch.finfo(dtype).tiny, dtype=dtype)
+    return torch.where((value != 0) & (result == 0), torch.copysign(smallest, result), result)
 
 
 def _say_dtype(path: Path, dtype: str) -> None:

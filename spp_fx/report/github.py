@@ -7,7 +7,9 @@ from spp_fx.report.text import printable
 
 
 def annotations(verdict: Mapping[str, Any]) -> Iterator[str]:
-    """One `::error` line for each site that does not hold."""
+    """One `::error` line for each problem of the artifact and each site that does not hold."""
+    for problem in verdict["problems"]:
+        yield f"::error title={_property(verdict['kind'])}::{_escape(problem)}"
     for site in verdict["sites"]:
         if not site["ok"]:
             yield f"::error title={_property(site['name'])}::{_escape(site['reason'])}"

@@ -1,21 +1,24 @@
 """Anything that verify reads, as named weights whose zeros can be looked at."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spp_fx.checkpoint import INDEX_NAME, ModelFolder, Shard
 from spp_fx.errors import FormatError, UsageError
 from spp_fx.exporters import Weights, find_format
+from spp_fx.exporters.compressed_tensors import LegacyFolder, is_legacy
 from spp_fx.exporters.manifest import MANIFEST, read_manifest
 from spp_fx.exporters.onnx import read_graph
+from spp_fx.exporters.sparse_bitmask_reader import FOLDER as COMPACT
 from spp_fx.passes import Match
 from spp_fx.sparsity import LOCK_NAME, Lock, Scan, load_lock, scan_file, scan_tensor
 from spp_fx.workflows.adapter_folder import CONFIG, AdapterFolder
-from spp_fx.workflows.survey import choose, open_model, survey, tensors_of
+from spp_fx.workflows.survey import choose, expected_sites, open_model, survey, tensors_of
 
 NO_SITE = ("embed", "lm_head", "wte", "wpe", "norm")
 """Words in the names of matrices that are no sites, for files without a model that could be traced."""
+FLOATING = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -24,13 +27,15 @@ class Artifact:
 
     Attributes:
         path: what was opened.
-        kind: model, adapter, safetensors, onnx, cusparselt, ...
+        kind: model, adapter, safetensors, onnx, cusparselt, compressed-tensors, ...
+        problems: why it must not be released, whatever its sites hold; each says how to mend it.
     """
 
     path: Path
     kind: str
     weights: Weights
     lock: Lock | None
+    problems: tuple[str, ...] = ()
 
     @property
     def names(self) -> frozenset[str]:
@@ -53,7 +58,8 @@ def open_artifact(path: Path) -> Artifact:
     if (path / CONFIG).is_file():
         return _adapter(path)
     if (path / "config.json").is_file():
-        return _model(path)
+        folder = ModelFolder.open(path)
+        return _legacy(folder) if is_legacy(folder) else _model(path)
     what = (
         "does not exist"
         if not path.exists()
@@ -86,6 +92,24 @@ def _model(path: Path) -> Artifact:
     return Artifact(path, "model", Weights(frozenset(folder.names), scan, file, sites), _lock_beside(path))
 
 
+def _legacy(folder: ModelFolder) -> Artifact:
+    """compressed-tensors' dropped format, its weights under the names that the model gives them."""
+    legacy = LegacyFolder.open(folder)
+
+    def scan(name: str, transposed: bool) -> Scan:
+        return scan_tensor(legacy.read(name), transposed=transposed)
+
+    def sites() -> Mapping[str, bool]:
+        plain = {name for name, shape in legacy.shapes.items() if len(shape) == 2 and _looks_like_site(name)}
+        floating = {name for name in plain if legacy.dtypes[name] in FLOATING}
+        return dict.fromkeys(legacy.packed | floating, False)
+
+    weights = Weights(frozenset(legacy.shapes), scan, legacy.file, sites)
+    return Artifact(
+        folder.path, "compressed-tensors", weights, _lock_beside(folder.path), (legacy.problem(),)
+    )
+
+
 def _adapter(path: Path) -> Artifact:
     """An adapter stands for its base's masks: the base is looked at, the factors are checked when opened."""
     adapter = AdapterFolder.open(path)
@@ -100,6 +124,7 @@ def _adapter(path: Path) -> Artifact:
 
 
 def _safetensors(path: Path) -> Artifact:
+    _refuse_part_of_export(path)
     shard = Shard.open(path)
 
     def scan(name: str, transposed: bool) -> Scan:
@@ -113,11 +138,17 @@ def _safetensors(path: Path) -> Artifact:
         return {
             name: False
             for name, info in shard.header.tensors.items()
-            if len(info.shape) == 2 and info.dtype in ("F64", "F32", "F16", "BF16") and _looks_like_site(name)
+            if len(info.shape) == 2 and info.dtype in FLOATING and _looks_like_site(name)
         }
 
     weights = Weights(frozenset(shard.header.tensors), scan, lambda _: path.name, sites)
     return Artifact(path, "safetensors", weights, _lock_of_shard(shard))
+
+
+def _refuse_part_of_export(path: Path) -> None:
+    folder = path.parent.parent if path.parent.name == COMPACT else path.parent
+    if (folder / MANIFEST).is_file() and read_manifest(folder, check_files=False).format != "safetensors":
+        raise UsageError(f"{path}: is part of the export {folder}; verify that folder")
 
 
 def _lock_of_shard(shard: Shard) -> Lock | None:
@@ -141,9 +172,17 @@ def _looks_like_site(name: str) -> bool:
 
 def _export(path: Path) -> Artifact:
     manifest = read_manifest(path)
-    return Artifact(
-        path, manifest.format, find_format(manifest.format).read(path, manifest), _lock_beside(path)
-    )
+    format = find_format(manifest.format)
+    weights = format.read(path, manifest)
+
+    def sites() -> Mapping[str, bool]:
+        """The manifest's, and every other weight of the model that could be one."""
+        shapes = format.decode(path, manifest).shapes if format.decode else None
+        known = expected_sites(path, shapes)
+        others = {name: transposed for name, transposed in known.items() if name in weights.names}
+        return others | dict(weights.sites())
+
+    return Artifact(path, manifest.format, replace(weights, sites=sites), _lock_beside(path))
 
 
 def _onnx(path: Path) -> Artifact:

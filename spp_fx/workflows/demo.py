@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spp_fx.errors import UsageError
-from spp_fx.exporters.onnx_check import run_onnx
+from spp_fx.exporters.onnx.check import run_onnx
 from spp_fx.training.data import all_windows
 from spp_fx.training.perplexity import perplexity
 from spp_fx.training.progress import ProgressCallback
@@ -114,8 +114,8 @@ def demo(out: Path | None, screen: Screen) -> DemoResult:
             "dense model (float32)": (model / "model.safetensors").stat().st_size,
             "merged model (float32)": (merged / "model.safetensors").stat().st_size,
             "onnx, sparse initializers (float32)": (graph.out / "model.onnx").stat().st_size,
-            "sparse weights, dense bfloat16": packed.manifest.sizes["dense_bytes"] // 2,
-            "sparse weights, packed for cuSPARSELt": packed.manifest.sizes["packed_bytes"],
+            "sparse weights, dense bfloat16": packed.manifest.sizes["dense_bytes"],
+            "sparse weights, packed for cuSPARSELt": packed.manifest.sizes["sites_bytes"],
         }
     equal = sum(site.mask_equal is True for site in verdict.sites)
     return DemoResult(dense, pruned, recovered, onnx, len(verdict.sites), equal, sizes)

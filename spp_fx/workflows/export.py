@@ -4,13 +4,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from spp_fx.checkpoint import ModelFolder, atomic_folder
+from spp_fx.checkpoint import atomic_folder
 from spp_fx.errors import MaskError, UsageError
 from spp_fx.exporters import FORMATS, ExportSettings, Format, Say, Source, find_format
 from spp_fx.exporters.manifest import Manifest, read_manifest
 from spp_fx.exporters.source import ROUND_TO
 from spp_fx.sparsity import LOCK_NAME, Lock, LockEntry, detect_pattern, load_lock, make_entry
-from spp_fx.workflows.survey import Tick, no_tick, scan_tensor, survey, tensors_of
+from spp_fx.workflows.survey import Tick, no_tick, open_model, scan_tensor, survey, tensors_of
 from spp_fx.workflows.verify import verify
 
 
@@ -48,8 +48,8 @@ class Exported:
 
 
 def export(
-    model: Path,
-    out: Path,
+    model: str | Path,
+    out: str | Path,
     format: str,
     settings: ExportSettings | None = None,
     *,
@@ -64,14 +64,18 @@ def export(
         UsageError: unknown format or SM, or an output that exists.
         MaskError: what was read back is not the model. Nothing is written.
     """
+    model, out = Path(model), Path(out)
     chosen = find_format(format)
     settings = settings or ExportSettings()
     _check_options(chosen, settings)
     with atomic_folder(out, force, sources=[model]) as temporary:
-        source = open_source(model, trust_remote_code=trust_remote_code)
+        source = open_source(model, trust_remote_code=trust_remote_code, any_config=chosen.mends_config)
         if settings.dtype is not None:
             source = replace(source, rounded_to=ROUND_TO[settings.dtype])
         checks = chosen.write(source, temporary, settings, tick, say)
+        if kept := source.kept_from_zero():
+            checks["kept_from_zero"] = kept
+            say(f"{kept} values would round to zero and were kept as the smallest normal number")
         verdict = verify(temporary)
         if not verdict.ok:
             broken = next(site for site in verdict.sites if not site.ok)
@@ -89,21 +93,23 @@ def _check_options(format: Format, settings: ExportSettings) -> None:
             continue
         takers = ", ".join(sorted(f.name for f in FORMATS.values() if field.name in f.options))
         option = field.name.replace("_", "-")
-        raise UsageError(f"--{option} is no option of --format {format.name}; it is one of {takers}")
+        raise UsageError(f"--{option} is no option of --format {format.name}; formats that take it: {takers}")
     if settings.dtype is not None and settings.dtype not in ROUND_TO:
         raise UsageError(f"--dtype takes {', '.join(ROUND_TO)}, got '{settings.dtype}'")
 
 
-def open_source(model: Path, *, trust_remote_code: bool = False) -> Source:
+def open_source(model: Path, *, trust_remote_code: bool = False, any_config: bool = False) -> Source:
     """A model folder with the lock it came with, which must hold, or with one made of its sparse sites."""
-    folder = ModelFolder.open(model)
+    folder = open_model(model, any_config=any_config)
     if (model / LOCK_NAME).is_file():
         verdict = verify(model)
         if not verdict.ok:
-            broken = next(site for site in verdict.sites if not site.ok)
-            raise MaskError(f"{model}: {broken.name}: {broken.reason}; export only what verifies")
+            broken = [f"{site.name}: {site.reason}" for site in verdict.sites if not site.ok]
+            faults = broken if any_config else [*verdict.problems, *broken]
+            if faults:
+                raise MaskError(f"{model}: {faults[0]}; export only what verifies")
         return Source(folder, load_lock(model / LOCK_NAME), trust_remote_code)
-    found = survey(model, trust_remote_code=trust_remote_code)
+    found = survey(model, trust_remote_code=trust_remote_code, any_config=any_config)
     entries: list[LockEntry] = []
     for site, pieces in found.pieces.items():
         for tensor, piece in tensors_of(pieces).items():

@@ -1,11 +1,12 @@
 """What a model folder holds: its sites, found by tracing on the meta device, and where they are stored."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from spp_fx.checkpoint import ModelFolder
 from spp_fx.errors import FormatError, UsageError
+from spp_fx.exporters.compressed_tensors import sparsity_configs
 from spp_fx.exporters.manifest import MANIFEST, read_manifest
 from spp_fx.ir.binding import Binding, Parameter, Piece, bind
 from spp_fx.ir.program import Program
@@ -34,8 +35,12 @@ class Survey:
         return self.binding.pieces
 
 
-def open_model(path: Path, *, weights: bool = True) -> ModelFolder:
+def open_model(path: Path, *, weights: bool = True, any_config: bool = False) -> ModelFolder:
     """Open a model folder whose tensors are the model's own.
+
+    Args:
+        weights: whether it must hold any.
+        any_config: take a folder of plain weights whose config.json has a sparsity_config, too.
 
     Raises:
         UsageError: an export in a form that transformers cannot load.
@@ -44,38 +49,41 @@ def open_model(path: Path, *, weights: bool = True) -> ModelFolder:
     if (path / MANIFEST).is_file() and (form := read_manifest(path).format) != "safetensors":
         raise UsageError(f"{path}: is an export ({form}); give the model folder that it was made from")
     folder = ModelFolder.open(path, weights=weights)
-    check_plain(folder)
+    _check_plain(folder, any_config)
     return folder
 
 
-def check_plain(folder: ModelFolder) -> None:
+def _check_plain(folder: ModelFolder, any_config: bool) -> None:
     """FormatError if the weights are compressed-tensors', which transformers fills with random numbers."""
-    quantized = folder.config.get("quantization_config") or folder.config.get("compression_config")
-    settings = quantized if isinstance(quantized, dict) else {}
-    sparsity = settings.get("sparsity_config") or folder.config.get("sparsity_config")
     packed = [name for name in folder.names if name.endswith((".bitmask", ".compressed"))]
     if packed:
         raise FormatError(
             f"{folder.path}: its weights are compressed (first: {packed[0]}); servers and transformers load "
-            "such a model with random weights. Decompress it with the compressed-tensors release that wrote it"
+            f"such a model with random weights. Write the plain folder with 'spp-fx unpack {folder.path}'"
         )
-    if sparsity:
+    if sparsity_configs(folder.config) and not any_config:
         raise FormatError(
             f"{folder.path}: config.json has a sparsity_config, which servers refuse or misread; "
-            "remove it if the weights are plain"
+            f"write the plain folder with 'spp-fx unpack {folder.path}'"
         )
 
 
 def survey(
-    path: Path, *, weights: bool = True, trust_remote_code: bool = False, runnable: bool = False
+    path: Path,
+    *,
+    weights: bool = True,
+    trust_remote_code: bool = False,
+    runnable: bool = False,
+    any_config: bool = False,
 ) -> Survey:
     """Open a model folder, trace its model without weights, find the stored tensors of each site.
 
     Args:
         runnable: give the program real constants and buffers, and find the stored tensors of every
             parameter too, so that it runs once these are filled in.
+        weights, any_config: as for `open_model`.
     """
-    folder = open_model(path, weights=weights)
+    folder = open_model(path, weights=weights, any_config=any_config)
     if not folder.config:
         raise UsageError(f"{path}: config.json is missing or empty; a model folder needs it")
     make = hollow_model if runnable else meta_model
@@ -114,6 +122,26 @@ def _unusable(found: Survey, site: str) -> str | None:
         if dtype not in ("F64", "F32", "F16", "BF16"):
             return f"is stored as {dtype}, which is no plain floating type"
     return None
+
+
+def expected_sites(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> dict[str, bool]:
+    """The weights that should be sparse in whatever was made of a model, by its configuration alone.
+
+    Args:
+        path: a folder with the model's config.json.
+        shapes: of the stored tensors, whose names are given back; None gives the loaded model's names.
+
+    Returns:
+        Name -> stored (in, out)?
+    """
+    model = meta_model(path)
+    program = hollow(trace(model))
+    run_pipeline(program, [Canonicalize(), Match(dense=True)])
+    if shapes is None:
+        return {name: program.sites[name].transposed for name in program.matched}
+    found = bind(model, program.sites, shapes)
+    pieces = tensors_of(piece for name in program.matched for piece in found.pieces.get(name, ()))
+    return {tensor: piece.transposed for tensor, piece in pieces.items()}
 
 
 def scan_tensor(folder: ModelFolder, tensor: str, *, transposed: bool) -> Scan:

@@ -1,5 +1,6 @@
 """verify: an artifact against its lock, a pattern, or another artifact, site by site."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -21,6 +22,8 @@ from spp_fx.sparsity import (
 )
 from spp_fx.workflows.artifact import Artifact, each, open_artifact
 from spp_fx.workflows.survey import Tick, no_tick
+
+Masks = Callable[[str], PackedMask]
 
 
 @dataclass(frozen=True)
@@ -56,16 +59,21 @@ class SiteVerdict:
 
 @dataclass(frozen=True)
 class Verified:
-    """The verdict on an artifact."""
+    """The verdict on an artifact.
+
+    Attributes:
+        problems: why the artifact as a whole must not be released, whatever its sites hold.
+    """
 
     path: Path
     kind: str
     pattern: str | None
     sites: list[SiteVerdict]
+    problems: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
-        return all(site.ok for site in self.sites)
+        return not self.problems and all(site.ok for site in self.sites)
 
     @property
     def sparsity(self) -> float:
@@ -79,6 +87,7 @@ class Verified:
             "ok": self.ok,
             "kind": self.kind,
             "pattern": self.pattern,
+            "problems": list(self.problems),
             "sites": [site.to_json() for site in self.sites],
             "summary": {
                 "sites": len(self.sites),
@@ -111,7 +120,7 @@ def verify(
     artifact = open_artifact(path)
     held = load_lock(lock) if lock else artifact.lock
     other = open_artifact(Path(against)) if against else None
-    if held is None and asked is None and other is None:
+    if held is None and asked is None and other is None and not artifact.problems:
         raise UsageError(
             f"{path}: nothing to hold it to: it has no sparsity.lock.json; "
             "give --pattern 2:4, --lock FILE or --against ARTIFACT"
@@ -125,9 +134,10 @@ def verify(
         sites = dict(sorted((dict(artifact.weights.sites()) | sites).items()))
     if not sites:
         raise SppFxError(f"{path}: it has no weight that could be verified")
+    theirs = _masks(other, sites) if other else None
     verdicts: list[SiteVerdict] = []
     for name, scan in each(artifact, sites):
-        verdicts.append(_judge(artifact, name, scan, asked, entries.get(name), other, sites[name]))
+        verdicts.append(_judge(artifact, name, scan, asked, entries.get(name), other, theirs))
         tick(name, scan.mask.numel if scan else 0)
     locked = [verdict for verdict in verdicts if verdict.name in entries]
     wrong = [verdict for verdict in locked if entries[verdict.name].shape != verdict.shape]
@@ -137,7 +147,15 @@ def verify(
             f"{path}, {list(entries[wrong[0].name].shape)} in the lock"
         )
     common = asked or (held.pattern if held else None)
-    return Verified(path, artifact.kind, None if common is None else str(common), verdicts)
+    return Verified(path, artifact.kind, None if common is None else str(common), verdicts, artifact.problems)
+
+
+def _masks(other: Artifact, sites: Mapping[str, bool]) -> Masks:
+    """The masks of another artifact, which may store a weight the other way round."""
+    known = {entry.name: entry.transposed for entry in other.lock.sites} if other.lock else {}
+    if sites.keys() - known.keys():
+        known = dict(sites) | dict(other.weights.sites()) | known
+    return lambda name: other.weights.scan(name, known[name]).mask
 
 
 def _check_same_model(artifact: Artifact, lock: Lock, path: str | Path | None) -> None:
@@ -156,7 +174,7 @@ def _judge(
     asked: Pattern | None,
     entry: LockEntry | None,
     other: Artifact | None,
-    transposed: bool,
+    theirs: Masks | None,
 ) -> SiteVerdict:
     if scan is None:
         shape = entry.shape if entry else ()
@@ -172,10 +190,9 @@ def _judge(
     equal: bool | None = None
     lost: int | None = None
     new: int | None = None
-    if other is not None:
+    if other is not None and theirs is not None:
         if name in other.names:
-            theirs = other.weights.scan(name, transposed).mask
-            equal, lost, new = _exact(theirs, mask, f"in {other.path}", reasons)
+            equal, lost, new = _exact(theirs(name), mask, f"in {other.path}", reasons)
         else:
             equal = False
             reasons.append(f"{other.path} has no such weight")

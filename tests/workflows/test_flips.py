@@ -90,9 +90,9 @@ def test_against_another_artifact_both_directions_are_counted(world):
 
 def test_a_damaged_export_is_refused(world):
     rewrite(
-        world / "packed" / "model.safetensors", lambda values: values[f"{Q}.values"].__setitem__((1, 1), 9.0)
+        world / "packed" / "packed.safetensors", lambda values: values[f"{Q}.values"].__setitem__((1, 1), 9.0)
     )
     result = command("verify", world / "packed")
     assert result.code == 1
-    assert "model.safetensors" in result.err
+    assert "packed.safetensors" in result.err
     assert "SHA-256" in result.err
