@@ -40,6 +40,9 @@ check: install
 # On a quiet machine: the better part of an hour on two cores.
 bench: install
 	@$(BIN)/python benchmarks/scan.py
+	@$(BIN)/python benchmarks/pack.py
+	@$(BIN)/python benchmarks/export_sizes.py
+	@$(BIN)/python benchmarks/export_large.py
 	@$(BIN)/python benchmarks/linear_step.py
 	@$(BIN)/python benchmarks/linear_step.py --width 2048 --batch 1024 --rank 4 8 16 32 64 --only lors spp_fused
 	@$(BIN)/python benchmarks/model_step.py

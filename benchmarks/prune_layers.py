@@ -10,14 +10,13 @@ largest resident set. `floor` is the same for a model of one small layer: what t
 import argparse
 import json
 import os
-import subprocess
-import sys
+import shutil
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 from common.llama import Shape, write_llama
+from common.process import run_spp_fx
 
 FLOOR = Shape(hidden=64, intermediate=128, heads=4, kv_heads=4, layers=1)
 
@@ -64,36 +63,20 @@ def measure(folder: Path, shape: Shape, options: argparse.Namespace) -> dict[str
     model, out, calib = folder / "model", folder / "out", folder / "calib.txt"
     stored = write_llama(model, shape)
     calib.write_text(" ".join(f"w{i % 200}" for i in range(2 * options.samples * options.seq_len)))
-    command = [
-        sys.executable,
-        "-m",
-        "spp_fx",
-        "prune",
-        model,
-        "-o",
-        out,
-        "--method",
-        options.method,
-        "-q",
-        "--json",
-    ]
-    command += ["--calib", calib, "--samples", str(options.samples), "--seq-len", str(options.seq_len)]
-    start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
-    if status:
-        sys.exit(f"prune_layers: the run failed with status {status}")
+    run = run_spp_fx(
+        *("prune", model, "-o", out, "--method", options.method, "-q", "--json"),
+        *("--calib", calib, "--samples", options.samples, "--seq-len", options.seq_len),
+    )
     for path in (model, out):
-        subprocess.run(["rm", "-r", str(path)], check=True)
+        shutil.rmtree(path)
     hidden_states = 2 * options.samples * options.seq_len * shape.hidden
     return {
         "layers": shape.layers,
         "stored_gb": round(stored / 1e9, 3),
         "layer_mb": round(2 * shape.layer_parameters / 1e6, 1),
         "hidden_states_mb": round(hidden_states / 1e6, 1),
-        "seconds": round(seconds, 1),
-        "peak_mb": round(usage.ru_maxrss * 1024 / 1e6, 1),
+        "seconds": round(run.seconds, 1),
+        "peak_mb": round(run.peak_mb, 1),
     }
 
 

@@ -15,9 +15,14 @@ ROOT = Path(__file__).parents[2]
 TINY = {
     "linear_step.py": "--width 64 --batch 8 --repeats 1",
     "gpu_train_step.py": "--device cpu --width 64 --batch 8 --repeats 1",
+    "gpu_runtime.py": "--device cpu --shapes 128x256 --tokens 1 4 --repeats 1 --llama tiny --llama-layers 1 "
+    "--batches 1 --prompt 4 --new-tokens 2",
     "model_step.py": "--layers 1 --tokens 32 --seq-len 16 --repeats 1 --dtype bfloat16 "
     "--only lors spp_fused spp_packed sqft sqft_checkpoint",
     "graph_overhead.py": "--layers 1 --tokens 32 --seq-len 16 --repeats 1 --dtype float32",
+    "pack.py": "--gb 0.02 --rows 256 --repeats 1",
+    "export_large.py": "--layers 1 --hidden 128 --intermediate 256 --formats onnx-packed",
+    "export_sizes.py": "--layers 1 --hidden 128 --intermediate 256 --patterns 2:4",
     "scan.py": "--gib 0.05 --repeats 1",
     "prune_layers.py": "--no-floor --layers 1 --hidden 64 --intermediate 128 --samples 2 --seq-len 16",
     "prune_criteria.py": "MODEL --calib TEXT --data TEXT --samples 2 --seq-len 32 --ways wanda --patterns 2:4",
@@ -49,7 +54,19 @@ def test_it_runs(script, tmp_path):
     report = json.loads(result.stdout)
     assert report["question"]
     for case in report.get("results", []):
-        assert all(value > 0 for value in case.get("milliseconds", {"all": case.get("seconds", 0)}).values())
+        times = case.get("milliseconds", {"all": case["seconds"]} if "seconds" in case else {})
+        assert all(value > 0 for value in times.values())
+    if script == "export_sizes.py":
+        assert report["results"][0]["shares"] == {
+            "cusparselt": 0.5625,
+            "cutlass": 0.5625,
+            "sparse-bitmask": 0.5625,
+            "onnx-packed": pytest.approx(0.5625, abs=0.02),  # a table and shapes, beside so few weights
+            "onnx-dense": 1.0,
+            "onnx": 1.0,  # 16-bit indices reach this far
+            "onnx, int64 indices": 2.5,
+            "safetensors": 1.0,
+        }
     if script in ("linear_step.py", "gpu_train_step.py", "model_step.py"):
         (case, *_) = report["results"]
         assert case["ratio_to_lors"]["lors"] == 1
@@ -66,3 +83,71 @@ def test_nothing_is_claimed_of_a_gpu_that_is_not_there():
         assert result.returncode == 1
         assert "nothing was measured" in result.stderr
         assert result.stdout == ""
+
+
+def test_dense_and_packed_are_compared_and_on_a_cpu_called_dense(tmp_path):
+    output = tmp_path / "results" / "runtime.json"
+    result = run("gpu_runtime.py", *TINY["gpu_runtime.py"].split(), "--output", str(output))
+    assert result.returncode == 0, result.stderr[-2000:]
+    report = json.loads(result.stdout)
+    assert json.loads(output.read_text()) == report
+    (checks,) = report["checks"]
+    assert [checks[layout]["runs"] for layout in ("cusparselt", "cutlass")] == ["packed", "packed"]
+    names = {"dense", "dense_decoded_from_cusparselt", "dense_decoded_from_cutlass"}
+    assert [set(case["milliseconds"]) for case in report["results"]] == [names, names]
+    assert set(report["end_to_end"]["forms"]) == names
+    for form in report["end_to_end"]["forms"].values():
+        assert form["largest_logit_difference"] == 0
+        assert form["tokens_per_second"]["1"]["generated"] > 0
+    assert "a smoke test" in report["timing"]
+    assert report["pays"] == ["not measured, on a CPU both sides are the dense product: a smoke test"]
+
+
+def test_packs_are_made_where_little_more_than_torch_is_installed(tmp_path):
+    """The GPU machines that the benchmark is for cannot install anything."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.machinery as machinery\n"
+        "find = machinery.PathFinder.find_spec\n"
+        "missing = {'pydantic', 'numba', 'click', 'onnxscript', 'onnx', 'accelerate', 'rich'}\n"
+        "machinery.PathFinder.find_spec = lambda name, *rest: None if name in missing else find(name, *rest)\n"
+    )
+    code = (
+        "import torch; from common import packing, packed_layers\n"
+        "weight = packing.sparse_weight(128, 128, torch.float16, torch.device('cpu'))\n"
+        "print(*[tuple(packing.pack(weight, layout, 90)['packed'].shape) for layout in packing.FORMATS])\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}:{ROOT / 'benchmarks'}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.stdout.strip() == "(128, 72) (128, 64)", result.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "found"),
+    [
+        ([1, 2, 3, 4], [1, 2, 3, 4], {"same": True, "bytes": 4}),
+        ([1, 2, 3, 4], [1, 2, 3], {"same": False, "our_bytes": 4, "their_bytes": 3}),
+        (
+            [1, 9, 3, 4],
+            [1, 2, 3, 5],
+            {"differing": 2, "first": 1, "in": "values", "byte_there": 1, "ours": 9},
+        ),
+        (
+            [1, 2, 3, 4],
+            [1, 2, 3, 5],
+            {"differing": 1, "first": 3, "in": "metadata", "byte_there": 1, "theirs": 5},
+        ),
+    ],
+)
+def test_the_first_byte_in_which_two_packs_differ_is_told(ours, theirs, found, monkeypatch):
+    import torch
+
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from common.packing import first_difference
+
+    told = first_difference(*(torch.tensor(each, dtype=torch.uint8) for each in (ours, theirs)), values=2)
+    assert found.items() <= told.items()
