@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from spp_fx import runtime
 from spp_fx.cli import run
+from spp_fx.exporters.onnx.check import OnnxModel
 from spp_fx.workflows.load import load_program
 from tests.command import command
+from tests.exporters.onnx_files import greedy
 from tests.real_data import data_folder
 
 
@@ -22,6 +26,7 @@ def way(tmp_path_factory) -> Path:
     """A folder in which every verb has been typed once."""
     data, folder = data_folder(), tmp_path_factory.mktemp("way")
     text, sm90 = data / "tinystories" / "generated.txt", folder / "sm90"
+    cached = ("--with-past", "--no-compare-logits")
     for line in (
         ["prune", data / "story-656k", "-o", folder / "sparse", "--pattern", "2:4"],
         ["inject", folder / "sparse", "-o", folder / "adapter"],
@@ -29,9 +34,12 @@ def way(tmp_path_factory) -> Path:
         ["merge", folder / "adapter", "-o", folder / "merged", "--verify-sparsity"],
         ["export", folder / "merged", "--format", "cusparselt", "-o", folder / "neutral"],
         ["export", folder / "merged", "--format", "cusparselt", "--sm", 90, "--dtype", "bfloat16", "-o", sm90],
-        ["export", folder / "merged", "--format", "onnx", "-o", folder / "onnx"],
-        ["export", folder / "merged", "--format", "onnx", "--indices", "int64", "-o", folder / "onnx64"],
+        ["export", folder / "merged", "--format", "cutlass", "--dtype", "bfloat16", "-o", folder / "cutlass"],
+        ["export", folder / "merged", "--format", "onnx", "--with-past", "--indices", "int64", "-o", folder / "onnx"],
+        ["export", folder / "merged", "--format", "onnx-packed", *cached, "-o", folder / "onnx-packed"],
+        ["export", folder / "merged", "--format", "onnx-dense", *cached, "-o", folder / "onnx-dense"],
         ["export", folder / "merged", "--format", "safetensors", "-o", folder / "plain"],
+        ["export", folder / "merged", "--format", "sparse-bitmask", "-o", folder / "bitmask"],
     ):  # fmt: skip
         assert run([*map(str, line), "-q"]) == 0, line
     return folder
@@ -100,7 +108,7 @@ def test_the_merged_folder_loads_and_gives_the_programs_logits(way):
 
 
 def test_the_neutral_export_decodes_to_the_weights(way):
-    merged, packed = load_file(way / "merged" / "model.safetensors"), way / "neutral" / "model.safetensors"
+    merged, packed = load_file(way / "merged" / "model.safetensors"), way / "neutral" / "packed.safetensors"
     manifest = json.loads((way / "neutral" / "export.json").read_text())
     assert {t["layout"] for t in manifest["tensors"]} == {"neutral"}
     assert all("float32" in t["reason"] for t in manifest["tensors"])
@@ -127,20 +135,33 @@ def test_the_packed_export_holds_values_then_metadata(way):
     packed = [t for t in manifest["tensors"] if t["layout"] == "cusparselt"]
     assert len(packed) == 14
     assert manifest["requirements"]["sm"] == 90
-    with safe_open(way / "sm90" / "model.safetensors", "pt") as file:
+    with safe_open(way / "sm90" / "packed.safetensors", "pt") as file:
         for tensor in packed:
             m, k = tensor["shape"]
-            pack, values, positions = (
-                file.get_tensor(f"{tensor['name']}.{part}") for part in ("packed", "values", "positions")
-            )
+            pack = file.get_tensor(f"{tensor['name']}.packed")
             assert pack.shape == (m, 9 * k // 16)
-            assert torch.equal(pack.flatten()[: m * k // 2].view(m, k // 2), values)
+            values, meta = pack.flatten()[: m * k // 2].view(m, k // 2), pack.flatten()[m * k // 2 :]
+            positions = row_major(meta.view(torch.uint8), m, k)
             assert torch.equal(decode(values, positions), merged[tensor["name"]].bfloat16())
 
 
-@pytest.mark.parametrize(
-    "name", ["sparse", "adapter", "merged", "neutral", "sm90", "onnx", "onnx64", "plain"]
-)
+def row_major(meta: torch.Tensor, m: int, k: int) -> torch.Tensor:
+    """Two-bit positions of each row, from sm90's order: byte after byte as it is documented."""
+    nibbles = torch.zeros(m, k // 4, dtype=torch.uint8)
+    for row in range(m):
+        for group in range(k // 4):
+            column, r = 4 * group, row % 16
+            base = column // 32 * 256 + row % 64 // 16 * 64 + row // 64 * 8 * k
+            byte = int(meta[base + r % 8 * 8 + [0, 4, 1, 5, 2, 6, 3, 7].index(group % 8)])
+            nibbles[row, group] = byte >> 4 if r >= 8 else byte & 15
+    return nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+
+
+ONNX = ["onnx", "onnx-packed", "onnx-dense"]
+EXPORTS = ["neutral", "sm90", "cutlass", *ONNX, "plain", "bitmask"]
+
+
+@pytest.mark.parametrize("name", ["sparse", "adapter", "merged", *EXPORTS])
 def test_every_artifact_verifies(way, name):
     ran = command("verify", way / name, "--pattern", "2:4", "--json")
     assert ran.code == 0
@@ -162,6 +183,69 @@ def test_every_artifact_verifies(way, name):
     ]
     assert all(list(site) == keys for site in verdict["sites"])
     assert all(site["mask_equal"] is True for site in verdict["sites"])
+
+
+@pytest.fixture(scope="module")
+def greedy_text(way) -> torch.Tensor:
+    """A prompt and the 100 tokens that transformers puts after it."""
+    model = AutoModelForCausalLM.from_pretrained(way / "merged").eval()
+    return continued(model, tokens_of(way, "One day, a little girl named Lily"))
+
+
+def tokens_of(way: Path, text: str) -> torch.Tensor:
+    return AutoTokenizer.from_pretrained(way / "merged")(text, return_tensors="pt").input_ids
+
+
+def continued(model, ids: torch.Tensor) -> torch.Tensor:
+    model.generation_config.eos_token_id = None
+    mask = torch.ones_like(ids)
+    return model.generate(ids, attention_mask=mask, max_new_tokens=100, do_sample=False, pad_token_id=0)
+
+
+@pytest.mark.parametrize("name", ONNX)
+def test_onnxruntime_writes_the_same_text_token_by_token(way, greedy_text, name):
+    prompt = greedy_text[:, :-100].numpy()
+    found = greedy(way / name / "model.onnx", prompt, np.ones_like(prompt), 100)
+    np.testing.assert_array_equal(found, greedy_text.numpy())
+
+
+def test_the_documents_loop_runs_as_written(way, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "runtime.md").read_text()
+    (loop,) = (
+        block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "onnxruntime" in block
+    )
+    loop = loop.replace('"my-model-onnx-packed"', repr(str(way / "onnx-packed")))
+    exec(compile(loop, "runtime.md", "exec"), {})
+    tokenizer = AutoTokenizer.from_pretrained(way / "merged")
+    model = AutoModelForCausalLM.from_pretrained(way / "merged").eval()
+    expected = continued(model, tokens_of(way, "Once upon a time"))
+    assert capsys.readouterr().out.strip() == tokenizer.decode(expected[0]).strip()
+
+
+@pytest.mark.parametrize("name", ["neutral", "plain", "bitmask"])
+def test_the_loader_writes_the_same_text_on_a_cpu(way, greedy_text, name):
+    model = runtime.load(way / name)
+    assert torch.equal(continued(model, greedy_text[:, :-100]), greedy_text)
+
+
+@pytest.mark.parametrize("name", ["sm90", "cutlass"])
+def test_packs_are_loaded_as_the_rounded_model(way, greedy_text, name):
+    rounded = AutoModelForCausalLM.from_pretrained(way / "merged", dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        assert torch.equal(runtime.load(way / name)(greedy_text).logits, rounded(greedy_text).logits)
+
+
+def test_openvino_has_the_same_logits(way, greedy_text):
+    openvino = pytest.importorskip("openvino", reason="the extra 'openvino' is not installed")
+    path, precise = way / "onnx-packed" / "model.onnx", {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.Core().compile_model(path, "CPU", precise)
+    model = AutoModelForCausalLM.from_pretrained(way / "merged").eval()
+    graph, ids = OnnxModel(path), greedy_text.numpy()
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), **graph.empty_past(1)}
+    feeds["position_ids"] = np.arange(ids.shape[1])[None]
+    with torch.no_grad():
+        expected = model(greedy_text).logits.numpy()
+    np.testing.assert_allclose(compiled(feeds)["logits"], expected, rtol=0, atol=1e-3)
 
 
 def test_eval_prints_the_perplexity_of_the_formula(way):
