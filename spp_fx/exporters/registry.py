@@ -3,11 +3,12 @@
 How far a reader is independent of its writer:
 
 - safetensors: every tensor is compared with the model's byte for byte, both read by the safetensors library.
-- cusparselt: packs are decoded through a second, table-written order (`cusparselt_reader`), the neutral
-  form through `unpack_2_4`, and held to the model's weights; tensors that are no sites are compared as in
+- cusparselt, cutlass: packs are decoded through tables of offsets (`cusparselt_reader`, `cutlass_reader`), which
+  the writers never compute, and held to the model's weights; tensors that are no sites are compared as in
   safetensors. Where `--dtype` rounds, the rounded values are computed once more by the same function.
-- onnx: weights are read by a parser of their own (`onnx_reader`) and held to the model's lock; onnxruntime
-  runs the graph and its logits are compared with the model's.
+- sparse-bitmask: files are read by the safetensors library and decoded by numpy alone.
+- onnx, onnx-packed, onnx-dense: weights are read by a parser of their own (`onnx.reader`, `onnx.unpack`) and
+  held to the model's, bit for bit; small graphs are run and their logits compared.
 
 The fast look at zeros (`spp_fx.sparsity`) and the safetensors header reader serve both sides everywhere.
 """

@@ -166,11 +166,6 @@ def test_a_device_that_is_not_there_is_refused(packed):
             load(packed, device="cuda")
 
 
-needs_decode = pytest.mark.skipif(
-    "cusparselt" not in DECODED, reason="cusparselt exports cannot be decoded yet"
-)
-
-
 def with_library(folder, library):
     return load_with(folder, CPU, lambda layout: library)
 
