@@ -27,8 +27,8 @@ from spp_fx.exporters.read_back import check_copied, lost_signs
 from spp_fx.exporters.registry import Say, Tick
 from spp_fx.exporters.semi_structured import in_parallel, pack_rows
 from spp_fx.exporters.source import Source, scan_stored
+from spp_fx.parallel import thread_count
 from spp_fx.sparsity import NM, LockEntry, implies, scan_bits
-from spp_fx.sparsity._threads import thread_count
 
 BAND_BYTES = 1 << 21
 """Of dense weight: with what becomes of it, it stays in a core's own cache."""

@@ -1,12 +1,9 @@
 """safetensors files as bytes: spans read by several threads in order, headers laid out, files written."""
 
 import json
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,11 +11,8 @@ from numpy.typing import NDArray
 from spp_fx.checkpoint.dtypes import LAYOUT_RANK
 from spp_fx.checkpoint.header import MAX_HEADER_BYTES
 from spp_fx.errors import FormatError
-from spp_fx.sparsity._threads import thread_count
 
 Bytes = NDArray[np.uint8]
-Item = TypeVar("Item")
-Made = TypeVar("Made")
 
 SPAN = 2 << 20
 """Bytes of a tensor that one task works on: large against handing it to a thread, small against a cache."""
@@ -61,19 +55,6 @@ def spans(count: int, step: int) -> list[tuple[int, int]]:
 def copy_spans(path: Path, start: int, count: int) -> Iterator[Bytes]:
     """Bytes of a file, span by span."""
     return (read_span(path, start + begin, end - begin) for begin, end in spans(count, SPAN))
-
-
-def in_order(make: Callable[[Item], Made], items: Iterable[Item]) -> Iterator[Made]:
-    """`map` on threads; no more than a few results wait for the one who takes them."""
-    workers = thread_count()
-    waiting: deque[Future[Made]] = deque()
-    with ThreadPoolExecutor(workers, thread_name_prefix="exporter") as pool:
-        for item in items:
-            waiting.append(pool.submit(make, item))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 def layout(tensors: Iterable[RawTensor]) -> list[RawTensor]:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from spp_fx.errors import FormatError, PatternError, UsageError
-from spp_fx.sparsity._threads import thread_count
+from spp_fx.parallel import thread_count
 
 #: Signed integer of the same width, through which the bits of an entry are read.
 _BITS: dict[torch.dtype, torch.dtype] = {

@@ -30,7 +30,6 @@ from spp_fx.exporters.raw_file import (
     RawTensor,
     copy_spans,
     header_bytes,
-    in_order,
     layout,
     read_span,
     spans,
@@ -40,6 +39,7 @@ from spp_fx.exporters.registry import ExportSettings, Format, Say, Tick, registe
 from spp_fx.exporters.source import Source
 from spp_fx.exporters.sparse_bitmask_check import check_written
 from spp_fx.exporters.sparse_bitmask_reader import FOLDER, NAME, VERSION, decode, read, restore
+from spp_fx.parallel import in_order
 from spp_fx.sparsity import LOCK_NAME, LockEntry, element_type
 from spp_fx.sparsity._backend import backend
 from spp_fx.version import VERSION as SPP_FX_VERSION

@@ -12,7 +12,7 @@ from torch import Tensor
 from spp_fx.checkpoint import ModelFolder, Shard
 from spp_fx.checkpoint.layout import within
 from spp_fx.errors import FormatError
-from spp_fx.exporters.raw_file import copy_spans, in_order
+from spp_fx.exporters.raw_file import copy_spans
 from spp_fx.exporters.read_back import NOT_IN_TORCH, check_copied
 
 _BLOCK = 1 << 20  # elements decoded at a time

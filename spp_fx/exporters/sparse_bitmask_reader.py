@@ -20,9 +20,10 @@ from spp_fx.checkpoint.strict_json import parse_object, shown
 from spp_fx.errors import FormatError
 from spp_fx.exporters.bitmask import Bytes, kernels, ones, unsigned
 from spp_fx.exporters.manifest import MANIFEST, Manifest
-from spp_fx.exporters.raw_file import SPAN, copy_spans, in_order, read_span, spans, write_raw
+from spp_fx.exporters.raw_file import SPAN, copy_spans, read_span, spans, write_raw
 from spp_fx.exporters.registry import Decoded, Tick, Weights
 from spp_fx.exporters.source import scan_stored
+from spp_fx.parallel import in_order
 from spp_fx.sparsity import Scan, scan_tensor
 
 NAME = "sparse-bitmask"

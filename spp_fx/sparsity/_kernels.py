@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from spp_fx.parallel import thread_count
 from spp_fx.sparsity import _intrinsics
 from spp_fx.sparsity._backend import Backend, Bytes, Elements, Words
 from spp_fx.sparsity._compile import compiled
-from spp_fx.sparsity._threads import thread_count
 
 if sys.byteorder != "little":
     raise ImportError("the compiled kernels read mask words as little-endian")

@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 
 from spp_fx.errors import FormatError
+from spp_fx.parallel import thread_count
 from spp_fx.sparsity._backend import Bytes, backend
-from spp_fx.sparsity._threads import thread_count
 from spp_fx.sparsity.dtypes import ElementType, element_type
 from spp_fx.sparsity.mask import PackedMask, digest_state
 

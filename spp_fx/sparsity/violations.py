@@ -7,8 +7,8 @@ from math import floor
 from typing import NamedTuple
 
 from spp_fx.errors import PatternError
+from spp_fx.parallel import thread_count
 from spp_fx.sparsity._backend import backend
-from spp_fx.sparsity._threads import thread_count
 from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.pattern import NM, Pattern, Unstructured
 
