@@ -14,6 +14,7 @@ from spp_fx.checkpoint.layout import within
 from spp_fx.errors import FormatError
 from spp_fx.exporters.raw_file import copy_spans
 from spp_fx.exporters.read_back import NOT_IN_TORCH, check_copied
+from spp_fx.parallel import in_order
 
 _BLOCK = 1 << 20  # elements decoded at a time
 
