@@ -18,7 +18,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # Other frameworks' copies of the weights: stale as soon as ours change.
 _FOREIGN = (".h5", ".msgpack", ".gguf", ".ot", ".onnx", ".onnx_data", ".onnx.data", ".nemo", ".tflite")
 _NOT_TAKEN = (*_PICKLES, *_FOREIGN, ".safetensors", ".safetensors.index.json", ".bin.index.json")
-OWN_FILES = ("adapter_config.json", "export.json", "sparsity.lock.json")
+OWN_FILES = ("adapter_config.json", "export.json", "sparsity.lock.json", "sparsity.provenance.json")
 """What spp-fx says of the folder it lies in; a changed copy of the folder must not take it along."""
 
 _JUNK_NAMES = frozenset({".DS_Store", "Thumbs.db"})
