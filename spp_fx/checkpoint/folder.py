@@ -5,15 +5,16 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
-
-import torch
+from typing import TYPE_CHECKING, Any, cast
 
 from spp_fx.checkpoint.header import TensorInfo, regular_file_size
 from spp_fx.checkpoint.layout import INDEX_NAME, WeightFiles, find_weights, other_files, within
 from spp_fx.checkpoint.shard import BLOCK_BYTES, Shard
 from spp_fx.checkpoint.strict_json import shown
 from spp_fx.errors import FormatError, SppFxError, UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 _MAX_CONFIG_BYTES = 100_000_000
 _SAMPLE_BYTES = 4096
@@ -91,15 +92,15 @@ class ModelFolder:
             raise UsageError(f"{self.path}: holds no tensor {shown(name)}")
         return shard, shard.info(name)
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str) -> "torch.Tensor":
         """The whole tensor in memory of its own; see `Shard.read`."""
         return self.info(name)[0].read(name)
 
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+    def read_rows(self, name: str, start: int, stop: int) -> "torch.Tensor":
         """Rows start <= i < stop along the first dimension; see `Shard.read_rows`."""
         return self.info(name)[0].read_rows(name, start, stop)
 
-    def row_blocks(self, name: str, max_bytes: int = BLOCK_BYTES) -> Iterator[torch.Tensor]:
+    def row_blocks(self, name: str, max_bytes: int = BLOCK_BYTES) -> "Iterator[torch.Tensor]":
         """Consecutive blocks of rows of at most `max_bytes` bytes; see `Shard.row_blocks`."""
         return self.info(name)[0].row_blocks(name, max_bytes)
 

@@ -13,7 +13,7 @@ from spp_fx.checkpoint.stream import Content, Rewritten, copy_file, rewrite_shar
 def rewrite_model(
     source: ModelFolder,
     target: Path,
-    replace: Callable[[Shard, TensorInfo], Content | None],
+    replace: "Callable[[Shard, TensorInfo], Content | None]",
     skip: Collection[str] = (),
 ) -> tuple[Rewritten, ...]:
     """Write `source` again: the same shards, index and other files, some tensors replaced.
@@ -42,7 +42,7 @@ def rewrite_model(
         file = within(target, shard.name)
         file.parent.mkdir(parents=True, exist_ok=True)
 
-        def here(info: TensorInfo, shard: Shard = shard) -> Content | None:
+        def here(info: TensorInfo, shard: Shard = shard) -> "Content | None":
             return replace(shard, info)
 
         written.append(rewrite_shard(shard, file, here))

@@ -4,13 +4,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from spp_fx.checkpoint.dtypes import torch_dtype, torch_shape
 from spp_fx.checkpoint.header import Header, TensorInfo, read_header
 from spp_fx.checkpoint.strict_json import shown
 from spp_fx.errors import FormatError, SppFxError, UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 BLOCK_BYTES = 64 * 2**20
 """Default size of a row block, in bytes."""
@@ -48,7 +50,7 @@ class Shard:
             raise UsageError(f"{self.path}: holds no tensor {shown(name)}")
         return info
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str) -> "torch.Tensor":
         """The whole tensor, in memory of its own (the file may change or vanish afterwards).
 
         Raises:
@@ -58,7 +60,7 @@ class Shard:
         info = self.info(name)
         return self._read(info, info.start, info.nbytes, self._torch_shape(info))
 
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+    def read_rows(self, name: str, start: int, stop: int) -> "torch.Tensor":
         """Rows start <= i < stop along the first dimension; memory is bounded by these rows.
 
         Raises:
@@ -76,7 +78,7 @@ class Shard:
             info, info.start + start * row_bytes, (stop - start) * row_bytes, (stop - start, *shape[1:])
         )
 
-    def row_blocks(self, name: str, max_bytes: int = BLOCK_BYTES) -> Iterator[torch.Tensor]:
+    def row_blocks(self, name: str, max_bytes: int = BLOCK_BYTES) -> "Iterator[torch.Tensor]":
         """The tensor as consecutive blocks of rows, each of at most `max_bytes` bytes but at least a row.
 
         A scalar or an empty tensor comes as one block.
@@ -97,7 +99,9 @@ class Shard:
         except FormatError as error:
             raise FormatError(f"{self.path}: tensor {shown(info.name)}: {error}") from None
 
-    def _read(self, info: TensorInfo, offset: int, nbytes: int, shape: tuple[int, ...]) -> torch.Tensor:
+    def _read(self, info: TensorInfo, offset: int, nbytes: int, shape: tuple[int, ...]) -> "torch.Tensor":
+        import torch
+
         where = f"{self.path}: tensor {shown(info.name)}"
         data = torch.empty(nbytes, dtype=torch.uint8)
         try:

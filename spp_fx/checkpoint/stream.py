@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING, TypeAlias
 
 from spp_fx.checkpoint.dtypes import BITS, LAYOUT_RANK, torch_dtype, torch_shape
 from spp_fx.checkpoint.header import MAX_HEADER_BYTES, Header, TensorInfo, read_header, stored_nbytes
@@ -18,7 +17,10 @@ from spp_fx.checkpoint.shard import Shard
 from spp_fx.checkpoint.strict_json import shown
 from spp_fx.errors import FormatError, SppFxError, UsageError
 
-Content = torch.Tensor | Iterable[torch.Tensor]
+if TYPE_CHECKING:
+    import torch
+
+Content: TypeAlias = "torch.Tensor | Iterable[torch.Tensor]"
 """A tensor, or its consecutive blocks of rows along the first dimension."""
 
 TensorSpec = tuple[str, str, tuple[int, ...]]
@@ -40,7 +42,7 @@ class Rewritten:
     copied_bytes: int
 
 
-def rewrite_shard(source: Shard, target: Path, replace: Callable[[TensorInfo], Content | None]) -> Rewritten:
+def rewrite_shard(source: Shard, target: Path, replace: "Callable[[TensorInfo], Content | None]") -> Rewritten:
     """Write a shard with the header of `source` byte for byte, and some of its tensors replaced.
 
     Args:
@@ -181,6 +183,8 @@ def _copy_range(source: FileIO, out: FileIO, start: int, stop: int, path: Path) 
 
 
 def _write_content(out: FileIO, content: Content, dtype: str, shape: tuple[int, ...], where: str) -> None:
+    import torch
+
     try:
         want, expected = torch_dtype(dtype), torch_shape(dtype, shape)
     except FormatError as error:
@@ -205,7 +209,9 @@ def _write_content(out: FileIO, content: Content, dtype: str, shape: tuple[int, 
         raise FormatError(f"{where}: was given {rows} rows of its shape {list(expected)}")
 
 
-def _write_tensor(out: FileIO, tensor: torch.Tensor, dtype: torch.dtype, where: str) -> None:
+def _write_tensor(out: FileIO, tensor: "torch.Tensor", dtype: "torch.dtype", where: str) -> None:
+    import torch
+
     if tensor.dtype != dtype:
         raise FormatError(f"{where}: needs {dtype}, was given {tensor.dtype}")
     if tensor.numel() == 0:

@@ -6,10 +6,12 @@ floating-point unit is involved, so denormals-are-zero modes cannot change the a
 """
 
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from spp_fx.errors import FormatError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -53,33 +55,33 @@ _TYPES = {
 }
 
 _TORCH_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
-    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
-    torch.int8: "I8",
-    torch.int16: "I16",
-    torch.int32: "I32",
-    torch.int64: "I64",
-    torch.uint8: "U8",
-    torch.uint16: "U16",
-    torch.uint32: "U32",
-    torch.uint64: "U64",
-    torch.bool: "BOOL",
+    "torch.float64": "F64",
+    "torch.float32": "F32",
+    "torch.float16": "F16",
+    "torch.bfloat16": "BF16",
+    "torch.float8_e5m2": "F8_E5M2",
+    "torch.float8_e4m3fn": "F8_E4M3",
+    "torch.float8_e5m2fnuz": "F8_E5M2FNUZ",
+    "torch.float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "torch.int8": "I8",
+    "torch.int16": "I16",
+    "torch.int32": "I32",
+    "torch.int64": "I64",
+    "torch.uint8": "U8",
+    "torch.uint16": "U16",
+    "torch.uint32": "U32",
+    "torch.uint64": "U64",
+    "torch.bool": "BOOL",
 }
 
 
-def element_type(dtype: str | torch.dtype) -> ElementType:
+def element_type(dtype: "str | torch.dtype") -> ElementType:
     """The element type of a safetensors dtype name ('BF16') or a torch dtype.
 
     Raises:
         FormatError: a type whose zeros cannot be read from whole elements (packed 4-bit, complex, ...).
     """
-    name = dtype if isinstance(dtype, str) else _TORCH_NAMES.get(dtype, "")
+    name = dtype if isinstance(dtype, str) else _TORCH_NAMES.get(str(dtype), "")
     if name not in _TYPES:
         raise FormatError(f"zeros cannot be counted in dtype {dtype}; supported: {', '.join(_TYPES)}")
     return _TYPES[name]

@@ -13,10 +13,9 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from spp_fx.errors import FormatError
@@ -24,6 +23,9 @@ from spp_fx.parallel import thread_count
 from spp_fx.sparsity._backend import Bytes, backend
 from spp_fx.sparsity.dtypes import ElementType, element_type
 from spp_fx.sparsity.mask import PackedMask, digest_state
+
+if TYPE_CHECKING:
+    import torch
 
 _PIECE = 1 << 20  # bytes of weight read at once: with its mask it stays in a core's own cache
 _REGION = 16 * _PIECE  # bytes of weight a task: large against the cost of handing it to a thread
@@ -91,7 +93,7 @@ def scan_file(
     path: str | os.PathLike[str],
     offset: int,
     shape: tuple[int, ...],
-    dtype: str | torch.dtype,
+    dtype: "str | torch.dtype",
     *,
     transposed: bool = False,
     threads: int | None = None,
@@ -120,7 +122,7 @@ def scan_file(
         return _scan(open_reader, kind, shape, transposed, threads)
 
 
-def scan_tensor(tensor: torch.Tensor, *, transposed: bool = False, threads: int | None = None) -> Scan:
+def scan_tensor(tensor: "torch.Tensor", *, transposed: bool = False, threads: int | None = None) -> Scan:
     """Scan a tensor in memory; one that is not on the CPU or not contiguous is copied first.
 
     Args:
@@ -132,6 +134,8 @@ def scan_tensor(tensor: torch.Tensor, *, transposed: bool = False, threads: int 
         FormatError: a dtype without zeros to look for, a shape that is not 2-D or 3-D, a sparse layout or
             a tensor without data.
     """
+    import torch
+
     kind = element_type(tensor.dtype)
     shape = tuple(tensor.shape)
     _check_shape(shape, "tensor")
@@ -142,17 +146,17 @@ def scan_tensor(tensor: torch.Tensor, *, transposed: bool = False, threads: int 
     return _scan(lambda: _MemoryReader(data), kind, shape, transposed, threads)
 
 
-def pack_mask(tensor: torch.Tensor, transposed: bool = False) -> PackedMask:
+def pack_mask(tensor: "torch.Tensor", transposed: bool = False) -> PackedMask:
     """The mask of a tensor: value != 0, so -0.0 is zero, NaN and subnormals are not; see `scan_tensor`."""
     return scan_tensor(tensor, transposed=transposed).mask
 
 
-def count_non_finite(tensor: torch.Tensor) -> int:
+def count_non_finite(tensor: "torch.Tensor") -> int:
     """Infinite and NaN elements of a 2-D or 3-D tensor; see `scan_tensor`."""
     return scan_tensor(tensor).non_finite
 
 
-def first_non_finite(tensor: torch.Tensor) -> tuple[int, ...] | None:
+def first_non_finite(tensor: "torch.Tensor") -> tuple[int, ...] | None:
     """Index of the first infinite or NaN element of a 2-D or 3-D tensor; see `scan_tensor`."""
     return scan_tensor(tensor).first_non_finite
 
