@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from spp_fx.workflows.inject import inject
     from spp_fx.workflows.inspect import inspect
     from spp_fx.workflows.load import load_program
+    from spp_fx.workflows.lock import lock
     from spp_fx.workflows.merge import merge
     from spp_fx.workflows.prune import prune
     from spp_fx.workflows.train import TrainSettings, train
@@ -47,6 +48,7 @@ _HOMES = {
     "inject": "spp_fx.workflows.inject",
     "inspect": "spp_fx.workflows.inspect",
     "load_program": "spp_fx.workflows.load",
+    "lock": "spp_fx.workflows.lock",
     "merge": "spp_fx.workflows.merge",
     "parse_pipeline": "spp_fx.passes",
     "print_pipeline": "spp_fx.passes",
@@ -71,6 +73,7 @@ __all__ = [
     "inject",
     "inspect",
     "load_program",
+    "lock",
     "merge",
     "parse_pipeline",
     "print_pipeline",

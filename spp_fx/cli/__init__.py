@@ -6,11 +6,24 @@ import traceback
 
 import click
 
-from spp_fx.cli import demo, evaluate, export, inject, inspect, merge, optimize, prune, train, unpack, verify
+from spp_fx.cli import (
+    demo,
+    evaluate,
+    export,
+    inject,
+    inspect,
+    lock,
+    merge,
+    optimize,
+    prune,
+    train,
+    unpack,
+    verify,
+)
 from spp_fx.cli.base import cli
 from spp_fx.errors import SppFxError
 
-VERBS = (prune, inject, train, merge, verify, export, unpack, inspect, evaluate, optimize, demo)
+VERBS = (prune, inject, train, merge, verify, export, unpack, lock, inspect, evaluate, optimize, demo)
 """The modules of the subcommands; each adds its own to the group as it is imported."""
 
 
