@@ -1,11 +1,12 @@
 """Weight streams: safetensors files and model folders read and written tensor by tensor, all or nothing."""
 
-from spp_fx.checkpoint.atomic import atomic_file, atomic_folder, check_target
+from spp_fx.checkpoint.atomic import atomic_file, atomic_folder
 from spp_fx.checkpoint.dtypes import dtype_name, torch_dtype
 from spp_fx.checkpoint.folder import ModelFolder
 from spp_fx.checkpoint.header import Header, TensorInfo, read_header
 from spp_fx.checkpoint.layout import INDEX_NAME, OWN_FILES
 from spp_fx.checkpoint.model import rewrite_model
+from spp_fx.checkpoint.place import check_target
 from spp_fx.checkpoint.shard import Shard
 from spp_fx.checkpoint.stream import (
     Content,
@@ -15,6 +16,7 @@ from spp_fx.checkpoint.stream import (
     rewrite_shard,
     write_safetensors,
 )
+from spp_fx.checkpoint.workspace import Workspace, stamp, workspace
 
 __all__ = [
     "INDEX_NAME",
@@ -26,6 +28,7 @@ __all__ = [
     "Shard",
     "TensorInfo",
     "TensorSpec",
+    "Workspace",
     "atomic_file",
     "atomic_folder",
     "check_target",
@@ -34,6 +37,8 @@ __all__ = [
     "read_header",
     "rewrite_model",
     "rewrite_shard",
+    "stamp",
     "torch_dtype",
+    "workspace",
     "write_safetensors",
 ]

@@ -1,20 +1,26 @@
 """Output that appears whole or not at all: written beside its place, fsynced, then renamed into it."""
 
-import errno
+import fcntl
 import logging
 import os
-import secrets
-import shutil
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from spp_fx.checkpoint.disk import explain, fsync_file, fsync_tree, remove_folder
+from spp_fx.checkpoint.place import (
+    check_target,
+    confirm,
+    make_parents,
+    place_folder,
+    remove_parents,
+    remove_replaced,
+    sibling,
+    tidy,
+)
 from spp_fx.errors import SppFxError, UsageError
 
 _LOG = logging.getLogger(__name__)
-
-OUR_FILES = ("config.json", "adapter_config.json", "export.json", "sparsity.lock.json")
-"""A non-empty folder is replaced by force only when it holds one of these."""
 
 
 @contextmanager
@@ -25,7 +31,7 @@ def atomic_folder(
 
     On any exception, KeyboardInterrupt and SystemExit among them, it is removed and an existing `target`
     stays as it was. A process that is killed outright leaves a hidden `.NAME.tmp-*` folder behind and no
-    half-written `target`.
+    half-written `target`; the next run on `target` removes it.
 
     Args:
         target: the folder to appear; missing parents are created.
@@ -38,13 +44,24 @@ def atomic_folder(
             folder that holds none of `OUR_FILES`.
         SppFxError: the disk is full, read-only or refuses to be written.
     """
-    target = Path(os.path.abspath(target))
+    target, sources = Path(os.path.abspath(target)), tuple(sources)
+    tidy(target, _LOG.warning)
     check_target(target, force, sources)
-    with _beside(target) as temporary:
+    replaced: Path | None = None
+    with _beside(target, sources) as temporary:
         os.mkdir(temporary)
-        yield temporary
-        _fsync_tree(temporary)
-        _replace_folder(temporary, target, force)
+        held = os.open(temporary, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # no locks there: the name still says whose it is
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield temporary
+            fsync_tree(temporary)
+            replaced = place_folder(temporary, target, force)
+        finally:
+            os.close(held)
+    confirm(target)
+    if replaced is not None:
+        remove_replaced(replaced)
 
 
 @contextmanager
@@ -64,140 +81,36 @@ def atomic_file(target: Path, force: bool = False) -> Generator[Path, None, None
         raise UsageError(f"{target}: is a folder; give the name of a file")
     if os.path.lexists(target) and not (force and target.is_file()):
         raise UsageError(f"{target}: exists; give another -o or --force")
+    tidy(target, _LOG.warning)
     with _beside(target) as temporary:
         yield temporary
         if not temporary.is_file():
             raise SppFxError(f"{target}: nothing was written")
-        _fsync_file(temporary)
+        fsync_file(temporary)
         if not force and os.path.lexists(target):
             raise UsageError(f"{target}: appeared meanwhile; give another -o or --force")
         os.replace(temporary, target)
+    confirm(target)
 
 
 @contextmanager
-def _beside(target: Path) -> Generator[Path, None, None]:
+def _beside(target: Path, sources: Iterable[Path] = ()) -> Generator[Path, None, None]:
     """A hidden name beside `target`, and no trace of it (or of parents made for it) after an exception."""
-    made = _make_parents(target.parent)
-    temporary = _sibling(target, "tmp")
+    made = make_parents(target.parent)
+    temporary = sibling(target, "tmp")
     try:
         yield temporary
     except OSError as error:
         _discard(temporary, made)
-        raise _plain(target, error) from error
+        raise explain(target, error, "nothing was left behind", sources) from error
     except BaseException:
         _discard(temporary, made)
         raise
-    _confirm(target)
-
-
-def check_target(target: Path, force: bool, sources: Iterable[Path]) -> None:
-    """What `atomic_folder` will refuse, to be known before long work; raises UsageError."""
-    real = os.path.realpath(target)
-    for source in sources:
-        if Path(os.path.realpath(source)).is_relative_to(real):
-            raise UsageError(f"{target}: is the input {source} or holds it; give another -o")
-    if not os.path.lexists(target):
-        return
-    if target.is_symlink():
-        raise UsageError(f"{target}: is a symbolic link; give the name of a folder as -o")
-    if not target.is_dir():
-        raise UsageError(f"{target}: is a file; give the name of a folder as -o")
-    if not force:
-        raise UsageError(f"{target}: exists; give another -o or --force")
-    if Path.cwd().is_relative_to(real):
-        raise UsageError(f"{target}: is the current folder or holds it; give another -o")
-    if any(target.iterdir()) and not any((target / name).is_file() for name in OUR_FILES):
-        raise UsageError(
-            f"{target}: is not replaced by force, for it holds none of {', '.join(OUR_FILES)}; "
-            "give another -o, or remove it yourself"
-        )
-
-
-def _replace_folder(new: Path, target: Path, force: bool) -> None:
-    """Give `new` the name of `target`; what had it is put aside first and brought back if that fails."""
-    if not os.path.lexists(target):
-        os.rename(new, target)
-        return
-    if not force:
-        raise UsageError(f"{target}: appeared meanwhile; give another -o or --force")
-    aside = _sibling(target, "old")
-    try:
-        os.rename(target, aside)
-        os.rename(new, target)
-    except BaseException:
-        if os.path.lexists(aside) and not os.path.lexists(target):
-            os.rename(aside, target)
-        raise
-    try:
-        shutil.rmtree(aside)
-    except OSError as error:  # the new folder is in place: no reason to fail
-        _LOG.warning("%s: the replaced folder could not be removed (%s); remove it", aside, error.strerror)
-
-
-def _sibling(target: Path, kind: str) -> Path:
-    return target.parent / f".{target.name[:60]}.{kind}-{os.getpid()}-{secrets.token_hex(4)}"
-
-
-def _make_parents(parent: Path) -> list[Path]:
-    """Create missing folders; returns those created, the deepest first."""
-    missing: list[Path] = []
-    path = parent
-    while not path.exists() and path != path.parent:
-        missing.append(path)
-        path = path.parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SppFxError(f"{parent}: cannot be created ({error.strerror}); give another -o") from error
-    return missing
 
 
 def _discard(temporary: Path, made: list[Path]) -> None:
     if temporary.is_dir():
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_folder(temporary)
     else:
         temporary.unlink(missing_ok=True)
-    for parent in made:
-        with suppress(OSError):  # somebody else uses it by now
-            parent.rmdir()
-
-
-def _plain(target: Path, error: OSError) -> SppFxError:
-    about = f" ({error.filename})" if error.filename is not None else ""
-    return SppFxError(
-        f"{target}: was not written: {error.strerror or error}{about}; nothing was left behind. "
-        "Free space, or give another -o on a disk you may write to"
-    )
-
-
-def _fsync_tree(folder: Path) -> None:
-    for parent, _, files in os.walk(folder):
-        for name in files:
-            _fsync_file(Path(parent, name))
-        _fsync_folder(Path(parent))
-
-
-def _fsync_folder(path: Path) -> None:
-    """Make the names in a folder durable, on file systems that can."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _confirm(target: Path) -> None:
-    try:
-        _fsync_folder(target.parent)
-    except OSError as error:
-        raise SppFxError(
-            f"{target}: is in place, but the disk did not confirm its name ({error.strerror}); check the disk"
-        ) from error
-
-
-def _fsync_file(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    remove_parents(made)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from spp_fx.checkpoint import atomic_file, atomic_folder
+from spp_fx.checkpoint import atomic_file, atomic_folder, place
 from spp_fx.errors import SppFxError, UsageError
 
 
@@ -159,6 +159,7 @@ def test_a_failing_rename_brings_the_old_folder_back(
             (folder / "a").write_text("1")
 
     monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(place, "_rename", lambda *_: False)  # a system that cannot exchange two folders
     with pytest.raises(SppFxError, match="out: was not written: Input/output error"):
         work()
     assert tree(old.parent) == before
@@ -171,7 +172,7 @@ def test_an_old_folder_that_cannot_be_removed_is_only_a_warning(
     def rmtree(_: Path) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("spp_fx.checkpoint.atomic.shutil.rmtree", rmtree)
+    monkeypatch.setattr("spp_fx.checkpoint.place.shutil.rmtree", rmtree)
     with caplog.at_level(logging.WARNING), atomic_folder(old, force=True) as folder:
         (folder / "a").write_text("1")
     assert tree(old) == {"a": b"1"}
@@ -241,6 +242,46 @@ def test_a_killed_process_leaves_the_old_folder_whole(kill: signal.Signals, old:
     others = [name for name in os.listdir(old.parent) if name != "out"]
     assert len(others) == (1 if kill == signal.SIGKILL else 0)
     assert all(name.startswith(".out.tmp-") for name in others)
+
+
+def leave(target: Path, kind: str, content: str) -> Path:
+    """What a killed run leaves beside its target."""
+    path = place.sibling(target, kind)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    path = path.with_name(path.name.replace(f"{kind}-{os.getpid()}-", f"{kind}-{dead.pid}-"))
+    path.mkdir()
+    (path / "config.json").write_text(content)
+    return path
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    left, other = leave(tmp_path / "out", "tmp", "x"), leave(tmp_path / "out2", "tmp", "x")
+    with atomic_folder(tmp_path / "out") as folder:
+        (folder / "a").write_text("1")
+    assert sorted(os.listdir(tmp_path)) == sorted([other.name, "out"])
+    assert f"{left}: left by a killed run, removed" in caplog.text
+
+
+def test_what_a_living_run_writes_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with atomic_folder(tmp_path / "out") as first:
+        (first / "a").write_text("1")
+        with atomic_folder(tmp_path / "out") as second:
+            assert first.is_dir()
+            (second / "a").write_text("2")
+        (tmp_path / "out" / "a").unlink()
+        (tmp_path / "out").rmdir()
+    assert tree(tmp_path) == {"out/a": b"1"}
+    assert f"{first}: another run on out writes there" in caplog.text
+
+
+def test_a_folder_that_a_killed_run_put_aside_comes_back(tmp_path: Path) -> None:
+    leave(tmp_path / "out", "old", "precious")
+    with pytest.raises(UsageError, match="exists"), atomic_folder(tmp_path / "out"):
+        pytest.fail("the block was entered")
+    assert tree(tmp_path) == {"out/config.json": b"precious"}
 
 
 def test_a_file_appears_whole(tmp_path: Path) -> None:
