@@ -118,8 +118,18 @@ def write_manifest(folder: Path, **fields: Any) -> Manifest:
     manifest = Manifest(
         schema_version=SCHEMA_VERSION, files={name: sha256(folder / name) for name in files}, **fields
     )
-    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+    _write(folder, manifest)
     return manifest
+
+
+def add_file(folder: Path, manifest: Manifest, name: str) -> None:
+    """Write export.json again with the digest of a file that was written, or replaced, after it."""
+    files = dict(sorted((manifest.files | {name: sha256(folder / name)}).items()))
+    _write(folder, manifest.model_copy(update={"files": files}))
+
+
+def _write(folder: Path, manifest: Manifest) -> None:
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
 
 
 def read_manifest(folder: Path, *, check_files: bool = True) -> Manifest:

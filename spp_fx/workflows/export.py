@@ -7,10 +7,12 @@ from typing import Any
 from spp_fx.checkpoint import atomic_folder
 from spp_fx.errors import MaskError, UsageError
 from spp_fx.exporters import FORMATS, ExportSettings, Format, Say, Source, find_format
-from spp_fx.exporters.manifest import Manifest, read_manifest
+from spp_fx.exporters.manifest import Manifest, add_file, read_manifest
 from spp_fx.exporters.source import ROUND_TO
-from spp_fx.sparsity import LOCK_NAME, Lock, LockEntry, detect_pattern, load_lock, make_entry
-from spp_fx.workflows.survey import Tick, no_tick, open_model, scan_tensor, survey, tensors_of
+from spp_fx.sparsity import LOCK_NAME, load_lock
+from spp_fx.workflows import provenance
+from spp_fx.workflows.lock import make_lock
+from spp_fx.workflows.survey import Tick, no_tick, open_model, survey
 from spp_fx.workflows.verify import verify
 
 
@@ -68,11 +70,13 @@ def export(
     chosen = find_format(format)
     settings = settings or ExportSettings()
     _check_options(chosen, settings)
+    provenance.load(model)  # a damaged history is refused before the work
     with atomic_folder(out, force, sources=[model]) as temporary:
         source = open_source(model, trust_remote_code=trust_remote_code, any_config=chosen.mends_config)
         if settings.dtype is not None:
             source = replace(source, rounded_to=ROUND_TO[settings.dtype])
         checks = chosen.write(source, temporary, settings, tick, say)
+        _record(source, temporary, chosen, settings)
         if kept := source.kept_from_zero():
             checks["kept_from_zero"] = kept
             say(f"{kept} values would round to zero and were kept as the smallest normal number")
@@ -84,6 +88,20 @@ def export(
             raise MaskError(f"{format}: the lock of the export is not the model's")
         checks["masks_equal"] = sum(site.mask_equal is True for site in verdict.sites)
     return Exported(out, read_manifest(out, check_files=False), checks)
+
+
+def _record(source: Source, folder: Path, format: Format, settings: ExportSettings) -> None:
+    """Add this step to the model's history, which the manifest then names as it does every other file."""
+    manifest = read_manifest(folder, check_files=False)
+    provenance.record(
+        source.folder.path,
+        folder,
+        "export",
+        inputs={"model": source.folder.fingerprint()},
+        settings={"format": format.name} | {name: getattr(settings, name) for name in format.options},
+        digests=manifest.files,
+    )
+    add_file(folder, manifest, provenance.PROVENANCE)
 
 
 def _check_options(format: Format, settings: ExportSettings) -> None:
@@ -110,14 +128,7 @@ def open_source(model: Path, *, trust_remote_code: bool = False, any_config: boo
                 raise MaskError(f"{model}: {faults[0]}; export only what verifies")
         return Source(folder, load_lock(model / LOCK_NAME), trust_remote_code)
     found = survey(model, trust_remote_code=trust_remote_code, any_config=any_config)
-    entries: list[LockEntry] = []
-    for site, pieces in found.pieces.items():
-        for tensor, piece in tensors_of(pieces).items():
-            mask = scan_tensor(folder, tensor, transposed=piece.transposed).mask
-            pattern = detect_pattern(mask)
-            if pattern is not None:
-                kind = found.program.sites[site].kind
-                entries.append(make_entry(tensor, kind, mask, pattern, piece.transposed))
-    if not entries:
+    lock = make_lock(found).lock
+    if not lock.sites:
         raise UsageError(f"{model}: is dense, there is nothing sparse to export; see 'spp-fx prune'")
-    return Source(folder, Lock.of(entries), trust_remote_code)
+    return Source(folder, lock, trust_remote_code)

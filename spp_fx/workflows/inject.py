@@ -13,6 +13,7 @@ from spp_fx.errors import MaskError, SppFxError, UsageError
 from spp_fx.ir.site import Site
 from spp_fx.passes import Inject, Match, run_pipeline
 from spp_fx.sparsity import LOCK_NAME, Lock, PackedMask, Pattern, compare, load_lock, make_entry
+from spp_fx.workflows import provenance
 from spp_fx.workflows.adapter_folder import write_adapter
 from spp_fx.workflows.survey import Survey, Tick, choose, no_tick, observe, survey
 
@@ -95,6 +96,7 @@ def inject(
         weights = any(model.glob("*.safetensors"))
         found = survey(model, weights=weights, trust_remote_code=trust_remote_code)
         return _inject(found, None, adapter, pass_, targets, tick)[0]
+    provenance.load(model)  # a damaged history is refused before the work
     with atomic_folder(out, force, sources=[model]) as temporary:
         found = survey(model, trust_remote_code=trust_remote_code)
         result, lock = _inject(found, out, adapter, pass_, targets, tick)
@@ -103,16 +105,21 @@ def inject(
             for name, (site, _) in result.sites.items()
             for key, spec in adapter.factors(site.shape).items()
         }
+        fingerprint = found.folder.fingerprint()
         write_adapter(
             temporary,
             target=out,
             base=model,
-            fingerprint=found.folder.fingerprint(),
+            fingerprint=fingerprint,
             method=adapter,
             seed=seed,
             pieces={name: found.pieces[name] for name in result.sites},
             factors=factors,
             lock=lock,
+        )
+        settings = {"method": method, **adapter.parameters(), "seed": seed, "targets": list(targets)}
+        provenance.record(
+            model, temporary, "inject", inputs={"model": fingerprint}, settings=settings, digests={}
         )
     return result
 
