@@ -1,20 +1,26 @@
-"""What an adapter method is: trainable factors, and the weight that they stand for."""
+"""What an adapter method is: trainable factors, and the weight that they stand for.
+
+torch is imported where numbers are made: an adapter folder is read and checked without it.
+"""
+
+from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from math import isfinite, sqrt
-from typing import Any, ClassVar, Literal
-
-import torch
-from torch import Tensor
-from torch._ops import OpOverload
+from math import isfinite, prod, sqrt
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 from spp_fx.errors import UsageError
 from spp_fx.registry import Registry, naming
 
-Factors = Mapping[str, Tensor]
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch._ops import OpOverload
+
+Factors: TypeAlias = "Mapping[str, Tensor]"
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,24 @@ class FactorSpec:
 
     @property
     def numel(self) -> int:
-        return torch.Size(self.shape).numel()
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class MethodOps:
+    """The torch ops of a method.
+
+    Attributes:
+        linear: `(x, weight, *factors, bias, seed, scale, dropout) -> y`: the definition, as one op.
+        weight: `(weight, *factors, scale, base) -> base * weight + update`, for stacks of experts.
+        kernels: faster executions of `linear`, by name.
+        packed: the fused execution on a packed weight, by packing: the tensors of the packing follow x.
+    """
+
+    linear: OpOverload
+    weight: OpOverload
+    kernels: Mapping[str, OpOverload]
+    packed: Mapping[str, OpOverload]
 
 
 @dataclass(frozen=True)
@@ -43,14 +66,6 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
-    linear: ClassVar[OpOverload]
-    """`(x, weight, *factors, bias, seed, scale, dropout) -> y`: the definition, as one op."""
-    weight: ClassVar[OpOverload]
-    """`(weight, *factors, scale, base) -> base * weight + update`, for stacks of experts."""
-    kernels: ClassVar[Mapping[str, OpOverload]]
-    """Faster executions of `linear`, by name."""
-    packed: ClassVar[Mapping[str, OpOverload]]
-    """The fused execution on a packed weight, by packing: the tensors of the packing follow x."""
 
     rank: int = 16
     scale: float = 2.0
@@ -63,6 +78,11 @@ class Method(ABC):
             raise UsageError(f"{self.name}: scale must be a finite number other than 0, got {self.scale}")
         if not 0 <= self.dropout < 1:
             raise UsageError(f"{self.name}: dropout must be in [0, 1), got {self.dropout}")
+
+    @property
+    @abstractmethod
+    def ops(self) -> MethodOps:
+        """How it is executed."""
 
     @abstractmethod
     def factors(self, shape: tuple[int, ...]) -> dict[str, FactorSpec]:
@@ -104,6 +124,8 @@ def make_method(name: str, **settings: Any) -> Method:
 
 def initial_factor(spec: FactorSpec, key: str, seed: int, device: torch.device) -> Tensor:
     """A factor's start in float32: the same for the same seed and key, whatever the order of sites."""
+    import torch
+
     if spec.init == "zeros" or device.type == "meta":
         return torch.zeros(spec.shape, device=device)
     digest = hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest()

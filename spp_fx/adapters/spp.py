@@ -1,15 +1,16 @@
 """SPP: one row of alpha for every m/r rows of the weight, one beta for each row."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import gcd
-from typing import ClassVar
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from spp_fx.adapters.method import Factors, FactorSpec, Method, MethodOps, register
 
-from spp_fx.adapters.method import Factors, FactorSpec, Method, register
-from spp_fx.adapters.ops import packed, spp_blockwise, spp_fused, spp_linear, spp_weight
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LARGEST_RANK = 256
 
@@ -19,10 +20,12 @@ LARGEST_RANK = 256
 class SPP(Method):
     """W * (1 + s * beta * repeat(alpha)) — SPP, ICML 2024, Eq. 4 and 5."""
 
-    linear: ClassVar = spp_linear.OP
-    weight: ClassVar = spp_weight.OP
-    kernels: ClassVar = {"blockwise": spp_blockwise.OP, "fused": spp_fused.OP}
-    packed: ClassVar = packed.OPS
+    @property
+    def ops(self) -> MethodOps:
+        from spp_fx.adapters.ops import packed, spp_blockwise, spp_fused, spp_linear, spp_weight
+
+        kernels = {"blockwise": spp_blockwise.OP, "fused": spp_fused.OP}
+        return MethodOps(spp_linear.OP, spp_weight.OP, kernels, packed.OPS)
 
     def factors(self, shape: tuple[int, ...]) -> dict[str, FactorSpec]:
         *stack, m, n = shape
@@ -40,9 +43,13 @@ class SPP(Method):
         return [rank for rank in range(1, LARGEST_RANK + 1) if common % rank == 0]
 
     def update(self, weight: Tensor, **factors: Tensor) -> Tensor:
-        return spp_linear.update(weight, factors["spp_alpha"], factors["spp_beta"], self.scale)
+        from spp_fx.adapters.ops.spp_linear import update
+
+        return update(weight, factors["spp_alpha"], factors["spp_beta"], self.scale)
 
     def rows(self, factors: Factors, start: int, stop: int) -> dict[str, Tensor]:
+        import torch
+
         alpha, beta = factors["spp_alpha"], factors["spp_beta"]
         height = beta.shape[-2] // alpha.shape[-2]
         index = torch.arange(start, stop, device=alpha.device) // height

@@ -1,18 +1,21 @@
 """Exporters: one format a file, each a writer and a reader."""
 
-from spp_fx.exporters import cusparselt, cutlass, onnx, plain, sparse_bitmask
-from spp_fx.exporters.registry import (
-    FORMATS,
-    Decoded,
-    ExportSettings,
-    Format,
-    Say,
-    Tick,
-    Weights,
-    find_format,
-    register,
-)
-from spp_fx.exporters.source import Source
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from spp_fx.exporters.builtin import (
+        FORMATS,
+        Decoded,
+        ExportSettings,
+        Format,
+        Say,
+        Source,
+        Tick,
+        Weights,
+        find_format,
+        register,
+    )
 
 __all__ = [
     "FORMATS",
@@ -23,11 +26,13 @@ __all__ = [
     "Source",
     "Tick",
     "Weights",
-    "cusparselt",
-    "cutlass",
     "find_format",
-    "onnx",
-    "plain",
     "register",
-    "sparse_bitmask",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Formats bring torch and onnx, which reading a manifest need not wait for: imported on first use."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("spp_fx.exporters.builtin"), name)

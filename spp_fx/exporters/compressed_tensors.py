@@ -12,9 +12,7 @@ Later releases dropped the decoder: the names of such a file are none of the mod
 weights with random numbers and says no more than a warning.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,53 +20,10 @@ from torch import Tensor
 
 from spp_fx.checkpoint import ModelFolder
 from spp_fx.errors import FormatError
+from spp_fx.exporters.sparsity_config import layers, sparsity_configs
 
 SPARSE_24 = "sparse-24-bitmask"
 PARTS = ("compressed", "bitmask", "shape")
-PLACES = ("quantization_config", "compression_config")
-"""Objects of config.json that may hold a sparsity_config; config.json itself may, too."""
-
-
-def sparsity_configs(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Every sparsity_config of a config.json, by where it stands."""
-    found = {"sparsity_config": config["sparsity_config"]} if config.get("sparsity_config") else {}
-    for place in PLACES:
-        nested = config.get(place)
-        if isinstance(nested, dict) and nested.get("sparsity_config"):
-            found[f"{place}.sparsity_config"] = nested["sparsity_config"]
-    return found
-
-
-def without_sparsity(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """config.json without any sparsity_config, and what was taken out.
-
-    What is left of a quantization_config goes too where it is compressed-tensors' and quantizes nothing: a
-    reader would look for what it announces.
-    """
-    plain, removed = dict(config), list(sparsity_configs(config))
-    plain.pop("sparsity_config", None)
-    for place in PLACES:
-        nested = config.get(place)
-        if not isinstance(nested, dict) or "sparsity_config" not in nested:
-            continue
-        rest = {key: value for key, value in nested.items() if key != "sparsity_config"}
-        quantizes = rest.get("config_groups") or rest.get("kv_cache_scheme")
-        if quantizes or rest.get("quant_method", "compressed-tensors") != "compressed-tensors":
-            plain[place] = rest
-        else:
-            del plain[place]
-            removed.append(f"{place}, which says nothing else")
-    return plain, removed
-
-
-def is_legacy(folder: ModelFolder) -> bool:
-    """Whether a folder holds compressed weights, or its config.json says so."""
-    return bool(_layers(folder)) or bool(sparsity_configs(folder.config))
-
-
-def _layers(folder: ModelFolder) -> list[str]:
-    suffixes = (".compressed", ".bitmask")
-    return sorted({name.rpartition(".")[0] for name in folder.names if name.endswith(suffixes)})
 
 
 @dataclass(frozen=True)
@@ -96,13 +51,13 @@ class LegacyFolder:
         """
         shapes = {name: folder.info(name)[1].shape for name in folder.names}
         dtypes = {name: folder.info(name)[1].dtype for name in folder.names}
-        layers = _layers(folder)
-        for layer in layers:
+        compressed = layers(folder)
+        for layer in compressed:
             shape, dtype = _check_parts(folder, layer)
             for part in PARTS:
                 del shapes[f"{layer}.{part}"], dtypes[f"{layer}.{part}"]
             shapes[f"{layer}.weight"], dtypes[f"{layer}.weight"] = shape, dtype
-        return cls(folder, shapes, dtypes, frozenset(f"{layer}.weight" for layer in layers))
+        return cls(folder, shapes, dtypes, frozenset(f"{layer}.weight" for layer in compressed))
 
     def file(self, name: str) -> str:
         """The file that holds a tensor of the model, or the values of a compressed one."""

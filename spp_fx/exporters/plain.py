@@ -6,11 +6,11 @@ from typing import Any
 
 from spp_fx.checkpoint import ModelFolder, Shard, TensorInfo, copy_file, rewrite_model
 from spp_fx.checkpoint.layout import within
-from spp_fx.exporters.compressed_tensors import without_sparsity
 from spp_fx.exporters.manifest import MANIFEST, Manifest, site_sizes
 from spp_fx.exporters.read_back import check_copied
 from spp_fx.exporters.registry import Decoded, ExportSettings, Format, Say, Tick, Weights, register
 from spp_fx.exporters.source import Source, scan_stored
+from spp_fx.exporters.sparsity_config import without_sparsity
 from spp_fx.sparsity import LOCK_NAME, Scan
 
 

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from spp_fx.exporters.manifest import Manifest
 from spp_fx.exporters.source import Source
+from spp_fx.progress import Tick
 from spp_fx.registry import Registry
-from spp_fx.sparsity import Scan
+from spp_fx.sparsity import Weights
 
-Tick = Callable[[str, int], None]
 Say = Callable[[str], None]
 
 
@@ -47,23 +47,6 @@ class ExportSettings:
     indices: Literal["smallest", "int64"] = "smallest"
     with_past: bool = False
     compare_logits: bool | None = None
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The weights of something written, looked at one by one.
-
-    Attributes:
-        names: its weights.
-        scan: look at a weight, given its name and whether its site is stored (in, out).
-        file: the name of the file that holds a weight.
-        sites: the weights that must be sparse where no lock says so: name -> stored (in, out)?
-    """
-
-    names: frozenset[str]
-    scan: Callable[[str, bool], Scan]
-    file: Callable[[str], str]
-    sites: Callable[[], Mapping[str, bool]]
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from spp_fx.ir.piece import Piece
+
 
 class Slot(Protocol):
     """What stored tensors fill: a site, or any parameter."""
@@ -45,26 +47,6 @@ class Parameter:
     name: str
     shape: tuple[int, ...]
     transposed: bool = False
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One stored matrix of a site.
-
-    Attributes:
-        tensor: its name in the checkpoint.
-        transposed: it is stored (in, out).
-        expert: index of the matrix in a stack, None for a plain matrix.
-        start, stop: the rows of the site's matrix that it holds.
-        whole: the stored tensor is the whole stack (experts, …), of which this is one matrix.
-    """
-
-    tensor: str
-    transposed: bool
-    expert: int | None
-    start: int
-    stop: int
-    whole: bool = False
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def _inject_linear(
     with graph.inserting_before(node):
         nodes = _factor_nodes(use, parameter, factors)
         seed, p = _dropout_nodes(graph, method)
-        adapted = graph.call_function(method.linear, (x, weight, *nodes, bias, seed, method.scale, p))  # type: ignore[arg-type]
+        adapted = graph.call_function(method.ops.linear, (x, weight, *nodes, bias, seed, method.scale, p))  # type: ignore[arg-type]
     operands = tuple(n.name if isinstance(n, fx.Node) else None for n in (x, weight, bias))
     adapted.meta = dict(node.meta) | {ADAPTER: node.meta[SITE], PLAIN: operands}
     replace_node(node, adapted)
@@ -151,7 +151,7 @@ def _inject_stack(
         seed, p = _dropout_nodes(graph, method)
         canonical = graph.call_function(aten.transpose.int, (source, -2, -1)) if transposed else source
         base = 1.0 if seed is None else 0.0
-        value = graph.call_function(method.weight, (canonical, *nodes, method.scale, base))
+        value = graph.call_function(method.ops.weight, (canonical, *nodes, method.scale, base))
         stored = graph.call_function(aten.transpose.int, (value, -2, -1)) if transposed else value
     value.meta = {ADAPTER: node.meta[SITE]}
     if seed is None:

@@ -51,7 +51,7 @@ class Lower(Pass):
         report = PassReport()
         uses = program.uses(ADAPTER)
         for name, method in program.adapters.items():
-            known = (REFERENCE, *method.kernels)
+            known = (REFERENCE, *method.ops.kernels)
             if self.kernel not in known:
                 raise UsageError(
                     f"lower: {method.name} has no kernel '{self.kernel}'; known: {', '.join(known)}"
@@ -69,22 +69,22 @@ class Lower(Pass):
     def ensures(self, program: Program) -> None:
         for name, uses in program.uses(ADAPTER).items():
             method = program.adapters.get(name)
-            if method and any(use.node.target is method.linear for use in uses):
+            if method and any(use.node.target is method.ops.linear for use in uses):
                 raise PostconditionError(f"lower: {name} is still abstract")
 
 
 def _lower(use: Use, method: Method, kernel: str) -> str:
     node = use.node
-    if node.target is method.weight:
+    if node.target is method.ops.weight:
         if kernel == REFERENCE:
             _expand_weight(use.module.graph, node, method)
         return kernel if kernel == REFERENCE else "row blocks"
-    if node.target is not method.linear:
+    if node.target is not method.ops.linear:
         raise PreconditionError(f"lower: {node.format_node()} is lowered already; start from inject")
     if kernel == REFERENCE:
         _expand_linear(use.module.graph, node, method)
     else:
-        node.target = method.kernels[kernel]
+        node.target = method.ops.kernels[kernel]
     return kernel
 
 

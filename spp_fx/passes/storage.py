@@ -38,7 +38,7 @@ def pack_site(
             storage = [graph.get_attr(_packed(parameter, key)) for key in PACKINGS[name].tensors]
         x, _, *rest = node.args
         node.args = (x, *storage, *rest)
-        node.target = method.packed[name]
+        node.target = method.ops.packed[name]
     for use in uses:
         _erase_unused(use.module.graph)
         if parameter in use.module._parameters:
@@ -64,7 +64,7 @@ def unpack_site(program: Program, site: str) -> None:
                 source = graph.call_function(aten.t.default, (source,))
         x, *rest = use.node.args
         use.node.args = (x, source, *rest[len(packing.tensors) :])
-        use.node.target = program.adapters[site].kernels["fused"]
+        use.node.target = program.adapters[site].ops.kernels["fused"]
         x, _, bias = use.node.meta[PLAIN]
         use.node.meta[PLAIN] = (x, source.name, bias)
     for module in {use.module for use in uses}:

@@ -7,8 +7,17 @@ from spp_fx.sparsity.locate import locator
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry, load_lock, make_entry
 from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.pattern import NM, Pattern, Unstructured, implies, parse_pattern
-from spp_fx.sparsity.scan import Scan, count_non_finite, first_non_finite, pack_mask, scan_file, scan_tensor
+from spp_fx.sparsity.scan import (
+    Scan,
+    count_non_finite,
+    first_non_finite,
+    load_scanner,
+    pack_mask,
+    scan_file,
+    scan_tensor,
+)
 from spp_fx.sparsity.violations import Group, Violations, scan_bits
+from spp_fx.sparsity.weights import Weights
 
 __all__ = [
     "LOCK_NAME",
@@ -25,6 +34,7 @@ __all__ = [
     "Scan",
     "Unstructured",
     "Violations",
+    "Weights",
     "compare",
     "compare_masks",
     "count_non_finite",
@@ -33,6 +43,7 @@ __all__ = [
     "first_non_finite",
     "implies",
     "load_lock",
+    "load_scanner",
     "locator",
     "make_entry",
     "pack_mask",

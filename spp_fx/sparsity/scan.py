@@ -89,6 +89,11 @@ class _FileReader:
         self._file.close()
 
 
+def load_scanner() -> None:
+    """Load the kernels now, so that threads that scan do not all begin to."""
+    backend()
+
+
 def scan_file(
     path: str | os.PathLike[str],
     offset: int,

@@ -5,18 +5,19 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from torch import Tensor
 
 from spp_fx.adapters import Method, make_method
 from spp_fx.checkpoint import ModelFolder, Shard, dtype_name, write_safetensors
 from spp_fx.errors import FormatError, UsageError
-from spp_fx.ir.binding import Piece
+from spp_fx.ir.piece import Piece
 from spp_fx.sparsity import LOCK_NAME, Lock, load_lock
 from spp_fx.version import VERSION
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONFIG = "adapter_config.json"
 FACTORS = "adapter_model.safetensors"
@@ -111,7 +112,7 @@ class AdapterFolder:
             return (out, entry.shape[-1])
         return (max(piece.expert or 0 for piece in pieces) + 1, out, entry.shape[-1])
 
-    def factors(self, site: str) -> dict[str, Tensor]:
+    def factors(self, site: str) -> "dict[str, Tensor]":
         """The factors of a site, read from disk."""
         return {key: self.shard.read(f"{site}.{key}") for key in self.method.factors(self.shape(site))}
 
@@ -158,7 +159,7 @@ class AdapterFolder:
                 )
 
 
-def write_factors(path: Path, factors: Mapping[str, Tensor]) -> None:
+def write_factors(path: Path, factors: "Mapping[str, Tensor]") -> None:
     """Write a factors' file; `path` must be new."""
     specs = [(name, dtype_name(value.dtype), tuple(value.shape)) for name, value in factors.items()]
     write_safetensors(path, specs, lambda name: [factors[name].detach().cpu().contiguous()], {"format": "pt"})
@@ -173,7 +174,7 @@ def write_adapter(
     method: Method,
     seed: int,
     pieces: Mapping[str, Iterable[Piece]],
-    factors: Mapping[str, Tensor],
+    factors: "Mapping[str, Tensor]",
     lock: Lock,
 ) -> None:
     """Write the files of an adapter folder that will be called `target` into `folder`."""
@@ -199,8 +200,8 @@ def write_adapter(
     write_factors(folder / FACTORS, factors)
 
 
-def trainable_parameters(factors: Mapping[str, Tensor]) -> int:
-    return sum(torch.Size(value.shape).numel() for value in factors.values())
+def trainable_parameters(factors: "Mapping[str, Tensor]") -> int:
+    return sum(value.numel() for value in factors.values())
 
 
 def _read_config(path: Path) -> AdapterConfig:
@@ -214,7 +215,7 @@ def _read_config(path: Path) -> AdapterConfig:
         raise FormatError(f"{path}: is not JSON: {error}") from error
 
 
-def _card(target: Path, base: Path, config: AdapterConfig, factors: Mapping[str, Tensor]) -> str:
+def _card(target: Path, base: Path, config: AdapterConfig, factors: "Mapping[str, Tensor]") -> str:
     return f"""---
 library_name: spp-fx
 base_model: {base.name}

@@ -2,19 +2,18 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 from spp_fx.checkpoint import INDEX_NAME, ModelFolder, Shard
 from spp_fx.errors import FormatError, UsageError
-from spp_fx.exporters import Weights, find_format
-from spp_fx.exporters.compressed_tensors import LegacyFolder, is_legacy
 from spp_fx.exporters.manifest import MANIFEST, read_manifest
-from spp_fx.exporters.onnx import read_graph
-from spp_fx.exporters.sparse_bitmask_reader import FOLDER as COMPACT
-from spp_fx.passes import Match
-from spp_fx.sparsity import LOCK_NAME, Lock, Scan, load_lock, scan_file, scan_tensor
+from spp_fx.exporters.sparsity_config import is_legacy
+from spp_fx.sparsity import LOCK_NAME, Lock, Scan, Weights, load_lock, scan_file
 from spp_fx.workflows.adapter_folder import CONFIG, AdapterFolder
-from spp_fx.workflows.survey import choose, expected_sites, open_model, survey, tensors_of
+from spp_fx.workflows.open_model import open_model
+
+# Tracing, formats and torch are imported where an artifact needs them: a model folder with its lock does not.
 
 NO_SITE = ("embed", "lm_head", "wte", "wpe", "norm")
 """Words in the names of matrices that are no sites, for files without a model that could be traced."""
@@ -81,6 +80,9 @@ def _model(path: Path) -> Artifact:
         return scan_file(shard.path, info.start, info.shape, info.dtype, transposed=transposed)
 
     def sites() -> Mapping[str, bool]:
+        from spp_fx.passes import Match
+        from spp_fx.workflows.survey import choose, survey, tensors_of
+
         found = survey(path)
         names, _ = choose(found, Match(dense=True))
         pieces = tensors_of(piece for name in names for piece in found.pieces[name])
@@ -94,6 +96,9 @@ def _model(path: Path) -> Artifact:
 
 def _legacy(folder: ModelFolder) -> Artifact:
     """compressed-tensors' dropped format, its weights under the names that the model gives them."""
+    from spp_fx.exporters.compressed_tensors import LegacyFolder
+    from spp_fx.sparsity import scan_tensor
+
     legacy = LegacyFolder.open(folder)
 
     def scan(name: str, transposed: bool) -> Scan:
@@ -113,9 +118,9 @@ def _legacy(folder: ModelFolder) -> Artifact:
 def _adapter(path: Path) -> Artifact:
     """An adapter stands for its base's masks: the base is looked at, the factors are checked when opened."""
     adapter = AdapterFolder.open(path)
-    for name in adapter.shard.header.tensors:
-        where = scan_tensor(adapter.shard.read(name).reshape(1, -1)).first_non_finite
-        if where is not None:
+    for name, info in adapter.shard.header.tensors.items():
+        row = (1, prod(info.shape))
+        if scan_file(adapter.shard.path, info.start, row, info.dtype).first_non_finite is not None:
             raise FormatError(
                 f"{adapter.shard.path}: the factor {name} holds NaN or infinity; train it again"
             )
@@ -146,6 +151,8 @@ def _safetensors(path: Path) -> Artifact:
 
 
 def _refuse_part_of_export(path: Path) -> None:
+    from spp_fx.exporters.sparse_bitmask_reader import FOLDER as COMPACT
+
     folder = path.parent.parent if path.parent.name == COMPACT else path.parent
     if (folder / MANIFEST).is_file() and read_manifest(folder, check_files=False).format != "safetensors":
         raise UsageError(f"{path}: is part of the export {folder}; verify that folder")
@@ -171,12 +178,16 @@ def _looks_like_site(name: str) -> bool:
 
 
 def _export(path: Path) -> Artifact:
+    from spp_fx.exporters import find_format
+
     manifest = read_manifest(path)
     format = find_format(manifest.format)
     weights = format.read(path, manifest)
 
     def sites() -> Mapping[str, bool]:
         """The manifest's, and every other weight of the model that could be one."""
+        from spp_fx.workflows.survey import expected_sites
+
         shapes = format.decode(path, manifest).shapes if format.decode else None
         known = expected_sites(path, shapes)
         others = {name: transposed for name, transposed in known.items() if name in weights.names}
@@ -186,6 +197,8 @@ def _export(path: Path) -> Artifact:
 
 
 def _onnx(path: Path) -> Artifact:
+    from spp_fx.exporters.onnx import read_graph
+
     return Artifact(path, "onnx", read_graph(path), _lock_beside(path.parent))
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from spp_fx.progress import Tick, no_tick
 from spp_fx.training.data import all_windows, check_vocabulary
 from spp_fx.training.perplexity import Perplexity, perplexity
 from spp_fx.workflows.load import load_program, load_tokenizer, window_length
-from spp_fx.workflows.survey import Tick, no_tick
 
 
 @dataclass(frozen=True)

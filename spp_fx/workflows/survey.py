@@ -1,25 +1,19 @@
 """What a model folder holds: its sites, found by tracing on the meta device, and where they are stored."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from spp_fx.checkpoint import ModelFolder
-from spp_fx.errors import FormatError, UsageError
-from spp_fx.exporters.compressed_tensors import sparsity_configs
-from spp_fx.exporters.manifest import MANIFEST, read_manifest
-from spp_fx.ir.binding import Binding, Parameter, Piece, bind
+from spp_fx.errors import UsageError
+from spp_fx.ir.binding import Binding, Parameter, bind
+from spp_fx.ir.piece import Piece
 from spp_fx.ir.program import Program
 from spp_fx.ir.trace import hollow, hollow_model, meta_model, trace
 from spp_fx.passes import Canonicalize, Match, run_pipeline
+from spp_fx.progress import Tick, no_tick
 from spp_fx.sparsity import PackedMask, Pattern, Scan, detect_pattern, scan_file
-
-Tick = Callable[[str, int], None]
-"""Called with what was done and how many bytes it covered, so that a caller can show progress."""
-
-
-def no_tick(what: str, nbytes: int) -> None:
-    """Show nothing."""
+from spp_fx.workflows.open_model import open_model
 
 
 @dataclass(frozen=True)
@@ -33,39 +27,6 @@ class Survey:
     @property
     def pieces(self) -> dict[str, tuple[Piece, ...]]:
         return self.binding.pieces
-
-
-def open_model(path: Path, *, weights: bool = True, any_config: bool = False) -> ModelFolder:
-    """Open a model folder whose tensors are the model's own.
-
-    Args:
-        weights: whether it must hold any.
-        any_config: take a folder of plain weights whose config.json has a sparsity_config, too.
-
-    Raises:
-        UsageError: an export in a form that transformers cannot load.
-        FormatError: a file is damaged, or the weights are compressed.
-    """
-    if (path / MANIFEST).is_file() and (form := read_manifest(path).format) != "safetensors":
-        raise UsageError(f"{path}: is an export ({form}); give the model folder that it was made from")
-    folder = ModelFolder.open(path, weights=weights)
-    _check_plain(folder, any_config)
-    return folder
-
-
-def _check_plain(folder: ModelFolder, any_config: bool) -> None:
-    """FormatError if the weights are compressed-tensors', which transformers fills with random numbers."""
-    packed = [name for name in folder.names if name.endswith((".bitmask", ".compressed"))]
-    if packed:
-        raise FormatError(
-            f"{folder.path}: its weights are compressed (first: {packed[0]}); servers and transformers load "
-            f"such a model with random weights. Write the plain folder with 'spp-fx unpack {folder.path}'"
-        )
-    if sparsity_configs(folder.config) and not any_config:
-        raise FormatError(
-            f"{folder.path}: config.json has a sparsity_config, which servers refuse or misread; "
-            f"write the plain folder with 'spp-fx unpack {folder.path}'"
-        )
 
 
 def survey(

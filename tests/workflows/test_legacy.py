@@ -15,7 +15,8 @@ from torch import Tensor
 
 from spp_fx.checkpoint import ModelFolder
 from spp_fx.errors import FormatError
-from spp_fx.exporters.compressed_tensors import LegacyFolder, is_legacy, without_sparsity
+from spp_fx.exporters.compressed_tensors import LegacyFolder
+from spp_fx.exporters.sparsity_config import is_legacy, without_sparsity
 from spp_fx.workflows.unpack import unpack
 from spp_fx.workflows.verify import verify
 from tests.command import command, must, one_line, tensors
