@@ -7,7 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spp_fx.errors import FormatError, PatternError, SppFxError, UsageError
+from spp_fx.errors import FormatError, MaskError, PatternError, UsageError
 from spp_fx.parallel import in_order
 from spp_fx.sparsity import (
     LOCK_NAME,
@@ -128,6 +128,7 @@ def lock(
     Raises:
         UsageError: the lock exists, no such site, or a folder whose lock is a part of it.
         PatternError: a site does not hold `pattern`, or no site is sparse. Nothing is written.
+        MaskError: a weight holds NaN or infinity.
         FormatError: a file is damaged.
     """
     model = Path(model)
@@ -179,7 +180,7 @@ def make_lock(
     Raises:
         UsageError: a target that names no site.
         PatternError: a weight does not hold `pattern`; names it, its file, row and columns.
-        SppFxError: a weight holds NaN or infinity.
+        MaskError: a weight holds NaN or infinity.
     """
     from spp_fx.passes import Match, run_pipeline
     from spp_fx.workflows.survey import scan_tensor, tensors_of
@@ -265,7 +266,7 @@ def _entry(candidate: Candidate, asked: Pattern | None) -> LockEntry | str:
     if scan.first_non_finite is not None:
         *expert, row, column = scan.first_non_finite
         place = "".join(f"expert {number}, " for number in expert)
-        raise SppFxError(
+        raise MaskError(
             f"{where}: {place}row {row}, column {column} is NaN or infinite ({scan.non_finite} such values); "
             "lock a model that is whole"
         )
