@@ -144,10 +144,7 @@ def workspace(
             kept, and where.
     """
     target, sources = Path(os.path.abspath(target)), tuple(sources)
-    store = target.with_name(f"{stem(target)}.work")
-    tidy_placed(target, store, sources)
-    tidy(target, say)
-    check_target(target, force, sources)
+    store = check_output(target, force, sources, say)
     made = make_parents(target.parent)
     try:
         with locked(target, store, sources):
@@ -156,6 +153,25 @@ def workspace(
     except BaseException:
         remove_parents(made)
         raise
+
+
+def check_output(
+    target: Path, force: bool, sources: Iterable[Path] = (), say: Callable[[str], None] = lambda line: None
+) -> Path:
+    """What `workspace` will refuse, to be known before long work, once what killed runs left is cleared up.
+
+    Returns:
+        Where the work on `target` lies.
+
+    Raises:
+        UsageError: as `workspace`.
+    """
+    target, sources = Path(os.path.abspath(target)), tuple(sources)
+    store = target.with_name(f"{stem(target)}.work")
+    tidy_placed(target, store, sources)
+    tidy(target, say)
+    check_target(target, force, sources)
+    return store
 
 
 @dataclass(frozen=True)

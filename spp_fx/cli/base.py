@@ -80,6 +80,11 @@ def output_options(default: str) -> Callable[[Callable[..., Any]], Callable[...,
     return add
 
 
+def fresh_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    help_text = "Begin anew, whatever an interrupted run on the same output left."
+    return click.option("--fresh", is_flag=True, help=help_text)(function)
+
+
 def targets_option(function: Callable[..., Any]) -> Callable[..., Any]:
     help_text = (
         "Sites to take: last words of module names or globs, comma-separated or repeated "

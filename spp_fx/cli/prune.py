@@ -8,6 +8,7 @@ import click
 from spp_fx.cli.base import (
     command,
     default_out,
+    fresh_option,
     model_argument,
     model_folder,
     output_options,
@@ -22,6 +23,7 @@ from spp_fx.console import Output, table
 @command("prune")
 @model_argument
 @output_options("MODEL-PATTERN")
+@fresh_option
 @click.option(
     "--method", default="magnitude", show_default=True,
     help="magnitude; wanda, ria or sparsegpt, which look at a text (--calib).",
@@ -81,6 +83,7 @@ def prune_command(output: Output, model: str, **options: Any) -> None:
             skip=split_targets(options["skip"]),
             device=options["device"],
             force=options["force"],
+            fresh=options["fresh"],
             trust_remote_code=options["trust_remote_code"],
             tick=bar.update,
             say=output.say,

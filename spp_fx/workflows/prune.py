@@ -15,10 +15,13 @@ from spp_fx.checkpoint import (
     ModelFolder,
     Shard,
     TensorInfo,
-    atomic_folder,
-    check_target,
-    rewrite_model,
+    Workspace,
+    rewrite_shard,
+    stamp,
+    workspace,
 )
+from spp_fx.checkpoint.resume import copy_others, write_shards
+from spp_fx.checkpoint.workspace import check_output
 from spp_fx.errors import MaskError, UsageError
 from spp_fx.ir.binding import take_apart
 from spp_fx.passes import Causal, Match, Partition, run_pipeline
@@ -26,9 +29,8 @@ from spp_fx.pruning import make_criterion
 from spp_fx.pruning.layerwise import LayerResult, Tick, outside_of_layers, prune_layers, silent
 from spp_fx.pruning.recipe import MatrixReport, Recipe, check_patterns, patterns_of, prune_matrix
 from spp_fx.sparsity import LOCK_NAME, Lock, LockEntry, Pattern, make_entry, parse_pattern, scan_bits
-from spp_fx.version import VERSION
 from spp_fx.workflows.calibration import Calibration, calibration_tokens
-from spp_fx.workflows.layer_store import layer_store
+from spp_fx.workflows.layer_store import LayerStore
 from spp_fx.workflows.layer_weights import FolderWeights
 from spp_fx.workflows.survey import Survey, choose, scan_tensor, survey, tensors_of
 
@@ -105,6 +107,7 @@ def prune(
     skip: Sequence[str] = (),
     device: str | None = None,
     force: bool = False,
+    fresh: bool = False,
     trust_remote_code: bool = False,
     tick: Tick = silent,
     say: Callable[[str], None] = lambda line: None,
@@ -113,7 +116,8 @@ def prune(
 
     Without calibration, tensor by tensor. With it, decoder layer by decoder layer: each is run on what the
     pruned layers before it give, pruned, and run again; memory holds the weights of one layer. An interrupted
-    run goes on at the layer where it was stopped when it is called again, and writes the same bytes.
+    run goes on at the layer, or the weight file, where it was stopped when it is called again, and writes the
+    same bytes.
 
     Args:
         method: name of a criterion.
@@ -124,6 +128,7 @@ def prune(
         ratios: `NAME@PATTERN`: other patterns for the sites of that name; the last that fits counts.
         skip: names of sites that stay dense.
         device: where layers run; a GPU if torch sees one.
+        fresh: begin anew, whatever an interrupted run left.
         say: called with what the reader should know while it runs.
 
     Raises:
@@ -136,7 +141,7 @@ def prune(
     recipe = Recipe(criterion, repair)
     if recipe.calibrated and calibration is None:
         raise UsageError(f"{repair or method} looks at inputs: give the text to calibrate on, --calib FILE")
-    check_target(out, force, [model])
+    check_output(out, force, [model], say)
     where = _device(device)
     found = survey(model, trust_remote_code=trust_remote_code, runnable=calibration is not None)
     matched, refused = choose(found, Match(targets=tuple(targets), dense=True))
@@ -150,52 +155,84 @@ def prune(
     patterns, skipped = patterns_of(matched, wanted, ratios, skip)
     refused |= skipped
     check_patterns(found.program.sites, patterns, criterion)
-    if calibration is None:
-        written = _stream(found, patterns, recipe, out, force, model, tick)
-        used = None
-    else:
+    plan = _plan(found, patterns, recipe)
+    tokens = None
+    if calibration is not None:
         tokens = calibration_tokens(
             model, found.program, calibration, trust_remote_code=trust_remote_code, say=say
         )
-        used = {"samples": tokens.shape[0], "seq_len": tokens.shape[1]}
-        written = _walk(found, patterns, recipe, tokens, out, force, model, where, tick, say)
-    return Pruned(out, wanted, written.lock, refused, written.by_tensor, used)
+        plan |= _calibration_plan(tokens, where)
+    need = found.folder.stored_bytes
+    with workspace(out, plan, force=force, fresh=fresh, sources=[model], need=need, say=say) as work:
+        if tokens is None:
+            by_tensor = _stream(found, patterns, recipe, work, tick)
+        else:
+            by_tensor = _walk(found, patterns, recipe, tokens, work, where, tick)
+        copy_others(found.folder, work.folder, skip=OWN_FILES)
+        lock = _lock_folder(ModelFolder.open(work.folder), found, patterns)
+        (work.folder / LOCK_NAME).write_text(lock.dumps())
+    used = None if tokens is None else {"samples": tokens.shape[0], "seq_len": tokens.shape[1]}
+    return Pruned(out, wanted, lock, refused, by_tensor, used)
 
 
-@dataclass(frozen=True)
-class _Written:
-    lock: Lock
-    by_tensor: dict[str, list[MatrixReport]]
+def _plan(found: Survey, patterns: Mapping[str, Pattern], recipe: Recipe) -> dict[str, Any]:
+    """What the pruned weights depend on."""
+    return {
+        "verb": "prune",
+        "base": found.folder.fingerprint(),
+        "config": found.folder.config,
+        "files": {shard.name: stamp(shard.path) for shard in found.folder.shards},
+        "criterion": {"name": recipe.criterion.name, **asdict(recipe.criterion)},
+        "repair": recipe.repair,
+        "patterns": {name: str(pattern) for name, pattern in patterns.items()},
+    }
+
+
+def _calibration_plan(tokens: Tensor, device: torch.device) -> dict[str, Any]:
+    """What the outputs of layers depend on besides."""
+    return {
+        "libraries": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "tokens": blake2b(tokens.numpy().tobytes()).hexdigest(),
+        "shape": list(tokens.shape),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _stream(
-    found: Survey,
-    patterns: Mapping[str, Pattern],
-    recipe: Recipe,
-    out: Path,
-    force: bool,
-    model: Path,
-    tick: Tick,
-) -> _Written:
-    """Prune by the weights alone, one stored tensor in memory."""
+    found: Survey, patterns: Mapping[str, Pattern], recipe: Recipe, work: Workspace, tick: Tick
+) -> dict[str, list[MatrixReport]]:
+    """Prune by the weights alone, one stored tensor in memory; returns the reports by stored tensor."""
     site_of = {piece.tensor: (site, piece) for site in patterns for piece in found.pieces[site]}
-    by_tensor: dict[str, list[MatrixReport]] = {}
+    done = 0
 
-    def replace(shard: Shard, info: TensorInfo) -> Tensor | None:
-        if info.name not in site_of:
-            return None
-        site, piece = site_of[info.name]
-        weight = shard.read(info.name)
-        canonical = weight.transpose(-1, -2) if piece.transposed else weight
-        matrices = list(canonical) if canonical.ndim == 3 else [canonical]
-        by_tensor[info.name] = [
-            prune_matrix(matrix, None, patterns[site], recipe, info.name, i if piece.whole else None)
-            for i, matrix in enumerate(matrices)
-        ]
-        tick(len(by_tensor), len(site_of), info.name)
-        return weight
+    def write(shard: Shard, target: Path) -> dict[str, Any]:
+        reports: dict[str, list[MatrixReport]] = {}
 
-    return _Written(_write(found, patterns, out, force, model, replace), by_tensor)
+        def replace(info: TensorInfo) -> Tensor | None:
+            nonlocal done
+            if info.name not in site_of:
+                return None
+            site, piece = site_of[info.name]
+            weight = shard.read(info.name)
+            canonical = weight.transpose(-1, -2) if piece.transposed else weight
+            matrices = list(canonical) if canonical.ndim == 3 else [canonical]
+            reports[info.name] = [
+                prune_matrix(matrix, None, patterns[site], recipe, info.name, i if piece.whole else None)
+                for i, matrix in enumerate(matrices)
+            ]
+            done += 1
+            tick(done, len(site_of), info.name)
+            return weight
+
+        rewrite_shard(shard, target, replace)
+        return {"reports": {name: [each.to_json() for each in every] for name, every in reports.items()}}
+
+    return {
+        name: [MatrixReport.from_json(each) for each in every]
+        for facts in write_shards(found.folder, work, write)
+        for name, every in facts["reports"].items()
+    }
 
 
 def _walk(
@@ -203,78 +240,48 @@ def _walk(
     patterns: Mapping[str, Pattern],
     recipe: Recipe,
     tokens: Tensor,
-    out: Path,
-    force: bool,
-    model: Path,
+    work: Workspace,
     device: torch.device,
     tick: Tick,
-    say: Callable[[str], None],
-) -> _Written:
-    """Prune layer by layer, with one layer in memory."""
-    plan = {
-        "version": VERSION,
-        "libraries": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "base": found.folder.fingerprint(),
-        "config": found.folder.config,
-        "files": {shard.name: _stamp(shard.path) for shard in found.folder.shards},
-        "criterion": {"name": recipe.criterion.name, **asdict(recipe.criterion)},
-        "repair": recipe.repair,
-        "patterns": {name: str(pattern) for name, pattern in patterns.items()},
-        "tokens": blake2b(tokens.numpy().tobytes()).hexdigest(),
-        "shape": list(tokens.shape),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "threads": torch.get_num_threads(),
-    }
-    with layer_store(out, plan, say) as store:
+) -> dict[str, list[MatrixReport]]:
+    """Prune layer by layer, with one layer in memory; returns the reports by stored tensor."""
+    store = LayerStore(work)
 
-        def finish(index: int, result: LayerResult) -> None:
-            tensors = {
-                stored: part
-                for name, tensor in result.tensors.items()
-                for stored, part in take_apart(found.pieces[name], tensor)
-            }
-            store.finish(index, tensors, result.reports)
+    def finish(index: int, result: LayerResult) -> None:
+        tensors = {
+            stored: part
+            for name, tensor in result.tensors.items()
+            for stored, part in take_apart(found.pieces[name], tensor)
+        }
+        store.finish(index, tensors, result.reports)
 
-        if device.type != "cpu":
-            found.program.move_constants(torch.device("cpu"), device)
-        if store.done < len(found.program.units):
-            prune_layers(
-                found.program.eval(), tokens, patterns, recipe, weights=FolderWeights(found),
-                states=store.states, device=device, start=store.done, finish=finish, tick=tick,
-            )  # fmt: skip
-        pruned = store.tensors()
+    if device.type != "cpu":
+        found.program.move_constants(torch.device("cpu"), device)
+    if store.done < len(found.program.units):
+        prune_layers(
+            found.program.eval(), tokens, patterns, recipe, weights=FolderWeights(found),
+            states=store.states, device=device, start=store.done, finish=finish, tick=tick,
+        )  # fmt: skip
+    pruned = store.tensors()
 
-        def replace(shard: Shard, info: TensorInfo) -> Tensor | None:
+    def write(shard: Shard, target: Path) -> dict[str, Any]:
+        def replace(info: TensorInfo) -> Tensor | None:
             return pruned[info.name].read(info.name) if info.name in pruned else None
 
-        lock = _write(found, patterns, out, force, model, replace)
-        by_site: dict[str, list[MatrixReport]] = {}
-        for report in store.reports():
-            by_site.setdefault(report.site, []).append(report)
-    by_tensor = {
+        rewrite_shard(shard, target, replace)
+        return {}
+
+    write_shards(found.folder, work, write)
+    by_site: dict[str, list[MatrixReport]] = {}
+    for report in store.reports():
+        by_site.setdefault(report.site, []).append(report)
+    return {
         piece.tensor: [
             r for r in by_site[site] if piece.whole or (r.expert, r.start) == (piece.expert, piece.start)
         ]
         for site in patterns
         for piece in found.pieces[site]
     }
-    return _Written(lock, by_tensor)
-
-
-def _write(
-    found: Survey,
-    patterns: Mapping[str, Pattern],
-    out: Path,
-    force: bool,
-    model: Path,
-    replace: Callable[[Shard, TensorInfo], Tensor | None],
-) -> Lock:
-    """Write the folder with some tensors replaced, and the lock as read back from it."""
-    with atomic_folder(out, force, sources=[model]) as temporary:
-        rewrite_model(found.folder, temporary, replace, skip=OWN_FILES)
-        lock = _lock_folder(ModelFolder.open(temporary), found, patterns)
-        (temporary / LOCK_NAME).write_text(lock.dumps())
-    return lock
 
 
 def _lock_folder(folder: ModelFolder, found: Survey, patterns: Mapping[str, Pattern]) -> Lock:
@@ -298,9 +305,3 @@ def _device(name: str | None) -> torch.device:
         return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
         raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
-
-
-def _stamp(path: Path) -> list[int]:
-    """Size and time of a file's last change."""
-    state = path.stat()
-    return [state.st_size, state.st_mtime_ns]
