@@ -1,32 +1,16 @@
 """Fold: the weight an adapter stands for, rounded once, with every zero where it was."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from spp_fx.adapters.fold_counts import FoldCounts, Vanish
 from spp_fx.adapters.method import Factors, Method
 from spp_fx.errors import MaskError
 
-Vanish = Literal["keep", "error", "allow"]
-
 BLOCK_ELEMENTS = 1 << 22
 """Elements folded at once; the float64 temporaries of a block take some 100 MB."""
-
-
-@dataclass
-class FoldCounts:
-    """What folding one weight met.
-
-    Attributes:
-        vanished: non-zeros whose folded value rounds to zero (kept or not, by the policy).
-        changed: elements whose stored bits changed.
-    """
-
-    vanished: int = 0
-    changed: int = 0
 
 
 def fold_rows(

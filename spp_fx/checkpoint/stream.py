@@ -42,7 +42,9 @@ class Rewritten:
     copied_bytes: int
 
 
-def rewrite_shard(source: Shard, target: Path, replace: "Callable[[TensorInfo], Content | None]") -> Rewritten:
+def rewrite_shard(
+    source: Shard, target: Path, replace: "Callable[[TensorInfo], Content | None]"
+) -> Rewritten:
     """Write a shard with the header of `source` byte for byte, and some of its tensors replaced.
 
     Args:
@@ -61,7 +63,7 @@ def rewrite_shard(source: Shard, target: Path, replace: "Callable[[TensorInfo], 
     """
     replaced: list[str] = []
     replaced_bytes = copied_bytes = 0
-    with _new_file(target) as out, open(source.path, "rb", buffering=0) as original:
+    with new_file(target) as out, open(source.path, "rb", buffering=0) as original:
         _write_all(out, memoryview(source.header.raw))
         start = stop = source.header.data_start  # the run of bytes still to be copied
         for info in source.header.tensors.values():
@@ -69,13 +71,13 @@ def rewrite_shard(source: Shard, target: Path, replace: "Callable[[TensorInfo], 
             if content is None:
                 stop = info.end
                 continue
-            _copy_range(original, out, start, stop, source.path)
+            _append(original, out, start, stop, source.path)
             copied_bytes += stop - start
             _write_content(out, content, info.dtype, info.shape, f"{target}: tensor {shown(info.name)}")
             replaced.append(info.name)
             replaced_bytes += info.nbytes
             start = stop = info.end
-        _copy_range(original, out, start, stop, source.path)
+        _append(original, out, start, stop, source.path)
         copied_bytes += stop - start
     return Rewritten(target, tuple(replaced), replaced_bytes, copied_bytes)
 
@@ -108,7 +110,7 @@ def write_safetensors(
     """
     ordered = _layout(specs, target)
     raw = _header_bytes(ordered, metadata or {}, target)
-    with _new_file(target) as out:
+    with new_file(target) as out:
         _write_all(out, memoryview(raw))
         for name, dtype, shape in ordered:
             _write_content(out, produce(name), dtype, shape, f"{target}: tensor {shown(name)}")
@@ -122,13 +124,18 @@ def copy_file(source: Path, target: Path) -> None:
         UsageError: `target` exists.
         SppFxError: either file cannot be read or written.
     """
-    with _new_file(target) as out, open(source, "rb", buffering=0) as original:
-        _copy_range(original, out, 0, os.fstat(original.fileno()).st_size, source)
+    with new_file(target) as out, open(source, "rb", buffering=0) as original:
+        _append(original, out, 0, os.fstat(original.fileno()).st_size, source)
 
 
 @contextmanager
-def _new_file(target: Path) -> Generator[FileIO, None, None]:
-    """An unbuffered file that must be new; fsynced at the end, removed when anything fails."""
+def new_file(target: Path, *, sync: bool = True) -> Generator[FileIO, None, None]:
+    """An unbuffered file that must be new; fsynced at the end unless `sync` is false, removed when anything fails.
+
+    Raises:
+        UsageError: `target` exists.
+        SppFxError: an OSError of the block, or of opening or syncing the file; names it.
+    """
     try:
         file = open(target, "xb", buffering=0)  # noqa: SIM115 (closed below, on every way)
     except FileExistsError:
@@ -138,7 +145,8 @@ def _new_file(target: Path) -> Generator[FileIO, None, None]:
     try:
         with file:
             yield file
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
     except OSError as error:
         target.unlink(missing_ok=True)
         where = error.filename if error.filename is not None else target
@@ -154,32 +162,47 @@ def _write_all(out: FileIO, data: memoryview) -> None:
         done += out.write(data[done:])
 
 
-def _copy_range(source: FileIO, out: FileIO, start: int, stop: int, path: Path) -> None:
-    """Append bytes start <= i < stop of `source` to `out`; inside the kernel where it can."""
+def copy_bytes(source: FileIO, out: FileIO, start: int, stop: int, path: Path) -> None:
+    """Copy bytes start <= i < stop of `source` to the same place of `out`; inside the kernel where it can.
+
+    Neither file's position counts or moves, so that several threads may copy at once.
+
+    Args:
+        path: of `source`, for errors.
+
+    Raises:
+        FormatError: `source` ends before.
+    """
+    _copy(source, out, start, start, stop - start, path)
+
+
+def _append(source: FileIO, out: FileIO, start: int, stop: int, path: Path) -> None:
+    """Append bytes start <= i < stop of `source` to `out`."""
+    _copy(source, out, start, out.tell(), stop - start, path)
+    out.seek(stop - start, os.SEEK_CUR)
+
+
+def _copy(source: FileIO, out: FileIO, start: int, to: int, count: int, path: Path) -> None:
     fast = hasattr(os, "copy_file_range")
-    buffer = bytearray()
-    while start < stop:
+    done = 0
+    while done < count:
+        copied = 0
         if fast:
             try:
-                count = os.copy_file_range(source.fileno(), out.fileno(), stop - start, start, out.tell())
+                copied = os.copy_file_range(
+                    source.fileno(), out.fileno(), count - done, start + done, to + done
+                )
             except OSError as error:
                 if error.errno not in _NO_FAST_COPY:
                     raise
-                count = 0
-            if count:
-                out.seek(count, os.SEEK_CUR)
-                start += count
-            else:  # refused, or a file system that answers 0 before the end: copy by hand
-                fast = False
-            continue
-        buffer = buffer or bytearray(min(_COPY_BYTES, stop - start))
-        view = memoryview(buffer)[: stop - start]
-        source.seek(start)
-        count = source.readinto(view)
-        if not count:
-            raise FormatError(f"{path}: shrank while it was copied; get it again")
-        _write_all(out, view[:count])
-        start += count
+            fast = copied > 0  # refused, or a file system that answers 0 before the end: copy by hand
+        if not copied:
+            data = os.pread(source.fileno(), min(_COPY_BYTES, count - done), start + done)
+            if not data:
+                raise FormatError(f"{path}: shrank while it was copied; get it again")
+            while copied < len(data):
+                copied += os.pwrite(out.fileno(), data[copied:], to + done + copied)
+        done += copied
 
 
 def _write_content(out: FileIO, content: Content, dtype: str, shape: tuple[int, ...], where: str) -> None:

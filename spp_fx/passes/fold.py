@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, fx
 
 from spp_fx.adapters import Factors, Method
-from spp_fx.adapters.fold import FoldCounts, Vanish, fold_matrix
+from spp_fx.adapters.fold import fold_matrix
+from spp_fx.adapters.fold_counts import FoldCounts, Vanish
 from spp_fx.errors import PostconditionError, PreconditionError, UsageError
 from spp_fx.ir.program import ADAPTER, Program, Use
 from spp_fx.ir.site import Site, factor_attribute

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from spp_fx.adapters import SPP
 from spp_fx.adapters import fold as fold_module
-from spp_fx.adapters.fold import FoldCounts, fold_matrix, fold_rows, round_once
+from spp_fx.adapters.fold import fold_matrix, fold_rows, round_once
+from spp_fx.adapters.fold_counts import FoldCounts
 from spp_fx.errors import MaskError
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
