@@ -1,67 +1,140 @@
 """spp-fx verify."""
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from spp_fx.cli.base import FOLDER, command
 from spp_fx.console import Output
 
+if TYPE_CHECKING:
+    from spp_fx.report.verdict import Verified
+    from spp_fx.workflows.demands import Coverage
+    from spp_fx.workflows.verify import Check
+
+_NAMES = "last word of a module's name or a glob; repeatable"
+
 
 @command("verify")
-@click.argument("artifact", type=FOLDER, default=Path())
+@click.argument("artifact", type=FOLDER, required=False)
 @click.option("--pattern", help="Every site must hold it, such as 2:4.")
 @click.option("--lock", type=FOLDER, help="Lock file. Default: sparsity.lock.json of the artifact.")
 @click.option("--against", type=FOLDER, help="Another artifact whose masks must be the same.")
+@click.option("--require", multiple=True, metavar="NAME", help=f"Sites that must be sparse: {_NAMES}.")
+@click.option("--allow-dense", multiple=True, metavar="NAME", help=f"Sites that need not be: {_NAMES}.")
+@click.option(
+    "--coverage",
+    type=click.Choice(["lock", "all"]),
+    help="all: every site of the model must be in the lock, or sparse where there is none.",
+)
+@click.option(
+    "--policy", type=FOLDER, help="Policy file. Default: spp-fx.toml of the current folder, if any."
+)
+@click.option(
+    "--jobs", type=click.IntRange(min=1), help="Sites looked at at once. Default: the CPUs, at most 8."
+)
 @click.option("--junit", type=FOLDER, help="Also write a JUnit report.")
-@click.option("--github", is_flag=True, help="Also print GitHub annotations.")
-def verify_command(output: Output, artifact: Path, **options: Any) -> int:
+@click.option("--sarif", type=FOLDER, help="Also write a SARIF 2.1.0 report.")
+@click.option(
+    "--github",
+    is_flag=True,
+    help="Also print GitHub annotations, and write the step's summary if there is one.",
+)
+def verify_command(
+    output: Output,
+    artifact: Path | None,
+    pattern: str | None,
+    lock: Path | None,
+    against: Path | None,
+    require: tuple[str, ...],
+    allow_dense: tuple[str, ...],
+    coverage: "Coverage | None",
+    policy: Path | None,
+    jobs: int | None,
+    junit: Path | None,
+    sarif: Path | None,
+    github: bool,
+) -> int:
     """Hold an ARTIFACT to its lock, a pattern or another artifact; exit 1 if it is not as it should be.
 
-    ARTIFACT is a model, adapter or export folder, a .safetensors or an .onnx file.
+    ARTIFACT is a model, adapter or export folder, a .safetensors or an .onnx file. Without one, all artifacts
+    of the policy file are checked, or the current folder if there is no policy.
+
+    \b
+    Exit codes: 0 everything holds
+                1 something does not hold, cannot be read, or a report could not be written
+                2 the command or the policy is wrong; nothing was judged
 
     \b
     spp-fx verify my-model --pattern 2:4
-    spp-fx verify my-model --lock sparsity.lock.json --junit report.xml
+    spp-fx verify my-model --lock sparsity.lock.json --coverage all --junit report.xml
     spp-fx verify exported --against my-model --json
+    spp-fx verify --policy spp-fx.toml --github --sarif report.sarif
+    """
+    from spp_fx.workflows.policy import Overrides, Policy
+
+    given = Overrides(pattern, lock, against, coverage, require, allow_dense)
+    rules = Policy.find(policy)
+    if rules.path is not None:
+        output.say(f"policy: {rules.path}")
+    listed = artifact is None and rules.path is not None
+    checks = rules.checks(given) if listed else [rules.check(artifact or Path(), given)]
+    verdicts = _judge(output, checks, jobs)
+    _show(output, verdicts, listed=listed, github=github)
+    _write_reports(verdicts, junit=junit, sarif=sarif, github=github)
+    return 0 if all(verdict.ok for verdict in verdicts) else 1
+
+
+def _judge(output: Output, checks: "Sequence[Check]", jobs: int | None) -> "list[Verified]":
+    from spp_fx.workflows.verify import gate
+
+    verdicts: list[Verified] = []
+    for check in checks:
+        with output.bytes_bar(f"verifying {check.path}") as tick:
+            verdicts.append(gate(check, jobs=jobs, tick=tick))
+    return verdicts
+
+
+def _show(output: Output, verdicts: "Sequence[Verified]", *, listed: bool, github: bool) -> None:
+    """One artifact's verdict in the form of `to_json`; those of a policy as a list.
+
+    In words, one that cannot be opened is told as every command tells a failure: one line on stderr.
     """
     from spp_fx.report.github import annotations
-    from spp_fx.report.junit import write_junit
-    from spp_fx.report.text import printable
-    from spp_fx.workflows.verify import verify
-
-    with output.bytes_bar("verifying") as tick:
-        verdict = verify(
-            artifact,
-            pattern=options["pattern"],
-            lock=options["lock"],
-            against=options["against"],
-            tick=tick,
-        )
-    data = verdict.to_json()
-    if options["junit"]:
-        write_junit(data, artifact.resolve(), options["junit"])
+    from spp_fx.report.place import Root
+    from spp_fx.report.text import lines, printable
+    from spp_fx.report.verdict import all_to_json
 
     def show() -> None:
-        for problem in verdict.problems:
-            click.echo(f"FAIL {verdict.kind}: {printable(problem)}")
-        for site in verdict.sites:
-            if not site.ok:
-                click.echo(f"FAIL {printable(site.name)}: {printable(site.reason or '')}")
-        summary = data["summary"]
-        held = f"hold {verdict.pattern}" if verdict.pattern else "are as they should be"
-        if verdict.ok:
-            equal = sum(site.mask_equal is True for site in verdict.sites)
-            masks = f", {equal} masks equal" if equal else ""
-            click.echo(f"ok: {verdict.kind} {artifact}: all {summary['sites']} sites {held}{masks}")
-        else:
-            why = f", {len(verdict.problems)} problems of the whole" if verdict.problems else ""
-            failed = f"{summary['failed']} of {summary['sites']} sites fail"
-            click.echo(f"not ok: {verdict.kind} {artifact}: {failed}{why}")
+        for verdict in verdicts:
+            unread = not listed and not verdict.opened
+            for line in ["spp-fx: " + printable(verdict.problems[0])] if unread else lines(verdict):
+                click.echo(line, err=unread)
 
-    output.result(data, show)
-    if options["github"]:
-        for line in annotations(data):
+    output.result(all_to_json(verdicts) if listed else verdicts[0].to_json(), show)
+    if github:
+        for line in annotations(verdicts, Root.current()):
             click.echo(line, err=output.as_json)
-    return 0 if verdict.ok else 1
+
+
+def _write_reports(
+    verdicts: "Sequence[Verified]", *, junit: Path | None, sarif: Path | None, github: bool
+) -> None:
+    from spp_fx.report import files, summary
+    from spp_fx.report import junit as junit_form
+    from spp_fx.report import sarif as sarif_form
+    from spp_fx.report.place import Root
+
+    root = Root.current()
+    step_summary = os.environ.get("GITHUB_STEP_SUMMARY") if github else None
+    writes = []
+    if junit:
+        writes.append(lambda: files.write_report(junit, junit_form.junit(verdicts, root)))
+    if sarif:
+        writes.append(lambda: files.write_report(sarif, sarif_form.sarif(verdicts, root)))
+    if step_summary:
+        writes.append(lambda: files.append_report(Path(step_summary), summary.summary(verdicts, root)))
+    files.write_all(writes)

@@ -1,39 +1,49 @@
-"""A verdict as JUnit XML, one test case a site and a problem: what CI servers show as tests."""
+"""Verdicts as JUnit XML, one suite an artifact, one case a site and a problem: what CI servers show as tests."""
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 from xml.etree import ElementTree
 
+from spp_fx.report.place import Root
 from spp_fx.report.text import printable
+from spp_fx.report.verdict import Finding, Verified
+
+_DECLARATION = '<?xml version="1.0" encoding="utf-8"?>'
 
 
-def write_junit(verdict: Mapping[str, Any], artifact: Path, target: Path) -> None:
-    """Write the JSON form of a verdict (see `verify --json`) as a JUnit report."""
-    summary, problems = verdict["summary"], verdict["problems"]
+def junit(verdicts: Sequence[Verified], root: Root) -> str:
+    """The report as XML text; an artifact that cannot be read is a suite of one failing case."""
+    suites = [_suite(verdict, root) for verdict in verdicts]
+    whole = ElementTree.Element("testsuites", name="spp-fx verify")
+    for count in ("tests", "failures", "errors", "skipped"):
+        whole.set(count, str(sum(int(suite.get(count, "0")) for suite in suites)))
+    whole.extend(suites)
+    ElementTree.indent(whole)
+    return f"{_DECLARATION}\n{ElementTree.tostring(whole, encoding='unicode')}\n"
+
+
+def _suite(verdict: Verified, root: Root) -> ElementTree.Element:
+    name = printable(root.shown(verdict.path))
     suite = ElementTree.Element(
         "testsuite",
-        name=f"spp-fx verify {artifact.name}",
-        tests=str(summary["sites"] + len(problems)),
-        failures=str(summary["failed"] + len(problems)),
+        name=f"spp-fx verify {name}",
+        tests=str(len(verdict.sites) + len(verdict.faults)),
+        failures=str(len(verdict.failed) + len(verdict.faults)),
         errors="0",
+        skipped="0",
     )
-    for problem in problems:
-        _fail(_case(suite, artifact, verdict["kind"]), problem, "artifact")
-    for site in verdict["sites"]:
-        case = _case(suite, artifact, site["name"])
-        if not site["ok"]:
-            _fail(case, site["reason"], "sparsity")
-    root = ElementTree.Element("testsuites")
-    root.append(suite)
-    ElementTree.indent(root)
-    ElementTree.ElementTree(root).write(target, encoding="utf-8", xml_declaration=True)
+    for number, fault in enumerate(verdict.faults, 1):
+        case = f"{verdict.kind}: problem {number}" if len(verdict.faults) > 1 else verdict.kind
+        _case(suite, name, case, fault.message, (fault,))
+    for site in verdict.sites:
+        _case(suite, name, site.name, site.reason, site.findings)
+    return suite
 
 
-def _case(suite: ElementTree.Element, artifact: Path, name: str) -> ElementTree.Element:
-    return ElementTree.SubElement(suite, "testcase", classname=str(artifact.name), name=printable(name))
-
-
-def _fail(case: ElementTree.Element, reason: str, kind: str) -> None:
-    failure = ElementTree.SubElement(case, "failure", message=printable(reason), type=kind)
-    failure.text = printable(reason)
+def _case(
+    suite: ElementTree.Element, artifact: str, name: str, reason: str | None, findings: Sequence[Finding]
+) -> None:
+    case = ElementTree.SubElement(suite, "testcase", classname=artifact, name=printable(name))
+    if findings:
+        kind = findings[0].rule
+        failure = ElementTree.SubElement(case, "failure", message=printable(reason or ""), type=kind)
+        failure.text = "\n".join(printable(finding.message) for finding in findings)

@@ -1,6 +1,39 @@
-"""Names from files that are not trusted, made fit for a terminal, a log or XML."""
+"""A verdict for a terminal; and names from files that are not trusted, made fit for one, a log or XML."""
+
+from collections.abc import Iterator
+
+from spp_fx.report.verdict import Verified
+
+SHOWN = 20
+"""Failing sites told in full; the rest are counted."""
 
 
 def printable(text: str) -> str:
     """The text with control characters, line ends among them, spelt as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def lines(verdict: Verified) -> Iterator[str]:
+    """Each failure, the first ones in full, then the verdict."""
+    for problem in verdict.problems:
+        yield f"FAIL {verdict.kind}: {printable(problem)}"
+    failed = verdict.failed
+    for site in failed[:SHOWN]:
+        yield f"FAIL {printable(site.name)}: {printable(site.reason or '')}"
+    if len(failed) > SHOWN:
+        yield f"... and {len(failed) - SHOWN} more; --json lists all"
+    yield conclusion(verdict)
+
+
+def conclusion(verdict: Verified) -> str:
+    """The verdict in one line."""
+    what = f"{verdict.kind} {printable(str(verdict.path))}"
+    if not verdict.ok:
+        count = len(verdict.problems)
+        whole = f", {count} problem{'s' if count > 1 else ''} of the whole" if count else ""
+        return f"not ok: {what}: {len(verdict.failed)} of {len(verdict.sites)} sites fail{whole}"
+    held = f"hold {verdict.pattern}" if verdict.pattern else "are as they should be"
+    equal = sum(site.mask_equal is True for site in verdict.sites)
+    masks = f", {equal} masks equal" if equal else ""
+    dense = f", {len(verdict.allowed_dense)} allowed to be dense" if verdict.allowed_dense else ""
+    return f"ok: {what}: all {len(verdict.sites)} sites {held}{masks}{dense}"

@@ -1,0 +1,159 @@
+"""What verify found, as data: findings of each site, and of the artifact as a whole."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+RULES = {
+    "mask-changed": "A mask is not the one that the lock or the other artifact has.",
+    "pattern-broken": "A weight has more non-zeros than its sparsity pattern allows.",
+    "dense-site": "A weight that must be sparse is dense, or the lock does not speak of it.",
+    "missing-weight": "A weight that must be there is missing.",
+    "non-finite": "A weight holds NaN or infinity.",
+    "artifact-damaged": "A file cannot be read, is not what it claims to be, or must not be released.",
+}
+"""What a finding can be about, under names that do not change from release to release."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that does not hold.
+
+    Attributes:
+        rule: a key of `RULES`.
+        message: what is wrong, with row and column where there is one, and how to mend it.
+        place: 'row 17, column 66' where one element or group is at fault.
+    """
+
+    rule: str
+    message: str
+    place: str | None = None
+
+
+@dataclass(frozen=True)
+class SiteVerdict:
+    """What verify found of one site.
+
+    Attributes:
+        violations: groups (or missing zeros) that break the pattern.
+        lost_zeros, new_zeros: positions that changed; None where only a digest is known.
+        mask_equal: None where there was nothing to compare with.
+        file: name of the file that holds it; empty where there is none.
+        pattern: what it was held to; None where no pattern was.
+        findings: why it is not ok; none where it is.
+        origin: which step is to blame, in a sentence, where the artifact's history tells.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    nnz: int = 0
+    sparsity: float = 0.0
+    violations: int = 0
+    lost_zeros: int | None = None
+    new_zeros: int | None = None
+    mask_equal: bool | None = None
+    file: str = ""
+    pattern: str | None = None
+    findings: tuple[Finding, ...] = ()
+    origin: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        return not self.findings
+
+    @property
+    def numel(self) -> int:
+        """Elements of the weight; 0 where its shape is not known."""
+        return prod(self.shape) if self.shape else 0
+
+    @property
+    def reason(self) -> str | None:
+        """Why it is not ok, in one line: the file, all findings, and whose fault it is."""
+        if not self.findings:
+            return None
+        said = "; ".join(finding.message for finding in self.findings)
+        return f"{self.file + ': ' if self.file else ''}{said}{'; ' + self.origin if self.origin else ''}"
+
+    def to_json(self) -> dict[str, Any]:
+        fields = ("nnz", "sparsity", "violations", "lost_zeros", "new_zeros", "mask_equal", "ok", "reason")
+        return {"name": self.name, "shape": list(self.shape)} | {key: getattr(self, key) for key in fields}
+
+
+@dataclass(frozen=True)
+class Verified:
+    """The verdict on an artifact.
+
+    Attributes:
+        path: the artifact, as it was named.
+        kind: model, adapter, safetensors, onnx, cusparselt, ...; `unknown` where it could not be told.
+        sites: those of which something was asked, by name.
+        faults: why the artifact as a whole must not be released, whatever its sites hold.
+        allowed_dense: sites of which nothing was asked because they may be dense.
+        opened: whether its sites could be looked at; if not, a fault says why.
+    """
+
+    path: Path
+    kind: str
+    sites: tuple[SiteVerdict, ...]
+    faults: tuple[Finding, ...] = ()
+    allowed_dense: tuple[str, ...] = ()
+    opened: bool = True
+
+    @property
+    def ok(self) -> bool:
+        return not self.faults and all(site.ok for site in self.sites)
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """The faults, in words."""
+        return tuple(fault.message for fault in self.faults)
+
+    @property
+    def pattern(self) -> str | None:
+        """What every site was held to, None where that differs or there was none."""
+        patterns = {site.pattern for site in self.sites}
+        return patterns.pop() if len(patterns) == 1 else None
+
+    @property
+    def failed(self) -> tuple[SiteVerdict, ...]:
+        """The sites that do not hold."""
+        return tuple(site for site in self.sites if not site.ok)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros over all sites."""
+        total = sum(site.numel for site in self.sites)
+        return 1 - sum(site.nnz for site in self.sites) / total if total else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        failed = len(self.failed)
+        data: dict[str, Any] = {
+            "ok": self.ok,
+            "kind": self.kind,
+            "pattern": self.pattern,
+            "problems": list(self.problems),
+            "sites": [site.to_json() for site in self.sites],
+            "summary": {
+                "sites": len(self.sites),
+                "ok": len(self.sites) - failed,
+                "failed": failed,
+                "sparsity": self.sparsity,
+            },
+        }
+        return data | ({"allowed_dense": list(self.allowed_dense)} if self.allowed_dense else {})
+
+
+def all_to_json(verdicts: Sequence[Verified]) -> dict[str, Any]:
+    """The verdicts on the artifacts of a policy, each under the path that the policy leads to."""
+    return {
+        "ok": all(verdict.ok for verdict in verdicts),
+        "artifacts": [{"path": str(verdict.path)} | verdict.to_json() for verdict in verdicts],
+    }
+
+
+def findings_of(verdict: Verified) -> list[tuple[SiteVerdict | None, Finding]]:
+    """Every finding with its site, None for those of the whole artifact, in the order of the report."""
+    whole: list[tuple[SiteVerdict | None, Finding]] = [(None, fault) for fault in verdict.faults]
+    return whole + [(site, finding) for site in verdict.sites for finding in site.findings]
