@@ -6,7 +6,8 @@ file, and tensor, row and column as logical locations.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from spp_fx.report.place import Root, file_of
@@ -38,13 +39,19 @@ def sarif(verdicts: Sequence[Verified], root: Root) -> str:
             }
         },
         "invocations": [{"executionSuccessful": True, "exitCode": int(any(not v.ok for v in verdicts))}],
-        "results": [
-            _result(verdict, site, finding, root)
-            for verdict in verdicts
-            for site, finding in findings_of(verdict)
-        ],
+        "results": [result for verdict in verdicts for result in _results(verdict, root)],
     }
     return json.dumps({"$schema": _SCHEMA, "version": "2.1.0", "runs": [run]}, indent=2) + "\n"
+
+
+def _results(verdict: Verified, root: Root) -> Iterator[dict[str, Any]]:
+    seen: Counter[str] = Counter()
+    for site, finding in findings_of(verdict):
+        identity = _identity(root.shown(verdict.path), site, finding)
+        yield _result(verdict, site, finding, root) | {
+            "partialFingerprints": {_FINGERPRINT: f"{identity}:{seen[identity]}"}
+        }
+        seen[identity] += 1
 
 
 def _result(verdict: Verified, site: SiteVerdict | None, finding: Finding, root: Root) -> dict[str, Any]:
@@ -63,7 +70,6 @@ def _result(verdict: Verified, site: SiteVerdict | None, finding: Finding, root:
         "level": "error",
         "message": {"text": printable(f"{about}: {finding.message}{origin}")},
         "locations": [location],
-        "partialFingerprints": {_FINGERPRINT: _fingerprint(root.shown(verdict.path), site, finding)},
     }
 
 
@@ -75,8 +81,8 @@ def _logical(name: str, place: str | None) -> list[dict[str, str]]:
     return [found, {"name": place, "fullyQualifiedName": f"{tensor}: {place}", "kind": "element"}]
 
 
-def _fingerprint(artifact: str, site: SiteVerdict | None, finding: Finding) -> str:
-    """The same for the same finding in every run; it knows neither the file nor the numbers in the message."""
+def _identity(artifact: str, site: SiteVerdict | None, finding: Finding) -> str:
+    """The same for the same finding in every run: it knows neither the shard nor the numbers in the message."""
     what = finding.message if site is None else site.name
     text = "\0".join((artifact, finding.rule, what, finding.place or ""))
     return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()

@@ -59,7 +59,8 @@ def verify(
         require: names of sites that must be sparse.
         allow_dense: names of sites that need not be.
         coverage: 'all' asks that every site of the model is in the lock, or sparse where there is no lock.
-        jobs: sites that are looked at at once; by default the CPUs at hand, at most 8.
+        jobs: sites that are looked at at once; by default the CPUs at hand, at most 8, and one where weights
+            have to be decoded.
         tick: called with a site's name and its number of weights when it is done.
 
     Raises:
@@ -136,6 +137,8 @@ def _judge_all(
                 raise
             return damaged(question, error)
 
+    if jobs is None and not _streams(artifact, other):
+        jobs = 1
     backend()  # before there are threads that would each begin to load it
     origin = _historian(artifact)
     sites: list[SiteVerdict] = []
@@ -143,6 +146,12 @@ def _judge_all(
         sites.append(replace(site, origin=origin(site.file)) if _has_an_origin(site) else site)
         tick(site.name, site.numel)
     return sites
+
+
+def _streams(artifact: Artifact, other: Other | None) -> bool:
+    """Whether a look at a weight holds its mask alone; where it is decoded first, one at a time is in memory."""
+    kinds = {artifact.kind} | ({other.artifact.kind} if other else set())
+    return kinds <= {"model", "adapter", "safetensors"}
 
 
 def _has_an_origin(site: SiteVerdict) -> bool:
