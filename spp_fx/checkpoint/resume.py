@@ -28,29 +28,30 @@ def copy_others(source: ModelFolder, target: Path, skip: Collection[str] = ()) -
 
 def write_shards(
     source: ModelFolder,
-    work: Workspace,
+    target: Path,
     write: Callable[[Shard, Path], dict[str, Any]],
-    under: str = "",
+    work: Workspace | None = None,
 ) -> list[dict[str, Any]]:
     """Write a file for each weight file of a model; those that an earlier run finished stay as they are.
 
     Args:
         source: a folder opened with its weights.
-        work: where the files go, under the names of the model's.
-        write: writes the file of a shard, fsynced, to a path that does not exist yet; returns its facts, JSON.
-        under: a folder of the output for them.
+        target: where the files go, under the names of the model's; the folder of `work`, or one in it.
+        write: writes the file of a shard to a path that does not exist yet; returns its facts, JSON.
+        work: what knows of earlier runs; without one, every file is written.
 
     Returns:
         The facts of each file, in the order of `source.shards`.
     """
     every: list[dict[str, Any]] = []
     for shard in source.shards:
-        target = within(work.folder / under, shard.name)
-        name = target.relative_to(work.folder).as_posix()
-        facts = work.finished(name)
+        file = within(target, shard.name)
+        name = "" if work is None else file.relative_to(work.folder).as_posix()
+        facts = None if work is None else work.finished(name)
         if facts is None:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            work.finish(name, synced=True, **write(shard, target))
-            facts = work.finished(name) or {}
+            file.parent.mkdir(parents=True, exist_ok=True)
+            facts = write(shard, file)
+            if work is not None:
+                work.finish(name, **facts)
         every.append(facts)
     return every

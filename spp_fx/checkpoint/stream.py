@@ -64,7 +64,7 @@ def rewrite_shard(
     replaced: list[str] = []
     replaced_bytes = copied_bytes = 0
     with new_file(target) as out, open(source.path, "rb", buffering=0) as original:
-        _write_all(out, memoryview(source.header.raw))
+        write_all(out, memoryview(source.header.raw))
         start = stop = source.header.data_start  # the run of bytes still to be copied
         for info in source.header.tensors.values():
             content = replace(info)
@@ -73,7 +73,7 @@ def rewrite_shard(
                 continue
             _append(original, out, start, stop, source.path)
             copied_bytes += stop - start
-            _write_content(out, content, info.dtype, info.shape, f"{target}: tensor {shown(info.name)}")
+            write_content(out, content, info.dtype, info.shape, f"{target}: tensor {shown(info.name)}")
             replaced.append(info.name)
             replaced_bytes += info.nbytes
             start = stop = info.end
@@ -108,12 +108,12 @@ def write_safetensors(
 
     On any error `target` is removed.
     """
-    ordered = _layout(specs, target)
-    raw = _header_bytes(ordered, metadata or {}, target)
+    ordered = layout(specs, target)
+    raw = header_bytes(ordered, metadata or {}, target)
     with new_file(target) as out:
-        _write_all(out, memoryview(raw))
+        write_all(out, memoryview(raw))
         for name, dtype, shape in ordered:
-            _write_content(out, produce(name), dtype, shape, f"{target}: tensor {shown(name)}")
+            write_content(out, produce(name), dtype, shape, f"{target}: tensor {shown(name)}")
     return read_header(target)
 
 
@@ -156,7 +156,8 @@ def new_file(target: Path, *, sync: bool = True) -> Generator[FileIO, None, None
         raise
 
 
-def _write_all(out: FileIO, data: memoryview) -> None:
+def write_all(out: FileIO, data: memoryview) -> None:
+    """Append all of `data` to an unbuffered file."""
     done = 0
     while done < len(data):  # one call writes at most 2 GiB
         done += out.write(data[done:])
@@ -205,7 +206,8 @@ def _copy(source: FileIO, out: FileIO, start: int, to: int, count: int, path: Pa
         done += copied
 
 
-def _write_content(out: FileIO, content: Content, dtype: str, shape: tuple[int, ...], where: str) -> None:
+def write_content(out: FileIO, content: Content, dtype: str, shape: tuple[int, ...], where: str) -> None:
+    """Append the content of a tensor; FormatError, which begins with `where`, if it is not of dtype and shape."""
     import torch
 
     try:
@@ -240,10 +242,15 @@ def _write_tensor(out: FileIO, tensor: "torch.Tensor", dtype: "torch.dtype", whe
     if tensor.numel() == 0:
         return
     plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    _write_all(out, plain.reshape(-1).view(torch.uint8).numpy().data)
+    write_all(out, plain.reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _layout(specs: Iterable[TensorSpec], target: Path) -> list[TensorSpec]:
+def layout(specs: Iterable[TensorSpec], target: Path) -> list[TensorSpec]:
+    """The order of the reference implementation: widest dtype first, then by name.
+
+    Raises:
+        FormatError: a name twice, or an unknown dtype.
+    """
     ordered = list(specs)
     names: set[str] = set()
     for name, dtype, _ in ordered:
@@ -258,7 +265,12 @@ def _layout(specs: Iterable[TensorSpec], target: Path) -> list[TensorSpec]:
     return ordered
 
 
-def _header_bytes(ordered: list[TensorSpec], metadata: Mapping[str, str], target: Path) -> bytes:
+def header_bytes(ordered: list[TensorSpec], metadata: Mapping[str, str], target: Path) -> bytes:
+    """Length and header of a file of these tensors in this order, to the first tensor's first byte.
+
+    Raises:
+        FormatError: a name is no Unicode text, or the header is longer than the format allows.
+    """
     entries: dict[str, object] = {}
     if metadata:
         entries["__metadata__"] = dict(sorted(metadata.items()))

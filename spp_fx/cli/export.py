@@ -5,13 +5,22 @@ from typing import Any
 
 import click
 
-from spp_fx.cli.base import command, default_out, model_argument, model_folder, output_options, remote_code
+from spp_fx.cli.base import (
+    command,
+    default_out,
+    fresh_option,
+    model_argument,
+    model_folder,
+    output_options,
+    remote_code,
+)
 from spp_fx.console import Output, megabytes
 
 
 @command("export")
 @model_argument
 @output_options("MODEL-FORMAT")
+@fresh_option
 @click.option("--format", "format_", required=True, metavar="NAME", help="The form to write, see above.")
 @click.option(
     "--sm",
@@ -67,6 +76,7 @@ def export_command(output: Output, model: str, **options: Any) -> None:
             options["format_"],
             ExportSettings(**{field.name: options[field.name] for field in fields(ExportSettings)}),
             force=options["force"],
+            fresh=options["fresh"],
             trust_remote_code=options["trust_remote_code"],
             tick=tick,
             say=output.say,

@@ -6,20 +6,24 @@ of a site that the model stores transposed, also the weight.
 """
 
 import math
+import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedRandom
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from spp_fx.checkpoint import Content, Shard, TensorSpec, torch_dtype, write_safetensors
+from spp_fx.checkpoint import Content, Shard, TensorSpec, Workspace, torch_dtype, write_safetensors
+from spp_fx.checkpoint.parts import Memory, write_in_parts
 from spp_fx.errors import MaskError, PatternError, SppFxError
 from spp_fx.exporters.manifest import Manifest, TensorRecord, site_sizes
 from spp_fx.exporters.packed_reader import DENSE, WEIGHTS, Layouts, PackedModel, Rows
@@ -32,6 +36,8 @@ from spp_fx.sparsity import NM, LockEntry, implies, scan_bits
 
 BAND_BYTES = 1 << 21
 """Of dense weight: with what becomes of it, it stays in a core's own cache."""
+_WAITING = "waiting.bin"
+_METADATA = {"format": "pt"}
 
 
 @dataclass(frozen=True)
@@ -129,9 +135,9 @@ def write_weights(
             own = layouts.specs(record)
             specs += own
             sites |= {part: name for part, _, _ in own}
-    entries, done = source.lock.by_name(), dict(records)
+    entries, lost_zeros = source.lock.by_name(), dict[str, int]()
     with (
-        tempfile.TemporaryFile(dir=file.parent) as waiting,
+        _waiting(source.work, file) as waiting,
         ThreadPoolExecutor(thread_count(), thread_name_prefix="pack") as pool,
     ):
         spool, memory = _Spool(waiting, {}), _Memory({})
@@ -163,11 +169,42 @@ def write_weights(
             for name, tensor in parts.items():
                 if name != asked:
                     spool.put(name, tensor)
-            done[site] = record.model_copy(update={"negative_zeros": lost})
+            lost_zeros[site] = lost
             tick(site, source.folder.info(site)[1].nbytes)
 
-        write_safetensors(file, specs, produce, {"format": "pt"})
-    return done
+        def facts() -> dict[str, Any]:
+            return {"waiting": spool.sync(), "negative_zeros": lost_zeros}
+
+        def recall(written: list[str], known: dict[str, Any]) -> bool:
+            for asked in written:
+                if asked in sites and asked not in spool.places:
+                    spool.foresee(part for part in layouts.specs(records[sites[asked]]) if part[0] != asked)
+            lost_zeros.update(known["negative_zeros"])
+            return spool.cut(known["waiting"])
+
+        if source.work is None:
+            write_safetensors(file, specs, produce, _METADATA)
+        else:
+            name = file.relative_to(source.work.folder).as_posix()
+            known = write_in_parts(source.work, name, specs, produce, _METADATA, Memory(facts, recall))
+            lost_zeros.update(known["negative_zeros"])
+    return {
+        name: record.model_copy(update={"negative_zeros": lost_zeros[name]}) if name in lost_zeros else record
+        for name, record in records.items()
+    }
+
+
+@contextmanager
+def _waiting(work: Workspace | None, file: Path) -> Generator[BufferedRandom, None, None]:
+    """A file for what waits for its place: one that outlives the process where the work may go on."""
+    if work is None:
+        with tempfile.TemporaryFile(dir=file.parent) as waiting:
+            yield waiting
+    else:
+        path = work.store / _WAITING
+        path.touch()
+        with open(path, "r+b") as waiting:
+            yield waiting
 
 
 @dataclass(frozen=True)
@@ -180,10 +217,34 @@ class _Spool:
     file: BufferedRandom
     places: dict[str, tuple[int, torch.dtype, torch.Size]]
 
+    @property
+    def size(self) -> int:
+        """Bytes that are waiting, or were."""
+        return sum(shape.numel() * dtype.itemsize for _, dtype, shape in self.places.values())
+
     def put(self, name: str, tensor: Tensor) -> None:
-        self.file.seek(0, 2)
-        self.places[name] = self.file.tell(), tensor.dtype, tensor.shape
+        self.places[name] = self.file.seek(self.size), tensor.dtype, tensor.shape
         self.file.write(tensor.view(-1).view(torch.uint8).numpy().data)
+
+    def sync(self) -> int:
+        """Make what is waiting durable; returns how many bytes that are."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        return self.size
+
+    def foresee(self, specs: Iterable[TensorSpec]) -> None:
+        """Say that an earlier run put these, one after the other."""
+        for name, dtype, shape in specs:
+            self.places[name] = self.size, torch_dtype(dtype), torch.Size(shape)
+
+    def cut(self, size: int) -> bool:
+        """Drop what was put after the file was made durable at this size; says whether all before is there."""
+        there = self.size == size <= os.fstat(self.file.fileno()).st_size
+        if there:
+            self.file.truncate(size)
+        else:
+            self.places.clear()
+        return there
 
     def take(self, name: str) -> Tensor:
         offset, dtype, shape = self.places[name]

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from spp_fx.checkpoint import ModelFolder, Shard, TensorInfo, copy_file, rewrite_model
+from spp_fx.checkpoint import ModelFolder, Shard, copy_file, rewrite_shard
 from spp_fx.checkpoint.layout import within
+from spp_fx.checkpoint.resume import copy_others, write_shards
 from spp_fx.exporters.manifest import MANIFEST, Manifest, site_sizes
 from spp_fx.exporters.read_back import check_copied
 from spp_fx.exporters.registry import Decoded, ExportSettings, Format, Say, Tick, Weights, register
@@ -18,10 +19,12 @@ def write(source: Source, target: Path, settings: ExportSettings, tick: Tick, sa
     """Plain dense safetensors for servers: the folder as it is, with lock and manifest."""
     del settings
 
-    def keep(shard: Shard, info: TensorInfo) -> None:
-        tick(info.name, info.nbytes)
+    def copy(shard: Shard, file: Path) -> dict[str, Any]:
+        rewrite_shard(shard, file, lambda info: tick(info.name, info.nbytes))
+        return {}
 
-    rewrite_model(source.folder, target, keep, skip=[LOCK_NAME, MANIFEST])
+    write_shards(source.folder, target, copy, source.work)
+    copy_others(source.folder, target, skip=[LOCK_NAME, MANIFEST])
     write_plain_config(source.folder, target, say)
     compared = sum(
         check_copied(source.folder, shard.header.tensors, target / shard.name)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spp_fx.adapters.fold import round_once
-from spp_fx.checkpoint import ModelFolder, Shard, copy_file, dtype_name
+from spp_fx.checkpoint import ModelFolder, Shard, Workspace, copy_file, dtype_name
 from spp_fx.errors import MaskError
 from spp_fx.exporters.manifest import MANIFEST, TensorRecord, write_manifest
 from spp_fx.sparsity import LOCK_NAME, Lock, LockEntry, Scan, scan_file
@@ -33,12 +33,15 @@ class Source:
         lock: of its sparse weights.
         trust_remote_code: whether the folder's own model code may run.
         rounded_to: what `ROUNDED` tensors are rounded to, None to keep their own.
+        work: the workspace that the export is written in: it knows which files an earlier run finished. A
+            format that does not ask writes everything again.
     """
 
     folder: ModelFolder
     lock: Lock
     trust_remote_code: bool
     rounded_to: torch.dtype | None = None
+    work: Workspace | None = None
 
     @cached_property
     def sites(self) -> frozenset[str]:

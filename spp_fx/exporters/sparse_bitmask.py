@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from spp_fx.checkpoint import Shard, TensorInfo, copy_file
-from spp_fx.checkpoint.layout import within
+from spp_fx.checkpoint.resume import write_shards
 from spp_fx.exporters.bitmask import Bytes, kernels, unsigned
 from spp_fx.exporters.manifest import MANIFEST, TensorRecord, site_sizes, write_manifest
 from spp_fx.exporters.raw_file import (
@@ -65,9 +65,14 @@ class _Site:
 
 def write(source: Source, target: Path, settings: ExportSettings, tick: Tick, say: Say) -> dict[str, Any]:
     del settings, say
-    records: dict[str, TensorRecord] = {}
-    for shard in source.folder.shards:
-        records |= write_shard(source, shard, within(target / FOLDER, shard.name), tick)
+
+    def write_one(shard: Shard, file: Path) -> dict[str, Any]:
+        written = write_shard(source, shard, file, tick)
+        return {"records": [record.model_dump(mode="json") for record in written.values()]}
+
+    files = write_shards(source.folder, target / FOLDER, write_one, source.work)
+    every = (TensorRecord.model_validate(record) for facts in files for record in facts["records"])
+    records = {record.name: record for record in every}
     # A manifest of the model would be one of another export.
     own = [name.as_posix() for name in source.folder.other_files() if name.as_posix() != MANIFEST]
     places = {name: target / name for name in own}

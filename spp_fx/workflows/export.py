@@ -1,10 +1,13 @@
 """export: a sparse model folder in the form that a runtime takes, checked from disk before it says ok."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
+from hashlib import blake2b
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from spp_fx.checkpoint import atomic_folder
+from spp_fx.checkpoint import stamp, workspace
+from spp_fx.checkpoint.workspace import check_output
 from spp_fx.errors import MaskError, UsageError
 from spp_fx.exporters import FORMATS, ExportSettings, Format, Say, Source, find_format
 from spp_fx.exporters.manifest import Manifest, add_file, read_manifest
@@ -56,11 +59,15 @@ def export(
     settings: ExportSettings | None = None,
     *,
     force: bool = False,
+    fresh: bool = False,
     trust_remote_code: bool = False,
     tick: Tick = no_tick,
     say: Say = lambda line: None,
 ) -> Exported:
     """Write an export folder beside its manifest and lock; what was written is read back and compared.
+
+    An interrupted run goes on where its files were durable when it is called again, and writes the same
+    bytes, unless `fresh` is set; the ONNX formats begin anew.
 
     Raises:
         UsageError: unknown format or SM, or an output that exists.
@@ -71,10 +78,13 @@ def export(
     settings = settings or ExportSettings()
     _check_options(chosen, settings)
     provenance.load(model)  # a damaged history is refused before the work
-    with atomic_folder(out, force, sources=[model]) as temporary:
-        source = open_source(model, trust_remote_code=trust_remote_code, any_config=chosen.mends_config)
-        if settings.dtype is not None:
-            source = replace(source, rounded_to=ROUND_TO[settings.dtype])
+    check_output(out, force, [model], say)
+    source = open_source(model, trust_remote_code=trust_remote_code, any_config=chosen.mends_config)
+    if settings.dtype is not None:
+        source = replace(source, rounded_to=ROUND_TO[settings.dtype])
+    plan = _plan(source, chosen, settings)
+    with workspace(out, plan, force=force, fresh=fresh, sources=[model], say=say) as work:
+        source, temporary = replace(source, work=work), work.folder
         checks = chosen.write(source, temporary, settings, tick, say)
         _record(source, temporary, chosen, settings)
         if kept := source.kept_from_zero():
@@ -88,6 +98,20 @@ def export(
             raise MaskError(f"{format}: the lock of the export is not the model's")
         checks["masks_equal"] = sum(site.mask_equal is True for site in verdict.sites)
     return Exported(out, read_manifest(out, check_files=False), checks)
+
+
+def _plan(source: Source, format: Format, settings: ExportSettings) -> dict[str, Any]:
+    """What the files of an export depend on."""
+    return {
+        "verb": "export",
+        "format": format.name,
+        "settings": asdict(settings),
+        "libraries": {"torch": version("torch")},
+        "base": source.folder.fingerprint(),
+        "config": source.folder.config,
+        "files": {shard.name: stamp(shard.path) for shard in source.folder.shards},
+        "lock": blake2b(source.lock.dumps().encode()).hexdigest(),
+    }
 
 
 def _record(source: Source, folder: Path, format: Format, settings: ExportSettings) -> None:

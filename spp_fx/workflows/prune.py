@@ -230,7 +230,7 @@ def _stream(
 
     return {
         name: [MatrixReport.from_json(each) for each in every]
-        for facts in write_shards(found.folder, work, write)
+        for facts in write_shards(found.folder, work.folder, write, work)
         for name, every in facts["reports"].items()
     }
 
@@ -271,7 +271,7 @@ def _walk(
         rewrite_shard(shard, target, replace)
         return {}
 
-    write_shards(found.folder, work, write)
+    write_shards(found.folder, work.folder, write, work)
     by_site: dict[str, list[MatrixReport]] = {}
     for report in store.reports():
         by_site.setdefault(report.site, []).append(report)

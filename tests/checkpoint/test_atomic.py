@@ -42,7 +42,7 @@ def test_an_exception_leaves_nothing_and_passes_through(stop: type[BaseException
     def interrupted() -> None:
         with atomic_folder(tmp_path / "new" / "out") as folder:
             (folder / "a").write_text("1")
-            raise stop
+            raise stop("stopped")
 
     with pytest.raises(stop):
         interrupted()
@@ -57,7 +57,7 @@ def test_an_exception_leaves_the_old_folder_whole(force: bool, stop: type[BaseEx
     def interrupted() -> None:
         with atomic_folder(old, force=force) as folder:
             (folder / "a").write_text("1")
-            raise stop
+            raise stop("stopped")
 
     with pytest.raises(stop if force else UsageError):
         interrupted()

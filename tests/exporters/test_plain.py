@@ -28,19 +28,19 @@ def test_every_tensor_is_compared(tmp_path):
 
 def test_a_byte_that_changed_on_the_way_is_found(tmp_path, monkeypatch):
     """A site's mask stays what it was, and so does all that is no site: the masks alone would not tell."""
-    right = plain.rewrite_model
+    right = plain.rewrite_shard
 
     def wrong(source, target, *rest, **options):
         right(source, target, *rest, **options)
-        info = Shard.open(target / "model.safetensors").info("model.layers.0.mlp.up_proj.weight")
-        with (target / "model.safetensors").open("r+b") as file:
+        info = Shard.open(target).info("model.layers.0.mlp.up_proj.weight")
+        with target.open("r+b") as file:
             file.seek(info.start)
             values = torch.frombuffer(bytearray(file.read(info.nbytes)), dtype=torch.float32)
             index = int(values.nonzero()[0])
             file.seek(info.start + 4 * index)
             file.write((values[index] * 2).numpy().tobytes())
 
-    monkeypatch.setattr(plain, "rewrite_model", wrong)
+    monkeypatch.setattr(plain, "rewrite_shard", wrong)
     with pytest.raises(FormatError, match=r"model\.layers\.0\.mlp\.up_proj\.weight: byte \d+ differs"):
         export(model_folder(tmp_path / "m"), tmp_path / "out", "safetensors")
     assert not (tmp_path / "out").exists()
