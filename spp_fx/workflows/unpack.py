@@ -13,12 +13,15 @@ from spp_fx.checkpoint import ModelFolder, atomic_folder, copy_file, dtype_name,
 from spp_fx.checkpoint.layout import WEIGHTS_NAME, within
 from spp_fx.errors import FormatError, MaskError, UsageError
 from spp_fx.exporters import FORMATS, Decoded, Format, Say, find_format
-from spp_fx.exporters.compressed_tensors import LegacyFolder, is_legacy
+from spp_fx.exporters.compressed_tensors import LegacyFolder
 from spp_fx.exporters.manifest import MANIFEST, TENSOR_FILES, Manifest, read_manifest
 from spp_fx.exporters.plain import write_plain_config
 from spp_fx.exporters.read_back import NOT_IN_TORCH
+from spp_fx.exporters.sparsity_config import is_legacy
+from spp_fx.progress import Tick, no_tick
 from spp_fx.sparsity import LOCK_NAME
-from spp_fx.workflows.survey import Tick, no_tick
+from spp_fx.workflows import provenance
+from spp_fx.workflows.provenance import PROVENANCE
 from spp_fx.workflows.verify import verify
 
 
@@ -76,10 +79,12 @@ def unpack(
         with atomic_folder(out, force, sources=[export]) as temporary:
             _copy_others(export, manifest, temporary)
             checks = _from_export(export, manifest, chosen, decode(export, manifest), temporary, tick)
+            _keep_history(export, temporary, exact=chosen.restore is not None)
         return Unpacked(out, chosen.name, chosen.restore is not None, checks)
     if (export / "config.json").is_file() and is_legacy(folder := ModelFolder.open(export)):
         with atomic_folder(out, force, sources=[export]) as temporary:
             checks = _from_legacy(LegacyFolder.open(folder), temporary, tick, say)
+            _keep_history(export, temporary, exact=False)
         return Unpacked(out, "compressed-tensors", False, checks)
     reason = "is no export folder" if export.exists() else "there is no such folder"
     raise UsageError(f"{export}: {reason}; give a folder that 'spp-fx export' wrote")
@@ -95,9 +100,25 @@ def _decoder(export: Path, format: Format) -> Callable[[Path, Manifest], Decoded
     )
 
 
+def _keep_history(export: Path, target: Path, *, exact: bool) -> None:
+    """The history of the model that comes back: its own where its files do, else with this step added."""
+    history = provenance.load(export)
+    if history is None:
+        return
+    if not exact:
+        digests = {WEIGHTS_NAME: provenance.file_sha256(target / WEIGHTS_NAME)}
+        provenance.record(export, target, "unpack", inputs={}, settings={}, digests=digests)
+        return
+    steps = history.steps[:-1] if history.steps[-1].step == "export" else history.steps  # export is undone
+    if steps:
+        (target / PROVENANCE).write_text(provenance.Provenance.of(steps).dumps(), encoding="ascii")
+
+
 def _copy_others(export: Path, manifest: Manifest, target: Path) -> None:
     """Configuration, tokenizer and whatever else is no weight; the lock, unless export had to make it."""
-    skipped = {MANIFEST} | ({LOCK_NAME} if manifest.requirements.get("model_has_lock") == 0 else set())
+    skipped = {MANIFEST, PROVENANCE} | (
+        {LOCK_NAME} if manifest.requirements.get("model_has_lock") == 0 else set()
+    )
     for name in manifest.files:
         if name not in skipped and not name.endswith((*TENSOR_FILES, ".safetensors.index.json")):
             place = within(target, name)
