@@ -24,11 +24,13 @@ from spp_fx.checkpoint.resume import copy_others, write_shards
 from spp_fx.checkpoint.workspace import check_output
 from spp_fx.errors import MaskError, UsageError
 from spp_fx.ir.binding import take_apart
+from spp_fx.parallel import in_order
 from spp_fx.passes import Causal, Match, Partition, run_pipeline
 from spp_fx.pruning import make_criterion
 from spp_fx.pruning.layerwise import LayerResult, Tick, outside_of_layers, prune_layers, silent
 from spp_fx.pruning.recipe import MatrixReport, Recipe, check_patterns, patterns_of, prune_matrix
 from spp_fx.sparsity import LOCK_NAME, Lock, LockEntry, Pattern, make_entry, parse_pattern, scan_bits
+from spp_fx.workflows import provenance
 from spp_fx.workflows.calibration import Calibration, calibration_tokens
 from spp_fx.workflows.layer_store import LayerStore
 from spp_fx.workflows.layer_weights import FolderWeights
@@ -142,6 +144,7 @@ def prune(
     if recipe.calibrated and calibration is None:
         raise UsageError(f"{repair or method} looks at inputs: give the text to calibrate on, --calib FILE")
     check_output(out, force, [model], say)
+    provenance.load(model)  # a damaged history is refused before the work
     where = _device(device)
     found = survey(model, trust_remote_code=trust_remote_code, runnable=calibration is not None)
     matched, refused = choose(found, Match(targets=tuple(targets), dense=True))
@@ -171,8 +174,30 @@ def prune(
         copy_others(found.folder, work.folder, skip=OWN_FILES)
         lock = _lock_folder(ModelFolder.open(work.folder), found, patterns)
         (work.folder / LOCK_NAME).write_text(lock.dumps())
+        settings = {
+            "method": method, "pattern": str(wanted), "repair": repair, "damp": damp, "block_size": block_size,
+            "permute": permute, "targets": list(targets), "ratios": list(ratios), "skip": list(skip),
+        }  # fmt: skip
+        _record(found, work.folder, settings, tokens)
     used = None if tokens is None else {"samples": tokens.shape[0], "seq_len": tokens.shape[1]}
     return Pruned(out, wanted, lock, refused, by_tensor, used)
+
+
+def _record(found: Survey, folder: Path, settings: Mapping[str, Any], tokens: Tensor | None) -> None:
+    """Add this step to the model's history, with the digests of what lies on the disk now."""
+    inputs = {"model": found.folder.fingerprint()}
+    if tokens is not None:
+        inputs["calibration"] = blake2b(tokens.numpy().tobytes(), digest_size=32).hexdigest()
+    names = [shard.name for shard in found.folder.shards]
+    digests = in_order(provenance.file_sha256, (folder / name for name in names))
+    provenance.record(
+        found.folder.path,
+        folder,
+        "prune",
+        inputs=inputs,
+        settings=settings,
+        digests=dict(zip(names, digests, strict=True)),
+    )
 
 
 def _plan(found: Survey, patterns: Mapping[str, Pattern], recipe: Recipe) -> dict[str, Any]:
