@@ -4,11 +4,29 @@ Every message says what is wrong, where (file, tensor, row, column) and how to m
 line prints the message alone and exits with `exit_code`; `--debug` shows the trace as well.
 """
 
+import re
+
+_LONGEST = 2000
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Text that a terminal, a log or an annotation takes as one line, whatever names of files say in it.
+
+    Control characters, line ends, marks that turn the direction of writing and lone surrogates are
+    escaped as Python would; what is longer than 2,000 characters is cut.
+    """
+    line = _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text[: _LONGEST + 1])
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..."
+
 
 class SppFxError(Exception):
-    """Something does not hold or failed: exit code 1."""
+    """Something does not hold or failed: exit code 1. The message is made `printable`."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class UsageError(SppFxError):

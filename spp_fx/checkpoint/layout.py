@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import cast
 
-from spp_fx.checkpoint.header import regular_file_size
-from spp_fx.checkpoint.strict_json import parse_object, shown
+from spp_fx.checkpoint.json_file import read_object
+from spp_fx.checkpoint.strict_json import shown
 from spp_fx.errors import FormatError, SppFxError, UsageError
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+_MAX_NAME_BYTES = 255
 _ADAPTER_NAME = "adapter_model.safetensors"
-_MAX_INDEX_BYTES = 100_000_000
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # Other frameworks' copies of the weights: stale as soon as ours change.
@@ -37,14 +37,24 @@ def within(folder: Path, name: str) -> Path:
     """The path of the file `name` of `folder`; the name comes from a file that is not trusted.
 
     Raises:
-        FormatError: an absolute path, a '..', a backslash, or a link that leaves the folder.
+        FormatError: an absolute path, a '..', a backslash, a name that no file can have, or a link that
+            leaves the folder.
     """
     parts = PurePosixPath(name).parts
+    if any(len(part.encode("utf-8", "surrogatepass")) > _MAX_NAME_BYTES for part in parts) or not _is_text(
+        name
+    ):
+        raise FormatError(f"{folder}: {shown(name)} is no name that a file can have; it is refused")
     if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name or ":" in parts[0]:
         raise FormatError(f"{folder}: the file name {shown(name)} leads out of the folder; it is refused")
     path = folder.joinpath(*parts)
     check_link(folder, path)
     return path
+
+
+def _is_text(name: str) -> bool:
+    """Whether a name has no lone surrogate."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def check_link(folder: Path, path: Path) -> None:
@@ -57,7 +67,7 @@ def check_link(folder: Path, path: Path) -> None:
     """
     try:
         root, real = folder.resolve(), path.resolve()
-    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a name that none can have
         raise FormatError(f"{path}: cannot be followed to a file ({error})") from error
     in_cache = root.parent.name == "snapshots" and real.parent == root.parent.parent / "blobs"
     if not (real.is_relative_to(root) or in_cache):
@@ -123,13 +133,7 @@ def _no_weights(folder: Path, names: list[str]) -> str:
 
 def _from_index(folder: Path, name: str) -> WeightFiles:
     path = within(folder, name)
-    if regular_file_size(path) > _MAX_INDEX_BYTES:
-        raise FormatError(f"{path}: is larger than {_MAX_INDEX_BYTES} bytes; get it again")
-    try:
-        content = parse_object(path.read_bytes(), str(path))
-    except OSError as error:
-        raise SppFxError(f"{path}: cannot be read ({error.strerror})") from error
-    weight_map = content.get("weight_map")
+    weight_map = read_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{path}: has no weight_map of tensor names to files; get it again")
     for tensor, shard in cast("dict[str, object]", weight_map).items():

@@ -1,7 +1,7 @@
 """export.json: what an export folder holds, tied to what, with the digest of every file."""
 
 import hashlib
-import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from spp_fx.checkpoint.header import stored_nbytes
+from spp_fx.checkpoint.json_file import read_object
+from spp_fx.checkpoint.layout import within
 from spp_fx.errors import FormatError
 from spp_fx.sparsity import LOCK_NAME, load_lock
 
@@ -143,40 +145,39 @@ def read_manifest(folder: Path, *, check_files: bool = True) -> Manifest:
     Raises:
         FormatError: names the file and the fault.
     """
-    path = folder / MANIFEST
+    path = within(folder, MANIFEST)
     try:
-        manifest = Manifest.model_validate(json.loads(path.read_bytes()), strict=True)
+        manifest = Manifest.model_validate(read_object(path), strict=True)
     except ValidationError as error:
-        fault = error.errors()[0]
-        raise FormatError(f"{path}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from error
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: is not JSON: {error}") from error
+        fault = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part)[:200] for part in fault["loc"])
+        raise FormatError(f"{path}: {where}: {fault['msg']}; export the model again") from error
+    # The lock first: it is small, and what it contradicts need not be read.
+    if os.path.lexists(folder / LOCK_NAME):
+        _check_sites(within(folder, LOCK_NAME), path, manifest.pattern, manifest.tensors)
     if check_files:
         _check_files(folder, path, manifest.files)
-    if (folder / LOCK_NAME).is_file():
-        _check_sites(folder, path, manifest.pattern, manifest.tensors)
     return manifest
 
 
 def _check_files(folder: Path, path: Path, files: dict[str, str]) -> None:
-    for name, digest in files.items():
-        if len(name.encode()) > 1024 or "\0" in name:
-            raise FormatError(f"{path}: files: {name[:80]!r}... is no file name")
-        file = folder / name
-        if ".." in Path(name).parts or Path(name).is_absolute():
-            raise FormatError(f"{path}: files: names {name}, which is outside of the export")
-        if not file.is_file():
-            raise FormatError(f"{file}: is missing; {MANIFEST} names it")
-        if sha256(file) != digest:
-            raise FormatError(f"{file}: has changed since it was exported (SHA-256 differs)")
+    for name in files:
+        if not within(folder, name).is_file():
+            raise FormatError(
+                f"{folder / name}: is missing, or no file; {MANIFEST} names it. Get the export again"
+            )
+    # Before anything is read: what holds weights, and is not among the files, would be believed unseen.
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()
-        if (name == LOCK_NAME or name.endswith(TENSOR_FILES)) and name not in files and file.is_file():
+        if (name == LOCK_NAME or name.endswith(TENSOR_FILES)) and name not in files and not file.is_dir():
             raise FormatError(f"{path}: files: {name} has no digest; export again")
+    for name, digest in files.items():
+        if sha256(folder / name) != digest:
+            raise FormatError(f"{folder / name}: has changed since it was exported (SHA-256 differs)")
 
 
-def _check_sites(folder: Path, path: Path, pattern: str | None, tensors: list[TensorRecord]) -> None:
-    lock = load_lock(folder / LOCK_NAME)
+def _check_sites(lock_path: Path, path: Path, pattern: str | None, tensors: list[TensorRecord]) -> None:
+    lock = load_lock(lock_path)
     if pattern != lock.pattern:
         raise FormatError(f"{path}: pattern: {pattern!r}, {LOCK_NAME} has {lock.pattern!r}")
     entries = lock.by_name()

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, unflatten
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -140,6 +141,7 @@ def _readable(folder: str | Path) -> Generator[None, None, None]:
     try:
         yield
     except (
+        StrictDataclassError,
         OSError,
         ValueError,
         TypeError,

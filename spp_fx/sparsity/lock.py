@@ -7,6 +7,7 @@ file is sorted and holds one site a line, so that a change of one mask is a chan
 import json
 import math
 import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from spp_fx.errors import FormatError, SppFxError, UsageError
+from spp_fx.errors import FormatError, UsageError
 from spp_fx.sparsity.locate import LOCATOR_DIGITS, locator
 from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.pattern import Pattern, parse_pattern
@@ -32,7 +33,7 @@ FORMAT_VERSION = 1
 _MAX_BYTES = 64 << 20
 _MAX_NUMEL = 1 << 60
 
-_Name = Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+_Name = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f\x7f]+$")]
 _Kind = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
 _Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 _Locator = Annotated[str, StringConstraints(pattern=rf"^[0-9a-f]{{{LOCATOR_DIGITS}}}$")]
@@ -162,13 +163,22 @@ class Lock(_Strict):
         if len(text) > _MAX_BYTES:
             raise FormatError(f"{source}: {len(text)} bytes is too large for a lock file")
         try:
-            lock = cls.model_validate_json(text)
-            json.loads(text, object_pairs_hook=_no_duplicates)
+            content = json.loads(text, object_pairs_hook=_no_duplicates)
+            if not isinstance(content, dict) or not {"format_version", "sites"} <= content.keys():
+                raise FormatError(
+                    f"{source}: is JSON, but no sparsity lock: it has no format_version and sites. Give a "
+                    f"{LOCK_NAME} as spp-fx writes it, or make one with 'spp-fx lock MODEL'"
+                )
+            return cls.model_validate_json(text)
         except ValidationError as error:
             raise FormatError(f"{source}: {_first_fault(error)}") from error
-        except (ValueError, RecursionError) as error:
-            raise FormatError(f"{source}: {error}") from error
-        return lock
+        except RecursionError:
+            raise FormatError(f"{source}: nested too deep to be a lock; get the file again") from None
+        except ValueError as error:
+            raise FormatError(
+                f"{source}: is no sparsity lock, for it is not JSON ({error}). Give a {LOCK_NAME} as spp-fx "
+                "writes it, or make one with 'spp-fx lock MODEL'"
+            ) from error
 
 
 def make_entry(
@@ -203,13 +213,13 @@ def load_lock(path: str | os.PathLike[str]) -> Lock:
     """
     file = Path(path)
     try:
-        size = file.stat().st_size
-        if size > _MAX_BYTES:
-            raise FormatError(f"{file}: {size} bytes is too large for a lock file")
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise UsageError(f"{file}: the lock is a folder, pipe or device; give a {LOCK_NAME}")
+        if status.st_size > _MAX_BYTES:
+            raise FormatError(f"{file}: {status.st_size} bytes is too large for a lock file")
         with file.open("rb") as stream:
             data = stream.read(_MAX_BYTES + 1)
-    except SppFxError:
-        raise
     except OSError as error:
         raise UsageError(f"{file}: the lock cannot be read: {error.strerror}") from error
     return Lock.loads(data, str(file))

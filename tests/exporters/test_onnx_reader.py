@@ -175,5 +175,5 @@ def test_indices_as_coordinates_are_read_as_well(tmp_path):
 
 
 def test_a_missing_file_is_a_wrong_request(tmp_path):
-    with pytest.raises(UsageError, match=r"nothere\.onnx does not exist"):
+    with pytest.raises(UsageError, match=r"nothere\.onnx: there is no such file"):
         load_model(tmp_path / "nothere.onnx")

@@ -16,10 +16,14 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import TensorProto
 
-from spp_fx.errors import FormatError, UsageError
+from spp_fx.checkpoint.header import regular_file_size
+from spp_fx.checkpoint.layout import within
+from spp_fx.errors import FormatError
 
 TENSOR_LIMIT = 2**31
 """onnxruntime's limit of a sparse tensor's dense form, in bytes; more elements than that are believed of none."""
+PROTOBUF_LIMIT = 2**31
+"""Bytes of a protobuf: no parser takes as many."""
 _WEIGHT_TYPES = {
     TensorProto.FLOAT,
     TensorProto.FLOAT16,
@@ -106,6 +110,12 @@ class OnnxFile:
         self.sparse = {
             s.values.name: s for s in self.proto.graph.sparse_initializer if _claim(path, s.values.name, seen)
         }
+        for node in self.proto.graph.node:
+            for output in node.output:
+                if output in seen:  # a runtime may take either
+                    raise FormatError(f"{output} ({path}): is made twice, the second time by {node.op_type}")
+                if output:
+                    seen.add(output)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of an initializer, as the file says."""
@@ -133,17 +143,33 @@ def load_model(path: Path) -> onnx.ModelProto:
         UsageError: there is no such file.
         FormatError: the file cannot be read or is no ONNX model.
     """
+    if (size := regular_file_size(path)) >= PROTOBUF_LIMIT:
+        raise FormatError(
+            f"{path}: is {size} bytes long, a protobuf is less than {PROTOBUF_LIMIT}; get it again"
+        )
     try:
         model = onnx.ModelProto.FromString(path.read_bytes())
-    except FileNotFoundError as error:
-        raise UsageError(f"{path} does not exist; give an .onnx file") from error
     except OSError as error:
         raise FormatError(f"{path}: cannot be read: {error.strerror}") from error
     except DecodeError as error:
         raise FormatError(f"{path}: not an ONNX model: {error}") from error
     if model.ir_version <= 0 or not model.HasField("graph"):
         raise FormatError(f"{path}: not an ONNX model: it holds no graph")
+    if not all(isinstance(text, str) for text in _texts(model.graph)):
+        raise FormatError(f"{path}: not an ONNX model: a name in it is not UTF-8; get it again")
     return model
+
+
+def _texts(graph: onnx.GraphProto) -> Iterator[object]:
+    """Every text that is looked at later: protobuf gives those that are not UTF-8 out as bytes."""
+    for node in graph.node:
+        yield from (node.op_type, node.name, node.domain, *node.input, *node.output)
+        yield from (attribute.name for attribute in node.attribute)
+    sparse = [part for each in graph.sparse_initializer for part in (each.values, each.indices)]
+    for tensor in (*graph.initializer, *sparse):
+        yield tensor.name
+        for entry in tensor.external_data:
+            yield from (entry.key, entry.value)
 
 
 def _entries(path: Path) -> Iterator[tuple[str, TensorProto | onnx.SparseTensorProto]]:
@@ -214,6 +240,8 @@ def _read(path: Path, where: str, tensor: TensorProto) -> npt.NDArray[Any]:
         raise FormatError(f"{where}: holds text where numbers are expected")
     if any(not 0 <= dim < 2**48 for dim in dims):
         raise FormatError(f"{where}: {dims} is no shape")
+    if tensor.HasField("segment"):
+        raise FormatError(f"{where}: is one segment of a tensor, which no runtime takes")
     count = math.prod(dims)
     if tensor.data_location == TensorProto.EXTERNAL:
         return _read_external(path, where, tensor, dtype, count).reshape(dims)
@@ -251,13 +279,11 @@ def _data_file(path: Path, where: str, location: str) -> Path:
     if not location or "\0" in location:
         raise FormatError(f"{where}: external data without a file name")
     try:
-        folder = path.parent.resolve()
-        file = (folder / location).resolve()
-        found = file.is_file()
-    except OSError as error:
-        raise FormatError(f"{where}: external data at {location[:80]!r}: {error.strerror}") from error
-    if Path(location).is_absolute() or folder not in file.parents:
-        raise FormatError(f"{where}: external data at {location[:80]!r} is not inside the model's folder")
-    if not found:
+        file = within(path.parent, location)
+    except FormatError as error:
+        raise FormatError(
+            f"{where}: external data at {location[:80]!r} is not inside the model's folder: {error}"
+        ) from None
+    if not file.is_file():
         raise FormatError(f"{where}: the data file {location} is missing")
     return file

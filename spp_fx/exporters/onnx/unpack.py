@@ -114,6 +114,8 @@ class _Follower:
         value = self._attributes(node).get("value")
         if value is None:
             return  # zero, in float32
+        if isinstance(value, TensorProto) and value.data_location == TensorProto.EXTERNAL:
+            self._refuse("its background lies in another file")
         try:
             zero = isinstance(value, TensorProto) and not numpy_helper.to_array(value).tobytes().strip(b"\0")
         except (ValueError, TypeError, KeyError):
