@@ -60,13 +60,13 @@ def make(rng: Random, number: int, seed: Seed, scratch: Path) -> Case:
     outside.mkdir()
     case = Case(number, seed.at(copy))
     for _ in range(rng.choice([1, 1, 1, 1, 1, 2])):
-        files = sorted(path for path in copy.rglob("*") if path.is_file() and not path.is_symlink())
+        files = sorted(path for path in copy.rglob("*") if _can_be_damaged(path))
         if not files:
             break
         path = rng.choices(files, [_weight(path) for path in files])[0]
         try:
             what, harmless = _damage(rng, path, outside, seed)
-        except (ValueError, KeyError, IndexError, TypeError, DecodeError) as error:
+        except (ValueError, KeyError, IndexError, TypeError, DecodeError, RecursionError) as error:
             if not case.done:
                 raise
             what, harmless = f"could not be damaged twice ({type(error).__name__})", False
@@ -78,6 +78,10 @@ def make(rng: Random, number: int, seed: Seed, scratch: Path) -> Case:
     else:
         case.harmless = False
     return case
+
+
+def _can_be_damaged(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink() and path.stat().st_size < 1 << 24
 
 
 def _weight(path: Path) -> int:
@@ -156,24 +160,20 @@ def _seal(copy: Path) -> None:
             continue
         try:
             manifest = json.loads(path.read_bytes())
-            files = manifest["files"]
-            for name in files:
+            for name in manifest["files"]:
                 file = path.parent / name
                 if file.is_file() and file.stat().st_size < 1 << 24:
-                    files[name] = hashlib.sha256(file.read_bytes()).hexdigest()
+                    manifest["files"][name] = hashlib.sha256(file.read_bytes()).hexdigest()
+            if _sound(path):
+                path.write_text(json.dumps(manifest))
         except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
             continue  # it was damaged itself: it stays as it is
-        if not _sound(path):
-            continue
-        path.write_text(json.dumps(manifest))
 
 
 def _sound(path: Path) -> bool:
     """Whether writing a manifest again keeps its damage: no key twice, no number that JSON has not."""
-    text = path.read_text("utf-8", "surrogatepass")
-    return json.dumps(jsonish.parse(text)) != "" and jsonish.dump(jsonish.parse(text)) == json.dumps(
-        json.loads(text), separators=(",", ":")
-    )
+    text = path.read_text("utf-8")
+    return jsonish.dump(jsonish.parse(text)) == json.dumps(json.loads(text), separators=(",", ":"))
 
 
 def describe(done: Iterable[str]) -> str:

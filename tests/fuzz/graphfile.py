@@ -168,6 +168,8 @@ def _external(rng: Random, model: onnx.ModelProto) -> str:
     tensors = _tensors(model)
     tensor = rng.choice([each for each in tensors if each.external_data] or tensors)
     tensor.data_location = TensorProto.EXTERNAL
+    if rng.random() < 0.7:
+        tensor.ClearField("raw_data")
     held = {entry.key: entry.value for entry in tensor.external_data}
     held.setdefault("location", "config.json")
     key = rng.choice(["location", "offset", "length", "checksum"])

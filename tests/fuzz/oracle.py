@@ -25,6 +25,9 @@ from tests.fuzz.plain import READERS, Look
 from tests.fuzz.seeds import Seed
 
 TIME_LIMIT = 10.0
+"""Seconds of processor time that a case may take."""
+WAIT_LIMIT = 60.0
+"""Seconds on the clock: a machine may be busy with other things, and a pipe may never end."""
 MESSAGE_LIMIT = 2000
 
 REFUSED, NOT_OK, UNCHANGED = "refused", "not ok", "ok, unchanged"
@@ -67,7 +70,7 @@ def run_case(seeds: Mapping[str, Seed], seed: int, number: int, limit: float = T
             with _time_limit(limit):
                 outcome, detail = _judge(rng, case, seeds[kind], Path(scratch))
         except TimeUp:
-            outcome, detail = HANG, f"more than {limit} s"
+            outcome, detail = HANG, f"more than {limit} s of processor time, or {WAIT_LIMIT} s"
     return Outcome(number, kind, outcome, detail, cases.describe(case.done))
 
 
@@ -76,13 +79,16 @@ def _time_limit(seconds: float):
     def stop(number: int, frame: FrameType | None) -> None:
         raise TimeUp
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    timers = {signal.SIGPROF: (signal.ITIMER_PROF, seconds), signal.SIGALRM: (signal.ITIMER_REAL, WAIT_LIMIT)}
+    before = {which: signal.signal(which, stop) for which in timers}
+    for timer, after in timers.values():
+        signal.setitimer(timer, after)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for which, (timer, _) in timers.items():
+            signal.setitimer(timer, 0)
+            signal.signal(which, before[which])
 
 
 def _judge(rng: Random, case: Case, pristine: Seed, scratch: Path) -> tuple[str, str]:
@@ -170,7 +176,7 @@ def _sites(lock: Path) -> dict[str, bool]:
 
 
 def _difference(damaged: Seed, pristine: Seed) -> str | None:
-    """The first site that a plain reading finds changed, without values that are no numbers; None if all are as they were."""
+    """The first site that is not what it was, or not finite, in a plain reading; None if there is none."""
     before = _looks(pristine)
     try:
         now = READERS[damaged.reader](damaged.path, _sites(pristine.lock))
@@ -184,7 +190,8 @@ def _first_difference(before: Mapping[str, Look], now: Mapping[str, Look]) -> st
         if name not in now:
             return f"{name} is gone"
         if now[name] != look:
-            return f"{name}: {look.shape} is {now[name].shape}, finite {now[name].finite}, mask equal {now[name].mask == look.mask}"
+            same = "the same mask" if now[name].mask == look.mask else "another mask"
+            return f"{name}: {look.shape} is {now[name].shape}, {same}, finite: {now[name].finite}"
     return None
 
 

@@ -218,7 +218,14 @@ def graph(path: Path, sites: Mapping[str, bool]) -> dict[str, Look]:
 
 
 def _array(path: Path, tensor: TensorProto) -> npt.NDArray[Any]:
-    return numpy_helper.to_array(tensor, str(path.parent))
+    if tensor.data_location != TensorProto.EXTERNAL:
+        return numpy_helper.to_array(tensor)
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    with open(path.parent / place["location"], "rb") as stream:
+        stream.seek(int(place.get("offset", 0)))
+        data = stream.read(int(place["length"]) if "length" in place else -1)
+    return np.frombuffer(data, dtype)[: int(np.prod(tensor.dims))].reshape(tuple(tensor.dims))
 
 
 def _computed(
@@ -244,7 +251,7 @@ def _computed(
     nodes = [node for node in model.graph.node if any(output in seen for output in node.output)]
     output = helper.make_empty_tensor_value_info(name)
     cut = helper.make_graph(nodes, "cut", [], [output], initializer=list(constants.values()))
-    program = helper.make_model(cut, opset_imports=list(model.opset_import))
+    program = helper.make_model(cut, opset_imports=[helper.make_opsetid("", 18)])
     return ReferenceEvaluator(program).run(None, {})[0]
 
 
