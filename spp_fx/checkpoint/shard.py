@@ -6,6 +6,9 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from spp_fx.checkpoint.dtypes import torch_dtype, torch_shape
 from spp_fx.checkpoint.header import Header, TensorInfo, read_header
 from spp_fx.checkpoint.strict_json import shown
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 64 * 2**20
 """Default size of a row block, in bytes."""
 
+_FLOATING = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _READ_BYTES = 2**30  # one read call: some systems refuse or cut 2 GiB
 
 
@@ -78,6 +82,32 @@ class Shard:
             info, info.start + start * row_bytes, (stop - start) * row_bytes, (stop - start, *shape[1:])
         )
 
+    def read_float64(self, name: str, row: int | None = None) -> NDArray[np.float64]:
+        """A floating tensor as float64, exactly; without torch.
+
+        Args:
+            row: of the first dimension, to read that alone.
+
+        Raises:
+            UsageError: no such tensor, or no such row.
+            FormatError: not one of F64, F32, F16, BF16; the file shrank.
+        """
+        info = self.info(name)
+        if info.dtype not in _FLOATING:
+            raise FormatError(f"{self.path}: tensor {shown(name)}: is {info.dtype}, no floating type")
+        shape, start, nbytes = info.shape, info.start, info.nbytes
+        if row is not None:
+            if not shape or not 0 <= row < shape[0]:
+                raise UsageError(f"{self.path}: tensor {shown(name)} of shape {list(shape)} has no row {row}")
+            nbytes //= shape[0]
+            shape, start = shape[1:], start + row * nbytes
+        data = np.empty(nbytes, dtype=np.uint8)
+        self._fill(info, start, data.data)
+        stored = data.view(_FLOATING[info.dtype])
+        if info.dtype == "BF16":  # the upper half of a float32
+            stored = (stored.astype(np.uint32) << 16).view(np.float32)
+        return stored.astype(np.float64).reshape(shape)
+
     def row_blocks(self, name: str, max_bytes: int = BLOCK_BYTES) -> "Iterator[torch.Tensor]":
         """The tensor as consecutive blocks of rows, each of at most `max_bytes` bytes but at least a row.
 
@@ -102,19 +132,23 @@ class Shard:
     def _read(self, info: TensorInfo, offset: int, nbytes: int, shape: tuple[int, ...]) -> "torch.Tensor":
         import torch
 
-        where = f"{self.path}: tensor {shown(info.name)}"
         data = torch.empty(nbytes, dtype=torch.uint8)
+        self._fill(info, offset, data.numpy().data)
+        if info.dtype == "BOOL" and nbytes and int(data.max()) > 1:
+            where = f"{self.path}: tensor {shown(info.name)}"
+            raise FormatError(f"{where}: holds a byte that is neither 0 nor 1; write the file again")
+        return data.view(torch_dtype(info.dtype)).reshape(shape)
+
+    def _fill(self, info: TensorInfo, offset: int, target: memoryview) -> None:
+        where = f"{self.path}: tensor {shown(info.name)}"
         try:
             with open(self.path, "rb", buffering=0) as file:
                 file.seek(offset)
-                whole = _fill(file, data.numpy().data)
+                whole = _fill(file, target)
         except OSError as error:
             raise SppFxError(f"{where}: cannot be read ({error.strerror})") from error
         if not whole:
             raise FormatError(f"{where}: the file shrank after its header was read; get it again")
-        if info.dtype == "BOOL" and nbytes and int(data.max()) > 1:
-            raise FormatError(f"{where}: holds a byte that is neither 0 nor 1; write the file again")
-        return data.view(torch_dtype(info.dtype)).reshape(shape)
 
 
 def _fill(file: FileIO, target: memoryview) -> bool:

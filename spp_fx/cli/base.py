@@ -2,6 +2,8 @@
 
 import functools
 import logging
+import os
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -55,10 +57,14 @@ def _calm(debug: bool) -> None:
         return
     warnings.simplefilter("ignore")
     logging.getLogger("torch").setLevel(logging.ERROR)
-    import transformers
+    # Read when these libraries are imported, which commands that need neither do not wait for.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if "transformers" in sys.modules:  # called from a program that has it
+        from transformers import logging as transformers_logging
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
 
 
 def model_argument(function: Callable[..., Any]) -> Callable[..., Any]:

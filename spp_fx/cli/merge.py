@@ -5,13 +5,14 @@ from typing import Any
 
 import click
 
-from spp_fx.cli.base import FOLDER, beside, command, output_options
+from spp_fx.cli.base import FOLDER, beside, command, fresh_option, output_options
 from spp_fx.console import Output
 
 
 @command("merge")
 @click.argument("adapter", type=FOLDER, default=Path())
 @output_options("ADAPTER-merged")
+@fresh_option
 @click.option(
     "--verify-sparsity/--no-verify-sparsity",
     default=True,
@@ -44,7 +45,9 @@ def merge_command(output: Output, adapter: Path, **options: Any) -> None:
             vanish=options["vanish"],
             verify_sparsity=options["verify_sparsity"],
             force=options["force"],
+            fresh=options["fresh"],
             tick=tick,
+            say=output.say,
         )
     data = done.to_json()
 

@@ -1,16 +1,18 @@
 """The adapter folder: configuration, factors, lock and model card, read with suspicion and written whole."""
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from spp_fx.adapters import Method, make_method
 from spp_fx.checkpoint import ModelFolder, Shard, dtype_name, write_safetensors
+from spp_fx.checkpoint.json_file import read_object
 from spp_fx.errors import FormatError, UsageError
 from spp_fx.ir.piece import Piece
 from spp_fx.sparsity import LOCK_NAME, Lock, load_lock
@@ -112,9 +114,12 @@ class AdapterFolder:
             return (out, entry.shape[-1])
         return (max(piece.expert or 0 for piece in pieces) + 1, out, entry.shape[-1])
 
-    def factors(self, site: str) -> "dict[str, Tensor]":
-        """The factors of a site, read from disk."""
-        return {key: self.shard.read(f"{site}.{key}") for key in self.method.factors(self.shape(site))}
+    def factors(self, site: str, expert: int | None = None) -> dict[str, NDArray[np.float64]]:
+        """The factors of a site in float64, read from disk; of one expert, where the site is a stack."""
+        return {
+            key: self.shard.read_float64(f"{site}.{key}", expert)
+            for key in self.method.factors(self.shape(site))
+        }
 
     def find_base(self, base: Path | None = None) -> Path:
         """The base model's folder: as given, as recorded, or of the recorded name beside the adapter."""
@@ -206,13 +211,11 @@ def trainable_parameters(factors: "Mapping[str, Tensor]") -> int:
 
 def _read_config(path: Path) -> AdapterConfig:
     try:
-        data: Any = json.loads(path.read_bytes())
-        return AdapterConfig.model_validate(data, strict=True)
+        return AdapterConfig.model_validate(read_object(path), strict=True)
     except ValidationError as error:
-        fault = error.errors()[0]
-        raise FormatError(f"{path}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from error
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: is not JSON: {error}") from error
+        fault = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part)[:200] for part in fault["loc"])
+        raise FormatError(f"{path}: {where}: {fault['msg']}") from error
 
 
 def _card(target: Path, base: Path, config: AdapterConfig, factors: "Mapping[str, Tensor]") -> str:

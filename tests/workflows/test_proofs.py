@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from spp_fx.adapters.fold_stored import StoredFold
 from spp_fx.sparsity import load_lock
-from spp_fx.workflows import merge as merge_module
 from tests.command import command, must, one_line, randomize, rewrite, tensors
 
 Q, UP = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight"
@@ -71,12 +71,14 @@ def test_against_is_asked_of_sites_that_the_lock_leaves_out(world):
 
 @pytest.mark.parametrize("vanish", ["keep", "allow"])
 def test_a_moved_mask_is_no_vanished_value(world, monkeypatch, vanish):
-    true_fold = merge_module.fold_matrix
+    true_fold = StoredFold.rows
 
-    def moved(*args, **kwargs):
-        return (block.flip(1) for block in true_fold(*args, **kwargs))
+    def moved(fold, stored, out, start):
+        counts = true_fold(fold, stored, out, start)
+        out[:] = out[:, ::-1].copy()
+        return counts
 
-    monkeypatch.setattr(merge_module, "fold_matrix", moved)
+    monkeypatch.setattr(StoredFold, "rows", moved)
     result = command("merge", world / "adapter", "-o", world / "new", "--vanish", vanish, "-q")
     assert result.code == 1
     assert "mask is not the lock's" in one_line(result.err)
