@@ -1,6 +1,7 @@
 """spp-fx verify."""
 
 import os
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -83,6 +84,8 @@ def verify_command(
     listed = artifact is None and rules.path is not None
     checks = rules.checks(given) if listed else [rules.check(artifact or Path(), given)]
     verdicts = _judge(output, checks, jobs)
+    if click.get_current_context().params["debug"]:
+        _trace(verdicts)
     _show(output, verdicts, listed=listed, github=github)
     _write_reports(verdicts, junit=junit, sarif=sarif, github=github)
     return 0 if all(verdict.ok for verdict in verdicts) else 1
@@ -98,6 +101,12 @@ def _judge(output: Output, checks: "Sequence[Check]", jobs: int | None) -> "list
     return verdicts
 
 
+def _trace(verdicts: "Sequence[Verified]") -> None:
+    for verdict in verdicts:
+        if verdict.error is not None:
+            traceback.print_exception(verdict.error)
+
+
 def _show(output: Output, verdicts: "Sequence[Verified]", *, listed: bool, github: bool) -> None:
     """One artifact's verdict in the form of `to_json`; those of a policy as a list.
 
@@ -110,7 +119,7 @@ def _show(output: Output, verdicts: "Sequence[Verified]", *, listed: bool, githu
 
     def show() -> None:
         for verdict in verdicts:
-            unread = not listed and not verdict.opened
+            unread = not listed and verdict.error is not None
             for line in ["spp-fx: " + printable(verdict.problems[0])] if unread else lines(verdict):
                 click.echo(line, err=unread)
 

@@ -1,7 +1,7 @@
 """What verify found, as data: findings of each site, and of the artifact as a whole."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ class Verified:
         sites: those of which something was asked, by name.
         faults: why the artifact as a whole must not be released, whatever its sites hold.
         allowed_dense: sites of which nothing was asked because they may be dense.
-        opened: whether its sites could be looked at; if not, a fault says why.
+        error: what kept its sites from being looked at at all; a fault says the same in words.
     """
 
     path: Path
@@ -99,7 +99,7 @@ class Verified:
     sites: tuple[SiteVerdict, ...]
     faults: tuple[Finding, ...] = ()
     allowed_dense: tuple[str, ...] = ()
-    opened: bool = True
+    error: Exception | None = field(default=None, repr=False, compare=False)
 
     @property
     def ok(self) -> bool:

@@ -88,7 +88,7 @@ def gate(check: Check, *, jobs: int | None = None, tick: Tick = no_tick) -> Veri
     except UsageError:
         raise
     except (SppFxError, OSError) as error:
-        return Verified(check.path, _kind_of(check.path), (), (_damage(error),), opened=False)
+        return Verified(check.path, _kind_of(check.path), (), (_damage(error),), error=error)
 
 
 _Damaged = Callable[[Question, Exception], SiteVerdict]

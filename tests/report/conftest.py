@@ -43,5 +43,5 @@ def verdicts(tmp_path) -> list[Verified]:
     return [
         Verified(tmp_path / "good", "model", (site(0), site(1))),
         Verified(tmp_path / "a b", "adapter", (site(9), *failing, site(10, twice, twice))),
-        Verified(tmp_path / "lost", "unknown", (), (Finding("artifact-damaged", HOSTILE),), opened=False),
+        Verified(tmp_path / "lost", "unknown", (), (Finding("artifact-damaged", HOSTILE),)),
     ]

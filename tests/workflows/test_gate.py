@@ -83,6 +83,14 @@ def test_damage_in_words_is_one_line_on_stderr(model):
     assert "truncated" in one_line(result.err)
 
 
+def test_debug_shows_where_damage_was_found(model):
+    truncate(shard(model, 2))
+    result = command("verify", model, "--debug", "--json")
+    assert result.json["problems"]
+    assert "Traceback" in result.err
+    assert "read_header" in result.err
+
+
 def test_in_python_damage_is_raised(model):
     truncate(shard(model, 2))
     with pytest.raises(FormatError, match="truncated"):
