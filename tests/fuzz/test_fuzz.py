@@ -1,0 +1,55 @@
+"""A few hundred damaged artifacts of every kind; `python -m tests.fuzz --cases 10000` is the full run."""
+
+import json
+
+import pytest
+
+from tests.fuzz import cases, runner, seeds
+
+CASES = 300
+FIRST = 40_000
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory) -> dict[str, seeds.Seed]:
+    return seeds.build(tmp_path_factory.mktemp("fuzz") / "seeds", graphs=False)
+
+
+def test_no_damage_crashes_hangs_or_passes_for_sound(artifacts):
+    report = runner.run(artifacts, range(FIRST, FIRST + CASES), jobs=2)
+    assert len(report.outcomes) == CASES
+    assert not report.failures, json.dumps(report.to_json(shown=5), indent=2)
+
+
+def test_a_case_is_the_same_whenever_it_is_made(artifacts, tmp_path):
+    seed = artifacts["sharded"]
+
+    def made(name: str) -> tuple[list[str], dict[str, bytes]]:
+        (tmp_path / name).mkdir()
+        case = cases.make(cases.rng_of(7, 1), 1, seed, tmp_path / name)
+        files = {p.name: p.read_bytes() for p in case.seed.root.rglob("*.safetensors") if p.is_file()}
+        return case.done, files
+
+    assert made("first") == made("second")
+
+
+def test_the_oracle_sees_a_verify_that_believes_everything(artifacts, monkeypatch):
+    from spp_fx.workflows.verify import verify
+    from tests.fuzz import oracle
+
+    sound = verify(artifacts["lone"].path)
+    monkeypatch.setattr(oracle, "verify", lambda *_, **__: sound)
+    lone = {"lone": artifacts["lone"]}
+    outcomes = {oracle.run_case(lone, 0, number).outcome for number in range(30)}
+    assert oracle.FALSE_OK in outcomes
+
+
+def test_the_oracle_sees_an_error_that_is_not_the_projects(artifacts, monkeypatch):
+    from tests.fuzz import oracle
+
+    def broken(*_: object, **__: object) -> None:
+        raise KeyError("w")
+
+    monkeypatch.setattr(oracle, "verify", broken)
+    found = oracle.run_case({"lone": artifacts["lone"]}, 0, 0)
+    assert (found.outcome, "KeyError" in found.detail) == (oracle.CRASH, True)
