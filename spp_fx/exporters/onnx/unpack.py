@@ -72,12 +72,15 @@ class _Follower:
 
     def chain(self) -> Unpacked:
         zeros, positions, values = self._inputs(self.scatter, 3, {"axis": (1,), "reduction": (b"none", None)})
-        background = self._producer(zeros, "Cast", "ConstantOfShape")
+        background, cast = self._producer(zeros, "Cast", "ConstantOfShape"), None
         if background.op_type == "Cast":
             (zeros,) = self._inputs(background, 1, {"to": _FLOATING, "saturate": (1, None)})
+            cast = self._attributes(background)["to"]
             background = self._producer(zeros, "ConstantOfShape")
         (runs,) = self._inputs(background, 1, {"value": None})
-        self._check_zero(background)
+        made = self._check_zero(background)
+        if self.file.dense[values].data_type != (cast or made):
+            self._refuse("its values are not of the type of the zeros that they are scattered into")
         table, numbers = self._inputs(self._producer(positions, "Gather"), 2, {"axis": (0, None)})
         (codes,) = self._inputs(self._producer(numbers, "Cast"), 1, {"to": _WHOLE, "saturate": (1, None)})
         reshape = self._reader(self.scatter, "Reshape")
@@ -110,10 +113,11 @@ class _Follower:
         except ValueError:
             self._refuse(f"{node.op_type} has an attribute without a value")
 
-    def _check_zero(self, node: NodeProto) -> None:
+    def _check_zero(self, node: NodeProto) -> int:
+        """The type of a background that is zero."""
         value = self._attributes(node).get("value")
         if value is None:
-            return  # zero, in float32
+            return TensorProto.FLOAT
         if isinstance(value, TensorProto) and value.data_location == TensorProto.EXTERNAL:
             self._refuse("its background lies in another file")
         try:
@@ -122,6 +126,7 @@ class _Follower:
             zero = False
         if not zero:
             self._refuse("its background is not zero")
+        return value.data_type
 
     def _producer(self, value: str, *op_types: str) -> NodeProto:
         node = self.made.get(value)
