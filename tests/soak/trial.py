@@ -1,0 +1,135 @@
+"""Trials: kill a command some times, look at what is there after each kill, let it end, compare."""
+
+import os
+import random
+import shutil
+from collections import Counter
+from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+from tests.command import listing
+from tests.soak.jobs import Job
+from tests.soak.run import Ended, run_counted, run_forked, run_python
+
+
+@dataclass
+class Tally:
+    """What trials of one command saw.
+
+    Attributes:
+        kills: runs that were killed, by what the kill found.
+        broken: what should never be, each with the kill that it came after.
+    """
+
+    name: str
+    kills: Counter[str] = field(default_factory=Counter[str])
+    finished: int = 0
+    broken: list[str] = field(default_factory=list[str])
+    undisturbed_s: float = 0.0
+    calls: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "kills": sum(self.kills.values()), "found": dict(self.kills)}
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Trials of one command.
+
+    Attributes:
+        expected: the files of an undisturbed run, with their digests.
+        work: seconds that it works.
+        whole: seconds that it takes as `python -m spp_fx`, None where no run is started so.
+    """
+
+    job: Job
+    folder: Path
+    server: ForkServerContext
+    expected: dict[str, str]
+    work: float
+    whole: float | None
+    tally: Tally
+
+    @classmethod
+    def of(cls, job: Job, folder: Path, server: ForkServerContext, *, python: bool = False) -> "Trials":
+        """Measure an undisturbed run of a command."""
+        folder.mkdir(parents=True)
+        tally = Tally(job.name)
+        out, store = folder / "undisturbed", folder / ".undisturbed.work"
+        ended, tally.calls = run_counted(server, job.to(out), store)
+        assert ended.code == 0, f"{job.name}: exit {ended.code}"
+        expected = listing(out)
+        shutil.rmtree(out)
+        whole = None
+        if python:
+            real = run_python(job.to(out), store)
+            assert real.code == 0
+            assert listing(out) == expected
+            whole = real.seconds
+            shutil.rmtree(out)
+        tally.undisturbed_s = round(ended.seconds, 3)
+        return cls(job, folder, server, expected, ended.seconds, whole, tally)
+
+    def until(self, kills: int, random_: random.Random) -> Tally:
+        """Trials until so many runs were killed."""
+        while sum(self.tally.kills.values()) < kills and not self.tally.broken:
+            self.trial(random_, kills - sum(self.tally.kills.values()))
+        return self.tally
+
+    def trial(self, random_: random.Random, most: int) -> None:
+        """Kill the command once or some times, then let it end."""
+        out = self.folder / "out"
+        for number in range(min(most, random_.choice((1, 1, 2, 3)))):
+            ended, how = self._kill(random_)
+            if not ended.killed:
+                break  # it was done before its time
+            self.tally.kills[self._found(out)] += 1
+            self._look(out, f"{how}, kill {number + 1} in a row")
+        if not out.exists():
+            ended = run_forked(self.server, self.job.to(out), self._store)
+            if ended.code != 0:
+                self.tally.broken.append(f"exit {ended.code} of the last run")
+        elif run_forked(self.server, self.job.to(out), self._store).code != 2:
+            self.tally.broken.append("a finished output was not refused")
+        self._look(out, "the end")
+        if left := sorted(set(os.listdir(self.folder)) - {"out"}):
+            self.tally.broken.append(f"left behind: {', '.join(left)}")
+        if not out.exists():
+            self.tally.broken.append("no output at the end")
+        self.tally.finished += 1
+        self._clear()
+
+    def _kill(self, random_: random.Random) -> tuple[Ended, str]:
+        words = self.job.to(self.folder / "out")
+        if self.whole is not None:
+            after = random_.uniform(0, self.whole)
+            return run_python(words, self._store, after), f"after {after:.3f} s of python"
+        if random_.random() < 0.5:
+            after = random_.uniform(0, self.work)
+            return run_forked(self.server, words, self._store, after), f"after {after:.3f} s of work"
+        # Half of them among the last calls, where names are given and things removed.
+        first = 1 if random_.random() < 0.5 else max(1, self.tally.calls - 60)
+        call = random_.randint(first, self.tally.calls)
+        return run_forked(self.server, words, self._store, at_call=call), f"at call {call}"
+
+    @property
+    def _store(self) -> Path:
+        return self.folder / ".out.work"
+
+    def _found(self, out: Path) -> str:
+        if out.exists():
+            return "output in place"
+        journal = self._store / "journal.jsonl"
+        kept = journal.read_bytes().count(b"\n") if journal.is_file() else 0
+        return "some files finished" if kept else "no file finished"
+
+    def _look(self, out: Path, when: str) -> None:
+        if out.exists() and listing(out) != self.expected:
+            odd = sorted(set(listing(out).items()) ^ set(self.expected.items()))[:3]
+            self.tally.broken.append(f"{when}: the output is not the undisturbed one: {odd}")
+
+    def _clear(self) -> None:
+        for path in self.folder.iterdir():
+            shutil.rmtree(path)
