@@ -7,13 +7,15 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test install check bench clean help
+.PHONY: demo test install check bench soak fuzz clean help
 
 help:
 	@echo "make demo     the whole way on a small model, a few minutes on two cores"
 	@echo "make test     the test suite"
 	@echo "make check    lint, format, types, layers"
 	@echo "make bench    benchmarks, JSON on stdout"
+	@echo "make soak     a hundred kills of every verb, and the full fuzz: an hour or two"
+	@echo "make fuzz     10,000 damaged inputs"
 	@echo "make install  only the environment, in $(VENV)"
 
 demo: install
@@ -49,6 +51,14 @@ bench: install
 	@$(BIN)/python benchmarks/prune_layers.py
 	@$(BIN)/python benchmarks/model_step.py --seq-len 256 512 1024 2048 --dtype bfloat16 --only lors spp_fused
 	@$(BIN)/python benchmarks/graph_overhead.py
+
+# Each prints JSON and fails on anything broken; the seeds are fixed, so that a failure comes again.
+soak: install fuzz
+	$(BIN)/python -m tests.soak --kills 100 --seed 0
+	$(BIN)/python -m tests.soak --kills 20 --seed 1 --python --verb merge --verb prune --verb export
+
+fuzz: install
+	$(BIN)/python -m tests.fuzz --cases 10000
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,6 +166,49 @@ def test_an_error_on_the_way_keeps_what_is_done(deep, text_file, tmp_path, monke
     assert listing(out) != uninterrupted
     must(*arguments(deep, out, text_file), "--force")
     assert listing(out) == uninterrupted
+
+
+def test_weight_files_that_are_finished_are_not_pruned_again(deep, tmp_path, monkeypatch):
+    """Without calibration too: file by file, with the same reports and the same bytes."""
+    whole = must("prune", deep / "dense", "-o", tmp_path / "whole", "--json").json
+    real, calls = workflow.rewrite_shard, []
+
+    def stop(shard, *rest):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(shard.name)
+        return real(shard, *rest)
+
+    monkeypatch.setattr(workflow, "rewrite_shard", stop)
+    assert command("prune", deep / "dense", "-o", tmp_path / "out").code == 130
+    first = list(calls)
+    calls.clear()
+    monkeypatch.setattr(
+        workflow, "rewrite_shard", lambda shard, *rest: (calls.append(shard.name), real(shard, *rest))
+    )
+    again = must("prune", deep / "dense", "-o", tmp_path / "out", "--json").json
+    assert not set(calls) & set(first)
+    assert listing(tmp_path / "out") == listing(tmp_path / "whole")
+    assert again["sites"] == whole["sites"]
+    must("prune", deep / "dense", "-o", tmp_path / "out", "--fresh", "--force")
+    assert len(set(calls)) == len(list((deep / "dense").glob("*.safetensors")))
+
+
+def test_an_input_that_shrinks_on_the_way_is_named(deep, tmp_path, monkeypatch):
+    shutil.copytree(deep / "dense", tmp_path / "dense")
+    shards = sorted((tmp_path / "dense").glob("*.safetensors"))
+    real = workflow.rewrite_shard
+
+    def shrink(shard, *rest):
+        if shard.name == shards[1].name:
+            os.truncate(shard.path, shard.path.stat().st_size - 100)
+        return real(shard, *rest)
+
+    monkeypatch.setattr(workflow, "rewrite_shard", shrink)
+    result = command("prune", tmp_path / "dense", "-o", tmp_path / "out")
+    assert result.code == 1
+    assert shards[1].name in result.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_processes_do_not_work_on_one_output(deep, text_file, tmp_path):

@@ -1,0 +1,116 @@
+"""Exports that were stopped go on where their files were durable, and end with the same bytes."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from spp_fx.checkpoint import parts
+from spp_fx.errors import SppFxError
+from spp_fx.exporters import packed_writer, plain, sparse_bitmask
+from spp_fx.workflows.export import export
+from tests.command import listing
+from tests.soak.jobs import make_models
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 2:4 model of several weight files, in bfloat16."""
+    root = tmp_path_factory.mktemp("model")
+    make_models(root, width=128, layers=2)
+    return root / "sparse"
+
+
+class Stopped(BaseException):
+    """As a kill: nothing in the program handles it."""
+
+
+def stop_after(count: int, monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> list[int]:
+    """Let a function be called so many times, then stop the run; the list counts its calls."""
+    real, calls = getattr(owner, name), [0]
+
+    def one(*arguments: object, **named: object) -> object:
+        if calls[0] == count:
+            raise Stopped
+        calls[0] += 1
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(owner, name, one)
+    return calls
+
+
+def stopped_export(model: Path, out: Path, form: str, count: int, owner: object, name: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(count, patch, owner, name)
+        with pytest.raises(Stopped):
+            export(model, out, form)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("form", "owner", "name"),
+    [("safetensors", plain, "rewrite_shard"), ("sparse-bitmask", sparse_bitmask, "write_shard")],
+)
+def test_finished_files_are_not_written_again(form, owner, name, model, tmp_path, monkeypatch):
+    whole = export(model, tmp_path / "whole", form).to_json()
+    files = len(list(model.glob("*.safetensors")))
+    stopped_export(model, tmp_path / "out", form, 2, owner, name)
+    with monkeypatch.context() as patch:
+        calls = stop_after(files, patch, owner, name)
+        again = export(model, tmp_path / "out", form).to_json()
+    assert calls == [files - 2]
+    assert listing(tmp_path / "out") == listing(tmp_path / "whole")
+    assert again["sites"] == whole["sites"]
+    assert again["checks"] == whole["checks"]
+
+
+@pytest.mark.parametrize("form", ["cutlass", "cusparselt"])
+@pytest.mark.parametrize("count", [1, 5, 13])
+def test_a_packed_file_goes_on_where_it_was_durable(form, count, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "PART_BYTES", 1)  # after every tensor
+    whole = export(model, tmp_path / "whole", form).to_json()
+    stopped_export(model, tmp_path / "out", form, count, packed_writer, "pack_site")
+    with monkeypatch.context() as patch:
+        calls = stop_after(99, patch, packed_writer, "pack_site")
+        again = export(model, tmp_path / "out", form).to_json()
+    assert calls == [14 - count]
+    assert listing(tmp_path / "out") == listing(tmp_path / "whole")
+    assert again["sites"] == whole["sites"]
+    assert not (tmp_path / ".out.work").exists()
+
+
+@pytest.mark.parametrize("spoil", ["waiting.bin", "out/model.safetensors"])
+def test_a_packed_file_whose_work_was_lost_begins_anew(spoil, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "PART_BYTES", 1)
+    export(model, tmp_path / "whole", "cutlass")
+    stopped_export(model, tmp_path / "out", "cutlass", 5, packed_writer, "pack_site")
+    (spoiled,) = (tmp_path / ".out.work").glob(spoil if "/" not in spoil else "out/*.safetensors")
+    spoiled.write_bytes(b"")
+    with monkeypatch.context() as patch:
+        calls = stop_after(99, patch, packed_writer, "pack_site")
+        export(model, tmp_path / "out", "cutlass")
+    assert calls == [14]
+    assert listing(tmp_path / "out") == listing(tmp_path / "whole")
+
+
+def test_other_options_begin_anew(model, tmp_path, monkeypatch):
+    said: list[str] = []
+    stopped_export(model, tmp_path / "out", "safetensors", 2, plain, "rewrite_shard")
+    export(model, tmp_path / "out", "sparse-bitmask", say=said.append)
+    assert f"{tmp_path}/.out.work: holds the work of another command (format); starting over" in said
+
+
+def test_an_input_that_vanishes_is_named_and_what_is_finished_is_kept(model, tmp_path, monkeypatch):
+    shutil.copytree(model, tmp_path / "m")
+    shards = sorted((tmp_path / "m").glob("*.safetensors"))
+    real = plain.rewrite_shard
+
+    def lose(shard, file, replace):
+        if shard.name == shards[2].name:
+            shards[2].unlink()
+        return real(shard, file, replace)
+
+    monkeypatch.setattr(plain, "rewrite_shard", lose)
+    with pytest.raises(SppFxError, match=rf"{shards[2].name}.*No such file.*keeps 2 files"):
+        export(tmp_path / "m", tmp_path / "out", "safetensors")
+    assert not (tmp_path / "out").exists()
