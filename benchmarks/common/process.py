@@ -1,10 +1,11 @@
 """A command in a process of its own: how long it took, and the most memory that it held."""
 
-import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -28,9 +29,28 @@ def run_python(*arguments: Any) -> Run:
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    with ThreadPoolExecutor(1) as watching:
+        peak = watching.submit(_peak, process)
+        output = process.stdout.read()
+        status = process.wait()
+        seconds = time.perf_counter() - start
     if status:
-        sys.exit(f"{' '.join(command)}: failed with status {process.returncode}")
-    return Run(time.perf_counter() - start, usage.ru_maxrss * 1024 / 1e6, output)
+        sys.exit(f"{' '.join(command)}: failed with status {status}")
+    return Run(seconds, peak.result(), output)
+
+
+def _peak(process: subprocess.Popen[str]) -> float:
+    """The largest resident set of a process, in MB, as the system notes it since the program was loaded.
+
+    wait4 would tell a number that has this program in it, too: what a process was before it loaded another.
+    """
+    peak = 0.0
+    while process.returncode is None:
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+        except OSError:
+            break
+        marks = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")]
+        peak = max(peak, *(int(mark) * 1024 / 1e6 for mark in marks), 0.0)
+        time.sleep(0.01)
+    return peak

@@ -24,6 +24,7 @@ TINY = {
     "export_large.py": "--layers 1 --hidden 128 --intermediate 256 --formats onnx-packed",
     "export_sizes.py": "--layers 1 --hidden 128 --intermediate 256 --patterns 2:4",
     "scan.py": "--gib 0.05 --repeats 1",
+    "stream.py": "--gb 0.02 --hidden 128 --intermediate 256 --repeats 1",
     "prune_layers.py": "--no-floor --layers 1 --hidden 64 --intermediate 128 --samples 2 --seq-len 16",
     "prune_criteria.py": "MODEL --calib TEXT --data TEXT --samples 2 --seq-len 32 --ways wanda --patterns 2:4",
 }
