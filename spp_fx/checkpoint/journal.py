@@ -40,13 +40,21 @@ class Journal:
         self._append = threading.Lock()
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
         self._descriptor = os.open(path, flags, 0o666)
+        try:
+            self._read(path.read_bytes())
+            fsync_folder(path.parent)
+        except BaseException:
+            self.close()
+            raise
+
+    def _read(self, content: bytes) -> None:
         whole = 0
-        for line in path.read_bytes().splitlines(keepends=True):
+        for line in content.splitlines(keepends=True):
             if not line.endswith(b"\n") or not self._take(line):
                 break
             whole += len(line)
-        os.ftruncate(self._descriptor, whole)
-        fsync_folder(path.parent)
+        if whole < len(content):
+            os.ftruncate(self._descriptor, whole)
 
     def close(self) -> None:
         os.close(self._descriptor)

@@ -22,6 +22,7 @@ from spp_fx.checkpoint.journal import Journal
 from spp_fx.errors import UsageError
 
 JOURNAL, OUT = "journal.jsonl", "out"
+EARLIER = "what an earlier run finished"
 _LOCK, _PLAN, _DRAFT = "lock", "plan.json", "plan.tmp"
 _OWN = frozenset({_LOCK, _PLAN, _DRAFT, JOURNAL, OUT})
 
@@ -98,15 +99,21 @@ def is_placed(store: Path, journal: Journal) -> bool:
 
 
 def tidy_placed(target: Path, store: Path, sources: Iterable[Path]) -> None:
-    """Remove the store of a run that was killed when its output was in place."""
+    """Remove the store of a run that was killed when its output was in place.
+
+    Raises:
+        UsageError: another process works in it.
+        SppFxError: its journal cannot be read.
+    """
     if not (store / JOURNAL).is_file():
         return
     with locked(target, store, sources):
-        journal = Journal(store / JOURNAL)
         try:
-            placed = is_placed(store, journal)
-        finally:
-            journal.close()
+            journal = Journal(store / JOURNAL)
+        except OSError as error:
+            raise explain(target, error, f"{store} keeps {EARLIER}") from error
+        placed = is_placed(store, journal)
+        journal.close()
         if placed:
             remove_placed(store)
 

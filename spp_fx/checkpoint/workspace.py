@@ -23,6 +23,7 @@ from spp_fx.checkpoint.place import (
     tidy,
 )
 from spp_fx.checkpoint.store import (
+    EARLIER,
     JOURNAL,
     OUT,
     empty,
@@ -267,6 +268,8 @@ def _place(job: _Job, work: Workspace, force: bool) -> Path | None:
 def _leave(job: _Job, work: Workspace | None, keep: bool) -> str | None:
     """Keep what is finished, or remove the store; returns what is kept, and how to go on, in words."""
     if work is None:
+        if (job.store / JOURNAL).is_file():
+            return f"{job.store} keeps {EARLIER}"
         if not strangers(job.store):
             remove(job.store)
     elif is_placed(job.store, work.journal):

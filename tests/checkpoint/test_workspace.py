@@ -191,6 +191,23 @@ def test_a_journal_that_was_cut_is_written_on_as_whole_lines(runs: Runs) -> None
     assert [json.loads(line)["file"] for line in lines] == ["out/a", "out/b"]
 
 
+def test_a_journal_that_cannot_be_opened_costs_nothing(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        runs(KeyboardInterrupt())
+    cut_last_line(runs.store)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "ftruncate", refuse)
+        with pytest.raises(SppFxError, match=r"Read-only file system; .* keeps what an earlier run finished"):
+            runs()
+    runs()
+    assert runs.written == ["b"]
+    assert runs.is_whole()
+
+
+def refuse(*_: object) -> None:
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
 def test_facts_come_back(runs: Runs) -> None:
     with pytest.raises(KeyboardInterrupt):
         runs(KeyboardInterrupt())
