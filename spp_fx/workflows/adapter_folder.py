@@ -129,7 +129,10 @@ class AdapterFolder:
         for candidate in (recorded, self.path.resolve().parent / recorded.name):
             if candidate.is_dir():
                 return candidate
-        raise UsageError(f"{self.path}: its base model {recorded} is not there; name it with --base MODEL")
+        raise UsageError(
+            f"{self.path}: its base model {recorded} is not there; put it beside the adapter "
+            f"as {recorded.name}, or name it where a command takes --base"
+        )
 
     def check_base(self, base: ModelFolder) -> None:
         """FormatError unless a model folder is the very one that the adapter was made for."""
@@ -137,7 +140,7 @@ class AdapterFolder:
             raise FormatError(
                 f"{base.path} is not the model that {self.path} was made for, "
                 f"{self.config.base_model_name_or_path}, or its files have changed since inject; "
-                "name the right one with --base"
+                "put the right one there, or name it where a command takes --base"
             )
 
     def _check(self) -> None:

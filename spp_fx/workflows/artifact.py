@@ -116,7 +116,7 @@ def _legacy(folder: ModelFolder) -> Artifact:
 
 
 def _adapter(path: Path) -> Artifact:
-    """An adapter stands for its base's masks: the base is looked at, the factors are checked when opened."""
+    """An adapter stands for the masks of its own base, which is looked at; its factors are checked here."""
     adapter = AdapterFolder.open(path)
     for name, info in adapter.shard.header.tensors.items():
         row = (1, prod(info.shape))
@@ -124,8 +124,9 @@ def _adapter(path: Path) -> Artifact:
             raise FormatError(
                 f"{adapter.shard.path}: the factor {name} holds NaN or infinity; train it again"
             )
-    base = _model(adapter.find_base())
-    return Artifact(path, "adapter", base.weights, adapter.lock)
+    base = adapter.find_base()
+    adapter.check_base(open_model(base))
+    return Artifact(path, "adapter", _model(base).weights, adapter.lock)
 
 
 def _safetensors(path: Path) -> Artifact:

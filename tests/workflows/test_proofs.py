@@ -245,3 +245,11 @@ def test_resume_takes_the_newest_whole_checkpoint(world, monkeypatch, damage):
     result = command(*line, "--resume")
     assert result.code == 2
     assert "whole checkpoint" in one_line(result.err)
+
+
+def test_an_adapter_is_held_to_the_very_base_that_it_was_made_for(world):
+    """The masks of another model may be the same; the adapter's factors are not for it."""
+    rewrite(world / "sparse" / "model.safetensors", lambda values: values[Q].mul_(2))
+    result = command("verify", world / "adapter", "--json")
+    assert result.code == 1
+    assert "is not the model that" in result.json["problems"][0]
