@@ -130,12 +130,9 @@ def _attempt(name: str, run: Callable[[], Any]) -> _Attempt:
     except TimeUp:
         raise
     except BaseException as error:  # noqa: BLE001 - whatever it is, it is the finding
-        frame = next(
-            f for f in reversed(traceback.extract_tb(error.__traceback__)) if "fuzz" not in f.filename
-        )
-        ours = [f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_tb(error.__traceback__)
-                if "spp_fx" in f.filename][-3:]  # fmt: skip
-        where = f"{Path(frame.filename).name}:{frame.lineno} (spp_fx: {' '.join(ours)})"
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = [f"{Path(f.filename).name}:{f.lineno}" for f in frames if "spp_fx" in f.filename][-3:]
+        where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno} (spp_fx: {' '.join(ours)})"
         return _Attempt(CRASH, f"{name}: {type(error).__name__}: {str(error)[:200]!r} at {where}")
     return _Attempt(NOT_OK, "", result)
 
