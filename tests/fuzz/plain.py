@@ -222,10 +222,11 @@ def _array(path: Path, tensor: TensorProto) -> npt.NDArray[Any]:
         return numpy_helper.to_array(tensor)
     place = {entry.key: entry.value for entry in tensor.external_data}
     dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    count = int(np.prod(tensor.dims))
     with open(path.parent / place["location"], "rb") as stream:
         stream.seek(int(place.get("offset", 0)))
-        data = stream.read(int(place["length"]) if "length" in place else -1)
-    return np.frombuffer(data, dtype)[: int(np.prod(tensor.dims))].reshape(tuple(tensor.dims))
+        data = stream.read(int(place.get("length", count * dtype.itemsize)))
+    return np.frombuffer(data, dtype).reshape(tuple(tensor.dims))
 
 
 def _computed(
@@ -235,20 +236,23 @@ def _computed(
     made: Mapping[str, onnx.NodeProto],
     dense: Mapping[str, TensorProto],
 ) -> npt.NDArray[Any]:
-    """What the nodes behind a value compute of constants."""
-    needed, seen, constants = [name], set[str](), {}
-    while needed:
-        value = needed.pop()
-        if value in seen or not value:
-            continue
-        seen.add(value)
-        if value in made:
-            needed += made[value].input
-        elif value in dense:
+    """What the nodes behind a value compute of constants, in whatever order the file has them."""
+    constants: dict[str, TensorProto] = {}
+    nodes: list[onnx.NodeProto] = []
+
+    def need(value: str, behind: tuple[str, ...] = ()) -> None:
+        if value in constants or any(value in node.output for node in nodes):
+            return
+        if value in dense and value not in made:
             constants[value] = numpy_helper.from_array(_array(path, dense[value]), value)
+        elif value in made and value not in behind:
+            for each in made[value].input:
+                need(each, (*behind, value))
+            nodes.append(made[value])
         else:
             raise Unreadable(value)
-    nodes = [node for node in model.graph.node if any(output in seen for output in node.output)]
+
+    need(name)
     output = helper.make_empty_tensor_value_info(name)
     cut = helper.make_graph(nodes, "cut", [], [output], initializer=list(constants.values()))
     program = helper.make_model(cut, opset_imports=[helper.make_opsetid("", 18)])
