@@ -2,6 +2,7 @@
 
 from spp_fx.sparsity.comparison import Comparison, MaskDifference, Position, compare, compare_masks
 from spp_fx.sparsity.detect import detect_pattern
+from spp_fx.sparsity.digests import digest_masks
 from spp_fx.sparsity.dtypes import ElementType, element_type
 from spp_fx.sparsity.locate import locator
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry, load_lock, make_entry
@@ -39,6 +40,7 @@ __all__ = [
     "compare_masks",
     "count_non_finite",
     "detect_pattern",
+    "digest_masks",
     "element_type",
     "first_non_finite",
     "implies",
