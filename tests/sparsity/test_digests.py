@@ -126,6 +126,7 @@ def test_the_order_of_the_masks_does_not_matter_to_their_digests():
     assert found(masks) == found(again)[::-1]
 
 
+@pytest.mark.usefixtures("kernel")
 def test_a_mask_given_twice_is_hashed_once(monkeypatch):
     taken = []
     monkeypatch.setattr(digests, "_hash_in_lanes", lambda kernel, masks: taken.extend(masks))
