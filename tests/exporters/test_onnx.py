@@ -165,5 +165,5 @@ def test_the_place_of_a_nan_is_its_place_in_the_matrix(tmp_path, dtype):
 
 
 def test_a_missing_file_is_a_wrong_request(tmp_path):
-    with pytest.raises(UsageError, match="does not exist"):
+    with pytest.raises(UsageError, match="there is no such file"):
         verify(tmp_path / "nothere.onnx")
