@@ -233,7 +233,7 @@ def _about_file(history: Provenance, path: Path, file: str) -> str:
             break
         origin = step
     verb = "saw" if origin.step == "lock" else "wrote"
-    return f"{file} is byte for byte what {origin} {verb}, so the mask was lost in or before that step"
+    return f"{file} is byte for byte what {origin} {verb}, so its zeros were where they are now when that step ended"
 
 
 def _about_lock(last: Step, lock: Path) -> str:

@@ -86,7 +86,7 @@ def test_a_file_that_changed_afterwards_is_told(merged):
 def test_a_file_that_is_as_it_was_written_lays_the_blame_on_the_step(merged):
     assert blame(merged, "model.safetensors") == (
         f"model.safetensors is byte for byte what merge (spp-fx {VERSION}) wrote, "
-        "so the mask was lost in or before that step"
+        "so its zeros were where they are now when that step ended"
     )
 
 
