@@ -17,6 +17,8 @@ from spp_fx.sparsity import LOCK_NAME, load_lock
 MANIFEST = "export.json"
 SCHEMA_VERSION = 1
 CHUNK = 1 << 22
+COMPACT = "sparse"
+"""The folder of an export whose weight files are compact: values and bit masks, no weights."""
 TENSOR_FILES = (".safetensors", ".onnx", ".onnx.data")
 """Ends of the names of files that hold weights: such a file is never read without a digest."""
 

@@ -19,7 +19,7 @@ from spp_fx.checkpoint.layout import within
 from spp_fx.checkpoint.strict_json import parse_object, shown
 from spp_fx.errors import FormatError
 from spp_fx.exporters.bitmask import Bytes, kernels, ones, unsigned
-from spp_fx.exporters.manifest import MANIFEST, Manifest
+from spp_fx.exporters.manifest import COMPACT, MANIFEST, Manifest
 from spp_fx.exporters.raw_file import SPAN, copy_spans, read_span, spans, write_raw
 from spp_fx.exporters.registry import Decoded, Tick, Weights
 from spp_fx.exporters.source import scan_stored
@@ -28,7 +28,7 @@ from spp_fx.sparsity import Scan, scan_tensor
 
 NAME = "sparse-bitmask"
 VERSION = 1
-FOLDER = "sparse"
+FOLDER = COMPACT
 """The folder of an export that mirrors the weight files of the model."""
 
 _Count = Annotated[int, Field(ge=0, lt=2**63)]

@@ -45,10 +45,12 @@ class PackedMask:
         object.__setattr__(self, "bits", view)
 
     @classmethod
-    def measured(cls, shape: tuple[int, ...], bits: NDArray[np.uint8], nnz: int, digest: str) -> "PackedMask":
-        """A mask whose count and digest were found on the way, so that they need no second look."""
+    def measured(
+        cls, shape: tuple[int, ...], bits: NDArray[np.uint8], nnz: int, digest: str | None
+    ) -> "PackedMask":
+        """A mask whose count, and perhaps digest, was found on the way, so that it needs no second look."""
         mask = cls(shape, bits)
-        mask.__dict__.update(nnz=nnz, digest=digest)
+        mask.__dict__.update(nnz=nnz, **({} if digest is None else {"digest": digest}))
         return mask
 
     @classmethod

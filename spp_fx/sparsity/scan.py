@@ -1,8 +1,8 @@
 """The fast look at a weight: its mask, counts, digest and non-finite values in one pass.
 
 The data is cut into regions that threads read and pack in pieces that fit the cache, while the caller's
-thread hashes the finished regions in order. Memory is bounded by the mask (1/16 of bf16 data; twice
-that for a transposed weight) and one buffer a thread.
+thread hashes the finished regions in order; where it is alone, digests are left to whoever asks for them.
+Memory is bounded by the mask (1/16 of bf16 data; twice that for a transposed weight) and one buffer a thread.
 """
 
 import math
@@ -180,19 +180,21 @@ def _scan(
 ) -> Scan:
     canonical = (*shape[:-2], shape[-1], shape[-2]) if transposed else shape
     bits = np.empty((math.prod(shape) + 7) // 8, dtype=np.uint8)
-    state = digest_state(canonical)
+    # Where other threads read, this one hashes meanwhile; one that is alone leaves it to `digest_masks`.
+    state = digest_state(canonical) if (threads or thread_count()) > 1 else None
     nnz, non_finite, first = 0, 0, -1
     for done in _scan_regions(open_reader, kind, math.prod(shape), bits, threads):
         nnz += done.nnz
         if first < 0 and done.first_non_finite >= 0:
             first = done.first_non_finite
         non_finite += done.non_finite
-        if not transposed:
+        if state is not None and not transposed:
             state.update(done.bits.data)
     if transposed:
         bits = _transpose(bits, shape)
-        state.update(bits.data)
-    mask = PackedMask.measured(canonical, bits, nnz, state.hexdigest())
+        if state is not None:
+            state.update(bits.data)
+    mask = PackedMask.measured(canonical, bits, nnz, None if state is None else state.hexdigest())
     return Scan(mask, non_finite, None if first < 0 else _index(first, shape, transposed))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from spp_fx.checkpoint import INDEX_NAME, ModelFolder, Shard
 from spp_fx.errors import FormatError, UsageError
-from spp_fx.exporters.manifest import MANIFEST, read_manifest
+from spp_fx.exporters.manifest import COMPACT, MANIFEST, read_manifest
 from spp_fx.exporters.sparsity_config import is_legacy
 from spp_fx.sparsity import LOCK_NAME, Lock, Scan, Weights, load_lock, scan_file
 from spp_fx.workflows.adapter_folder import CONFIG, AdapterFolder
@@ -152,8 +152,6 @@ def _safetensors(path: Path) -> Artifact:
 
 
 def _refuse_part_of_export(path: Path) -> None:
-    from spp_fx.exporters.sparse_bitmask_reader import FOLDER as COMPACT
-
     folder = path.parent.parent if path.parent.name == COMPACT else path.parent
     if (folder / MANIFEST).is_file() and read_manifest(folder, check_files=False).format != "safetensors":
         raise UsageError(f"{path}: is part of the export {folder}; verify that folder")

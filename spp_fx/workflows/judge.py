@@ -52,19 +52,29 @@ class _Change:
     findings: tuple[Finding, ...] = ()
 
 
-def judge(artifact: Artifact, question: Question, other: Other | None) -> SiteVerdict:
-    """Look at a site once and hold it to its question; the result holds no mask.
+def look(artifact: Artifact, question: Question) -> Scan | None:
+    """The scan of a site; None where the artifact has no such weight.
 
     Raises:
         FormatError: the weight cannot be read.
     """
+    if question.name not in artifact.names:
+        return None
+    return artifact.weights.scan(question.name, question.transposed)
+
+
+def judge(artifact: Artifact, question: Question, scan: Scan | None, other: Other | None) -> SiteVerdict:
+    """Hold what `look` gave of a site to its question; the result holds no mask.
+
+    Raises:
+        FormatError: the weight of the other artifact cannot be read.
+    """
     name, entry = question.name, question.entry
     pattern = question.pattern or (entry.parsed_pattern() if entry else None)
     wanted = None if pattern is None else str(pattern)
-    if name not in artifact.names:
+    if scan is None:
         absent = Finding("missing-weight", f"{artifact.path} has no such weight")
         return SiteVerdict(name, entry.shape if entry else (), pattern=wanted, findings=(absent,))
-    scan = artifact.weights.scan(name, question.transposed)
     mask = scan.mask
     changes: list[_Change] = []
     if other is not None:

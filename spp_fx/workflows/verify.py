@@ -1,22 +1,25 @@
 """verify: an artifact against its lock, a pattern, or another artifact, site by site."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
+from math import prod
 from pathlib import Path
 
 from spp_fx.errors import SppFxError, UsageError
 from spp_fx.exporters.manifest import MANIFEST
-from spp_fx.parallel import in_order
+from spp_fx.parallel import in_order, thread_count
 from spp_fx.progress import Tick, no_tick
 from spp_fx.report.verdict import Finding, SiteVerdict, Verified
-from spp_fx.sparsity import LOCK_NAME, Lock, load_lock
-from spp_fx.sparsity._backend import backend
+from spp_fx.sparsity import LOCK_NAME, Lock, Scan, digest_masks, load_lock, load_scanner
 from spp_fx.workflows.adapter_folder import CONFIG as ADAPTER_CONFIG
 from spp_fx.workflows.artifact import Artifact, open_artifact
 from spp_fx.workflows.coverage import Question, plan
 from spp_fx.workflows.demands import Coverage, Demands
-from spp_fx.workflows.judge import Other, judge, other_of
+from spp_fx.workflows.judge import Other, judge, look, other_of
+
+_GROUP = 16  # two decoder layers: enough masks for the lanes of a vector, few against the sites of a model
+_MASK_BYTES = 256 << 20  # of masks held by all jobs together, unless one alone is larger
 
 __all__ = ["Check", "SiteVerdict", "Verified", "gate", "verify"]
 
@@ -129,23 +132,58 @@ def _judge_all(
 ) -> list[SiteVerdict]:
     """Every question's verdict, in order, however many are worked on at once."""
 
-    def answer(question: Question) -> SiteVerdict:
+    def looked(question: Question) -> Scan | Exception | None:
         try:
-            return judge(artifact, question, other)
+            return look(artifact, question)
+        except (SppFxError, OSError) as error:
+            return error
+
+    def answer(question: Question, scan: Scan | Exception | None) -> SiteVerdict:
+        try:
+            if isinstance(scan, Exception):
+                raise scan
+            return judge(artifact, question, scan, other)
         except (SppFxError, OSError) as error:
             if damaged is None:
                 raise
             return damaged(question, error)
 
-    if jobs is None and not _streams(artifact, other):
-        jobs = 1
-    backend()  # before there are threads that would each begin to load it
+    def answers(group: list[Question]) -> list[SiteVerdict]:
+        scans = [looked(question) for question in group]
+        digest_masks([scan.mask for scan in scans if isinstance(scan, Scan)])
+        return [answer(question, scan) for question, scan in zip(group, scans, strict=True)]
+
+    streams = _streams(artifact, other)
+    if jobs is None:
+        jobs = min(thread_count(), len(questions)) if streams else 1
+    load_scanner()  # before there are threads that would each begin to
+    groups = _groups(questions, jobs if streams else None)
     origin = _historian(artifact)
     sites: list[SiteVerdict] = []
-    for site in in_order(answer, questions, jobs):
+    for site in (site for group in in_order(answers, groups, jobs) for site in group):
         sites.append(replace(site, origin=origin(site.file)) if _has_an_origin(site) else site)
         tick(site.name, site.numel)
     return sites
+
+
+def _groups(questions: Iterable[Question], jobs: int | None) -> Iterator[list[Question]]:
+    """Neighbouring sites that one job looks at, so that their masks are hashed side by side.
+
+    Args:
+        jobs: each holds its part of `_MASK_BYTES`, by the sizes that the lock tells; None makes every site one
+            of its own, as are those of unknown size.
+    """
+    group: list[Question] = []
+    held = 0
+    for question in questions:
+        size = prod(question.entry.shape) // 8 if question.entry and jobs else _MASK_BYTES
+        if group and (len(group) == _GROUP or held + size > _MASK_BYTES // (jobs or 1)):
+            yield group
+            group, held = [], 0
+        group.append(question)
+        held += size
+    if group:
+        yield group
 
 
 def _streams(artifact: Artifact, other: Other | None) -> bool:
