@@ -42,6 +42,8 @@ check: install
 # On a quiet machine: the better part of an hour on two cores.
 bench: install
 	@$(BIN)/python benchmarks/scan.py
+	@$(BIN)/python benchmarks/stream.py
+	@$(BIN)/python benchmarks/planted.py
 	@$(BIN)/python benchmarks/pack.py
 	@$(BIN)/python benchmarks/export_sizes.py
 	@$(BIN)/python benchmarks/export_large.py

@@ -13,7 +13,7 @@ from spp_fx.checkpoint import ModelFolder, Shard
 from spp_fx.checkpoint.layout import within
 from spp_fx.errors import FormatError
 from spp_fx.exporters.raw_file import copy_spans
-from spp_fx.exporters.read_back import NOT_IN_TORCH, check_copied
+from spp_fx.exporters.read_back import NOT_IN_TORCH, check_copied, library_tensor
 from spp_fx.parallel import in_order
 
 _BLOCK = 1 << 20  # elements decoded at a time
@@ -36,15 +36,15 @@ def check_written(model: ModelFolder, folder: Path, packed: Set[str]) -> dict[st
     counts = {"bit_exact": 0, "tensors_equal": 0}
     for shard in model.shards:
         written = within(folder, shard.name)
-        with safe_open(str(written), "pt") as ours, safe_open(str(shard.path), "pt") as theirs:
-            with shard.path.open("rb") as file:
-                header = file.read(int.from_bytes(file.read(8), "little"))
+        with shard.path.open("rb") as file:
+            header = file.read(int.from_bytes(file.read(8), "little"))
+        with safe_open(str(written), "pt") as ours:
             if ours.metadata()["header"].encode() != header:
                 raise FormatError(f"{written}: does not hold the header of {shard.path}")
-            for name in sorted(packed & shard.header.tensors.keys()):
-                values, bits = (ours.get_tensor(f"{name}.{part}") for part in ("values", "bitmask"))
-                _check_site(values, bits, theirs.get_tensor(name), f"{written}: {name}")
-                counts["bit_exact"] += 1
+        for name in sorted(packed & shard.header.tensors.keys()):
+            values, bits = (library_tensor(written, f"{name}.{part}") for part in ("values", "bitmask"))
+            _check_site(values, bits, library_tensor(shard.path, name), f"{written}: {name}")
+            counts["bit_exact"] += 1
         others = [name for name in shard.header.tensors if name not in packed]
         plain = [name for name in others if shard.info(name).dtype not in NOT_IN_TORCH]
         counts["tensors_equal"] += check_copied(model, plain, written)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from spp_fx.checkpoint import ModelFolder, atomic_folder, copy_file, dtype_name, write_safetensors
@@ -16,7 +15,7 @@ from spp_fx.exporters import FORMATS, Decoded, Format, Say, find_format
 from spp_fx.exporters.compressed_tensors import LegacyFolder
 from spp_fx.exporters.manifest import MANIFEST, TENSOR_FILES, Manifest, read_manifest
 from spp_fx.exporters.plain import write_plain_config
-from spp_fx.exporters.read_back import NOT_IN_TORCH
+from spp_fx.exporters.read_back import NOT_IN_TORCH, library_tensor
 from spp_fx.exporters.sparsity_config import is_legacy
 from spp_fx.progress import Tick, no_tick
 from spp_fx.sparsity import LOCK_NAME
@@ -162,18 +161,14 @@ def _hold(target: Path, lock: Path) -> int:
 def _compare(target: Path, names: Iterable[str], read: Callable[[str], Tensor]) -> int:
     """Hold written tensors, as the safetensors library reads them, to what was decoded; returns how many."""
     model, count = ModelFolder.open(target), 0
-    by_shard: dict[Path, list[str]] = {}
     for name in names:
         shard, info = model.info(name)
-        if info.dtype not in NOT_IN_TORCH:
-            by_shard.setdefault(shard.path, []).append(name)
-    for path, stored in by_shard.items():
-        with safe_open(str(path), "pt") as file:
-            for name in stored:
-                written, decoded = file.get_tensor(name), read(name)
-                if written.dtype != decoded.dtype or not torch.equal(_bytes(written), _bytes(decoded)):
-                    raise FormatError(f"{path}: {name}: read back, it is not what the export decodes to")
-                count += 1
+        if info.dtype in NOT_IN_TORCH:
+            continue
+        written, decoded = library_tensor(shard.path, name), read(name)
+        if written.dtype != decoded.dtype or not torch.equal(_bytes(written), _bytes(decoded)):
+            raise FormatError(f"{shard.path}: {name}: read back, it is not what the export decodes to")
+        count += 1
     return count
 
 
