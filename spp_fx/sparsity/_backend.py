@@ -1,6 +1,6 @@
-"""Which kernels run: compiled ones where numba is importable, plain numpy otherwise.
+"""Which kernels run: compiled ones where llvmlite is importable, plain numpy otherwise.
 
-Imported lazily, so that a command which never looks at zeros does not pay for numba's import.
+Loaded lazily, so that a command which never looks at zeros does not pay for it.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ class Backend:
     """The kernels that touch every weight or every mask bit.
 
     Attributes:
-        name: "numba" or "numpy".
+        name: "native" or "numpy".
         scan_elements: (elements, magnitude, non_finite_from, non_finite_span, out) ->
             (non-zeros, non-finites, index of the first non-finite or -1). `elements` is a 1-D unsigned
             array, `out` receives ceil(len / 8) mask bytes, LSB first.
@@ -46,7 +46,10 @@ class Backend:
 def backend() -> Backend:
     """The fastest backend this installation has."""
     try:
-        from spp_fx.sparsity import _kernels as kernels
+        from spp_fx.sparsity._native import load_backend
+
+        return load_backend()
     except ImportError:
-        from spp_fx.sparsity import _fallback as kernels
-    return kernels.BACKEND
+        from spp_fx.sparsity._fallback import BACKEND
+
+        return BACKEND

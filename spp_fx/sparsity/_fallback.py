@@ -1,4 +1,4 @@
-"""The kernels in plain numpy: the definition the compiled ones are held to, and the way without numba."""
+"""The kernels in plain numpy: the definition the compiled ones are held to, and the way without compilers."""
 
 import numpy as np
 

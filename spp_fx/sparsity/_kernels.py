@@ -1,4 +1,6 @@
-"""The kernels, compiled by numba: without the GIL, cached on disk where a cache folder can be written.
+"""The kernels that a check calls only where something is wrong or unusual, compiled by numba.
+
+They run without the GIL, and are cached on disk where a cache folder can be written.
 
 Constants are spelled `np.uint64`: numba turns a mix of signed and unsigned 64-bit numbers into floats.
 """
@@ -6,23 +8,20 @@ Constants are spelled `np.uint64`: numba turns a mix of signed and unsigned 64-b
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from typing import Any
 
 import numpy as np
 
 from spp_fx.parallel import thread_count
 from spp_fx.sparsity import _intrinsics
-from spp_fx.sparsity._backend import Backend, Bytes, Elements, Words
+from spp_fx.sparsity._backend import Bytes, Words
 from spp_fx.sparsity._compile import compiled
 
 if sys.byteorder != "little":
     raise ImportError("the compiled kernels read mask words as little-endian")
 
 # Spelled as untyped callables: a call inside a kernel leaves out the typing context of the definition.
-classify64: Callable[..., Any] = _intrinsics.classify64
 load_word: Callable[..., Any] = _intrinsics.load_word
-store_word: Callable[..., Any] = _intrinsics.store_word
 popcount: Callable[..., Any] = _intrinsics.popcount
 
 _ZERO = np.uint64(0)
@@ -31,27 +30,6 @@ _ALL = np.uint64(0xFFFFFFFFFFFFFFFF)
 _TOP = np.uint64(1 << 63)
 _THREADED_BITS = 1 << 24
 _TILE = 512  # rows transposed together: one cache line of each target row
-
-
-@compiled
-def _scan_words(
-    elements: Elements, words: int, magnitude: np.uint64, start: np.uint64, span: np.uint64, out: Bytes
-) -> tuple[int, int, int]:
-    """`scan_elements` over 64 * words elements."""
-    width = elements.itemsize
-    non_zeros = 0
-    non_finites = 0
-    first = -1
-    for index in range(words):
-        ones, strange = classify64(elements, index * 64 * width, magnitude, start, span)
-        store_word(out, index * 8, ones)
-        non_zeros += popcount(ones)
-        if strange != _ZERO:
-            if first < 0:
-                lowest = strange & (~strange + _ONE)
-                first = index * 64 + popcount(lowest - _ONE)
-            non_finites += popcount(strange)
-    return non_zeros, non_finites, first
 
 
 @compiled
@@ -71,7 +49,7 @@ def _load_bits(bits: Bytes, position: int, count: int) -> np.uint64:
 
 
 @compiled
-def _count_over_any(bits: Bytes, groups: int, group: int, kept: int) -> int:
+def count_over(bits: Bytes, groups: int, group: int, kept: int) -> int:
     count = 0
     for index in range(groups):
         if popcount(_load_bits(bits, index * group, group)) > kept:
@@ -85,42 +63,6 @@ def first_over(bits: Bytes, groups: int, group: int, kept: int) -> int:
         if popcount(_load_bits(bits, index * group, group)) > kept:
             return index
     return -1
-
-
-@cache
-def _count_over_words(group: int) -> Callable[..., int]:
-    """A counter for groups that divide a word: all fields of a word are summed and compared at once.
-
-    A field of `group` bits holds a count c <= group; adding 2**(group - 1) - 1 - kept sets its top bit
-    iff c > kept, and cannot carry out of the field.
-    """
-    step2, step4, step8, step16, step32, step64 = (group >= size for size in (2, 4, 8, 16, 32, 64))
-    low = np.uint64(sum(1 << shift for shift in range(0, 64, group)))
-    high = np.uint64(sum(1 << (shift + group - 1) for shift in range(0, 64, group)))
-
-    def count(bits: Bytes, words: int, bias: np.uint64) -> int:
-        total = 0
-        add = low * bias
-        for index in range(words):
-            word = load_word(bits, index * 8)
-            if step2:
-                word -= (word >> _ONE) & np.uint64(0x5555555555555555)
-            if step4:
-                word = (word & np.uint64(0x3333333333333333)) + (
-                    (word >> np.uint64(2)) & np.uint64(0x3333333333333333)
-                )
-            if step8:
-                word = (word + (word >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
-            if step16:
-                word = (word + (word >> np.uint64(8))) & np.uint64(0x00FF00FF00FF00FF)
-            if step32:
-                word = (word + (word >> np.uint64(16))) & np.uint64(0x0000FFFF0000FFFF)
-            if step64:
-                word = (word + (word >> np.uint64(32))) & np.uint64(0x00000000FFFFFFFF)
-            total += popcount((word + add) & high)
-        return total
-
-    return compiled(count)
 
 
 @compiled
@@ -210,33 +152,6 @@ def locate(bits: Bytes, rows: int, columns: int) -> Words:
     return buckets
 
 
-def scan_elements(
-    elements: Elements, magnitude: int, non_finite_from: int, non_finite_span: int, out: Bytes
-) -> tuple[int, int, int]:
-    rule = np.uint64(magnitude), np.uint64(non_finite_from), np.uint64(non_finite_span)
-    words, rest = divmod(elements.size, 64)
-    ones, strange, first = _scan_words(elements, words, *rule, out)
-    if rest:
-        last = np.zeros(64, dtype=elements.dtype)
-        last[:rest] = elements[words * 64 :]
-        last_out = np.empty(8, dtype=np.uint8)
-        last_ones, last_strange, last_first = _scan_words(last, 1, *rule, last_out)
-        out[words * 8 : words * 8 + (rest + 7) // 8] = last_out[: (rest + 7) // 8]
-        if first < 0 <= last_first:
-            first = words * 64 + last_first
-        ones, strange = ones + last_ones, strange + last_strange
-    return ones, strange, first
-
-
-def count_over(bits: Bytes, groups: int, group: int, kept: int) -> int:
-    if 64 % group:
-        return _count_over_any(bits, groups, group, kept)
-    words = groups * group // 64
-    count = _count_over_words(group)(bits, words, np.uint64((1 << (group - 1)) - 1 - kept))
-    rest = groups - words * (64 // group)
-    return count + (_count_over_any(bits[words * 8 :], rest, group, kept) if rest else 0)
-
-
 def transpose_bits(source: Bytes, target: Bytes, base: int, rows: int, columns: int) -> None:
     if base % 8 or rows % 8 or columns % 8:
         _transpose_any(source, target, base, rows, columns)
@@ -254,13 +169,3 @@ def transpose_bits(source: Bytes, target: Bytes, base: int, rows: int, columns: 
             for at in starts
         ]:
             done.result()
-
-
-BACKEND = Backend(
-    name="numba",
-    scan_elements=scan_elements,
-    count_over=count_over,
-    first_over=first_over,
-    transpose_bits=transpose_bits,
-    locate=locate,
-)

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spp_fx import sparsity
-from spp_fx.sparsity import PackedMask, digest_masks, digests
+from spp_fx import native, sparsity
+from spp_fx.native import Host
+from spp_fx.sparsity import PackedMask, _blake2b, digest_masks, digests
 
 
 def random_mask(*shape: int, seed: int = 0) -> PackedMask:
@@ -32,7 +33,10 @@ def found(masks: list[PackedMask]) -> list[str | None]:
 @pytest.fixture(scope="module")
 def kernel():
     """The compiled kernel, where this CPU gains by it."""
-    return pytest.importorskip("spp_fx.sparsity._blake2b", exc_type=ImportError)
+    try:
+        return _blake2b.load_absorb()
+    except ImportError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture
@@ -44,9 +48,11 @@ def only_lanes(monkeypatch, kernel):
 
 
 @pytest.fixture
-def without_kernel(monkeypatch):
-    monkeypatch.delitem(sys.modules, "spp_fx.sparsity._blake2b", raising=False)
-    monkeypatch.delattr(sparsity, "_blake2b", raising=False)
+def anew():
+    """The kernel is looked for again."""
+    digests._kernel.cache_clear()
+    yield
+    digests._kernel.cache_clear()
 
 
 def in_bytes(size: int, experts: int) -> tuple[int, ...]:
@@ -129,7 +135,7 @@ def test_the_order_of_the_masks_does_not_matter_to_their_digests():
 @pytest.mark.usefixtures("kernel")
 def test_a_mask_given_twice_is_hashed_once(monkeypatch):
     taken = []
-    monkeypatch.setattr(digests, "_hash_in_lanes", lambda kernel, masks: taken.extend(masks))
+    monkeypatch.setattr(digests, "_hash_in_lanes", lambda absorb, masks: taken.extend(masks))
     mask, other = random_mask(1000, 1000), random_mask(1000, 1000, seed=1)
     monkeypatch.setattr(digests, "_LANES_COST", 0)
     digest_masks([mask, other, mask])
@@ -166,19 +172,17 @@ def test_threads_hash_side_by_side():
     assert [mask.digest for mask in masks] == [by_definition(mask) for mask in masks]
 
 
-@pytest.mark.usefixtures("without_kernel")
-def test_hashlib_takes_over_where_numba_is_missing(monkeypatch):
-    monkeypatch.setitem(sys.modules, "numba", None)
+@pytest.mark.usefixtures("anew")
+def test_hashlib_takes_over_where_llvmlite_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "spp_fx.native", None)
     assert digests._kernel() is None
     masks = [random_mask(1000, 400 + i, seed=i) for i in range(9)]
     assert found(masks) == [by_definition(mask) for mask in masks]
 
 
-@pytest.mark.usefixtures("without_kernel")
+@pytest.mark.usefixtures("anew")
 def test_hashlib_takes_over_where_vectors_are_narrow(monkeypatch):
-    from numba.core import codegen
-
-    monkeypatch.setattr(codegen, "get_host_cpu_features", lambda: "+sse4.2,-avx2")
+    monkeypatch.setattr(native, "host", lambda: Host("x86_64-unknown-linux-gnu", "nehalem", "+sse4.2,-avx2"))
     assert digests._kernel() is None
 
 
@@ -186,12 +190,17 @@ def test_the_kernel_takes_the_blocks_of_the_specification(kernel):
     """RFC 7693, Appendix A: BLAKE2b-512 of "abc", the one digest that is not hashlib's word."""
     block = np.zeros(128, dtype=np.uint8)
     block[:3] = list(b"abc")
-    table = np.zeros((kernel.ROWS, kernel.LANES), dtype=np.uint64)
-    table[kernel.STATE] = kernel.initial_state(64)[:, None]
-    table[kernel.COUNTER] = 3 - 128 + (1 << 64)
-    table[kernel.FINAL] = ~np.uint64(0)
-    table[kernel.ADDRESS] = block.ctypes.data
-    kernel.absorb(table, 1)
-    assert {column.tobytes().hex()[:32] for column in table[kernel.STATE].T} == {
+    table = np.zeros((_blake2b.ROWS, _blake2b.LANES), dtype=np.uint64)
+    table[_blake2b.STATE] = _blake2b.initial_state(64)[:, None]
+    table[_blake2b.COUNTER] = 3 - 128 + (1 << 64)
+    table[_blake2b.FINAL] = ~np.uint64(0)
+    table[_blake2b.ADDRESS] = block.ctypes.data
+    kernel(table, 1)
+    assert {column.tobytes().hex()[:32] for column in table[_blake2b.STATE].T} == {
         "ba80a53f981c4d0d6a2797b69f12f6e9"
     }
+
+
+def test_the_kernel_refuses_a_table_that_it_would_leave(kernel):
+    with pytest.raises(ValueError, match="at least 704 bytes"):
+        kernel(np.zeros((8, 8), dtype=np.uint64), 0)

@@ -1,13 +1,19 @@
 """Both sets of kernels against the plain definition of each."""
 
+import sys
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spp_fx.sparsity import _backend, _compile, _fallback, _kernels, pack_mask
+from spp_fx import sparsity
+from spp_fx.native import host
+from spp_fx.sparsity import _backend, _compile, _fallback, _kernels, _native, pack_mask
 
-both = pytest.mark.parametrize("kernels", [_kernels.BACKEND, _fallback.BACKEND], ids=lambda b: b.name)
+compiled = _native.load_backend()
+both = pytest.mark.parametrize("kernels", [compiled, _fallback.BACKEND], ids=lambda b: b.name)
 seeds = st.integers(0, 2**32 - 1)
 bf16 = (0x7FFF, 0x7F80, 0x80)
 
@@ -37,6 +43,73 @@ def test_scan_elements_is_a_comparison_with_zero(kernels, seed, count, width):
     assert np.array_equal(out[:-3], packed(ones))
     assert np.all(out[-3:] == 0xAA), "nothing past the mask is touched"
     assert (nnz, strange, first) == (ones.sum(), len(where), where[0] if where else -1)
+
+
+rules = {
+    1: [(0x7F, 0x7F, 1), (0x7F, 0x7C, 4), (0xFF, 0, 0), (0x0F, 0, 0)],
+    2: [(0x7FFF, 0x7F80, 0x80), (0x7FFF, 0x7C00, 0x400), (0xFFFF, 0, 0)],
+    4: [(0x7FFFFFFF, 0x7F800000, 0x800000), (0xFFFFFFFF, 0, 0)],
+    8: [((1 << 63) - 1, 0x7FF << 52, 1 << 52), ((1 << 64) - 1, 0, 0)],
+}
+
+
+@given(data=st.data(), seed=seeds, offset=st.integers(0, 7), width=st.sampled_from([1, 2, 4, 8]))
+def test_both_scans_agree_on_any_bits_at_any_address(data, seed, offset, width):
+    """Rules of real dtypes, arrays that begin anywhere in memory, non-finites as rare as they come."""
+    count = data.draw(st.integers(0, 1000))
+    rule = data.draw(st.sampled_from(rules[width]))
+    generator = np.random.default_rng(seed)
+    memory = generator.integers(0, 256, count * width + offset, dtype=np.uint8)
+    memory[generator.random(memory.size) < 0.5] = 0
+    elements = memory[offset:].view(f"<u{width}")
+    if generator.random() < 0.5 and rule[2]:  # mostly finite
+        strange = (elements & elements.dtype.type(rule[0])) - elements.dtype.type(rule[1]) < rule[2]
+        elements[strange & (generator.random(count) < 0.99)] = 0
+    size = (count + 7) // 8
+    outs = [np.full(size + offset, 0x55, dtype=np.uint8) for _ in range(2)]
+    found = [
+        kernels.scan_elements(elements, *rule, out[offset:])
+        for kernels, out in zip([compiled, _fallback.BACKEND], outs, strict=True)
+    ]
+    assert found[0] == found[1]
+    assert np.array_equal(*outs)
+
+
+@given(data=st.data(), seed=seeds, offset=st.integers(0, 7), group=st.integers(1, 64))
+def test_both_counts_agree_on_long_masks_at_any_address(data, seed, offset, group):
+    groups = data.draw(st.integers(0, 9000 // group))
+    kept = data.draw(st.integers(0, group))
+    bits = np.random.default_rng(seed).integers(0, 256, (groups * group + 7) // 8 + offset, dtype=np.uint8)
+    bits.flags.writeable = False
+    arguments = bits[offset:], groups, group, kept
+    assert compiled.count_over(*arguments) == _fallback.BACKEND.count_over(*arguments)
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+@pytest.mark.parametrize("at", [0, 63, 64, 130, 191, 192, 199])
+def test_the_first_of_two_non_finites_is_told(width, at):
+    elements = np.zeros(200, dtype=f"u{width}")
+    magnitude, start, span = rules[width][0]
+    elements[[at, 199]] = start
+    assert compiled.scan_elements(elements, magnitude, start, span, np.empty(25, dtype=np.uint8)) == (
+        len({at, 199}),
+        len({at, 199}),
+        at,
+    )
+
+
+def test_memory_that_a_kernel_would_leave_is_refused():
+    elements = np.zeros(128, dtype=np.uint16)
+    with pytest.raises(ValueError, match="at least 16 bytes, not one of 15"):
+        compiled.scan_elements(elements, *bf16, np.empty(15, dtype=np.uint8))
+    with pytest.raises(ValueError, match=r"contiguous array .* strides \(4,\)"):
+        compiled.scan_elements(elements[::2], *bf16, np.empty(8, dtype=np.uint8))
+    read_only = np.zeros(16, dtype=np.uint8)
+    read_only.flags.writeable = False
+    with pytest.raises(ValueError, match="writable"):
+        compiled.scan_elements(elements, *bf16, read_only)
+    with pytest.raises(ValueError, match="at least 16 bytes"):
+        compiled.count_over(np.zeros(15, dtype=np.uint8), 32, 4, 2)
 
 
 @both
@@ -74,7 +147,7 @@ def test_transpose_bits_across_tiles_and_threads(shape):
     ones = random_bits(1, shape[0] * shape[1]).reshape(shape)
     source = packed(ones)
     target = np.zeros_like(source)
-    _kernels.BACKEND.transpose_bits(source, target, 0, *shape)
+    _kernels.transpose_bits(source, target, 0, *shape)
     assert np.array_equal(target, packed(ones.T))
 
 
@@ -88,23 +161,51 @@ def test_locate_is_the_xor_of_positions(kernels, seed, rows, columns):
     assert kernels.locate(packed(ones), rows, columns).tolist() == expected
 
 
-def test_the_numpy_kernels_take_over_where_numba_is_missing(monkeypatch):
-    import sys
-
-    import torch
-
-    monkeypatch.delitem(sys.modules, "spp_fx.sparsity._kernels")
-    monkeypatch.delattr("spp_fx.sparsity._kernels")
-    monkeypatch.delitem(sys.modules, "spp_fx.sparsity._intrinsics", raising=False)
-    monkeypatch.delitem(sys.modules, "spp_fx.sparsity._compile", raising=False)
-    monkeypatch.setitem(sys.modules, "numba", None)
+@pytest.fixture
+def anew(monkeypatch):
+    """The backend is chosen again, and the kernels are imported again."""
+    for name in ("_native", "_kernels", "_intrinsics", "_compile"):
+        monkeypatch.delitem(sys.modules, f"spp_fx.sparsity.{name}", raising=False)
+        monkeypatch.delattr(sparsity, name, raising=False)
     _backend.backend.cache_clear()
+    yield
+    _backend.backend.cache_clear()
+
+
+@pytest.mark.usefixtures("anew")
+@pytest.mark.parametrize("missing", ["spp_fx.native", "llvmlite"])
+def test_the_numpy_kernels_take_over_where_llvmlite_is_missing(monkeypatch, missing):
+    for name in [name for name in sys.modules if name.startswith("spp_fx.native")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert _backend.backend() is _fallback.BACKEND
+    weight = torch.tensor([[1.0, -0.0, float("nan")]], dtype=torch.bfloat16)
+    assert pack_mask(weight).to_bool().tolist() == [[True, False, True]]
+
+
+@pytest.mark.usefixtures("anew")
+def test_the_numpy_kernels_take_over_where_code_may_not_be_made(monkeypatch):
+    def refuse():
+        raise OSError(13, "cannot allocate executable memory")
+
+    monkeypatch.setattr("llvmlite.binding.check_jit_execution", refuse)
+    host.cache_clear()
     try:
-        assert _backend.backend().name == "numpy"
-        weight = torch.tensor([[1.0, -0.0, float("nan")]], dtype=torch.bfloat16)
-        assert pack_mask(weight).to_bool().tolist() == [[True, False, True]]
+        assert _backend.backend() is _fallback.BACKEND
     finally:
-        _backend.backend.cache_clear()
+        host.cache_clear()
+
+
+@pytest.mark.usefixtures("anew")
+def test_numpy_does_the_rest_where_numba_alone_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "numba", None)
+    kernels = _backend.backend()
+    assert kernels.name == "native"
+    bits = packed(np.array([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0]], dtype=bool))
+    assert kernels.count_over(bits, 2, 5, 1) == 1
+    assert kernels.first_over(bits, 2, 5, 1) == 1
+    assert kernels.locate(bits, 2, 5).tolist() == [1, 6 ^ 7, 0, 0, 0, 0, 0, 0]
+    assert "spp_fx.sparsity._kernels" not in sys.modules
 
 
 def test_kernels_compile_without_a_cache_folder(monkeypatch):
