@@ -39,6 +39,10 @@ class FormatError(SppFxError):
     """A file is not what it claims to be: truncated, inconsistent or of an unknown form."""
 
 
+class WriteError(SppFxError):
+    """A system refused something while a file was written; its cause, an OSError, says what."""
+
+
 class PatternError(SppFxError):
     """A weight does not hold the pattern it should; names the first row and column."""
 

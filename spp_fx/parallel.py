@@ -26,38 +26,56 @@ def thread_count() -> int:
     return share if share is not None else min(cpu_count(), _MAX_THREADS)
 
 
+class _StoppedError(Exception):
+    """Nobody waits any more for the job that this is raised in."""
+
+
 @contextmanager
-def sharing(threads: int) -> Generator[None, None, None]:
-    """Within the block, `thread_count` of this thread is `threads`."""
-    before: int | None = getattr(_own, "share", None)
-    _own.share = threads
+def sharing(threads: int, stop: threading.Event | None = None) -> Generator[None, None, None]:
+    """Within the block, `thread_count` of this thread is `threads`.
+
+    Args:
+        stop: set when nobody waits for what this thread makes; `in_order` then goes no further.
+    """
+    before: tuple[int | None, threading.Event | None] = (
+        getattr(_own, "share", None),
+        getattr(_own, "stop", None),
+    )
+    _own.share, _own.stop = threads, stop
     try:
         yield
     finally:
-        _own.share = before
+        _own.share, _own.stop = before
 
 
-def in_order(make: Callable[[Item], Made], items: Iterable[Item], jobs: int | None = None) -> Iterator[Made]:
+def in_order(
+    make: Callable[[Item], Made], items: Iterable[Item], jobs: int | None = None, *, ahead: int | None = None
+) -> Iterator[Made]:
     """`map` on threads, in the order of the items.
 
-    No more than two results a job wait for the one who takes them. What a job calls sees its share of the
-    threads in `thread_count`. The first exception is raised where its result would have come; items that
-    have not begun by then, or when the iterator is closed, are not begun.
+    What a job calls sees its share of the threads in `thread_count`. The first exception is raised where its
+    result would have come; items that have not begun by then, or when the iterator is closed, are not
+    begun, also those of an `in_order` within a job.
 
     Args:
         make: called once for each item, on any thread.
         items: taken one by one, on the caller's thread.
         jobs: how many run at once; `thread_count()` by default. 1 runs all on the caller's thread.
+        ahead: how many results may wait for the one who takes them; two a job by default.
     """
     threads = thread_count()
     jobs = threads if jobs is None else jobs
+    outer: threading.Event | None = getattr(_own, "stop", None)
     if jobs <= 1:
-        yield from map(make, items)
+        for item in items:
+            _go_on(outer)
+            yield make(item)
         return
-    share = max(1, threads // jobs)
+    share, stop = max(1, threads // jobs), threading.Event()
+    ahead = 2 * jobs if ahead is None else ahead
 
     def job(item: Item) -> Made:
-        with sharing(share):
+        with sharing(share, stop):
             return make(item)
 
     waiting: deque[Future[Made]] = deque()
@@ -65,9 +83,17 @@ def in_order(make: Callable[[Item], Made], items: Iterable[Item], jobs: int | No
     try:
         for item in items:
             waiting.append(pool.submit(job, item))
-            if len(waiting) > 2 * jobs:
+            if len(waiting) > ahead:
+                _go_on(outer)
                 yield waiting.popleft().result()
         while waiting:
+            _go_on(outer)
             yield waiting.popleft().result()
     finally:
+        stop.set()
         pool.shutdown(cancel_futures=True)
+
+
+def _go_on(stop: threading.Event | None) -> None:
+    if stop is not None and stop.is_set():
+        raise _StoppedError

@@ -22,6 +22,7 @@ def fold_rows(
     counts: FoldCounts,
     where: str,
     row_offset: int = 0,
+    column_offset: int = 0,
 ) -> Tensor:
     """Rows start.. of the folded weight, in the stored dtype.
 
@@ -37,7 +38,8 @@ def fold_rows(
             its sign, `error`, or `allow` the new zero.
         counts: added to.
         where: the stored tensor, for errors.
-        row_offset: added to a row's index in errors, where the stored tensor is a part of the weight.
+        row_offset, column_offset: added to indices in errors, where the stored tensor is a part of the weight,
+            or `weight` some columns of it.
 
     Raises:
         MaskError: a value is not finite, or one vanishes under `error`; names row and column.
@@ -48,8 +50,9 @@ def fold_rows(
     nonzero = weight != 0
     if not folded.isfinite().all():
         row, column = first(~folded.isfinite())
+        place = f"row {start + row_offset + row}, column {column_offset + column}"
         raise MaskError(
-            f"{where}: row {start + row_offset + row}, column {column} folds to {folded[row, column].item()} "
+            f"{where}: {place} folds to {folded[row, column].item()} "
             f"(weight {weight[row, column].item()}); nothing is written. Train with a lower --lr"
         )
     gone = nonzero & (folded == 0)
@@ -59,7 +62,8 @@ def fold_rows(
         if vanish == "error":
             row, column = first(gone)
             raise MaskError(
-                f"{where}: row {start + row_offset + row}, column {column} and {count - 1} more would fold to zero; "
+                f"{where}: row {start + row_offset + row}, column {column_offset + column} would fold to zero, "
+                f"and at least {count - 1} more; "
                 "keep them with --vanish keep"
             )
         if vanish == "keep":
@@ -81,12 +85,15 @@ def fold_matrix(
     where: str,
     first_row: int = 0,
     row_offset: int = 0,
+    column_offset: int = 0,
 ) -> Iterator[Tensor]:
     """The folded rows first_row.. of a weight, of which `weight` are those rows, in blocks of bounded size."""
     step = max(1, BLOCK_ELEMENTS // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], step):
         rows = weight[start : start + step]
-        yield fold_rows(method, rows, factors, first_row + start, vanish, counts, where, row_offset)
+        yield fold_rows(
+            method, rows, factors, first_row + start, vanish, counts, where, row_offset, column_offset
+        )
 
 
 def round_once(value: Tensor, dtype: torch.dtype) -> Tensor:

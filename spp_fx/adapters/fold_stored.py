@@ -6,7 +6,7 @@ name the place of an error. A method or an installation without kernels is alway
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any, TypeAlias
 
@@ -40,6 +40,7 @@ class StoredFold:
         vanish: what to do with a non-zero that would become zero.
         where: the stored tensor, for errors.
         first_row: the row of the site's matrix that the stored one begins with.
+        first_column: the column that it begins with, where it is a part.
     """
 
     method: Method
@@ -48,12 +49,13 @@ class StoredFold:
     vanish: Vanish
     where: str
     first_row: int
+    first_column: int = 0
 
     def rows(self, stored: Stored, out: Stored, start: int) -> FoldCounts:
         """Fold rows start.. of the stored matrix.
 
         Args:
-            stored: (rows, in), the canonical orientation (a transposed view will do), of `FLOATING`'s type.
+            stored: (rows, in) of `FLOATING`'s type; a transposed view will do.
             out: takes the folded rows; the same shape and type, no memory shared with `stored`.
             start: index of the first of these rows in the stored matrix.
 
@@ -65,6 +67,11 @@ class StoredFold:
             if not gone and not strange:
                 return FoldCounts(0, changed)
         return self._by_definition(stored, out, start)
+
+    def columns(self, start: int, stop: int) -> "StoredFold":
+        """The fold of some columns of the matrix."""
+        own = self.method.columns(self.factors, start, stop)
+        return replace(self, factors=own, first_column=self.first_column + start)
 
     @cached_property
     def _kernel(self) -> "Kernel | None":
@@ -79,7 +86,7 @@ class StoredFold:
         from spp_fx.checkpoint import torch_dtype
 
         weight = torch.from_numpy(np.ascontiguousarray(stored)).view(torch_dtype(self.dtype))
-        factors = {key: torch.from_numpy(value) for key, value in self.factors.items()}
+        factors = {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in self.factors.items()}
         counts, row = FoldCounts(), 0
         for block in fold_matrix(
             self.method,
@@ -90,6 +97,7 @@ class StoredFold:
             self.where,
             first_row=self.first_row + start,
             row_offset=-self.first_row,
+            column_offset=self.first_column,
         ):
             out[row : row + block.shape[0]] = block.view(_held_as(self.dtype)).numpy()
             row += block.shape[0]

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from math import isfinite, prod, sqrt
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from spp_fx.errors import UsageError
 from spp_fx.registry import Registry, naming
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch._ops import OpOverload
 
 Factors: TypeAlias = "Mapping[str, Tensor]"
+Array = TypeVar("Array", bound=Any)
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,10 @@ class Method(ABC):
     @abstractmethod
     def rows(self, factors: Factors, start: int, stop: int) -> dict[str, Tensor]:
         """Factors that give rows start..stop of the update when called with those rows of the weight."""
+
+    @abstractmethod
+    def columns(self, factors: Mapping[str, Array], start: int, stop: int) -> dict[str, Array]:
+        """Factors, of torch or numpy, that give columns start..stop of the update for those of the weight."""
 
     def effective_weight(self, weight: Tensor, **factors: Tensor) -> Tensor:
         """The weight that the adapted site stands for, in the promoted dtype of its inputs."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import gcd
 from typing import TYPE_CHECKING
 
-from spp_fx.adapters.method import Factors, FactorSpec, Method, MethodOps, register
+from spp_fx.adapters.method import Array, Factors, FactorSpec, Method, MethodOps, register
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,3 +54,6 @@ class SPP(Method):
         height = beta.shape[-2] // alpha.shape[-2]
         index = torch.arange(start, stop, device=alpha.device) // height
         return {"spp_alpha": alpha.index_select(-2, index), "spp_beta": beta[..., start:stop, :]}
+
+    def columns(self, factors: Mapping[str, Array], start: int, stop: int) -> dict[str, Array]:
+        return {"spp_alpha": factors["spp_alpha"][..., start:stop], "spp_beta": factors["spp_beta"]}

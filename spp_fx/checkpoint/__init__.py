@@ -5,7 +5,6 @@ from spp_fx.checkpoint.dtypes import dtype_name, torch_dtype
 from spp_fx.checkpoint.folder import ModelFolder
 from spp_fx.checkpoint.header import Header, TensorInfo, read_header
 from spp_fx.checkpoint.layout import INDEX_NAME, OWN_FILES
-from spp_fx.checkpoint.model import rewrite_model
 from spp_fx.checkpoint.place import check_target
 from spp_fx.checkpoint.shard import Shard
 from spp_fx.checkpoint.stream import (
@@ -35,7 +34,6 @@ __all__ = [
     "copy_file",
     "dtype_name",
     "read_header",
-    "rewrite_model",
     "rewrite_shard",
     "stamp",
     "torch_dtype",

@@ -83,14 +83,15 @@ def place_folder(new: Path, target: Path, force: bool) -> Path | None:
     return aside
 
 
-def confirm(target: Path) -> None:
-    """Make the name of something just placed durable.
+def confirm(target: Path, made: Iterable[Path] = ()) -> None:
+    """Make the name of something just placed durable, and those of the folders that were made for it.
 
     Raises:
         SppFxError: the disk does not say that it is.
     """
     try:
-        fsync_folder(target.parent)
+        for folder in (target, *made):
+            fsync_folder(folder.parent)
     except OSError as error:
         raise SppFxError(
             f"{target}: is in place, but the disk did not confirm its name ({error.strerror}); check the disk"

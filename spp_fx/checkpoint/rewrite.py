@@ -4,6 +4,7 @@ Spans are independent of one another, so that reading, changing and writing over
 read, changed and written by one thread, at the place where it was.
 """
 
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spp_fx.checkpoint.shard import Shard
-from spp_fx.checkpoint.stream import copy_bytes, new_file
+from spp_fx.checkpoint.stream import copy_bytes, naming, new_file
 from spp_fx.errors import FormatError
 from spp_fx.parallel import in_order
 
@@ -61,8 +62,7 @@ def rewrite(source: Shard, target: Path, changes: Iterable[Change[Made]]) -> Ite
     """
     size = source.header.data_end
     with new_file(target, sync=False) as out, open(source.path, "rb", buffering=0) as original:
-        if size and hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(out.fileno(), 0, size)  # a full disk is known now, and no file is scattered
+        _reserve(out.fileno(), size)
         buffers = threading.local()
 
         def run(span: "_Span[Made]") -> Made | None:
@@ -71,7 +71,8 @@ def rewrite(source: Shard, target: Path, changes: Iterable[Change[Made]]) -> Ite
                 copy_bytes(original, out, start, stop, source.path)
                 return None
             before, after = _buffers(buffers, stop - start)
-            _fill(original.fileno(), before, start, source.path)
+            with naming(source.path):
+                _fill(original.fileno(), before, start, source.path)
             made = change.make(before, after)
             _drain(out.fileno(), after, start)
             return made
@@ -96,6 +97,17 @@ def _cover(changes: Iterable[Change[Made]], size: int) -> "Iterator[_Span[Made]]
 
 def _copies(start: int, stop: int) -> Iterator[tuple[int, int, None]]:
     return ((at, min(at + _COPY, stop), None) for at in range(start, stop, _COPY))
+
+
+def _reserve(file: int, size: int) -> None:
+    """Take the room now, where the file system can: a full disk is known, and no file is scattered."""
+    if not size or not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(file, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
 
 
 def _buffers(held: threading.local, count: int) -> tuple[Bytes, Bytes]:

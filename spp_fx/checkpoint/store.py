@@ -9,6 +9,7 @@ Beside the output NAME lies `.NAME.work` while a run writes it:
     ...             what else the run wants to keep
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -86,6 +87,15 @@ def _lock(target: Path, store: Path) -> int:
             os.close(lock)
             raise UsageError(
                 f"{target}: another process is writing it; wait for it, or give another -o"
+            ) from error
+        except OSError as error:
+            os.close(lock)
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise
+            remove(store)
+            raise UsageError(
+                f"{target}: its file system has no locks (flock: {error.strerror}), so that two runs could write it "
+                "at once; give another -o and copy the output there"
             ) from error
         except BaseException:
             os.close(lock)

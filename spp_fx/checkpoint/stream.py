@@ -15,7 +15,7 @@ from spp_fx.checkpoint.dtypes import BITS, LAYOUT_RANK, torch_dtype, torch_shape
 from spp_fx.checkpoint.header import MAX_HEADER_BYTES, Header, TensorInfo, read_header, stored_nbytes
 from spp_fx.checkpoint.shard import Shard
 from spp_fx.checkpoint.strict_json import shown
-from spp_fx.errors import FormatError, SppFxError, UsageError
+from spp_fx.errors import FormatError, UsageError, WriteError
 
 if TYPE_CHECKING:
     import torch
@@ -129,19 +129,30 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 @contextmanager
+def naming(path: Path) -> Generator[None, None, None]:
+    """An OSError of the block that names no file names this one: calls on descriptors know none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def new_file(target: Path, *, sync: bool = True) -> Generator[FileIO, None, None]:
     """An unbuffered file that must be new; fsynced at the end unless `sync` is false, removed when anything fails.
 
     Raises:
         UsageError: `target` exists.
-        SppFxError: an OSError of the block, or of opening or syncing the file; names it.
+        WriteError: an OSError of the block, or of opening or syncing the file; names it.
     """
     try:
         file = open(target, "xb", buffering=0)  # noqa: SIM115 (closed below, on every way)
     except FileExistsError:
         raise UsageError(f"{target}: exists; it is not overwritten") from None
     except OSError as error:
-        raise SppFxError(f"{target}: cannot be written ({error.strerror})") from error
+        raise WriteError(f"{target}: cannot be written ({error.strerror})") from error
     try:
         with file:
             yield file
@@ -150,7 +161,7 @@ def new_file(target: Path, *, sync: bool = True) -> Generator[FileIO, None, None
     except OSError as error:
         target.unlink(missing_ok=True)
         where = error.filename if error.filename is not None else target
-        raise SppFxError(f"{where}: failed while {target} was written ({error.strerror})") from error
+        raise WriteError(f"{where}: failed while {target} was written ({error.strerror})") from error
     except BaseException:
         target.unlink(missing_ok=True)
         raise
@@ -198,7 +209,8 @@ def _copy(source: FileIO, out: FileIO, start: int, to: int, count: int, path: Pa
                     raise
             fast = copied > 0  # refused, or a file system that answers 0 before the end: copy by hand
         if not copied:
-            data = os.pread(source.fileno(), min(_COPY_BYTES, count - done), start + done)
+            with naming(path):
+                data = os.pread(source.fileno(), min(_COPY_BYTES, count - done), start + done)
             if not data:
                 raise FormatError(f"{path}: shrank while it was copied; get it again")
             while copied < len(data):

@@ -36,7 +36,7 @@ from spp_fx.checkpoint.store import (
     tidy_placed,
     write_plan,
 )
-from spp_fx.errors import SppFxError, UsageError
+from spp_fx.errors import SppFxError, UsageError, WriteError
 from spp_fx.version import VERSION
 
 
@@ -120,6 +120,7 @@ def workspace(
     force: bool = False,
     fresh: bool = False,
     sources: Iterable[Path] = (),
+    inputs: Iterable[Path] = (),
     need: int = 0,
     say: Callable[[str], None] = lambda line: None,
 ) -> Generator[Workspace, None, None]:
@@ -131,11 +132,12 @@ def workspace(
 
     Args:
         target: the folder to appear; missing parents are created.
-        plan: everything that the result depends on, as JSON: inputs (`stamp`, fingerprints), options. The
-            version of spp-fx is added to it.
+        plan: everything that the result depends on beside `inputs`, as JSON: fingerprints, options. The version
+            of spp-fx is added to it.
         force: replace an existing folder, as a whole and at the very end.
         fresh: begin anew even if the plan is that of an earlier run.
         sources: folders or files that are read meanwhile; `target` must not be or contain one of them.
+        inputs: files whose every byte counts: their stamps are part of the plan, and must be the same at the end.
         need: bytes that the whole output will take, where that is known.
         say: told where the work begins, and what is kept of it.
 
@@ -149,8 +151,11 @@ def workspace(
     made = make_parents(target.parent)
     try:
         with locked(target, store, sources):
-            job = _Job(target, store, sources, {"spp_fx": VERSION, **_plain(plan)}, say)
+            stamps = {str(path): stamp(path) for path in inputs}
+            job = _Job(target, store, sources, {"spp_fx": VERSION, **_plain(plan), "inputs": stamps}, say)
             yield from _work(job, force, fresh, need)
+            confirm(target, made)
+            remove_placed(store)
     except BaseException:
         remove_parents(made)
         raise
@@ -197,23 +202,32 @@ def _work(job: _Job, force: bool, fresh: bool, need: int) -> Generator[Workspace
             job.say(f"{job.store}: holds {_count(work)} of this work, going on")
         check_space(job.target, job.store, need - done)
         yield work
+        _check_inputs(job)
         replaced = _place(job, work, force)
     except BaseException as error:
-        left = _leave(job, work, keep=_is_passing(error))
-        if isinstance(error, OSError):
-            raise explain(job.target, error, left or "nothing was left behind", job.sources) from error
+        fault = _fault(error)
+        left = _leave(job, work, keep=fault is not None or not isinstance(error, SppFxError))
+        if fault is not None and isinstance(error, (OSError, WriteError)):
+            raise explain(job.target, fault, left or "nothing was left behind", job.sources) from error
         if left is not None and isinstance(error, SppFxError):
             raise type(error)(f"{error}; {left}") from error
         if left is not None:
-            job.say(left)
+            error.add_note(left)
         raise
     finally:
         if work is not None:
             work.journal.close()
-    confirm(job.target)
     if replaced is not None and replaced.parent != job.store:  # what lies there goes with the store
         remove_replaced(replaced)
-    remove_placed(job.store)
+
+
+def _check_inputs(job: _Job) -> None:
+    """What was read must be what is there: a file that changed meanwhile may be in the output in parts."""
+    for path, before in job.plan["inputs"].items():
+        if stamp(Path(path)) != before:
+            raise SppFxError(
+                f"{path}: changed while {job.target} was made of it; nothing was written. Run it again"
+            )
 
 
 def _prepare(job: _Job, fresh: bool) -> None:
@@ -238,6 +252,8 @@ def _restore(work: Workspace) -> int:
         How many bytes of the output are there.
     """
     entries, found = work.journal.entries, 0
+    if work.folder.is_symlink():
+        raise UsageError(f"{work.folder}: is a symbolic link; remove it, or give another -o")
     work.folder.mkdir(exist_ok=True)
     for path in _files(work.folder):
         name = path.relative_to(work.store).as_posix()
@@ -259,7 +275,7 @@ def _place(job: _Job, work: Workspace, force: bool) -> Path | None:
     fsync_tree(work.folder, frozenset(work.store / name for name in whole))
     try:
         check_target(job.target, force, job.sources)
-        work.journal.set_mark(os.stat(work.folder).st_ino)
+        work.journal.set_mark(os.lstat(work.folder).st_ino)
         return place_folder(work.folder, job.target, force)
     except UsageError as error:  # not the fault of the work: it is kept, as after a fault of the disk
         raise UsageError(str(error)) from FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
@@ -284,14 +300,12 @@ def _leave(job: _Job, work: Workspace | None, keep: bool) -> str | None:
     return None
 
 
-def _is_passing(error: BaseException) -> bool:
-    """Whether another try may end otherwise: all but verdicts, SppFxErrors that no OSError caused."""
-    if not isinstance(error, SppFxError):
-        return True
-    cause = error.__cause__
+def _fault(error: BaseException) -> OSError | None:
+    """The fault of a disk behind an error: another try may end otherwise. A verdict has none."""
+    cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__
-    return cause is not None
+    return cause
 
 
 def _plain(content: Mapping[str, Any]) -> dict[str, Any]:

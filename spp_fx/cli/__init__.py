@@ -42,16 +42,30 @@ def run(arguments: list[str]) -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt) as error:
         click.echo("spp-fx: interrupted; nothing is left half written", err=True)
+        _tell(error)
         return 130
+    except SystemExit as error:
+        _tell(error)
+        raise
     except SppFxError as error:
         return _failed(str(error), error.exit_code, debug)
     except OSError as error:
         return _failed(str(error), 1, debug)
     except Exception as error:  # noqa: BLE001 - the last net: a bug is reported in one line, its trace with --debug
+        _tell(error)
         return _failed(f"internal error: {type(error).__name__}: {error} (--debug shows where)", 1, debug)
     return code if isinstance(code, int) else 0
+
+
+def _tell(error: BaseException) -> None:
+    """What is left of the work, even where nothing else is to be said (-q): files of any size may be hidden."""
+    cause: BaseException | None = error
+    while cause is not None:
+        for note in getattr(cause, "__notes__", ()):
+            click.echo(f"spp-fx: {note}", err=True)
+        cause = cause.__cause__
 
 
 def _failed(message: str, code: int, debug: bool) -> int:

@@ -3,6 +3,7 @@
 import filecmp
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -11,6 +12,7 @@ from torch import Tensor
 from spp_fx.checkpoint import ModelFolder
 from spp_fx.errors import FormatError
 
+_LOOKED_AT = 256 << 20
 NOT_IN_TORCH = ("F6_E2M3", "F6_E3M2")
 """dtypes whose tensors the library cannot hand out; their files are compared as wholes."""
 
@@ -32,28 +34,40 @@ def check_copied(
     Raises:
         FormatError: a tensor differs; names the first byte.
     """
-    count = 0
+    count, library = 0, LibraryReader()
     for name in names:
         shard, info = source.info(name)
         if info.dtype in NOT_IN_TORCH:
             same, where = filecmp.cmp(shard.path, written, shallow=False), "its file"
         else:
-            same, where = _same(
-                expected(name, library_tensor(shard.path, name)), library_tensor(written, name)
-            )
+            theirs, ours = library.read(shard.path, name), library.read(written, name)
+            same, where = _same(expected(name, theirs), ours)
         if not same:
             raise FormatError(f"{written}: {name}: {where} differs from {shard.path} after it was written")
         count += 1
     return count
 
 
-def library_tensor(path: Path, name: str) -> Tensor:
-    """A tensor as the safetensors library gives it.
+class LibraryReader:
+    """Tensors as the safetensors library gives them.
 
-    The library maps a file as long as it is open, and what was looked at counts as memory: it is opened for each.
+    The library maps a file as long as it is open, and what was looked at counts as memory: files are opened
+    again after every `_LOOKED_AT` bytes.
     """
-    with safe_open(str(path), "pt") as file:
-        return file.get_tensor(name)
+
+    def __init__(self) -> None:
+        self._files: dict[Path, Any] = {}
+        self._bytes = 0
+
+    def read(self, path: Path, name: str) -> Tensor:
+        """A tensor of a file, mapped as long as it lives."""
+        if self._bytes > _LOOKED_AT:
+            self._files, self._bytes = {}, 0
+        if path not in self._files:
+            self._files[path] = safe_open(str(path), "pt")
+        tensor = self._files[path].get_tensor(name)
+        self._bytes += tensor.nbytes
+        return tensor
 
 
 def _same(first: Tensor, second: Tensor) -> tuple[bool, str]:

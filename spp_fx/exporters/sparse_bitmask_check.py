@@ -13,7 +13,7 @@ from spp_fx.checkpoint import ModelFolder, Shard
 from spp_fx.checkpoint.layout import within
 from spp_fx.errors import FormatError
 from spp_fx.exporters.raw_file import copy_spans
-from spp_fx.exporters.read_back import NOT_IN_TORCH, check_copied, library_tensor
+from spp_fx.exporters.read_back import NOT_IN_TORCH, LibraryReader, check_copied
 from spp_fx.parallel import in_order
 
 _BLOCK = 1 << 20  # elements decoded at a time
@@ -33,7 +33,7 @@ def check_written(model: ModelFolder, folder: Path, packed: Set[str]) -> dict[st
     Raises:
         FormatError: a file or a tensor is not the model's.
     """
-    counts = {"bit_exact": 0, "tensors_equal": 0}
+    counts, library = {"bit_exact": 0, "tensors_equal": 0}, LibraryReader()
     for shard in model.shards:
         written = within(folder, shard.name)
         with shard.path.open("rb") as file:
@@ -42,8 +42,8 @@ def check_written(model: ModelFolder, folder: Path, packed: Set[str]) -> dict[st
             if ours.metadata()["header"].encode() != header:
                 raise FormatError(f"{written}: does not hold the header of {shard.path}")
         for name in sorted(packed & shard.header.tensors.keys()):
-            values, bits = (library_tensor(written, f"{name}.{part}") for part in ("values", "bitmask"))
-            _check_site(values, bits, library_tensor(shard.path, name), f"{written}: {name}")
+            values, bits = (library.read(written, f"{name}.{part}") for part in ("values", "bitmask"))
+            _check_site(values, bits, library.read(shard.path, name), f"{written}: {name}")
             counts["bit_exact"] += 1
         others = [name for name in shard.header.tensors if name not in packed]
         plain = [name for name in others if shard.info(name).dtype not in NOT_IN_TORCH]

@@ -122,5 +122,5 @@ def _read(file: Any, form: dict[str, Any]) -> Any:
     dtype = getattr(torch, form["dtype"])
     data = torch.empty(torch.Size(form["shape"]).numel() * dtype.itemsize, dtype=torch.uint8)
     if file.readinto(data.numpy().data) != data.numel():
-        raise PreconditionError(f"{file.name}: ended early; remove it and start again")
+        raise PreconditionError(f"{file.name}: ended early; it is removed: give the same command again")
     return data.view(dtype).view(form["shape"])

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -15,7 +16,7 @@ from spp_fx.checkpoint import ModelFolder, Shard, dtype_name, write_safetensors
 from spp_fx.checkpoint.json_file import read_object
 from spp_fx.errors import FormatError, UsageError
 from spp_fx.ir.piece import Piece
-from spp_fx.sparsity import LOCK_NAME, Lock, load_lock
+from spp_fx.sparsity import LOCK_NAME, Lock, LockEntry, load_lock
 from spp_fx.version import VERSION
 
 if TYPE_CHECKING:
@@ -105,10 +106,14 @@ class AdapterFolder:
         folder._check()
         return folder
 
+    @cached_property
+    def _entries(self) -> dict[str, LockEntry]:
+        return self.lock.by_name()
+
     def shape(self, site: str) -> tuple[int, ...]:
         """Canonical shape of a site, from its pieces and the lock."""
         pieces = self.pieces[site]
-        entry = self.lock.by_name()[pieces[0].tensor]
+        entry = self._entries[pieces[0].tensor]
         out = max(piece.stop for piece in pieces)
         if pieces[0].expert is None:
             return (out, entry.shape[-1])

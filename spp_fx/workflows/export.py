@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from spp_fx.checkpoint import stamp, workspace
+from spp_fx.checkpoint import workspace
 from spp_fx.checkpoint.workspace import check_output
 from spp_fx.errors import MaskError, UsageError
 from spp_fx.exporters import FORMATS, ExportSettings, Format, Say, Source, find_format
@@ -83,7 +83,8 @@ def export(
     if settings.dtype is not None:
         source = replace(source, rounded_to=ROUND_TO[settings.dtype])
     plan = _plan(source, chosen, settings)
-    with workspace(out, plan, force=force, fresh=fresh, sources=[model], say=say) as work:
+    inputs = [shard.path for shard in source.folder.shards]
+    with workspace(out, plan, force=force, fresh=fresh, sources=[model], inputs=inputs, say=say) as work:
         source, temporary = replace(source, work=work), work.folder
         checks = chosen.write(source, temporary, settings, tick, say)
         _record(source, temporary, chosen, settings)
@@ -109,7 +110,6 @@ def _plan(source: Source, format: Format, settings: ExportSettings) -> dict[str,
         "libraries": {"torch": version("torch")},
         "base": source.folder.fingerprint(),
         "config": source.folder.config,
-        "files": {shard.name: stamp(shard.path) for shard in source.folder.shards},
         "lock": blake2b(source.lock.dumps().encode()).hexdigest(),
     }
 

@@ -79,8 +79,7 @@ class FoldPlan:
             f"{info.name} ({shard.name})",
             piece.start,
         )
-        # A row of a transposed matrix is a column of the site's: it is folded as a whole.
-        step = rows if piece.transposed else max(1, SPAN // max(1, row_bytes))
+        step = max(1, SPAN // max(1, row_bytes))
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             make = partial(_fold, fold, info, columns, piece.transposed, start)
@@ -97,9 +96,11 @@ def _fold(
     after: Bytes,
 ) -> Folded:
     stored, out = (data.view(FLOATING[info.dtype]).reshape(-1, columns) for data in (before, after))
-    if transposed:
-        stored, out = stored.T, out.T
-    return Folded(info.name, before.size, fold.rows(stored, out, start))
+    if transposed:  # stored rows are the site's columns
+        counts = fold.columns(start, start + stored.shape[0]).rows(stored.T, out.T, 0)
+    else:
+        counts = fold.rows(stored, out, start)
+    return Folded(info.name, before.size, counts)
 
 
 def _fault(info: TensorInfo, owners: tuple[tuple[str, Piece], ...], shape: tuple[int, ...]) -> str | None:

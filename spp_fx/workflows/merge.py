@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from spp_fx.adapters.fold_counts import FoldCounts, Vanish
-from spp_fx.checkpoint import OWN_FILES, ModelFolder, Shard, copy_file
+from spp_fx.checkpoint import OWN_FILES, ModelFolder, Shard
 from spp_fx.checkpoint.layout import within
+from spp_fx.checkpoint.resume import copy_others
 from spp_fx.checkpoint.rewrite import rewrite
-from spp_fx.checkpoint.workspace import Workspace, stamp, workspace
+from spp_fx.checkpoint.workspace import Workspace, workspace
 from spp_fx.errors import MaskError, UsageError
 from spp_fx.parallel import in_order, thread_count
 from spp_fx.progress import Tick, no_tick
@@ -20,7 +21,9 @@ from spp_fx.workflows import provenance
 from spp_fx.workflows.adapter_folder import CONFIG, FACTORS, AdapterFolder
 from spp_fx.workflows.fold_plan import Folded, FoldPlan
 from spp_fx.workflows.open_model import open_model
-from spp_fx.workflows.read_back import ReadBack, read_back
+from spp_fx.workflows.read_back import read_back, unproven
+
+ADAPTER_FILES = (CONFIG, FACTORS, LOCK_NAME)
 
 
 @dataclass(frozen=True)
@@ -115,28 +118,31 @@ def merge(
     _check_names(folder, locked)
     history = adapter if provenance.load(adapter) else base
     provenance.load(history)
+    plan = _plan(source, folder, vanish)
     with workspace(
         out,
-        _plan(folder, source, vanish),
+        plan,
         force=force,
         fresh=fresh,
         sources=[base, adapter],
+        inputs=[*(shard.path for shard in folder.shards), *(adapter / name for name in ADAPTER_FILES)],
         need=folder.stored_bytes,
         say=say,
     ) as work:
         if verify_sparsity:
             _check_base(folder, locked)
-        _copy_others(folder, work.folder)
+        copy_others(folder, work.folder, skip=OWN_FILES)
         counts = _write(folder, fold, work, tick)
-        proven = ReadBack(list(held.sites))
         if verify_sparsity:
             proven = read_back(folder, work.folder, locked, counts, vanish, tick)
+        else:
+            proven = unproven(folder, work.folder, locked, counts, vanish)
         (work.folder / LOCK_NAME).write_text(Lock.of(proven.entries).dumps())
         provenance.record(
             history,
             work.folder,
             "merge",
-            inputs={"model": folder.fingerprint(), "adapter": _digest(source.shard.path)},
+            inputs={"model": plan["base"], "adapter": plan["adapter"][FACTORS]},
             settings={"vanish": vanish, "verify_sparsity": verify_sparsity},
             digests=proven.digests,
         )
@@ -150,13 +156,12 @@ def base_lock(base: Path) -> dict[str, LockEntry]:
     return load_lock(path).by_name() if path.is_file() else {}
 
 
-def _plan(folder: ModelFolder, adapter: AdapterFolder, vanish: Vanish) -> dict[str, Any]:
-    """Everything that the written bytes depend on."""
+def _plan(adapter: AdapterFolder, base: ModelFolder, vanish: Vanish) -> dict[str, Any]:
+    """Everything that the written bytes depend on, but for the stamps of the inputs."""
     return {
         "verb": "merge",
-        "base": folder.fingerprint(),
-        "files": {shard.name: stamp(shard.path) for shard in folder.shards},
-        "adapter": {name: _digest(adapter.path / name) for name in (CONFIG, FACTORS, LOCK_NAME)},
+        "base": base.fingerprint(),
+        "adapter": {name: _digest(adapter.path / name) for name in ADAPTER_FILES},
         "vanish": vanish,
     }
 
@@ -189,15 +194,6 @@ def _check_base(folder: ModelFolder, locked: dict[str, LockEntry]) -> None:
 
     for _ in in_order(check, locked.values()):
         pass
-
-
-def _copy_others(folder: ModelFolder, target: Path) -> None:
-    """What a copy of the model takes along: index, configuration, tokenizer."""
-    names = [path.as_posix() for path in folder.other_files() if path.as_posix() not in OWN_FILES]
-    for name in [*names, *([folder.index] if folder.index is not None else [])]:
-        place = target / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        copy_file(folder.path / name, place)
 
 
 def _write(folder: ModelFolder, fold: FoldPlan, work: Workspace, tick: Tick) -> dict[str, FoldCounts]:

@@ -17,7 +17,6 @@ from spp_fx.checkpoint import (
     TensorInfo,
     Workspace,
     rewrite_shard,
-    stamp,
     workspace,
 )
 from spp_fx.checkpoint.resume import copy_others, write_shards
@@ -166,7 +165,10 @@ def prune(
         )
         plan |= _calibration_plan(tokens, where)
     need = found.folder.stored_bytes
-    with workspace(out, plan, force=force, fresh=fresh, sources=[model], need=need, say=say) as work:
+    inputs = [shard.path for shard in found.folder.shards]
+    with workspace(
+        out, plan, force=force, fresh=fresh, sources=[model], inputs=inputs, need=need, say=say
+    ) as work:
         if tokens is None:
             by_tensor = _stream(found, patterns, recipe, work, tick)
         else:
@@ -206,7 +208,6 @@ def _plan(found: Survey, patterns: Mapping[str, Pattern], recipe: Recipe) -> dic
         "verb": "prune",
         "base": found.folder.fingerprint(),
         "config": found.folder.config,
-        "files": {shard.name: stamp(shard.path) for shard in found.folder.shards},
         "criterion": {"name": recipe.criterion.name, **asdict(recipe.criterion)},
         "repair": recipe.repair,
         "patterns": {name: str(pattern) for name, pattern in patterns.items()},

@@ -15,7 +15,7 @@ from spp_fx.exporters import FORMATS, Decoded, Format, Say, find_format
 from spp_fx.exporters.compressed_tensors import LegacyFolder
 from spp_fx.exporters.manifest import MANIFEST, TENSOR_FILES, Manifest, read_manifest
 from spp_fx.exporters.plain import write_plain_config
-from spp_fx.exporters.read_back import NOT_IN_TORCH, library_tensor
+from spp_fx.exporters.read_back import NOT_IN_TORCH, LibraryReader
 from spp_fx.exporters.sparsity_config import is_legacy
 from spp_fx.progress import Tick, no_tick
 from spp_fx.sparsity import LOCK_NAME
@@ -160,12 +160,12 @@ def _hold(target: Path, lock: Path) -> int:
 
 def _compare(target: Path, names: Iterable[str], read: Callable[[str], Tensor]) -> int:
     """Hold written tensors, as the safetensors library reads them, to what was decoded; returns how many."""
-    model, count = ModelFolder.open(target), 0
+    model, library, count = ModelFolder.open(target), LibraryReader(), 0
     for name in names:
         shard, info = model.info(name)
         if info.dtype in NOT_IN_TORCH:
             continue
-        written, decoded = library_tensor(shard.path, name), read(name)
+        written, decoded = library.read(shard.path, name), read(name)
         if written.dtype != decoded.dtype or not torch.equal(_bytes(written), _bytes(decoded)):
             raise FormatError(f"{shard.path}: {name}: read back, it is not what the export decodes to")
         count += 1

@@ -120,7 +120,7 @@ def test_a_cancelled_weight_is_kept_as_the_smallest_normal_number_of_its_sign(dt
 def test_a_cancelled_weight_is_an_error_that_names_it():
     weight, alpha, beta = CANCEL
     rows = torch.cat([torch.ones(1, 4), weight])
-    with pytest.raises(MaskError, match=r"site: row 1, column 0 and 1 more would fold to zero"):
+    with pytest.raises(MaskError, match=r"site: row 1, column 0 would fold to zero, and at least 1 more"):
         fold(rows, alpha, torch.cat([torch.zeros(1, 1), beta]), vanish="error")
 
 
@@ -163,7 +163,7 @@ def test_rows_are_named_from_the_start_of_the_weight_in_later_blocks(monkeypatch
     weight = torch.ones(6, 4)
     beta = torch.zeros(6, 1)
     beta[5] = -0.5
-    with pytest.raises(MaskError, match="row 5, column 0 and 3 more"):
+    with pytest.raises(MaskError, match="row 5, column 0 would fold to zero, and at least 3 more"):
         fold(weight, torch.ones(2, 4), beta, vanish="error")
 
 

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from spp_fx.checkpoint import ModelFolder, Shard, TensorInfo, rewrite_model
+from spp_fx.checkpoint import ModelFolder, Shard, TensorInfo, rewrite_shard
+from spp_fx.checkpoint.resume import copy_others, write_shards
 from spp_fx.errors import FormatError, SppFxError, UsageError
 
 INDEX = "model.safetensors.index.json"
@@ -353,8 +354,12 @@ def test_a_rewritten_model_is_the_model_with_some_tensors_changed(
 
     target = tmp_path / "out"
     target.mkdir()
-    done = rewrite_model(source, target, double, skip=("README.md",))
-    assert sum(len(shard.replaced) for shard in done) == 2
+
+    def write(shard: Shard, file: Path) -> dict[str, int]:
+        return {"replaced": len(rewrite_shard(shard, file, lambda info: double(shard, info)).replaced)}
+
+    copy_others(source, target, skip=["README.md"])
+    assert sum(facts["replaced"] for facts in write_shards(source, target, write)) == 2
     assert {path: path.read_bytes() for path in source.path.rglob("*") if path.is_file()} == before
     relative = {path.relative_to(target) for path in target.rglob("*") if path.is_file()}
     assert relative == {path.relative_to(source.path) for path in before} - {Path("README.md")}

@@ -78,7 +78,7 @@ def test_a_stopped_run_goes_on_after_what_it_finished(runs: Runs, stop: BaseExce
         runs(stop, after="a")
     assert not runs.target.exists()
     kept = f"{runs.store} keeps 1 file (5 bytes): the same command goes on there; --fresh, or removing it"
-    assert kept in (str(caught.value) if isinstance(stop, OSError) else runs.said[-1])
+    assert kept in (str(caught.value) if isinstance(stop, OSError) else caught.value.__notes__[-1])
     runs()
     assert runs.written == ["b"]
     assert runs.said == [f"{runs.store}: holds 1 file (5 bytes) of this work, going on"]
