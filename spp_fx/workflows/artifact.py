@@ -1,5 +1,6 @@
 """Anything that verify reads, as named weights whose zeros can be looked at."""
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
@@ -69,7 +70,7 @@ def open_artifact(path: Path) -> Artifact:
 
 def _lock_beside(folder: Path) -> Lock | None:
     path = folder / LOCK_NAME
-    return load_lock(path) if path.is_file() else None
+    return load_lock(path) if os.path.lexists(path) else None  # a broken one is no absent one
 
 
 def _model(path: Path) -> Artifact:

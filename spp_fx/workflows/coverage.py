@@ -3,13 +3,11 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from spp_fx.ir.names import is_target
+from spp_fx.ir.names import is_glob, is_target
 from spp_fx.report.verdict import Finding
 from spp_fx.sparsity import Lock, LockEntry, Pattern
 from spp_fx.workflows.artifact import Artifact
 from spp_fx.workflows.demands import Demands, named
-
-_GLOB = "*?["
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,7 @@ def _required_beyond(targets: Iterable[str], names: Iterable[str], locked: Mappi
 def _hits(target: str, known: Iterable[str], names: Iterable[str]) -> set[str]:
     """The sites of a target. One that is spelt out may also be a matrix that is no site by itself, as lm_head."""
     hits = {name for name in known if is_target(name, target)}
-    if any(character in target for character in _GLOB):
+    if is_glob(target):
         return hits
     return hits | {name for name in names if is_target(name, target)}
 

@@ -53,7 +53,7 @@ class Demands:
     ) -> Self:
         """Demands with patterns as users write them; UsageError for one that is none."""
         return cls(
-            parse_pattern(pattern) if pattern else None,
+            parse_pattern(pattern) if pattern is not None else None,
             tuple(Rule(tuple(sites), parse_pattern(text)) for sites, text in rules),
             tuple(require),
             tuple(allow_dense),

@@ -17,7 +17,7 @@ import glob
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,14 +31,15 @@ from pydantic import (
     model_validator,
 )
 
+from spp_fx.checkpoint.header import regular_file_size
 from spp_fx.errors import UsageError
+from spp_fx.ir.names import is_glob
 from spp_fx.sparsity import parse_pattern
 from spp_fx.workflows.demands import Coverage, Demands
 from spp_fx.workflows.verify import Check
 
 POLICY_NAME = "spp-fx.toml"
 _MAX_BYTES = 1 << 20
-_GLOB = "*?["
 
 
 def _is_pattern(text: str) -> str:
@@ -121,16 +122,16 @@ class Policy:
         """Read a policy file.
 
         Raises:
-            UsageError: there is no such file, it is not TOML, or a key is unknown or of a wrong kind; names
-                the file and the key.
+            UsageError: there is no such file, it is no regular file, too large or not TOML, or a key is
+                unknown or of a wrong kind; names the file and the key.
         """
+        if regular_file_size(path) > _MAX_BYTES:  # before it is opened: a pipe would never end
+            raise UsageError(f"{path}: is larger than {_MAX_BYTES} bytes, which no policy is")
         try:
             with path.open("rb") as file:
-                data = file.read(_MAX_BYTES + 1)
+                data = file.read(_MAX_BYTES)
         except OSError as error:
             raise UsageError(f"{path}: the policy cannot be read: {error.strerror}") from error
-        if len(data) > _MAX_BYTES:
-            raise UsageError(f"{path}: is larger than {_MAX_BYTES} bytes, which no policy is")
         try:
             content = tomllib.loads(data.decode("utf-8"))
         except (ValueError, RecursionError) as error:  # TOMLDecodeError, UnicodeDecodeError
@@ -142,40 +143,55 @@ class Policy:
 
     @classmethod
     def find(cls, explicit: Path | None = None, folder: Path = Path()) -> "Policy":
-        """The policy that was asked for, else spp-fx.toml of a folder, else an empty one."""
+        """The policy that was asked for, else spp-fx.toml of a folder, else an empty one.
+
+        Raises:
+            UsageError: as `load`; also for a link that leads nowhere or a folder of that name, which is no
+                absent policy.
+        """
         if explicit is not None:
             return cls.load(explicit)
         path = folder / POLICY_NAME
-        return cls.load(path) if path.is_file() else cls()
+        return cls.load(path) if os.path.lexists(path) else cls()
 
     def check(self, artifact: Path, given: Overrides = Overrides()) -> Check:
-        """What one artifact is held to: by its own entry, if it has one, and by what all are."""
+        """What one artifact is held to: by its own entry, if it has one, and by what all are.
+
+        An entry that spells the path out goes before any glob; of several globs the first counts.
+
+        Raises:
+            UsageError: two entries spell out the same artifact.
+        """
         real = artifact.resolve()
+        if (own := self._spelt_out().get(real)) is not None:
+            return self._check(artifact, own, given)
         for entry in self._verify.artifact:
-            if any(path.resolve() == real for path in self._expand(entry)):
-                return replace(self._check(artifact, entry, given), path=artifact)
+            if is_glob(entry.path) and any(path.resolve() == real for path in self._expand(entry)):
+                return self._check(artifact, entry, given)
         return self._check(artifact, None, given)
 
     def checks(self, given: Overrides = Overrides()) -> list[Check]:
-        """Every artifact of the policy, in its order.
+        """Every artifact of the policy, in its order; entries are preferred as in `check`.
 
         Raises:
-            UsageError: it names none, one that is not there, or two by the same path; a lock or an artifact to compare
-                with was given for more than one.
+            UsageError: it names none, one that is not there, or spells one out twice; a lock or an artifact
+                to compare with was given for more than one.
         """
         if not self._verify.artifact:
             raise UsageError(
                 f"{self.path}: names no artifact; add [[verify.artifact]] with a path, or give ARTIFACT "
                 "('.' is this folder)"
             )
+        spelt_out = self._spelt_out()
         found: dict[Path, Check] = {}
         for number, entry in enumerate(self._verify.artifact):
             paths = self._expand(entry)
             if not paths or not all(os.path.lexists(path) for path in paths):
-                what = "matches nothing" if _is_glob(entry.path) else "does not exist"
+                what = "matches nothing" if is_glob(entry.path) else "does not exist"
                 raise UsageError(f"{self.path}: verify.artifact[{number}].path: {entry.path!r} {what}")
             for path in paths:
-                found.setdefault(path.resolve(), self._check(path, entry, given))
+                real = path.resolve()
+                found.setdefault(real, self._check(path, spelt_out.get(real, entry), given))
         if len(found) > 1 and (given.lock or given.against):
             option = "--lock" if given.lock else "--against"
             raise UsageError(
@@ -183,9 +199,22 @@ class Policy:
             )
         return list(found.values())
 
+    def _spelt_out(self) -> dict[Path, _Artifact]:
+        """The entries without globs by their files, links followed; UsageError for two of the same file."""
+        found: dict[Path, _Artifact] = {}
+        for entry in self._verify.artifact:
+            if is_glob(entry.path):
+                continue
+            other = found.setdefault((self._root() / entry.path).resolve(), entry)
+            if other is not entry:
+                raise UsageError(
+                    f"{self.path}: {other.path!r} and {entry.path!r} are the same artifact; name it once"
+                )
+        return found
+
     def _expand(self, entry: _Artifact) -> Sequence[Path]:
         root = self._root()
-        if not _is_glob(entry.path):
+        if not is_glob(entry.path):
             return [root / entry.path]
         names = glob.glob(entry.path, root_dir=root, recursive=True)
         return [root / name for name in sorted(names)]
@@ -195,9 +224,10 @@ class Policy:
             own = getattr(entry, key) if entry else None
             return own if own is not None else getattr(self._verify, key)
 
-        rules: list[_Rule] = [] if given.pattern else asked("rule") or []
+        everywhere = given.pattern is not None
+        rules: list[_Rule] = [] if everywhere else asked("rule") or []
         demands = Demands.of(
-            given.pattern or asked("pattern"),
+            given.pattern if everywhere else asked("pattern"),
             rules=[(rule.sites, rule.pattern) for rule in rules],
             require=given.require or asked("require") or (),
             allow_dense=given.allow_dense or asked("allow_dense") or (),
@@ -209,10 +239,6 @@ class Policy:
 
     def _root(self) -> Path:
         return self.path.parent if self.path else Path()
-
-
-def _is_glob(path: str) -> bool:
-    return any(character in path for character in _GLOB)
 
 
 def _first_fault(error: ValidationError) -> str:

@@ -1,6 +1,7 @@
 """spp-fx.toml: artifacts and what they are held to, with errors that name the file and the key."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -172,8 +173,58 @@ def test_a_lock_is_not_given_for_several_artifacts(repository):
 
 
 def test_a_policy_that_is_no_file_is_refused(repository):
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(UsageError, match="is not a regular file"):
         Policy.load(repository)
+
+
+def test_a_pipe_is_no_policy_and_is_not_waited_for(repository):
+    os.mkfifo("pipe")
+    result = command("verify", "models/good", "--policy", "pipe", "-q")
+    assert result.code == 2
+    assert "pipe: is not a regular file" in one_line(result.err)
+
+
+def test_a_policy_that_is_larger_than_any_is_not_read(repository):
+    write("#" * (1 << 20) + "\n")
+    with pytest.raises(UsageError, match="which no policy is"):
+        Policy.load(Path("spp-fx.toml"))
+
+
+@pytest.mark.parametrize("break_", [lambda p: p.symlink_to("nowhere"), lambda p: p.mkdir(), os.mkfifo])
+def test_a_broken_policy_is_no_absent_policy(repository, break_):
+    break_(Path("spp-fx.toml"))
+    result = command("verify", "models/good", "-q")
+    assert result.code == 2
+    assert one_line(result.err).startswith("spp-fx: spp-fx.toml: ")
+
+
+@pytest.mark.parametrize("name", ["artifact", "policy", "rules"])
+def test_an_empty_pattern_is_no_absent_pattern(repository, name):
+    texts = {"artifact": "", "policy": ONE + 'pattern = "2:4"\n', "rules": ONE}
+    texts["rules"] += '[[verify.artifact.rule]]\nsites = ["down_proj"]\npattern = "4:8"\n'
+    if name != "artifact":
+        write(texts[name])
+    result = command("verify", "models/good", "--pattern", "", "-q")
+    assert result.code == 2
+    assert "pattern" in one_line(result.err)
+
+
+@pytest.mark.parametrize("glob", ["models/*", "models/**"])
+def test_an_entry_that_spells_a_path_out_goes_before_a_glob_above_it(repository, glob):
+    write(f'[[verify.artifact]]\npath = "{glob}"\n' + ONE + 'pattern = "1:4"\n')
+    asked = {str(check.path): str(check.demands.pattern) for check in Policy.find().checks()}
+    assert asked["models/good"] == "1:4"
+    assert asked["models/bad"] == "None"
+    assert str(Policy.find().check(Path("models/good")).demands.pattern) == "1:4"
+
+
+def test_an_artifact_under_two_names_is_refused(repository):
+    Path("models/current").symlink_to("good")
+    write(ONE + '[[verify.artifact]]\npath = "models/current"\npattern = "1:4"\n')
+    for line in (["verify"], ["verify", "models/good"]):
+        result = command(*line, "-q")
+        assert result.code == 2
+        assert "'models/good' and 'models/current' are the same artifact" in one_line(result.err)
 
 
 def test_reports_hold_every_artifact(repository):
