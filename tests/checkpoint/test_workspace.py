@@ -430,3 +430,18 @@ def test_a_full_disk_keeps_what_fits_and_goes_on_when_there_is_room(tmp_path: Pa
         assert listing(disk / "out").keys() == {"a", "b", "c"}
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_work_that_was_moved_behind_a_link_is_not_touched(runs: Runs, tmp_path: Path) -> None:
+    """Somebody moved `out/` to another disk: what lies there is theirs."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "thesis.tex").write_text("years")
+    with pytest.raises(KeyboardInterrupt):
+        runs(KeyboardInterrupt())
+    shutil.rmtree(runs.store / "out")
+    (runs.store / "out").symlink_to(elsewhere)
+    with pytest.raises(UsageError, match="is a symbolic link"):
+        runs()
+    assert (elsewhere / "thesis.tex").read_text() == "years"
+    assert not runs.target.exists()

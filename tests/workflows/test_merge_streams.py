@@ -1,0 +1,88 @@
+"""merge while the world changes: inputs that move, transposed and empty weights, locks without a read-back."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from spp_fx.sparsity import load_lock
+from spp_fx.workflows.fold_plan import FoldPlan
+from tests.command import command, must, one_line, rewrite, tensors
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize("changed", ["adapter/adapter_model.safetensors", "sparse/model.safetensors"])
+def test_an_input_that_changes_on_the_way_is_no_output(world, monkeypatch, changed):
+    """Parts of both versions could be in it."""
+    true_changes = FoldPlan.changes
+
+    def changes(plan, shard):
+        yield from true_changes(plan, shard)
+        path = world / changed
+        state = path.stat()
+        os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
+
+    monkeypatch.setattr(FoldPlan, "changes", changes)
+    result = command("merge", world / "adapter", "-o", world / "new", "-q")
+    assert result.code == 1
+    assert "changed while" in one_line(result.err)
+    assert changed in result.err
+    assert not (world / "new").exists()
+    assert not (world / ".new.work").exists()
+
+
+def test_a_lock_without_read_back_is_that_of_what_was_written(world):
+    def cancel(values: dict[str, torch.Tensor]) -> None:
+        values[f"{Q}.spp_alpha"][0] = -1.0
+        values[f"{Q}.spp_alpha"][1:] = 1.0
+        values[f"{Q}.spp_beta"].fill_(0.5)
+
+    rewrite(world / "adapter" / "adapter_model.safetensors", cancel)
+    must("merge", world / "adapter", "-o", world / "new", "--vanish", "allow", "--no-verify-sparsity")
+    before = load_lock(world / "sparse" / "sparsity.lock.json").by_name()
+    after = load_lock(world / "new" / "sparsity.lock.json").by_name()
+    assert after.keys() == before.keys()
+    assert after[Q].nnz == int((tensors(world / "new")[Q] != 0).sum()) < before[Q].nnz
+    must("verify", world / "new")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_an_interrupted_merge_says_what_it_keeps_even_when_quiet(world, tmp_path):
+    must("inject", world / "sharded", "-o", world / "many", "--rank", 4)
+    script = tmp_path / "slow.py"
+    script.write_text(
+        "import sys, time\n"
+        "from spp_fx.checkpoint.workspace import Workspace\n"
+        "true = Workspace.finish\n"
+        "def finish(self, name, **facts):\n"
+        "    true(self, name, **facts)\n"
+        "    print('finished', flush=True)\n"
+        "    time.sleep(0.3)\n"
+        "Workspace.finish = finish\n"
+        "from spp_fx.cli import run\n"
+        "sys.exit(run(sys.argv[1:]))\n"
+    )
+    words = [sys.executable, script, "merge", world / "many", "-o", world / "new", "-q"]
+    with subprocess.Popen(
+        [str(word) for word in words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "finished\n"
+        time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert ".new.work keeps" in errors
+    assert not (world / "new").exists()
+    must("merge", world / "many", "-o", world / "new")
+    must("merge", world / "many", "-o", world / "undisturbed")
+    assert tensors(world / "new").keys() == tensors(world / "undisturbed").keys()
+    assert json.loads((world / "new" / "sparsity.lock.json").read_text())
+    for path in (world / "undisturbed").glob("*.safetensors"):
+        assert (world / "new" / path.name).read_bytes() == path.read_bytes()
