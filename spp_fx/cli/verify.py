@@ -14,7 +14,7 @@ from spp_fx.console import Output
 if TYPE_CHECKING:
     from spp_fx.report.verdict import Verified
     from spp_fx.workflows.demands import Coverage
-    from spp_fx.workflows.verify import Check
+    from spp_fx.workflows.request import Check
 
 _NAMES = "last word of a module's name or a glob; repeatable"
 
@@ -92,8 +92,10 @@ def verify_command(
 
 
 def _judge(output: Output, checks: "Sequence[Check]", jobs: int | None) -> "list[Verified]":
-    from spp_fx.workflows.verify import gate
+    from spp_fx.workflows.verify import check_request, gate
 
+    for check in checks:  # a wrong request must not throw away what was judged before it
+        check_request(check)
     verdicts: list[Verified] = []
     for check in checks:
         with output.bytes_bar(f"verifying {check.path}") as tick:

@@ -131,7 +131,7 @@ def _adapter(path: Path) -> Artifact:
 
 
 def _safetensors(path: Path) -> Artifact:
-    _refuse_part_of_export(path)
+    refuse_part_of_export(path)
     shard = Shard.open(path)
 
     def scan(name: str, transposed: bool) -> Scan:
@@ -152,7 +152,8 @@ def _safetensors(path: Path) -> Artifact:
     return Artifact(path, "safetensors", weights, _lock_of_shard(shard))
 
 
-def _refuse_part_of_export(path: Path) -> None:
+def refuse_part_of_export(path: Path) -> None:
+    """UsageError for a file that means nothing without the export around it."""
     folder = path.parent.parent if path.parent.name == COMPACT else path.parent
     if (folder / MANIFEST).is_file() and read_manifest(folder, check_files=False).format != "safetensors":
         raise UsageError(f"{path}: is part of the export {folder}; verify that folder")

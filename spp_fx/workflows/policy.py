@@ -36,7 +36,7 @@ from spp_fx.errors import UsageError
 from spp_fx.ir.names import is_glob
 from spp_fx.sparsity import parse_pattern
 from spp_fx.workflows.demands import Coverage, Demands
-from spp_fx.workflows.verify import Check
+from spp_fx.workflows.request import Check
 
 POLICY_NAME = "spp-fx.toml"
 _MAX_BYTES = 1 << 20

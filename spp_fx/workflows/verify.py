@@ -1,12 +1,12 @@
 """verify: an artifact against its lock, a pattern, or another artifact, site by site."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cache
 from math import prod
 from pathlib import Path
 
-from spp_fx.errors import SppFxError, UsageError
+from spp_fx.errors import SppFxError
 from spp_fx.exporters.manifest import MANIFEST
 from spp_fx.parallel import in_order, thread_count
 from spp_fx.progress import Tick, no_tick
@@ -17,26 +17,12 @@ from spp_fx.workflows.artifact import Artifact, open_artifact
 from spp_fx.workflows.coverage import Question, plan
 from spp_fx.workflows.demands import Coverage, Demands
 from spp_fx.workflows.judge import Other, judge, look, other_of
+from spp_fx.workflows.request import Check, check_request, nothing_to_hold_to
 
 _GROUP = 16  # two decoder layers: enough masks for the lanes of a vector, few against the sites of a model
 _MASK_BYTES = 256 << 20  # of masks held by all jobs together, unless one alone is larger
 
-__all__ = ["Check", "SiteVerdict", "Verified", "gate", "verify"]
-
-
-@dataclass(frozen=True)
-class Check:
-    """An artifact with everything it is held to.
-
-    Attributes:
-        lock: a lock file; None takes the one beside the artifact, if there is one.
-        against: another artifact, whose masks must be the same.
-    """
-
-    path: Path
-    demands: Demands = field(default_factory=Demands)
-    lock: Path | None = None
-    against: Path | None = None
+__all__ = ["Check", "SiteVerdict", "Verified", "check_request", "gate", "verify"]
 
 
 def verify(
@@ -73,7 +59,12 @@ def verify(
         OSError: a file cannot be read.
     """
     demands = Demands.of(pattern, rules=rules, require=require, allow_dense=allow_dense, coverage=coverage)
-    check = Check(Path(path), demands, Path(lock) if lock else None, Path(against) if against else None)
+    check = Check(
+        Path(path),
+        demands,
+        None if lock is None else Path(lock),
+        None if against is None else Path(against),
+    )
     return _verify(check, jobs, tick, damaged=None)
 
 
@@ -84,12 +75,11 @@ def gate(check: Check, *, jobs: int | None = None, tick: Tick = no_tick) -> Veri
     whole cannot be, that is its fault and no site is named.
 
     Raises:
-        UsageError: the request itself is wrong, as for `verify`.
+        UsageError: the request itself is wrong, see `check_request`; a file that is lost is damage.
     """
+    check_request(check)
     try:
         return _verify(check, jobs, tick, damaged=_damaged)
-    except UsageError:
-        raise
     except (SppFxError, OSError) as error:
         return Verified(check.path, _kind_of(check.path), (), (_damage(error),), error=error)
 
@@ -103,10 +93,7 @@ def _verify(check: Check, jobs: int | None, tick: Tick, *, damaged: _Damaged | N
     lock = load_lock(check.lock) if check.lock else artifact.lock
     opened = open_artifact(check.against) if check.against else None
     if lock is None and opened is None and not check.demands.any and not artifact.problems:
-        raise UsageError(
-            f"{check.path}: nothing to hold it to: it has no {LOCK_NAME}; "
-            "give --pattern 2:4, --lock FILE or --against ARTIFACT"
-        )
+        raise nothing_to_hold_to(check.path)
     if lock:
         _check_some_are_there(check, artifact, lock)
     asked = plan(artifact, lock, check.demands, compared=opened is not None)

@@ -1,6 +1,7 @@
 """verify as a release gate: damage is a verdict in every form, exit codes are fixed, jobs change nothing."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from xml.etree import ElementTree
@@ -155,6 +156,16 @@ def test_a_wrong_command_exits_2_and_prints_no_verdict(model, monkeypatch, line)
     assert result.out == ""
     assert "Traceback" not in result.err
     assert not Path("r.xml").exists()
+
+
+@pytest.mark.parametrize("break_", [lambda p: p.symlink_to("nowhere"), lambda p: p.mkdir(), os.mkfifo])
+def test_a_broken_lock_is_no_absent_lock(model, break_):
+    path = model / "sparsity.lock.json"
+    path.unlink()
+    break_(path)
+    result = command("verify", model, "--require", "up_proj", "--json")
+    assert result.code == 1
+    assert "sparsity.lock.json" in result.json["problems"][0]
 
 
 @pytest.mark.parametrize("broken", [False, True])
