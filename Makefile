@@ -7,11 +7,12 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test install check bench soak fuzz clean help
+.PHONY: demo test test-slow install check bench soak fuzz clean help
 
 help:
 	@echo "make demo     the whole way on a small model, a few minutes on two cores"
 	@echo "make test     the test suite"
+	@echo "make test-slow  its long runs: benchmarks, several processes, kills"
 	@echo "make check    lint, format, types, layers"
 	@echo "make bench    benchmarks, JSON on stdout"
 	@echo "make soak     a hundred kills of every verb, and the full fuzz: an hour or two"
@@ -23,6 +24,10 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# What starts many processes or trains for long; `make test` leaves it out, every submission runs both.
+test-slow: install
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 install: $(READY)
 

@@ -97,7 +97,7 @@ def measure(gb: float, options: argparse.Namespace) -> dict[str, Any]:
     middle = {name: median(values) for name, values in times.items()}
     return {
         "gb": round(sum(tensors) / 1e9, 3),
-        "seconds": {name: round(value, 3) for name, value in middle.items()},
+        "median_seconds": {name: round(value, 3) for name, value in middle.items()},
         "range": {name: [round(min(values), 3), round(max(values), 3)] for name, values in times.items()},
         "ratio": {name: round(middle[name] / middle[base], 3) for name, base in AGAINST.items()},
         "ratio_to_cp_sync": round(middle["merge"] / middle["cp_sync"], 3),
@@ -139,7 +139,8 @@ def command(*arguments: Any) -> tuple[float, float]:
 
 def slopes(small: dict[str, Any], large: dict[str, Any]) -> dict[str, dict[str, float]]:
     more = large["gb"] - small["gb"]
-    per_gb = {name: (large["seconds"][name] - small["seconds"][name]) / more for name in large["seconds"]}
+    before, after = small["median_seconds"], large["median_seconds"]
+    per_gb = {name: (after[name] - before[name]) / more for name in after}
     return {
         "per_gb": {name: round(value, 4) for name, value in per_gb.items()},
         "per_gb_ratio": {name: round(per_gb[name] / per_gb[base], 3) for name, base in AGAINST.items()},

@@ -112,5 +112,6 @@ def _discard(temporary: Path, made: list[Path]) -> None:
     if temporary.is_dir():
         remove_folder(temporary)
     else:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that turned read-only; what it refused is told
+            temporary.unlink(missing_ok=True)
     remove_parents(made)

@@ -21,6 +21,7 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_DIMS = 64
 _MAX_DIM = 2**63 - 1
 _PREFIX = struct.Struct("<Q")
+_GIT_LFS = b"version https://git-lfs.github.com/spec/"[: _PREFIX.size]
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,10 @@ def _read_raw(file: IO[bytes], path: Path, size: int) -> bytes:
     if len(prefix) < _PREFIX.size:
         raise FormatError(
             f"{path}: is {size} bytes long, a safetensors file starts with an 8-byte length; get it again"
+        )
+    if prefix == _GIT_LFS:
+        raise FormatError(
+            f"{path}: is a Git LFS pointer, not the file it stands for; run 'git lfs pull' (in CI: checkout with lfs)"
         )
     length = int(_PREFIX.unpack(prefix)[0])
     if length > MAX_HEADER_BYTES:

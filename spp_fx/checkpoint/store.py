@@ -115,9 +115,12 @@ def tidy_placed(target: Path, store: Path, sources: Iterable[Path]) -> None:
         UsageError: another process works in it.
         SppFxError: its journal cannot be read.
     """
-    if not (store / JOURNAL).is_file():
+    if not (store / JOURNAL).is_file() and not _is_bare(store):
         return
     with locked(target, store, sources):
+        if _is_bare(store):  # it was killed, or another run ended, between its journal and its lock
+            remove(store)
+            return
         try:
             journal = Journal(store / JOURNAL)
         except OSError as error:
@@ -126,6 +129,11 @@ def tidy_placed(target: Path, store: Path, sources: Iterable[Path]) -> None:
         journal.close()
         if placed:
             remove_placed(store)
+
+
+def _is_bare(store: Path) -> bool:
+    """Whether a store has a lock at most: no plan that says what it is of, no journal, no work."""
+    return store.is_dir() and not store.is_symlink() and {*os.listdir(store)} <= {_LOCK, _DRAFT}
 
 
 def empty(store: Path) -> None:

@@ -11,6 +11,8 @@ import pytest
 from tests.command import save_tokenizer
 from tests.families import make_model
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 TINY = {
     "linear_step.py": "--width 64 --batch 8 --repeats 1",
@@ -23,7 +25,7 @@ TINY = {
     "pack.py": "--gb 0.02 --rows 256 --repeats 1",
     "export_large.py": "--layers 1 --hidden 128 --intermediate 256 --formats onnx-packed",
     "export_sizes.py": "--layers 1 --hidden 128 --intermediate 256 --patterns 2:4",
-    "planted.py": "--gb 0.02 --hidden 128 --intermediate 256 --plants 2 --only BF16 F64 cusparselt",
+    "planted.py": "--gb 0.02 --hidden 128 --intermediate 256 --plants 2 --only BF16 F64",
     "scan.py": "--gib 0.05 --repeats 1",
     "stream.py": "--gb 0.02 --hidden 128 --intermediate 256 --repeats 1",
     "prune_layers.py": "--no-floor --layers 1 --hidden 64 --intermediate 128 --samples 2 --seq-len 16",

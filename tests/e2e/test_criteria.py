@@ -6,6 +6,8 @@ from safetensors.torch import load_file
 from tests.command import must
 from tests.real_data import data_folder
 
+pytestmark = pytest.mark.slow
+
 WAYS = {
     "magnitude": (),
     "wanda": ("--method", "wanda"),

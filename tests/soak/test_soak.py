@@ -9,6 +9,8 @@ from tests.soak.jobs import jobs_of, make_models
 from tests.soak.run import fork_server
 from tests.soak.trial import Trials
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:

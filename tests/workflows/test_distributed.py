@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 from tests.command import command, must, one_line, tensors
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 LINE = "train adapter --data text.txt --seq-len 16 --steps 6 --logging-steps 1 --json -q"
 
