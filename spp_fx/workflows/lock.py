@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from spp_fx.errors import FormatError, MaskError, PatternError, UsageError
 from spp_fx.parallel import in_order
+from spp_fx.progress import Tick, no_tick
 from spp_fx.sparsity import (
     LOCK_NAME,
     Lock,
@@ -27,8 +28,6 @@ from spp_fx.workflows import provenance
 
 if TYPE_CHECKING:
     from spp_fx.workflows.survey import Survey
-
-Tick = Callable[[str, int], None]
 
 _PARTS = {"export.json": "an export", "adapter_config.json": "an adapter"}
 """Folders whose lock is a part of them: by the file that marks them."""
@@ -113,7 +112,7 @@ def lock(
     targets: Sequence[str] = (),
     force: bool = False,
     trust_remote_code: bool = False,
-    tick: Tick = lambda what, nbytes: None,
+    tick: Tick = no_tick,
     say: Callable[[str], None] = lambda line: None,
 ) -> Locked:
     """Write the lock of a sparse model folder, or of a .safetensors file that stands alone.
@@ -143,11 +142,10 @@ def lock(
     from spp_fx.workflows.survey import survey
 
     past = None if alone else provenance.load(model)  # a damaged one is refused before the long look
-    found: Survey | None = None
     with atomic_file(target, force) as temporary:
         before = _known(target, say)
         if alone:
-            made = _lock_file(model, asked, targets, tick)
+            found, made = None, _lock_file(model, asked, targets, tick)
         else:
             found = survey(model, trust_remote_code=trust_remote_code)
             made = make_lock(found, pattern=asked, targets=targets, tick=tick)
@@ -157,8 +155,9 @@ def lock(
                 "prune it first: spp-fx prune MODEL -o OUT --pattern 2:4"
             )
         temporary.write_text(made.lock.dumps())
-    if found is not None and target.resolve() == beside.resolve():
-        _record(found, past, pattern, targets)
+        if found is not None and target.resolve() == beside.resolve():
+            # Before the lock has its name: one that is there without its history would have to be forced.
+            _record(found, past, temporary, pattern, targets)
     return Locked(target, made.lock, made.left_out, _changes(before, made.lock))
 
 
@@ -167,7 +166,7 @@ def make_lock(
     *,
     pattern: Pattern | None = None,
     targets: Sequence[str] = (),
-    tick: Tick = lambda what, nbytes: None,
+    tick: Tick = no_tick,
 ) -> Made:
     """The lock of a model's sparse weights.
 
@@ -263,6 +262,8 @@ def _entry(candidate: Candidate, asked: Pattern | None) -> LockEntry | str:
     """The lock entry of a weight, or why it has none."""
     scan, where = candidate.scan(), f"{candidate.name} ({candidate.where})"
     mask = scan.mask
+    if not mask.numel:
+        return "is empty"
     if scan.first_non_finite is not None:
         *expert, row, column = scan.first_non_finite
         place = "".join(f"expert {number}, " for number in expert)
@@ -310,7 +311,11 @@ def _changes(before: Lock | None, after: Lock) -> dict[str, list[str]] | None:
 
 
 def _record(
-    found: "Survey", past: provenance.Provenance | None, pattern: str | None, targets: Sequence[str]
+    found: "Survey",
+    past: provenance.Provenance | None,
+    lock: Path,
+    pattern: str | None,
+    targets: Sequence[str],
 ) -> None:
     """Add this step to the history of the folder, with the digests of the weights that were locked."""
     from spp_fx.checkpoint import atomic_file
@@ -324,6 +329,7 @@ def _record(
         inputs={"model": found.folder.fingerprint()},
         settings={"pattern": pattern, "targets": list(targets)},
         digests={shard.name: digest for shard, digest in zip(shards, digests, strict=True)},
+        lock=lock,
     )
     with atomic_file(found.folder.path / provenance.PROVENANCE, force=True) as temporary:
         temporary.write_text(history.dumps(), encoding="ascii")

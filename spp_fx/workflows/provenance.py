@@ -8,6 +8,7 @@ from one that was written that way.
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -99,7 +100,7 @@ def load(folder: Path) -> Provenance | None:
         FormatError: the file is not what it should be; names it and the fault.
         SppFxError: it cannot be read.
     """
-    if not (folder / PROVENANCE).is_file():
+    if not os.path.lexists(folder / PROVENANCE):  # a broken one is no absent one
         return None
     path = within(folder, PROVENANCE)
     if regular_file_size(path) > _MAX_BYTES:
@@ -123,13 +124,16 @@ def extended(
     inputs: Mapping[str, str],
     settings: Mapping[str, Any],
     digests: Mapping[str, str],
+    lock: Path | None = None,
 ) -> Provenance:
     """A history with one step more: `step`, which left its weight files and its lock in `folder`.
+
+    Args:
+        lock: the lock where it is not in `folder` yet.
 
     Raises:
         FormatError: a name, digest or setting that the file cannot hold.
     """
-    lock = folder / LOCK_NAME
     files = sorted(
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
@@ -141,7 +145,7 @@ def extended(
             tool_version=VERSION,
             inputs=dict(inputs),
             settings=dict(settings),
-            lock=_lock_digest(lock),
+            lock=_lock_digest(folder / LOCK_NAME if lock is None else lock),
             files={
                 name: FileRecord(bytes=(folder / name).stat().st_size, sha256=digests.get(name))
                 for name in files

@@ -1,5 +1,6 @@
 """lock: a lock for a sparse model that has none; what is not sparse is left out with its reason or refused."""
 
+import os
 import shutil
 
 import pytest
@@ -120,6 +121,39 @@ def test_a_file_that_stands_alone_is_locked_by_the_names_of_its_matrices(weights
         "layers.0.k_proj.weight": "dense, 0.0% zeros",
     }
     assert must("verify", weights, "-q").out.startswith("ok: safetensors")
+
+
+def test_nothing_is_left_where_the_history_cannot_be_written(made, tmp_path):
+    """Else the next run would be told that the lock exists."""
+    folder = unlocked(made, tmp_path)
+    odd = folder / "onnx" / os.fsdecode(b"caf\xe9.onnx")
+    odd.parent.mkdir()
+    odd.touch()
+    before = sorted(folder.rglob("*"))
+    ran = command("lock", folder, "-q")
+    assert ran.code == 1
+    assert "caf" in one_line(ran.err)
+    assert sorted(folder.rglob("*")) == before
+    odd.unlink()
+    must("lock", folder, "-q")
+
+
+@pytest.mark.parametrize("break_", [lambda p: p.mkdir(), lambda p: p.symlink_to("nowhere")])
+def test_a_broken_history_is_refused_before_the_lock_is_written(made, tmp_path, break_):
+    folder = unlocked(made, tmp_path)
+    break_(folder / "sparsity.provenance.json")
+    ran = command("lock", folder, "-q")
+    assert ran.code != 0
+    assert "sparsity.provenance.json" in one_line(ran.err)
+    assert not (folder / "sparsity.lock.json").exists()
+
+
+def test_an_empty_matrix_is_left_out(weights):
+    values = load_file(weights)
+    save_file(values | {"layers.0.void.weight": torch.ones(0, 8)}, weights)
+    done = must("lock", weights, "--json", "-q").json
+    assert done["left_out"]["layers.0.void.weight"] == "is empty"
+    assert done["summary"]["sparsity"] == 0.5
 
 
 def test_a_file_of_a_model_is_refused(made, tmp_path):
