@@ -19,13 +19,15 @@ class Job:
     Attributes:
         name: of what it is, for reports.
         words: what follows `spp-fx`.
+        replaces: the output is there before, as a copy of this folder, and `--force` is given.
     """
 
     name: str
     words: tuple[str, ...]
+    replaces: Path | None = None
 
     def to(self, out: Path) -> list[str]:
-        return [*self.words, "-o", str(out), "-q"]
+        return [*self.words, "-o", str(out), "-q", *(["--force"] if self.replaces else [])]
 
 
 def make_models(root: Path, *, width: int = 256, layers: int = 4) -> None:
@@ -52,7 +54,10 @@ def jobs_of(verb: str, root: Path) -> list[Job]:
     if verb == "export":
         return [Job(f"export {each}", ("export", sparse, "--format", each)) for each in FORMATS]
     return {
-        "merge": [Job("merge", ("merge", str(root / "adapter")))],
+        "merge": [
+            Job("merge", ("merge", str(root / "adapter"))),
+            Job("merge --force", ("merge", str(root / "adapter")), replaces=root / "dense"),
+        ],
         "export-onnx": [
             Job("export onnx", ("export", sparse, "--format", "onnx-packed", "--no-compare-logits"))
         ],

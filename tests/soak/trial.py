@@ -81,13 +81,15 @@ class Trials:
     def trial(self, random_: random.Random, most: int) -> None:
         """Kill the command once or some times, then let it end."""
         out = self.folder / "out"
+        if self.job.replaces:
+            shutil.copytree(self.job.replaces, out)
         for number in range(min(most, random_.choice((1, 1, 2, 3)))):
             ended, how = self._kill(random_)
             if not ended.killed:
                 break  # it was done before its time
             self.tally.kills[self._found(out)] += 1
             self._look(out, f"{how}, kill {number + 1} in a row")
-        if not out.exists():
+        if self.job.replaces or not out.exists():
             ended = run_forked(self.server, self.job.to(out), self._store)
             if ended.code != 0:
                 self.tally.broken.append(f"exit {ended.code} of the last run")
@@ -98,6 +100,8 @@ class Trials:
             self.tally.broken.append(f"left behind: {', '.join(left)}")
         if not out.exists():
             self.tally.broken.append("no output at the end")
+        elif listing(out) != self.expected:
+            self.tally.broken.append("the output at the end is not the undisturbed one")
         self.tally.finished += 1
         self._clear()
 
@@ -119,16 +123,22 @@ class Trials:
         return self.folder / ".out.work"
 
     def _found(self, out: Path) -> str:
-        if out.exists():
+        if out.exists() and not self._is_old(out):
             return "output in place"
         journal = self._store / "journal.jsonl"
         kept = journal.read_bytes().count(b"\n") if journal.is_file() else 0
         return "some files finished" if kept else "no file finished"
 
     def _look(self, out: Path, when: str) -> None:
-        if out.exists() and listing(out) != self.expected:
+        if self.job.replaces and not out.exists():
+            self.tally.broken.append(f"{when}: neither the old output nor the new one is there")
+        if out.exists() and listing(out) != self.expected and not self._is_old(out):
             odd = sorted(set(listing(out).items()) ^ set(self.expected.items()))[:3]
             self.tally.broken.append(f"{when}: the output is not the undisturbed one: {odd}")
+
+    def _is_old(self, out: Path) -> bool:
+        """Whether the output is still the one that is to be replaced, whole."""
+        return self.job.replaces is not None and listing(out) == listing(self.job.replaces)
 
     def _clear(self) -> None:
         for path in self.folder.iterdir():
