@@ -76,7 +76,35 @@ def test_lock_policy_and_more_options_reach_the_command(folder):
     assert ran.returncode == 0, ran.stderr
     assert run_step("Verify", folder, artifact="model.safetensors", lock="nowhere.json").returncode == 2
     assert run_step("Verify", folder, artifact="model.safetensors", policy="nowhere.toml").returncode == 2
-    assert run_step("Verify", folder, artifact="model.safetensors", args="--require nowhere").returncode != 0
+    ran = run_step("Verify", folder, artifact="model.safetensors", args="--require nowhere")
+    assert ran.returncode == 1
+    assert "is named 'nowhere', which must be sparse" in ran.stdout
+
+
+def options_of(folder: Path, args: str) -> list[str]:
+    """What the step calls spp-fx with, for one of the words of `args` each."""
+    variables = environment(
+        folder.parent / "bin", {**dict.fromkeys(STEPS["Verify"]["env"], ""), "ARGS": args}
+    )
+    (folder.parent / "bin" / "spp-fx").write_text('#!/bin/sh\nprintf "%s\\0" "$@"\n')
+    ran = shell(STEPS["Verify"]["run"], folder, variables)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.split("\0")[len(["verify", "--github", "--junit", "", "--sarif", ""]) : -1]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ("", []),
+        ("--jobs 1", ["--jobs", "1"]),
+        ("--require 'a\nb'", ["--require", "a\nb"]),
+        ("--pattern ''", ["--pattern", ""]),
+        ("'' x '' ''", ["", "x", "", ""]),
+        ("'caf\u00e9 *' \\$HOME", ["caf\u00e9 *", "$HOME"]),
+    ],
+)
+def test_words_of_args_arrive_as_a_shell_would_split_them(folder, args, words):
+    assert options_of(folder, args) == words
 
 
 def test_a_quote_that_is_never_closed_fails_the_step(folder):
