@@ -83,12 +83,25 @@ def verify_command(
         output.say(f"policy: {rules.path}")
     listed = artifact is None and rules.path is not None
     checks = rules.checks(given) if listed else [rules.check(artifact or Path(), given)]
+    _check_reports(checks, rules.path, junit=junit, sarif=sarif)
     verdicts = _judge(output, checks, jobs)
     if click.get_current_context().params["debug"]:
         _trace(verdicts)
     _show(output, verdicts, listed=listed, github=github)
     _write_reports(verdicts, junit=junit, sarif=sarif, github=github)
     return 0 if all(verdict.ok for verdict in verdicts) else 1
+
+
+def _check_reports(
+    checks: "Sequence[Check]", policy: Path | None, *, junit: Path | None, sarif: Path | None
+) -> None:
+    from spp_fx.report.targets import check_targets
+
+    options = (("--junit", junit, ".xml"), ("--sarif", sarif, ".sarif"))
+    reports = {option: (path, suffix) for option, path, suffix in options if path is not None}
+    artifacts = [path for check in checks for path in (check.path, check.against) if path is not None]
+    locks = {f"lock of {check.path}": check.lock for check in checks if check.lock is not None}
+    check_targets(reports, artifacts, locks | ({"policy": policy} if policy else {}))
 
 
 def _judge(output: Output, checks: "Sequence[Check]", jobs: int | None) -> "list[Verified]":

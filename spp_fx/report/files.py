@@ -1,5 +1,6 @@
 """Report files: whole or absent, in folders that are made for them."""
 
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -13,6 +14,8 @@ def write_report(target: Path, text: str) -> None:
     Raises:
         SppFxError: it cannot be written; whatever was there before still is.
     """
+    if os.path.lexists(target) and not target.is_dir() and not target.is_file():
+        raise _unwritten(target, "there is a pipe, a device or a link that leads nowhere")
     try:
         with atomic_file(target, force=True) as temporary:
             temporary.write_text(text, encoding="utf-8", newline="\n")
