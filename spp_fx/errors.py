@@ -4,19 +4,21 @@ Every message says what is wrong, where (file, tensor, row, column) and how to m
 line prints the message alone and exits with `exit_code`; `--debug` shows the trace as well.
 """
 
-import re
-
 _LONGEST = 2000
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def escaped(text: str) -> str:
+    """Text that a terminal, a log, an annotation or XML takes as one line, whatever names of files say in it.
+
+    What is not printable (control characters, line ends, marks that turn the direction of writing, lone
+    surrogates) is escaped as Python would.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def printable(text: str) -> str:
-    """Text that a terminal, a log or an annotation takes as one line, whatever names of files say in it.
-
-    Control characters, line ends, marks that turn the direction of writing and lone surrogates are
-    escaped as Python would; what is longer than 2,000 characters is cut.
-    """
-    line = _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text[: _LONGEST + 1])
+    """As `escaped`; what is longer than 2,000 characters is cut."""
+    line = escaped(text[: _LONGEST + 1])
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..."
 
 

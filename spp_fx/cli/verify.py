@@ -127,15 +127,16 @@ def _show(output: Output, verdicts: "Sequence[Verified]", *, listed: bool, githu
 
     In words, one that cannot be opened is told as every command tells a failure: one line on stderr.
     """
+    from spp_fx.errors import escaped
     from spp_fx.report.github import annotations
     from spp_fx.report.place import Root
-    from spp_fx.report.text import lines, printable
+    from spp_fx.report.text import lines
     from spp_fx.report.verdict import all_to_json
 
     def show() -> None:
         for verdict in verdicts:
             unread = not listed and verdict.error is not None
-            for line in ["spp-fx: " + printable(verdict.problems[0])] if unread else lines(verdict):
+            for line in ["spp-fx: " + escaped(verdict.problems[0])] if unread else lines(verdict):
                 click.echo(line, err=unread)
 
     output.result(all_to_json(verdicts) if listed else verdicts[0].to_json(), show)

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
+from spp_fx.errors import escaped
 from spp_fx.report.place import Root, file_of
-from spp_fx.report.text import printable
 from spp_fx.report.verdict import SiteVerdict, Verified
 
 MAX_ANNOTATIONS = 10
@@ -31,7 +31,7 @@ def _failures(verdict: Verified) -> Iterator[tuple[Verified, SiteVerdict | None,
 
 
 def _escape(text: str) -> str:
-    return printable(text).replace("%", "%25")
+    return escaped(text).replace("%", "%25")
 
 
 def _property(text: str) -> str:

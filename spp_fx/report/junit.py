@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from xml.etree import ElementTree
 
+from spp_fx.errors import escaped
 from spp_fx.report.place import Root
-from spp_fx.report.text import printable
 from spp_fx.report.verdict import Finding, Verified
 
 _DECLARATION = '<?xml version="1.0" encoding="utf-8"?>'
@@ -22,7 +22,7 @@ def junit(verdicts: Sequence[Verified], root: Root) -> str:
 
 
 def _suite(verdict: Verified, root: Root) -> ElementTree.Element:
-    name = printable(root.shown(verdict.path))
+    name = escaped(root.shown(verdict.path))
     suite = ElementTree.Element(
         "testsuite",
         name=f"spp-fx verify {name}",
@@ -42,8 +42,8 @@ def _suite(verdict: Verified, root: Root) -> ElementTree.Element:
 def _case(
     suite: ElementTree.Element, artifact: str, name: str, reason: str | None, findings: Sequence[Finding]
 ) -> None:
-    case = ElementTree.SubElement(suite, "testcase", classname=artifact, name=printable(name))
+    case = ElementTree.SubElement(suite, "testcase", classname=artifact, name=escaped(name))
     if findings:
         kind = findings[0].rule
-        failure = ElementTree.SubElement(case, "failure", message=printable(reason or ""), type=kind)
-        failure.text = "\n".join(printable(finding.message) for finding in findings)
+        failure = ElementTree.SubElement(case, "failure", message=escaped(reason or ""), type=kind)
+        failure.text = "\n".join(escaped(finding.message) for finding in findings)

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from spp_fx.errors import escaped
 from spp_fx.report.place import Root, file_of
-from spp_fx.report.text import printable
 from spp_fx.report.verdict import RULES, Finding, SiteVerdict, Verified, findings_of
 from spp_fx.version import VERSION
 
@@ -68,13 +68,13 @@ def _result(verdict: Verified, site: SiteVerdict | None, finding: Finding, root:
         "ruleId": finding.rule,
         "ruleIndex": list(RULES).index(finding.rule),
         "level": "error",
-        "message": {"text": printable(f"{about}: {finding.message}{origin}")},
+        "message": {"text": escaped(f"{about}: {finding.message}{origin}")},
         "locations": [location],
     }
 
 
 def _logical(name: str, place: str | None) -> list[dict[str, str]]:
-    tensor = printable(name)
+    tensor = escaped(name)
     found = {"name": tensor, "fullyQualifiedName": tensor, "kind": "variable"}
     if place is None:
         return [found]

@@ -3,8 +3,9 @@
 import re
 from collections.abc import Iterator, Sequence
 
+from spp_fx.errors import escaped
 from spp_fx.report.place import Root
-from spp_fx.report.text import SHOWN, conclusion, printable
+from spp_fx.report.text import SHOWN, conclusion
 from spp_fx.report.verdict import Verified
 
 _PLAIN = re.compile(r"[^0-9A-Za-z .,:;/()-]")
@@ -47,4 +48,4 @@ def _failures(verdict: Verified) -> Iterator[str]:
 
 def _cell(text: str) -> str:
     """Text that Markdown and HTML take for nothing but text: all else is written as character references."""
-    return _PLAIN.sub(lambda match: f"&#{ord(match[0])};", printable(text))
+    return _PLAIN.sub(lambda match: f"&#{ord(match[0])};", escaped(text))

@@ -1,25 +1,21 @@
-"""A verdict for a terminal; and names from files that are not trusted, made fit for one, a log or XML."""
+"""A verdict for a terminal."""
 
 from collections.abc import Iterator
 
+from spp_fx.errors import escaped
 from spp_fx.report.verdict import Verified
 
 SHOWN = 20
 """Failing sites told in full; the rest are counted."""
 
 
-def printable(text: str) -> str:
-    """The text with control characters, line ends among them, spelt as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
 def lines(verdict: Verified) -> Iterator[str]:
     """Each failure, the first ones in full, then the verdict."""
     for problem in verdict.problems:
-        yield f"FAIL {verdict.kind}: {printable(problem)}"
+        yield f"FAIL {verdict.kind}: {escaped(problem)}"
     failed = verdict.failed
     for site in failed[:SHOWN]:
-        yield f"FAIL {printable(site.name)}: {printable(site.reason or '')}"
+        yield f"FAIL {escaped(site.name)}: {escaped(site.reason or '')}"
     if len(failed) > SHOWN:
         yield f"... and {len(failed) - SHOWN} more; --json lists all"
     yield conclusion(verdict)
@@ -27,7 +23,7 @@ def lines(verdict: Verified) -> Iterator[str]:
 
 def conclusion(verdict: Verified) -> str:
     """The verdict in one line."""
-    what = f"{verdict.kind} {printable(str(verdict.path))}"
+    what = f"{verdict.kind} {escaped(str(verdict.path))}"
     if not verdict.ok:
         count = len(verdict.problems)
         whole = f", {count} problem{'s' if count > 1 else ''} of the whole" if count else ""
