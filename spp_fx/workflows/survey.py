@@ -13,6 +13,7 @@ from spp_fx.ir.trace import hollow, hollow_model, meta_model, trace
 from spp_fx.passes import Canonicalize, Match, run_pipeline
 from spp_fx.progress import Tick, no_tick
 from spp_fx.sparsity import PackedMask, Pattern, Scan, detect_pattern, scan_file
+from spp_fx.workflows.layer_count import check_layer_count
 from spp_fx.workflows.open_model import open_model
 
 
@@ -47,6 +48,8 @@ def survey(
     folder = open_model(path, weights=weights, any_config=any_config)
     if not folder.config:
         raise UsageError(f"{path}: config.json is missing or empty; a model folder needs it")
+    if folder.shards:
+        check_layer_count(folder, len(folder.names))
     make = hollow_model if runnable else meta_model
     model = make(path, trust_remote_code=trust_remote_code)
     program = hollow(trace(model))
@@ -95,6 +98,8 @@ def expected_sites(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> 
     Returns:
         Name -> stored (in, out)?
     """
+    if shapes is not None:
+        check_layer_count(ModelFolder.open(path, weights=False), len(shapes))
     model = meta_model(path)
     program = hollow(trace(model))
     run_pipeline(program, [Canonicalize(), Match(dense=True)])
