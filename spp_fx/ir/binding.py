@@ -25,6 +25,9 @@ from transformers.core_model_loading import (
 from spp_fx.ir.piece import Piece
 
 
+NOT_STORED = "the checkpoint holds no tensor for it"
+
+
 class Slot(Protocol):
     """What stored tensors fill: a site, or any parameter."""
 
@@ -85,7 +88,7 @@ def bind(model: PreTrainedModel, slots: Mapping[str, Slot], stored: Mapping[str,
         elif slot.name in converted:
             found = _converted(slot, converted[slot.name], converters, stored)
         else:
-            found = "the checkpoint holds no tensor for it"
+            found = NOT_STORED
         if isinstance(found, str):
             refused[slot.name] = found
         else:

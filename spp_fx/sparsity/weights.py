@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from spp_fx.sparsity.scan import Scan
 
 
+def _nothing() -> Mapping[str, str]:
+    return {}
+
+
 @dataclass(frozen=True)
 class Weights:
     """The weights of something written, looked at one by one.
@@ -14,10 +18,17 @@ class Weights:
         names: its weights.
         scan: look at a weight, given its name and whether its site is stored (in, out).
         file: the name of the file that holds a weight.
-        sites: the weights that must be sparse where no lock says so: name -> stored (in, out)?
+        sites: the weights that must be sparse where no lock says so: name -> stored (in, out)? One that is
+            not there is among them, under the name that it should have.
+        refused: sites whose weights cannot be looked at although something is stored for them, and why.
+        guessed: whether `sites` goes by names alone, so that how they are stored is not known.
+        numel: how many elements a weight has, without a look at it; None where that is not known.
     """
 
     names: frozenset[str]
     scan: Callable[[str, bool], Scan]
     file: Callable[[str], str]
     sites: Callable[[], Mapping[str, bool]]
+    refused: Callable[[], Mapping[str, str]] = _nothing
+    guessed: bool = False
+    numel: Callable[[str], int] | None = None

@@ -1,24 +1,29 @@
 """Anything that verify reads, as named weights whose zeros can be looked at."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from spp_fx.checkpoint import INDEX_NAME, ModelFolder, Shard
+from spp_fx.checkpoint.json_file import read_object
+from spp_fx.checkpoint.layout import WEIGHTS_NAME
 from spp_fx.errors import FormatError, UsageError
-from spp_fx.exporters.manifest import COMPACT, MANIFEST, read_manifest
+from spp_fx.exporters.manifest import COMPACT, MANIFEST, Manifest, read_manifest
 from spp_fx.exporters.sparsity_config import is_legacy
 from spp_fx.sparsity import LOCK_NAME, Lock, Scan, Weights, load_lock, scan_file
+from spp_fx.workflows import lone
 from spp_fx.workflows.adapter_folder import CONFIG, AdapterFolder
 from spp_fx.workflows.open_model import open_model
 
 # Tracing, formats and torch are imported where an artifact needs them: a model folder with its lock does not.
 
-NO_SITE = ("embed", "lm_head", "wte", "wpe", "norm")
-"""Words in the names of matrices that are no sites, for files without a model that could be traced."""
-FLOATING = ("F64", "F32", "F16", "BF16")
+if TYPE_CHECKING:
+    from spp_fx.workflows.survey import Expected
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,7 @@ class Artifact:
         path: what was opened.
         kind: model, adapter, safetensors, onnx, cusparselt, compressed-tensors, ...
         problems: why it must not be released, whatever its sites hold; each says how to mend it.
+        part: one of several files of a model: it need not hold the sites of another artifact.
     """
 
     path: Path
@@ -36,6 +42,7 @@ class Artifact:
     weights: Weights
     lock: Lock | None
     problems: tuple[str, ...] = ()
+    part: bool = False
 
     @property
     def names(self) -> frozenset[str]:
@@ -80,19 +87,28 @@ def _model(path: Path) -> Artifact:
         shard, info = folder.info(name)
         return scan_file(shard.path, info.start, info.shape, info.dtype, transposed=transposed)
 
-    def sites() -> Mapping[str, bool]:
-        from spp_fx.passes import Match
-        from spp_fx.workflows.survey import choose, survey, tensors_of
-
-        found = survey(path)
-        names, _ = choose(found, Match(dense=True))
-        pieces = tensors_of(piece for name in names for piece in found.pieces[name])
-        return {name: piece.transposed for name, piece in pieces.items()}
-
     def file(name: str) -> str:
         return folder.info(name)[0].name
 
-    return Artifact(path, "model", Weights(frozenset(folder.names), scan, file, sites), _lock_beside(path))
+    def numel(name: str) -> int:
+        return prod(folder.info(name)[1].shape)
+
+    @cache
+    def expected() -> "Expected":
+        from spp_fx.workflows.survey import expected_of, survey
+
+        found = survey(path)
+        return expected_of(found.program, found.binding)
+
+    weights = Weights(
+        frozenset(folder.names),
+        scan,
+        file,
+        sites=lambda: expected().sites,
+        refused=lambda: expected().refused,
+        numel=numel,
+    )
+    return Artifact(path, "model", weights, _lock_beside(path))
 
 
 def _legacy(folder: ModelFolder) -> Artifact:
@@ -106,11 +122,10 @@ def _legacy(folder: ModelFolder) -> Artifact:
         return scan_tensor(legacy.read(name), transposed=transposed)
 
     def sites() -> Mapping[str, bool]:
-        plain = {name for name, shape in legacy.shapes.items() if len(shape) == 2 and _looks_like_site(name)}
-        floating = {name for name in plain if legacy.dtypes[name] in FLOATING}
-        return dict.fromkeys(legacy.packed | floating, False)
+        plain = {name for name, shape in legacy.shapes.items() if lone.is_site(name, shape)}
+        return dict.fromkeys(legacy.packed | plain, False)
 
-    weights = Weights(frozenset(legacy.shapes), scan, legacy.file, sites)
+    weights = Weights(frozenset(legacy.shapes), scan, legacy.file, sites, guessed=True)
     return Artifact(
         folder.path, "compressed-tensors", weights, _lock_beside(folder.path), (legacy.problem(),)
     )
@@ -138,18 +153,44 @@ def _safetensors(path: Path) -> Artifact:
         info = shard.info(name)
         return scan_file(path, info.start, info.shape, info.dtype, transposed=transposed)
 
-    def sites() -> Mapping[str, bool]:
-        if (path.parent / "config.json").is_file():
-            known = _model(path.parent).weights.sites()
-            return {name: transposed for name, transposed in known.items() if name in shard.header.tensors}
-        return {
-            name: False
-            for name, info in shard.header.tensors.items()
-            if len(info.shape) == 2 and info.dtype in FLOATING and _looks_like_site(name)
-        }
+    shapes = {name: info.shape for name, info in shard.header.tensors.items()}
+    of_model, part = (path.parent / "config.json").is_file(), _is_part(path)
 
-    weights = Weights(frozenset(shard.header.tensors), scan, lambda _: path.name, sites)
-    return Artifact(path, "safetensors", weights, _lock_of_shard(shard))
+    @cache
+    def expected() -> "Expected":
+        from spp_fx.workflows.survey import Expected, expected_sites
+
+        if not of_model:
+            return Expected({name: False for name, shape in shapes.items() if lone.is_site(name, shape)}, {})
+        model = _model(path.parent).weights
+        if part:  # what no file of the model holds is asked of the folder
+            return Expected({name: turned for name, turned in model.sites().items() if name in shapes}, {})
+        if model.names == shapes.keys():
+            return Expected(dict(model.sites()), dict(model.refused()))
+        return expected_sites(path.parent, shapes)
+
+    weights = Weights(
+        frozenset(shapes),
+        scan,
+        lambda _: path.name,
+        sites=lambda: expected().sites,
+        refused=lambda: expected().refused,
+        guessed=not of_model,
+        numel=lambda name: prod(shapes[name]),
+    )
+    return Artifact(path, "safetensors", weights, _lock_of_shard(shard), part=part)
+
+
+def _is_part(path: Path) -> bool:
+    """Whether the index beside a file names it as one of several; model.safetensors is never one of an index."""
+    index = path.parent / INDEX_NAME
+    if path.name == WEIGHTS_NAME or not index.is_file():
+        return False
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise FormatError(f"{index}: has no weight_map of tensor names to files; get it again")
+    files = {file for file in cast("dict[str, object]", weight_map).values() if isinstance(file, str)}
+    return path.name in files and len(files) > 1
 
 
 def refuse_part_of_export(path: Path) -> None:
@@ -174,10 +215,6 @@ def _lock_of_shard(shard: Shard) -> Lock | None:
     return Lock.of(entry for entry in lock.sites if entry.name not in elsewhere)
 
 
-def _looks_like_site(name: str) -> bool:
-    return name.endswith("weight") and not any(word in name for word in NO_SITE)
-
-
 def _export(path: Path) -> Artifact:
     from spp_fx.exporters import find_format
 
@@ -185,21 +222,47 @@ def _export(path: Path) -> Artifact:
     format = find_format(manifest.format)
     weights = format.read(path, manifest)
 
-    def sites() -> Mapping[str, bool]:
-        """The manifest's, and every other weight of the model that could be one."""
-        from spp_fx.workflows.survey import expected_sites
+    @cache
+    def expected() -> "Expected":
+        """The manifest's sites, and every other weight of the model that could be one."""
+        from spp_fx.workflows.survey import Expected, expected_sites
 
-        shapes = format.decode(path, manifest).shapes if format.decode else None
-        known = expected_sites(path, shapes)
-        others = {name: transposed for name, transposed in known.items() if name in weights.names}
-        return others | dict(weights.sites())
+        if format.decode:
+            others = expected_sites(path, format.decode(path, manifest).shapes)
+        else:
+            others = _in_graph(path, manifest, len(weights.names))
+        return Expected(others.sites | dict(weights.sites()), others.refused)
 
-    return Artifact(path, manifest.format, replace(weights, sites=sites), _lock_beside(path))
+    asked = replace(weights, sites=lambda: expected().sites, refused=lambda: expected().refused)
+    return Artifact(path, manifest.format, asked, _lock_beside(path))
+
+
+def _in_graph(path: Path, manifest: Manifest, stored: int) -> "Expected":
+    """The sites of a program, which holds them as the loaded model does, but for parts that its manifest names."""
+    from spp_fx.workflows.survey import Expected, loaded_sites
+
+    rows: Counter[str] = Counter()
+    for record in manifest.tensors:
+        rows[record.part.initializer if record.part else record.name] += prod(record.shape[:-1])
+    sites: dict[str, bool] = {}
+    refused: dict[str, str] = {}
+    for name, site in loaded_sites(path, stored).items():
+        if name not in rows:
+            sites[name] = site.transposed
+        elif rows[name] < (all_rows := prod(site.shape[:-1])):
+            refused[name] = (
+                f"{MANIFEST} names {rows[name]} of its {all_rows} rows, the others cannot be told apart"
+            )
+    return Expected(sites, refused)
 
 
 def _onnx(path: Path) -> Artifact:
-    from spp_fx.exporters.onnx import read_graph
+    from spp_fx.exporters.onnx.weights import FORMATS, GRAPH, read_graph
 
+    folder = path.parent
+    in_export = path.name == GRAPH and path.is_file() and (folder / MANIFEST).is_file()
+    if in_export and read_manifest(folder, check_files=False).format in FORMATS:
+        return replace(_export(folder), path=path, kind="onnx")
     return Artifact(path, "onnx", read_graph(path), _lock_beside(path.parent))
 
 

@@ -20,6 +20,7 @@ class Question:
         pattern: asked by the caller; None leaves it to the lock.
         sparse: it must not be dense.
         unlocked: the lock should speak of it and does not.
+        refusal: why its weight cannot be looked at although something is stored for it.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Question:
     pattern: Pattern | None
     sparse: bool = False
     unlocked: bool = False
+    refusal: str | None = None
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Plan:
 
     Attributes:
         questions: by name, sorted.
-        faults: names that were asked for and match nothing.
+        faults: names that were asked for and match nothing; what the lock says and the model does not.
         allowed_dense: sites of which nothing is asked because they may be dense.
     """
 
@@ -45,21 +47,33 @@ class Plan:
     allowed_dense: tuple[str, ...]
 
 
-def plan(artifact: Artifact, lock: Lock | None, demands: Demands, *, compared: bool) -> Plan:
+def plan(artifact: Artifact, lock: Lock | None, demands: Demands, *, against: Artifact | None = None) -> Plan:
     """Turn a lock and demands into questions.
 
-    A lock is asked of the sites that it names; a pattern, and another artifact (`compared`), of every site
-    of the artifact. The model is traced to find those only where the lock's own do not answer.
+    A lock is asked of the sites that it names; a pattern of every site of the artifact, be it there or not;
+    another artifact of the sites of both, unless this one is but a part of a model. The model is traced to
+    find those only where the lock's own do not answer. Where it is, the tracing says how they are stored.
 
     Raises:
         UsageError: the artifact's sites are needed and cannot be found.
     """
     locked = lock.by_name() if lock else {}
     known = {name: entry.transposed for name, entry in locked.items()}
+    refused: Mapping[str, str] = {}
+    faults: list[Finding] = []
+    compared = against is not None
     whole = compared or demands.pattern or demands.rules or demands.coverage == "all"
     if lock is None or whole or _required_beyond(demands.require, artifact.names, locked):
-        known = dict(artifact.weights.sites()) | known
-    faults: list[Finding] = []
+        refused = artifact.weights.refused()
+        known = dict.fromkeys(refused, False) | orientations(artifact, lock)
+        faults += _turned(artifact, locked, known)
+    suggested: set[str] = set()
+    if against is not None and not artifact.part:
+        own, known = known, _joined(artifact, lock, known, against)
+        if (
+            against.weights.guessed
+        ):  # only that they are the same is asked of what is a site by its name there
+            suggested = known.keys() - own.keys()
     required: set[str] = set()
     for target in demands.require:
         hits = _hits(target, known, artifact.names)
@@ -75,14 +89,17 @@ def plan(artifact: Artifact, lock: Lock | None, demands: Demands, *, compared: b
     questions: list[Question] = []
     allowed: list[str] = []
     for name in sorted(known.keys() | required):
-        entry, excused = locked.get(name), named(name, demands.allow_dense)
+        entry = locked.get(name)
+        excused = name in suggested or named(name, demands.allow_dense)
+        unsaid = demands.coverage == "all" and entry is not None and entry.pattern is None
         question = Question(
             name,
             known.get(name, False),
             entry,
             pattern=None if excused else demands.pattern_of(name),
-            sparse=not excused and (name in required or all_sparse),
+            sparse=not excused and (name in required or all_sparse or unsaid),
             unlocked=not excused and demands.coverage == "all" and lock is not None and entry is None,
+            refusal=refused.get(name),
         )
         asked = entry or question.pattern or question.sparse or question.unlocked
         if asked or compared or nothing_asked:
@@ -90,6 +107,41 @@ def plan(artifact: Artifact, lock: Lock | None, demands: Demands, *, compared: b
         elif excused:
             allowed.append(name)
     return Plan(tuple(questions), tuple(faults), tuple(allowed))
+
+
+def orientations(artifact: Artifact, lock: Lock | None) -> dict[str, bool]:
+    """An artifact's sites and those of a lock of it: name -> stored (in, out)?
+
+    What was traced is known better than what a lock says, and that better than what a name suggests.
+    """
+    traced = dict(artifact.weights.sites())
+    said = {entry.name: entry.transposed for entry in lock.sites} if lock else {}
+    return traced | said if artifact.weights.guessed else said | traced
+
+
+def _joined(
+    artifact: Artifact, lock: Lock | None, known: Mapping[str, bool], against: Artifact
+) -> dict[str, bool]:
+    """The sites of two artifacts, stored as this one stores them; as the other does where names only suggest."""
+    theirs = orientations(against, against.lock)
+    if not artifact.weights.guessed or against.weights.guessed:
+        return theirs | dict(known)
+    said = {entry.name: entry.transposed for entry in lock.sites} if lock else {}
+    return dict(known) | theirs | said
+
+
+def _turned(artifact: Artifact, locked: Mapping[str, LockEntry], known: Mapping[str, bool]) -> list[Finding]:
+    """A finding if the lock has sites the other way round than the model."""
+    turned = [name for name, entry in locked.items() if known[name] != entry.transposed]
+    if not turned:
+        return []
+    stored, said = ("(in, out)", "(out, in)") if known[turned[0]] else ("(out, in)", "(in, out)")
+    more = f", and {len(turned) - 1} more sites the other way round" if len(turned) > 1 else ""
+    message = (
+        f"the lock has {turned[0]} stored {said}{more}, the model stores it {stored}; "
+        f"make the lock of {artifact.path} again with spp-fx lock"
+    )
+    return [Finding("artifact-damaged", message)]
 
 
 def _required_beyond(targets: Iterable[str], names: Iterable[str], locked: Mapping[str, LockEntry]) -> bool:

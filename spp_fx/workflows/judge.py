@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from spp_fx.errors import PatternError
+from spp_fx.errors import FormatError, PatternError
 from spp_fx.report.verdict import Finding, SiteVerdict
 from spp_fx.sparsity import (
     LockEntry,
@@ -17,7 +17,7 @@ from spp_fx.sparsity import (
     scan_bits,
 )
 from spp_fx.workflows.artifact import Artifact
-from spp_fx.workflows.coverage import Question
+from spp_fx.workflows.coverage import Question, orientations
 
 _SHOWN = 3  # changed positions named in each direction
 
@@ -35,11 +35,12 @@ class Other:
 
 def other_of(artifact: Artifact, questions: tuple[Question, ...]) -> Other:
     """Open another artifact for comparison; it may store a weight the other way round."""
-    stored = {entry.name: entry.transposed for entry in artifact.lock.sites} if artifact.lock else {}
     asked = {question.name: question.transposed for question in questions}
-    if asked.keys() - stored.keys():
-        stored = asked | dict(artifact.weights.sites()) | stored
-    return Other(artifact, stored)
+    stored = orientations(artifact, artifact.lock)
+    if not artifact.weights.guessed:
+        return Other(artifact, asked | stored)
+    said = {entry.name: entry.transposed for entry in artifact.lock.sites} if artifact.lock else {}
+    return Other(artifact, stored | asked | said)
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ def look(artifact: Artifact, question: Question) -> Scan | None:
     Raises:
         FormatError: the weight cannot be read.
     """
+    if question.refusal is not None:
+        raise FormatError(
+            f"{artifact.path}: {question.name}: {question.refusal}; it cannot be looked at. Verify the model "
+            "in another form, or allow the site to be dense"
+        )
     if question.name not in artifact.names:
         return None
     return artifact.weights.scan(question.name, question.transposed)

@@ -197,10 +197,8 @@ def make_lock(
             continue
         for tensor, piece in tensors_of(found.pieces[site]).items():
             shard, info = found.folder.info(tensor)
-            try:
-                element_type(info.dtype)
-            except FormatError as error:
-                left_out[tensor] = str(error)
+            if (reason := _uncounted(info.dtype)) is not None:
+                left_out[tensor] = reason
                 continue
 
             def scan(tensor: str = tensor, transposed: bool = piece.transposed) -> Scan:
@@ -215,12 +213,12 @@ def _lock_file(path: Path, pattern: Pattern | None, targets: Sequence[str], tick
     """The lock of a .safetensors file without a model around it: matrices are known by their names."""
     from spp_fx.checkpoint import Shard
     from spp_fx.ir.names import is_target
-    from spp_fx.workflows.artifact import NO_SITE
+    from spp_fx.workflows import lone
 
     if (path.parent / "config.json").is_file():
         raise UsageError(f"{path}: is part of the model {path.parent}; lock that folder")
     shard = Shard.open(path)
-    matrices = {name: info for name, info in shard.header.tensors.items() if len(info.shape) == 2}
+    matrices = {name: info for name, info in shard.header.tensors.items() if len(info.shape) > 1}
     unknown = [target for target in targets if not any(is_target(name, target) for name in matrices)]
     if unknown:
         raise UsageError(f"{path}: holds no matrix named {', '.join(unknown)}")
@@ -229,15 +227,29 @@ def _lock_file(path: Path, pattern: Pattern | None, targets: Sequence[str], tick
     for name, info in matrices.items():
         if targets and not any(is_target(name, target) for target in targets):
             left_out[name] = "not among the targets"
-        elif not targets and (not name.endswith("weight") or any(word in name for word in NO_SITE)):
+        elif len(info.shape) > 3:
+            left_out[name] = f"has {len(info.shape)} dimensions, a mask has two or three"
+        elif not targets and not lone.is_site(name, info.shape):
             left_out[name] = "is no weight of a linear, by its name; name it in the targets to take it"
+        elif (reason := _uncounted(info.dtype)) is not None:
+            left_out[name] = reason
         else:
 
             def scan(start: int = info.start, shape: tuple[int, ...] = info.shape, dtype: str = info.dtype):
                 return scan_file(path, start, shape, dtype)
 
-            candidates.append(Candidate(name, "linear", False, path.name, info.nbytes, scan))
+            kind = "experts" if len(info.shape) == 3 else "linear"
+            candidates.append(Candidate(name, kind, False, path.name, info.nbytes, scan))
     return _lock(candidates, pattern, left_out, tick)
+
+
+def _uncounted(dtype: str) -> str | None:
+    """Why a dtype's zeros cannot be counted."""
+    try:
+        element_type(dtype)
+    except FormatError as error:
+        return str(error)
+    return None
 
 
 def _lock(

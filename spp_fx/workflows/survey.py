@@ -6,9 +6,10 @@ from pathlib import Path
 
 from spp_fx.checkpoint import ModelFolder
 from spp_fx.errors import UsageError
-from spp_fx.ir.binding import Binding, Parameter, bind
+from spp_fx.ir.binding import NOT_STORED, Binding, Parameter, bind
 from spp_fx.ir.piece import Piece
 from spp_fx.ir.program import Program
+from spp_fx.ir.site import Site
 from spp_fx.ir.trace import hollow, hollow_model, meta_model, trace
 from spp_fx.passes import Canonicalize, Match, run_pipeline
 from spp_fx.progress import Tick, no_tick
@@ -88,26 +89,64 @@ def _unusable(found: Survey, site: str) -> str | None:
     return None
 
 
-def expected_sites(path: Path, shapes: Mapping[str, tuple[int, ...]] | None) -> dict[str, bool]:
+@dataclass(frozen=True)
+class Expected:
+    """The weights that should be sparse in a model, whatever their dtype, whether they are there or not.
+
+    Attributes:
+        sites: stored tensor -> stored (in, out)? A site of which nothing is stored is under its own name.
+        refused: sites that are stored in a way that cannot be looked at, and why.
+    """
+
+    sites: dict[str, bool]
+    refused: dict[str, str]
+
+
+def expected_of(program: Program, binding: Binding) -> Expected:
+    """The stored tensors of the sites that `match` would take, and each of them that has none."""
+    run_pipeline(program, [Match(dense=True)])
+    owner = {name: program.tied.get(name, name) for name in program.sites}
+    stored = {owner[name] for name in program.matched if name in binding.pieces}
+    sites: dict[str, bool] = {}
+    refused: dict[str, str] = {}
+    for name in program.matched:
+        if name in binding.pieces:
+            pieces = tensors_of(binding.pieces[name])
+            sites |= {tensor: piece.transposed for tensor, piece in pieces.items()}
+        elif owner[name] in stored:
+            continue  # shared with another site, under whose name it is stored
+        elif (reason := binding.refused.get(name, NOT_STORED)) == NOT_STORED:
+            sites[name] = program.sites[name].transposed
+        else:
+            refused[name] = reason
+    return Expected(sites, refused)
+
+
+def expected_sites(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Expected:
     """The weights that should be sparse in whatever was made of a model, by its configuration alone.
 
     Args:
         path: a folder with the model's config.json.
-        shapes: of the stored tensors, whose names are given back; None gives the loaded model's names.
-
-    Returns:
-        Name -> stored (in, out)?
+        shapes: of the stored tensors, by name.
     """
-    if shapes is not None:
-        check_layer_count(ModelFolder.open(path, weights=False), len(shapes))
+    check_layer_count(ModelFolder.open(path, weights=False), len(shapes))
     model = meta_model(path)
     program = hollow(trace(model))
+    run_pipeline(program, [Canonicalize()])
+    return expected_of(program, bind(model, program.sites, shapes))
+
+
+def loaded_sites(path: Path, stored: int) -> dict[str, Site]:
+    """The weights that should be sparse in the loaded model, by its configuration alone.
+
+    Args:
+        path: a folder with the model's config.json.
+        stored: how many tensors there are, which bounds the number of layers.
+    """
+    check_layer_count(ModelFolder.open(path, weights=False), stored)
+    program = hollow(trace(meta_model(path)))
     run_pipeline(program, [Canonicalize(), Match(dense=True)])
-    if shapes is None:
-        return {name: program.sites[name].transposed for name in program.matched}
-    found = bind(model, program.sites, shapes)
-    pieces = tensors_of(piece for name in program.matched for piece in found.pieces.get(name, ()))
-    return {tensor: piece.transposed for tensor, piece in pieces.items()}
+    return {name: program.sites[name] for name in program.matched}
 
 
 def scan_tensor(folder: ModelFolder, tensor: str, *, transposed: bool) -> Scan:

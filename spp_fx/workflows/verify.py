@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import cache
-from math import prod
 from pathlib import Path
 
 from spp_fx.errors import SppFxError
@@ -11,7 +10,7 @@ from spp_fx.exporters.manifest import MANIFEST
 from spp_fx.parallel import in_order, thread_count
 from spp_fx.progress import Tick, no_tick
 from spp_fx.report.verdict import Finding, SiteVerdict, Verified
-from spp_fx.sparsity import LOCK_NAME, Lock, Scan, digest_masks, load_lock, load_scanner
+from spp_fx.sparsity import LOCK_NAME, Lock, Scan, Weights, digest_masks, load_lock, load_scanner
 from spp_fx.workflows.adapter_folder import CONFIG as ADAPTER_CONFIG
 from spp_fx.workflows.artifact import Artifact, open_artifact
 from spp_fx.workflows.coverage import Question, plan
@@ -96,7 +95,7 @@ def _verify(check: Check, jobs: int | None, tick: Tick, *, damaged: _Damaged | N
         raise nothing_to_hold_to(check.path)
     if lock:
         _check_some_are_there(check, artifact, lock)
-    asked = plan(artifact, lock, check.demands, compared=opened is not None)
+    asked = plan(artifact, lock, check.demands, against=opened)
     if not asked.questions and not asked.faults:
         raise SppFxError(f"{check.path}: it has no weight that could be verified")
     other = other_of(opened, asked.questions) if opened else None
@@ -144,7 +143,7 @@ def _judge_all(
     if jobs is None:
         jobs = min(thread_count(), len(questions)) if streams else 1
     load_scanner()  # before there are threads that would each begin to
-    groups = _groups(questions, jobs if streams else None)
+    groups = _groups(questions, artifact.weights, jobs if streams else None)
     origin = _historian(artifact)
     sites: list[SiteVerdict] = []
     for site in (site for group in in_order(answers, groups, jobs) for site in group):
@@ -153,17 +152,19 @@ def _judge_all(
     return sites
 
 
-def _groups(questions: Iterable[Question], jobs: int | None) -> Iterator[list[Question]]:
+def _groups(questions: Iterable[Question], weights: Weights, jobs: int | None) -> Iterator[list[Question]]:
     """Neighbouring sites that one job looks at, so that their masks are hashed side by side.
 
     Args:
-        jobs: each holds its part of `_MASK_BYTES`, by the sizes that the lock tells; None makes every site one
-            of its own, as are those of unknown size.
+        jobs: each holds its part of `_MASK_BYTES`, by the sizes that the artifact has, whatever a lock says;
+            None makes every site one of its own, as are those of unknown size.
     """
     group: list[Question] = []
     held = 0
     for question in questions:
-        size = prod(question.entry.shape) // 8 if question.entry and jobs else _MASK_BYTES
+        size = _MASK_BYTES
+        if jobs and weights.numel and question.name in weights.names:
+            size = weights.numel(question.name) // 8
         if group and (len(group) == _GROUP or held + size > _MASK_BYTES // (jobs or 1)):
             yield group
             group, held = [], 0

@@ -7,12 +7,13 @@ manifest says which part of the graph each stored tensor is, and the weights com
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from onnx import TensorProto
 from torch import Tensor
 
 from spp_fx.errors import FormatError
@@ -47,6 +48,16 @@ class GraphWeights:
         stored = [*self.file.dense, *self.file.sparse]
         return [*self.computed, *(n for n in stored if self.file.is_weight(n) and n not in parts)]
 
+    def place(self, name: str) -> str:
+        """The file that holds a weight's numbers, as the graph names it: the graph itself, or one beside it."""
+        chain = self.computed.get(name)
+        stored = chain.values if chain else name
+        sparse = self.file.sparse.get(stored)
+        tensor = sparse.values if sparse else self.file.dense[stored]
+        if tensor.data_location != TensorProto.EXTERNAL:
+            return self.file.path.name
+        return PurePosixPath({each.key: each.value for each in tensor.external_data}["location"]).as_posix()
+
     def read(self, name: str) -> Tensor:
         """A weight's numbers, in the shape that the graph has it in."""
         chain = self.computed.get(name)
@@ -79,10 +90,13 @@ def read(folder: Path, manifest: Manifest) -> Weights:
             return scan_tensor(graph.read(name), transposed=transposed)
         return scan_tensor(_cut(graph.read(part.initializer), part, places[name]), transposed=transposed)
 
+    def file(name: str) -> str:
+        return graph.place(parts[name].initializer if name in parts else name)
+
     sites = {record.name: record.transposed for record in manifest.tensors}
     taken = {part.initializer for part in parts.values()}
     names = frozenset(parts) | (known - taken)
-    return Weights(names, scan, lambda _: GRAPH, lambda: sites)
+    return Weights(names, scan, file, lambda: sites)
 
 
 def read_graph(path: Path) -> Weights:
@@ -107,7 +121,7 @@ def read_graph(path: Path) -> Weights:
         packed = dict.fromkeys([*graph.file.sparse, *graph.computed], False)
         return packed | {n: turned for n, turned in factors.items() if n in packed or not _is_no_site(n)}
 
-    return Weights(frozenset(graph.names), scan, lambda _: path.name, sites)
+    return Weights(frozenset(graph.names), scan, graph.place, sites, guessed=True)
 
 
 def _is_no_site(name: str) -> bool:
