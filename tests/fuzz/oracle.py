@@ -15,13 +15,14 @@ from typing import Any
 
 from spp_fx import runtime
 from spp_fx.errors import SppFxError
+from spp_fx.sparsity import LOCK_NAME
 from spp_fx.workflows.inspect import inspect
 from spp_fx.workflows.merge import merge
 from spp_fx.workflows.unpack import unpack
 from spp_fx.workflows.verify import Verified, verify
 from tests.fuzz import cases
 from tests.fuzz.cases import Case
-from tests.fuzz.plain import READERS, Look
+from tests.fuzz.plain import READERS, Look, dense_site
 from tests.fuzz.seeds import Seed
 
 TIME_LIMIT = 10.0
@@ -104,6 +105,15 @@ def _judge(rng: Random, case: Case, pristine: Seed, scratch: Path) -> tuple[str,
             return FALSE_OK, difference
     elif case.harmless and case.seed.kind != "adapter":
         return FALSE_ALARM, own.detail
+    for name, run, fault in _without_lock(rng, case, pristine):
+        asked = _attempt(name, run)
+        if asked.outcome in FAILURES:
+            return asked.outcome, asked.detail
+        if _holds(asked.result, case):
+            if difference := fault():
+                return FALSE_OK, f"{name}: {difference}"
+        elif case.harmless:
+            return FALSE_ALARM, f"{name}: {asked.detail}"
     written = scratch / "written"
     if written.exists() and not case.lock_touched and (difference := _written_differs(written, pristine)):
         return FALSE_OK, f"{'merge' if case.seed.kind == 'adapter' else 'unpack'} wrote it: {difference}"
@@ -151,6 +161,36 @@ def _other_verbs(rng: Random, case: Case, scratch: Path) -> list[tuple[str, Call
     if kind in ("model", "sharded") and rng.random() < 0.02:
         return [("inspect", lambda: inspect(path))]
     return []
+
+
+_UNLOCKED = {"lone": 0.7, "model": 0.06, "sharded": 0.06}
+"""How often a kind is asked about without its lock; a model is traced then, which takes a second."""
+
+
+def _without_lock(
+    rng: Random, case: Case, pristine: Seed
+) -> list[tuple[str, Callable[[], Any], Callable[[], str | None]]]:
+    """Attempts in which no lock names the sites, each with what tells whether an ok is a false one."""
+    kind, path = case.seed.kind, case.seed.path
+    if rng.random() >= _UNLOCKED.get(kind, 0):
+        return []
+    own = (path if path.is_dir() else path.parent) / LOCK_NAME
+    if own.is_dir() and not own.is_symlink():
+        return []
+    own.unlink(missing_ok=True)
+    sites = _sites(pristine.lock)
+    return [
+        (
+            "verify --pattern 2:4 --coverage all",
+            lambda: verify(path, pattern="2:4", coverage="all"),
+            lambda: dense_site(path, sites, names_are_known=kind != "lone"),
+        ),
+        (
+            "verify --against the undamaged one",
+            lambda: verify(path, against=pristine.path),
+            lambda: _difference(case.seed, pristine),
+        ),
+    ]
 
 
 def _holds(result: Any, case: Case) -> bool:

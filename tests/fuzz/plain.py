@@ -112,6 +112,30 @@ def file(path: Path, sites: Mapping[str, bool]) -> dict[str, Look]:
     return {name: found[name].look(turned) for name, turned in sites.items()}
 
 
+def dense_site(path: Path, sites: Mapping[str, bool], *, names_are_known: bool) -> str | None:
+    """The first site of a folder or file of 2:4 weights that has three non-zeros in a group of four.
+
+    Args:
+        names_are_known: a site that is missing is told as well: a model around the weights knows its name.
+    """
+    found = _folder_tensors(path) if path.is_dir() else tensors(path)
+    for name in sites:
+        if name not in found:
+            if names_are_known:
+                return f"{name} is gone"
+            continue
+        stored = found[name]
+        if len(stored.shape) not in (2, 3):
+            continue
+        bits = stored.bits
+        if stored.dtype in FLOATS:
+            bits = bits & bits.dtype.type(np.iinfo(bits.dtype).max >> 1)
+        groups = bits[: bits.size // 4 * 4].reshape(-1, 4)  # rows of whole groups: 2:4 refuses any other
+        if stored.shape[-1] % 4 or ((groups != 0).sum(1) > 2).any():
+            return f"{name}: {stored.shape} is not 2:4"
+    return None
+
+
 def adapter(path: Path, sites: Mapping[str, bool]) -> dict[str, Look]:
     """An adapter stands for the masks of its base, which lies beside it."""
     return folder(path.parent / "model", sites)

@@ -120,6 +120,8 @@ def _warm_up(seeds: dict[str, Seed]) -> None:
 
     for seed in seeds.values():
         verify(seed.path)
+    for kind in seeds.keys() & {"model", "sharded", "lone"}:
+        verify(seeds[kind].path, pattern="2:4", against=seeds[kind].path)
     with tempfile.TemporaryDirectory() as folder:
         for kind in seeds.keys() & {"cusparselt", "sparse-bitmask", "legacy"}:
             unpack(seeds[kind].path, Path(folder, kind))

@@ -44,6 +44,18 @@ def test_the_oracle_sees_a_verify_that_believes_everything(artifacts, monkeypatc
     assert oracle.FALSE_OK in outcomes
 
 
+@pytest.mark.parametrize("option", ["pattern", "against"])
+def test_the_oracle_asks_a_verify_without_a_lock(artifacts, monkeypatch, option):
+    from spp_fx.workflows.verify import verify
+    from tests.fuzz import oracle
+
+    sound = verify(artifacts["lone"].path)
+    monkeypatch.setattr(oracle, "verify", lambda path, **o: sound if option in o else verify(path, **o))
+    lone = {"lone": artifacts["lone"]}
+    found = [oracle.run_case(lone, 0, number) for number in range(40)]
+    assert any(each.outcome == oracle.FALSE_OK and option in each.detail for each in found)
+
+
 def test_the_oracle_sees_an_error_that_is_not_the_projects(artifacts, monkeypatch):
     from tests.fuzz import oracle
 
