@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
@@ -264,9 +264,3 @@ def _onnx(path: Path) -> Artifact:
     if in_export and read_manifest(folder, check_files=False).format in FORMATS:
         return replace(_export(folder), path=path, kind="onnx")
     return Artifact(path, "onnx", read_graph(path), _lock_beside(path.parent))
-
-
-def each(artifact: Artifact, sites: Mapping[str, bool]) -> Iterator[tuple[str, Scan | None]]:
-    """Every site with its scan, None where the artifact has no such weight."""
-    for name, transposed in sites.items():
-        yield name, artifact.weights.scan(name, transposed) if name in artifact.names else None

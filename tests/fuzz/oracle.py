@@ -183,7 +183,7 @@ def _without_lock(
         (
             "verify --pattern 2:4 --coverage all",
             lambda: verify(path, pattern="2:4", coverage="all"),
-            lambda: dense_site(path, sites, names_are_known=kind != "lone"),
+            lambda: _plainly(lambda: dense_site(path, sites, names_are_known=kind != "lone")),
         ),
         (
             "verify --against the undamaged one",
@@ -215,11 +215,19 @@ def _sites(lock: Path) -> dict[str, bool]:
 def _difference(damaged: Seed, pristine: Seed) -> str | None:
     """The first site that is not what it was, or not finite, in a plain reading; None if there is none."""
     before = _looks(pristine)
+
+    def difference() -> str | None:
+        return _first_difference(before, READERS[damaged.reader](damaged.path, _sites(pristine.lock)))
+
+    return _plainly(difference)
+
+
+def _plainly(find: Callable[[], str | None]) -> str | None:
+    """What a plain reading finds; that it fails is a finding as well."""
     try:
-        now = READERS[damaged.reader](damaged.path, _sites(pristine.lock))
+        return find()
     except Exception as error:  # noqa: BLE001 - the plain reader checks nothing
         return f"a plain reading fails: {type(error).__name__}: {str(error)[:200]}"
-    return _first_difference(before, now)
 
 
 def _first_difference(before: Mapping[str, Look], now: Mapping[str, Look]) -> str | None:
