@@ -24,7 +24,6 @@ from transformers.core_model_loading import (
 
 from spp_fx.ir.piece import Piece
 
-
 NOT_STORED = "the checkpoint holds no tensor for it"
 
 

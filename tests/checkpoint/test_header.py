@@ -211,5 +211,5 @@ def test_a_damaged_real_file_is_read_or_refused(tmp_path: Path, data: st.DataObj
 def test_a_git_lfs_pointer_is_called_one(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n")
-    with pytest.raises(FormatError, match="is a Git LFS pointer, .* 'git lfs pull'"):
+    with pytest.raises(FormatError, match=r"is a Git LFS pointer, .* 'git lfs pull'"):
         read_header(path)
