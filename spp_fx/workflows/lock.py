@@ -188,7 +188,9 @@ def make_lock(
     left_out = dict(report.refused)
     sites = list(found.program.matched)
     if pattern is None and not targets:
-        sites = [name for name, site in found.program.sites.items() if site.tied_to is None]
+        # A head tied to the embedding is the embedding's, unless the checkpoint stores it as the head's.
+        own = {name for name, pieces in found.pieces.items() if any(p.tensor == name for p in pieces)}
+        sites = [name for name, site in found.program.sites.items() if site.tied_to is None or name in own]
         left_out = {name: reason for name, reason in left_out.items() if name not in sites}
     candidates: list[Candidate] = []
     for site in sites:
