@@ -12,7 +12,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:
 	@echo "make demo     the whole way on a small model, a few minutes on two cores"
 	@echo "make test     the test suite"
-	@echo "make test-slow  its long runs: benchmarks, several processes, kills"
+	@echo "make test-slow its long runs: benchmarks, several processes, kills"
 	@echo "make check    lint, format, types, layers"
 	@echo "make bench    benchmarks, JSON on stdout"
 	@echo "make soak     a hundred kills of every verb, and the full fuzz: an hour or two"

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from common.llama import Shape, write_llama
 from common.process import run_python, run_spp_fx
+from common.report import publish
 
 FORMATS = ("onnx", "onnx-packed", "onnx-dense")
 
@@ -57,11 +58,7 @@ def main() -> None:
         "results": results,
         "logits_equal": True,
     }
-    text = json.dumps(report, indent=1)
-    print(text)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text + "\n")
+    publish(report, options.output)
 
 
 def measure(model: Path, out: Path, format: str, stored: int) -> dict[str, Any]:

@@ -8,7 +8,6 @@ files of the export, by those of the dense model. The table goes to stderr, the 
 """
 
 import argparse
-import json
 import shutil
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 from common.llama import Shape, write_llama
+from common.report import publish
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import spp_fx
@@ -55,11 +55,7 @@ def main() -> None:
         "results": results,
     }
     tell(results)
-    text = json.dumps(report, indent=1)
-    print(text)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text + "\n")
+    publish(report, options.output)
 
 
 def rounded(model: Path, out: Path) -> None:

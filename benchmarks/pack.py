@@ -15,7 +15,6 @@ or loaded from the cache, before the first measurement.
 """
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -28,6 +27,7 @@ from statistics import median
 from unittest import mock
 
 import torch
+from common.report import publish
 
 from spp_fx.checkpoint import ModelFolder, write_safetensors
 from spp_fx.exporters import (
@@ -94,11 +94,7 @@ def main() -> None:
         model.mkdir()
         write_model(model, max(1, round(options.gb * 1e9 / (2 * COLUMNS * options.rows))), options.rows)
         report = measure(model, Path(folder) / "out", options.only, options.repeats)
-    text = json.dumps(report, indent=1)
-    print(text)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text + "\n")
+    publish(report, options.output)
 
 
 def write_model(folder: Path, matrices: int, rows: int) -> None:

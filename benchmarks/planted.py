@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from common.llama import Shape, write_llama
 from common.process import run_spp_fx
+from common.report import publish
 
 from spp_fx.checkpoint import ModelFolder, Shard, TensorInfo, torch_dtype, write_safetensors
 from spp_fx.sparsity import LOCK_NAME, element_type, load_lock
@@ -83,11 +84,7 @@ def main() -> None:
         "missed": missed,
         "results": results,
     }
-    text = json.dumps(report, indent=1)
-    print(text)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text + "\n")
+    publish(report, options.output)
     if missed or not all(result["untouched"] for result in results):
         sys.exit("planted: a changed weight was missed, or an untouched artifact failed")
 

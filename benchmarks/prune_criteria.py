@@ -6,10 +6,10 @@ Every cell is `spp-fx prune` and `spp-fx eval` over the whole of the data.
 """
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 
+from common.report import publish
 from transformers.utils import logging
 
 from spp_fx.workflows.calibration import Calibration
@@ -46,11 +46,7 @@ def main() -> None:
         "samples": options.samples,
         "perplexity": table,
     }
-    text = json.dumps(report, indent=1)
-    print(text)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text + "\n")
+    publish(report, options.output)
 
 
 def cell(options: argparse.Namespace, calibration: Calibration, way: str, pattern: str) -> float:

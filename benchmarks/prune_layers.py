@@ -8,7 +8,6 @@ largest resident set. `floor` is the same for a model of one small layer: what t
 """
 
 import argparse
-import json
 import os
 import shutil
 import tempfile
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 from common.llama import Shape, write_llama
 from common.process import run_spp_fx
+from common.report import publish
 
 FLOOR = Shape(hidden=64, intermediate=128, heads=4, kv_heads=4, layers=1)
 
@@ -51,11 +51,7 @@ def main() -> None:
         "results": results,
         "seconds_per_layer": [round(each, 2) for each in slope],
     }
-    text = json.dumps(report, indent=1)
-    print(text)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text + "\n")
+    publish(report, options.output)
 
 
 def measure(folder: Path, shape: Shape, options: argparse.Namespace) -> dict[str, float]:

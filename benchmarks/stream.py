@@ -17,7 +17,6 @@ of any size comes to.
 """
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -32,6 +31,7 @@ from typing import Any
 import numpy as np
 from common.llama import Shape, write_llama
 from common.process import run_python, run_spp_fx
+from common.report import publish
 from safetensors.numpy import load_file, save_file
 
 from spp_fx.checkpoint import ModelFolder
@@ -57,11 +57,7 @@ def main() -> None:
     }
     if len(results) > 1:
         report["slopes"] = slopes(results[0], results[-1])
-    text = json.dumps(report, indent=1)
-    print(text)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(text + "\n")
+    publish(report, options.output)
 
 
 def measure(gb: float, options: argparse.Namespace) -> dict[str, Any]:

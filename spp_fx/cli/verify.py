@@ -135,9 +135,11 @@ def _show(output: Output, verdicts: "Sequence[Verified]", *, listed: bool, githu
 
     def show() -> None:
         for verdict in verdicts:
-            unread = not listed and verdict.error is not None
-            for line in ["spp-fx: " + escaped(verdict.problems[0])] if unread else lines(verdict):
-                click.echo(line, err=unread)
+            if not listed and verdict.error is not None:
+                click.echo("spp-fx: " + escaped(verdict.problems[0]), err=True)
+                continue
+            for line in lines(verdict, one_of_many=len(verdicts) > 1):
+                click.echo(line)
 
     output.result(all_to_json(verdicts) if listed else verdicts[0].to_json(), show)
     if github:

@@ -4,18 +4,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spp_fx.exporters.builtin import (
+    from spp_fx.exporters.registry import (
         FORMATS,
         Decoded,
         ExportSettings,
         Format,
         Say,
-        Source,
         Tick,
         Weights,
         find_format,
         register,
     )
+    from spp_fx.exporters.source import Source
 
 __all__ = [
     "FORMATS",
@@ -35,4 +35,6 @@ def __getattr__(name: str) -> Any:
     """Formats bring torch and onnx, which reading a manifest need not wait for: imported on first use."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("spp_fx.exporters.builtin"), name)
+    import_module("spp_fx.exporters.builtin")
+    home = "source" if name == "Source" else "registry"
+    return getattr(import_module(f"spp_fx.exporters.{home}"), name)

@@ -9,13 +9,14 @@ SHOWN = 20
 """Failing sites told in full; the rest are counted."""
 
 
-def lines(verdict: Verified) -> Iterator[str]:
-    """Each failure, the first ones in full, then the verdict."""
+def lines(verdict: Verified, *, one_of_many: bool = False) -> Iterator[str]:
+    """Each failure, the first ones in full, then the verdict; of many, each says which artifact it is of."""
+    fail = f"FAIL {escaped(str(verdict.path))}:" if one_of_many else "FAIL"
     for problem in verdict.problems:
-        yield f"FAIL {verdict.kind}: {escaped(problem)}"
+        yield f"{fail} {verdict.kind}: {escaped(problem)}"
     failed = verdict.failed
     for site in failed[:SHOWN]:
-        yield f"FAIL {escaped(site.name)}: {escaped(site.reason or '')}"
+        yield f"{fail} {escaped(site.name)}: {escaped(site.reason or '')}"
     if len(failed) > SHOWN:
         yield f"... and {len(failed) - SHOWN} more; --json lists all"
     yield conclusion(verdict)

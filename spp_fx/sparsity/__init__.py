@@ -5,7 +5,7 @@ from spp_fx.sparsity.detect import detect_pattern
 from spp_fx.sparsity.digests import digest_masks
 from spp_fx.sparsity.dtypes import ElementType, element_type
 from spp_fx.sparsity.locate import locator
-from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry, load_lock, make_entry
+from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry, load_lock, lock_beside, make_entry
 from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.pattern import NM, Pattern, Unstructured, implies, parse_pattern
 from spp_fx.sparsity.scan import (
@@ -47,6 +47,7 @@ __all__ = [
     "load_lock",
     "load_scanner",
     "locator",
+    "lock_beside",
     "make_entry",
     "pack_mask",
     "parse_pattern",

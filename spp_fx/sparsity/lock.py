@@ -225,6 +225,16 @@ def load_lock(path: str | os.PathLike[str]) -> Lock:
     return Lock.loads(data, str(file))
 
 
+def lock_beside(folder: Path) -> Lock | None:
+    """The lock in a folder, None if it has none; one that cannot be read is not none.
+
+    Raises:
+        what `load_lock` raises.
+    """
+    path = folder / LOCK_NAME
+    return load_lock(path) if os.path.lexists(path) else None
+
+
 def _common_pattern(sites: tuple[LockEntry, ...]) -> str | None:
     patterns = {site.pattern for site in sites}
     return patterns.pop() if len(patterns) == 1 else None

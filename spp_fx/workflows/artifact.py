@@ -1,6 +1,5 @@
 """Anything that verify reads, as named weights whose zeros can be looked at."""
 
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from spp_fx.checkpoint.layout import WEIGHTS_NAME
 from spp_fx.errors import FormatError, UsageError
 from spp_fx.exporters.manifest import COMPACT, MANIFEST, Manifest, read_manifest
 from spp_fx.exporters.sparsity_config import is_legacy
-from spp_fx.sparsity import LOCK_NAME, Lock, Scan, Weights, load_lock, scan_file
+from spp_fx.sparsity import Lock, Scan, Weights, lock_beside, scan_file
 from spp_fx.workflows import lone
 from spp_fx.workflows.adapter_folder import CONFIG, AdapterFolder
 from spp_fx.workflows.open_model import open_model
@@ -75,11 +74,6 @@ def open_artifact(path: Path) -> Artifact:
     raise UsageError(f"{path} {what}")
 
 
-def _lock_beside(folder: Path) -> Lock | None:
-    path = folder / LOCK_NAME
-    return load_lock(path) if os.path.lexists(path) else None  # a broken one is no absent one
-
-
 def _model(path: Path) -> Artifact:
     folder = open_model(path)
 
@@ -108,7 +102,7 @@ def _model(path: Path) -> Artifact:
         refused=lambda: expected().refused,
         numel=numel,
     )
-    return Artifact(path, "model", weights, _lock_beside(path))
+    return Artifact(path, "model", weights, lock_beside(path))
 
 
 def _legacy(folder: ModelFolder) -> Artifact:
@@ -126,9 +120,7 @@ def _legacy(folder: ModelFolder) -> Artifact:
         return dict.fromkeys(legacy.packed | plain, False)
 
     weights = Weights(frozenset(legacy.shapes), scan, legacy.file, sites, guessed=True)
-    return Artifact(
-        folder.path, "compressed-tensors", weights, _lock_beside(folder.path), (legacy.problem(),)
-    )
+    return Artifact(folder.path, "compressed-tensors", weights, lock_beside(folder.path), (legacy.problem(),))
 
 
 def _adapter(path: Path) -> Artifact:
@@ -202,7 +194,7 @@ def refuse_part_of_export(path: Path) -> None:
 
 def _lock_of_shard(shard: Shard) -> Lock | None:
     """The lock beside a file, less the sites that the folder's index places in other shards."""
-    lock = _lock_beside(shard.path.parent)
+    lock = lock_beside(shard.path.parent)
     index = shard.path.parent / INDEX_NAME
     if lock is None or not index.is_file():
         return lock
@@ -234,7 +226,7 @@ def _export(path: Path) -> Artifact:
         return Expected(others.sites | dict(weights.sites()), others.refused)
 
     asked = replace(weights, sites=lambda: expected().sites, refused=lambda: expected().refused)
-    return Artifact(path, manifest.format, asked, _lock_beside(path))
+    return Artifact(path, manifest.format, asked, lock_beside(path))
 
 
 def _in_graph(path: Path, manifest: Manifest, stored: int) -> "Expected":
@@ -263,4 +255,4 @@ def _onnx(path: Path) -> Artifact:
     in_export = path.name == GRAPH and path.is_file() and (folder / MANIFEST).is_file()
     if in_export and read_manifest(folder, check_files=False).format in FORMATS:
         return replace(_export(folder), path=path, kind="onnx")
-    return Artifact(path, "onnx", read_graph(path), _lock_beside(path.parent))
+    return Artifact(path, "onnx", read_graph(path), lock_beside(path.parent))

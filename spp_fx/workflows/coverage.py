@@ -72,7 +72,7 @@ def plan(artifact: Artifact, lock: Lock | None, demands: Demands, *, against: Ar
         own, known = known, _joined(artifact, lock, known, against)
         if (
             against.weights.guessed
-        ):  # only that they are the same is asked of what is a site by its name there
+        ):  # what is a site by its name alone must be the same, and need not be sparse
             suggested = known.keys() - own.keys()
     required: set[str] = set()
     for target in demands.require:

@@ -12,7 +12,7 @@ from spp_fx.errors import MaskError, UsageError
 from spp_fx.exporters import FORMATS, ExportSettings, Format, Say, Source, find_format
 from spp_fx.exporters.manifest import Manifest, add_file, read_manifest
 from spp_fx.exporters.source import ROUND_TO
-from spp_fx.sparsity import LOCK_NAME, load_lock
+from spp_fx.sparsity import LOCK_NAME, load_lock, lock_beside
 from spp_fx.workflows import provenance
 from spp_fx.workflows.lock import make_lock
 from spp_fx.workflows.survey import Tick, no_tick, open_model, survey
@@ -143,14 +143,14 @@ def _check_options(format: Format, settings: ExportSettings) -> None:
 def open_source(model: Path, *, trust_remote_code: bool = False, any_config: bool = False) -> Source:
     """A model folder with the lock it came with, which must hold, or with one made of its sparse sites."""
     folder = open_model(model, any_config=any_config)
-    if (model / LOCK_NAME).is_file():
+    if own := lock_beside(model):
         verdict = verify(model)
         if not verdict.ok:
             broken = [f"{site.name}: {site.reason}" for site in verdict.sites if not site.ok]
             faults = broken if any_config else [*verdict.problems, *broken]
             if faults:
                 raise MaskError(f"{model}: {faults[0]}; export only what verifies")
-        return Source(folder, load_lock(model / LOCK_NAME), trust_remote_code)
+        return Source(folder, own, trust_remote_code)
     found = survey(model, trust_remote_code=trust_remote_code, any_config=any_config)
     lock = make_lock(found).lock
     if not lock.sites:

@@ -12,7 +12,7 @@ from spp_fx.checkpoint import atomic_folder
 from spp_fx.errors import MaskError, SppFxError, UsageError
 from spp_fx.ir.site import Site
 from spp_fx.passes import Inject, Match, run_pipeline
-from spp_fx.sparsity import LOCK_NAME, Lock, PackedMask, Pattern, compare, load_lock, make_entry
+from spp_fx.sparsity import LOCK_NAME, Lock, PackedMask, Pattern, compare, lock_beside, make_entry
 from spp_fx.workflows import provenance
 from spp_fx.workflows.adapter_folder import write_adapter
 from spp_fx.workflows.survey import Survey, Tick, choose, no_tick, observe, survey
@@ -154,7 +154,8 @@ def _size(method: Method, site: Site) -> int:
 def _lock(found: Survey, masks: dict[str, tuple[PackedMask, Pattern | None]]) -> Lock:
     """The lock of the matched sites' tensors, held against the model's own lock if it has one."""
     path = found.folder.path / LOCK_NAME
-    known = load_lock(path).by_name() if path.is_file() else {}
+    own = lock_beside(found.folder.path)
+    known = own.by_name() if own else {}
     entries = {
         piece.tensor: make_entry(
             piece.tensor,

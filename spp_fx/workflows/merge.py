@@ -16,7 +16,7 @@ from spp_fx.checkpoint.workspace import Workspace, workspace
 from spp_fx.errors import MaskError, UsageError
 from spp_fx.parallel import in_order, thread_count
 from spp_fx.progress import Tick, no_tick
-from spp_fx.sparsity import LOCK_NAME, Lock, LockEntry, compare, load_lock, load_scanner, scan_file
+from spp_fx.sparsity import LOCK_NAME, Lock, LockEntry, compare, load_scanner, lock_beside, scan_file
 from spp_fx.workflows import provenance
 from spp_fx.workflows.adapter_folder import CONFIG, FACTORS, AdapterFolder
 from spp_fx.workflows.fold_plan import Folded, FoldPlan
@@ -113,7 +113,8 @@ def merge(
     source.check_base(folder)
     fold = FoldPlan.make(source, folder, vanish)
     # What the base's own lock holds beyond the adapter's sites stays locked: it is copied, and proven.
-    held = Lock.of((base_lock(base) | source.lock.by_name()).values())
+    own = lock_beside(base)
+    held = Lock.of(((own.by_name() if own else {}) | source.lock.by_name()).values())
     locked = held.by_name()
     _check_names(folder, locked)
     history = adapter if provenance.load(adapter) else base
@@ -148,12 +149,6 @@ def merge(
         )
     mask_equal = {name: proven.mask_equal.get(name) for name in counts}
     return Merged(out, base, counts, mask_equal, len(folder.names) - len(counts), folder.stored_bytes)
-
-
-def base_lock(base: Path) -> dict[str, LockEntry]:
-    """The entries of the lock beside a model's weights, by tensor; none if it has no lock."""
-    path = base / LOCK_NAME
-    return load_lock(path).by_name() if path.is_file() else {}
 
 
 def _plan(adapter: AdapterFolder, base: ModelFolder, vanish: Vanish) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def test_all_artifacts_of_the_policy_are_checked(repository):
     words = command("verify")
     assert words.code == 1
     assert "ok: model models/good: all 4 sites hold 2:4" in words.out
-    assert f"FAIL {NAMES[0]}" in words.out
+    assert f"FAIL models/bad: {NAMES[0]}" in words.out
     assert "policy: spp-fx.toml" in words.err
 
 
@@ -66,7 +66,7 @@ def test_a_damaged_artifact_of_several_is_one_of_the_verdicts(repository):
     assert result.code == 1
     assert [artifact["ok"] for artifact in result.json["artifacts"]] == [True, False]
     words = command("verify")
-    assert "FAIL model: " in words.out
+    assert "FAIL models/bad: model: " in words.out
     assert "not ok: model models/bad" in words.out
 
 
