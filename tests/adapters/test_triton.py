@@ -1,4 +1,4 @@
-"""The Triton kernels in Triton's interpreter, held to the torch passes."""
+"""The Triton kernels, compiled on a GPU and else in Triton's interpreter, held to the torch passes on the CPU."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from tests.adapters.adapted import SHAPES, make, ranges
 pytest.importorskip("triton", reason="triton is not installed")
 from spp_fx.adapters.ops import triton_passes
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the kernels run compiled")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
 
@@ -17,30 +17,29 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, to
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_both_passes_are_those_of_torch(shape, dtype, storage):
-    adapted = make(*shape, dtype, storage)
+    adapted, here = make(*shape, dtype, storage), make(*shape, dtype, storage, DEVICE)
     m, n, r = shape
     tolerance = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype]}
     for start, stop in ranges(m, r):
         for base in (0.0, 1.0):
             expected, got = (torch.full((stop - start, n), 7.0, dtype=dtype) for _ in range(2))
             passes.build_torch(adapted, start, stop, base, expected)
-            triton_passes.build(adapted, start, stop, base, got)
-            torch.testing.assert_close(got, expected, **tolerance)
+            got = triton_passes.build(here, start, stop, base, got.to(DEVICE))
+            torch.testing.assert_close(got.cpu(), expected, **tolerance)
         g = torch.randn(stop - start, n, generator=torch.Generator().manual_seed(3)).to(dtype)
-        sums = [(torch.ones_like(adapted.alpha), torch.ones_like(adapted.beta)) for _ in range(2)]
-        for reduce, (dalpha, dbeta) in zip(
-            (passes.reduce_torch, triton_passes.reduce_gradient), sums, strict=True
-        ):
-            reduce(adapted, g, start, stop, dalpha, dbeta)
-        for got, expected in zip(sums[1], sums[0], strict=True):
+        expected = torch.ones_like(adapted.alpha), torch.ones_like(adapted.beta)
+        got = torch.ones_like(here.alpha), torch.ones_like(here.beta)
+        passes.reduce_torch(adapted, g, start, stop, *expected)
+        triton_passes.reduce_gradient(here, g.to(DEVICE), start, stop, *got)
+        for ours, theirs in zip(got, expected, strict=True):
             torch.testing.assert_close(
-                got, expected, **({"rtol": 1e-4, "atol": 1e-4} if dtype != torch.float64 else tolerance)
+                ours.cpu(), theirs, **({"rtol": 1e-4, "atol": 1e-4} if dtype != torch.float64 else tolerance)
             )
 
 
 def test_nothing_is_done_for_no_rows():
-    adapted = make(8, 12, 2, torch.float32, "dense")
-    out = torch.full((1, 12), 7.0)
+    adapted = make(8, 12, 2, torch.float32, "dense", DEVICE)
+    out = torch.full((1, 12), 7.0, device=DEVICE)
     triton_passes.build(adapted, 4, 4, 1.0, out)
     triton_passes.reduce_gradient(adapted, out[:0], 4, 4, adapted.alpha, adapted.beta)
     assert bool((out == 7).all())
