@@ -176,7 +176,8 @@ def _export(model: PreTrainedModel) -> ExportedProgram:
     device = next(model.parameters()).device
     # Neither size may be 0 or 1 (export specialises on both), nor equal to another (it unifies them).
     ids = torch.zeros(2, 7, dtype=torch.int64, device=device)
-    dynamic = {0: Dim("batch"), 1: Dim("sequence")}
+    # Not named: of a named size, torch 2.11 wants guards proven that hold for all sizes and that it cannot prove.
+    dynamic = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     return export_as(model, forward, (ids, torch.ones_like(ids)), (dynamic, dict(dynamic)))
 
 

@@ -133,7 +133,7 @@ class Policy:
         except OSError as error:
             raise UsageError(f"{path}: the policy cannot be read: {error.strerror}") from error
         try:
-            content = tomllib.loads(data.decode("utf-8"))
+            content = tomllib.loads(data.decode("utf-8-sig"))  # some editors of Windows put a BOM first
         except (ValueError, RecursionError) as error:  # TOMLDecodeError, UnicodeDecodeError
             raise UsageError(f"{path}: is not TOML: {error}") from error
         try:

@@ -3,18 +3,14 @@
 import pytest
 import torch
 
+from spp_fx.adapters.ops import spp_blockwise, spp_fused
 from spp_fx.errors import PreconditionError, UsageError
 from spp_fx.ir.program import ADAPTER
 from spp_fx.passes import Lower, run_pipeline
 from tests.families import batch
 from tests.passes.programs import adapted, canonical
 
-ops = torch.ops.spp_fx
-OP = {
-    "reference": None,
-    "blockwise": ops.spp_linear_blockwise.default,
-    "fused": ops.spp_linear_fused.default,
-}
+OP = {"reference": None, "blockwise": spp_blockwise.OP, "fused": spp_fused.OP}
 
 
 def calls(program, namespace: str = "spp_fx") -> set:
@@ -36,6 +32,7 @@ def test_only_the_chosen_op_is_left(kernel):
 @pytest.mark.parametrize("kernel", OP)
 def test_dropout_keeps_its_seed_in_the_graph(kernel):
     program = adapted(canonical("llama"), kernel, dropout=0.1)
+    ops = torch.ops.spp_fx
     expected = {ops.dropout_seed.default, OP[kernel] or ops.dropout.default}
     assert calls(program) == expected
 

@@ -52,6 +52,11 @@ def test_all_artifacts_of_the_policy_are_checked(repository):
     assert "policy: spp-fx.toml" in words.err
 
 
+def test_a_byte_order_mark_is_no_part_of_a_policy(repository):
+    Path("spp-fx.toml").write_text(ONE, encoding="utf-8-sig")
+    assert [check.path for check in Policy.find().checks()] == [Path("models/good")]
+
+
 def test_one_artifact_keeps_the_form_of_one(repository):
     write(BOTH)
     result = must("verify", "models/good", "--json")
