@@ -8,18 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
 
-ERR = Console(stderr=True, highlight=False)
+from spp_fx.progress import no_tick
 
 
 class Output:
@@ -48,53 +38,46 @@ class Output:
     @contextmanager
     def bytes_bar(self, title: str) -> Generator[Callable[[str, int], None], None, None]:
         """A bar that counts bytes; what it yields is called with a tensor's name and size."""
-        columns = (TextColumn("{task.description}"), DownloadColumn(), TextColumn("{task.fields[item]}"))
-        with self._bar(columns) as progress:
-            task = progress.add_task(title, total=None, item="")
-            done = 0
+        if self._hides_bars:
+            yield no_tick
+            return
+        from spp_fx import bars
 
-            def tick(what: str, nbytes: int) -> None:
-                nonlocal done
-                done += nbytes
-                progress.update(task, completed=done, item=what)
-
+        with bars.bytes_bar(title) as tick:
             yield tick
 
     @contextmanager
     def steps_bar(self, title: str, total: int | None = None) -> Generator["StepsBar", None, None]:
         """A bar that counts steps and tells the time left."""
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[item]}"),
-        )
-        with self._bar(columns) as progress:
-            yield StepsBar(progress, title, total)
+        if self._hides_bars:
+            yield StepsBar()
+            return
+        from spp_fx import bars
 
-    @contextmanager
-    def _bar(self, columns: Sequence[Any]) -> Generator[Progress, None, None]:
-        hidden = self.quiet or not sys.stderr.isatty()
-        with Progress(*columns, console=ERR, disable=hidden, transient=True) as progress:
-            yield progress
+        with bars.steps_bar(title, total) as update:
+            yield StepsBar(update)
+
+    @property
+    def _hides_bars(self) -> bool:
+        return self.quiet or not sys.stderr.isatty()
 
 
 class StepsBar:
-    """A bar of steps whose length may be learned later."""
+    """A bar of steps whose length may be learned later, or nothing where no bar is shown."""
 
-    def __init__(self, progress: Progress, title: str, total: int | None) -> None:
-        self._progress = progress
-        self._task = progress.add_task(title, total=total, item="")
+    def __init__(self, show: Callable[[int, int | None, str], None] | None = None) -> None:
+        self._show = show
 
     def update(self, done: int, total: int | None = None, item: str = "") -> None:
-        if total is not None:
-            self._progress.update(self._task, total=total)
-        self._progress.update(self._task, completed=done, item=item)
+        if self._show is not None:
+            self._show(done, total, item)
 
 
 def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
     """A table on stdout; all columns but the first `left` are aligned to the right."""
+    from rich.console import Console  # not loaded for commands that print lines
+    from rich.table import Table
+
     grid = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for index, heading in enumerate(headings):
         grid.add_column(

@@ -1,35 +1,21 @@
 """The command line: parse, call a workflow, show the result."""
 
+import gc
 import signal
 import sys
 import traceback
 
 import click
 
-from spp_fx.cli import (
-    demo,
-    evaluate,
-    export,
-    inject,
-    inspect,
-    lock,
-    merge,
-    optimize,
-    prune,
-    train,
-    unpack,
-    verify,
-)
 from spp_fx.cli.base import cli
 from spp_fx.errors import SppFxError
-
-VERBS = (prune, inject, train, merge, verify, export, unpack, lock, inspect, evaluate, optimize, demo)
-"""The modules of the subcommands; each adds its own to the group as it is imported."""
 
 
 def main() -> None:
     """Entry point: runs the command and turns errors into one clear line and an exit code."""
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    gc.freeze()  # an interpreter that ends looks through all that is alive, which takes as long as a small model
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:

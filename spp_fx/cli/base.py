@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,36 @@ FOLDER = click.Path(path_type=Path)
 COMMAND: dict[str, Any] = {"context_settings": {"help_option_names": ["-h", "--help"]}}
 
 
-@click.group(**COMMAND)
+MODULES = {
+    "prune": "prune",
+    "inject": "inject",
+    "train": "train",
+    "merge": "merge",
+    "verify": "verify",
+    "export": "export",
+    "unpack": "unpack",
+    "lock": "lock",
+    "inspect": "inspect",
+    "eval": "evaluate",
+    "opt": "optimize",
+    "demo": "demo",
+}
+"""The subcommands, and the modules of this package that add them to the group as they are imported."""
+
+
+class Verbs(click.Group):
+    """Imports a subcommand when it is asked for: a check of one model waits for no other verb's libraries."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(MODULES)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in MODULES:
+            import_module(f"spp_fx.cli.{MODULES[cmd_name]}")
+        return super().get_command(ctx, cmd_name)
+
+
+@click.group(cls=Verbs, **COMMAND)
 @click.version_option(VERSION, prog_name="spp-fx")
 def cli() -> None:
     """Train pruned language models without moving a zero, fold, prove, export.

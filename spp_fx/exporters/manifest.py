@@ -35,7 +35,7 @@ class Part(BaseModel):
         swapped: the graph holds it with its last two dimensions swapped.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, defer_build=True)
 
     initializer: str
     expert: Count | None = None
@@ -59,7 +59,7 @@ class TensorRecord(BaseModel):
         part: where it is in an ONNX graph.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, defer_build=True)
 
     name: str
     shape: Annotated[list[Count], Field(min_length=2, max_length=3)]
@@ -86,7 +86,7 @@ class Manifest(BaseModel):
         files: SHA-256 of each file but this one.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, defer_build=True)
 
     schema_version: Literal[1]
     spp_fx_version: str

@@ -25,6 +25,10 @@ class Backend:
         scan_elements: (elements, magnitude, non_finite_from, non_finite_span, out) ->
             (non-zeros, non-finites, index of the first non-finite or -1). `elements` is a 1-D unsigned
             array, `out` receives ceil(len / 8) mask bytes, LSB first.
+        scan_descriptor: (descriptor, position, itemsize, words, magnitude, non_finite_from, non_finite_span,
+            buffer, out) -> (words done, and of those what `scan_elements` returns). Reads 64 * words elements
+            from a byte of an open file, a buffer at a time, without the interpreter's lock; stops early at a
+            read that is not whole. None where there is no such kernel.
         count_over: (bits, groups, group, kept) -> how many of the first `groups` groups of `group` bits
             hold more than `kept` ones.
         first_over: the same arguments -> the first such group, or -1.
@@ -36,6 +40,9 @@ class Backend:
 
     name: str
     scan_elements: Callable[[Elements, int, int, int, Bytes], tuple[int, int, int]]
+    scan_descriptor: (
+        Callable[[int, int, int, int, int, int, int, Bytes, Bytes], tuple[int, int, int, int]] | None
+    )
     count_over: Callable[[Bytes, int, int, int], int]
     first_over: Callable[[Bytes, int, int, int], int]
     transpose_bits: Callable[[Bytes, Bytes, int, int, int], None]

@@ -71,6 +71,7 @@ def locate(bits: Bytes, rows: int, columns: int) -> Words:
 BACKEND = Backend(
     name="numpy",
     scan_elements=scan_elements,
+    scan_descriptor=None,
     count_over=count_over,
     first_over=first_over,
     transpose_bits=transpose_bits,

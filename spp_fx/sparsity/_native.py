@@ -25,6 +25,9 @@ GROUPS = (1, 2, 4, 8, 16, 32, 64)  # those that divide a word
 
 _ADDRESS, _COUNT, _WORD = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64
 _SCAN_TYPE = ctypes.CFUNCTYPE(None, _ADDRESS, _COUNT, _WORD, _WORD, _WORD, _ADDRESS, _ADDRESS)
+_READ_TYPE = ctypes.CFUNCTYPE(
+    _COUNT, _ADDRESS, ctypes.c_int, _COUNT, _COUNT, _WORD, _WORD, _WORD, _ADDRESS, _COUNT, _ADDRESS, _ADDRESS
+)
 _COUNT_TYPE = ctypes.CFUNCTYPE(_COUNT, _ADDRESS, _COUNT, _WORD)
 _Found = ctypes.c_int64 * 3
 
@@ -38,11 +41,13 @@ def load_backend() -> Backend:
         ImportError: the system lets no process run code that it made.
     """
     scans = {f"scan{width}": _SCAN_TYPE for width in WIDTHS}
+    reads = {f"read{width}": _READ_TYPE for width in WIDTHS}
     counts = {f"count{group}": _COUNT_TYPE for group in GROUPS}
-    kernels = _Kernels(LIBRARY.load(scans | counts))
+    kernels = _Kernels(LIBRARY.load(scans | reads | counts), _pread())
     return Backend(
         name="native",
         scan_elements=kernels.scan_elements,
+        scan_descriptor=kernels.scan_descriptor if kernels.pread else None,
         count_over=kernels.count_over,
         first_over=_first_over,
         transpose_bits=_transpose_bits,
@@ -50,9 +55,17 @@ def load_backend() -> Backend:
     )
 
 
+def _pread() -> int | None:
+    """The address of the C library's `pread`, where files have 64-bit positions."""
+    if sys.platform == "win32" or ctypes.sizeof(ctypes.c_long) != 8:
+        return None
+    return ctypes.cast(ctypes.CDLL(None).pread, _ADDRESS).value
+
+
 @dataclass(frozen=True)
 class _Kernels:
     functions: dict[str, Callable[..., Any]]
+    pread: int | None
 
     def scan_elements(
         self, elements: Elements, magnitude: int, non_finite_from: int, non_finite_span: int, out: Bytes
@@ -81,6 +94,21 @@ class _Kernels:
         )
         ones, strange, first = found[:]
         return ones, strange, first
+
+    def scan_descriptor(
+        self, descriptor: int, position: int, itemsize: int, words: int,
+        magnitude: int, non_finite_from: int, non_finite_span: int, buffer: Bytes, out: Bytes,
+    ) -> tuple[int, int, int, int]:  # fmt: skip
+        piece = buffer.size // (64 * itemsize)
+        if piece < 1:
+            raise ValueError(f"a buffer of {buffer.size} bytes holds no word of 64 elements")
+        found = _Found()
+        done = self.functions[f"read{8 * itemsize}"](
+            self.pread, descriptor, position, words, magnitude, non_finite_from, non_finite_span,
+            address(buffer, buffer.size, write=True), piece, address(out, words * 8, write=True), found,
+        )  # fmt: skip
+        ones, strange, first = found[:]
+        return done, ones, strange, first
 
     def count_over(self, bits: Bytes, groups: int, group: int, kept: int) -> int:
         if group not in GROUPS:

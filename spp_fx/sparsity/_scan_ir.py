@@ -1,4 +1,4 @@
-"""The two kernels that look at every weight and at every mask word, in LLVM's own words.
+"""The kernels that look at every weight, in memory or in a file, and at every mask word, in LLVM's own words.
 
 LLVM lowers a comparison of 64 lanes whose result is read as a 64-bit integer to one or two mask
 instructions on AVX-512 and to pack/movemask sequences elsewhere, so one definition serves every CPU.
@@ -9,7 +9,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from spp_fx.native.building import I64, POINTER, broadcast, define, loop, pointer
+from spp_fx.native.building import I32, I64, POINTER, broadcast, define, loop, pointer
 from spp_fx.sparsity._native import GROUPS, WIDTHS
 
 _LANES = 64
@@ -20,13 +20,13 @@ _ALL_ONES = (1 << 64) - 1
 def build() -> ir.Module:
     module = ir.Module("sparsity")
     for width in WIDTHS:
-        _scan(module, width)
+        _read(module, width, _scan(module, width))
     for group in GROUPS:
         _count(module, group)
     return module
 
 
-def _scan(module: ir.Module, width: int) -> None:
+def _scan(module: ir.Module, width: int) -> ir.Function:
     """`void scan<width>(elements, words, magnitude, start, span, out, found)`.
 
     64 * words elements of `width` bits -> as many mask words in `out`, and in `found` (3 x i64) what
@@ -68,6 +68,54 @@ def _scan(module: ir.Module, width: int) -> None:
         place = pointer(builder, found, ir.Constant(I64, slot * _WORD_BYTES), I64)
         builder.store(total, place, align=_WORD_BYTES)
     builder.ret_void()
+    return builder.function
+
+
+def _read(module: ir.Module, width: int, scan: ir.Function) -> None:
+    """`i64 read<width>(pread, descriptor, position, words, magnitude, start, span, buffer, piece, out, found)`.
+
+    As `scan<width>` of what lies at a position of a file, which is read into `buffer`, `piece` words (at least
+    1) at a time. Returns how many words were done: all, or those before the first read that was not whole, be
+    it for a signal, an error or the file's end, which it leaves to the caller to tell apart.
+    """
+    arguments = [POINTER, I32, I64, I64, I64, I64, I64, POINTER, I64, POINTER, POINTER]
+    builder, values = define(module, f"read{width}", I64, arguments)
+    pread, descriptor, position, words, magnitude, start, span, buffer, piece, out, found = values
+    signature = ir.FunctionType(I64, [I32, POINTER, I64, I64])  # C's pread, where off_t has 64 bits
+    pread = builder.bitcast(pread, signature.as_pointer())
+    word_bytes = ir.Constant(I64, _LANES * width // 8)
+    none = ir.Constant(I64, 0)
+    here = builder.bitcast(builder.alloca(I64, 3), POINTER)  # what one piece gives
+    slots = [ir.Constant(I64, slot * _WORD_BYTES) for slot in range(3)]
+    pieces = builder.sdiv(builder.add(words, builder.sub(piece, ir.Constant(I64, 1))), piece)
+
+    def step(index: Any, carried: list[Any]) -> list[Any]:
+        done, non_zeros, non_finites, first = carried
+        # A piece after one that failed is not even tried: it would leave a hole.
+        behind = builder.mul(index, piece)
+        left = builder.sub(words, behind)
+        size = builder.select(builder.icmp_signed("<", left, piece), left, piece)
+        size = builder.select(builder.icmp_signed("==", done, behind), size, none)
+        wanted = builder.mul(size, word_bytes)
+        place = builder.add(position, builder.mul(behind, word_bytes))
+        got = builder.call(pread, [descriptor, buffer, wanted, place])
+        size = builder.select(builder.icmp_signed("==", got, wanted), size, none)
+        target = builder.gep(out, [builder.mul(behind, ir.Constant(I64, _WORD_BYTES))])
+        builder.call(scan, [buffer, size, magnitude, start, span, target, here])
+        ones, strange, at = (builder.load(pointer(builder, here, slot, I64)) for slot in slots)
+        is_first = builder.and_(builder.icmp_signed("<", first, none), builder.icmp_signed(">=", at, none))
+        at = builder.add(at, builder.mul(behind, ir.Constant(I64, _LANES)))
+        return [
+            builder.add(done, size),
+            builder.add(non_zeros, ones),
+            builder.add(non_finites, strange),
+            builder.select(is_first, at, first),
+        ]
+
+    done, *totals = loop(builder, pieces, [none, none, none, ir.Constant(I64, -1)], step)
+    for slot, total in zip(slots, totals, strict=True):
+        builder.store(total, pointer(builder, found, slot, I64), align=_WORD_BYTES)
+    builder.ret(done)
 
 
 def _trailing_zeros(builder: ir.IRBuilder, word: Any) -> Any:

@@ -46,24 +46,32 @@ class Scan:
     first_non_finite: tuple[int, ...] | None
 
 
-class _Reader(Protocol):
-    def read(self, start: int, count: int) -> Bytes: ...
+_Found = tuple[int, int, int]
+"""Non-zeros, non-finite elements, and the index of the first of those or -1."""
+
+
+class _Source(Protocol):
+    """Where a weight's elements lie; used by one thread at a time."""
+
+    def scan(self, kind: ElementType, start: int, stop: int, out: Bytes) -> _Found:
+        """Look at elements start..stop: their mask bits into `out`, and the first index counted from start."""
+        ...
 
     def close(self) -> None: ...
 
 
-class _MemoryReader:
+class _Memory:
     def __init__(self, data: Bytes) -> None:
         self._data = data
 
-    def read(self, start: int, count: int) -> Bytes:
-        return self._data[start : start + count]
+    def scan(self, kind: ElementType, start: int, stop: int, out: Bytes) -> _Found:
+        return _scan_pieces(lambda at, size: self._data[at : at + size], kind, start, stop, out)
 
     def close(self) -> None:
         """Nothing is held open."""
 
 
-class _FileReader:
+class _File:
     """Reads rather than maps: a file cut short under a map kills the process, under a read it is an error."""
 
     def __init__(self, path: Path, offset: int) -> None:
@@ -72,7 +80,19 @@ class _FileReader:
         self._file = path.open("rb", buffering=0)
         self._buffer = np.empty(_PIECE, dtype=np.uint8)
 
-    def read(self, start: int, count: int) -> Bytes:
+    def scan(self, kind: ElementType, start: int, stop: int, out: Bytes) -> _Found:
+        found, done = (0, 0, -1), 0
+        if (scan_descriptor := backend().scan_descriptor) is not None:
+            words, *counts = scan_descriptor(
+                self._file.fileno(), self._offset + start * kind.itemsize, kind.itemsize, (stop - start) // 64,
+                kind.magnitude, kind.non_finite_from, kind.non_finite_span, self._buffer, out,
+            )  # fmt: skip
+            found, done = (counts[0], counts[1], counts[2]), 64 * words
+        # The last elements, and what the kernel could not read: what is wrong is an error here.
+        rest = _scan_pieces(self._read, kind, start + done, stop, out[done // 8 :])
+        return _join(found, rest, done)
+
+    def _read(self, start: int, count: int) -> Bytes:
         self._file.seek(self._offset + start)
         piece = self._buffer[:count]
         view = piece.data
@@ -87,6 +107,29 @@ class _FileReader:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _scan_pieces(
+    read: Callable[[int, int], Bytes], kind: ElementType, start: int, stop: int, out: Bytes
+) -> _Found:
+    """`_Source.scan` of bytes that `read` gives, by position and number, a piece at a time."""
+    scan_elements = backend().scan_elements
+    unsigned = np.dtype(f"<u{kind.itemsize}")
+    step = _PIECE // kind.itemsize
+    found = (0, 0, -1)
+    for at in range(start, stop, step):
+        elements = read(at * kind.itemsize, min(step, stop - at) * kind.itemsize).view(unsigned)
+        piece = scan_elements(
+            elements, kind.magnitude, kind.non_finite_from, kind.non_finite_span, out[(at - start) // 8 :]
+        )
+        found = _join(found, piece, at - start)
+    return found
+
+
+def _join(before: _Found, after: _Found, offset: int) -> _Found:
+    """What was found in two stretches, the second of which begins `offset` elements after the first."""
+    first = before[2] if before[2] >= 0 or after[2] < 0 else offset + after[2]
+    return before[0] + after[0], before[1] + after[1], first
 
 
 def load_scanner() -> None:
@@ -121,10 +164,10 @@ def scan_file(
     _check_shape(shape, str(path))
     with ExitStack() as open_files:
 
-        def open_reader() -> _Reader:
-            return open_files.enter_context(closing(_FileReader(Path(path), offset)))
+        def open_source() -> _Source:
+            return open_files.enter_context(closing(_File(Path(path), offset)))
 
-        return _scan(open_reader, kind, shape, transposed, threads)
+        return _scan(open_source, kind, shape, transposed, threads)
 
 
 def scan_tensor(tensor: "torch.Tensor", *, transposed: bool = False, threads: int | None = None) -> Scan:
@@ -148,7 +191,7 @@ def scan_tensor(tensor: "torch.Tensor", *, transposed: bool = False, threads: in
         raise FormatError(f"a {tensor.layout} tensor on {tensor.device} has no dense data to look at")
     stored = tensor.detach().resolve_neg().cpu().contiguous()
     data: NDArray[np.uint8] = stored.reshape(-1).view(torch.uint8).numpy()
-    return _scan(lambda: _MemoryReader(data), kind, shape, transposed, threads)
+    return _scan(lambda: _Memory(data), kind, shape, transposed, threads)
 
 
 def pack_mask(tensor: "torch.Tensor", transposed: bool = False) -> PackedMask:
@@ -172,7 +215,7 @@ def _check_shape(shape: tuple[int, ...], where: str) -> None:
 
 
 def _scan(
-    open_reader: Callable[[], _Reader],
+    open_source: Callable[[], _Source],
     kind: ElementType,
     shape: tuple[int, ...],
     transposed: bool,
@@ -183,7 +226,7 @@ def _scan(
     # Where other threads read, this one hashes meanwhile; one that is alone leaves it to `digest_masks`.
     state = digest_state(canonical) if (threads or thread_count()) > 1 else None
     nnz, non_finite, first = 0, 0, -1
-    for done in _scan_regions(open_reader, kind, math.prod(shape), bits, threads):
+    for done in _scan_regions(open_source, kind, math.prod(shape), bits, threads):
         nnz += done.nnz
         if first < 0 and done.first_non_finite >= 0:
             first = done.first_non_finite
@@ -207,46 +250,30 @@ class _Region:
 
 
 def _scan_regions(
-    open_reader: Callable[[], _Reader], kind: ElementType, numel: int, bits: Bytes, threads: int | None
+    open_source: Callable[[], _Source], kind: ElementType, numel: int, bits: Bytes, threads: int | None
 ) -> Iterator[_Region]:
     """Fill `bits` and yield the finished regions in order."""
     step = _REGION // kind.itemsize
     starts = range(0, numel, step)
     workers = min(threads or thread_count(), len(starts))
-    readers: SimpleQueue[_Reader] = SimpleQueue()
+    sources: SimpleQueue[_Source] = SimpleQueue()
     for _ in range(workers):
-        readers.put(open_reader())
+        sources.put(open_source())
 
     def scan(start: int) -> _Region:
-        reader = readers.get()
+        source, stop = sources.get(), min(start + step, numel)
+        region = bits[start // 8 : (stop + 7) // 8]
         try:
-            return _scan_region(reader, kind, start, min(start + step, numel), bits)
+            nnz, non_finite, first = source.scan(kind, start, stop, region)
         finally:
-            readers.put(reader)
+            sources.put(source)
+        return _Region(region, nnz, non_finite, start + first if first >= 0 else -1)
 
     if workers <= 1:
         yield from map(scan, starts)
         return
     with ThreadPoolExecutor(workers, thread_name_prefix="sparsity-scan") as pool:
         yield from pool.map(scan, starts)
-
-
-def _scan_region(reader: _Reader, kind: ElementType, start: int, stop: int, bits: Bytes) -> _Region:
-    scan_elements = backend().scan_elements
-    unsigned = np.dtype(f"<u{kind.itemsize}")
-    step = _PIECE // kind.itemsize
-    nnz, non_finite, first = 0, 0, -1
-    for at in range(start, stop, step):
-        count = min(step, stop - at)
-        elements = reader.read(at * kind.itemsize, count * kind.itemsize).view(unsigned)
-        ones, strange, where = scan_elements(
-            elements, kind.magnitude, kind.non_finite_from, kind.non_finite_span, bits[at // 8 :]
-        )
-        nnz += ones
-        if first < 0 and where >= 0:
-            first = at + where
-        non_finite += strange
-    return _Region(bits[start // 8 : (stop + 7) // 8], nnz, non_finite, first)
 
 
 def _transpose(bits: Bytes, shape: tuple[int, ...]) -> Bytes:

@@ -30,7 +30,7 @@ FORMAT_VERSION = 1
 class PieceModel(BaseModel):
     """A `Piece` as JSON."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, defer_build=True)
 
     tensor: str
     transposed: bool
@@ -43,7 +43,7 @@ class PieceModel(BaseModel):
 class AdapterConfig(BaseModel):
     """adapter_config.json: PEFT's keys where they mean the same, ours beside them."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(extra="allow", strict=True, defer_build=True)
 
     format_version: Literal[1]
     spp_fx_version: str

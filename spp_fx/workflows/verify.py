@@ -1,6 +1,7 @@
 """verify: an artifact against its lock, a pattern, or another artifact, site by site."""
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -152,20 +153,22 @@ def _judge_all(
     return sites
 
 
-def _groups(questions: Iterable[Question], weights: Weights, jobs: int | None) -> Iterator[list[Question]]:
+def _groups(questions: Sequence[Question], weights: Weights, jobs: int | None) -> Iterator[list[Question]]:
     """Neighbouring sites that one job looks at, so that their masks are hashed side by side.
 
     Args:
-        jobs: each holds its part of `_MASK_BYTES`, by the sizes that the artifact has, whatever a lock says;
-            None makes every site one of its own, as are those of unknown size.
+        jobs: each gets as many groups, and holds its part of `_MASK_BYTES`, by the sizes that the artifact
+            has, whatever a lock says; None makes every site one of its own, as are those of unknown size.
     """
+    rounds = max(1, math.ceil(len(questions) / (_GROUP * (jobs or 1))))
+    most = math.ceil(len(questions) / (rounds * (jobs or 1)))
     group: list[Question] = []
     held = 0
     for question in questions:
         size = _MASK_BYTES
         if jobs and weights.numel and question.name in weights.names:
             size = weights.numel(question.name) // 8
-        if group and (len(group) == _GROUP or held + size > _MASK_BYTES // (jobs or 1)):
+        if group and (len(group) == most or held + size > _MASK_BYTES // (jobs or 1)):
             yield group
             group, held = [], 0
         group.append(question)

@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 
 from spp_fx.report.verdict import RULES
-from spp_fx.workflows import policy
 from spp_fx.workflows.policy import Policy
+from spp_fx.workflows.policy_file import ArtifactTable, VerifyTable
 from tests.command import must
 from tests.handmade import save, sparse
 
@@ -37,6 +37,6 @@ def test_every_rule_and_every_field_is_on_the_page(tmp_path):
 
 
 def test_every_key_of_the_policy_is_on_the_page():
-    for table in (policy._Verify, policy._Artifact):
+    for table in (VerifyTable, ArtifactTable):
         for key in table.model_fields:
             assert f"`{key}`" in PAGE or f"[[verify.{key}]]" in PAGE, key
