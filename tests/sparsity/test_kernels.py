@@ -1,6 +1,8 @@
 """Both sets of kernels against the plain definition of each."""
 
+import os
 import sys
+import tempfile
 
 import numpy as np
 import pytest
@@ -98,6 +100,38 @@ def test_the_first_of_two_non_finites_is_told(width, at):
     )
 
 
+@given(data=st.data(), seed=seeds, width=st.sampled_from([1, 2, 4, 8]), words=st.integers(0, 70))
+def test_a_scan_of_a_file_is_that_of_its_bytes_as_far_as_they_go(data, seed, width, words):
+    """At any position, in pieces of any size; of a file that ends early, whole pieces are done and no more."""
+    rule = data.draw(st.sampled_from(rules[width]))
+    piece, before = data.draw(st.integers(1, 20)), data.draw(st.integers(0, 9))
+    there = data.draw(st.integers(0, words)) if data.draw(st.booleans()) else words
+    generator = np.random.default_rng(seed)
+    content = generator.integers(0, 256, before + 64 * words * width, dtype=np.uint8)
+    content[generator.random(content.size) < 0.5] = 0
+    size = before + 64 * there * width + (data.draw(st.integers(0, 64 * width - 1)) if there < words else 0)
+    outs = [np.full(8 * words + 1, 0x55, dtype=np.uint8) for _ in range(2)]
+    buffer = np.empty(64 * width * piece + data.draw(st.integers(0, 63)), dtype=np.uint8)
+    with tempfile.TemporaryFile() as file:
+        file.write(content[:size].tobytes())
+        file.flush()
+        scan = compiled.scan_descriptor
+        done, *found = scan(file.fileno(), before, width, words, *rule, buffer, outs[0])
+    assert done == (words if there == words else there // piece * piece)
+    elements = content[before : before + 64 * width * done].view(f"<u{width}")
+    assert tuple(found) == _fallback.BACKEND.scan_elements(elements, *rule, outs[1])
+    assert np.array_equal(outs[0], outs[1])
+
+
+def test_a_descriptor_that_cannot_be_read_is_left_to_who_asked(tmp_path):
+    writing = os.open(tmp_path / "file", os.O_WRONLY | os.O_CREAT)
+    try:
+        out, buffer = np.empty(8, dtype=np.uint8), np.empty(128, dtype=np.uint8)
+        assert compiled.scan_descriptor(writing, 0, 2, 1, *bf16, buffer, out) == (0, 0, 0, -1)
+    finally:
+        os.close(writing)
+
+
 def test_memory_that_a_kernel_would_leave_is_refused():
     elements = np.zeros(128, dtype=np.uint16)
     with pytest.raises(ValueError, match="at least 16 bytes, not one of 15"):
@@ -108,6 +142,14 @@ def test_memory_that_a_kernel_would_leave_is_refused():
     read_only.flags.writeable = False
     with pytest.raises(ValueError, match="writable"):
         compiled.scan_elements(elements, *bf16, read_only)
+    with pytest.raises(ValueError, match="holds no word"):
+        compiled.scan_descriptor(
+            0, 0, 2, 1, *bf16, np.empty(127, dtype=np.uint8), np.empty(8, dtype=np.uint8)
+        )
+    with pytest.raises(ValueError, match="at least 16 bytes"):
+        compiled.scan_descriptor(
+            0, 0, 2, 2, *bf16, np.empty(128, dtype=np.uint8), np.empty(15, dtype=np.uint8)
+        )
     with pytest.raises(ValueError, match="at least 16 bytes"):
         compiled.count_over(np.zeros(15, dtype=np.uint8), 32, 4, 2)
 
