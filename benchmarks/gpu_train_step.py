@@ -2,9 +2,8 @@
 
     PYTHONPATH=. python benchmarks/gpu_train_step.py --output benchmarks/results/gpu_train_step.json
 
-Needs torch with CUDA and Triton, and this checkout; nothing is installed. No GPU was at hand when this was
-written: the Triton kernels it times are held to the definition by tests in Triton's interpreter
-(tests/adapters/test_triton.py), and there is no result of it yet.
+Needs torch with CUDA and Triton, and this checkout; nothing is installed. The Triton kernels it times are held
+to the definition by tests/adapters/test_triton.py, compiled where there is a GPU.
 """
 
 import argparse

@@ -3,7 +3,7 @@
 Both unpack a packed weight on the way, so a packed one is read at its packed size. Sums are taken in a fixed
 order: each program writes the sums of its own rows, and those are added afterwards, so results repeat to
 the bit. Triton's interpreter runs the same code on the CPU (TRITON_INTERPRET=1), which is how it is tested
-where there is no GPU.
+without a GPU.
 """
 
 # Kernels are a language of their own: their parameters have no Python types.
