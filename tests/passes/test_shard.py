@@ -28,8 +28,11 @@ def random_factors(program):
     return program
 
 
+INTEGERS = pytest.mark.skipif(
+    torch.__version__.startswith("2.11."), reason="torch 2.11 shards no integers (pytorch issue 177844)"
+)
 CASES = [(family, "dense") for family in FAMILIES] + [
-    (family, "packed") for family in ("llama", "gpt2", "mixtral")
+    pytest.param(family, "packed", marks=INTEGERS) for family in ("llama", "gpt2", "mixtral")
 ]
 
 

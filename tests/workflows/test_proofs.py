@@ -12,6 +12,20 @@ from spp_fx.adapters.fold_stored import StoredFold
 from spp_fx.sparsity import load_lock
 from tests.command import command, must, one_line, randomize, rewrite, tensors
 
+TRAIN = [
+    "train",
+    "adapter",
+    "--data",
+    "text.txt",
+    "--seq-len",
+    "16",
+    "--batch-size",
+    "2",
+    "--steps",
+    "4",
+    "-q",
+]
+
 Q, UP = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight"
 
 
@@ -195,54 +209,28 @@ def test_everything_pruned_is_refused(world):
 
 def test_checkpoints_are_kept_unless_they_are_given_up(world, monkeypatch):
     monkeypatch.chdir(world)
-    line = [
-        "train",
-        "adapter",
-        "--data",
-        "text.txt",
-        "--seq-len",
-        "16",
-        "--batch-size",
-        "2",
-        "--steps",
-        "4",
-        "-q",
-    ]
-    must(*line, "--save-steps", 2)
+    must(*TRAIN, "--save-steps", 2)
     (world / "adapter" / "checkpoint-best").mkdir()
-    result = command(*line)
+    result = command(*TRAIN)
     assert result.code == 2
     assert "--resume" in one_line(result.err)
     assert (world / "adapter" / "checkpoint-4").is_dir()
-    must(*line, "--force")
+    must(*TRAIN, "--force")
     assert sorted(path.name for path in (world / "adapter").glob("checkpoint-*")) == ["checkpoint-best"]
 
 
 @pytest.mark.parametrize("damage", ["optimizer.safetensors", "trainer_state.json"])
 def test_resume_takes_the_newest_whole_checkpoint(world, monkeypatch, damage):
     monkeypatch.chdir(world)
-    line = [
-        "train",
-        "adapter",
-        "--data",
-        "text.txt",
-        "--seq-len",
-        "16",
-        "--batch-size",
-        "2",
-        "--steps",
-        "4",
-        "-q",
-    ]
-    must(*line, "--save-steps", 2)
+    must(*TRAIN, "--save-steps", 2)
     whole = (world / "adapter" / "adapter_model.safetensors").read_bytes()
     path = world / "adapter" / "checkpoint-4" / damage
     path.write_bytes(path.read_bytes()[:-100])
-    must(*line, "--save-steps", 2, "--resume")
+    must(*TRAIN, "--save-steps", 2, "--resume")
     assert (world / "adapter" / "adapter_model.safetensors").read_bytes() == whole
     shutil.rmtree(world / "adapter" / "checkpoint-2")
     path.write_bytes(b"")
-    result = command(*line, "--resume")
+    result = command(*TRAIN, "--resume")
     assert result.code == 2
     assert "whole checkpoint" in one_line(result.err)
 
