@@ -105,8 +105,10 @@ def _check_reports(
 
 
 def _judge(output: Output, checks: "Sequence[Check]", jobs: int | None) -> "list[Verified]":
-    from spp_fx.workflows.verify import check_request, gate
+    from spp_fx.memory import keep_freed_memory
+    from spp_fx.workflows.verify import MASK_BYTES, check_request, gate
 
+    keep_freed_memory(MASK_BYTES)
     for check in checks:  # a wrong request must not throw away what was judged before it
         check_request(check)
     verdicts: list[Verified] = []

@@ -20,9 +20,10 @@ from spp_fx.workflows.judge import Other, judge, look, other_of
 from spp_fx.workflows.request import Check, check_request, nothing_to_hold_to
 
 _GROUP = 16  # two decoder layers: enough masks for the lanes of a vector, few against the sites of a model
-_MASK_BYTES = 256 << 20  # of masks held by all jobs together, unless one alone is larger
+MASK_BYTES = 256 << 20
+"""Memory of the masks that all jobs hold together, unless one alone is larger."""
 
-__all__ = ["Check", "SiteVerdict", "Verified", "check_request", "gate", "verify"]
+__all__ = ["MASK_BYTES", "Check", "SiteVerdict", "Verified", "check_request", "gate", "verify"]
 
 
 def verify(
@@ -157,7 +158,7 @@ def _groups(questions: Sequence[Question], weights: Weights, jobs: int | None) -
     """Neighbouring sites that one job looks at, so that their masks are hashed side by side.
 
     Args:
-        jobs: each gets as many groups, and holds its part of `_MASK_BYTES`, by the sizes that the artifact
+        jobs: each gets as many groups, and holds its part of `MASK_BYTES`, by the sizes that the artifact
             has, whatever a lock says; None makes every site one of its own, as are those of unknown size.
     """
     rounds = max(1, math.ceil(len(questions) / (_GROUP * (jobs or 1))))
@@ -165,10 +166,10 @@ def _groups(questions: Sequence[Question], weights: Weights, jobs: int | None) -
     group: list[Question] = []
     held = 0
     for question in questions:
-        size = _MASK_BYTES
+        size = MASK_BYTES
         if jobs and weights.numel and question.name in weights.names:
             size = weights.numel(question.name) // 8
-        if group and (len(group) == most or held + size > _MASK_BYTES // (jobs or 1)):
+        if group and (len(group) == most or held + size > MASK_BYTES // (jobs or 1)):
             yield group
             group, held = [], 0
         group.append(question)

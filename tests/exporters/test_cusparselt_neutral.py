@@ -44,7 +44,8 @@ def test_a_pack_is_stored_alone(tmp_path, sm: Sm):
 
 
 @pytest.mark.parametrize(
-    ("sm", "order"), [(80, "that of PyTorch's public kernels"), (90, "that of torchao's kernels"), (100, "unknown: ")]
+    ("sm", "order"),
+    [(80, "that of PyTorch's public kernels"), (90, "that of torchao's kernels"), (100, "unknown: ")],
 )
 def test_a_pack_says_what_it_is_tied_to(tmp_path, sm: int, order: str):
     done = exported(tmp_path, {"a.weight": random_sparse(128, 128, torch.float16, 1)}, sm)

@@ -257,7 +257,7 @@ def test_sites_are_looked_at_together_by_their_own_size_and_not_by_the_locks(tmp
     tensors = {f"layers.{number}.weight": sparse(32, 64, seed=number) for number in range(8)}
     save(tmp_path / "w.safetensors", tensors)
     small = {name: Raw("F32", np.ones((1, 8), dtype="<u4")) for name in tensors}
-    monkeypatch.setattr(verify_module, "_MASK_BYTES", 3 * 32 * 64 // 8)
+    monkeypatch.setattr(verify_module, "MASK_BYTES", 3 * 32 * 64 // 8)
     sizes: list[int] = []
 
     def digests(masks) -> None:
