@@ -14,7 +14,7 @@ from spp_fx.errors import SppFxError
 def main() -> None:
     """Entry point: runs the command and turns errors into one clear line and an exit code."""
     code = run(sys.argv[1:])
-    gc.freeze()  # an interpreter that ends looks through all that is alive, which takes as long as a small model
+    gc.freeze()  # an interpreter that ends looks for garbage among all that is alive; here nobody waits for it
     sys.exit(code)
 
 
