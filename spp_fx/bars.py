@@ -36,9 +36,9 @@ def steps_bar(title: str, total: int | None) -> Generator[Callable[[int, int | N
     with _bar(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
         task = progress.add_task(title, total=total, item="")
 
-        def update(done: int, total: int | None, item: str) -> None:
-            if total is not None:
-                progress.update(task, total=total)
+        def update(done: int, known: int | None, item: str) -> None:
+            if known is not None:
+                progress.update(task, total=known)
             progress.update(task, completed=done, item=item)
 
         yield update
@@ -46,7 +46,7 @@ def steps_bar(title: str, total: int | None) -> Generator[Callable[[int, int | N
 
 @contextmanager
 def _bar(*columns: ProgressColumn) -> Generator[Progress, None, None]:
-    ends = TextColumn("{task.description}"), TextColumn("{task.fields[item]}")
+    title, item = TextColumn("{task.description}"), TextColumn("{task.fields[item]}")
     console = Console(stderr=True, highlight=False)
-    with Progress(ends[0], *columns, ends[1], console=console, transient=True) as progress:
+    with Progress(title, *columns, item, console=console, transient=True) as progress:
         yield progress

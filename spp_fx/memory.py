@@ -7,10 +7,11 @@ _LARGEST_MMAP_THRESHOLD = 32 << 20
 
 
 def keep_freed_memory(nbytes: int) -> None:
-    """Have this process keep up to `nbytes` that are freed for what it allocates next.
+    """Have each of malloc's arenas keep up to `nbytes` that are freed for what is allocated next.
 
     Arrays of some megabytes would go back to the system at once, and the next ones would get their pages one
-    fault at a time. For glibc, and a process of our own; elsewhere nothing changes.
+    fault at a time. For glibc, whose thresholds no longer adapt afterwards; elsewhere nothing changes. It is
+    a setting of the whole process, so for a command and not for a function of the library.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

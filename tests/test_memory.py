@@ -12,12 +12,12 @@ import numpy as np
 from spp_fx.memory import keep_freed_memory
 if sys.argv[1] == "kept":
     keep_freed_memory(256 << 20)
-def round():
+def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     arrays = [np.full(5 << 20, 1, dtype=np.uint8) for _ in range(8)]
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-round()
-print(sum(round() for _ in range(5)))
+faults()
+print(sum(faults() for _ in range(5)))
 """
 
 

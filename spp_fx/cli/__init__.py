@@ -14,7 +14,9 @@ from spp_fx.errors import SppFxError
 def main() -> None:
     """Entry point: runs the command and turns errors into one clear line and an exit code."""
     code = run(sys.argv[1:])
-    gc.freeze()  # an interpreter that ends looks for garbage among all that is alive; here nobody waits for it
+    # The interpreter would look for garbage among all that is still alive. What must be finished is by now: no
+    # file, process or folder is left to a finaliser.
+    gc.freeze()
     sys.exit(code)
 
 

@@ -42,7 +42,7 @@ _CLASS_MULTIPLE: Final[dict[torch.dtype, int]] = {
 #: Where the metadata order of an SM is known from; a loader compares products before it trusts either.
 ORDER: Final[dict[int, str]] = {
     80: "that of PyTorch's public kernels, not compared with the library here",
-    90: "that of torchao's kernels, byte for byte the library's own on an H100 (cuSPARSELt 0.8.0)",
+    90: "that of torchao's kernels, in bfloat16 byte for byte the library's own on an H100 (0.8.0)",
 }
 UNKNOWN_ORDER: Final = "unknown: nothing is packed ahead"
 

@@ -2,6 +2,7 @@
 
 import operator
 import re
+import sys
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from spp_fx.errors import FormatError, SppFxError, UsageError
 from spp_fx.ir.program import Program
+from spp_fx.version import release
 
 aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default
@@ -176,9 +178,23 @@ def _export(model: PreTrainedModel) -> ExportedProgram:
     device = next(model.parameters()).device
     # Neither size may be 0 or 1 (export specialises on both), nor equal to another (it unifies them).
     ids = torch.zeros(2, 7, dtype=torch.int64, device=device)
-    # Not named: of a named size, torch 2.11 wants guards proven that hold for all sizes and that it cannot prove.
-    dynamic = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
-    return export_as(model, forward, (ids, torch.ones_like(ids)), (dynamic, dict(dynamic)))
+    dynamic: dict[int, Any] = {0: Dim("batch"), 1: Dim("sequence")}
+    if release(torch.__version__) < (2, 13):
+        # Torch 2.11 wants guards on strides proven for every value of a named size, and cannot.
+        dynamic = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+    exported = export_as(model, forward, (ids, torch.ones_like(ids)), (dynamic, dict(dynamic)))
+    _refuse_bounds(model, exported)
+    return exported
+
+
+def _refuse_bounds(model: PreTrainedModel, exported: ExportedProgram) -> None:
+    """A size that is bounded is a branch of the model's code taken for good, which other inputs would not take."""
+    for symbol, sizes in exported.range_constraints.items():
+        if sizes.upper < sys.maxsize - 1 or sizes.lower > 2:  # export keeps off 0 and 1 by itself
+            raise SppFxError(
+                f"{type(model).__name__} cannot be traced: its code takes one way for batches or sequences of some "
+                f"sizes and another for the rest ({symbol} lies in {sizes.lower}..{sizes.upper})"
+            )
 
 
 def export_as(

@@ -16,6 +16,10 @@ from spp_fx.errors import PostconditionError, PreconditionError, UsageError
 from spp_fx.ir.program import ADAPTER, Program, Use
 from spp_fx.passes.base import Pass, PassReport, register
 from spp_fx.passes.storage import pack_site
+from spp_fx.version import release
+
+SPLITS_INTEGERS = (2, 12)
+"""The first torch whose FSDP2 takes parameters of integers (pytorch/pytorch issue 177844)."""
 
 
 @register("shard")
@@ -41,6 +45,11 @@ class Shard(Pass):
             raise UsageError(f"shard: over takes world or node, got '{self.over}'")
         if self.storage not in ("dense", "packed"):
             raise UsageError(f"shard: storage takes dense or packed, got '{self.storage}'")
+        if self.storage == "packed" and release(torch.__version__) < SPLITS_INTEGERS:
+            raise PreconditionError(
+                f"shard: FSDP of torch {torch.__version__} cannot split packed weights, which hold integers; take "
+                "torch 2.12 or later, or leave the weights unpacked"
+            )
         if not program.units:
             raise PreconditionError("shard: the program has no units; run partition first")
         if not (dist.is_available() and dist.is_initialized()):
@@ -59,13 +68,13 @@ class Shard(Pass):
         for path in program.units:
             inside = {name: uses for name, uses in adapters.items() if name.startswith(f"{path}.")}
             _pack(program, inside, device, report)
-            _split(program.get_submodule(path), mesh, trained)
+            fully_shard(program.get_submodule(path), mesh=mesh, ignored_params=trained)
             report.changed[path] = f"split between {mesh.size()} processes"
         done = program.packings.keys() | report.refused.keys()
         _pack(program, {n: uses for n, uses in adapters.items() if n not in done}, device, report)
         for parameter in trained:
             parameter.data = parameter.data.to(device)
-        _split(program, mesh, trained)
+        fully_shard(program, mesh=mesh, ignored_params=trained)
         # The Trainer wraps what it is given in DistributedDataParallel, which is to look at factors alone.
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
             program, [name for name, p in program.named_parameters() if not p.requires_grad]
@@ -77,19 +86,6 @@ class Shard(Pass):
             if isinstance(parameter, DTensor) == parameter.requires_grad:
                 what = "trained, but split" if parameter.requires_grad else "frozen, but whole"
                 raise PostconditionError(f"shard: {name} is {what}")
-
-
-def _split(module: nn.Module, mesh: DeviceMesh, trained: set[nn.Parameter]) -> None:
-    """FSDP2 on one module; PreconditionError where this torch's takes no integers, as packed weights have."""
-    try:
-        fully_shard(module, mesh=mesh, ignored_params=trained)
-    except RuntimeError as error:  # pytorch/pytorch issue 177844, still in torch 2.11
-        if "floating point dtype" not in str(error):
-            raise
-        raise PreconditionError(
-            f"shard: FSDP of torch {torch.__version__} cannot split packed weights, which hold integers; take "
-            "torch 2.13 or later, or leave the weights unpacked"
-        ) from error
 
 
 def _own_device() -> torch.device:

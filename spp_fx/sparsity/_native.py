@@ -59,7 +59,10 @@ def _pread() -> int | None:
     """The address of the C library's `pread`, where files have 64-bit positions."""
     if sys.platform == "win32" or ctypes.sizeof(ctypes.c_long) != 8:
         return None
-    return ctypes.cast(ctypes.CDLL(None).pread, _ADDRESS).value
+    try:
+        return ctypes.cast(ctypes.CDLL(None).pread, _ADDRESS).value
+    except (OSError, AttributeError):  # no C library to be found, as in a static program
+        return None
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def _read(module: ir.Module, width: int, scan: ir.Function) -> None:
 
     def step(index: Any, carried: list[Any]) -> list[Any]:
         done, non_zeros, non_finites, first = carried
-        # A piece after one that failed is not even tried: it would leave a hole.
+        # After a piece that failed, those behind it are of no size: they would leave a hole.
         behind = builder.mul(index, piece)
         left = builder.sub(words, behind)
         size = builder.select(builder.icmp_signed("<", left, piece), left, piece)

@@ -58,9 +58,9 @@ class Policy:
         """Read a policy file.
 
         Raises:
-            UsageError: as `read_policy`.
+            UsageError: as `policy_file.read_policy`.
         """
-        from spp_fx.workflows.policy_file import read_policy  # its models take time that no policy need not
+        from spp_fx.workflows.policy_file import read_policy  # loaded only where there is a policy
 
         return cls(path, read_policy(path))
 

@@ -158,8 +158,9 @@ def _groups(questions: Sequence[Question], weights: Weights, jobs: int | None) -
     """Neighbouring sites that one job looks at, so that their masks are hashed side by side.
 
     Args:
-        jobs: each gets as many groups, and holds its part of `MASK_BYTES`, by the sizes that the artifact
-            has, whatever a lock says; None makes every site one of its own, as are those of unknown size.
+        jobs: each gets about as many groups, so that none waits for the last, and holds its part of
+            `MASK_BYTES`, by the sizes that the artifact has, whatever a lock says; None makes every site one of
+            its own, as are those of unknown size.
     """
     rounds = max(1, math.ceil(len(questions) / (_GROUP * (jobs or 1))))
     most = math.ceil(len(questions) / (rounds * (jobs or 1)))

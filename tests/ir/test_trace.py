@@ -354,3 +354,20 @@ def test_a_program_moves_to_another_device_with_the_tensors_its_graphs_make(fami
     shape = program(ids).logits.shape
     logits = program.to("meta")(ids.to("meta")).logits
     assert (logits.device.type, logits.shape) == ("meta", shape)
+
+
+@pytest.mark.parametrize("longest", [5, 100])
+def test_code_that_goes_another_way_for_long_sequences_is_refused(longest):
+    """The way that the example takes would be taken for every length."""
+    model = make_model("llama")
+    true = model.forward
+
+    def forward(input_ids, **options):
+        out = true(input_ids=input_ids, **options)
+        if input_ids.shape[1] > longest:
+            out.logits = -out.logits
+        return out
+
+    model.forward = forward
+    with pytest.raises(SppFxError, match="LlamaForCausalLM cannot be traced"):
+        trace(model)

@@ -8,7 +8,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from spp_fx.errors import PostconditionError, PreconditionError, UsageError
-from spp_fx.passes import Causal, Checkpoint, Partition, Shard, run_pipeline
+from spp_fx.passes import Causal, Checkpoint, Partition, Shard, run_pipeline, shard
+from spp_fx.version import release
 from tests.families import FAMILIES, batch
 from tests.passes.programs import adapted, canonical, loss_of
 
@@ -29,7 +30,8 @@ def random_factors(program):
 
 
 INTEGERS = pytest.mark.skipif(
-    torch.__version__.startswith("2.11."), reason="torch 2.11 shards no integers (pytorch issue 177844)"
+    release(torch.__version__) < shard.SPLITS_INTEGERS,
+    reason="this torch shards no integers (pytorch issue 177844)",
 )
 CASES = [(family, "dense") for family in FAMILIES] + [
     pytest.param(family, "packed", marks=INTEGERS) for family in ("llama", "gpt2", "mixtral")
@@ -106,3 +108,12 @@ def test_a_weight_of_two_units_is_refused(group):
 def test_it_needs_a_group():
     with pytest.raises(PreconditionError, match="start with torchrun"):
         run_pipeline(adapted(canonical("llama")), [Partition(), Shard()])
+
+
+def test_packed_weights_are_refused_where_torch_splits_no_integers(group, monkeypatch):
+    program = adapted(canonical("llama"))
+    run_pipeline(program, [Partition()])
+    monkeypatch.setattr(shard, "SPLITS_INTEGERS", (99,))
+    with pytest.raises(PreconditionError, match=r"cannot split packed weights.*torch 2\.12 or later"):
+        run_pipeline(program, [Shard(storage="packed")])
+    assert not program.packings

@@ -18,6 +18,7 @@ compiled = _native.load_backend()
 both = pytest.mark.parametrize("kernels", [compiled, _fallback.BACKEND], ids=lambda b: b.name)
 seeds = st.integers(0, 2**32 - 1)
 bf16 = (0x7FFF, 0x7F80, 0x80)
+reads_files = pytest.mark.skipif(compiled.scan_descriptor is None, reason="no pread with 64-bit positions")
 
 
 def random_bits(seed: int, count: int, density: float = 0.5) -> np.ndarray:
@@ -100,6 +101,7 @@ def test_the_first_of_two_non_finites_is_told(width, at):
     )
 
 
+@reads_files
 @given(data=st.data(), seed=seeds, width=st.sampled_from([1, 2, 4, 8]), words=st.integers(0, 70))
 def test_a_scan_of_a_file_is_that_of_its_bytes_as_far_as_they_go(data, seed, width, words):
     """At any position, in pieces of any size; of a file that ends early, whole pieces are done and no more."""
@@ -123,6 +125,7 @@ def test_a_scan_of_a_file_is_that_of_its_bytes_as_far_as_they_go(data, seed, wid
     assert np.array_equal(outs[0], outs[1])
 
 
+@reads_files
 def test_a_descriptor_that_cannot_be_read_is_left_to_who_asked(tmp_path):
     writing = os.open(tmp_path / "file", os.O_WRONLY | os.O_CREAT)
     try:
@@ -132,6 +135,7 @@ def test_a_descriptor_that_cannot_be_read_is_left_to_who_asked(tmp_path):
         os.close(writing)
 
 
+@reads_files
 def test_memory_that_a_kernel_would_leave_is_refused():
     elements = np.zeros(128, dtype=np.uint16)
     with pytest.raises(ValueError, match="at least 16 bytes, not one of 15"):

@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from spp_fx.passes.shard import SPLITS_INTEGERS
+from spp_fx.version import release
 from tests.command import command, must, one_line, tensors
 
 pytestmark = pytest.mark.slow
@@ -62,6 +64,8 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_two_processes_follow_the_loss_curve_of_one(world, start, way):
+    if "packed" in way and release(torch.__version__) < SPLITS_INTEGERS:
+        pytest.skip("this torch shards no integers (pytorch issue 177844)")
     launcher, options = WAYS[way]
     more = options.split()
     alone_options = [option for option in more if option not in ("--shard", "world", "node")]

@@ -270,6 +270,17 @@ def test_sites_are_looked_at_together_by_their_own_size_and_not_by_the_locks(tmp
     assert sizes == [3, 3, 2]
 
 
+@pytest.mark.parametrize(
+    ("sites", "jobs", "expected"), [(8, 2, [4, 4]), (33, 2, [9, 9, 9, 6]), (5, 4, [2, 2, 1]), (3, 1, [3])]
+)
+def test_jobs_get_about_as_many_sites(tmp_path, monkeypatch, sites, jobs, expected):
+    save(tmp_path / "w.safetensors", {f"layers.{n}.weight": sparse(32, 64, seed=n) for n in range(sites)})
+    sizes: list[int] = []
+    monkeypatch.setattr(verify_module, "digest_masks", lambda masks: sizes.append(len(masks)))
+    assert verify(tmp_path / "w.safetensors", pattern="2:4", jobs=jobs).ok
+    assert sorted(sizes, reverse=True) == expected
+
+
 def test_the_file_of_a_graphs_weight_is_the_one_that_holds_its_numbers(world):
     import onnx
 
