@@ -385,12 +385,16 @@ print(json.dumps(peak() - before))
 
 
 def test_memory_stays_that_of_one_block(tmp_path: Path) -> None:
-    """Writes and rewrites 256 MiB, one tensor of it 128 MiB, in blocks of 16 MiB. The peak may grow by five
-    blocks (one read, the one before it, and what the allocator keeps); the whole tensor would be eight."""
+    """Writes and rewrites 256 MiB, one tensor of it 128 MiB, in blocks of 16 MiB: two at most, beyond the one
+    of the warm-up. glibc is told to give every block back, or what it keeps, which varies, would be measured."""
     out = subprocess.run(
-        [sys.executable, "-c", MEMORY_PROGRAM, str(tmp_path)], check=True, capture_output=True, text=True
+        [sys.executable, "-c", MEMORY_PROGRAM, str(tmp_path)],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)},
     )
-    assert json.loads(out.stdout) < 80
+    assert json.loads(out.stdout) < 40
     with safe_open(tmp_path / "n", "pt") as file:
         assert torch.all(file.get_slice("big")[-1:] == 2)
         assert torch.all(file.get_slice("t3")[:1] == 2)
