@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, unflatten
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from spp_fx.errors import FormatError, SppFxError, UsageError
+from spp_fx.errors import SppFxError, UsageError
+from spp_fx.ir.model import load_model
 from spp_fx.ir.program import Program
 from spp_fx.version import release
 
@@ -69,91 +68,6 @@ def _is_causal_lm(model: nn.Module) -> bool:
         and model.get_output_embeddings() is not None
         and not getattr(model.config, "is_encoder_decoder", False)
     )
-
-
-def load_model(folder: str | Path, *, dtype: torch.dtype | str = "auto", **kwargs: Any) -> PreTrainedModel:
-    """A causal language model from a folder, by default in its own dtype; never from a pickle file.
-
-    Raises:
-        FormatError: the folder lacks a tensor of the model (transformers would fill it with random
-            numbers), holds one of another shape, or cannot be made a model of.
-    """
-    with _readable(folder):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
-        )
-    model, found = loaded
-    for what, names in (("lacks", found["missing_keys"]), ("has another shape of", found["mismatched_keys"])):
-        if names:
-            first = sorted(map(str, names))[0]
-            raise FormatError(
-                f"{folder}: the checkpoint {what} {len(names)} of the model's tensors (first: {first}); "
-                "it is damaged, or config.json is not its own"
-            )
-    return model
-
-
-def meta_model(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """The model a folder's config.json describes, on the meta device: shapes without weights."""
-    with _readable(folder):
-        config = AutoConfig.from_pretrained(str(folder), **kwargs)
-        if config.dtype is None:
-            config.dtype = torch.float32
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=config.dtype, **kwargs).eval()
-
-
-def hollow_model(folder: str | Path, *, dtype: torch.dtype | None = None, **kwargs: Any) -> PreTrainedModel:
-    """The model of a folder without its weights: buffers are real, parameters take no memory until read from.
-
-    It is traced on the CPU, so that the constants of its graphs are real as well; `hollow` then takes the
-    parameters away. `dtype` stands in for the folder's own.
-    """
-    with _readable(folder):
-        config = AutoConfig.from_pretrained(str(folder), **kwargs)
-        chosen = dtype or config.dtype or torch.float32
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=chosen, **kwargs).eval()
-        model.tie_weights()  # registering a parameter made a new one of it
-    # An address range that nothing was written to has no pages.
-    _replace_parameters(model, lambda p: torch.empty_like(p, device="cpu"))
-    return model
-
-
-def hollow(program: Program) -> Program:
-    """Put every parameter on the meta device: to use one that nobody filled in is an error, not noise."""
-    _replace_parameters(program, lambda p: torch.empty_like(p, device="meta"))
-    return program
-
-
-def _replace_parameters(module: nn.Module, make: Callable[[Tensor], Tensor]) -> None:
-    """Replace each parameter by another, once where it has several names."""
-    made: dict[int, nn.Parameter] = {}
-    for each in list(module.modules()):
-        for name, parameter in list(each._parameters.items()):
-            if parameter is not None:
-                if id(parameter) not in made:
-                    made[id(parameter)] = nn.Parameter(make(parameter.detach()), requires_grad=False)
-                each._parameters[name] = made[id(parameter)]
-
-
-@contextmanager
-def _readable(folder: str | Path) -> Generator[None, None, None]:
-    """What transformers says of a folder that it cannot make a model of, as one line."""
-    try:
-        yield
-    except (
-        StrictDataclassError,
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        RuntimeError,
-        ZeroDivisionError,
-    ) as error:
-        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise FormatError(f"{folder}: no causal language model can be made of it: {said}") from error
 
 
 @contextmanager

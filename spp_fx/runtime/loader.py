@@ -14,7 +14,7 @@ from spp_fx.errors import UsageError
 from spp_fx.exporters import FORMATS, Decoded, find_format
 from spp_fx.exporters.manifest import MANIFEST, Manifest, read_manifest
 from spp_fx.exporters.packed_reader import WEIGHTS
-from spp_fx.ir.trace import hollow_model
+from spp_fx.ir.model import hollow_model
 from spp_fx.runtime.library import CuSparseLt, Cutlass, Library
 from spp_fx.runtime.sites import dense_reason, packed_site
 from spp_fx.runtime.trust import PackedSite, SiteForm, decide, make_weight

@@ -21,6 +21,9 @@ class Weights:
         sites: the weights that must be sparse where no lock says so: name -> stored (in, out)? One that is
             not there is among them, under the name that it should have.
         refused: sites whose weights cannot be looked at although something is stored for them, and why.
+        left_out: matrices that are not sites because of what the model does with them (embeddings, the head,
+            routers), each with that reason.
+        unread: whatever else holds weights, is not among the sites and is not looked at, each with the reason.
         guessed: whether `sites` goes by names alone, so that how they are stored is not known.
         numel: how many elements a weight has, without a look at it; None where that is not known.
     """
@@ -30,5 +33,7 @@ class Weights:
     file: Callable[[str], str]
     sites: Callable[[], Mapping[str, bool]]
     refused: Callable[[], Mapping[str, str]] = _nothing
+    left_out: Callable[[], Mapping[str, str]] = _nothing
+    unread: Callable[[], Mapping[str, str]] = _nothing
     guessed: bool = False
     numel: Callable[[str], int] | None = None

@@ -7,9 +7,10 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from spp_fx.errors import UsageError
+from spp_fx.ir.model import load_model
 from spp_fx.ir.program import Program
 from spp_fx.ir.site import factor_attribute
-from spp_fx.ir.trace import load_model, trace
+from spp_fx.ir.trace import trace
 from spp_fx.passes import (
     Canonicalize,
     Causal,

@@ -4,9 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from spp_fx.checkpoint import ModelFolder
+from spp_fx.ir.model import load_model, meta_model
 from spp_fx.ir.printer import print_program
 from spp_fx.ir.program import Program
-from spp_fx.ir.trace import load_model, meta_model, trace
+from spp_fx.ir.trace import trace
 from spp_fx.passes import Pass, PassReport, parse_pipeline, print_pass, run_pipeline
 from spp_fx.workflows.calibration import Calibration, calibration_tokens
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from spp_fx.checkpoint import ModelFolder
 from spp_fx.errors import UsageError
 from spp_fx.ir.binding import NOT_STORED, Binding, Parameter, bind
+from spp_fx.ir.model import hollow, hollow_model, meta_model
 from spp_fx.ir.piece import Piece
 from spp_fx.ir.program import Program
 from spp_fx.ir.site import Site
-from spp_fx.ir.trace import hollow, hollow_model, meta_model, trace
+from spp_fx.ir.trace import trace
 from spp_fx.passes import Canonicalize, Match, run_pipeline
 from spp_fx.progress import Tick, no_tick
 from spp_fx.sparsity import PackedMask, Pattern, Scan, detect_pattern, scan_file

@@ -19,8 +19,9 @@ from transformers import (
 )
 
 from spp_fx.errors import SppFxError, UsageError
+from spp_fx.ir.model import load_model, meta_model
 from spp_fx.ir.program import Program
-from spp_fx.ir.trace import load_model, meta_model, trace
+from spp_fx.ir.trace import trace
 from spp_fx.passes import Canonicalize
 from tests.families import FAMILIES, VOCABULARY, batch, make_model
 

@@ -63,7 +63,7 @@ def build_graph(model: PreTrainedModel, *, with_past: bool = False) -> Graph:
 
     Args:
         model: a causal language model in eval mode on the CPU, float32, float16 or bfloat16; its parameters
-            are never read (see `ir.trace.hollow_model`), its buffers are real.
+            are never read (see `ir.model.hollow_model`), its buffers are real.
         with_past: with a key/value cache, see `trace.cached_signature`.
 
     Raises:

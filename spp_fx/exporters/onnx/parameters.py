@@ -13,7 +13,7 @@ from spp_fx.exporters.onnx.data import TORCH_TYPES
 from spp_fx.exporters.onnx.graph import Graph, GraphParameter
 from spp_fx.exporters.source import Source, rounded
 from spp_fx.ir.binding import Parameter, Piece, assemble, bind
-from spp_fx.ir.trace import load_model
+from spp_fx.ir.model import load_model
 from spp_fx.sparsity import LockEntry
 
 

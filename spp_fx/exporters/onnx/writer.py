@@ -28,7 +28,7 @@ from spp_fx.exporters.onnx.weights import GRAPH, GraphWeights
 from spp_fx.exporters.read_back import lost_signs
 from spp_fx.exporters.registry import ExportSettings, Say, Tick
 from spp_fx.exporters.source import ROUNDED, Source
-from spp_fx.ir.trace import hollow_model, load_model
+from spp_fx.ir.model import hollow_model, load_model
 
 COMPARED_BELOW = 10**9
 """Bytes of a model whose logits are compared by default: it is in memory twice while they are."""
