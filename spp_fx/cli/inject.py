@@ -15,6 +15,7 @@ from spp_fx.cli.base import (
     targets_option,
 )
 from spp_fx.console import Output, shape, table
+from spp_fx.report.text import grouped
 
 
 @command("inject")
@@ -22,7 +23,10 @@ from spp_fx.console import Output, shape, table
 @output_options("MODEL-spp")
 @click.option("--method", default="spp", show_default=True, help="Adapter method.")
 @click.option(
-    "--rank", default=16, show_default=True, help="Rank r; for spp a divisor of each site's outputs."
+    "--rank",
+    default=16,
+    show_default=True,
+    help="Rank r; for spp a divisor of a site's outputs, or it is skipped.",
 )
 @click.option("--scale", default=2.0, show_default=True, help="The factor s of the update.")
 @click.option(
@@ -31,6 +35,7 @@ from spp_fx.console import Output, shape, table
 @click.option("--seed", default=0, show_default=True, help="Of the factors' start.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be trained; config.json alone will do.")
 @targets_option
+@click.option("--skip", multiple=True, help="Sites that get no adapter, named as for --targets.")
 @remote_code
 def inject_command(output: Output, model: str, **options: Any) -> None:
     """Make an adapter folder for a pruned MODEL folder, with a lock of its masks.
@@ -54,10 +59,12 @@ def inject_command(output: Output, model: str, **options: Any) -> None:
             scale=options["scale"],
             dropout=options["dropout"],
             targets=split_targets(options["targets"]),
+            skip=split_targets(options["skip"]),
             seed=options["seed"],
             force=options["force"],
             trust_remote_code=options["trust_remote_code"],
             tick=tick,
+            say=output.say,
         )
 
     def show() -> None:
@@ -78,7 +85,7 @@ def inject_command(output: Output, model: str, **options: Any) -> None:
             f"{where} {done.trainable:,} parameters over {len(done.sites)} weights, "
             f"{done.per_mille:.2f} per mille of {done.total:,}"
         )
-        for name, reason in done.refused.items():
-            click.echo(f"  not taken: {name}: {reason}")
+        for line in grouped(done.refused):
+            click.echo(f"  not taken: {line}")
 
     output.result(done.to_json(), show)

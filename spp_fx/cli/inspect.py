@@ -6,6 +6,7 @@ import click
 
 from spp_fx.cli.base import command, model_argument, model_folder, remote_code
 from spp_fx.console import Output, shape, table
+from spp_fx.report.text import grouped
 
 
 @command("inspect")
@@ -35,6 +36,10 @@ def inspect_command(output: Output, model: str, **options: Any) -> None:
             for view in done.sites
         ]
         table("", ("site", "kind", "shape", "zeros", "pattern", "matched"), rows, left=2)
+        for line in grouped(done.others):
+            click.echo(f"  not a site: {line}")
+        for note in done.notes:
+            click.echo(f"  {note}")
         taken = sum(view.matched for view in done.sites)
         click.echo(f"{done.model_type}: {done.total:,} parameters, {len(done.sites)} sites, {taken} matched")
 

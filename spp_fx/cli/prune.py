@@ -18,6 +18,7 @@ from spp_fx.cli.base import (
 )
 from spp_fx.cli.calibration import calibration_options, read_calibration
 from spp_fx.console import Output, table
+from spp_fx.report.text import grouped
 
 
 @command("prune")
@@ -113,8 +114,8 @@ def prune_command(output: Output, model: str, **options: Any) -> None:
                 notes.setdefault(note, []).append(site["name"])
         for note, names in notes.items():
             click.echo(f"  {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {note}")
-        for name, reason in done.refused.items():
-            click.echo(f"  left dense: {name}: {reason}")
+        for line in grouped(done.refused):
+            click.echo(f"  left dense: {line}")
 
     output.result(done.to_json(), show)
 

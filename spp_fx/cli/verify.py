@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from spp_fx.cli.base import FOLDER, command
+from spp_fx.cli.base import FOLDER, command, remote_code
 from spp_fx.console import Output
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ _NAMES = "last word of a module's name or a glob; repeatable"
 @click.option(
     "--coverage",
     type=click.Choice(["lock", "all"]),
-    help="all: every site of the model must be in the lock, or sparse where there is none.",
+    help="all: every site of the model must be in the lock, or sparse where there is none; nothing is left unread.",
 )
 @click.option(
     "--policy", type=FOLDER, help="Policy file. Default: spp-fx.toml of the current folder, if any."
@@ -44,6 +44,7 @@ _NAMES = "last word of a module's name or a glob; repeatable"
     is_flag=True,
     help="Also print GitHub annotations, and write the step's summary if there is one.",
 )
+@remote_code
 def verify_command(
     output: Output,
     artifact: Path | None,
@@ -58,6 +59,7 @@ def verify_command(
     junit: Path | None,
     sarif: Path | None,
     github: bool,
+    trust_remote_code: bool,
 ) -> int:
     """Hold an ARTIFACT to its lock, a pattern or another artifact; exit 1 if it is not as it should be.
 
@@ -77,7 +79,7 @@ def verify_command(
     """
     from spp_fx.workflows.policy import Overrides, Policy
 
-    given = Overrides(pattern, lock, against, coverage, require, allow_dense)
+    given = Overrides(pattern, lock, against, coverage, require, allow_dense, trust_remote_code)
     rules = Policy.find(policy)
     if rules.path is not None:
         output.say(f"policy: {rules.path}")

@@ -6,7 +6,7 @@ them and states, for each site, the tensors that make it up.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -89,15 +89,40 @@ def bind(model: PreTrainedModel, slots: Mapping[str, Slot], stored: Mapping[str,
         else:
             found = NOT_STORED
         if isinstance(found, str):
-            refused[slot.name] = found
+            refused[slot.name] = _in_parts(slot.name, (*plain, *converted)) or found
         else:
             pieces[slot.name] = found
     return Binding(pieces, refused)
 
 
+def _in_parts(name: str, known: Iterable[str]) -> str | None:
+    """That a weight is stored as several tensors, quantised or factored, as far as their names tell."""
+    module = name.removesuffix(".weight")
+    whole = {name, f"{module}.weight", f"{module}.bias", f"{name}_bias"}
+    parts = sorted(
+        other
+        for other in known
+        if other.startswith((f"{name}.", f"{name}_"))
+        or (other.startswith(f"{module}.") and "." not in other.removeprefix(f"{module}."))
+        if other not in whole
+    )
+    if not parts:
+        return None
+    words = ", ".join(part.removeprefix(module).lstrip("._") for part in parts[:3])
+    return (
+        f"is stored in parts ({words}), a quantised or factored form whose zeros are not known; take the model as "
+        "it was before"
+    )
+
+
 def _plain(slot: Slot, tensor: str, stored: Mapping[str, tuple[int, ...]]) -> tuple[Piece, ...] | str:
     shape = stored[tensor]
     expected = (*slot.shape[:-2], slot.shape[-1], slot.shape[-2]) if slot.transposed else slot.shape
+    if 0 in shape and 0 not in expected:
+        return (
+            f"is stored as {tensor} of shape {list(shape)}, the placeholder that a ZeRO-3 run leaves; save the model "
+            "again with its weights gathered (stage3_gather_16bit_weights_on_model_save)"
+        )
     if shape != expected:
         return f"is stored as {tensor} of shape {list(shape)}, the model wants {list(expected)}"
     if len(slot.shape) != 3:

@@ -1,4 +1,4 @@
-"""Causal language models of model folders: with their weights, or without them."""
+"""Models of folders: with their weights, or without them."""
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -6,24 +6,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from spp_fx.errors import FormatError
 from spp_fx.ir.program import Program
 
+CAUSAL = frozenset(
+    name
+    for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    for name in ((names,) if isinstance(names, str) else names)
+)
+"""Names of the classes that AutoModelForCausalLM makes."""
+
 
 def load_model(folder: str | Path, *, dtype: torch.dtype | str = "auto", **kwargs: Any) -> PreTrainedModel:
-    """A causal language model from a folder, by default in its own dtype; never from a pickle file.
+    """The model of a folder, by default in its own dtype; never from a pickle file. For its class see `meta_model`.
 
     Raises:
         FormatError: the folder lacks a tensor of the model (transformers would fill it with random
             numbers), holds one of another shape, or cannot be made a model of.
     """
     with _readable(folder):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(str(folder), **kwargs)
+        loaded: Any = _class_of(config).from_pretrained(
             str(folder), dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
         )
     model, found = loaded
@@ -38,13 +48,17 @@ def load_model(folder: str | Path, *, dtype: torch.dtype | str = "auto", **kwarg
 
 
 def meta_model(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """The model a folder's config.json describes, on the meta device: shapes without weights."""
+    """The model a folder's config.json describes, on the meta device: shapes without weights.
+
+    Its class is that of AutoModelForCausalLM, unless config.json names one of transformers' for another task:
+    a Whisper is taken whole, although its decoder alone would make a causal language model.
+    """
     with _readable(folder):
         config = AutoConfig.from_pretrained(str(folder), **kwargs)
         if config.dtype is None:
             config.dtype = torch.float32
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=config.dtype, **kwargs).eval()
+            return _of_config(config, dtype=config.dtype, **kwargs)
 
 
 def hollow_model(folder: str | Path, *, dtype: torch.dtype | None = None, **kwargs: Any) -> PreTrainedModel:
@@ -57,11 +71,27 @@ def hollow_model(folder: str | Path, *, dtype: torch.dtype | None = None, **kwar
         config = AutoConfig.from_pretrained(str(folder), **kwargs)
         chosen = dtype or config.dtype or torch.float32
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=chosen, **kwargs).eval()
+            model = _of_config(config, dtype=chosen, **kwargs)
         model.tie_weights()  # registering a parameter made a new one of it
     # An address range that nothing was written to has no pages.
     _replace_parameters(model, lambda p: torch.empty_like(p, device="cpu"))
     return model
+
+
+def _class_of(config: PretrainedConfig) -> Any:
+    for name in config.architectures or ():
+        found = getattr(transformers, name, None)
+        if name in CAUSAL or not isinstance(found, type) or not issubclass(found, PreTrainedModel):
+            continue
+        return found
+    return AutoModelForCausalLM
+
+
+def _of_config(config: PretrainedConfig, *, dtype: torch.dtype, **kwargs: Any) -> PreTrainedModel:
+    chosen = _class_of(config)
+    if chosen is AutoModelForCausalLM:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs).eval()
+    return chosen._from_config(config, dtype=dtype).eval()
 
 
 def hollow(program: Program) -> Program:

@@ -1,6 +1,9 @@
 """How users name sites: by the last words of module names, or by globs over whole names."""
 
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+
+from spp_fx.errors import UsageError
 
 
 def is_glob(text: str) -> bool:
@@ -19,3 +22,19 @@ def is_target(site: str, target: str) -> bool:
     if is_glob(target):
         return fnmatchcase(name, target) or fnmatchcase(site, target)
     return name == target or site == target or name.endswith("." + target)
+
+
+def without_skipped(sites: Iterable[str], skip: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The sites that no target of `skip` names, and those that one does, with that reason.
+
+    Raises:
+        UsageError: a target names no site, or all of them are skipped.
+    """
+    names = list(sites)
+    for target in skip:
+        if not any(is_target(name, target) for name in names):
+            raise UsageError(f"'{target}' names no site that could be skipped")
+    skipped = {name: "is to be skipped" for name in names if any(is_target(name, target) for target in skip)}
+    if len(skipped) == len(names):
+        raise UsageError("every site is to be skipped, so there is nothing to do")
+    return [name for name in names if name not in skipped], skipped

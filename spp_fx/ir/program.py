@@ -50,6 +50,10 @@ class Program(nn.Module):
         units: paths of the decoder layers' graph modules, in order; filled by `partition`.
         packings: how the weight of a site is packed, if it is; see `passes.storage`.
         masks: the mask that each injected site had when its adapter came; held to by `verify`.
+        left_out: parameters of two or more dimensions that the model uses for something else than a linear, as
+            embeddings, each with that reason; filled by `canonicalize`.
+        unread: those that are neither sites nor in `left_out`, each with what is known of it.
+        untraced: why there are no graphs and nothing can be computed; see `outline`.
         tied: parameters that share another's storage: name -> the first name.
         head: name of the weight that makes the logits, if the model has one.
         calibration: tokens (samples, length) int64 that passes which look at inputs run it on.
@@ -81,6 +85,9 @@ class Program(nn.Module):
         self.tied = tied
         self.head = head
         self.sites: dict[str, Site] = {}
+        self.left_out: dict[str, str] = {}
+        self.unread: dict[str, str] = {}
+        self.untraced: str | None = None
         self.patterns: dict[str, Pattern | None] = {}
         self.matched: dict[str, Pattern | None] = {}
         self.adapters: dict[str, Method] = {}

@@ -22,6 +22,8 @@ class Site:
         uses: how many nodes of the program use the weight as a linear.
         tied_to: name of the embedding that shares the weight, if one does.
         is_head: the linear produces the logits.
+        role: what its result does instead of feeding the model, as choosing experts; such a site stays as it is
+            unless it is named.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Site:
     uses: int
     tied_to: str | None
     is_head: bool
+    role: str | None = None
 
     @property
     def out_features(self) -> int:

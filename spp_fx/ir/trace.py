@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram, unflatten
 from transformers import PreTrainedModel
 
 from spp_fx.errors import SppFxError, UsageError
-from spp_fx.ir.model import load_model
+from spp_fx.ir.model import CAUSAL, load_model
 from spp_fx.ir.program import Program
 from spp_fx.version import release
 
@@ -43,8 +43,8 @@ def trace(model: PreTrainedModel | str | Path) -> Program:
         model = load_model(model)
     if not _is_causal_lm(model):
         raise UsageError(
-            f"trace: {type(model).__name__} is no Hugging Face causal language model; "
-            "load it with AutoModelForCausalLM"
+            f"trace: {type(model).__name__} is not a Hugging Face causal language model; "
+            "load one with AutoModelForCausalLM"
         )
     with _mode(model, training=False):
         exported = _export(model)
@@ -54,20 +54,20 @@ def trace(model: PreTrainedModel | str | Path) -> Program:
     program = Program(
         root,
         model.config,
-        cast(Callable[..., Tensor], model.loss_function),
-        tied=_tied(model),
-        head=_head(model),
+        loss_of(model),
+        tied=tied_parameters(model),
+        head=head_of(model),
     )
     program.loss_type = model.loss_type
     return program.train(model.training)
 
 
 def _is_causal_lm(model: nn.Module) -> bool:
-    return (
-        isinstance(model, PreTrainedModel)
-        and model.get_output_embeddings() is not None
-        and not getattr(model.config, "is_encoder_decoder", False)
-    )
+    if not isinstance(model, PreTrainedModel) or getattr(model.config, "is_encoder_decoder", False):
+        return False
+    # BertForMaskedLM has a head as well, and looks ahead.
+    known = type(model).__name__ in CAUSAL or not type(model).__module__.startswith("transformers.")
+    return (known or model.can_generate()) and model.get_output_embeddings() is not None
 
 
 @contextmanager
@@ -301,7 +301,12 @@ def _with_generated_code(module: nn.Module) -> fx.GraphModule:
     return result
 
 
-def _tied(model: PreTrainedModel) -> dict[str, str]:
+def loss_of(model: PreTrainedModel) -> Callable[..., Tensor]:
+    """The loss that transformers gives a model of its kind."""
+    return cast(Callable[..., Tensor], model.loss_function)
+
+
+def tied_parameters(model: PreTrainedModel) -> dict[str, str]:
     """Parameters that are another parameter under a second name: name -> the first name."""
     first: dict[int, str] = {}
     tied: dict[str, str] = {}
@@ -312,7 +317,7 @@ def _tied(model: PreTrainedModel) -> dict[str, str]:
     return tied
 
 
-def _head(model: PreTrainedModel) -> str | None:
+def head_of(model: PreTrainedModel) -> str | None:
     """Name of the weight that makes logits of hidden states."""
     head = model.get_output_embeddings()
     weight = getattr(head, "weight", None)

@@ -1,6 +1,7 @@
 """inject: give every matched site an adapter."""
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -28,7 +29,7 @@ class Inject(Pass):
 
     Args:
         method: name of the adapter method (see `spp_fx.adapters`).
-        rank: for spp the rows r of alpha; must divide every site's output features.
+        rank: for spp the rows r of alpha; a site whose output features it does not divide is skipped.
         scale: the factor s of the update.
         dropout: probability on the adapter branch's input while training.
         seed: of the factors' start.
@@ -51,11 +52,11 @@ class Inject(Pass):
 
     def apply(self, program: Program) -> PassReport:
         method = make_method(self.method, rank=self.rank, scale=self.scale, dropout=self.dropout)
-        check_shapes(method, {name: program.sites[name].shape for name in program.matched})
+        taken, refused = adaptable(method, {name: program.sites[name].shape for name in program.matched})
         program.requires_grad_(False)
-        report = PassReport()
+        report = PassReport(refused=refused)
         uses = program.uses()
-        for name in program.matched:
+        for name in taken:
             site, weight = program.sites[name], program.weight(name)
             specs = method.factors(site.shape)
             factors = {
@@ -85,16 +86,26 @@ class Inject(Pass):
             )
 
 
-def check_shapes(method: Method, shapes: dict[str, tuple[int, ...]]) -> None:
-    """UsageError unless the method takes every shape; names the ranks that would work."""
+def adaptable(
+    method: Method, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The sites that a method takes, and why it does not take the others.
+
+    Args:
+        shapes: of the sites, (out, in) or (experts, out, in), by name.
+
+    Raises:
+        UsageError: it takes none; names the ranks that would work for all.
+    """
     refused = {name: reason for name, shape in shapes.items() if (reason := method.refusal(shape))}
-    if refused:
+    if len(refused) == len(shapes):
         name, reason = next(iter(refused.items()))
         ranks = ", ".join(map(str, method.usable_ranks(shapes.values())))
         raise UsageError(
             f"{name}: {reason} ({len(refused)} of {len(shapes)} sites); "
             f"ranks that fit all matched sites: {ranks}"
         )
+    return tuple(name for name in shapes if name not in refused), refused
 
 
 def _factor_nodes(use: Use, parameter: str, factors: dict[str, nn.Parameter]) -> list[fx.Node]:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from spp_fx.errors import PatternError, UsageError
-from spp_fx.ir.names import is_target
+from spp_fx.ir.names import is_target, without_skipped
 from spp_fx.ir.site import Site
 from spp_fx.pruning.criterion import Criterion
 from spp_fx.pruning.dsnot import dsnot
@@ -149,28 +149,22 @@ def patterns_of(
     Raises:
         UsageError: a ratio cannot be read, or a name fits no site.
     """
-    names = list(sites)
+    names, skipped = without_skipped(sites, skip)
     rules: list[tuple[str, Pattern]] = []
     for ratio in ratios:
         target, at, text = ratio.rpartition("@")
         if not at or not target:
             raise UsageError(f"'{ratio}' is no ratio; write NAME@PATTERN, such as down_proj@4:8")
         rules.append((target, parse_pattern(text)))
-    for target in [*(target for target, _ in rules), *skip]:
-        if not any(is_target(name, target) for name in names):
+    for target, _ in rules:
+        if not any(is_target(name, target) for name in (*names, *skipped)):
             raise UsageError(f"'{target}' names no site that is to be pruned")
-    patterns: dict[str, Pattern] = {}
-    skipped: dict[str, str] = {}
-    for name in names:
-        if any(is_target(name, target) for target in skip):
-            skipped[name] = "is to be skipped"
-            continue
-        patterns[name] = next((p for target, p in reversed(rules) if is_target(name, target)), default)
+    patterns = {
+        name: next((p for target, p in reversed(rules) if is_target(name, target)), default) for name in names
+    }
     for name, pattern in patterns.items():
         if pattern.sparsity == 1:
             raise UsageError(f"{name}: {pattern} would leave no weight at all; choose less than 100%")
-    if not patterns:
-        raise UsageError("every site is to be skipped, so there is nothing to prune")
     return patterns, skipped
 
 

@@ -1,6 +1,6 @@
 """A verdict for a terminal."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from spp_fx.errors import escaped
 from spp_fx.report.verdict import Verified
@@ -20,6 +20,19 @@ def lines(verdict: Verified, *, one_of_many: bool = False) -> Iterator[str]:
     if len(failed) > SHOWN:
         yield f"... and {len(failed) - SHOWN} more; --json lists all"
     yield conclusion(verdict)
+    if verdict.ok:
+        for what, reasons in (("left out", verdict.left_out), ("not looked at", verdict.unread)):
+            yield from (f"  {what}: {line}" for line in grouped(reasons))
+
+
+def grouped(reasons: Mapping[str, str]) -> Iterator[str]:
+    """Names with their reasons, a line a reason: the first name, and how many more have the same."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    for reason, group in names.items():
+        more = f" and {len(group) - 1} more" if len(group) > 1 else ""
+        yield f"{escaped(group[0])}{more}: {escaped(reason)}"
 
 
 def conclusion(verdict: Verified) -> str:
@@ -33,4 +46,6 @@ def conclusion(verdict: Verified) -> str:
     equal = sum(site.mask_equal is True for site in verdict.sites)
     masks = f", {equal} masks equal" if equal else ""
     dense = f", {len(verdict.allowed_dense)} allowed to be dense" if verdict.allowed_dense else ""
-    return f"ok: {what}: all {len(verdict.sites)} sites {held}{masks}{dense}"
+    count = len(verdict.unread)
+    unread = f", {count} other weight{'s' if count > 1 else ''} not looked at" if count else ""
+    return f"ok: {what}: all {len(verdict.sites)} sites {held}{masks}{dense}{unread}"

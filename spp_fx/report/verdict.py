@@ -1,6 +1,6 @@
 """What verify found, as data: findings of each site, and of the artifact as a whole."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -11,6 +11,7 @@ RULES = {
     "pattern-broken": "A weight has more non-zeros than its sparsity pattern allows.",
     "dense-site": "A weight that must be sparse is dense, or the lock does not speak of it.",
     "missing-weight": "A weight that must be there is missing.",
+    "unread-weight": "A weight was not looked at, because nobody knows what it is for or how to read it.",
     "non-finite": "A weight holds NaN or infinity.",
     "artifact-damaged": "A file cannot be read, is not what it claims to be, or must not be released.",
 }
@@ -91,6 +92,8 @@ class Verified:
         sites: those of which something was asked, by name.
         faults: why the artifact as a whole must not be released, whatever its sites hold.
         allowed_dense: sites of which nothing was asked because they may be dense.
+        left_out: matrices that are not sites because of what the model does with them, each with that reason.
+        unread: all other matrices of which nothing was asked, each with the reason.
         error: what kept its sites from being looked at at all; a fault says the same in words.
     """
 
@@ -99,6 +102,8 @@ class Verified:
     sites: tuple[SiteVerdict, ...]
     faults: tuple[Finding, ...] = ()
     allowed_dense: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict[str, str])
+    unread: Mapping[str, str] = field(default_factory=dict[str, str])
     error: Exception | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -139,8 +144,11 @@ class Verified:
                 "sites": len(self.sites),
                 "ok": len(self.sites) - failed,
                 "failed": failed,
+                "unread": len(self.unread),
                 "sparsity": self.sparsity,
             },
+            "left_out": dict(self.left_out),
+            "unread": dict(self.unread),
         }
         return data | ({"allowed_dense": list(self.allowed_dense)} if self.allowed_dense else {})
 

@@ -25,7 +25,7 @@ class Weights:
             routers), each with that reason.
         unread: whatever else holds weights, is not among the sites and is not looked at, each with the reason.
         guessed: whether `sites` goes by names alone, so that how they are stored is not known.
-        numel: how many elements a weight has, without a look at it; None where that is not known.
+        shape: of a weight, without a look at it; None where that is not known, and every weight is a matrix.
     """
 
     names: frozenset[str]
@@ -36,4 +36,4 @@ class Weights:
     left_out: Callable[[], Mapping[str, str]] = _nothing
     unread: Callable[[], Mapping[str, str]] = _nothing
     guessed: bool = False
-    numel: Callable[[str], int] | None = None
+    shape: Callable[[str], tuple[int, ...]] | None = None

@@ -1,7 +1,7 @@
 """Anything that verify reads, as named weights whose zeros can be looked at."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
@@ -48,33 +48,36 @@ class Artifact:
         return self.weights.names
 
 
-def open_artifact(path: Path) -> Artifact:
+def open_artifact(path: Path, *, trust_remote_code: bool = False) -> Artifact:
     """Open a model, adapter or export folder, a .safetensors or an .onnx file.
+
+    Args:
+        trust_remote_code: run code that a model folder brings, where its model has to be made to find its sites.
 
     Raises:
         UsageError: it is none of these.
         FormatError: a file of it is damaged.
     """
     if path.suffix == ".onnx":
-        return _onnx(path)
+        return _onnx(path, trust_remote_code)
     if path.suffix == ".safetensors":
-        return _safetensors(path)
+        return _safetensors(path, trust_remote_code)
     if (path / MANIFEST).is_file():
-        return _export(path)
+        return _export(path, trust_remote_code)
     if (path / CONFIG).is_file():
-        return _adapter(path)
+        return _adapter(path, trust_remote_code)
     if (path / "config.json").is_file():
         folder = ModelFolder.open(path)
-        return _legacy(folder) if is_legacy(folder) else _model(path)
+        return _legacy(folder) if is_legacy(folder) else _model(path, trust_remote_code)
     what = (
         "does not exist"
         if not path.exists()
-        else "is no model, adapter or export folder, .safetensors or .onnx file"
+        else "is not a model, adapter or export folder, nor a .safetensors or .onnx file"
     )
     raise UsageError(f"{path} {what}")
 
 
-def _model(path: Path) -> Artifact:
+def _model(path: Path, trust_remote_code: bool) -> Artifact:
     folder = open_model(path)
 
     def scan(name: str, transposed: bool) -> Scan:
@@ -84,15 +87,11 @@ def _model(path: Path) -> Artifact:
     def file(name: str) -> str:
         return folder.info(name)[0].name
 
-    def numel(name: str) -> int:
-        return prod(folder.info(name)[1].shape)
-
     @cache
     def expected() -> "Expected":
         from spp_fx.workflows.survey import expected_of, survey
 
-        found = survey(path)
-        return expected_of(found.program, found.binding)
+        return expected_of(survey(path, trust_remote_code=trust_remote_code))
 
     weights = Weights(
         frozenset(folder.names),
@@ -100,7 +99,9 @@ def _model(path: Path) -> Artifact:
         file,
         sites=lambda: expected().sites,
         refused=lambda: expected().refused,
-        numel=numel,
+        left_out=lambda: expected().left_out,
+        unread=lambda: expected().unread,
+        shape=lambda name: folder.info(name)[1].shape,
     )
     return Artifact(path, "model", weights, lock_beside(path))
 
@@ -115,15 +116,21 @@ def _legacy(folder: ModelFolder) -> Artifact:
     def scan(name: str, transposed: bool) -> Scan:
         return scan_tensor(legacy.read(name), transposed=transposed)
 
-    def sites() -> Mapping[str, bool]:
-        plain = {name for name, shape in legacy.shapes.items() if lone.is_site(name, shape)}
-        return dict.fromkeys(legacy.packed | plain, False)
-
-    weights = Weights(frozenset(legacy.shapes), scan, legacy.file, sites, guessed=True)
+    named = lone.by_names({name: shape for name, shape in legacy.shapes.items() if name not in legacy.packed})
+    weights = Weights(
+        frozenset(legacy.shapes),
+        scan,
+        legacy.file,
+        sites=lambda: dict.fromkeys([*legacy.packed, *named.sites], False),
+        left_out=lambda: named.left_out,
+        unread=lambda: named.unread,
+        guessed=True,
+        shape=legacy.shapes.__getitem__,
+    )
     return Artifact(folder.path, "compressed-tensors", weights, lock_beside(folder.path), (legacy.problem(),))
 
 
-def _adapter(path: Path) -> Artifact:
+def _adapter(path: Path, trust_remote_code: bool) -> Artifact:
     """An adapter stands for the masks of its own base, which is looked at; its factors are checked here."""
     adapter = AdapterFolder.open(path)
     for name, info in adapter.shard.header.tensors.items():
@@ -134,10 +141,10 @@ def _adapter(path: Path) -> Artifact:
             )
     base = adapter.find_base()
     adapter.check_base(open_model(base))
-    return Artifact(path, "adapter", _model(base).weights, adapter.lock)
+    return Artifact(path, "adapter", _model(base, trust_remote_code).weights, adapter.lock)
 
 
-def _safetensors(path: Path) -> Artifact:
+def _safetensors(path: Path, trust_remote_code: bool) -> Artifact:
     refuse_part_of_export(path)
     shard = Shard.open(path)
 
@@ -153,13 +160,14 @@ def _safetensors(path: Path) -> Artifact:
         from spp_fx.workflows.survey import Expected, expected_sites
 
         if not of_model:
-            return Expected({name: False for name, shape in shapes.items() if lone.is_site(name, shape)}, {})
-        model = _model(path.parent).weights
+            named = lone.by_names(shapes)
+            return Expected(dict.fromkeys(named.sites, False), {}, named.left_out, named.unread)
         if part:  # what no file of the model holds is asked of the folder
-            return Expected({name: turned for name, turned in model.sites().items() if name in shapes}, {})
-        if model.names == shapes.keys():
-            return Expected(dict(model.sites()), dict(model.refused()))
-        return expected_sites(path.parent, shapes)
+            whole = _model(path.parent, trust_remote_code).weights
+            sites = {name: turned for name, turned in whole.sites().items() if name in shapes}
+            left_out, unread = _within(whole.left_out(), shapes), _within(whole.unread(), shapes)
+            return Expected(sites, {}, left_out, unread)
+        return expected_sites(path.parent, shapes, trust_remote_code=trust_remote_code)
 
     weights = Weights(
         frozenset(shapes),
@@ -167,8 +175,10 @@ def _safetensors(path: Path) -> Artifact:
         lambda _: path.name,
         sites=lambda: expected().sites,
         refused=lambda: expected().refused,
+        left_out=lambda: expected().left_out,
+        unread=lambda: expected().unread,
         guessed=not of_model,
-        numel=lambda name: prod(shapes[name]),
+        shape=shapes.__getitem__,
     )
     return Artifact(path, "safetensors", weights, _lock_of_shard(shard), part=part)
 
@@ -207,7 +217,7 @@ def _lock_of_shard(shard: Shard) -> Lock | None:
     return Lock.of(entry for entry in lock.sites if entry.name not in elsewhere)
 
 
-def _export(path: Path) -> Artifact:
+def _export(path: Path, trust_remote_code: bool) -> Artifact:
     from spp_fx.exporters import find_format
 
     manifest = read_manifest(path)
@@ -220,39 +230,67 @@ def _export(path: Path) -> Artifact:
         from spp_fx.workflows.survey import Expected, expected_sites
 
         if format.decode:
-            others = expected_sites(path, format.decode(path, manifest).shapes)
+            shapes = format.decode(path, manifest).shapes
+            others = expected_sites(path, shapes, trust_remote_code=trust_remote_code)
         else:
-            others = _in_graph(path, manifest, len(weights.names))
-        return Expected(others.sites | dict(weights.sites()), others.refused)
+            others = _in_graph(path, manifest, weights, trust_remote_code)
+        sites = others.sites | dict(weights.sites())
+        return Expected(
+            sites, others.refused, _without(others.left_out, sites), _without(others.unread, sites)
+        )
 
-    asked = replace(weights, sites=lambda: expected().sites, refused=lambda: expected().refused)
+    asked = replace(
+        weights,
+        sites=lambda: expected().sites,
+        refused=lambda: expected().refused,
+        left_out=lambda: expected().left_out,
+        unread=lambda: expected().unread,
+    )
     return Artifact(path, manifest.format, asked, lock_beside(path))
 
 
-def _in_graph(path: Path, manifest: Manifest, stored: int) -> "Expected":
-    """The sites of a program, which holds them as the loaded model does, but for parts that its manifest names."""
-    from spp_fx.workflows.survey import Expected, loaded_sites
+def _without(reasons: Mapping[str, str], names: Container[str]) -> dict[str, str]:
+    return {name: reason for name, reason in reasons.items() if name not in names}
+
+
+def _in_graph(path: Path, manifest: Manifest, weights: Weights, trust_remote_code: bool) -> "Expected":
+    """The sites of a program, which holds them as the loaded model does, but for parts that its manifest names.
+
+    What the graph holds besides is known by the model's names for it, or by what the graph does with it.
+    """
+    from spp_fx.workflows.survey import Expected, loaded_program
 
     rows: Counter[str] = Counter()
     for record in manifest.tensors:
         rows[record.part.initializer if record.part else record.name] += prod(record.shape[:-1])
     sites: dict[str, bool] = {}
     refused: dict[str, str] = {}
-    for name, site in loaded_sites(path, stored).items():
+    program, dense = loaded_program(path, len(weights.names), trust_remote_code=trust_remote_code)
+    for name in program.matched:
+        site = program.sites[name]
         if name not in rows:
             sites[name] = site.transposed
         elif rows[name] < (all_rows := prod(site.shape[:-1])):
             refused[name] = (
                 f"{MANIFEST} names {rows[name]} of its {all_rows} rows, the others cannot be told apart"
             )
-    return Expected(sites, refused)
+    known = sites.keys() | rows.keys()
+    left_out = _without({**weights.left_out(), **program.left_out, **dense}, known)
+    refused |= _without(weights.refused(), known | left_out.keys())
+    unread = _without({**weights.unread(), **program.unread}, known | left_out.keys() | refused.keys())
+    # A graph holds what its outputs depend on, and no more.
+    return Expected(sites, refused, _within(left_out, weights.names), _within(unread, weights.names))
 
 
-def _onnx(path: Path) -> Artifact:
+def _within(reasons: Mapping[str, str], names: Container[str]) -> dict[str, str]:
+    return {name: reason for name, reason in reasons.items() if name in names}
+
+
+def _onnx(path: Path, trust_remote_code: bool) -> Artifact:
     from spp_fx.exporters.onnx.weights import FORMATS, GRAPH, read_graph
 
     folder = path.parent
     in_export = path.name == GRAPH and path.is_file() and (folder / MANIFEST).is_file()
     if in_export and read_manifest(folder, check_files=False).format in FORMATS:
-        return replace(_export(folder), path=path, kind="onnx")
+        return replace(_export(folder, trust_remote_code), path=path, kind="onnx")
     return Artifact(path, "onnx", read_graph(path), lock_beside(path.parent))

@@ -40,11 +40,14 @@ class Plan:
         questions: by name, sorted.
         faults: names that were asked for and match nothing; what the lock says and the model does not.
         allowed_dense: sites of which nothing is asked because they may be dense.
+        left_out, unread: matrices of which nothing is asked, each with the reason; see `Weights`.
     """
 
     questions: tuple[Question, ...]
     faults: tuple[Finding, ...]
     allowed_dense: tuple[str, ...]
+    left_out: dict[str, str]
+    unread: dict[str, str]
 
 
 def plan(artifact: Artifact, lock: Lock | None, demands: Demands, *, against: Artifact | None = None) -> Plan:
@@ -63,10 +66,13 @@ def plan(artifact: Artifact, lock: Lock | None, demands: Demands, *, against: Ar
     faults: list[Finding] = []
     compared = against is not None
     whole = compared or demands.pattern or demands.rules or demands.coverage == "all"
+    left_out: dict[str, str] = {}
+    unread = _unlocked(artifact, locked)
     if lock is None or whole or _required_beyond(demands.require, artifact.names, locked):
         refused = artifact.weights.refused()
         known = dict.fromkeys(refused, False) | orientations(artifact, lock)
         faults += _turned(artifact, locked, known)
+        left_out, unread = dict(artifact.weights.left_out()), dict(artifact.weights.unread())
     suggested: set[str] = set()
     if against is not None and not artifact.part:
         own, known = known, _joined(artifact, lock, known, against)
@@ -106,7 +112,27 @@ def plan(artifact: Artifact, lock: Lock | None, demands: Demands, *, against: Ar
             questions.append(question)
         elif excused:
             allowed.append(name)
-    return Plan(tuple(questions), tuple(faults), tuple(allowed))
+    asked_of = {question.name for question in questions}.union(allowed)
+    left_out = {name: reason for name, reason in left_out.items() if name not in asked_of}
+    unread = {name: reason for name, reason in unread.items() if name not in asked_of}
+    allowed += [name for name in unread if named(name, demands.allow_dense)]
+    unread = {name: reason for name, reason in unread.items() if name not in allowed}
+    if demands.coverage == "all":
+        faults += [_unread(name, reason) for name, reason in sorted(unread.items())]
+    return Plan(tuple(questions), tuple(faults), tuple(allowed), left_out, unread)
+
+
+def _unlocked(artifact: Artifact, locked: Mapping[str, LockEntry]) -> dict[str, str]:
+    """The matrices that a lock does not name, where nothing but the lock is asked."""
+    shape = artifact.weights.shape
+    matrices = (n for n in artifact.names if shape is None or sum(size > 1 for size in shape(n)) > 1)
+    return {name: "the lock does not name it" for name in sorted(matrices) if name not in locked}
+
+
+def _unread(name: str, reason: str) -> Finding:
+    return Finding(
+        "unread-weight", f"{name}: {reason}, so it was not looked at; allow it to be dense, or remove it"
+    )
 
 
 def orientations(artifact: Artifact, lock: Lock | None) -> dict[str, bool]:

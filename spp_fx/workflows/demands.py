@@ -31,8 +31,8 @@ class Demands:
         rules: the first one that names a site says its pattern. A name that matches nothing is a failure.
         require: sites that must be sparse. A name that matches nothing is a failure.
         allow_dense: sites of which neither pattern nor sparsity is asked. A lock that names one still holds.
-        coverage: `all` asks that every site of the model is in the lock (without a lock: is sparse), but for
-            those of `allow_dense`.
+        coverage: `all` asks that every site of the model is in the lock (without a lock: is sparse) and that
+            no weight is left unread, but for those of `allow_dense`.
     """
 
     pattern: Pattern | None = None

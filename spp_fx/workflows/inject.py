@@ -1,6 +1,6 @@
 """inject: an adapter folder for a pruned model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,10 @@ import torch
 from spp_fx.adapters import Method, initial_factor, make_method
 from spp_fx.checkpoint import atomic_folder
 from spp_fx.errors import MaskError, SppFxError, UsageError
+from spp_fx.ir.names import without_skipped
 from spp_fx.ir.site import Site
-from spp_fx.passes import Inject, Match, run_pipeline
+from spp_fx.passes import Match, run_pipeline
+from spp_fx.passes.inject import adaptable
 from spp_fx.sparsity import LOCK_NAME, Lock, PackedMask, Pattern, compare, lock_beside, make_entry
 from spp_fx.workflows import provenance
 from spp_fx.workflows.adapter_folder import write_adapter
@@ -72,34 +74,37 @@ def inject(
     scale: float = 2.0,
     dropout: float = 0.0,
     targets: Sequence[str] = (),
+    skip: Sequence[str] = (),
     seed: int = 0,
     force: bool = False,
     trust_remote_code: bool = False,
     tick: Tick = no_tick,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Injected:
     """Make an adapter folder for a pruned model folder, with a lock of its masks.
 
     Args:
         out: the folder to write; None for a dry run, for which config.json alone will do.
+        skip: names of sites that get no adapter, given as targets are.
+        say: called with what the reader should know.
 
     Raises:
-        UsageError: unknown method or target, a rank that does not fit, an output that exists.
+        UsageError: unknown method or target, a rank that fits no site, an output that exists.
         PatternError: the model is dense.
         MaskError: the model is not the one its own lock describes.
     """
     model, out = Path(model), None if out is None else Path(out)
     if seed < 0:
         raise UsageError(f"--seed must not be negative, got {seed}")
-    pass_ = Inject(method=method, rank=rank, scale=scale, dropout=dropout, seed=seed)
     adapter = make_method(method, rank=rank, scale=scale, dropout=dropout)
     if out is None:
         weights = any(model.glob("*.safetensors"))
         found = survey(model, weights=weights, trust_remote_code=trust_remote_code)
-        return _inject(found, None, adapter, pass_, targets, tick)[0]
+        return _inject(found, None, adapter, targets, skip, tick, say)[0]
     provenance.load(model)  # a damaged history is refused before the work
     with atomic_folder(out, force, sources=[model]) as temporary:
         found = survey(model, trust_remote_code=trust_remote_code)
-        result, lock = _inject(found, out, adapter, pass_, targets, tick)
+        result, lock = _inject(found, out, adapter, targets, skip, tick, say)
         factors = {
             f"{name}.{key}": initial_factor(spec, f"{name}.{key}", seed, torch.device("cpu"))
             for name, (site, _) in result.sites.items()
@@ -117,7 +122,9 @@ def inject(
             factors=factors,
             lock=lock,
         )
-        settings = {"method": method, **adapter.parameters(), "seed": seed, "targets": list(targets)}
+        settings = {
+            "method": method, **adapter.parameters(), "seed": seed, "targets": list(targets), "skip": list(skip),
+        }  # fmt: skip
         provenance.record(
             model, temporary, "inject", inputs={"model": fingerprint}, settings=settings, digests={}
         )
@@ -125,24 +132,33 @@ def inject(
 
 
 def _inject(
-    found: Survey, out: Path | None, adapter: Method, pass_: Inject, targets: Sequence[str], tick: Tick
+    found: Survey,
+    out: Path | None,
+    adapter: Method,
+    targets: Sequence[str],
+    skip: Sequence[str],
+    tick: Tick,
+    say: Callable[[str], None],
 ) -> tuple[Injected, Lock]:
+    for note in found.notes:
+        say(note)
     program = found.program
     total = sum(p.numel() for p in {id(p): p for p in program.parameters()}.values())
-    masks: dict[str, tuple[PackedMask, Pattern | None]] = {}
-    if found.folder.shards:
-        candidates, refused = choose(found, Match(targets=tuple(targets), dense=True))
-        masks = observe(found, candidates, tick)
+    chosen, refused = choose(found, Match(targets=tuple(targets), dense=True))
+    chosen, skipped = without_skipped(chosen, skip)
+    refused |= skipped
+    masks = observe(found, chosen, tick) if found.folder.shards else {}
+    if masks:
+        for name in list(program.sites):  # those that are not candidates are not to be asked for a pattern
+            if name not in chosen:
+                del program.sites[name]
         (report,) = run_pipeline(program, [Match(targets=tuple(targets))])
-        refused = report.refused | {k: v for k, v in refused.items() if k not in candidates}
-        for name in [n for n in program.matched if n not in candidates]:
-            del program.matched[name]
-    else:
-        (report,) = run_pipeline(program, [Match(targets=tuple(targets), dense=True)])
-        refused = dict(report.refused)
-    lock = _lock(found, masks) if masks else Lock.of([])
-    sites = {name: (program.sites[name], pattern) for name, pattern in program.matched.items()}
-    run_pipeline(program, [pass_])
+        refused |= report.refused
+        chosen = list(program.matched)
+    taken, unfit = adaptable(adapter, {name: program.sites[name].shape for name in chosen})
+    refused |= unfit | found.others
+    sites = {name: (program.sites[name], program.patterns.get(name)) for name in taken}
+    lock = _lock(found, sites, masks) if masks else Lock.of([])
     trainable = sum(_size(adapter, site) for site, _ in sites.values())
     return Injected(out, adapter, sites, refused, trainable, total), lock
 
@@ -151,8 +167,10 @@ def _size(method: Method, site: Site) -> int:
     return sum(spec.numel for spec in method.factors(site.shape).values())
 
 
-def _lock(found: Survey, masks: dict[str, tuple[PackedMask, Pattern | None]]) -> Lock:
-    """The lock of the matched sites' tensors, held against the model's own lock if it has one."""
+def _lock(
+    found: Survey, sites: Iterable[str], masks: Mapping[str, tuple[PackedMask, Pattern | None]]
+) -> Lock:
+    """The lock of sites' tensors, held against the model's own lock if it has one."""
     path = found.folder.path / LOCK_NAME
     own = lock_beside(found.folder.path)
     known = own.by_name() if own else {}
@@ -164,7 +182,7 @@ def _lock(found: Survey, masks: dict[str, tuple[PackedMask, Pattern | None]]) ->
             masks[piece.tensor][1],
             piece.transposed,
         )
-        for site in found.program.matched
+        for site in sites
         for piece in found.pieces[site]
     }
     if known and not any(name in found.folder for name in known):

@@ -37,11 +37,13 @@ class SiteView:
 
 @dataclass(frozen=True)
 class Inspected:
-    """A model folder as inspect shows it."""
+    """A model folder as inspect shows it; `others` are its matrices that are not sites, each with the reason."""
 
     model: Path
     model_type: str
     sites: list[SiteView]
+    others: dict[str, str]
+    notes: tuple[str, ...]
     total: int
     stored_bytes: int | None
 
@@ -50,6 +52,8 @@ class Inspected:
             "model": str(self.model),
             "model_type": self.model_type,
             "sites": [site.to_json() for site in self.sites],
+            "others": self.others,
+            "notes": list(self.notes),
             "total_parameters": self.total,
             "stored_bytes": self.stored_bytes,
             "matched": sum(site.matched for site in self.sites),
@@ -78,12 +82,14 @@ def inspect(model: str | Path, *, trust_remote_code: bool = False, tick: Tick = 
     ]
     total = sum(p.numel() for p in {id(p): p for p in program.parameters()}.values())
     nbytes = found.folder.stored_bytes if weights else None
-    return Inspected(model, program.config.model_type, sites, total, nbytes)
+    return Inspected(model, program.config.model_type, sites, found.others, found.notes, total, nbytes)
 
 
 def _refusals(found: Survey, weights: bool) -> dict[str, str]:
     """What match refuses, with its reasons; a model without any match is all refusals."""
-    refused = dict(found.binding.refused) if weights else {}
+    refused = {n: r for n, r in found.binding.refused.items() if n in found.program.sites} if weights else {}
+    if not found.program.sites:
+        return refused
     try:
         (report,) = run_pipeline(found.program, [Match(dense=not weights)])
     except SppFxError:

@@ -29,6 +29,7 @@ from spp_fx.workflows import provenance
 if TYPE_CHECKING:
     from spp_fx.workflows.survey import Survey
 
+_DENSE = "dense"
 _PARTS = {"export.json": "an export", "adapter_config.json": "an adapter"}
 """Folders whose lock is a part of them: by the file that marks them."""
 
@@ -148,12 +149,11 @@ def lock(
             found, made = None, _lock_file(model, asked, targets, tick)
         else:
             found = survey(model, trust_remote_code=trust_remote_code)
+            for note in found.notes:
+                say(note)
             made = make_lock(found, pattern=asked, targets=targets, tick=tick)
         if not made.lock.sites:
-            raise PatternError(
-                f"{model}: is dense: none of {len(made.left_out)} weights has a share of zeros to keep; "
-                "prune it first: spp-fx prune MODEL -o OUT --pattern 2:4"
-            )
+            raise _nothing_sparse(model, made)
         temporary.write_text(made.lock.dumps())
         if found is not None and target.resolve() == beside.resolve():
             # Before the lock has its name: one that is there without its history would have to be forced.
@@ -184,8 +184,10 @@ def make_lock(
     from spp_fx.passes import Match, run_pipeline
     from spp_fx.workflows.survey import scan_tensor, tensors_of
 
+    if not found.program.sites:
+        return Made(Lock.of([]), found.others)
     (report,) = run_pipeline(found.program, [Match(targets=tuple(targets), dense=True)])
-    left_out = dict(report.refused)
+    left_out = found.others | report.refused
     sites = list(found.program.matched)
     if pattern is None and not targets:
         # A head tied to the embedding is the embedding's, unless the checkpoint stores it as the head's.
@@ -232,7 +234,7 @@ def _lock_file(path: Path, pattern: Pattern | None, targets: Sequence[str], tick
         elif len(info.shape) > 3:
             left_out[name] = f"has {len(info.shape)} dimensions, a mask has two or three"
         elif not targets and not lone.is_site(name, info.shape):
-            left_out[name] = "is no weight of a linear, by its name; name it in the targets to take it"
+            left_out[name] = "is not the weight of a linear, by its name; name it in the targets to take it"
         elif (reason := _uncounted(info.dtype)) is not None:
             left_out[name] = reason
         else:
@@ -288,7 +290,7 @@ def _entry(candidate: Candidate, asked: Pattern | None) -> LockEntry | str:
     if asked is None:
         pattern = detect_pattern(mask)
         if pattern is None:
-            return f"dense, {mask.sparsity:.1%} zeros"
+            return f"{_DENSE}, {mask.sparsity:.1%} zeros"
         return make_entry(candidate.name, candidate.kind, mask, pattern, candidate.transposed)
     try:
         violations = scan_bits(mask, asked)
@@ -300,6 +302,18 @@ def _entry(candidate: Candidate, asked: Pattern | None) -> LockEntry | str:
             "with --targets, or leave --pattern out to lock each weight as it is"
         )
     return make_entry(candidate.name, candidate.kind, mask, asked, candidate.transposed)
+
+
+def _nothing_sparse(model: Path, made: Made) -> PatternError:
+    """That no weight is sparse, or that none could be looked at, which is another thing."""
+    dense = [name for name, reason in made.left_out.items() if reason.startswith(_DENSE)]
+    if dense:
+        return PatternError(
+            f"{model}: is dense: none of {len(dense)} weights has a share of zeros to keep; "
+            "prune it first: spp-fx prune MODEL -o OUT --pattern 2:4"
+        )
+    reasons = "; ".join(dict.fromkeys(made.left_out.values())) or "it has no matrices"
+    return PatternError(f"{model}: has no weight that could be looked at: {reasons}")
 
 
 def _known(target: Path, say: Callable[[str], None]) -> Lock | None:

@@ -1,30 +1,81 @@
 """Which tensors of a file without a model around it are weights of linears, as far as names and shapes tell."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-_SPARE = ("bias", "blocks", "scale", "scales", "inv", "zeros")
-"""Last words of what lies beside a stack of experts and is none."""
+_VECTORS = ("bias", "inv")
+"""Last words of stacks of vectors."""
+_QUANTIZED = ("blocks", "scale", "scales", "zeros")
+"""Last words of the parts of a quantised stack."""
+
+
+@dataclass(frozen=True)
+class ByNames:
+    """The tensors of a file by what their names say; vectors are in none of these.
+
+    Attributes:
+        sites: matrices and stacks of them that pruning would look at.
+        left_out: embeddings, norms, heads and biases, each with that reason.
+        unread: every other tensor of two or more dimensions, with what is known of it.
+    """
+
+    sites: tuple[str, ...]
+    left_out: dict[str, str]
+    unread: dict[str, str]
+
+
+def by_names(shapes: Mapping[str, tuple[int, ...]]) -> ByNames:
+    """Sort stored tensors by their names and shapes."""
+    sites: list[str] = []
+    left_out: dict[str, str] = {}
+    unread: dict[str, str] = {}
+    for name, shape in shapes.items():
+        if (reason := _no_linear(name, shape)) is not None:
+            left_out[name] = reason
+        elif (reason := _unclear(name, shape)) is not None:
+            unread[name] = reason
+        elif len(shape) > 1:
+            sites.append(name)
+    return ByNames(tuple(sites), left_out, unread)
 
 
 def is_site(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a stored tensor is a matrix, or a stack of them, that pruning would look at.
 
-    Embeddings, norms and the head are none. Stacks of experts are parameters of their own in many models
-    and need not be called a weight; a convolution has three dimensions and is no stack.
+    Stacks of experts are parameters of their own in many models and need not be called a weight.
     """
-    words = list(_words(name))
-    if any(_is_spared(word) for word in words) or "lm_head" in name.split("."):
-        return False
-    if len(shape) == 3:
-        return words[-1] not in _SPARE and not any(re.fullmatch(r"conv[123]?d?", word) for word in words)
-    return len(shape) == 2 and name.endswith("weight")
+    return bool(by_names({name: shape}).sites)
 
 
-def _words(name: str) -> Iterable[str]:
+def _no_linear(name: str, shape: tuple[int, ...]) -> str | None:
+    """What a tensor of two or more dimensions is instead of a linear, if its name says so."""
+    words = _words(name)
+    if len(shape) < 2:
+        return None
+    if "lm_head" in name.split("."):
+        return "is the head, by its name"
+    if any(word in ("wte", "wpe") or word.startswith("embed") for word in words):
+        return "is an embedding, by its name"
+    if any(word.rstrip("0123456789").endswith("norm") for word in words):
+        return "is a norm, by its name"
+    return "is a stack of vectors, by its name" if words[-1] in _VECTORS else None
+
+
+def _unclear(name: str, shape: tuple[int, ...]) -> str | None:
+    """Why a tensor of two or more dimensions may or may not be a linear's weight."""
+    words = _words(name)
+    if len(shape) == 3 and words[-1] in _QUANTIZED:
+        return "is a part of a quantised stack, by its name"
+    if len(shape) > 2 and any(re.fullmatch(r"conv[123]?d?", word) for word in words):
+        return "is the kernel of a convolution, by its name"
+    if len(shape) > 3:
+        return f"has {len(shape)} dimensions, a mask has two or three"
+    if len(shape) == 2 and not name.endswith("weight"):
+        return "is not called a weight"
+    return None
+
+
+def _words(name: str) -> list[str]:
     """`layers.0.input_layernorm.weight` -> layers, 0, input, layernorm, weight."""
     return re.split(r"[._]", name)
-
-
-def _is_spared(word: str) -> bool:
-    return word in ("wte", "wpe") or word.startswith("embed") or word.rstrip("0123456789").endswith("norm")

@@ -35,7 +35,8 @@ POLICY_NAME = "spp-fx.toml"
 class Overrides:
     """Options of a command line: each that is given replaces the policy's key of that name.
 
-    `pattern` is asked of every site, so that it replaces the policy's rules as well.
+    `pattern` is asked of every site, so that it replaces the policy's rules as well. No policy can allow code to
+    run: `trust_remote_code` is the command line's alone.
     """
 
     pattern: str | None = None
@@ -44,6 +45,7 @@ class Overrides:
     coverage: Coverage | None = None
     require: tuple[str, ...] = ()
     allow_dense: tuple[str, ...] = ()
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ class Policy:
         )
         lock = self._root() / entry.lock if entry and entry.lock else None
         against = self._root() / entry.against if entry and entry.against else None
-        return Check(path, demands, given.lock or lock, given.against or against)
+        return Check(path, demands, given.lock or lock, given.against or against, given.trust_remote_code)
 
     def _root(self) -> Path:
         return self.path.parent if self.path else Path()

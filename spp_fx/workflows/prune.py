@@ -146,7 +146,10 @@ def prune(
     provenance.load(model)  # a damaged history is refused before the work
     where = _device(device)
     found = survey(model, trust_remote_code=trust_remote_code, runnable=calibration is not None)
+    for note in found.notes:
+        say(note)
     matched, refused = choose(found, Match(targets=tuple(targets), dense=True))
+    refused |= found.others
     if calibration is not None:
         run_pipeline(found.program, [Partition(), Causal()])
         outside = outside_of_layers(found.program, matched)

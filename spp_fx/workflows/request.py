@@ -23,12 +23,14 @@ class Check:
     Attributes:
         lock: a lock file; None takes the one beside the artifact, if there is one.
         against: another artifact, whose masks must be the same.
+        trust_remote_code: run code that a model folder brings, where its sites have to be found.
     """
 
     path: Path
     demands: Demands = field(default_factory=Demands)
     lock: Path | None = None
     against: Path | None = None
+    trust_remote_code: bool = False
 
 
 def check_request(check: Check) -> None:
@@ -58,7 +60,7 @@ def _check_artifact(path: Path) -> None:
     if not os.path.exists(path):
         raise UsageError(f"{path} does not exist")
     if path.suffix not in _FILES and not _was_one(path):
-        raise UsageError(f"{path} is no model, adapter or export folder, .safetensors or .onnx file")
+        raise UsageError(f"{path} is not a model, adapter or export folder, nor a .safetensors or .onnx file")
     if path.suffix == ".safetensors":
         try:
             refuse_part_of_export(path)

@@ -1,16 +1,17 @@
 """What a model folder holds: its sites, found by tracing on the meta device, and where they are stored."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from spp_fx.checkpoint import ModelFolder
-from spp_fx.errors import UsageError
+from spp_fx.errors import SppFxError, UsageError
 from spp_fx.ir.binding import NOT_STORED, Binding, Parameter, bind
 from spp_fx.ir.model import hollow, hollow_model, meta_model
+from spp_fx.ir.outline import outline
 from spp_fx.ir.piece import Piece
 from spp_fx.ir.program import Program
-from spp_fx.ir.site import Site
 from spp_fx.ir.trace import trace
 from spp_fx.passes import Canonicalize, Match, run_pipeline
 from spp_fx.progress import Tick, no_tick
@@ -18,18 +19,46 @@ from spp_fx.sparsity import PackedMask, Pattern, Scan, detect_pattern, scan_file
 from spp_fx.workflows.layer_count import check_layer_count
 from spp_fx.workflows.open_model import open_model
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @dataclass(frozen=True)
 class Survey:
-    """A model folder with its canonical program on the meta device and the place of each weight."""
+    """A model folder with its canonical program on the meta device and the place of each weight.
+
+    Attributes:
+        binding: the stored tensors of every parameter.
+        left_out: matrices that are not sites because of what the model does with them, each with that reason;
+            by the names of stored tensors, as `unread`, or of parameters that have none.
+        unread: all other matrices that are not sites, with what is known of each: parameters that no linear
+            reads, stored tensors that the model does not have.
+    """
 
     folder: ModelFolder
     program: Program
     binding: Binding
+    left_out: dict[str, str]
+    unread: dict[str, str]
 
     @property
     def pieces(self) -> dict[str, tuple[Piece, ...]]:
         return self.binding.pieces
+
+    @property
+    def others(self) -> dict[str, str]:
+        """Every matrix that is not a site, with the reason."""
+        return self.left_out | self.unread
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the reader should know before sites are treated."""
+        if self.program.untraced is None:
+            return ()
+        return (
+            f"{self.folder.path}: sites are told by the types of modules, since {self.program.untraced}; "
+            "train, eval and pruning by inputs do not take it",
+        )
 
 
 def survey(
@@ -40,11 +69,12 @@ def survey(
     runnable: bool = False,
     any_config: bool = False,
 ) -> Survey:
-    """Open a model folder, trace its model without weights, find the stored tensors of each site.
+    """Open a model folder, find the sites of its model without weights, and the stored tensors of each.
+
+    A model that cannot be traced is told by its modules (see `outline`), unless it has to be runnable.
 
     Args:
-        runnable: give the program real constants and buffers, and find the stored tensors of every
-            parameter too, so that it runs once these are filled in.
+        runnable: give the program real constants and buffers, so that it runs once its parameters are filled in.
         weights, any_config: as for `open_model`.
     """
     folder = open_model(path, weights=weights, any_config=any_config)
@@ -54,14 +84,61 @@ def survey(
         check_layer_count(folder, len(folder.names))
     make = hollow_model if runnable else meta_model
     model = make(path, trust_remote_code=trust_remote_code)
-    program = hollow(trace(model))
-    run_pipeline(program, [Canonicalize()])
+    program = _program_of(model, runnable=runnable)
     stored = {name: folder.info(name)[1].shape for name in folder.names}
+    binding = _bind(model, program, stored)
+    return Survey(folder, program, binding, *_others(program, binding, stored))
+
+
+def _program_of(model: "PreTrainedModel", *, runnable: bool = False) -> Program:
+    """The program of a model without weights, with its sites."""
+    try:
+        program = hollow(trace(model))
+    except SppFxError as error:
+        if runnable:
+            raise
+        return outline(model, str(error))
+    run_pipeline(program, [Canonicalize()])
+    return program
+
+
+def _bind(model: "PreTrainedModel", program: Program, stored: Mapping[str, tuple[int, ...]]) -> Binding:
     if not stored:
-        return Survey(folder, program, Binding({}, {}))
+        return Binding({}, {})
     parameters = {name: Parameter(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
-    slots = parameters | program.sites if runnable else program.sites
-    return Survey(folder, program, bind(model, slots, stored))
+    return bind(model, parameters | program.sites, stored)
+
+
+def _others(
+    program: Program, binding: Binding, stored: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Matrices that are not sites: `Survey.left_out` and `Survey.unread`."""
+    left_out: dict[str, str] = {}
+    unread: dict[str, str] = {}
+    owners = {tensor: name for name, pieces in binding.pieces.items() for tensor in tensors_of(pieces)}
+    for tensor, shape in stored.items():
+        owner = owners.get(tensor)
+        if owner in program.sites or not is_matrix(shape):
+            continue
+        if owner is None:
+            unread[tensor] = "the model of config.json does not have it"
+        elif owner in program.left_out:
+            left_out[tensor] = program.left_out[owner]
+        elif owner not in program.unread and owner in dict(program.named_buffers()):
+            left_out[tensor] = "is a buffer, which nothing trains"
+        else:
+            unread[tensor] = program.unread.get(owner, "nothing in the model's graphs tells what it does")
+    for given, table in ((program.left_out, left_out), (program.unread, unread)):
+        for name, reason in given.items():
+            shape = tuple(program.get_parameter(name).shape)
+            if name not in binding.pieces and name not in program.tied and is_matrix(shape):
+                table[name] = reason
+    return left_out, unread
+
+
+def is_matrix(shape: Sequence[int]) -> bool:
+    """Whether a tensor is at least a matrix, and not a vector with dimensions of 1 around it."""
+    return sum(size > 1 for size in shape) > 1
 
 
 def choose(found: Survey, match: Match) -> tuple[list[str], dict[str, str]]:
@@ -70,6 +147,9 @@ def choose(found: Survey, match: Match) -> tuple[list[str], dict[str, str]]:
     Raises:
         UsageError: no site is left.
     """
+    if not found.program.sites:
+        reasons = "; ".join(sorted(set(found.others.values()))) or "it has no matrices"
+        raise UsageError(f"{found.folder.path}: the model has no linear that could be treated: {reasons}")
     (report,) = run_pipeline(found.program, [match])
     refused = dict(report.refused)
     for name in list(found.program.matched):
@@ -86,7 +166,7 @@ def _unusable(found: Survey, site: str) -> str | None:
     for piece in found.pieces[site] if found.folder.shards else ():
         dtype = found.folder.info(piece.tensor)[1].dtype
         if dtype not in ("F64", "F32", "F16", "BF16"):
-            return f"is stored as {dtype}, which is no plain floating type"
+            return f"is stored as {dtype}, which is not a plain floating type"
     return None
 
 
@@ -97,15 +177,28 @@ class Expected:
     Attributes:
         sites: stored tensor -> stored (in, out)? A site of which nothing is stored is under its own name.
         refused: sites that are stored in a way that cannot be looked at, and why.
+        left_out, unread: all other matrices, as in `Survey`; also sites that `match` leaves alone.
     """
 
     sites: dict[str, bool]
     refused: dict[str, str]
+    left_out: dict[str, str]
+    unread: dict[str, str]
 
 
-def expected_of(program: Program, binding: Binding) -> Expected:
+def expected_of(found: Survey) -> Expected:
     """The stored tensors of the sites that `match` would take, and each of them that has none."""
-    run_pipeline(program, [Match(dense=True)])
+    return _expected(found.program, found.binding, found.left_out, found.unread)
+
+
+def _expected(
+    program: Program, binding: Binding, left_out: Mapping[str, str], unread: Mapping[str, str]
+) -> Expected:
+    left_out = dict(left_out) | {
+        tensor: reason
+        for name, reason in _match_all(program).items()
+        for tensor in (tensors_of(binding.pieces[name]) if name in binding.pieces else ())
+    }
     owner = {name: program.tied.get(name, name) for name in program.sites}
     stored = {owner[name] for name in program.matched if name in binding.pieces}
     sites: dict[str, bool] = {}
@@ -120,10 +213,28 @@ def expected_of(program: Program, binding: Binding) -> Expected:
             sites[name] = program.sites[name].transposed
         else:
             refused[name] = reason
-    return Expected(sites, refused)
+    return Expected(
+        sites,
+        refused,
+        {name: reason for name, reason in left_out.items() if name not in sites},
+        {name: reason for name, reason in unread.items() if name not in sites},
+    )
 
 
-def expected_sites(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Expected:
+def _match_all(program: Program) -> dict[str, str]:
+    """Match every site that is one by default; returns the reasons of the others."""
+    if not program.sites:
+        return {}
+    try:
+        (report,) = run_pipeline(program, [Match(dense=True)])
+    except UsageError:  # none is
+        return dict.fromkeys(program.sites, "is not taken unless it is named")
+    return report.refused
+
+
+def expected_sites(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], *, trust_remote_code: bool = False
+) -> Expected:
     """The weights that should be sparse in whatever was made of a model, by its configuration alone.
 
     Args:
@@ -131,23 +242,24 @@ def expected_sites(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Expecte
         shapes: of the stored tensors, by name.
     """
     check_layer_count(ModelFolder.open(path, weights=False), len(shapes))
-    model = meta_model(path)
-    program = hollow(trace(model))
-    run_pipeline(program, [Canonicalize()])
-    return expected_of(program, bind(model, program.sites, shapes))
+    model = meta_model(path, trust_remote_code=trust_remote_code)
+    program = _program_of(model)
+    binding = _bind(model, program, shapes)
+    return _expected(program, binding, *_others(program, binding, shapes))
 
 
-def loaded_sites(path: Path, stored: int) -> dict[str, Site]:
-    """The weights that should be sparse in the loaded model, by its configuration alone.
+def loaded_program(
+    path: Path, stored: int, *, trust_remote_code: bool = False
+) -> tuple[Program, dict[str, str]]:
+    """The program of a model by its configuration alone, matched, and why sites of it are not.
 
     Args:
         path: a folder with the model's config.json.
         stored: how many tensors there are, which bounds the number of layers.
     """
     check_layer_count(ModelFolder.open(path, weights=False), stored)
-    program = hollow(trace(meta_model(path)))
-    run_pipeline(program, [Canonicalize(), Match(dense=True)])
-    return {name: program.sites[name] for name in program.matched}
+    program = _program_of(meta_model(path, trust_remote_code=trust_remote_code))
+    return program, _match_all(program)
 
 
 def scan_tensor(folder: ModelFolder, tensor: str, *, transposed: bool) -> Scan:

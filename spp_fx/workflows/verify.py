@@ -36,6 +36,7 @@ def verify(
     require: Iterable[str] = (),
     allow_dense: Iterable[str] = (),
     coverage: Coverage = "lock",
+    trust_remote_code: bool = False,
     jobs: int | None = None,
     tick: Tick = no_tick,
 ) -> Verified:
@@ -48,7 +49,9 @@ def verify(
         rules: (names, pattern) of sites that hold another pattern; the first that names a site counts.
         require: names of sites that must be sparse.
         allow_dense: names of sites that need not be.
-        coverage: 'all' asks that every site of the model is in the lock, or sparse where there is no lock.
+        coverage: 'all' asks that every site of the model is in the lock, or sparse where there is no lock, and
+            that no weight is left unread.
+        trust_remote_code: run code that a model folder brings, where sites have to be found; never done unasked.
         jobs: sites that are looked at at once; by default the CPUs at hand, at most 8, and one where weights
             have to be decoded.
         tick: called with a site's name and its number of weights when it is done.
@@ -65,6 +68,7 @@ def verify(
         demands,
         None if lock is None else Path(lock),
         None if against is None else Path(against),
+        trust_remote_code,
     )
     return _verify(check, jobs, tick, damaged=None)
 
@@ -90,9 +94,11 @@ _Damaged = Callable[[Question, Exception], SiteVerdict]
 
 def _verify(check: Check, jobs: int | None, tick: Tick, *, damaged: _Damaged | None) -> Verified:
     """The verdict; sites that cannot be read are raised, or become what `damaged` makes of them."""
-    artifact = open_artifact(check.path)
+    artifact = open_artifact(check.path, trust_remote_code=check.trust_remote_code)
     lock = load_lock(check.lock) if check.lock else artifact.lock
-    opened = open_artifact(check.against) if check.against else None
+    opened = (
+        open_artifact(check.against, trust_remote_code=check.trust_remote_code) if check.against else None
+    )
     if lock is None and opened is None and not check.demands.any and not artifact.problems:
         raise nothing_to_hold_to(check.path)
     if lock:
@@ -107,7 +113,15 @@ def _verify(check: Check, jobs: int | None, tick: Tick, *, damaged: _Damaged | N
         if damaged is None:
             raise SppFxError(stranger)
         faults.append(Finding("artifact-damaged", stranger))
-    return Verified(check.path, artifact.kind, tuple(sites), (*faults, *asked.faults), asked.allowed_dense)
+    return Verified(
+        check.path,
+        artifact.kind,
+        tuple(sites),
+        (*faults, *asked.faults),
+        asked.allowed_dense,
+        asked.left_out,
+        asked.unread,
+    )
 
 
 def _judge_all(
@@ -168,8 +182,8 @@ def _groups(questions: Sequence[Question], weights: Weights, jobs: int | None) -
     held = 0
     for question in questions:
         size = MASK_BYTES
-        if jobs and weights.numel and question.name in weights.names:
-            size = weights.numel(question.name) // 8
+        if jobs and weights.shape and question.name in weights.names:
+            size = math.prod(weights.shape(question.name)) // 8
         if group and (len(group) == most or held + size > MASK_BYTES // (jobs or 1)):
             yield group
             group, held = [], 0
