@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from spp_fx.adapters.method import Method
 from spp_fx.errors import UsageError
-from spp_fx.ir.site import Site
+from spp_fx.ir.site import LeftOut, Site
 from spp_fx.sparsity import PackedMask, Pattern
 
 SITE = "spp_fx_site"
@@ -43,6 +43,8 @@ class Program(nn.Module):
     Attributes:
         config: the source model's configuration.
         sites: by checkpoint name; filled by `canonicalize`.
+        left_out: every other parameter of two or more dimensions, by checkpoint name, with the reason why it
+            is not a site; filled by `canonicalize`.
         patterns: what is known of each site's pattern (None: dense); sites on the meta device are
             missing until somebody who read the weights fills them in.
         matched: the sites that later passes treat, with their patterns; filled by `match`.
@@ -81,6 +83,7 @@ class Program(nn.Module):
         self.tied = tied
         self.head = head
         self.sites: dict[str, Site] = {}
+        self.left_out: dict[str, LeftOut] = {}
         self.patterns: dict[str, Pattern | None] = {}
         self.matched: dict[str, Pattern | None] = {}
         self.adapters: dict[str, Method] = {}
