@@ -12,10 +12,9 @@ from transformers.pytorch_utils import Conv1D
 from spp_fx.errors import SppFxError
 from spp_fx.ir.leaf import leaf
 from spp_fx.ir.program import Program
-from spp_fx.ir.site import Kind, Site
+from spp_fx.ir.site import ROUTES, Kind, LeftOut, Site
 from spp_fx.ir.trace import head_of, loss_of, tied_parameters
 
-ROUTES = "routes tokens to experts, by its place beside them"
 _ROUTER_WORDS = frozenset(("gate", "router"))
 
 
@@ -42,11 +41,12 @@ def outline(model: PreTrainedModel, reason: str) -> Program:
                 continue
             kind = _kind(module, attribute, parameter)
             if name in embeddings:
-                program.left_out[name] = "is an embedding"
+                program.left_out[name] = LeftOut("is an embedding: its rows are looked up", known=True)
             elif kind is None:
-                program.unread[name] = _unknown(module)
+                program.left_out[name] = LeftOut(_unknown(module), known=False)
             elif tower := _tower(model, path):
-                program.unread[name] = f"belongs to {tower}, which is not the language model"
+                reason = f"belongs to {tower}, which is not the language model"
+                program.left_out[name] = LeftOut(reason, known=False)
             else:
                 transposed = kind == "conv1d" or (kind == "experts" and bool(module.is_transposed))
                 program.sites[name] = _site(program, name, parameter, kind, transposed, embeddings)

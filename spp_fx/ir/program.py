@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from spp_fx.adapters.method import Method
 from spp_fx.errors import UsageError
-from spp_fx.ir.site import Site
+from spp_fx.ir.site import LeftOut, Site
 from spp_fx.sparsity import PackedMask, Pattern
 
 SITE = "spp_fx_site"
@@ -43,6 +43,8 @@ class Program(nn.Module):
     Attributes:
         config: the source model's configuration.
         sites: by checkpoint name; filled by `canonicalize`.
+        left_out: every other parameter of two or more dimensions, by checkpoint name, with the reason why it
+            is not a site; filled by `canonicalize`.
         patterns: what is known of each site's pattern (None: dense); sites on the meta device are
             missing until somebody who read the weights fills them in.
         matched: the sites that later passes treat, with their patterns; filled by `match`.
@@ -50,9 +52,6 @@ class Program(nn.Module):
         units: paths of the decoder layers' graph modules, in order; filled by `partition`.
         packings: how the weight of a site is packed, if it is; see `passes.storage`.
         masks: the mask that each injected site had when its adapter came; held to by `verify`.
-        left_out: parameters of two or more dimensions that the model uses for something else than a linear, as
-            embeddings, each with that reason; filled by `canonicalize`.
-        unread: those that are neither sites nor in `left_out`, each with what is known of it.
         untraced: why there are no graphs and nothing can be computed; see `outline`.
         tied: parameters that share another's storage: name -> the first name.
         head: name of the weight that makes the logits, if the model has one.
@@ -85,8 +84,7 @@ class Program(nn.Module):
         self.tied = tied
         self.head = head
         self.sites: dict[str, Site] = {}
-        self.left_out: dict[str, str] = {}
-        self.unread: dict[str, str] = {}
+        self.left_out: dict[str, LeftOut] = {}
         self.untraced: str | None = None
         self.patterns: dict[str, Pattern | None] = {}
         self.matched: dict[str, Pattern | None] = {}

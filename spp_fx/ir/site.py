@@ -8,6 +8,25 @@ import torch
 Kind = Literal["linear", "conv1d", "matmul", "experts"]
 
 
+ROUTES = "routes tokens to experts"
+GATES = "gates a branch by one number"
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Why a parameter of two or more dimensions is not a site.
+
+    Attributes:
+        reason: in words that follow the parameter's name.
+        known: the graph proves that the parameter is not the weight of a linear that could be sparse
+            (a table of embeddings, one that is only added or multiplied elementwise, a router). False for
+            everything else: the parameter may be a linear that was not understood, or not reached.
+    """
+
+    reason: str
+    known: bool
+
+
 @dataclass(frozen=True)
 class Site:
     """One weight, seen in its canonical orientation whatever its storage.
@@ -22,8 +41,8 @@ class Site:
         uses: how many nodes of the program use the weight as a linear.
         tied_to: name of the embedding that shares the weight, if one does.
         is_head: the linear produces the logits.
-        role: what its result does instead of feeding the model, as choosing experts; such a site stays as it is
-            unless it is named.
+        role: what the graph does with its result, where that is a reason to leave the weight as it is:
+            `ROUTES` or `GATES`; None for every other linear.
     """
 
     name: str

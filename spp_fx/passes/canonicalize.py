@@ -9,19 +9,34 @@
 | a grouped or batched product with a stack of matrices | experts | unchanged: routing is its own |
 
 The node that contracts a weight is marked with the site's name; the weight's canonical orientation is
-known from then on.
+known from then on. Whatever else holds a matrix is named in `program.left_out`.
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
 
-from spp_fx.errors import PostconditionError
+from spp_fx.errors import PostconditionError, PreconditionError
+from spp_fx.ir.flow import (
+    CASTS,
+    EXPANDS,
+    KEEPS,
+    LOOKUPS,
+    RESHAPES,
+    SUMS,
+    SWAPS,
+    Flow,
+    Place,
+    Read,
+    is_elementwise,
+)
 from spp_fx.ir.program import SITE, Program
-from spp_fx.ir.site import Kind, Site
+from spp_fx.ir.site import ROUTES, Kind, LeftOut, Site
 from spp_fx.passes.base import Pass, PassReport, register
+from spp_fx.passes.roles import role
 
 aten = torch.ops.aten
 
@@ -42,59 +57,60 @@ KINDS: dict[object, Kind] = {
     aten.mm.default: "matmul",
     aten.matmul.default: "matmul",
 }
-EMBEDDINGS = (aten.embedding.default,)
-SWAPS = (aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default)
-KEEPS = (aten.contiguous.default, aten.alias.default, aten.detach.default)
-CASTS = (aten.to.dtype, aten.to.dtype_layout, aten._to_copy.default)
 GATHERS = (aten.index.Tensor, aten.index_select.default)
+ROWS = (aten.embedding.default, aten.embedding_bag.default)
 
 
 @dataclass(frozen=True)
 class Contraction:
     """A node that multiplies an activation with a weight, reached from the weight through `chain`."""
 
-    node: fx.Node
+    place: Place
     position: int
     transposed: bool
     chain: tuple[fx.Node, ...]
+
+    @property
+    def node(self) -> fx.Node:
+        return self.place.node
 
 
 @register("canonicalize")
 @dataclass(frozen=True)
 class Canonicalize(Pass):
-    """Give every linear of the program one form, orientation known."""
+    """Give every linear of the program one form, orientation known.
+
+    Every parameter of two or more dimensions becomes a site, or stands in `program.left_out` with its reason,
+    which the report repeats. What a site's result is used for is written into its `role`.
+    """
+
+    def requires(self, program: Program) -> None:
+        if program.adapters:
+            raise PreconditionError("canonicalize: the program has adapters; fold them first")
 
     def apply(self, program: Program) -> PassReport:
         report = PassReport()
-        found: dict[str, list[tuple[fx.GraphModule, Contraction]]] = {}
-        embedded: set[str] = set()
-        for path, module in program.graphs():
-            for node in module.graph.nodes:
-                weight = _parameter(module, node)
-                if weight is None or weight.ndim not in (2, 3):
-                    continue
-                name = _name(path, node)
-                for user in node.users:
-                    if user.target in EMBEDDINGS:
-                        embedded.add(name)
-                        continue
-                    reached = _follow(node, user, weight)
-                    if isinstance(reached, str):
-                        report.refused[name] = reached
-                    else:
-                        found.setdefault(name, []).append((module, reached))
+        flow = Flow(program)
+        places = _places(program)
+        embedded = {name for name, each in places.items() if any(_is_embedded(flow, p) for p in each)}
+        found: dict[str, list[Contraction]] = {}
+        left_out: dict[str, LeftOut] = {}
+        for name, weight in _matrices(program).items():
+            if name in program.sites:
+                continue
+            uses = _uses(flow, places.get(name, []), weight)
+            if isinstance(uses, LeftOut):
+                left_out[name] = uses
+            else:
+                found[name] = uses
+        made = {name: _site(program, flow, name, uses, embedded) for name, uses in found.items()}
         for name, uses in found.items():
-            if name in report.refused or name in program.sites:
-                continue
-            if len({(c.transposed, _kind(c)) for _, c in uses}) > 1:
-                report.refused[name] = "is used in two orientations or forms"
-                continue
-            program.sites[name] = _site(program, name, uses, embedded)
-            for module, contraction in uses:
-                _rewrite(module, contraction, name)
-            report.changed[name] = (
-                f"{program.sites[name].kind} {'x'.join(map(str, program.sites[name].shape))}"
-            )
+            program.sites[name] = made[name]
+            for contraction in uses:
+                _rewrite(flow.graph(contraction.place), contraction, name)
+            report.changed[name] = f"{made[name].kind} {'x'.join(map(str, made[name].shape))}"
+        program.left_out = _with_aliases(program, left_out)
+        report.refused.update((name, why.reason) for name, why in program.left_out.items())
         for _, module in program.graphs():
             module.recompile()
         return report
@@ -112,38 +128,79 @@ def stack_contractions() -> dict[object, dict[int, bool]]:
     return STACK | ({fallback.default: {1: False}} if fallback is not None else {})
 
 
-def _parameter(module: fx.GraphModule, node: fx.Node) -> nn.Parameter | None:
-    if node.op != "get_attr" or SITE in node.meta:
-        return None
-    value: object = module
-    for part in str(node.target).split("."):
-        value = getattr(value, part, None)
-    return value if isinstance(value, nn.Parameter) else None
+def _matrices(program: Program) -> dict[str, nn.Parameter]:
+    """Every parameter of two or more dimensions under each of its names in the checkpoint."""
+    return {
+        _name(path): parameter
+        for path, parameter in program.named_parameters(remove_duplicate=False)
+        if parameter.ndim >= 2
+    }
 
 
-def _name(path: str, node: fx.Node) -> str:
+def _places(program: Program) -> dict[str, list[Place]]:
+    """The nodes that read each parameter."""
+    found: dict[str, list[Place]] = {}
+    for path, module in program.graphs():
+        for node in module.graph.nodes:
+            if node.op == "get_attr":
+                found.setdefault(_name(f"{path}.{node.target}".lstrip(".")), []).append(Place(path, node))
+    return found
+
+
+def _name(path: str) -> str:
     # A module called n times stands n times in the tree, as name, name@1, ...: one weight all the same.
-    return re.sub(r"@\d+", "", f"{path}.{node.target}".lstrip("."))
+    return re.sub(r"@\d+", "", path)
 
 
-def _follow(source: fx.Node, user: fx.Node, weight: nn.Parameter) -> Contraction | str:
-    """From a weight through transposes, casts and gathers to its contraction, or why there is none."""
+def _is_embedded(flow: Flow, place: Place) -> bool:
+    return any(read.node.target in ROWS for read in flow.readers(place))
+
+
+def _uses(flow: Flow, places: list[Place], weight: nn.Parameter) -> list[Contraction] | LeftOut:
+    """The contractions of a weight, or why it is not a site."""
+    reads = [read for place in places for read in flow.readers(place) if read.node.target not in ROWS]
+    if not reads:
+        return _without_reads(flow, places)
+    contractions: list[Contraction] = []
+    for read in reads:
+        reached = _follow(read, weight) if weight.ndim in (2, 3) else None
+        if not isinstance(reached, Contraction):
+            return _table(flow, places) or LeftOut(reached or _used_by(flow, read, places), known=False)
+        contractions.append(reached)
+    cast = next((link for c in contractions for link in c.chain if _casts(link, weight)), None)
+    if cast is not None:
+        if role(flow, [c.place for c in contractions]) == ROUTES:
+            return LeftOut(f"{ROUTES}, in another dtype than it is stored in", known=True)
+        return LeftOut(f"is cast from {weight.dtype} by {cast.target} before it is used", known=False)
+    if len({(c.transposed, _kind(c)) for c in contractions}) > 1:
+        return LeftOut("is used in two orientations or forms", known=False)
+    return contractions
+
+
+def _without_reads(flow: Flow, places: list[Place]) -> LeftOut:
+    if places and any(_is_embedded(flow, place) for place in places):
+        return LeftOut("is an embedding: its rows are looked up", known=True)
+    return LeftOut("is not read when the model is called with tokens", known=False)
+
+
+def _follow(read: Read, weight: nn.Parameter) -> Contraction | str | None:
+    """From a weight through transposes, casts and gathers to its contraction, or why that cannot be taken.
+
+    None if what uses the weight is none of these ops.
+    """
     contractions = MATRIX if weight.ndim == 2 else stack_contractions()
+    source, user = read.operand, read.node
+    if source.op != "get_attr":
+        return f"is used by {user.target} in a module that does not own it"
     chain: list[fx.Node] = []
     swapped = False
     while user.target not in contractions:
         if user.target in SWAPS:
             if not _swaps_last_two(user, weight.ndim):
-                return f"passes through {user.target}, which is no transpose of its last two dimensions"
+                return f"passes through {user.target}, which does not transpose its last two dimensions"
             swapped = not swapped
-        elif user.target in CASTS:
-            dtype = next(
-                (a for a in (*user.args[1:], *user.kwargs.values()) if isinstance(a, torch.dtype)), None
-            )
-            if dtype not in (None, weight.dtype):
-                return f"is cast from {weight.dtype} to {dtype} before it is used"
-        elif user.target not in KEEPS and not (weight.ndim == 3 and user.target in GATHERS):
-            return f"is used by {user.target}, which is no linear"
+        elif user.target not in (*KEEPS, *CASTS) and not (weight.ndim == 3 and user.target in GATHERS):
+            return None
         chain.append(user)
         if len(user.users) != 1:
             return f"the result of {user.target} on it is used {len(user.users)} times"
@@ -154,7 +211,85 @@ def _follow(source: fx.Node, user: fx.Node, weight: nn.Parameter) -> Contraction
     if user.target is aten.addmm.default and user.kwargs:
         return "is used by an addmm with factors"
     last = contractions[user.target][positions[0]]
-    return Contraction(user, positions[0], transposed=last == swapped, chain=tuple(chain))
+    return Contraction(Place(read.path, user), positions[0], transposed=last == swapped, chain=tuple(chain))
+
+
+def _casts(link: fx.Node, weight: nn.Parameter) -> bool:
+    dtypes = [a for a in (*link.args[1:], *link.kwargs.values()) if isinstance(a, torch.dtype)]
+    return link.target in CASTS and any(dtype != weight.dtype for dtype in dtypes)
+
+
+def _results(flow: Flow, places: list[Place]) -> list[Read]:
+    """The reads of a parameter, and of what is made of it and other constants alone, by ops that read other values."""
+    found: list[Read] = []
+    waiting, seen = list(places), set(places)
+    while waiting:
+        for read in flow.readers(waiting.pop()):
+            if not flow.constant(read.place):
+                found.append(read)
+            elif read.place not in seen:
+                seen.add(read.place)
+                waiting.append(read.place)
+    return found
+
+
+def _table(flow: Flow, places: list[Place]) -> LeftOut | None:
+    """Why a parameter is a table and not the weight of a linear, if all uses of it show that."""
+    looked_up = False
+    for read in _results(flow, places):
+        values = [read]
+        if read.node.target in ROWS:
+            looked_up = True
+            continue
+        if read.node.target in LOOKUPS and read.node.args[0] is read.operand:
+            looked_up = True
+            values = list(_moved(flow, read.place))
+        if not all(is_elementwise(each.node) and not _is_summed(flow, each) for each in values):
+            return None
+    if looked_up:
+        return LeftOut("is a table: its rows are looked up", known=True)
+    return LeftOut("is a table: it is only added or multiplied elementwise", known=True)
+
+
+def _moved(flow: Flow, place: Place) -> Iterator[Read]:
+    """The ops that read a value, past those that only move it or cast it."""
+    for read in flow.readers(place):
+        if read.node.target in (*RESHAPES, *SWAPS, *KEEPS, *CASTS, *EXPANDS):
+            yield from _moved(flow, read.place)
+        else:
+            yield read
+
+
+def _is_summed(flow: Flow, read: Read) -> bool:
+    """Whether a product is summed right away, which makes a linear or a convolution of it."""
+    return any(each.node.target in SUMS for each in _moved(flow, read.place))
+
+
+def _used_by(flow: Flow, first: Read, places: list[Place]) -> str:
+    users = list(dict.fromkeys(str(read.node.target) for read in _results(flow, places)))
+    if str(first.node.target) in users:
+        return f"is used by {', '.join(users)}, which is not a linear"
+    return f"reaches {', '.join(users) or 'no op'} through {first.node.target}, which cannot be followed"
+
+
+def _with_aliases(program: Program, left_out: dict[str, LeftOut]) -> dict[str, LeftOut]:
+    """Left out parameters; one that is a site, or is known, under another name has that name as its reason."""
+    result: dict[str, LeftOut] = {}
+    for name, why in left_out.items():
+        others = [
+            o for o in _same(program, name) if o in program.sites or (o in left_out and left_out[o].known)
+        ]
+        if not why.known and others:
+            why = LeftOut(f"is the same tensor as {others[0]}", known=True)
+        result[name] = why
+    return result
+
+
+def _same(program: Program, name: str) -> list[str]:
+    """The other names of a tied parameter."""
+    first = program.tied.get(name, name)
+    group = [first, *(other for other, owner in program.tied.items() if owner == first)]
+    return [other for other in group if other != name]
 
 
 def _swaps_last_two(node: fx.Node, ndim: int) -> bool:
@@ -171,17 +306,13 @@ def _kind(contraction: Contraction) -> Kind:
     return "linear" if kind == "conv1d" and not contraction.transposed else kind
 
 
-def _site(
-    program: Program, name: str, uses: list[tuple[fx.GraphModule, Contraction]], embedded: set[str]
-) -> Site:
+def _site(program: Program, flow: Flow, name: str, uses: list[Contraction], embedded: set[str]) -> Site:
     weight = program.get_parameter(name)
-    contraction = uses[0][1]
+    contraction = uses[0]
     shape = tuple(weight.shape)
     if contraction.transposed:
         shape = (*shape[:-2], shape[-1], shape[-2])
-    group = {name, program.tied.get(name, name)} | {
-        other for other, first in program.tied.items() if first == program.tied.get(name, name)
-    }
+    group = {name, *_same(program, name)}
     layer = re.search(r"\.(\d+)\.", name)
     return Site(
         name=name,
@@ -193,6 +324,7 @@ def _site(
         uses=len(uses),
         tied_to=next(iter(sorted(group & embedded)), None),
         is_head=program.head in group,
+        role=None if len(shape) == 3 else role(flow, [use.place for use in uses]),
     )
 
 

@@ -42,10 +42,9 @@ class Match(Pass):
         if unknown:
             words = sorted({module_name(name).rpartition(".")[2] for name in program.sites})
             raise UsageError(f"no site is named {', '.join(unknown)}; the model has: {', '.join(words)}")
-        experts = {site.shape[0] for site in program.sites.values() if site.kind == "experts"}
         dense: list[str] = []
         for name, site in program.sites.items():
-            reason = _refusal(site, self.targets, experts)
+            reason = _refusal(site, self.targets)
             if reason is None:
                 pattern, known = _pattern(program, site)
                 if pattern is not None or self.dense or not known:
@@ -62,7 +61,7 @@ class Match(Pass):
         return report
 
 
-def _refusal(site: Site, targets: Sequence[str], experts: set[int]) -> str | None:
+def _refusal(site: Site, targets: Sequence[str]) -> str | None:
     if targets and not any(is_target(site.name, target) for target in targets):
         return "not among the targets"
     if site.tied_to is not None:
@@ -73,8 +72,8 @@ def _refusal(site: Site, targets: Sequence[str], experts: set[int]) -> str | Non
         return "makes the logits; name it in the targets to take it"
     if site.layer is None:
         return "outside of the decoder layers; name it in the targets to take it"
-    if site.kind != "experts" and site.out_features in experts:
-        return "routes tokens to experts; name it in the targets to take it"
+    if site.role is not None:
+        return f"{site.role}; name it in the targets to take it"
     return None
 
 

@@ -275,9 +275,11 @@ def _in_graph(path: Path, manifest: Manifest, weights: Weights, trust_remote_cod
                 f"{MANIFEST} names {rows[name]} of its {all_rows} rows, the others cannot be told apart"
             )
     known = sites.keys() | rows.keys()
-    left_out = _without({**weights.left_out(), **program.left_out, **dense}, known)
+    roles = {name: why.reason for name, why in program.left_out.items() if why.known}
+    unclear = {name: why.reason for name, why in program.left_out.items() if not why.known}
+    left_out = _without({**weights.left_out(), **roles, **dense}, known)
     refused |= _without(weights.refused(), known | left_out.keys())
-    unread = _without({**weights.unread(), **program.unread}, known | left_out.keys() | refused.keys())
+    unread = _without({**weights.unread(), **unclear}, known | left_out.keys() | refused.keys())
     # A graph holds what its outputs depend on, and no more.
     return Expected(sites, refused, _within(left_out, weights.names), _within(unread, weights.names))
 

@@ -116,6 +116,7 @@ def _others(
     left_out: dict[str, str] = {}
     unread: dict[str, str] = {}
     owners = {tensor: name for name, pieces in binding.pieces.items() for tensor in tensors_of(pieces)}
+    buffers = {name for name, _ in program.named_buffers(remove_duplicate=False)}
     for tensor, shape in stored.items():
         owner = owners.get(tensor)
         if owner in program.sites or not is_matrix(shape):
@@ -123,16 +124,16 @@ def _others(
         if owner is None:
             unread[tensor] = "the model of config.json does not have it"
         elif owner in program.left_out:
-            left_out[tensor] = program.left_out[owner]
-        elif owner not in program.unread and owner in dict(program.named_buffers()):
+            why = program.left_out[owner]
+            (left_out if why.known else unread)[tensor] = why.reason
+        elif owner in buffers:
             left_out[tensor] = "is a buffer, which nothing trains"
         else:
-            unread[tensor] = program.unread.get(owner, "nothing in the model's graphs tells what it does")
-    for given, table in ((program.left_out, left_out), (program.unread, unread)):
-        for name, reason in given.items():
-            shape = tuple(program.get_parameter(name).shape)
-            if name not in binding.pieces and name not in program.tied and is_matrix(shape):
-                table[name] = reason
+            unread[tensor] = "nothing in the model tells what it does"
+    for name, why in program.left_out.items():
+        is_alias = name in program.tied
+        if name not in binding.pieces and not is_alias and is_matrix(program.get_parameter(name).shape):
+            (left_out if why.known else unread)[name] = why.reason
     return left_out, unread
 
 

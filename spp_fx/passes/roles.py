@@ -1,0 +1,241 @@
+"""What the graph does with the result of a linear: choose experts by it, scale a branch by it, or compute on.
+
+A router is known by what happens to its result, not by its name or size: a top-k, a sort or an arg max runs
+along the dimension of its outputs before anything contracts that dimension with another weight.
+Attention does not do that, nor do indexers that choose keys: there the top-k runs along the tokens, of a
+product of two linears' results.
+"""
+
+import operator
+from collections import deque
+
+import torch
+from torch import fx
+
+from spp_fx.ir.flow import (
+    CASTS,
+    EXPANDS,
+    INDEX_OF_LARGEST,
+    KEEPS,
+    LARGEST,
+    PARTS,
+    RESHAPES,
+    SORTS,
+    SWAPS,
+    Flow,
+    Place,
+    Read,
+    argument,
+    dimensions_of,
+    is_elementwise,
+    sizes,
+)
+from spp_fx.ir.site import GATES, ROUTES
+
+aten = torch.ops.aten
+
+# Contraction -> position of an operand -> its dimension that is contracted, and the position of the other operand.
+CONTRACTED: dict[object, dict[int, tuple[int, int]]] = {
+    aten.linear.default: {0: (-1, 1)},
+    aten.addmm.default: {1: (-1, 2), 2: (-2, 1)},
+    **{op.default: {0: (-1, 1), 1: (-2, 0)} for op in (aten.mm, aten.matmul, aten.bmm, aten._grouped_mm)},
+    aten.baddbmm.default: {1: (-1, 2), 2: (-2, 1)},
+}
+MIXES = (
+    aten.einsum.default,
+    aten.scaled_dot_product_attention.default,
+    aten.conv1d.default,
+    aten.conv2d.default,
+    aten.convolution.default,
+    aten.embedding.default,
+    aten.index_add.default,
+    aten.index_put.default,
+    aten.index_put_.default,
+)
+"""Ops that put elements of one operand where they cannot be followed."""
+SCATTERS = (
+    aten.scatter.src,
+    aten.scatter.value,
+    aten.scatter_.src,
+    aten.scatter_.value,
+    aten.scatter_add.default,
+    aten.scatter_add_.default,
+)
+GROUPS = (*SORTS, aten.histc.default, aten.bincount.default, aten.one_hot.default)
+"""Ops that group tokens by the indices of their experts."""
+SCALES = (aten.mul.Tensor, aten.mul_.Tensor, aten.div.Tensor, aten.div_.Tensor)
+MOVES = (
+    *(*RESHAPES, *SWAPS, *KEEPS, *CASTS, *EXPANDS),
+    *(aten.clone.default, aten.type_as.default, aten.to.device, aten.to.other, aten.dropout.default),
+)
+
+
+def role(flow: Flow, results: list[Place]) -> str | None:
+    """Why a linear is left as it is, by what happens to its results.
+
+    Args:
+        results: the nodes that contract its weight, (..., out) each.
+
+    Returns:
+        `ROUTES` if one of them chooses among its outputs, `GATES` if there is one output and all that any of them
+        does is to scale another value; None otherwise.
+    """
+    if any(_routes(flow, result) for result in results):
+        return ROUTES
+    if all(sizes(result.node)[-1] == 1 and _gates(flow, result) for result in results):
+        return GATES
+    return None
+
+
+def _routes(flow: Flow, result: Place) -> bool:
+    """Whether a choice is made among the outputs of a linear before they are used as features."""
+    features = frozenset({len(sizes(result.node)) - 1})
+    seen: dict[tuple[Place, bool], frozenset[int]] = {}
+    waiting = deque([(result, features, False)])
+    choices: list[Place] = []
+    contracted = False
+    while waiting:
+        place, dims, chosen = waiting.popleft()
+        known = seen.get((place, chosen), frozenset())
+        if dims <= known:
+            continue
+        seen[place, chosen] = dims = dims | known
+        for read in flow.readers(place):
+            if read.node.op == "output" or read.node.target in MIXES:
+                continue
+            if read.node.target in _contractions():
+                if _contracts(flow, read, dims):
+                    if not chosen:
+                        return False
+                    contracted = True
+                continue
+            if not isinstance(read.node.meta.get("val"), torch.Tensor | list | tuple):
+                continue  # a size
+            choice = _chooses(flow, read, dims)
+            if choice:
+                choices.append(read.place)
+            if read.node.target is operator.getitem and read.operand.target in (*SORTS, *LARGEST) and chosen:
+                if read.node.args[1] != 0:
+                    continue  # indices: their values count, not where they stand
+            onward = dimensions_of(read, dims)
+            if onward:
+                waiting.append((read.place, onward, chosen or choice))
+    if contracted:  # the largest of many features are kept, unless the choice is used for more than that
+        return any(_indexes(flow, choice) for choice in choices)
+    return bool(choices)
+
+
+def _contractions() -> dict[object, dict[int, tuple[int, int]]]:
+    """CONTRACTED, with transformers' own grouped product where it is registered."""
+    library = getattr(torch.ops, "transformers", None)
+    fallback = getattr(library, "grouped_mm_fallback", None)
+    return CONTRACTED | ({fallback.default: {0: (-1, 1)}} if fallback is not None else {})
+
+
+def _contracts(flow: Flow, read: Read, dims: frozenset[int]) -> bool:
+    """Whether a contraction sums along `dims` against a weight."""
+    for position, (dim, other) in _contractions()[read.node.target].items():
+        if position < len(read.node.args) and read.node.args[position] is read.operand:
+            weight = read.node.args[other]
+            if not isinstance(weight, fx.Node) or not flow.constant(Place(read.path, weight)):
+                continue
+            if len(sizes(read.operand)) + dim in dims:
+                return True
+    return False
+
+
+def _chooses(flow: Flow, read: Read, dims: frozenset[int]) -> bool:
+    """Whether an op picks some along `dims` by their values, or by indices that sort the tokens as well."""
+    node = read.node
+    if node.target in LARGEST and not any(u.args[1] == 1 and u.users for u in node.users):
+        return False  # the largest value, whichever it is
+    if node.target is aten.gather.default:
+        index = argument(node, "index")
+        if node.args[0] is not read.operand or not _sorts(flow, Place(read.path, index)):
+            return False
+    elif node.target not in (*SORTS, *LARGEST, *INDEX_OF_LARGEST):
+        return False
+    dim = argument(node, "dim")
+    return dim is None or int(dim) % len(sizes(read.operand)) in dims
+
+
+def _sorts(flow: Flow, index: Place) -> bool:
+    """Whether indices, such as a table of experts by token gives, group the tokens or look weights up."""
+    waiting, seen = flow.sources(index), set[Place]()
+    while waiting:
+        place = waiting.pop()
+        if place in seen:
+            continue
+        seen.add(place)
+        if place.node.target in MOVES and isinstance(place.node.args[0], fx.Node):
+            waiting += flow.sources(Place(place.path, place.node.args[0]))
+        for read in flow.readers(place):
+            if read.node.target in MOVES:
+                waiting.append(read.place)
+            elif read.node.target in GROUPS or (
+                read.node.target is aten.index.Tensor and read.node.args[0] is not read.operand
+            ):
+                return True
+    return False
+
+
+def _indexes(flow: Flow, choice: Place) -> bool:
+    """Whether the indices of a choice are used for more than to pick or place the chosen values themselves."""
+    if choice.node.target in (*SORTS, *LARGEST):
+        waiting = [Place(choice.path, u) for u in choice.node.users if u.args[1] == 1]
+    else:
+        waiting = [choice] if choice.node.target in INDEX_OF_LARGEST else []
+    seen: set[Place] = set()
+    while waiting:
+        place = waiting.pop()
+        if place in seen:
+            continue
+        seen.add(place)
+        for read in flow.readers(place):
+            if read.node.target in MOVES or read.node.target is operator.getitem:
+                waiting.append(read.place)
+            elif read.node.target not in SCATTERS and read.node.target is not aten.gather.default:
+                return True
+    return False
+
+
+def _gates(flow: Flow, result: Place) -> bool:
+    """Whether every use of a linear's single output ends as a factor that is broadcast over another value."""
+    derived, waiting = {result}, [result]
+    mixed: list[Read] = []  # reads by ops with an operand that is not made of the output, as far as is known
+    while waiting:
+        for read in flow.readers(waiting.pop()):
+            if not isinstance(read.node.meta.get("val"), torch.Tensor | list | tuple):
+                if read.node.op == "output":
+                    return False
+            elif not is_elementwise(read.node) and read.node.target not in (*MOVES, *PARTS):
+                return False
+            else:
+                mixed.append(read)
+        own = [read for read in mixed if not _others(flow, read, derived)]
+        mixed = [read for read in mixed if read not in own]
+        fresh = {read.place for read in own} - derived
+        derived |= fresh
+        waiting += fresh
+    return bool(mixed) and all(read.node.target in SCALES and _broadcast(read) for read in mixed)
+
+
+def _others(flow: Flow, read: Read, derived: set[Place]) -> list[fx.Node]:
+    """Operands of an op that are neither constants nor made of a value in `derived`."""
+    if read.node.target in MOVES:
+        return []
+    return [
+        operand
+        for operand in read.node.all_input_nodes
+        for place in (Place(read.path, operand),)
+        if isinstance(operand.meta.get("val"), torch.Tensor)
+        and not flow.constant(place)
+        and not derived.issuperset(flow.sources(place))
+    ]
+
+
+def _broadcast(read: Read) -> bool:
+    """Whether an op repeats its operand to the shape of its result."""
+    own, result = sizes(read.operand), sizes(read.node)
+    whole = (1,) * (len(result) - len(own)) + own
+    return any(size == 1 and total > 1 for size, total in zip(whole, result, strict=True))
