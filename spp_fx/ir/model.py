@@ -32,7 +32,7 @@ def load_model(folder: str | Path, *, dtype: torch.dtype | str = "auto", **kwarg
             numbers), holds one of another shape, or cannot be made a model of.
     """
     with _readable(folder):
-        config = AutoConfig.from_pretrained(str(folder), **kwargs)
+        config: Any = AutoConfig.from_pretrained(str(folder), **kwargs)
         loaded: Any = _class_of(config).from_pretrained(
             str(folder), dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
         )
@@ -54,7 +54,7 @@ def meta_model(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     a Whisper is taken whole, although its decoder alone would make a causal language model.
     """
     with _readable(folder):
-        config = AutoConfig.from_pretrained(str(folder), **kwargs)
+        config: Any = AutoConfig.from_pretrained(str(folder), **kwargs)
         if config.dtype is None:
             config.dtype = torch.float32
         with torch.device("meta"):
@@ -68,7 +68,7 @@ def hollow_model(folder: str | Path, *, dtype: torch.dtype | None = None, **kwar
     parameters away. `dtype` stands in for the folder's own.
     """
     with _readable(folder):
-        config = AutoConfig.from_pretrained(str(folder), **kwargs)
+        config: Any = AutoConfig.from_pretrained(str(folder), **kwargs)
         chosen = dtype or config.dtype or torch.float32
         with init_empty_weights(include_buffers=False):
             model = _of_config(config, dtype=chosen, **kwargs)

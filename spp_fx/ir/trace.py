@@ -43,8 +43,7 @@ def trace(model: PreTrainedModel | str | Path) -> Program:
         model = load_model(model)
     if not _is_causal_lm(model):
         raise UsageError(
-            f"trace: {type(model).__name__} is not a Hugging Face causal language model; "
-            "load one with AutoModelForCausalLM"
+            f"{type(model).__name__} is not a causal language model that AutoModelForCausalLM of transformers loads"
         )
     with _mode(model, training=False):
         exported = _export(model)

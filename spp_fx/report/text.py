@@ -6,14 +6,16 @@ from spp_fx.errors import escaped
 from spp_fx.report.verdict import Verified
 
 SHOWN = 20
-"""Failing sites told in full; the rest are counted."""
+"""Problems and failing sites told in full; the rest are counted."""
 
 
 def lines(verdict: Verified, *, one_of_many: bool = False) -> Iterator[str]:
     """Each failure, the first ones in full, then the verdict; of many, each says which artifact it is of."""
     fail = f"FAIL {escaped(str(verdict.path))}:" if one_of_many else "FAIL"
-    for problem in verdict.problems:
+    for problem in verdict.problems[:SHOWN]:
         yield f"{fail} {verdict.kind}: {escaped(problem)}"
+    if len(verdict.problems) > SHOWN:
+        yield f"... and {len(verdict.problems) - SHOWN} more problems; --json lists all"
     failed = verdict.failed
     for site in failed[:SHOWN]:
         yield f"{fail} {escaped(site.name)}: {escaped(site.reason or '')}"

@@ -56,7 +56,7 @@ class Survey:
         if self.program.untraced is None:
             return ()
         return (
-            f"{self.folder.path}: sites are told by the types of modules, since {self.program.untraced}; "
+            f"{self.folder.path}: {self.program.untraced}; so its sites are the linears among its modules, and "
             "train, eval and pruning by inputs do not take it",
         )
 
