@@ -277,7 +277,7 @@ def _with_aliases(program: Program, left_out: dict[str, LeftOut]) -> dict[str, L
     result: dict[str, LeftOut] = {}
     for name, why in left_out.items():
         others = [
-            o for o in _same(program, name) if o in program.sites or o in left_out and left_out[o].known
+            o for o in _same(program, name) if o in program.sites or (o in left_out and left_out[o].known)
         ]
         if not why.known and others:
             why = LeftOut(f"is the same tensor as {others[0]}", known=True)
