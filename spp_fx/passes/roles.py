@@ -114,15 +114,22 @@ def _routes(flow: Flow, result: Place) -> bool:
             choice = _chooses(flow, read, dims)
             if choice:
                 choices.append(read.place)
-            if read.node.target is operator.getitem and read.operand.target in (*SORTS, *LARGEST) and chosen:
-                if read.node.args[1] != 0:
-                    continue  # indices: their values count, not where they stand
+            if _is_indices(read):
+                continue
             onward = dimensions_of(read, dims)
             if onward:
                 waiting.append((read.place, onward, chosen or choice))
     if contracted:  # the largest of many features are kept, unless the choice is used for more than that
         return any(_indexes(flow, choice) for choice in choices)
     return bool(choices)
+
+
+def _is_indices(read: Read) -> bool:
+    """Whether an op takes the indices out of what a sort or a top-k gives: numbers, not features."""
+    node = read.node
+    if node.target is not operator.getitem or read.operand.target not in (*SORTS, *LARGEST):
+        return False
+    return bool(node.args[1])
 
 
 def _contractions() -> dict[object, dict[int, tuple[int, int]]]:
