@@ -58,6 +58,7 @@ def inject_command(output: Output, model: str, **options: Any) -> None:
             force=options["force"],
             trust_remote_code=options["trust_remote_code"],
             tick=tick,
+            say=output.say,
         )
 
     def show() -> None:

@@ -22,6 +22,9 @@ def inspect_command(output: Output, model: str, **options: Any) -> None:
     with output.bytes_bar("looking at weights") as tick:
         done = inspect(model_folder(model), trust_remote_code=options["trust_remote_code"], tick=tick)
 
+    for note in done.notes:
+        output.say(note)
+
     def show() -> None:
         rows = [
             (

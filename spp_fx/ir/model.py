@@ -15,6 +15,10 @@ from spp_fx.errors import FormatError
 from spp_fx.ir.program import Program
 
 
+_NO_ADAPTER = {"subfolder": ".no-adapter"}
+"""Where PEFT is installed, transformers loads an adapter that lies in the model's folder; none is sought here."""
+
+
 def load_model(folder: str | Path, *, dtype: torch.dtype | str = "auto", **kwargs: Any) -> PreTrainedModel:
     """A causal language model from a folder, by default in its own dtype; never from a pickle file.
 
@@ -24,7 +28,12 @@ def load_model(folder: str | Path, *, dtype: torch.dtype | str = "auto", **kwarg
     """
     with _readable(folder):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
+            str(folder),
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            adapter_kwargs=_NO_ADAPTER,
+            **kwargs,
         )
     model, found = loaded
     for what, names in (("lacks", found["missing_keys"]), ("has another shape of", found["mismatched_keys"])):

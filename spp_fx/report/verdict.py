@@ -91,6 +91,7 @@ class Verified:
         sites: those of which something was asked, by name.
         faults: why the artifact as a whole must not be released, whatever its sites hold.
         allowed_dense: sites of which nothing was asked because they may be dense.
+        notes: what is odd about its files and changes nothing.
         error: what kept its sites from being looked at at all; a fault says the same in words.
     """
 
@@ -100,6 +101,7 @@ class Verified:
     faults: tuple[Finding, ...] = ()
     allowed_dense: tuple[str, ...] = ()
     error: Exception | None = field(default=None, repr=False, compare=False)
+    notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -142,7 +144,11 @@ class Verified:
                 "sparsity": self.sparsity,
             },
         }
-        return data | ({"allowed_dense": list(self.allowed_dense)} if self.allowed_dense else {})
+        if self.allowed_dense:
+            data["allowed_dense"] = list(self.allowed_dense)
+        if self.notes:
+            data["notes"] = list(self.notes)
+        return data
 
 
 def all_to_json(verdicts: Sequence[Verified]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from spp_fx.exporters.manifest import COMPACT, MANIFEST, Manifest, read_manifest
 from spp_fx.exporters.sparsity_config import is_legacy
 from spp_fx.sparsity import Lock, Scan, Weights, lock_beside, scan_file
 from spp_fx.workflows import lone
-from spp_fx.workflows.adapter_folder import CONFIG, AdapterFolder
+from spp_fx.workflows.adapter_folder import AdapterFolder, is_adapter
 from spp_fx.workflows.open_model import open_model
 
 # Tracing, formats and torch are imported where an artifact needs them: a model folder with its lock does not.
@@ -34,6 +34,7 @@ class Artifact:
         kind: model, adapter, safetensors, onnx, cusparselt, compressed-tensors, ...
         problems: why it must not be released, whatever its sites hold; each says how to mend it.
         part: one of several files of a model: it need not hold the sites of another artifact.
+        notes: what is odd about it and does not change its weights; see `ModelFolder.notes`.
     """
 
     path: Path
@@ -42,6 +43,7 @@ class Artifact:
     lock: Lock | None
     problems: tuple[str, ...] = ()
     part: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def names(self) -> frozenset[str]:
@@ -61,7 +63,7 @@ def open_artifact(path: Path) -> Artifact:
         return _safetensors(path)
     if (path / MANIFEST).is_file():
         return _export(path)
-    if (path / CONFIG).is_file():
+    if is_adapter(path):
         return _adapter(path)
     if (path / "config.json").is_file():
         folder = ModelFolder.open(path)
@@ -102,7 +104,7 @@ def _model(path: Path) -> Artifact:
         refused=lambda: expected().refused,
         numel=numel,
     )
-    return Artifact(path, "model", weights, lock_beside(path))
+    return Artifact(path, "model", weights, lock_beside(path), notes=folder.notes)
 
 
 def _legacy(folder: ModelFolder) -> Artifact:
@@ -134,7 +136,8 @@ def _adapter(path: Path) -> Artifact:
             )
     base = adapter.find_base()
     adapter.check_base(open_model(base))
-    return Artifact(path, "adapter", _model(base).weights, adapter.lock)
+    model = _model(base)
+    return Artifact(path, "adapter", model.weights, adapter.lock, notes=model.notes)
 
 
 def _safetensors(path: Path) -> Artifact:
@@ -202,7 +205,7 @@ def _lock_of_shard(shard: Shard) -> Lock | None:
         name
         for other in ModelFolder.open(shard.path.parent).shards
         if other.path.name != shard.path.name
-        for name in other.header.tensors
+        for name in other.header.tensors.keys() - shard.header.tensors.keys()
     }
     return Lock.of(entry for entry in lock.sites if entry.name not in elsewhere)
 

@@ -1,6 +1,6 @@
 """inject: an adapter folder for a pruned model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ import torch
 
 from spp_fx.adapters import Method, initial_factor, make_method
 from spp_fx.checkpoint import atomic_folder
+from spp_fx.checkpoint.links import links_option
 from spp_fx.errors import MaskError, SppFxError, UsageError
 from spp_fx.ir.site import Site
 from spp_fx.passes import Inject, Match, run_pipeline
@@ -63,6 +64,7 @@ class Injected:
         }
 
 
+@links_option
 def inject(
     model: str | Path,
     out: str | Path | None,
@@ -75,12 +77,16 @@ def inject(
     seed: int = 0,
     force: bool = False,
     trust_remote_code: bool = False,
+    allow_links: bool = False,
     tick: Tick = no_tick,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Injected:
     """Make an adapter folder for a pruned model folder, with a lock of its masks.
 
     Args:
         out: the folder to write; None for a dry run, for which config.json alone will do.
+        allow_links: follow symbolic links that leave a folder; see `checkpoint.links`.
+        say: told what is odd about the model's files.
 
     Raises:
         UsageError: unknown method or target, a rank that does not fit, an output that exists.
@@ -95,10 +101,12 @@ def inject(
     if out is None:
         weights = any(model.glob("*.safetensors"))
         found = survey(model, weights=weights, trust_remote_code=trust_remote_code)
+        _tell(found, say)
         return _inject(found, None, adapter, pass_, targets, tick)[0]
     provenance.load(model)  # a damaged history is refused before the work
     with atomic_folder(out, force, sources=[model]) as temporary:
         found = survey(model, trust_remote_code=trust_remote_code)
+        _tell(found, say)
         result, lock = _inject(found, out, adapter, pass_, targets, tick)
         factors = {
             f"{name}.{key}": initial_factor(spec, f"{name}.{key}", seed, torch.device("cpu"))
@@ -122,6 +130,11 @@ def inject(
             model, temporary, "inject", inputs={"model": fingerprint}, settings=settings, digests={}
         )
     return result
+
+
+def _tell(found: Survey, say: Callable[[str], None]) -> None:
+    for note in found.folder.notes:
+        say(note)
 
 
 def _inject(

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spp_fx.checkpoint.links import links_option
 from spp_fx.errors import SppFxError
 from spp_fx.ir.site import Site
 from spp_fx.passes import Match, run_pipeline
@@ -37,13 +38,14 @@ class SiteView:
 
 @dataclass(frozen=True)
 class Inspected:
-    """A model folder as inspect shows it."""
+    """A model folder as inspect shows it; `notes` are those of `ModelFolder`."""
 
     model: Path
     model_type: str
     sites: list[SiteView]
     total: int
     stored_bytes: int | None
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -53,10 +55,14 @@ class Inspected:
             "total_parameters": self.total,
             "stored_bytes": self.stored_bytes,
             "matched": sum(site.matched for site in self.sites),
+            "notes": list(self.notes),
         }
 
 
-def inspect(model: str | Path, *, trust_remote_code: bool = False, tick: Tick = no_tick) -> Inspected:
+@links_option
+def inspect(
+    model: str | Path, *, trust_remote_code: bool = False, allow_links: bool = False, tick: Tick = no_tick
+) -> Inspected:
     """Look at a model folder; with config.json alone the shapes are shown and the patterns left out."""
     model = Path(model)
     weights = any(model.glob("*.safetensors"))
@@ -78,7 +84,7 @@ def inspect(model: str | Path, *, trust_remote_code: bool = False, tick: Tick = 
     ]
     total = sum(p.numel() for p in {id(p): p for p in program.parameters()}.values())
     nbytes = found.folder.stored_bytes if weights else None
-    return Inspected(model, program.config.model_type, sites, total, nbytes)
+    return Inspected(model, program.config.model_type, sites, total, nbytes, found.folder.notes)
 
 
 def _refusals(found: Survey, weights: bool) -> dict[str, str]:
