@@ -209,7 +209,7 @@ def _about_shards(
         held = " and ".join(shard.name for shard in places[copies[0]])
         yield (
             f"{folder}: {_counted(copies, 'tensor is', 'tensors are')} stored in more than one shard, in equal bytes "
-            f"(first: {shown(copies[0])} in {held}); each is one tensor of the model"
+            f"(first: {shown(copies[0])} in {held}); a copy counts for nothing by itself"
         )
     if bare := [shard.name for shard in shards if "format" not in shard.header.metadata]:
         yield (
@@ -254,10 +254,10 @@ def _about_index(
     if not isinstance(files.metadata, dict):
         yield f'{index}: has no metadata, without which transformers cannot load the folder; add "metadata": {{}}'
         return
-    stored = sum(info.nbytes for shard in shards for info in shard.header.tensors.values())
-    once = sum(held[0].info(name).nbytes for name, held in places.items())
+    sizes = {name: held[0].info(name).nbytes for name, held in places.items()}
+    stored = sum(sizes[name] * len(held) for name, held in places.items())
     total = cast("dict[str, object]", files.metadata).get("total_size", stored)
-    if total not in (stored, once):
+    if total not in (stored, sum(sizes.values()), sum(sizes.get(name, 0) for name in named)):
         yield f"{index}: total_size is {shown(total)}, its shards hold {stored} bytes of tensors; nobody reads it"
 
 
