@@ -185,6 +185,7 @@ def is_adapter(path: Path) -> bool:
 def _not_ours(path: Path, foreign: PeftAdapter) -> str:
     if is_adapter(path):
         return foreign.refusal
+    ModelFolder.open(path)  # without weights, it is the adapter's folder that has the base's config.json too
     return (
         f"{path}: is a model folder with {foreign.what} in it, not an adapter folder of spp-fx; "
         f"make one with 'spp-fx inject {path}'"
