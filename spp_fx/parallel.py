@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -53,9 +54,9 @@ def in_order(
 ) -> Iterator[Made]:
     """`map` on threads, in the order of the items.
 
-    What a job calls sees its share of the threads in `thread_count`. The first exception is raised where its
-    result would have come; items that have not begun by then, or when the iterator is closed, are not
-    begun, also those of an `in_order` within a job.
+    What a job calls sees its share of the threads in `thread_count`, and the caller's context variables. The
+    first exception is raised where its result would have come; items that have not begun by then, or when the
+    iterator is closed, are not begun, also those of an `in_order` within a job.
 
     Args:
         make: called once for each item, on any thread.
@@ -82,7 +83,7 @@ def in_order(
     pool = ThreadPoolExecutor(jobs, thread_name_prefix="spp-fx")
     try:
         for item in items:
-            waiting.append(pool.submit(job, item))
+            waiting.append(pool.submit(copy_context().run, job, item))
             if len(waiting) > ahead:
                 _go_on(outer)
                 yield waiting.popleft().result()

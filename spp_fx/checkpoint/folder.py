@@ -1,4 +1,8 @@
-"""A Hugging Face model folder: its configuration, its weight files and everything that lies beside them."""
+"""A Hugging Face model folder: its configuration, its weight files and everything that lies beside them.
+
+The weights are those that transformers would load: every tensor of every shard that the index names. What the
+index says of a single tensor does not count; where it is wrong, `ModelFolder.notes` says so.
+"""
 
 import hashlib
 import json
@@ -7,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from spp_fx.checkpoint.header import TensorInfo, regular_file_size
-from spp_fx.checkpoint.layout import INDEX_NAME, WeightFiles, find_weights, other_files, within
+from spp_fx.checkpoint.header import TensorInfo, read_header, regular_file_size
+from spp_fx.checkpoint.layout import WeightFiles, find_weights, ignored_weights, other_files, within
+from spp_fx.checkpoint.peft import peft_adapter
 from spp_fx.checkpoint.shard import BLOCK_BYTES, Shard
 from spp_fx.checkpoint.strict_json import shown
 from spp_fx.errors import FormatError, SppFxError, UsageError
@@ -30,12 +35,14 @@ class ModelFolder:
         config: config.json.
         shards: the weight files, by name; empty when opened with `weights=False`.
         index: name of the index file the shards were found through, or None.
+        notes: what is odd about the folder and does not change the model, one line each, for the reader.
     """
 
     path: Path
     config: dict[str, Any] = field(repr=False)
     shards: tuple[Shard, ...] = field(repr=False)
     index: str | None
+    notes: tuple[str, ...] = field(repr=False)
     _where: dict[str, Shard] = field(repr=False)
 
     @classmethod
@@ -50,23 +57,29 @@ class ModelFolder:
             weights: False to read config.json alone, for work that needs no weights.
 
         Raises:
-            UsageError: not a folder, no config.json, no weights, pickled weights only.
-            FormatError: a damaged config, index or header; a shard that is missing or lies outside of
-                the folder; an index and shards that disagree; a tensor stored twice.
+            UsageError: not a folder, no config.json, no weights, pickled weights only, an adapter.
+            FormatError: a damaged config, index or header; a shard that is missing or lies where links may
+                not lead (see `links.check_link`); a tensor that is stored twice and not the same.
         """
         path = Path(path)
         if not path.is_dir():
             reason = "is not a folder" if path.exists() else "there is no such folder"
             raise UsageError(f"{path}: {reason}; give the folder of a Hugging Face model")
         config = _read_config(path)
+        adapter = peft_adapter(path)
+        notes = [adapter.note] if adapter is not None else []
         if not weights:
-            return cls(path, config, (), None, {})
-        files = find_weights(path, config.get("transformers_weights"))
+            return cls(path, config, (), None, tuple(notes), {})
+        try:
+            files = find_weights(path, config.get("transformers_weights"))
+        except UsageError as error:
+            raise error if adapter is None else UsageError(adapter.refusal) from error
         shards = tuple(Shard.open(within(path, name), name) for name in files.names)
-        where = _locate(path, shards)
-        if files.weight_map is not None:
-            _check_index(path, files, where)
-        return cls(path, config, shards, files.index, where)
+        places = _places(shards)
+        _check_copies(path, places)
+        notes += [*_about_shards(path, files, shards, places), *_about_index(path, files, shards, places)]
+        # transformers reads the shards in the order of their names: the last one that holds a tensor counts.
+        return cls(path, config, shards, files.index, tuple(notes), {n: at[-1] for n, at in places.items()})
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -146,6 +159,8 @@ def _sample_offsets(start: int, end: int) -> list[int]:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").exists():
+        if (adapter := peft_adapter(folder)) is not None:
+            raise UsageError(adapter.refusal)
         if (folder / "adapter_config.json").exists():
             raise UsageError(
                 f"{folder}: is an adapter folder; give its base model, or what 'spp-fx merge' makes of both"
@@ -165,35 +180,93 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", config)
 
 
-def _locate(folder: Path, shards: tuple[Shard, ...]) -> dict[str, Shard]:
-    where: dict[str, Shard] = {}
+def _places(shards: tuple[Shard, ...]) -> dict[str, list[Shard]]:
+    """The shards that hold each tensor, in their order."""
+    places: dict[str, list[Shard]] = {}
     for shard in shards:
         for name in shard.header.tensors:
-            if name in where:
+            places.setdefault(name, []).append(shard)
+    return places
+
+
+def _check_copies(folder: Path, places: dict[str, list[Shard]]) -> None:
+    """FormatError where two shards hold a tensor of one name that is not the same in both."""
+    for name, (first, *others) in places.items():
+        for other in others:
+            if difference := first.difference(other, name):
                 raise FormatError(
-                    f"{folder}: tensor {shown(name)} is stored twice, "
-                    f"in {where[name].name} and {shard.name}; write the model again"
+                    f"{folder}: tensor {shown(name)} is stored twice, in {first.name} and {other.name}, with "
+                    f"{difference}, so it is unclear which one is the model's (transformers takes that of "
+                    f"{places[name][-1].name}); remove the wrong one, or write the model again"
                 )
-            where[name] = shard
-    return where
 
 
-def _check_index(folder: Path, files: WeightFiles, where: dict[str, Shard]) -> None:
-    """The index and the shards name the same tensors at the same places."""
-    index, weight_map = folder / (files.index or INDEX_NAME), files.weight_map or {}
-    for name, shard_name in weight_map.items():
-        if name not in where:
-            raise FormatError(
-                f"{index}: places tensor {shown(name)} in {shown(shard_name)}, which does not hold it; "
-                "get both files again"
-            )
-        if where[name].name != Path(shard_name).as_posix():
-            raise FormatError(
-                f"{index}: places tensor {shown(name)} in {shown(shard_name)}, "
-                f"but {where[name].name} holds it; get both files again"
-            )
-    for name, shard in where.items():
-        if name not in weight_map:
-            raise FormatError(
-                f"{index}: does not name tensor {shown(name)}, which {shard.name} holds; get both files again"
-            )
+def _about_shards(
+    folder: Path, files: WeightFiles, shards: tuple[Shard, ...], places: dict[str, list[Shard]]
+) -> Iterator[str]:
+    """What is odd about the weight files."""
+    if copies := [name for name, held in places.items() if len(held) > 1]:
+        held = " and ".join(shard.name for shard in places[copies[0]])
+        yield (
+            f"{folder}: {_counted(copies, 'tensor is', 'tensors are')} stored in more than one shard, in equal bytes "
+            f"(first: {shown(copies[0])} in {held}); a copy counts for nothing by itself"
+        )
+    if bare := [shard.name for shard in shards if "format" not in shard.header.metadata]:
+        yield (
+            f"{folder}: {_counted(bare, 'weight file has', 'weight files have')} no format in the metadata "
+            f"(first: {shown(bare[0])}); transformers 5 does not ask for it, older ones do"
+        )
+    if ignored := [name for name in ignored_weights(folder, files) if _may_hold_tensors(folder / name)]:
+        which = f"{files.index} does not name" if files.index else f"{files.names[0]} is all it loads, not"
+        yield (
+            f"{folder}: {_counted(ignored, 'weight file is', 'weight files are')} left out, as transformers does: "
+            f"{which} {shown(ignored[0])}{', ...' if len(ignored) > 1 else ''}"
+        )
+
+
+def _about_index(
+    folder: Path, files: WeightFiles, shards: tuple[Shard, ...], places: dict[str, list[Shard]]
+) -> Iterator[str]:
+    """Where the index and the shards disagree: the shards are what transformers loads."""
+    if files.index is None or files.weight_map is None:
+        return
+    index, named = folder / files.index, files.weight_map
+    if unnamed := [name for name in places if name not in named]:
+        yield (
+            f"{index}: does not name {_counted(unnamed, 'tensor', 'tensors')} of its shards (first: "
+            f"{shown(unnamed[0])} in {places[unnamed[0]][0].name}); taken as the model's, as transformers does"
+        )
+    if absent := [name for name in named if name not in places]:
+        yield (
+            f"{index}: names {_counted(absent, 'tensor', 'tensors')} that no shard holds (first: "
+            f"{shown(absent[0])} in {shown(named[absent[0]])}); only what the shards hold is loaded"
+        )
+    wrong = [
+        name
+        for name, shard in named.items()
+        if name in places and Path(shard).as_posix() not in [held.name for held in places[name]]
+    ]
+    if wrong:
+        yield (
+            f"{index}: places {_counted(wrong, 'tensor', 'tensors')} in the wrong shard (first: {shown(wrong[0])} in "
+            f"{shown(named[wrong[0]])}, which {places[wrong[0]][0].name} holds); read from where it is"
+        )
+    if not isinstance(files.metadata, dict):
+        yield f'{index}: has no metadata, without which transformers cannot load the folder; add "metadata": {{}}'
+        return
+    sizes = {name: held[0].info(name).nbytes for name, held in places.items()}
+    stored = sum(sizes[name] * len(held) for name, held in places.items())
+    total = cast("dict[str, object]", files.metadata).get("total_size", stored)
+    if total not in (stored, sum(sizes.values()), sum(sizes.get(name, 0) for name in named)):
+        yield f"{index}: total_size is {shown(total)}, its shards hold {stored} bytes of tensors; nobody reads it"
+
+
+def _counted(names: list[str], one: str, more: str) -> str:
+    return f"{len(names)} {one if len(names) == 1 else more}"
+
+
+def _may_hold_tensors(path: Path) -> bool:
+    try:
+        return bool(read_header(path).tensors)
+    except SppFxError:  # nobody reads it: whatever is wrong with it is not the model's
+        return True

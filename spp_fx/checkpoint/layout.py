@@ -1,11 +1,11 @@
 """Which files of a model folder are its weights, which are taken along, and which lie outside of it."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import cast
 
 from spp_fx.checkpoint.json_file import read_object
+from spp_fx.checkpoint.links import check_link, resolved
 from spp_fx.checkpoint.strict_json import shown
 from spp_fx.errors import FormatError, SppFxError, UsageError
 
@@ -21,24 +21,31 @@ _NOT_TAKEN = (*_PICKLES, *_FOREIGN, ".safetensors", ".safetensors.index.json", "
 OWN_FILES = ("adapter_config.json", "export.json", "sparsity.lock.json", "sparsity.provenance.json")
 """What spp-fx says of the folder it lies in; a changed copy of the folder must not take it along."""
 
-_JUNK_NAMES = frozenset({".DS_Store", "Thumbs.db"})
+_NOT_TAKEN_NAMES = frozenset({".DS_Store", "Thumbs.db", "adapter_config.json"})
+_MAX_LINKED_FOLDERS = 1000  # links to folders of links multiply
 
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The weight files of a folder by name, sorted; the index that named them and its map, if any."""
+    """The weight files of a folder.
+
+    Attributes:
+        names: sorted, as transformers reads them.
+        index: the index file that named them, if any; `weight_map` and `metadata` as it has them.
+    """
 
     names: tuple[str, ...]
     index: str | None = None
     weight_map: dict[str, str] | None = None
+    metadata: object = None
 
 
 def within(folder: Path, name: str) -> Path:
     """The path of the file `name` of `folder`; the name comes from a file that is not trusted.
 
     Raises:
-        FormatError: an absolute path, a '..', a backslash, a name that no file can have, or a link that
-            leaves the folder.
+        FormatError: an absolute path, a '..', a backslash, a name that no file can have, or a link that leads
+            where it may not; see `check_link`.
     """
     parts = PurePosixPath(name).parts
     if any(len(part.encode("utf-8", "surrogatepass")) > _MAX_NAME_BYTES for part in parts) or not _is_text(
@@ -55,25 +62,6 @@ def within(folder: Path, name: str) -> Path:
 def _is_text(name: str) -> bool:
     """Whether a name has no lone surrogate."""
     return not any("\ud800" <= character <= "\udfff" for character in name)
-
-
-def check_link(folder: Path, path: Path) -> None:
-    """A symbolic link in a folder stays there.
-
-    From a snapshot folder of the Hugging Face cache it may also lead into the `blobs` beside `snapshots`.
-
-    Raises:
-        FormatError: the link leaves the folder, or goes in a circle.
-    """
-    try:
-        root, real = folder.resolve(), path.resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a name that none can have
-        raise FormatError(f"{path}: cannot be followed to a file ({error})") from error
-    in_cache = root.parent.name == "snapshots" and real.parent == root.parent.parent / "blobs"
-    if not (real.is_relative_to(root) or in_cache):
-        raise FormatError(
-            f"{path}: is a symbolic link to {real}, outside of the folder; put the file itself there"
-        )
 
 
 def find_weights(folder: Path, explicit: object = None) -> WeightFiles:
@@ -133,7 +121,8 @@ def _no_weights(folder: Path, names: list[str]) -> str:
 
 def _from_index(folder: Path, name: str) -> WeightFiles:
     path = within(folder, name)
-    weight_map = read_object(path).get("weight_map")
+    content = read_object(path)
+    weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{path}: has no weight_map of tensor names to files; get it again")
     for tensor, shard in cast("dict[str, object]", weight_map).items():
@@ -150,44 +139,63 @@ def _from_index(folder: Path, name: str) -> WeightFiles:
             f"{', '.join(shown(shard) for shard in missing[:5])}{', ...' if len(missing) > 5 else ''}; "
             "get them too"
         )
-    return WeightFiles(tuple(sorted({Path(shard).as_posix() for shard in shards})), name, checked)
+    names = tuple(sorted({Path(shard).as_posix() for shard in shards}))
+    return WeightFiles(names, name, checked, content.get("metadata"))
+
+
+def ignored_weights(folder: Path, files: WeightFiles) -> tuple[str, ...]:
+    """The .safetensors files at the top of a folder, sorted, that are not among its weights; an adapter's left out."""
+    known = {*files.names, _ADAPTER_NAME}
+    return tuple(
+        path.name for path in _listed(folder) if path.name.endswith(".safetensors") and path.name not in known
+    )
 
 
 def other_files(folder: Path) -> tuple[Path, ...]:
     """Relative paths, sorted, of the files a copy of the model takes along beside its weights.
 
-    Left out: every .safetensors and index, pickles, other frameworks' weights (they would be stale),
-    hidden folders (.git, .cache), __pycache__, folders that spp-fx wrote (outputs made within the model's
-    folder), and what desktop systems leave behind.
+    Left out: every .safetensors and index, pickles, other frameworks' weights (they would be stale), the
+    configuration of an adapter that lies beside the model, hidden folders (.git, .cache), __pycache__, folders
+    that spp-fx or PEFT wrote (outputs made within the model's folder), and what desktop systems leave behind.
 
     Raises:
-        FormatError: a link that leaves the folder or leads to no file, a linked folder, a pipe or device.
+        FormatError: a link that leads where it may not (see `check_link`), to no file, or to a folder that it
+            lies in; a pipe or device.
     """
     found: list[Path] = []
-    for parent, folders, files in os.walk(folder, onerror=_raise_walk_error):
-        folders[:] = sorted(name for name in folders if _is_taken(Path(parent, name)))
-        for name in folders:
-            path = Path(parent, name)
-            if path.is_symlink():
-                raise FormatError(
-                    f"{path}: is a link to a folder, which is not followed; put the folder itself there"
-                )
-        for name in files:
-            if name in _JUNK_NAMES or name.endswith(_NOT_TAKEN):
-                continue
-            path = Path(parent, name)
-            check_link(folder, path)
-            if not path.is_file():
-                raise FormatError(f"{path}: is no regular file (a dangling link, a pipe?); remove it")
-            found.append(path.relative_to(folder))
+    links = 0
+    waiting: list[tuple[Path, tuple[Path, ...]]] = [(folder, ())]  # folders, each with the real ones above it
+    while waiting:
+        here, above = waiting.pop()
+        if (real := resolved(here)) in above:
+            raise FormatError(
+                f"{here}: leads back to a folder that it lies in (a link in a circle); remove it"
+            )
+        for path in _listed(here):
+            if path.is_dir():
+                if not _is_taken(path):
+                    continue
+                check_link(folder, path)
+                links += path.is_symlink()
+                if links > _MAX_LINKED_FOLDERS:
+                    raise FormatError(f"{folder}: holds more than {_MAX_LINKED_FOLDERS} links to folders")
+                waiting.append((path, (*above, real)))
+            elif path.name not in _NOT_TAKEN_NAMES and not path.name.endswith(_NOT_TAKEN):
+                check_link(folder, path)
+                if not path.is_file():
+                    raise FormatError(f"{path}: is not a regular file (a dangling link, a pipe?); remove it")
+                found.append(path.relative_to(folder))
     return tuple(sorted(found))
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise SppFxError(f"{folder}: cannot be listed ({error.strerror})") from error
 
 
 def _is_taken(folder: Path) -> bool:
     if folder.name.startswith(".") or folder.name == "__pycache__":
         return False
     return not any((folder / name).is_file() for name in OWN_FILES)
-
-
-def _raise_walk_error(error: OSError) -> None:
-    raise SppFxError(f"{error.filename}: cannot be listed ({error.strerror})") from error

@@ -21,6 +21,7 @@ BLOCK_BYTES = 64 * 2**20
 """Default size of a row block, in bytes."""
 
 _FLOATING = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_COMPARED_BYTES = 4 * 2**20
 _READ_BYTES = 2**30  # one read call: some systems refuse or cut 2 GiB
 
 
@@ -81,6 +82,37 @@ class Shard:
         return self._read(
             info, info.start + start * row_bytes, (stop - start) * row_bytes, (stop - start, *shape[1:])
         )
+
+    def read_bytes(self, name: str, start: int, count: int) -> bytearray:
+        """At most `count` bytes of a tensor from `start` on, as they are stored, whatever its dtype; without torch.
+
+        Raises:
+            UsageError: no such tensor.
+            FormatError: the file shrank.
+        """
+        info = self.info(name)
+        data = bytearray(min(count, info.nbytes - start))
+        self._fill(info, info.start + start, memoryview(data))
+        return data
+
+    def difference(self, other: "Shard", name: str) -> str | None:
+        """What differs between this file's tensor and another file's of the same name; None if no byte does.
+
+        Memory holds a block of each.
+
+        Raises:
+            UsageError: one of them holds no such tensor.
+            FormatError: a file shrank.
+        """
+        ours, theirs = self.info(name), other.info(name)
+        if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
+            return f"different types ({ours.dtype} {list(ours.shape)}, {theirs.dtype} {list(theirs.shape)})"
+        for start in range(0, ours.nbytes, _COMPARED_BYTES):
+            if self.read_bytes(name, start, _COMPARED_BYTES) != other.read_bytes(
+                name, start, _COMPARED_BYTES
+            ):
+                return "different values"
+        return None
 
     def read_float64(self, name: str, row: int | None = None) -> NDArray[np.float64]:
         """A floating tensor as float64, exactly; without torch.

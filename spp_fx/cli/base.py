@@ -71,10 +71,16 @@ def command(name: str) -> Callable[[Callable[..., Any]], click.Command]:
         @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
         @click.option("-q", "--quiet", is_flag=True, help="No progress and no log on stderr.")
         @click.option("--debug", is_flag=True, help="Show the trace of an error.")
+        @click.option(
+            "--allow-links", is_flag=True, help="Follow symbolic links that leave a folder. Off: refused."
+        )
         @functools.wraps(function)
-        def wrapped(as_json: bool, quiet: bool, debug: bool, **options: Any) -> Any:
+        def wrapped(as_json: bool, quiet: bool, debug: bool, allow_links: bool, **options: Any) -> Any:
+            from spp_fx.checkpoint.links import links_allowed
+
             _calm(debug)
-            return function(Output(as_json=as_json, quiet=quiet), **options)
+            with links_allowed(allow_links):
+                return function(Output(as_json=as_json, quiet=quiet), **options)
 
         return wrapped
 

@@ -23,6 +23,9 @@ def inspect_command(output: Output, model: str, **options: Any) -> None:
     with output.bytes_bar("looking at weights") as tick:
         done = inspect(model_folder(model), trust_remote_code=options["trust_remote_code"], tick=tick)
 
+    for note in done.notes:
+        output.say(note)
+
     def show() -> None:
         rows = [
             (
@@ -38,8 +41,6 @@ def inspect_command(output: Output, model: str, **options: Any) -> None:
         table("", ("site", "kind", "shape", "zeros", "pattern", "matched"), rows, left=2)
         for line in grouped(done.others):
             click.echo(f"  not a site: {line}")
-        for note in done.notes:
-            click.echo(f"  {note}")
         taken = sum(view.matched for view in done.sites)
         click.echo(f"{done.model_type}: {done.total:,} parameters, {len(done.sites)} sites, {taken} matched")
 

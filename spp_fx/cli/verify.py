@@ -117,6 +117,8 @@ def _judge(output: Output, checks: "Sequence[Check]", jobs: int | None) -> "list
     for check in checks:
         with output.bytes_bar(f"verifying {check.path}") as tick:
             verdicts.append(gate(check, jobs=jobs, tick=tick))
+    for note in dict.fromkeys(note for verdict in verdicts for note in verdict.notes):
+        output.say(note)
     return verdicts
 
 

@@ -94,6 +94,14 @@ class CompactShard:
             raise FormatError(f"{path}: {shown(min(stray))}: is no tensor of the model, nor a part of one")
         return cls(shard, header, tensors, packed)
 
+    def holds_the_same(self, other: "CompactShard", name: str) -> bool:
+        """Whether two files hold a tensor of both in the same bytes, as a model may that is stored so."""
+        if (name in self.packed) != (name in other.packed):
+            return False
+        parts = (f"{name}.values", f"{name}.bitmask") if name in self.packed else (name,)
+        same = self.tensors[name].shape == other.tensors[name].shape
+        return same and all(self.shard.difference(other.shard, part) is None for part in parts)
+
     def blocks(self, name: str) -> Iterator[Bytes]:
         """The bytes of a tensor as the model's file holds them.
 
@@ -178,7 +186,8 @@ def open_shards(folder: Path, manifest: Manifest) -> list[CompactShard]:
     """Every compact weight file of an export.
 
     Raises:
-        FormatError: there is none, a tensor is in two of them, or the manifest says something else of a site.
+        FormatError: there is none, a tensor is in two of them and not the same, or the manifest says something else
+            of a site.
     """
     path = folder / MANIFEST
     if manifest.requirements.get("version") != VERSION:
@@ -191,8 +200,10 @@ def open_shards(folder: Path, manifest: Manifest) -> list[CompactShard]:
     where: dict[str, CompactShard] = {}
     for shard in shards:
         for name in shard.tensors:
-            if name in where:
-                raise FormatError(f"{shard.shard.path}: {shown(name)}: is in {where[name].shard.path} too")
+            if name in where and not shard.holds_the_same(where[name], name):
+                raise FormatError(
+                    f"{shard.shard.path}: {shown(name)}: is in {where[name].shard.path} too, and not the same"
+                )
             where[name] = shard
     for index, record in enumerate(manifest.tensors):
         shard = where.get(record.name)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import is_peft_available
 
 from spp_fx.errors import FormatError
 from spp_fx.ir.program import Program
@@ -22,6 +24,7 @@ CAUSAL = frozenset(
     for name in ((names,) if isinstance(names, str) else names)
 )
 """Names of the classes that AutoModelForCausalLM makes."""
+_ADAPTER = "adapter_config.json"
 
 
 def load_model(folder: str | Path, *, dtype: torch.dtype | str = "auto", **kwargs: Any) -> PreTrainedModel:
@@ -31,10 +34,10 @@ def load_model(folder: str | Path, *, dtype: torch.dtype | str = "auto", **kwarg
         FormatError: the folder lacks a tensor of the model (transformers would fill it with random
             numbers), holds one of another shape, or cannot be made a model of.
     """
-    with _readable(folder):
+    with _readable(folder), _without_adapter(Path(folder)) as own:
         config: Any = AutoConfig.from_pretrained(str(folder), **kwargs)
         loaded: Any = _class_of(config).from_pretrained(
-            str(folder), dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
+            str(own), dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
         )
     model, found = loaded
     for what, names in (("lacks", found["missing_keys"]), ("has another shape of", found["mismatched_keys"])):
@@ -128,3 +131,19 @@ def _readable(folder: str | Path) -> Generator[None, None, None]:
     ) as error:
         said = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise FormatError(f"{folder}: no causal language model can be made of it: {said}") from error
+
+
+@contextmanager
+def _without_adapter(folder: Path) -> Generator[Path, None, None]:
+    """The folder; where transformers would load an adapter of PEFT on top of its model, a view of it without that.
+
+    The view is a folder of links, so that the weights are read from where they are.
+    """
+    if not is_peft_available() or not (folder / _ADAPTER).is_file():
+        yield folder
+        return
+    with TemporaryDirectory(prefix="spp-fx-") as view:
+        for entry in folder.iterdir():
+            if entry.name != _ADAPTER:
+                Path(view, entry.name).symlink_to(entry.absolute())
+        yield Path(view)

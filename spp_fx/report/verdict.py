@@ -94,6 +94,7 @@ class Verified:
         allowed_dense: sites of which nothing was asked because they may be dense.
         left_out: matrices that are not sites because of what the model does with them, each with that reason.
         unread: all other matrices of which nothing was asked, each with the reason.
+        notes: what is odd about its files and changes nothing.
         error: what kept its sites from being looked at at all; a fault says the same in words.
     """
 
@@ -105,6 +106,7 @@ class Verified:
     left_out: Mapping[str, str] = field(default_factory=dict[str, str])
     unread: Mapping[str, str] = field(default_factory=dict[str, str])
     error: Exception | None = field(default=None, repr=False, compare=False)
+    notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -150,7 +152,11 @@ class Verified:
             "left_out": dict(self.left_out),
             "unread": dict(self.unread),
         }
-        return data | ({"allowed_dense": list(self.allowed_dense)} if self.allowed_dense else {})
+        if self.allowed_dense:
+            data["allowed_dense"] = list(self.allowed_dense)
+        if self.notes:
+            data["notes"] = list(self.notes)
+        return data
 
 
 def all_to_json(verdicts: Sequence[Verified]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from spp_fx.checkpoint import ModelFolder, Shard
+from spp_fx.checkpoint.links import links_option
 from spp_fx.errors import UsageError
 from spp_fx.exporters import FORMATS, Decoded, find_format
 from spp_fx.exporters.manifest import MANIFEST, Manifest, read_manifest
@@ -24,8 +25,13 @@ Libraries = Callable[[str], Library]
 """The library for a layout of `sites.PARTS`."""
 
 
+@links_option
 def load(
-    export_folder: str | Path, *, device: str | torch.device = "cpu", trust_remote_code: bool = False
+    export_folder: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+    allow_links: bool = False,
 ) -> PreTrainedModel:
     """The Hugging Face model of an export folder, ready to run and to generate.
 
@@ -39,6 +45,7 @@ def load(
         export_folder: of format cusparselt, cutlass, sparse-bitmask or safetensors.
         device: where the model is to run.
         trust_remote_code: whether the folder's own model code may run.
+        allow_links: follow symbolic links that leave a folder; see `checkpoint.links`.
 
     Returns:
         The model in eval mode, without gradients, in the dtype that from_pretrained(dtype="auto") gives it.

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from spp_fx.adapters import Method, make_method
 from spp_fx.checkpoint import ModelFolder, Shard, dtype_name, write_safetensors
 from spp_fx.checkpoint.json_file import read_object
+from spp_fx.checkpoint.peft import PeftAdapter, peft_adapter
 from spp_fx.errors import FormatError, UsageError
 from spp_fx.ir.piece import Piece
 from spp_fx.sparsity import LOCK_NAME, Lock, LockEntry, load_lock
@@ -86,9 +87,11 @@ class AdapterFolder:
         """Read an adapter folder; every factor must be there, with the shape the method gives it.
 
         Raises:
-            UsageError: the folder is no adapter folder.
+            UsageError: the folder is not an adapter folder, or holds an adapter of PEFT.
             FormatError: a file of it is damaged; names the file and the fault.
         """
+        if (foreign := peft_adapter(path)) is not None:
+            raise UsageError(_not_ours(path, foreign))
         if not (path / CONFIG).is_file():
             raise UsageError(
                 f"{path} is no adapter folder: it has no {CONFIG}; make one with 'spp-fx inject MODEL'"
@@ -170,6 +173,23 @@ class AdapterFolder:
                 raise FormatError(
                     f"{where}: {name} has shape {list(held[name])}, expected {list(expected[name])}"
                 )
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a folder is to be read as an adapter folder; a model folder with an adapter of PEFT in it is not."""
+    return (path / CONFIG).is_file() and not (
+        (path / "config.json").is_file() and peft_adapter(path) is not None
+    )
+
+
+def _not_ours(path: Path, foreign: PeftAdapter) -> str:
+    if is_adapter(path):
+        return foreign.refusal
+    ModelFolder.open(path)  # without weights, it is the adapter's folder that has the base's config.json too
+    return (
+        f"{path}: is a model folder with {foreign.what} in it, not an adapter folder of spp-fx; "
+        f"make one with 'spp-fx inject {path}'"
+    )
 
 
 def write_factors(path: Path, factors: "Mapping[str, Tensor]") -> None:

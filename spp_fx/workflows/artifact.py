@@ -16,7 +16,7 @@ from spp_fx.exporters.manifest import COMPACT, MANIFEST, Manifest, read_manifest
 from spp_fx.exporters.sparsity_config import is_legacy
 from spp_fx.sparsity import Lock, Scan, Weights, lock_beside, scan_file
 from spp_fx.workflows import lone
-from spp_fx.workflows.adapter_folder import CONFIG, AdapterFolder
+from spp_fx.workflows.adapter_folder import AdapterFolder, is_adapter
 from spp_fx.workflows.open_model import open_model
 
 # Tracing, formats and torch are imported where an artifact needs them: a model folder with its lock does not.
@@ -34,6 +34,7 @@ class Artifact:
         kind: model, adapter, safetensors, onnx, cusparselt, compressed-tensors, ...
         problems: why it must not be released, whatever its sites hold; each says how to mend it.
         part: one of several files of a model: it need not hold the sites of another artifact.
+        notes: what is odd about it and does not change its weights; see `ModelFolder.notes`.
     """
 
     path: Path
@@ -42,6 +43,7 @@ class Artifact:
     lock: Lock | None
     problems: tuple[str, ...] = ()
     part: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def names(self) -> frozenset[str]:
@@ -64,7 +66,7 @@ def open_artifact(path: Path, *, trust_remote_code: bool = False) -> Artifact:
         return _safetensors(path, trust_remote_code)
     if (path / MANIFEST).is_file():
         return _export(path, trust_remote_code)
-    if (path / CONFIG).is_file():
+    if is_adapter(path):
         return _adapter(path, trust_remote_code)
     if (path / "config.json").is_file():
         folder = ModelFolder.open(path)
@@ -103,7 +105,7 @@ def _model(path: Path, trust_remote_code: bool) -> Artifact:
         unread=lambda: expected().unread,
         shape=lambda name: folder.info(name)[1].shape,
     )
-    return Artifact(path, "model", weights, lock_beside(path))
+    return Artifact(path, "model", weights, lock_beside(path), notes=folder.notes)
 
 
 def _legacy(folder: ModelFolder) -> Artifact:
@@ -141,7 +143,8 @@ def _adapter(path: Path, trust_remote_code: bool) -> Artifact:
             )
     base = adapter.find_base()
     adapter.check_base(open_model(base))
-    return Artifact(path, "adapter", _model(base, trust_remote_code).weights, adapter.lock)
+    model = _model(base, trust_remote_code)
+    return Artifact(path, "adapter", model.weights, adapter.lock, notes=model.notes)
 
 
 def _safetensors(path: Path, trust_remote_code: bool) -> Artifact:
@@ -212,7 +215,7 @@ def _lock_of_shard(shard: Shard) -> Lock | None:
         name
         for other in ModelFolder.open(shard.path.parent).shards
         if other.path.name != shard.path.name
-        for name in other.header.tensors
+        for name in other.header.tensors.keys() - shard.header.tensors.keys()
     }
     return Lock.of(entry for entry in lock.sites if entry.name not in elsewhere)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from spp_fx.checkpoint.links import links_option
 from spp_fx.progress import Tick, no_tick
 from spp_fx.training.data import all_windows, check_vocabulary
 from spp_fx.training.perplexity import Perplexity, perplexity
@@ -34,6 +35,7 @@ class Evaluated:
         }
 
 
+@links_option
 def evaluate(
     model: str | Path,
     data: str | Path,
@@ -41,6 +43,7 @@ def evaluate(
     seq_len: int | None = None,
     base: str | Path | None = None,
     trust_remote_code: bool = False,
+    allow_links: bool = False,
     tick: Tick = no_tick,
 ) -> Evaluated:
     """Perplexity of a text in consecutive windows, each predicting from its own start.

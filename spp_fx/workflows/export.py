@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spp_fx.checkpoint import workspace
+from spp_fx.checkpoint.links import links_option
 from spp_fx.checkpoint.workspace import check_output
 from spp_fx.errors import MaskError, UsageError
 from spp_fx.exporters import FORMATS, ExportSettings, Format, Say, Source, find_format
@@ -52,6 +53,7 @@ class Exported:
         }
 
 
+@links_option
 def export(
     model: str | Path,
     out: str | Path,
@@ -61,6 +63,7 @@ def export(
     force: bool = False,
     fresh: bool = False,
     trust_remote_code: bool = False,
+    allow_links: bool = False,
     tick: Tick = no_tick,
     say: Say = lambda line: None,
 ) -> Exported:
@@ -80,6 +83,8 @@ def export(
     provenance.load(model)  # a damaged history is refused before the work
     check_output(out, force, [model], say)
     source = open_source(model, trust_remote_code=trust_remote_code, any_config=chosen.mends_config)
+    for note in source.folder.notes:
+        say(note)
     if settings.dtype is not None:
         source = replace(source, rounded_to=ROUND_TO[settings.dtype])
     plan = _plan(source, chosen, settings)

@@ -9,6 +9,7 @@ import torch
 
 from spp_fx.adapters import Method, initial_factor, make_method
 from spp_fx.checkpoint import atomic_folder
+from spp_fx.checkpoint.links import links_option
 from spp_fx.errors import MaskError, SppFxError, UsageError
 from spp_fx.ir.names import without_skipped
 from spp_fx.ir.site import Site
@@ -65,6 +66,7 @@ class Injected:
         }
 
 
+@links_option
 def inject(
     model: str | Path,
     out: str | Path | None,
@@ -78,6 +80,7 @@ def inject(
     seed: int = 0,
     force: bool = False,
     trust_remote_code: bool = False,
+    allow_links: bool = False,
     tick: Tick = no_tick,
     say: Callable[[str], None] = lambda line: None,
 ) -> Injected:
@@ -86,6 +89,7 @@ def inject(
     Args:
         out: the folder to write; None for a dry run, for which config.json alone will do.
         skip: names of sites that get no adapter, given as targets are.
+        allow_links: follow symbolic links that leave a folder; see `checkpoint.links`.
         say: called with what the reader should know.
 
     Raises:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spp_fx.checkpoint.links import links_option
 from spp_fx.errors import SppFxError
 from spp_fx.ir.site import Site
 from spp_fx.passes import Match, run_pipeline
@@ -37,7 +38,12 @@ class SiteView:
 
 @dataclass(frozen=True)
 class Inspected:
-    """A model folder as inspect shows it; `others` are its matrices that are not sites, each with the reason."""
+    """A model folder as inspect shows it.
+
+    Attributes:
+        others: its matrices that are not sites, each with the reason.
+        notes: those of `Survey`.
+    """
 
     model: Path
     model_type: str
@@ -60,7 +66,10 @@ class Inspected:
         }
 
 
-def inspect(model: str | Path, *, trust_remote_code: bool = False, tick: Tick = no_tick) -> Inspected:
+@links_option
+def inspect(
+    model: str | Path, *, trust_remote_code: bool = False, allow_links: bool = False, tick: Tick = no_tick
+) -> Inspected:
     """Look at a model folder; with config.json alone the shapes are shown and the patterns left out."""
     model = Path(model)
     weights = any(model.glob("*.safetensors"))

@@ -23,7 +23,7 @@ from spp_fx.passes import (
     run_pipeline,
 )
 from spp_fx.training.trainer import load_factors
-from spp_fx.workflows.adapter_folder import CONFIG, AdapterFolder
+from spp_fx.workflows.adapter_folder import AdapterFolder, is_adapter
 from spp_fx.workflows.survey import open_model
 
 
@@ -57,7 +57,7 @@ def load_program(
         UsageError, FormatError: the folder is neither, or is damaged.
     """
     folder = Path(folder)
-    if not (folder / CONFIG).is_file():
+    if not is_adapter(folder):
         open_model(folder)
         program = trace(load_model(folder, trust_remote_code=trust_remote_code))
         run_pipeline(program, [Causal()])

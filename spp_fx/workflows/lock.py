@@ -7,6 +7,8 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spp_fx.checkpoint.links import links_option
+from spp_fx.checkpoint.peft import peft_adapter
 from spp_fx.errors import FormatError, MaskError, PatternError, UsageError
 from spp_fx.parallel import in_order
 from spp_fx.progress import Tick, no_tick
@@ -105,6 +107,7 @@ class Locked:
         }
 
 
+@links_option
 def lock(
     model: str | Path,
     out: str | Path | None = None,
@@ -113,6 +116,7 @@ def lock(
     targets: Sequence[str] = (),
     force: bool = False,
     trust_remote_code: bool = False,
+    allow_links: bool = False,
     tick: Tick = no_tick,
     say: Callable[[str], None] = lambda line: None,
 ) -> Locked:
@@ -124,6 +128,7 @@ def lock(
             weights out.
         targets: sites to lock; see `Match`.
         force: replace a lock that is there.
+        allow_links: follow symbolic links that leave a folder; see `checkpoint.links`.
 
     Raises:
         UsageError: the lock exists, no such site, or a folder whose lock is a part of it.
@@ -134,7 +139,7 @@ def lock(
     model = Path(model)
     asked = parse_pattern(pattern) if pattern is not None else None
     for marker, what in _PARTS.items():
-        if (model / marker).is_file():
+        if (model / marker).is_file() and peft_adapter(model) is None:
             raise UsageError(f"{model}: is {what}, which has a lock of its own: {model / LOCK_NAME}")
     alone = model.suffix == ".safetensors" and not model.is_dir()
     beside = (model.parent if alone else model) / LOCK_NAME

@@ -10,6 +10,7 @@ from typing import Any
 from spp_fx.adapters.fold_counts import FoldCounts, Vanish
 from spp_fx.checkpoint import OWN_FILES, ModelFolder, Shard
 from spp_fx.checkpoint.layout import within
+from spp_fx.checkpoint.links import links_option
 from spp_fx.checkpoint.resume import copy_others
 from spp_fx.checkpoint.rewrite import rewrite
 from spp_fx.checkpoint.workspace import Workspace, workspace
@@ -72,6 +73,7 @@ class Merged:
         }
 
 
+@links_option
 def merge(
     adapter: str | Path,
     out: str | Path,
@@ -81,6 +83,7 @@ def merge(
     verify_sparsity: bool = True,
     force: bool = False,
     fresh: bool = False,
+    allow_links: bool = False,
     tick: Tick = no_tick,
     say: Callable[[str], None] = lambda line: None,
 ) -> Merged:
@@ -98,8 +101,9 @@ def merge(
         vanish: what to do with a non-zero that folds to zero.
         force: replace `out` if it exists.
         fresh: do not go on with what a stopped run has finished.
+        allow_links: follow symbolic links that leave a folder; see `checkpoint.links`.
         tick: told of progress.
-        say: told where the work begins, and what is kept of it if it fails.
+        say: told what is odd about the base's files, where the work begins, and what is kept of it if it fails.
 
     Raises:
         UsageError: no adapter folder, no base, an output that exists or that another process works on.
@@ -111,6 +115,8 @@ def merge(
     base = source.find_base(Path(base) if base else None)
     folder = open_model(base)
     source.check_base(folder)
+    for note in folder.notes:
+        say(note)
     fold = FoldPlan.make(source, folder, vanish)
     # What the base's own lock holds beyond the adapter's sites stays locked: it is copied, and proven.
     own = lock_beside(base)
@@ -138,7 +144,7 @@ def merge(
             proven = read_back(folder, work.folder, locked, counts, vanish, tick)
         else:
             proven = unproven(folder, work.folder, locked, counts, vanish)
-        (work.folder / LOCK_NAME).write_text(Lock.of(proven.entries).dumps())
+        (work.folder / LOCK_NAME).write_text(Lock.of(proven.entries.values()).dumps())
         provenance.record(
             history,
             work.folder,

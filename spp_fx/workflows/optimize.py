@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from spp_fx.checkpoint import ModelFolder
+from spp_fx.checkpoint.links import links_option
 from spp_fx.ir.model import load_model, meta_model
 from spp_fx.ir.printer import print_program
 from spp_fx.ir.program import Program
@@ -15,6 +16,7 @@ After = Callable[[str, PassReport, str], None]
 """Called with a pass's spelling, its report, and the program as text after it."""
 
 
+@links_option
 def optimize(
     model: Path,
     pipeline: str,
@@ -22,6 +24,7 @@ def optimize(
     after: After,
     calibration: Calibration | None = None,
     trust_remote_code: bool = False,
+    allow_links: bool = False,
 ) -> Program:
     """Trace a model folder and run a pipeline over it; a folder without weights is traced on meta.
 

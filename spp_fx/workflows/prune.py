@@ -19,6 +19,7 @@ from spp_fx.checkpoint import (
     rewrite_shard,
     workspace,
 )
+from spp_fx.checkpoint.links import links_option
 from spp_fx.checkpoint.resume import copy_others, write_shards
 from spp_fx.checkpoint.workspace import check_output
 from spp_fx.errors import MaskError, UsageError
@@ -92,6 +93,7 @@ class Pruned:
         }
 
 
+@links_option
 def prune(
     model: str | Path,
     out: str | Path,
@@ -110,6 +112,7 @@ def prune(
     force: bool = False,
     fresh: bool = False,
     trust_remote_code: bool = False,
+    allow_links: bool = False,
     tick: Tick = silent,
     say: Callable[[str], None] = lambda line: None,
 ) -> Pruned:
@@ -130,6 +133,7 @@ def prune(
         skip: names of sites that stay dense.
         device: where layers run; a GPU if torch sees one.
         fresh: begin anew, whatever an interrupted run left.
+        allow_links: follow symbolic links that leave a folder; see `checkpoint.links`.
         say: called with what the reader should know while it runs.
 
     Raises:
@@ -233,7 +237,7 @@ def _stream(
 ) -> dict[str, list[MatrixReport]]:
     """Prune by the weights alone, one stored tensor in memory; returns the reports by stored tensor."""
     site_of = {piece.tensor: (site, piece) for site in patterns for piece in found.pieces[site]}
-    done = 0
+    done, total = 0, sum(name in site_of for shard in found.folder.shards for name in shard.header.tensors)
 
     def write(shard: Shard, target: Path) -> dict[str, Any]:
         reports: dict[str, list[MatrixReport]] = {}
@@ -251,7 +255,7 @@ def _stream(
                 for i, matrix in enumerate(matrices)
             ]
             done += 1
-            tick(done, len(site_of), info.name)
+            tick(done, total, info.name)
             return weight
 
         rewrite_shard(shard, target, replace)

@@ -36,12 +36,12 @@ class ReadBack:
     """What was read back.
 
     Attributes:
-        entries: the lock of what was written.
+        entries: the lock of what was written, by tensor; of one that is stored twice, both copies were looked at.
         mask_equal: by tensor, whether its mask is the lock's.
         digests: SHA-256 by weight file.
     """
 
-    entries: list[LockEntry] = field(default_factory=list[LockEntry])
+    entries: dict[str, LockEntry] = field(default_factory=dict[str, LockEntry])
     mask_equal: dict[str, bool] = field(default_factory=dict[str, bool])
     digests: dict[str, str] = field(default_factory=dict[str, str])
 
@@ -83,7 +83,6 @@ def read_back(
     # Hashing a file takes as long as many a mask: the others do not wait for it.
     for _ in in_order(lambda task: task(), tasks(), ahead=1024):
         pass
-    found.entries.sort(key=lambda entry: entry.name)
     return found
 
 
@@ -106,9 +105,9 @@ def unproven(
             if vanish == "allow" and met is not None and met.vanished:
                 copy = Shard.open(written / shard.name, shard.name)
                 _prove(shard, copy, entry, met, vanish, found, no_tick)
-                del found.mask_equal[name]
+                found.mask_equal.pop(name, None)
             else:
-                found.entries.append(entry)
+                found.entries[name] = entry
     return found
 
 
@@ -190,7 +189,7 @@ def _prove(
     if pattern is not None and (broken := scan_bits(mask, pattern)).count:
         raise MaskError(f"{entry.name}: read back from disk: {broken.describe(pattern)}")
     found.mask_equal[entry.name] = equal
-    found.entries.append(
+    found.entries[entry.name] = (
         entry if equal else make_entry(entry.name, entry.kind, mask, pattern, entry.transposed)
     )
     tick(entry.name, copy.info(entry.name).nbytes)

@@ -54,8 +54,9 @@ class Survey:
     def notes(self) -> tuple[str, ...]:
         """What the reader should know before sites are treated."""
         if self.program.untraced is None:
-            return ()
+            return self.folder.notes
         return (
+            *self.folder.notes,
             f"{self.folder.path}: {self.program.untraced}; so its sites are the linears among its modules, and "
             "train, eval and pruning by inputs do not take it",
         )

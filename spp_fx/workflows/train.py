@@ -12,6 +12,7 @@ import torch
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from spp_fx.checkpoint import atomic_file
+from spp_fx.checkpoint.links import links_option
 from spp_fx.errors import SppFxError, UsageError
 from spp_fx.ir.program import Program
 from spp_fx.training.data import Windows, all_windows, check_vocabulary
@@ -129,6 +130,7 @@ class Trained:
         }
 
 
+@links_option
 def train(
     adapter: str | Path,
     data: str | Path,
@@ -138,6 +140,7 @@ def train(
     teacher: str | Path | None = None,
     base: str | Path | None = None,
     trust_remote_code: bool = False,
+    allow_links: bool = False,
     callbacks: list[TrainerCallback] | None = None,
 ) -> Trained:
     """Train an adapter folder on a text file and write the factors back into it, whole or not at all.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from spp_fx.checkpoint import ModelFolder, atomic_folder, copy_file, dtype_name, write_safetensors
 from spp_fx.checkpoint.layout import WEIGHTS_NAME, within
+from spp_fx.checkpoint.links import links_option
 from spp_fx.errors import FormatError, MaskError, UsageError
 from spp_fx.exporters import FORMATS, Decoded, Format, Say, find_format
 from spp_fx.exporters.compressed_tensors import LegacyFolder
@@ -51,11 +52,13 @@ class Unpacked:
         }
 
 
+@links_option
 def unpack(
     export: str | Path,
     out: str | Path,
     force: bool = False,
     *,
+    allow_links: bool = False,
     tick: Tick = no_tick,
     say: Say = lambda line: None,
 ) -> Unpacked:

@@ -6,13 +6,14 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+from spp_fx.checkpoint.links import links_option
 from spp_fx.errors import SppFxError
 from spp_fx.exporters.manifest import MANIFEST
 from spp_fx.parallel import in_order, thread_count
 from spp_fx.progress import Tick, no_tick
 from spp_fx.report.verdict import Finding, SiteVerdict, Verified
 from spp_fx.sparsity import LOCK_NAME, Lock, Scan, Weights, digest_masks, load_lock, load_scanner
-from spp_fx.workflows.adapter_folder import CONFIG as ADAPTER_CONFIG
+from spp_fx.workflows.adapter_folder import is_adapter
 from spp_fx.workflows.artifact import Artifact, open_artifact
 from spp_fx.workflows.coverage import Question, plan
 from spp_fx.workflows.demands import Coverage, Demands
@@ -26,6 +27,7 @@ MASK_BYTES = 256 << 20
 __all__ = ["MASK_BYTES", "Check", "SiteVerdict", "Verified", "check_request", "gate", "verify"]
 
 
+@links_option
 def verify(
     path: str | Path,
     *,
@@ -38,6 +40,7 @@ def verify(
     coverage: Coverage = "lock",
     trust_remote_code: bool = False,
     jobs: int | None = None,
+    allow_links: bool = False,
     tick: Tick = no_tick,
 ) -> Verified:
     """Hold every site of an artifact to a lock (by default the one beside it), a pattern, another artifact.
@@ -54,6 +57,7 @@ def verify(
         trust_remote_code: run code that a model folder brings, where sites have to be found; never done unasked.
         jobs: sites that are looked at at once; by default the CPUs at hand, at most 8, and one where weights
             have to be decoded.
+        allow_links: follow symbolic links that leave a folder; see `checkpoint.links`.
         tick: called with a site's name and its number of weights when it is done.
 
     Raises:
@@ -121,6 +125,7 @@ def _verify(check: Check, jobs: int | None, tick: Tick, *, damaged: _Damaged | N
         asked.allowed_dense,
         asked.left_out,
         asked.unread,
+        notes=tuple(dict.fromkeys((*artifact.notes, *(opened.notes if opened else ())))),
     )
 
 
@@ -236,7 +241,7 @@ def _kind_of(path: Path) -> str:
         return path.suffix.removeprefix(".")
     if (path / MANIFEST).is_file():
         return "unknown"  # the manifest, which may be what is damaged, says which format
-    return "adapter" if (path / ADAPTER_CONFIG).is_file() else "model"
+    return "adapter" if is_adapter(path) else "model"
 
 
 def _check_some_are_there(check: Check, artifact: Artifact, lock: Lock) -> None:

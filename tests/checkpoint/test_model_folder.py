@@ -121,44 +121,6 @@ def test_shards_may_lie_in_a_folder_of_the_folder(sharded: Path) -> None:
     assert f"parts/{first.name}" in [shard.name for shard in after.shards]
 
 
-def hub_cache(folder: Path, root: Path) -> Path:
-    """The layout of huggingface_hub: snapshots of links into ../../blobs."""
-    snapshot, blobs = root / "snapshots" / "0123abc", root / "blobs"
-    snapshot.mkdir(parents=True)
-    blobs.mkdir()
-    for number, file in enumerate(sorted(folder.iterdir())):
-        shutil.copy(file, blobs / f"{number:040x}")
-        (snapshot / file.name).symlink_to(f"../../blobs/{number:040x}")
-    return snapshot
-
-
-def test_a_snapshot_of_the_hub_cache_opens(sharded: Path, tmp_path: Path) -> None:
-    snapshot = hub_cache(sharded, tmp_path / "models--a--b")
-    assert ModelFolder.open(snapshot).fingerprint() == ModelFolder.open(sharded).fingerprint()
-    assert ModelFolder.open(snapshot).other_files() == ModelFolder.open(sharded).other_files()
-    (tmp_path / "link").symlink_to(snapshot)
-    assert ModelFolder.open(tmp_path / "link").names == ModelFolder.open(sharded).names
-
-
-def test_a_link_to_anywhere_else_is_refused(sharded: Path, tmp_path: Path) -> None:
-    shard = first_shard(sharded)
-    shard.rename(tmp_path / "elsewhere")
-    shard.symlink_to(tmp_path / "elsewhere")
-    message = refused(sharded)
-    assert f"{shard}: is a symbolic link to {tmp_path / 'elsewhere'}" in message
-    shard.unlink()
-    (tmp_path / "elsewhere").rename(sharded / "inside.data")
-    shard.symlink_to("inside.data")  # stays in the folder
-    assert ModelFolder.open(sharded).names
-
-
-def test_a_snapshot_link_beyond_the_blobs_is_refused(sharded: Path, tmp_path: Path) -> None:
-    snapshot = hub_cache(sharded, tmp_path / "models--a--b")
-    (snapshot / "config.json").unlink()
-    (snapshot / "config.json").symlink_to(sharded / "config.json")
-    assert "outside of the folder" in refused(snapshot)
-
-
 @pytest.mark.parametrize(
     "name",
     [
@@ -192,27 +154,145 @@ def test_a_truncated_shard_is_named(sharded: Path) -> None:
     assert f"{shard}: truncated: 100 of" in refused(sharded)
 
 
-def test_index_and_shards_must_agree(sharded: Path) -> None:
-    original = (sharded / INDEX).read_text()
-    weight_map: dict[str, str] = json.loads(original)["weight_map"]
+def notes(folder: Path) -> str:
+    return "\n".join(ModelFolder.open(folder).notes)
+
+
+def loads_as_transformers_does(folder: Path) -> None:
+    loaded = LlamaForCausalLM.from_pretrained(folder, dtype="auto").state_dict()
+    opened = ModelFolder.open(folder)
+    for name, tensor in loaded.items():
+        assert torch.equal(opened.read(name), tensor), name
+
+
+def test_a_folder_as_it_should_be_has_no_notes(single: Path, sharded: Path) -> None:
+    assert ModelFolder.open(single).notes == ModelFolder.open(sharded).notes == ()
+
+
+def place(folder: Path) -> tuple[str, str, str]:
+    """A tensor, the shard that holds it (and others), and another shard."""
+    weight_map: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
     here = next(shard for shard in weight_map.values() if list(weight_map.values()).count(shard) > 1)
-    other = next(shard for shard in weight_map.values() if shard != here)
     name = next(name for name, shard in weight_map.items() if shard == here)
+    return name, here, next(shard for shard in weight_map.values() if shard != here)
+
+
+def test_a_name_of_the_index_that_no_shard_holds_is_noted(sharded: Path) -> None:
+    _, here, _ = place(sharded)
     edit_index(sharded, lambda i: i["weight_map"].update(ghost=here))
-    assert f"places tensor 'ghost' in '{here}', which does not hold it" in refused(sharded)
-    (sharded / INDEX).write_text(original)
+    assert f"{INDEX}: names 1 tensor that no shard holds (first: 'ghost' in '{here}')" in notes(sharded)
+    assert "ghost" not in ModelFolder.open(sharded)
+    loads_as_transformers_does(sharded)
+
+
+def test_a_tensor_that_the_index_places_elsewhere_is_read_from_where_it_is(sharded: Path) -> None:
+    name, here, other = place(sharded)
     edit_index(sharded, lambda i: i["weight_map"].update({name: other}))
-    assert f"places tensor '{name}' in '{other}', but {here} holds it" in refused(sharded)
-    (sharded / INDEX).write_text(original)
+    assert f"places 1 tensor in the wrong shard (first: '{name}' in '{other}', which {here} holds)" in notes(
+        sharded
+    )
+    loads_as_transformers_does(sharded)
+
+
+def test_a_tensor_that_the_index_leaves_out_is_the_models(sharded: Path) -> None:
+    name, here, _ = place(sharded)
     edit_index(sharded, lambda i: i["weight_map"].pop(name))
-    assert f"does not name tensor '{name}', which {here} holds" in refused(sharded)
+    assert f"does not name 1 tensor of its shards (first: '{name}' in {here})" in notes(sharded)
+    loads_as_transformers_does(sharded)
 
 
-def test_a_tensor_in_two_shards_is_refused(sharded: Path) -> None:
-    weight_map: dict[str, str] = json.loads((sharded / INDEX).read_text())["weight_map"]
-    other = next(shard for shard in weight_map.values() if shard != weight_map["lm_head.weight"])
-    save_file(load_file(sharded / other) | {"lm_head.weight": torch.zeros(1)}, sharded / other)
-    assert "tensor 'lm_head.weight' is stored twice" in refused(sharded)
+@pytest.mark.parametrize(
+    ("change", "note"),
+    [
+        (lambda i: i["metadata"].update(total_size=12345), "total_size is 12345"),
+        (lambda i: i["metadata"].update(total_size="1 MB"), "total_size is '1 MB'"),
+        (lambda i: i["metadata"].pop("total_size"), ""),
+        (lambda i: i.pop("metadata"), "has no metadata, without which transformers cannot load"),
+        (lambda i: i.update(metadata=None), "has no metadata"),
+    ],
+)
+def test_the_metadata_of_an_index_does_not_count(
+    change: Callable[[dict[str, Any]], object], note: str, sharded: Path
+) -> None:
+    before = ModelFolder.open(sharded).names
+    edit_index(sharded, change)
+    assert note in notes(sharded)
+    assert bool(notes(sharded)) == bool(note)
+    assert ModelFolder.open(sharded).names == before
+
+
+def test_a_weight_file_without_a_format_is_noted(single: Path) -> None:
+    file = single / "model.safetensors"
+    save_file(load_file(file), file)
+    assert "1 weight file has no format in the metadata (first: 'model.safetensors')" in notes(single)
+    loads_as_transformers_does(single)
+
+
+@pytest.mark.parametrize("form", ["single", "sharded"])
+def test_weight_files_that_transformers_ignores_are_named(form: str, request: pytest.FixtureRequest) -> None:
+    folder: Path = request.getfixturevalue(form)
+    save_file({"x": torch.zeros(1)}, folder / "stray.safetensors", {"format": "pt"})
+    save_file({}, folder / "empty.safetensors", {"format": "pt"})
+    save_file({"x": torch.zeros(1)}, folder / "adapter_model.safetensors", {"format": "pt"})
+    assert "1 weight file is left out, as transformers does" in notes(folder)
+    assert "'stray.safetensors'" in notes(folder)
+    assert "x" not in ModelFolder.open(folder)
+    (folder / "stray.safetensors").write_bytes(b"damaged, and nobody reads it")
+    assert "'stray.safetensors'" in notes(folder)
+    loads_as_transformers_does(folder)
+
+
+def copy_into_another_shard(
+    folder: Path, change: Callable[[torch.Tensor], torch.Tensor] = torch.clone
+) -> str:
+    """Store the first tensor of a shard in another one too, changed; returns its name."""
+    name, here, other = place(folder)
+    copy = change(load_file(folder / here)[name])
+    save_file(load_file(folder / other) | {name: copy}, folder / other, {"format": "pt"})
+    return name
+
+
+def test_a_tensor_that_is_stored_twice_in_equal_bytes_is_one(sharded: Path) -> None:
+    before = ModelFolder.open(sharded)
+    name = copy_into_another_shard(sharded)
+    after = ModelFolder.open(sharded)
+    assert f"1 tensor is stored in more than one shard, in equal bytes (first: '{name}' in" in notes(sharded)
+    assert after.names == before.names
+    assert after.stored_bytes == before.stored_bytes + before.info(name)[1].nbytes
+    loads_as_transformers_does(sharded)
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        (lambda t: torch.zeros(1), "different types (BF16"),
+        (lambda t: t.float(), "different types (BF16"),
+        (lambda t: t.flatten(), "different types (BF16"),
+        (lambda t: t + 1, "different values"),
+        (lambda t: t.view(torch.int16).bitwise_xor(1).view(torch.bfloat16), "different values"),
+    ],
+)
+def test_two_copies_of_a_tensor_that_differ_are_refused(
+    change: Callable[[torch.Tensor], torch.Tensor], difference: str, sharded: Path
+) -> None:
+    name = copy_into_another_shard(sharded, change)
+    message = refused(sharded)
+    assert f"tensor '{name}' is stored twice, in model-0000" in message
+    assert difference in message
+
+
+def test_copies_are_compared_block_by_block(tmp_path: Path) -> None:
+    """The last byte of a tensor larger than a block, and one of no bytes at all."""
+    (tmp_path / "config.json").write_text("{}")
+    large = torch.zeros(4 * 2**20 + 5, dtype=torch.uint8)
+    files = [f"model-{number}.safetensors" for number in (1, 2)]
+    (tmp_path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {"a": files[0], "b": files[1]}}))
+    for file in files:
+        save_file({"a": large, "b": torch.zeros(0)}, tmp_path / file, {"format": "pt"})
+    assert "2 tensors are stored in more than one shard" in notes(tmp_path)
+    large[-1] = 1
+    save_file({"a": large, "b": torch.zeros(0)}, tmp_path / files[1], {"format": "pt"})
+    assert "'a' is stored twice" in refused(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -320,23 +400,29 @@ def test_other_files_are_what_a_copy_takes_along(single: Path) -> None:
     assert set(found) == {*taken, "config.json", "generation_config.json"}
 
 
-def test_other_files_do_not_leave_the_folder(single: Path, tmp_path: Path) -> None:
-    (tmp_path / "secret").write_text("x")
+def test_other_files_are_files(single: Path) -> None:
     link = single / "tokenizer.json"
-    folder = ModelFolder.open(single)
-    for target, fault in [
-        (tmp_path / "secret", "outside of the folder"),
-        (Path("absent"), "dangling"),
-        (single / "tokenizer.json", "tokenizer.json"),
-        (single, "link to a folder"),
-    ]:
-        link.symlink_to(target)
-        with pytest.raises(FormatError, match=fault):
-            folder.other_files()
-        link.unlink()
+    link.symlink_to("absent")
+    with pytest.raises(FormatError, match="dangling"):
+        ModelFolder.open(single).other_files()
+    link.unlink()
     os.mkfifo(link)
-    with pytest.raises(FormatError, match="no regular file"):
-        folder.other_files()
+    with pytest.raises(FormatError, match="not a regular file"):
+        ModelFolder.open(single).other_files()
+
+
+def test_an_adapter_of_peft_beside_a_model_is_noted_and_not_taken_along(single: Path) -> None:
+    (single / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
+    (single / "adapter_model.safetensors").write_bytes(b"not looked at")
+    (single / "extra").mkdir()
+    (single / "extra" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
+    (single / "extra" / "README.md").write_text("of the adapter")
+    folder = ModelFolder.open(single)
+    assert [path.as_posix() for path in folder.other_files()] == ["config.json", "generation_config.json"]
+    (note,) = folder.notes
+    assert "adapter_config.json: a LoRA adapter of PEFT lies beside the model" in note
+    (single / "model.safetensors").unlink()
+    assert "this is a LoRA adapter of PEFT" in refused(single, UsageError)
 
 
 @pytest.mark.parametrize("form", ["single", "sharded"])
