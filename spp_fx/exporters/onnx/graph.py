@@ -12,6 +12,7 @@ import contextlib
 import logging
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
@@ -114,16 +115,25 @@ def build_graph(model: PreTrainedModel, *, with_past: bool = False) -> Graph:
     kept = [tensor for tensor in proto.graph.initializer if tensor.name not in names]
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(kept)
-    bfloat16 = model.dtype == torch.bfloat16
+    bfloat16 = _main_dtype(model) == torch.bfloat16
     if not bfloat16:
         compute_in_float32(proto, [parameter.value_info for parameter in parameters])
     return Graph(proto, parameters, reached, bfloat16)
 
 
+def _main_dtype(model: PreTrainedModel) -> torch.dtype:
+    """The dtype that most of a model's weights have."""
+    sizes: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        sizes[parameter.dtype] += parameter.numel()
+    return sizes.most_common(1)[0][0]
+
+
 def _reached(program: ExportedProgram, model: PreTrainedModel) -> frozenset[str]:
     """First names of the parameters and stored buffers that a program's outputs depend on."""
     names, state = _tensors(model), model.state_dict(keep_vars=True)
-    inputs = program.graph_signature.inputs_to_parameters | program.graph_signature.inputs_to_buffers
+    signature = program.graph_signature
+    inputs = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     nodes = [program.graph.output_node()]
     seen = set(nodes)
     for node in nodes:

@@ -158,12 +158,13 @@ def _unexpected(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
 
 def _beyond_layers(model: PreTrainedModel, name: str) -> bool:
     """Whether a name has an index past the end of one of the model's lists of layers."""
-    parts, modules = name.split("."), dict(model.named_modules())
-    for at, part in enumerate(parts):
-        if part.isdigit():
-            layers = modules.get(".".join(parts[:at]))
-            if isinstance(layers, nn.ModuleList) and int(part) >= len(layers):
-                return True
+    modules = dict(model.named_modules())
+    parts = name.split(".")
+    for at in (at for at, part in enumerate(parts) if part.isdecimal()):
+        path = ".".join(parts[:at])
+        layers = modules.get(path, modules.get(f"{model.base_model_prefix}.{path}"))
+        if isinstance(layers, nn.ModuleList) and int(parts[at]) >= len(layers):
+            return True
     return False
 
 
