@@ -67,14 +67,10 @@ def bind(model: PreTrainedModel, slots: Mapping[str, Slot], stored: Mapping[str,
         slots: sites or parameters, by name.
         stored: shape of every tensor of the checkpoint, by name.
     """
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    state = model.state_dict()
+    converters = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightConverter)]
     plain: dict[str, str] = {}
     converted: dict[str, dict[str, list[str]]] = {}
-    for name in stored:
-        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+    for name, (target, pattern) in find_targets(model, stored).items():
         if pattern is None:
             plain[target] = name
         else:
@@ -113,6 +109,32 @@ def _in_parts(name: str, known: Iterable[str]) -> str | None:
         f"is stored in parts ({words}), a quantised or factored form whose zeros are not known; take the model as "
         "it was before"
     )
+
+
+def find_targets(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, tuple[str, str | None]]:
+    """What each stored tensor is called in the model, as transformers renames it when it loads.
+
+    Args:
+        model: as built from the configuration; the meta device suffices.
+        stored: names of the checkpoint's tensors.
+
+    Returns:
+        stored name -> the name in the model (one that the model has not, if transformers would not load the
+        tensor), and the pattern of the conversion that makes a parameter of it, None where it is one as it is.
+    """
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    state = model.state_dict()
+    found: dict[str, tuple[str, str | None]] = {}
+    for name in stored:
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if (
+            target not in state and name in state
+        ):  # a rule for other checkpoints; this one has the model's names
+            target, pattern = rename_source_key(name, [], [], model.base_model_prefix, state)
+        found[name] = target, pattern
+    return found
 
 
 def _plain(slot: Slot, tensor: str, stored: Mapping[str, tuple[int, ...]]) -> tuple[Piece, ...] | str:

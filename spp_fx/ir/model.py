@@ -15,7 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import is_peft_available
 
-from spp_fx.errors import FormatError
+from spp_fx.checkpoint import ModelFolder
+from spp_fx.errors import FormatError, UsageError
+from spp_fx.ir.binding import find_targets
 from spp_fx.ir.program import Program
 
 CAUSAL = frozenset(
@@ -51,24 +53,27 @@ def load_model(folder: str | Path, *, dtype: torch.dtype | str = "auto", **kwarg
 
 
 def meta_model(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """The model a folder's config.json describes, on the meta device: shapes without weights.
+    """The model of a folder on the meta device: shapes without weights.
 
     Its class is that of AutoModelForCausalLM, unless config.json names one of transformers' for another task:
-    a Whisper is taken whole, although its decoder alone would make a causal language model.
+    a Whisper is taken whole, although its decoder alone would make a causal language model. Parameters are tied
+    as from_pretrained ties them, which takes more than config.json: see `_tie_as_stored`.
     """
     with _readable(folder):
         config: Any = AutoConfig.from_pretrained(str(folder), **kwargs)
         if config.dtype is None:
             config.dtype = torch.float32
         with torch.device("meta"):
-            return _of_config(config, dtype=config.dtype, **kwargs)
+            model = _of_config(config, dtype=config.dtype, **kwargs)
+    _tie_as_stored(model, Path(folder))
+    return model
 
 
 def hollow_model(folder: str | Path, *, dtype: torch.dtype | None = None, **kwargs: Any) -> PreTrainedModel:
     """The model of a folder without its weights: buffers are real, parameters take no memory until read from.
 
     It is traced on the CPU, so that the constants of its graphs are real as well; `hollow` then takes the
-    parameters away. `dtype` stands in for the folder's own.
+    parameters away. `dtype` stands in for the folder's own. Parameters are tied as from_pretrained ties them.
     """
     with _readable(folder):
         config: Any = AutoConfig.from_pretrained(str(folder), **kwargs)
@@ -76,6 +81,7 @@ def hollow_model(folder: str | Path, *, dtype: torch.dtype | None = None, **kwar
         with init_empty_weights(include_buffers=False):
             model = _of_config(config, dtype=chosen, **kwargs)
         model.tie_weights()  # registering a parameter made a new one of it
+    _tie_as_stored(model, Path(folder))
     # An address range that nothing was written to has no pages.
     _replace_parameters(model, lambda p: torch.empty_like(p, device="cpu"))
     return model
@@ -95,6 +101,80 @@ def _of_config(config: PretrainedConfig, *, dtype: torch.dtype, **kwargs: Any) -
     if chosen is AutoModelForCausalLM:
         return AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs).eval()
     return chosen._from_config(config, dtype=dtype).eval()
+
+
+def _tie_as_stored(model: PreTrainedModel, folder: Path) -> None:
+    """Tie the parameters that from_pretrained would tie, given what the folder stores.
+
+    `PreTrainedModel.tie_weights` decides it when a model is loaded: of two parameters that the configuration
+    ties, one that is stored gives its values to one that is not, in either direction, and two that are stored
+    are tied only where their values are equal in the model's dtype. This goes through the same pairs in the
+    same order. A folder without safetensors files follows its configuration.
+
+    Raises:
+        FormatError: the folder's weights are damaged.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False)).keys()
+    pairs = {t: s for t, s in model.all_tied_weights_keys.items() if {t, s} <= parameters}  # not of buffers
+    stored = _stored_weights(folder) if pairs else None
+    if stored is None:
+        return
+    shapes = {name: stored.info(name)[1].shape for name in stored.names}
+    tensors: dict[str, str | None] = {}  # parameter -> the stored tensor that fills it; None: it is converted
+    for tensor, (parameter, pattern) in find_targets(model, shapes).items():
+        tensors[parameter] = tensor if pattern is None else None
+    for target in pairs:
+        shared = model.get_parameter(target)
+        own = nn.Parameter(torch.empty_like(shared), requires_grad=shared.requires_grad)
+        _set_parameter(model, target, own)
+    for target, source in pairs.items():
+        if target in tensors and source in tensors:
+            if not _equal(stored, tensors[source], tensors[target], model.get_parameter(target).dtype):
+                del model.all_tied_weights_keys[target]
+                continue
+        elif target in tensors:
+            target, source = source, target
+        elif source not in tensors:  # the values may be under a third name that shares the source
+            others = (t for t, s in pairs.items() if s == source and t in tensors)
+            source = next(others, source)
+        _set_parameter(model, target, model.get_parameter(source))
+        if source in tensors:
+            tensors[target] = tensors[source]
+
+
+def _stored_weights(folder: Path) -> ModelFolder | None:
+    """The folder with its weights; None where it has no safetensors files, or is the id of a hub model."""
+    if not folder.is_dir():
+        return None
+    try:
+        return ModelFolder.open(folder)
+    except UsageError:  # holds no weights
+        return None
+
+
+def _equal(stored: ModelFolder, first: str | None, second: str | None, dtype: torch.dtype) -> bool:
+    """Whether two stored tensors have equal values in a dtype, read block by block.
+
+    Tensors that a conversion makes count as different: two parameters with equal values compute what one does.
+    """
+    if first is None or second is None:
+        return False
+    if stored.info(first)[1].shape != stored.info(second)[1].shape:
+        return False
+    if not stored.info(first)[1].shape:
+        return torch.equal(stored.read(first).to(dtype), stored.read(second).to(dtype))
+    start = 0
+    for block in stored.row_blocks(first):
+        other = stored.read_rows(second, start, start + len(block))
+        if not torch.equal(block.to(dtype), other.to(dtype)):
+            return False
+        start += len(block)
+    return True
+
+
+def _set_parameter(model: PreTrainedModel, name: str, parameter: nn.Parameter) -> None:
+    path, _, attribute = name.rpartition(".")
+    model.get_submodule(path)._parameters[attribute] = parameter
 
 
 def hollow(program: Program) -> Program:

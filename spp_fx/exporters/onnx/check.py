@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spp_fx.errors import SppFxError
+from spp_fx.exporters.onnx.bfloat16 import widen
 from spp_fx.exporters.onnx.reader import SparseInitializer, load_model, load_sparse_masks, read_tensors
 
 # Largest allowed difference of a logit, as a share of the logits' spread. fp32 differs by the order of
@@ -44,8 +45,8 @@ class LogitsComparison:
 
     `spread` is the largest distance of a reference logit from the mean over the vocabulary at its position:
     the scale differences are measured in, since a shift of all logits changes no probability.
-    `argmax_agreement` is the share of positions where both prefer the same token. `computed_in` is the type
-    onnxruntime computed in: float32 for a bfloat16 file, which it has no CPU kernels for.
+    `argmax_agreement` is the share of positions where both prefer the same token. `computed_in` is the type of
+    the logits that onnxruntime computed.
     """
 
     max_abs_difference: float
@@ -60,18 +61,19 @@ class LogitsComparison:
 class OnnxModel:
     """A graph in onnxruntime, called like a model whatever its inputs are.
 
-    A bfloat16 file runs as its float32 twin (see `float32_twin`).
-
     Args:
         path: an .onnx file that spp-fx wrote, with or without a key/value cache.
+        twin: run its float32 twin instead (see `float32_twin`): for a bfloat16 file, which onnxruntime has no
+            CPU kernels for.
 
     Raises:
         FormatError: the file is no ONNX model. SppFxError: onnxruntime cannot load it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, twin: bool = False) -> None:
         self.path = path
-        self._session = _session(path)
+        load_model(path)  # onnxruntime's own words for a file of another kind say less
+        self._session = _session(path, twin)
         self._inputs = {each.name: each for each in self._session.get_inputs()}
         self._outputs = [each.name for each in self._session.get_outputs()]
 
@@ -177,6 +179,7 @@ def compare_logits(
     *,
     max_length: int | None = None,
     tolerance: float | None = None,
+    twin: bool = False,
     seed: int = 0,
     batches: Sequence[tuple[int, int]] = _BATCHES,
 ) -> LogitsComparison:
@@ -191,13 +194,14 @@ def compare_logits(
         vocab_size: tokens are drawn below it.
         max_length: longest sequence the model takes; longer batches are cut.
         tolerance: share of the spread; None takes TOLERANCE of the reference's type.
+        twin: run the file's float32 twin, see `OnnxModel`.
         batches: (batch, sequence) pairs.
 
     Raises:
         SppFxError: a logit differs by more than the tolerance, shapes differ, either side is not finite, or
             onnxruntime cannot run the file.
     """
-    model = OnnxModel(path)
+    model = OnnxModel(path, twin=twin)
     computed_in = ""
     worst, spread, agreed, positions = 0.0, 0.0, 0, 0
     limit = tolerance
@@ -283,29 +287,32 @@ def _inline(entry: SparseInitializer) -> onnx.SparseTensorProto:
     )
 
 
+def why_not_opened(model: onnx.ModelProto) -> str | None:
+    """Why onnxruntime on the CPU cannot open a graph, naming the operator that it stops at; None where it can.
+
+    Args:
+        model: with its weights as inputs, so that none of their numbers is needed.
+    """
+    try:
+        InferenceSession(model.SerializeToString(), _options(), providers=["CPUExecutionProvider"])
+    except _ORT_ERRORS as error:
+        return _reason(error)
+    return None
+
+
 def float32_twin(path: Path) -> onnx.ModelProto:
     """The model with every bfloat16 tensor, constant and cast made float32, all initializers dense.
 
-    onnxruntime has hardly any bfloat16 kernels on the CPU. Widening is exact for the weights, so the twin
-    shows that graph and weights are right; only activations are rounded less than in the original.
+    Widening is exact for the weights, so the twin shows that graph and weights are right; only activations are
+    rounded less than in the original.
     """
     model = load_model(path)
     tensors = list(read_tensors(path))
     del model.graph.initializer[:]
     del model.graph.sparse_initializer[:]
     for name, array in tensors:
-        wide = array.astype(np.float32) if array.dtype.name == "bfloat16" else array
-        model.graph.initializer.append(onnx.numpy_helper.from_array(wide, name))
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.BFLOAT16:
-                attribute.i = TensorProto.FLOAT
-            elif attribute.HasField("t") and attribute.t.data_type == TensorProto.BFLOAT16:
-                wide = onnx.numpy_helper.to_array(attribute.t).astype(np.float32)
-                attribute.t.CopyFrom(onnx.numpy_helper.from_array(wide))
-    for value in [*model.graph.input, *model.graph.output, *model.graph.value_info]:
-        if value.type.tensor_type.elem_type == TensorProto.BFLOAT16:
-            value.type.tensor_type.elem_type = TensorProto.FLOAT
+        model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    widen(model)
     return model
 
 
@@ -323,25 +330,23 @@ def _inputs(
         yield input_ids, attention_mask
 
 
-def _session(path: Path) -> InferenceSession:
-    options = SessionOptions()
-    options.log_severity_level = 3  # errors only: it warns about constants it could have folded
+def _session(path: Path, twin: bool) -> InferenceSession:
     providers = ["CPUExecutionProvider"]
     try:
-        if not _has_bfloat16(path):
-            return InferenceSession(str(path), options, providers=providers)
+        if not twin:
+            return InferenceSession(str(path), _options(), providers=providers)
         with tempfile.TemporaryDirectory(prefix="spp-fx-") as folder:
-            twin = Path(folder) / "model.onnx"
-            onnx.save(float32_twin(path), twin, save_as_external_data=True, location="model.data")
-            return InferenceSession(str(twin), options, providers=providers)
+            wide = Path(folder) / "model.onnx"
+            onnx.save(float32_twin(path), wide, save_as_external_data=True, location="model.data")
+            return InferenceSession(str(wide), _options(), providers=providers)
     except _ORT_ERRORS as error:
         raise SppFxError(f"{path}: onnxruntime cannot load the model: {_reason(error)}") from error
 
 
-def _has_bfloat16(path: Path) -> bool:
-    graph = load_model(path).graph
-    weights = [*graph.initializer, *(sparse.values for sparse in graph.sparse_initializer)]
-    return any(tensor.data_type == TensorProto.BFLOAT16 for tensor in weights)
+def _options() -> Any:
+    options = SessionOptions()
+    options.log_severity_level = 4  # it warns about constants it could have folded, and its errors are raised
+    return options
 
 
 def _reason(error: Exception) -> str:

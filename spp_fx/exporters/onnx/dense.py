@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import onnx
-from onnx import NodeProto, TensorProto
+from onnx import NodeProto, TensorProto, ValueInfoProto
 from torch import Tensor
 
 from spp_fx.exporters.onnx.data import DataFile
@@ -37,6 +37,11 @@ class DenseConstants:
 
     def size(self, parameter: GraphParameter, sites: SparseParameter) -> int:
         return math.prod(parameter.shape) * dtype_of(parameter).itemsize
+
+    def outline(
+        self, parameter: GraphParameter, sites: SparseParameter
+    ) -> tuple[list[ValueInfoProto], list[NodeProto]]:
+        return [parameter.value_info], []
 
     def encode(
         self, parameter: GraphParameter, sites: SparseParameter, weight: Tensor, data: DataFile

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from onnx import NodeProto, SparseTensorProto, TensorProto
+from onnx import NodeProto, SparseTensorProto, TensorProto, ValueInfoProto
 from torch import Tensor
 
 from spp_fx.exporters.onnx.data import DataFile
@@ -52,6 +52,12 @@ class Encoding(Protocol):
 
     def size(self, parameter: GraphParameter, sites: SparseParameter) -> int:
         """Bytes that `encode` will take, known before anything is read; for a weight without refusal."""
+        ...
+
+    def outline(
+        self, parameter: GraphParameter, sites: SparseParameter
+    ) -> tuple[list[ValueInfoProto], list[NodeProto]]:
+        """What `encode` will put into the graph, its numbers as inputs; for a weight without refusal."""
         ...
 
     def encode(

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +22,11 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 import torch
 from onnxscript import opset18, optimizer
+from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 
 from spp_fx.errors import SppFxError
+from spp_fx.exporters.onnx.bfloat16 import compute_in_float32
 from spp_fx.exporters.onnx.trace import Axes, Signature, cached_signature, plain_signature
 
 OPSET = 18
@@ -43,6 +46,11 @@ class GraphParameter:
     shape: tuple[int, ...]
     dtype: int
 
+    @property
+    def value_info(self) -> onnx.ValueInfoProto:
+        """The parameter as an input of a graph."""
+        return onnx.helper.make_tensor_value_info(self.name, self.dtype, self.shape)
+
 
 @dataclass(frozen=True)
 class Graph:
@@ -52,10 +60,16 @@ class Graph:
         proto: the model with the exporter's small constants (shapes, axes, computed buffers) and none of its
             parameters. No stack traces or file names of the exporting machine are kept.
         parameters: what is missing, in the graph's order.
+        reached: names of the parameters and stored buffers that the outputs depend on, as torch.export has it:
+            those of `parameters`, unless the exporter lost one.
+        bfloat16: whether the model computes in bfloat16; where another only rounds to it here and there, the
+            graph does so by casts, for onnxruntime's sake.
     """
 
     proto: onnx.ModelProto
     parameters: tuple[GraphParameter, ...]
+    reached: frozenset[str]
+    bfloat16: bool
 
 
 def build_graph(model: PreTrainedModel, *, with_past: bool = False) -> Graph:
@@ -74,6 +88,7 @@ def build_graph(model: PreTrainedModel, *, with_past: bool = False) -> Graph:
         raise SppFxError("the model is in training mode: dropout would be exported; call eval() first")
     with _quiet():
         signature = (cached_signature if with_past else plain_signature)(model)
+        reached = _reached(signature.program, model)
         try:
             program = torch.onnx.export(
                 signature.program,
@@ -100,7 +115,33 @@ def build_graph(model: PreTrainedModel, *, with_past: bool = False) -> Graph:
     kept = [tensor for tensor in proto.graph.initializer if tensor.name not in names]
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(kept)
-    return Graph(proto, parameters)
+    bfloat16 = _main_dtype(model) == torch.bfloat16
+    if not bfloat16:
+        compute_in_float32(proto, [parameter.value_info for parameter in parameters])
+    return Graph(proto, parameters, reached, bfloat16)
+
+
+def _main_dtype(model: PreTrainedModel) -> torch.dtype:
+    """The dtype that most of a model's weights have."""
+    sizes: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        sizes[parameter.dtype] += parameter.numel()
+    return sizes.most_common(1)[0][0]
+
+
+def _reached(program: ExportedProgram, model: PreTrainedModel) -> frozenset[str]:
+    """First names of the parameters and stored buffers that a program's outputs depend on."""
+    names, state = _tensors(model), model.state_dict(keep_vars=True)
+    signature = program.graph_signature
+    inputs = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    nodes = [program.graph.output_node()]
+    seen = set(nodes)
+    for node in nodes:
+        new = [each for each in node.all_input_nodes if each not in seen]
+        seen.update(new)
+        nodes += new
+    found = (inputs[node.name] for node in seen if node.name in inputs)
+    return frozenset(names[id(state[name])] for name in found if name in state)
 
 
 def _tensors(model: PreTrainedModel) -> dict[int, str]:

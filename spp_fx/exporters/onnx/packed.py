@@ -18,8 +18,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 from torch import Tensor
 
 from spp_fx.exporters.onnx.data import TYPES, DataFile, bytes_of, tensor_bytes
@@ -57,6 +56,20 @@ class Packing:
         code = _code(sites, numel)
         return numel // code.entries * (code.kept * dtype_of(parameter).itemsize + code.dtype.itemsize)
 
+    def outline(
+        self, parameter: GraphParameter, sites: SparseParameter
+    ) -> tuple[list[ValueInfoProto], list[NodeProto]]:
+        name, code = parameter.name, _code(sites, math.prod(parameter.shape))
+        types = {
+            "values": parameter.dtype,
+            "codes": _CODE_TYPES[code.dtype],
+            "runs": TensorProto.INT64,
+            "shape": TensorProto.INT64,
+        }
+        inputs = [helper.make_tensor_value_info(f"{name}.{part}", type, None) for part, type in types.items()]
+        nodes = self._unpack(name, code, parameter.dtype, sites.transposed, len(parameter.shape))
+        return inputs, list(nodes)
+
     def encode(
         self, parameter: GraphParameter, sites: SparseParameter, weight: Tensor, data: DataFile
     ) -> Encoded:
@@ -88,7 +101,7 @@ class Packing:
 
     def _unpack(
         self, name: str, code: NMCode, dtype: int, transposed: bool, rank: int
-    ) -> tuple[onnx.NodeProto, ...]:
+    ) -> tuple[NodeProto, ...]:
         table = f"spp_fx.positions.{code.pattern.kept}_{code.pattern.group}x{code.groups}"
         if table not in self.shared:
             self.shared[table] = numpy_helper.from_array(code.table, table)
@@ -113,7 +126,7 @@ class Packing:
         return tuple(chain)
 
 
-def _zeros(name: str, dtype: int) -> Iterator[onnx.NodeProto]:
+def _zeros(name: str, dtype: int) -> Iterator[NodeProto]:
     """The background; bfloat16 by way of float32, since ConstantOfShape has it only from opset 20 on."""
     wide = TensorProto.FLOAT if dtype == TensorProto.BFLOAT16 else dtype
     first = f"{name}.zeros" if wide == dtype else f"{name}.zeros32"

@@ -1,18 +1,20 @@
 """The numbers of a graph's parameters, read from the model folder one by one, and the sites among them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from spp_fx.checkpoint import torch_dtype
 from spp_fx.errors import FormatError, MaskError
 from spp_fx.exporters.manifest import Part
 from spp_fx.exporters.onnx.data import TORCH_TYPES
 from spp_fx.exporters.onnx.graph import Graph, GraphParameter
 from spp_fx.exporters.source import Source, rounded
-from spp_fx.ir.binding import Parameter, Piece, assemble, bind
+from spp_fx.ir.binding import Parameter, Piece, assemble, bind, find_targets
 from spp_fx.ir.model import load_model
 from spp_fx.sparsity import LockEntry
 
@@ -50,10 +52,12 @@ class GraphParameters:
     Attributes:
         read: a parameter's numbers, in the shape and dtype of the graph.
         sparse: the parameters that hold sites, by name.
+        left_out: what is stored and not in the graph, and why the graph does without, a line for each reason.
     """
 
     read: Callable[[GraphParameter], Tensor]
     sparse: dict[str, SparseParameter]
+    left_out: tuple[str, ...]
 
 
 def find_parameters(source: Source, model: PreTrainedModel, graph: Graph) -> GraphParameters:
@@ -65,10 +69,12 @@ def find_parameters(source: Source, model: PreTrainedModel, graph: Graph) -> Gra
             as transformers does when it loads.
 
     Raises:
-        FormatError: the folder holds nothing for a parameter, or numbers that need scales.
+        FormatError: the folder holds nothing for a parameter, numbers that need scales, or a floating tensor
+            that neither transformers nor the graph reads.
         MaskError: a site of the lock is in no parameter of the graph.
     """
     folder = source.folder
+    left_out = _left_out(source, model, graph)
     state = model.state_dict(keep_vars=True)
     slots = {name: Parameter(name, tuple(tensor.shape)) for name, tensor in state.items()}
     binding = bind(model, slots, {name: folder.info(name)[1].shape for name in folder.names})
@@ -96,7 +102,75 @@ def find_parameters(source: Source, model: PreTrainedModel, graph: Graph) -> Gra
             value = loaded[parameter.name]
         return _converted(parameter, value, folder.path.name, keep=parameter.name in sparse)
 
-    return GraphParameters(read, sparse)
+    return GraphParameters(read, sparse, left_out)
+
+
+def _left_out(source: Source, model: PreTrainedModel, graph: Graph) -> tuple[str, ...]:
+    """Account for every stored floating tensor: the graph reads it, or there is a reason why not.
+
+    The graph computes what transformers computes of the folder. So it may lack what transformers does not load
+    or what the logits do not depend on; a tensor that neither reads is a sign of weights that belong to another
+    config.json.
+    """
+    folder, state = source.folder, model.state_dict(keep_vars=True)
+    held = {id(state[parameter.name]) for parameter in graph.parameters}
+    reached = {id(state[name]) for name in graph.reached}
+    lost: list[str] = []
+    idle: list[str] = []
+    unloaded: dict[str, list[str]] = {}  # a name that the model has not -> the stored tensors
+    for name, (target, _) in find_targets(model, folder.names).items():
+        if not torch_dtype(folder.info(name)[1].dtype).is_floating_point:
+            continue
+        if target not in state:
+            unloaded.setdefault(target, []).append(name)
+        elif id(state[target]) not in held:
+            (lost if id(state[target]) in reached else idle).append(name)
+    if lost:
+        raise FormatError(
+            f"{folder.path}: the ONNX exporter lost {_named(lost)}, which transformers loads and the logits depend "
+            "on; please report it"
+        )
+    unexpected = _unexpected(model, unloaded.keys())
+    beyond = {target for target in unexpected if _beyond_layers(model, target)}
+    unread = [name for target in sorted(unexpected - beyond) for name in unloaded[target]]
+    if unread and "quantization_config" not in folder.config:  # else scales, and what they scale is refused
+        raise FormatError(
+            f"{folder.path}: neither transformers nor the graph reads {_named(unread)}; config.json is not that "
+            "of these weights, or the tensors are left over: correct it, or remove them"
+        )
+    ignored = [name for target in sorted(unloaded.keys() - unexpected) for name in unloaded[target]]
+    extra = [name for target in sorted(beyond) for name in unloaded[target]]
+    reasons = {
+        "transformers computes or ignores them": ignored,
+        "they belong to layers beyond those of config.json, which transformers does not load": extra,
+        "the logits do not depend on them": idle,
+    }
+    return tuple(f"not in the graph: {_named(names)}: {why}" for why, names in reasons.items() if names)
+
+
+def _unexpected(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
+    """Of names that a model has not, those that transformers reports and does not ignore on purpose."""
+    computed = {name for name, _ in model.named_buffers()}
+    found = SimpleNamespace(missing_keys=set[str](), unexpected_keys=set(names) - computed)
+    model._adjust_missing_and_unexpected_keys(found)  # type: ignore[arg-type]
+    return found.unexpected_keys
+
+
+def _beyond_layers(model: PreTrainedModel, name: str) -> bool:
+    """Whether a name has an index past the end of one of the model's lists of layers."""
+    modules = dict(model.named_modules())
+    parts = name.split(".")
+    for at in (at for at, part in enumerate(parts) if part.isdecimal()):
+        path = ".".join(parts[:at])
+        layers = modules.get(path, modules.get(f"{model.base_model_prefix}.{path}"))
+        if isinstance(layers, nn.ModuleList) and int(parts[at]) >= len(layers):
+            return True
+    return False
+
+
+def _named(names: list[str]) -> str:
+    """The first few of some tensors, and how many there are."""
+    return f"{len(names)} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
 
 def _converted(parameter: GraphParameter, value: Tensor, where: str, *, keep: bool) -> Tensor:

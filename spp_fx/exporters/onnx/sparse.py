@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from onnx import SparseTensorProto, TensorProto
+from onnx import NodeProto, SparseTensorProto, TensorProto, ValueInfoProto
 from torch import Tensor
 
 from spp_fx.exporters.onnx.data import TYPES, DataFile, bytes_of
@@ -77,6 +77,11 @@ class SparseInitializers:
         numel = math.prod(parameter.shape)
         nnz = sites.nnz if sites.whole else numel
         return sparse_bytes(numel, nnz, dtype_of(parameter).itemsize, self.indices)
+
+    def outline(
+        self, parameter: GraphParameter, sites: SparseParameter
+    ) -> tuple[list[ValueInfoProto], list[NodeProto]]:
+        return [parameter.value_info], []
 
     def encode(
         self, parameter: GraphParameter, sites: SparseParameter, weight: Tensor, data: DataFile

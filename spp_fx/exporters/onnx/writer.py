@@ -1,9 +1,10 @@
 """Writing a whole model as one ONNX graph, in the memory of a few tensors.
 
 The graph is made of a model without weights; then parameter after parameter is read from the model folder,
-put into the form that the format has for it, and appended to the data file. Everything is read back and held
-to the model bit for bit, by code that shares nothing with the writer. Where the model is small, the graph is
-run as well and its logits are compared.
+put into the form that the format has for it, and appended to the data file. Before that, onnxruntime opens the
+graph with its weights as inputs: a file that it cannot run is not written. Everything is read back and held to
+the model bit for bit, by code that shares nothing with the writer. Where the model is small, the file is run as
+well and its logits are compared.
 """
 
 import math
@@ -16,9 +17,10 @@ import onnx
 import torch
 
 from spp_fx.checkpoint import dtype_name, torch_dtype
-from spp_fx.errors import MaskError
+from spp_fx.errors import MaskError, SppFxError
 from spp_fx.exporters.manifest import Part, TensorRecord, site_sizes
-from spp_fx.exporters.onnx.check import check_standard, compare_logits, logits_of
+from spp_fx.exporters.onnx.bfloat16 import widen
+from spp_fx.exporters.onnx.check import check_standard, compare_logits, logits_of, why_not_opened
 from spp_fx.exporters.onnx.data import DataFile, save, tensor_bytes
 from spp_fx.exporters.onnx.encoding import Encoded, Encoding, dense
 from spp_fx.exporters.onnx.graph import Graph, GraphParameter, build_graph
@@ -32,6 +34,8 @@ from spp_fx.ir.model import hollow_model, load_model
 
 COMPARED_BELOW = 10**9
 """Bytes of a model whose logits are compared by default: it is in memory twice while they are."""
+
+NO_BFLOAT16 = "onnxruntime has no bfloat16 on a CPU"
 
 MakeEncoding = Callable[[ExportSettings, onnx.ModelProto], Encoding]
 
@@ -58,7 +62,8 @@ def writer(name: str, make: MakeEncoding) -> Callable[..., dict[str, Any]]:
         graph = build_graph(model, with_past=settings.with_past)
         parameters = find_parameters(source, model, graph)
         export = _Export(name, source, settings, graph, parameters, make(settings, graph.proto))
-        for line in _announce(export):
+        twin = _runs_as_twin(export)
+        for line in [*_announce(export, twin), *parameters.left_out]:
             say(line)
         encoded = _write_graph(export, target, tick)
         source.copy_small_files(target)
@@ -66,7 +71,7 @@ def writer(name: str, make: MakeEncoding) -> Callable[..., dict[str, Any]]:
         checks: dict[str, Any] = {"weights_equal": _compare_weights(export, target, encoded)}
         if name == "onnx":
             checks["standard_checker"] = _standard(target, settings)
-        return checks | _compare_logits(export, target)
+        return checks | _compare_logits(export, target, twin)
 
     return write
 
@@ -81,7 +86,52 @@ def _dtype(source: Source) -> torch.dtype | None:
     return next((torch_dtype(info.dtype) for info in infos if info.dtype in ROUNDED), None)
 
 
-def _announce(export: _Export) -> Iterator[str]:
+def _runs_as_twin(export: _Export) -> bool:
+    """Whether onnxruntime on a CPU runs the graph as its float32 twin only, as it does with bfloat16 models.
+
+    Raises:
+        SppFxError: it runs neither; names the operator.
+    """
+    outline = _outline(export)
+    reason = why_not_opened(outline)
+    if reason is None:
+        return False
+    if export.graph.bfloat16:
+        widen(outline)
+        reason = why_not_opened(outline)
+        if reason is None:
+            return True
+    raise SppFxError(
+        f"{export.source.folder.path}: onnxruntime cannot run the model's graph on a CPU, so nothing is written: "
+        f"{reason}; try another --dtype, or a format that is not ONNX"
+    )
+
+
+def _outline(export: _Export) -> onnx.ModelProto:
+    """The graph that is to be written, the numbers of its parameters as inputs."""
+    outline = onnx.ModelProto()
+    outline.CopyFrom(export.graph.proto)
+    nodes: list[onnx.NodeProto] = []
+    for parameter in export.graph.parameters:
+        sites = export.parameters.sparse.get(parameter.name)
+        if sites is None or export.encoding.refusal(parameter, sites) is not None:
+            outline.graph.input.append(parameter.value_info)
+            continue
+        inputs, unpacking = export.encoding.outline(parameter, sites)
+        outline.graph.input.extend(inputs)
+        nodes += unpacking
+    outline.graph.initializer.extend(export.encoding.constants())
+    _put_before(outline.graph, nodes)
+    return outline
+
+
+def _put_before(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
+    own = list(graph.node)
+    del graph.node[:]
+    graph.node.extend([*nodes, *own])
+
+
+def _announce(export: _Export, twin: bool) -> Iterator[str]:
     """What has to be known before anything is written: what the sites will take, and what they become."""
     dense_bytes = now = grown = refusals = 0
     sparse, source = export.parameters.sparse, export.source
@@ -107,7 +157,7 @@ def _announce(export: _Export) -> Iterator[str]:
     for stored, own in sorted(dtypes):
         if stored != own:
             yield f"config.json has the model in {own}: weights stored as {stored} are rounded to it"
-    if "BF16" in {own for _, own in dtypes}:
+    if twin:
         yield "warning: onnxruntime has no bfloat16 on a CPU, there the graph does not run; --dtype float16 does"
 
 
@@ -134,10 +184,7 @@ def _write_graph(export: _Export, target: Path, tick: Tick) -> dict[str, Encoded
             tick(parameter.name, weight.nbytes)
             del weight  # before the next one is read
     proto.graph.initializer.extend(export.encoding.constants())
-    if nodes:
-        own = list(proto.graph.node)
-        del proto.graph.node[:]
-        proto.graph.node.extend([*nodes, *own])
+    _put_before(proto.graph, nodes)
     save(proto, target / GRAPH, data_path)
     return encoded
 
@@ -224,13 +271,15 @@ def _standard(target: Path, settings: ExportSettings) -> str:
     return "passed"
 
 
-def _compare_logits(export: _Export, target: Path) -> dict[str, Any]:
+def _compare_logits(export: _Export, target: Path, twin: bool) -> dict[str, Any]:
     wanted = export.settings.compare_logits
     size = export.source.folder.stored_bytes
+    unrun = f"not run: {NO_BFLOAT16}" if twin else "not run: its graph was opened without the weights"
     if wanted is False:
-        return {"logits": "not compared: not asked for"}
+        return {"logits": "not compared: not asked for", "shipped_file": unrun}
     if wanted is None and size >= COMPARED_BELOW:
-        return {"logits": f"not compared: the model takes {size / 1e9:.1f} GB; --compare-logits does"}
+        reason = f"the model takes {size / 1e9:.1f} GB; --compare-logits does"
+        return {"logits": f"not compared: {reason}", "shipped_file": unrun}
     source = export.source
     dtype = source.rounded_to or "auto"
     real = load_model(source.folder.path, dtype=dtype, trust_remote_code=source.trust_remote_code).eval()
@@ -239,9 +288,11 @@ def _compare_logits(export: _Export, target: Path) -> dict[str, Any]:
         logits_of(real, count_positions=export.settings.with_past and takes_positions(real)),
         real.config.get_text_config().vocab_size,
         max_length=getattr(real.config, "max_position_embeddings", None),
+        twin=twin,
     )
     return {
-        "computed_in": found.computed_in,
+        "shipped_file": unrun if twin else "run",
+        "computed_in": f"{found.computed_in} twin; {NO_BFLOAT16}" if twin else found.computed_in,
         "max_abs_difference": found.max_abs_difference,
         "allowed_difference": found.tolerance * found.spread,
         "argmax_agreement": found.argmax_agreement,
