@@ -22,6 +22,7 @@ def optimize(
     after: After,
     calibration: Calibration | None = None,
     trust_remote_code: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Program:
     """Trace a model folder and run a pipeline over it; a folder without weights is traced on meta.
 
@@ -38,7 +39,7 @@ def optimize(
     program = trace(source(model, trust_remote_code=trust_remote_code))
     if calibration is not None:
         program.calibration = calibration_tokens(
-            model, program, calibration, trust_remote_code=trust_remote_code
+            model, program, calibration, trust_remote_code=trust_remote_code, say=say
         )
 
     def show(item: Pass, report: PassReport) -> None:
