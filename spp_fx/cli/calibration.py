@@ -18,6 +18,12 @@ def calibration_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "--calib",
             help="Text to look at while pruning: a file, .jsonl records, or the name of a dataset on the hub.",
         ),
+        click.option(
+            "--strict-data",
+            "strict",
+            is_flag=True,
+            help="Refuse rows of --calib that hold nothing, such as an empty answer. Default: skip and count them.",
+        ),
     ):
         function = option(function)
     return function
@@ -29,4 +35,6 @@ def read_calibration(options: dict[str, Any]) -> "Calibration | None":
 
     if not options["calib"]:
         return None
-    return Calibration(options["calib"], options["samples"], options["seq_len"], options["seed"])
+    return Calibration(
+        options["calib"], options["samples"], options["seq_len"], options["seed"], options["strict"]
+    )

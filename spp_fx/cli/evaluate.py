@@ -10,15 +10,26 @@ from spp_fx.console import Output
 
 @command("eval")
 @model_argument
-@click.option("--data", type=FOLDER, required=True, help="Text file.")
+@click.option(
+    "--data", required=True,
+    help="Text file, .json or .jsonl records (text, instructions, chats), or the name of a dataset on the hub.",
+)  # fmt: skip
+@click.option(
+    "--strict-data", "strict", is_flag=True,
+    help="Refuse rows that hold nothing, such as an empty answer. Default: skip and count them.",
+)  # fmt: skip
 @click.option("--seq-len", type=int, help="Tokens per window. Default: 512, or what the model has.")
 @click.option("--base", type=FOLDER, help="Base model of an adapter, if it is not where the adapter says.")
 @remote_code
 def eval_command(output: Output, model: str, **options: Any) -> None:
     """Perplexity of a text under a MODEL folder, or an adapter folder over its base.
 
+    Data is read as train reads it. Instructions and chats are measured as the whole text that the model would
+    see, the prompt like the answer, as --loss-on all learns it.
+
     \b
     spp-fx eval my-merged --data held-out.txt
+    spp-fx eval my-merged --data alpaca.json
     """
     from spp_fx.workflows.evaluate import evaluate
 
@@ -35,8 +46,10 @@ def eval_command(output: Output, model: str, **options: Any) -> None:
             options["data"],
             seq_len=options["seq_len"],
             base=options["base"],
+            strict=options["strict"],
             trust_remote_code=options["trust_remote_code"],
             tick=tick,
+            say=output.say,
         )
 
     def show() -> None:

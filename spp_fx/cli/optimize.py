@@ -43,5 +43,6 @@ def opt_command(output: Output, model: str, **options: Any) -> None:
         after=after,
         calibration=read_calibration(options),
         trust_remote_code=options["trust_remote_code"],
+        say=output.say,
     )
     output.result({"passes": reports}, lambda: None)

@@ -13,7 +13,7 @@ from spp_fx.errors import UsageError
 SETTINGS = (
     "steps", "epochs", "lr", "batch_size", "accumulate", "seq_len", "loss_on", "packing", "weight_decay", "schedule",
     "warmup", "clip", "bf16", "packed", "gradient_checkpointing", "shard", "save_steps", "eval_steps", "early_stop",
-    "logging_steps", "resume", "force", "seed",
+    "logging_steps", "resume", "force", "seed", "strict",
 )  # fmt: skip
 
 
@@ -43,9 +43,18 @@ def read_options(context: click.Context, parameter: click.Parameter, path: Path 
 @click.option(
     "--data", required=True,
     help="Text file (lines '<|endoftext|>' part documents); .json or .jsonl with text, with instruction, input "
-    "and output, or with messages; or the name of a dataset on the hub.",
+    "and output (or prompt and completion, question and answer), or with messages or conversations; or the name "
+    "of a dataset on the hub.",
 )  # fmt: skip
-@click.option("--eval-data", type=FOLDER, help="Text whose perplexity is measured before and after.")
+@click.option(
+    "--eval-data",
+    help="What the perplexity is measured of before and after, read as --data is; of instructions and chats the "
+    "whole text counts, prompts too.",
+)
+@click.option(
+    "--strict-data", "strict", is_flag=True,
+    help="Refuse rows that hold nothing, such as an empty answer. Default: skip and count them.",
+)  # fmt: skip
 @click.option("--steps", type=int, help="Optimizer steps.")
 @click.option("--epochs", type=float, help="Passes over the data. Default: 3, unless --steps is given.")
 @click.option("--lr", type=float, help="Peak learning rate. Default: 4e-3 * sqrt(4096 / inputs).")
@@ -110,6 +119,7 @@ def train_command(output: Output, adapter: Path, **options: Any) -> None:
             base=options["base"],
             trust_remote_code=options["trust_remote_code"],
             callbacks=[ProgressCallback(bar.update)],
+            say=output.say,
         )
     leave()
 

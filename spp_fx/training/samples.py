@@ -1,15 +1,16 @@
-"""Samples as tokens with the labels that are learned, one to a row or packed into windows."""
+"""Samples as tokens: one after the other, or with the labels that are learned, one to a row or packed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from spp_fx.errors import UsageError
-from spp_fx.training.records import Chat, Instruction, Sample, Text
+from spp_fx.training.records import Chat, Instruction, Records, Sample, Skip, Skipped, Text, keep, needed
 
 IGNORED = -100
 """Label of a token that is not learned."""
@@ -24,53 +25,108 @@ class Tokens:
 
 
 def tokenize(
-    tokenizer: PreTrainedTokenizerBase, sample: Sample, *, answer_only: bool, length: int, where: str
-) -> Tokens:
-    """One sample as at most `length` tokens; the end is cut off.
+    tokenizer: PreTrainedTokenizerBase,
+    records: Records,
+    *,
+    answer_only: bool = False,
+    length: int | None = None,
+    strict: bool = False,
+) -> tuple[list[Tokens], Skipped]:
+    """Samples as the text that the model sees: text as it is, instructions in Alpaca's template, chats in their own.
 
     Args:
         answer_only: learn the answer (of a chat: what the assistant says) and not the prompt.
+        length: tokens of a sample at most; the end is cut off.
+        strict: a sample that nothing is left to learn of is an error.
+
+    Returns:
+        Tokens of each sample, at least one, and how many rows were skipped, by the reader or here: where nothing
+        is learned within `length`, or the chat template refuses the messages.
 
     Raises:
-        UsageError: the tokenizer has no chat template, or one that does not grow with the messages.
+        UsageError: no sample is left, there are chats and the tokenizer has no template for them, or one that does
+            not grow with the messages where only answers are learned.
     """
-    if isinstance(sample, Text):
-        ids = _ended(tokenizer, _encode(tokenizer, sample.text))
-        return Tokens(ids[:length], ids[:length])
-    if isinstance(sample, Instruction):
-        prompt = _encode(tokenizer, sample.prompt)
-        ids = prompt + _ended(tokenizer, _encode(tokenizer, sample.answer, special=False))
-        labels = [IGNORED] * len(prompt) + ids[len(prompt) :] if answer_only else list(ids)
-        return Tokens(ids[:length], labels[:length])
-    ids, learned = _chat(tokenizer, sample, where)
-    labels = [
-        i if is_learned or not answer_only else IGNORED for i, is_learned in zip(ids, learned, strict=True)
-    ]
-    return Tokens(ids[:length], labels[:length])
+    rows = _tokenized(tokenizer, records.samples, answer_only, length)
+    kept, skipped = keep(rows, strict=strict)
+    skipped = records.skipped.then(skipped)
+    return needed(records.data, kept, skipped), skipped
 
 
-def _chat(tokenizer: PreTrainedTokenizerBase, chat: Chat, where: str) -> tuple[list[int], list[bool]]:
-    """Tokens of a chat, and which of them the assistant says: found by growing the chat message by message."""
-    if not tokenizer.chat_template:
-        raise UsageError(f"{where}: is a chat, and the model's tokenizer has no chat template")
-    ids: list[int] = []
-    learned: list[bool] = []
-    for count in range(1, len(chat.messages) + 1):
-        role = chat.messages[count - 1]["role"]
-        after = _template(tokenizer, chat.messages[:count])
-        if after[: len(ids)] != ids:
-            raise UsageError(
-                f"{where}: the tokenizer's chat template rewrites earlier messages, so what the assistant says "
-                "cannot be told apart; train with --loss-on all"
+def token_stream(
+    tokenizer: PreTrainedTokenizerBase, records: Records, *, strict: bool = False
+) -> tuple[Tensor, Skipped]:
+    """All samples one after the other, each with the tokenizer's own start and an end: (tokens,) int64.
+
+    Returns, Raises:
+        As `tokenize`.
+    """
+    samples, skipped = tokenize(tokenizer, records, strict=strict)
+    return torch.tensor([token for sample in samples for token in sample.ids], dtype=torch.int64), skipped
+
+
+def _tokenized(
+    tokenizer: PreTrainedTokenizerBase, samples: Sequence[Sample], answer_only: bool, length: int | None
+) -> Iterator[Tokens | Skip]:
+    texts = iter(_encode_all(tokenizer, [sample.text for sample in samples if isinstance(sample, Text)]))
+    for sample in samples:
+        if isinstance(sample, Text):
+            ids = _ended(tokenizer, next(texts))
+            labels = ids
+        elif isinstance(sample, Instruction):
+            prompt = _encode(tokenizer, sample.prompt)
+            ids = prompt + _ended(tokenizer, _encode(tokenizer, sample.answer, special=False))
+            labels = [IGNORED] * len(prompt) + ids[len(prompt) :] if answer_only else ids
+        else:
+            found = _chat(tokenizer, sample, answer_only)
+            if isinstance(found, Skip):
+                yield found
+                continue
+            ids, labels = found
+        if length is not None and all(label == IGNORED for label in labels[1:length]):
+            what = (
+                f"no answer begins within {length} tokens; raise --seq-len" if answer_only else "is one token"
             )
-        learned += [role == "assistant"] * (len(after) - len(ids))
-        ids = after
-    return ids, learned
+            yield Skip(sample.where, what)
+        else:
+            yield Tokens(list(ids[:length]), list(labels[:length]))
+
+
+def _chat(
+    tokenizer: PreTrainedTokenizerBase, chat: Chat, answer_only: bool
+) -> tuple[list[int], list[int]] | Skip:
+    """Ids and labels of a chat. What the assistant says is found by growing the chat message by message."""
+    if not tokenizer.chat_template:
+        raise UsageError(f"{chat.where}: is a chat, and the model's tokenizer has no chat template")
+    try:
+        ids = _template(tokenizer, chat.messages)
+        if not answer_only:
+            return ids, ids
+        labels: list[int] = []
+        for number, message in enumerate(chat.messages):
+            if message["role"] != "assistant":
+                continue
+            before = _template(tokenizer, chat.messages[:number]) if number else []
+            after = _template(tokenizer, chat.messages[: number + 1])
+            if ids[: len(after)] != after or after[: len(before)] != before:
+                raise UsageError(
+                    f"{chat.where}: the tokenizer's chat template rewrites earlier messages, so what the assistant "
+                    "says cannot be told apart; train with --loss-on all"
+                )
+            labels += [IGNORED] * (len(before) - len(labels)) + after[len(before) :]
+        return ids, labels + [IGNORED] * (len(ids) - len(labels))
+    except (TemplateError, TypeError) as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        return Skip(chat.where, f"the tokenizer's chat template refuses it: {said}")
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[int]:
     found: Any = tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True)
     return list(found["input_ids"])
+
+
+def _encode_all(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    return list(tokenizer(texts, verbose=False)["input_ids"]) if texts else []  # type: ignore[arg-type]
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = True) -> list[int]:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from spp_fx.errors import UsageError
 from spp_fx.exporters.onnx.check import run_onnx
-from spp_fx.training.data import all_windows
 from spp_fx.training.perplexity import perplexity
 from spp_fx.training.progress import ProgressCallback
+from spp_fx.training.rows import held_out
 from spp_fx.workflows.demo_model import WINDOW, train_model, write_text
 from spp_fx.workflows.evaluate import evaluate
 from spp_fx.workflows.export import ExportSettings, export
@@ -144,7 +144,7 @@ def _perplexity(model: Path, text: Path, screen: Screen) -> float:
 
 
 def _onnx_perplexity(file: Path, model: Path, text: Path, bar: Bar) -> float:
-    windows = all_windows(text, load_tokenizer(model), WINDOW)
+    windows = held_out(text, load_tokenizer(model), WINDOW).windows
     done = 0
 
     def tick(count: int) -> None:

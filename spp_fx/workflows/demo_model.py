@@ -16,8 +16,9 @@ from transformers import (
     set_seed,
 )
 
-from spp_fx.training.data import SEPARATOR, read_documents, training_windows
+from spp_fx.training.data import SEPARATOR
 from spp_fx.training.progress import ProgressCallback
+from spp_fx.training.rows import training_rows
 
 BOS, EOS = SPECIAL = "<|bos|>", "<|eos|>"
 VOCABULARY = 2048
@@ -110,7 +111,7 @@ def train_model(
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=training_windows(text, read_documents(text), tokenizer, WINDOW),
+        train_dataset=training_rows(text, tokenizer, WINDOW, loss_on="all", packing=False)[0],
         callbacks=[ProgressCallback(update)],
     )
     for callback in list(trainer.callback_handler.callbacks):

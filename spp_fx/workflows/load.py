@@ -107,7 +107,7 @@ def load_tokenizer(model: Path, *, trust_remote_code: bool = False) -> PreTraine
 
 def window_length(program: Program, asked: int | None, default: int = 512) -> int:
     """The window to cut text into: as asked, else `default`, and never longer than the model's positions."""
-    most = getattr(program.config, "max_position_embeddings", None) or default
+    most = getattr(program.config.get_text_config(), "max_position_embeddings", None) or default
     if asked is None:
         return min(default, most)
     if asked < 2:

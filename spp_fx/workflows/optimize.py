@@ -25,6 +25,7 @@ def optimize(
     calibration: Calibration | None = None,
     trust_remote_code: bool = False,
     allow_links: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Program:
     """Trace a model folder and run a pipeline over it; a folder without weights is traced on meta.
 
@@ -41,7 +42,7 @@ def optimize(
     program = trace(source(model, trust_remote_code=trust_remote_code))
     if calibration is not None:
         program.calibration = calibration_tokens(
-            model, program, calibration, trust_remote_code=trust_remote_code
+            model, program, calibration, trust_remote_code=trust_remote_code, say=say
         )
 
     def show(item: Pass, report: PassReport) -> None:

@@ -31,7 +31,7 @@ from spp_fx.pruning.layerwise import LayerResult, Tick, outside_of_layers, prune
 from spp_fx.pruning.recipe import MatrixReport, Recipe, check_patterns, patterns_of, prune_matrix
 from spp_fx.sparsity import LOCK_NAME, Lock, LockEntry, Pattern, make_entry, parse_pattern, scan_bits
 from spp_fx.workflows import provenance
-from spp_fx.workflows.calibration import Calibration, calibration_tokens
+from spp_fx.workflows.calibration import Calibration, draw_windows
 from spp_fx.workflows.layer_store import LayerStore
 from spp_fx.workflows.layer_weights import FolderWeights
 from spp_fx.workflows.survey import Survey, choose, scan_tensor, survey, tensors_of
@@ -48,6 +48,7 @@ class Pruned:
         refused: sites left dense, each with its reason.
         reports: what was done to each matrix, by the tensor that holds it; a stack stored whole has several.
         calibration: how many windows of how many tokens were looked at, if any.
+        skipped_rows: of the calibration data, those with nothing in them; None without such data.
     """
 
     out: Path
@@ -56,12 +57,14 @@ class Pruned:
     refused: dict[str, str]
     reports: dict[str, list[MatrixReport]]
     calibration: dict[str, int] | None = None
+    skipped_rows: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
             "out": str(self.out),
             "pattern": str(self.pattern),
             "calibration": self.calibration,
+            "skipped_rows": self.skipped_rows,
             "sites": [
                 {
                     "name": e.name,
@@ -165,11 +168,10 @@ def prune(
     refused |= skipped
     check_patterns(found.program.sites, patterns, criterion)
     plan = _plan(found, patterns, recipe)
-    tokens = None
+    tokens, skipped_rows = None, None
     if calibration is not None:
-        tokens = calibration_tokens(
-            model, found.program, calibration, trust_remote_code=trust_remote_code, say=say
-        )
+        drawn = draw_windows(model, found.program, calibration, trust_remote_code=trust_remote_code, say=say)
+        tokens, skipped_rows = drawn.tokens, drawn.skipped.count
         plan |= _calibration_plan(tokens, where)
     need = found.folder.stored_bytes
     inputs = [shard.path for shard in found.folder.shards]
@@ -189,7 +191,7 @@ def prune(
         }  # fmt: skip
         _record(found, work.folder, settings, tokens)
     used = None if tokens is None else {"samples": tokens.shape[0], "seq_len": tokens.shape[1]}
-    return Pruned(out, wanted, lock, refused, by_tensor, used)
+    return Pruned(out, wanted, lock, refused, by_tensor, used, skipped_rows)
 
 
 def _record(found: Survey, folder: Path, settings: Mapping[str, Any], tokens: Tensor | None) -> None:

@@ -1,6 +1,7 @@
 """train: the factors of an adapter folder, in place."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import sqrt
@@ -15,10 +16,11 @@ from spp_fx.checkpoint import atomic_file
 from spp_fx.checkpoint.links import links_option
 from spp_fx.errors import SppFxError, UsageError
 from spp_fx.ir.program import Program
-from spp_fx.training.data import Windows, all_windows, check_vocabulary
+from spp_fx.training.data import Windows, check_vocabulary
 from spp_fx.training.distributed import held_bytes, join
 from spp_fx.training.perplexity import Perplexity, perplexity
-from spp_fx.training.rows import Rows, evaluation_rows, pad_token, training_rows
+from spp_fx.training.records import Skipped
+from spp_fx.training.rows import HeldOut, Rows, evaluation_rows, held_out, pad_token, training_rows
 from spp_fx.training.samples import pad
 from spp_fx.training.state import checkpoints, is_whole
 from spp_fx.training.trainer import AdapterTrainer, CutEachEpoch, EarlyStop
@@ -60,6 +62,7 @@ class TrainSettings:
         resume: go on from the newest whole checkpoint of the adapter folder.
         force: start anew where checkpoints of an earlier run lie, and delete them.
         seed: of the order of rows and of dropout, 0 to 2**32 - 1.
+        strict: rows of the data with nothing to learn are an error; else they are skipped and counted.
     """
 
     steps: int | None = None
@@ -86,6 +89,7 @@ class TrainSettings:
     resume: bool = False
     force: bool = False
     seed: int = 0
+    strict: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,9 @@ class Trained:
         losses: mean between reports, see `TrainSettings.logging_steps`.
         processes: how many trained together.
         frozen_bytes: of frozen weights that this process holds.
-        before, after: of the evaluation text.
+        before, after: of the evaluation data.
+        skipped: rows of the training data with nothing to learn.
+        eval_skipped: rows of the evaluation data with nothing to measure; None without such data.
     """
 
     adapter: Path
@@ -112,6 +118,8 @@ class Trained:
     frozen_bytes: int
     before: Perplexity | None
     after: Perplexity | None
+    skipped: Skipped
+    eval_skipped: Skipped | None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -127,6 +135,8 @@ class Trained:
             "frozen_bytes": self.frozen_bytes,
             "perplexity_before": self.before.perplexity if self.before else None,
             "perplexity": self.after.perplexity if self.after else None,
+            "skipped_rows": self.skipped.count,
+            "eval_skipped_rows": self.eval_skipped.count if self.eval_skipped else None,
         }
 
 
@@ -142,8 +152,12 @@ def train(
     trust_remote_code: bool = False,
     allow_links: bool = False,
     callbacks: list[TrainerCallback] | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Trained:
-    """Train an adapter folder on a text file and write the factors back into it, whole or not at all.
+    """Train an adapter folder on a file or dataset and write the factors back into it, whole or not at all.
+
+    `eval_data` is read as `data` is; of instructions and chats the perplexity is that of the whole text, see
+    `rows.held_out`. Rows with nothing in them are skipped, and `say` is told.
 
     Checkpoints (`checkpoint-N`) go into the adapter folder; a run that was stopped goes on with `resume`,
     to the same factors it would have reached. With a `teacher` (the dense model, say) its distribution is
@@ -154,7 +168,7 @@ def train(
         UsageError: settings or data that cannot be used, nothing to resume.
         SppFxError: the loss is not finite; the adapter stays as it was.
     """
-    adapter, data = Path(adapter), Path(data)
+    adapter = Path(adapter)
     _check(settings, evaluated=eval_data is not None)
     join(shards=settings.shard is not None)
     loaded = load_program(
@@ -170,16 +184,26 @@ def train(
     program = loaded.program
     tokenizer = load_tokenizer(loaded.model, trust_remote_code=trust_remote_code)
     length = window_length(program, settings.seq_len)
-    rows = training_rows(data, tokenizer, length, loss_on=settings.loss_on, packing=settings.packing)
-    check_vocabulary(rows.tokens, program.config.vocab_size, data)
-    held_out = all_windows(Path(eval_data), tokenizer, length) if eval_data else None
+    rows, skipped = training_rows(
+        data, tokenizer, length, loss_on=settings.loss_on, packing=settings.packing, strict=settings.strict
+    )
+    if line := skipped.line(data):
+        say(line)
+    vocabulary = program.config.get_text_config().vocab_size
+    check_vocabulary(rows.tokens, vocabulary, data)
+    measured = held_out(eval_data, tokenizer, length, strict=settings.strict) if eval_data else None
+    if eval_data and measured:
+        if line := measured.skipped.line(eval_data):
+            say(line)
+        for window in measured.windows:
+            check_vocabulary(window, vocabulary, eval_data)
     lr = default_rate(loaded) if settings.lr is None else settings.lr
     checkpoint = _checkpoint(adapter, settings)
     frozen_bytes = held_bytes(value for value in program.parameters() if not value.requires_grad)
     guide = _teacher(Path(teacher), program, settings.shard, trust_remote_code) if teacher else None
     pad_id = pad_token(tokenizer)
-    trainer = _trainer(adapter, loaded, rows, held_out, settings, lr, callbacks or [], guide, pad_id)
-    before = _evaluate(loaded, held_out)  # where the trainer has put the program
+    trainer = _trainer(adapter, loaded, rows, measured, settings, lr, callbacks or [], guide, pad_id)
+    before = _evaluate(loaded, measured)  # where the trainer has put the program
     together = trainer.accelerator
     together.wait_for_everyone()
     if checkpoint is None and together.is_main_process:
@@ -210,7 +234,9 @@ def train(
         trainable=sum(value.numel() for value in loaded.factors.values()),
         frozen_bytes=frozen_bytes,
         before=before,
-        after=_evaluate(loaded, held_out),
+        after=_evaluate(loaded, measured),
+        skipped=skipped,
+        eval_skipped=measured.skipped if measured else None,
     )
 
 
@@ -273,27 +299,27 @@ def _checkpoint(adapter: Path, settings: TrainSettings) -> str | None:
 
 def _teacher(path: Path, student: Program, shard: str | None, trust_remote_code: bool) -> Program:
     teacher = load_program(path, trust_remote_code=trust_remote_code, shard=shard).program.eval()
-    if teacher.config.vocab_size != student.config.vocab_size:
+    own, its = (program.config.get_text_config().vocab_size for program in (student, teacher))
+    if own != its:
         raise UsageError(
-            f"{path}: its vocabulary has {teacher.config.vocab_size} tokens, the student's "
-            f"{student.config.vocab_size}; a teacher must share the tokenizer"
+            f"{path}: its vocabulary has {its} tokens, the student's {own}; a teacher must share the tokenizer"
         )
     return teacher.requires_grad_(False)
 
 
-def _evaluate(loaded: Loaded, windows: list[torch.Tensor] | None) -> Perplexity | None:
-    if windows is None:
+def _evaluate(loaded: Loaded, measured: HeldOut | None) -> Perplexity | None:
+    if measured is None:
         return None
     program = loaded.program.eval()
     device = program.device
-    return perplexity(lambda ids, mask: program(ids.to(device), mask.to(device)).logits, windows)
+    return perplexity(lambda ids, mask: program(ids.to(device), mask.to(device)).logits, measured.windows)
 
 
 def _trainer(
     adapter: Path,
     loaded: Loaded,
     rows: Rows,
-    held_out: list[torch.Tensor] | None,
+    measured: HeldOut | None,
     settings: TrainSettings,
     lr: float,
     callbacks: list[TrainerCallback],
@@ -301,7 +327,7 @@ def _trainer(
     pad_id: int,
 ) -> AdapterTrainer:
     set_seed(settings.seed)
-    evaluated = evaluation_rows(held_out) if settings.eval_steps and held_out else None
+    evaluated = evaluation_rows(measured.windows) if settings.eval_steps and measured else None
     arguments = TrainingArguments(
         output_dir=str(adapter),
         max_steps=settings.steps or -1,
