@@ -1,28 +1,51 @@
 """From a Hugging Face model to a program: torch.export, then a tree of fx graphs."""
 
+import contextlib
+import io
+import logging
 import operator
+import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram, unflatten
+from torch.func import functional_call
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import PreTrainedModel
 
 from spp_fx.errors import SppFxError, UsageError
 from spp_fx.ir.model import CAUSAL, load_model
 from spp_fx.ir.program import Program
+from spp_fx.ir.spelling import hide_keywords, refuse_names, shown, spell
+from spp_fx.ir.untouched import untouched
 from spp_fx.version import release
 
 aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default
 DROPOUT = aten.dropout.default
 GUARDS = (aten._assert_tensor_metadata.default,)
+EXPORT_ERRORS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    LookupError,
+    ArithmeticError,
+    NameError,
+    ImportError,
+    SyntaxError,
+)
+"""What torch.export, the code of a model that it runs, and generated code raise."""
 
 
 def trace(model: PreTrainedModel | str | Path) -> Program:
@@ -45,9 +68,9 @@ def trace(model: PreTrainedModel | str | Path) -> Program:
         raise UsageError(
             f"{type(model).__name__} is not a causal language model that AutoModelForCausalLM of transformers loads"
         )
-    with _mode(model, training=False):
-        exported = _export(model)
-        _training_dropout(model, exported)
+    refuse_names(model)
+    exported = _export(model, training=False)
+    _training_dropout(model, exported)
     root = _tree(exported, model)
     _open_dropout(root)
     program = Program(
@@ -58,6 +81,7 @@ def trace(model: PreTrainedModel | str | Path) -> Program:
         head=head_of(model),
     )
     program.loss_type = model.loss_type
+    _rehearse(program, model)
     return program.train(model.training)
 
 
@@ -69,20 +93,8 @@ def _is_causal_lm(model: nn.Module) -> bool:
     return (known or model.can_generate()) and model.get_output_embeddings() is not None
 
 
-@contextmanager
-def _mode(model: nn.Module, *, training: bool) -> Generator[None, None, None]:
-    """Every submodule in one mode; each one's own mode comes back afterwards."""
-    before = {module: module.training for module in model.modules()}
-    try:
-        model.train(training)
-        yield
-    finally:
-        for module, mode in before.items():
-            module.training = mode
-
-
-def _export(model: PreTrainedModel) -> ExportedProgram:
-    """Export `(input_ids, attention_mask) -> logits`, with the checkpoint's names at the top level."""
+def _export(model: PreTrainedModel, *, training: bool) -> ExportedProgram:
+    """Export `(input_ids, attention_mask) -> logits` in one mode, with the checkpoint's names at the top level."""
     call = model.forward
 
     def forward(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -95,7 +107,9 @@ def _export(model: PreTrainedModel) -> ExportedProgram:
     if release(torch.__version__) < (2, 13):
         # Torch 2.11 wants guards on strides proven for every value of a named size, and cannot.
         dynamic = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
-    exported = export_as(model, forward, (ids, torch.ones_like(ids)), (dynamic, dict(dynamic)))
+    with untouched(model):
+        model.train(training)
+        exported = export_as(model, forward, (ids, torch.ones_like(ids)), (dynamic, dict(dynamic)))
     _refuse_bounds(model, exported)
     return exported
 
@@ -116,7 +130,7 @@ def export_as(
     args: tuple[Any, ...],
     dynamic_shapes: tuple[Any, ...],
 ) -> ExportedProgram:
-    """Export (non-strict) another signature of a model; names are the model's own.
+    """Export (non-strict) another signature of a model; names are the model's own, and it is left as it was.
 
     Args:
         model: in the mode that is to be exported; on the meta device, or with weights that are never read.
@@ -126,46 +140,88 @@ def export_as(
     Raises:
         SppFxError: the model cannot be exported; carries torch.export's reason.
     """
-    experts = _exportable_experts(model)
-    replaced = model.__dict__.get("forward")  # hooks of other libraries put one on the instance
-    model.forward = forward  # type: ignore[method-assign]
     try:
-        with warnings.catch_warnings(), experts, torch.no_grad():
-            warnings.simplefilter("ignore")
+        with untouched(model), _quiet(), torch.no_grad():
+            _make_experts_exportable(model)
+            model.forward = forward  # type: ignore[method-assign]
             return torch.export.export(model, args, dynamic_shapes=dynamic_shapes, strict=False)
-    except (
-        RuntimeError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        NotImplementedError,
-        AssertionError,
-    ) as error:
+    except EXPORT_ERRORS as error:
         raise SppFxError(
-            f"{type(model).__name__} cannot be traced: torch.export says: {str(error).strip().splitlines()[0]}"
+            f"{type(model).__name__} cannot be traced: torch.export says: {_reason(error)}"
         ) from error
-    finally:
-        del model.forward
-        if replaced is not None:
-            model.forward = replaced
 
 
 @contextmanager
-def _exportable_experts(model: PreTrainedModel) -> Generator[None, None, None]:
+def _quiet() -> Generator[None, None, None]:
+    """Keep what torch logs, warns of and prints (whole graphs) off the screen; TORCH_LOGS asks for it."""
+    if "TORCH_LOGS" in os.environ:
+        yield
+        return
+    loggers = [
+        logging.getLogger(name) for name in list(logging.root.manager.loggerDict) if name.startswith("torch")
+    ]
+    for logger in loggers:
+        logger.addFilter(_drop)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(_drop)
+
+
+def _drop(_: logging.LogRecord) -> bool:
+    return False
+
+
+# Lines of torch.export's messages that tell how to debug torch, or repeat what the others say.
+_ADVICE = re.compile(
+    r"For (more|extended|C\+\+)|If you suspect|The error above|consider using data-dependent|Consider annotating"
+    r"|Caused by:|The following call raised|User (code|stack)|\(snipped|Traceback|from user code|To fix the error"
+)
+_NOT_A_MODEL = (*torch.__path__, str(Path(__file__).parents[1]), contextlib.__file__, "<")
+_LONGEST_REASON = 600
+_PLACE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in \S+')
+
+
+def _reason(error: BaseException) -> str:
+    """What an error of torch.export says: the reason, the suggested fix and the model's line, in one line."""
+    said: list[str] = []
+    place = ""
+    lines = iter(str(error).splitlines())
+    for line in map(str.strip, lines):
+        if found := _PLACE.match(line):
+            place = f"{_short(found['file'])}:{found['line']}, {next(lines, '').strip()}"
+        elif line and not _ADVICE.match(line):
+            words = re.sub(r"\s*For more information, run with TORCH_LOGS=\S+", "", line)
+            words = words.removeprefix("- ").rstrip(".!")
+            if words not in said:
+                said.append(words)
+    place = place or _place(error)
+    text = "; ".join(said).replace(":; ", ": ")[:_LONGEST_REASON] or type(error).__name__
+    return f"{text} (at {place})" if place else text
+
+
+def _place(error: BaseException) -> str:
+    """The innermost line of Python that is neither torch's nor ours: the model's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [f for f in frames if not f.filename.startswith(_NOT_A_MODEL)]
+    return f"{_short(theirs[-1].filename)}:{theirs[-1].lineno}, {theirs[-1].line}" if theirs else ""
+
+
+def _short(file: str) -> str:
+    return file.rpartition("site-packages/")[2]
+
+
+def _make_experts_exportable(model: PreTrainedModel) -> None:
     """Experts run as grouped matrix products while exporting: the eager loop depends on the data."""
-    before = getattr(model.config, "_experts_implementation", None)
     stacked = any(
         parameter.ndim == 3 and name.rpartition(".")[0].endswith("experts")
         for name, parameter in model.named_parameters()
     )
-    if before != "eager" or not stacked:
-        yield
-        return
-    model.set_experts_implementation("grouped_mm")
-    try:
-        yield
-    finally:
-        model.set_experts_implementation(before)
+    if stacked and getattr(model.config, "_experts_implementation", None) == "eager":
+        model.set_experts_implementation("grouped_mm")
 
 
 def _training_dropout(model: PreTrainedModel, exported: ExportedProgram) -> None:
@@ -176,8 +232,7 @@ def _training_dropout(model: PreTrainedModel, exported: ExportedProgram) -> None
     """
     if not _has_dropout(model.config.to_dict()):
         return
-    with _mode(model, training=True):
-        twin = _export(model)
+    twin = _export(model, training=True)
     own, theirs = _dropouts(exported), _dropouts(twin)
     if [where for where, _ in own] != [where for where, _ in theirs]:
         raise SppFxError(
@@ -244,8 +299,8 @@ def _tree(exported: ExportedProgram, model: PreTrainedModel) -> fx.GraphModule:
     metas: dict[int, Tensor] = {}
     for name, tensor in exported.state_dict.items():
         exported.state_dict[name] = metas.setdefault(id(tensor), _to_meta(tensor))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    hide_keywords(exported)
+    with _quiet():
         tree = unflatten(exported)
     root = _with_generated_code(tree)
     stored = model.state_dict().keys()
@@ -274,7 +329,11 @@ def _to_meta(tensor: Tensor) -> Tensor:
 
 def _with_generated_code(module: nn.Module) -> fx.GraphModule:
     """An unflattened tree, whose modules interpret their graphs, as graph modules that run generated code."""
-    for name, child in list(module._modules.items()):
+    tables: tuple[dict[str, Any], ...] = (module._modules, module._parameters, module._buffers)
+    for table in tables:
+        for name in list(table):
+            table[shown(name)] = table.pop(name)
+    for name, child in module._modules.items():
         if child is not None:
             module._modules[name] = _with_generated_code(child)
     graph = getattr(module, "graph", None)
@@ -283,6 +342,9 @@ def _with_generated_code(module: nn.Module) -> fx.GraphModule:
     for node in list(graph.nodes):
         if node.target in GUARDS:
             graph.erase_node(node)
+        elif node.op in ("call_module", "get_attr"):
+            node.target = shown(node.target)
+    spell(graph)
     if isinstance(module, fx.GraphModule):  # the body of a higher-order operator
         module.recompile()
         return module
@@ -291,13 +353,43 @@ def _with_generated_code(module: nn.Module) -> fx.GraphModule:
             node.args = (node.args[0][0],)
     result = fx.GraphModule(module, graph, class_name="Graph")
     # GraphModule takes only what its graph names; containers and unused parameters belong to the tree too.
-    for own, theirs in (
-        (result._modules, module._modules),
-        (result._parameters, module._parameters),
-        (result._buffers, module._buffers),
-    ):
-        own.update(theirs)  # type: ignore[arg-type]
+    for own, theirs in zip((result._modules, result._parameters, result._buffers), tables, strict=True):
+        own.update(theirs)
     return result
+
+
+def _rehearse(program: Program, model: PreTrainedModel) -> None:
+    """Run a program once in each mode that differs, on stand-ins for tensors: no memory, no arithmetic.
+
+    Raises:
+        SppFxError: the generated code does not run, or makes no logits for each token.
+    """
+    batch, sequence = 3, 5  # other sizes than those it was exported with
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    own = dict(program.named_parameters(remove_duplicate=False))
+    own |= dict(program.named_buffers(remove_duplicate=False))
+    fakes: dict[int, Tensor] = {}
+    for tensor in own.values():
+        if id(tensor) not in fakes:
+            fakes[id(tensor)] = mode.from_tensor(tensor, static_shapes=True)
+    stand_ins = {name: fakes[id(tensor)] for name, tensor in own.items()}
+    switched = any(n.target == "training" for _, graph in program.graphs() for n in graph.graph.nodes)
+    for training in (False, True) if switched else (False,):
+        try:
+            with mode, torch.no_grad():
+                ids = torch.zeros(batch, sequence, dtype=torch.int64, device=program.device)
+                program.train(training)
+                logits = functional_call(program, stand_ins, (ids, torch.ones_like(ids))).logits
+        except EXPORT_ERRORS as error:
+            raise SppFxError(
+                f"{type(model).__name__} cannot be traced: torch exports it, but what it exports does not run"
+                f"{' in training mode' if training else ''}: {_reason(error)}"
+            ) from error
+        if tuple(logits.shape[:2]) != (batch, sequence):
+            raise SppFxError(
+                f"{type(model).__name__} cannot be traced: the program makes logits of shape "
+                f"{tuple(logits.shape)} for {batch} rows of {sequence} tokens"
+            )
 
 
 def loss_of(model: PreTrainedModel) -> Callable[..., Tensor]:

@@ -1,0 +1,95 @@
+"""Graphs that generate valid Python whatever the modules of a model are called."""
+
+import builtins
+import keyword
+import re
+from typing import Any
+
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from spp_fx.errors import SppFxError
+
+# Local names that generated code cannot use: its own `self`, what Python has, and the globals that fx gives it.
+_TAKEN = {"self", *keyword.kwlist, *dir(builtins)} | {
+    *("torch", "device", "inf", "nan", "NoneType", "pytree", "fx_pytree")
+}
+_KEYWORD_ATTRIBUTE = re.compile(rf"(?<=[\w)])\.({'|'.join(keyword.kwlist)})\b")
+
+
+def spell(graph: fx.Graph) -> fx.Graph:
+    """Rename nodes that are called what generated code cannot call them; the graph itself is returned.
+
+    A module called `self` (RoBERTa's attention) makes a node of that name, and `self = self.self(x)` is the
+    last that the generated code sees of its module. Names of modules and parameters stay: those that are
+    Python keywords, which a ModuleDict allows, are read by `__getattr__`. A pickled graph is traced again
+    from its code where it is read, and spelt again there.
+    """
+    for node in graph.nodes:
+        if node.name in _TAKEN:
+            node._rename(f"{node.name}_1")
+        if node.op == "placeholder" and node.target in _TAKEN:
+            node.target = node.name
+    graph.on_generate_code(lambda _: _spell_keywords)
+    graph._tracer_cls = Tracer
+    return graph
+
+
+class Tracer(fx.Tracer):
+    """Reads the generated code of a pickled graph."""
+
+    def trace(self, *args: Any, **kwargs: Any) -> fx.Graph:
+        return spell(super().trace(*args, **kwargs))
+
+
+def _spell_keywords(code: list[str]) -> list[str]:
+    return [_KEYWORD_ATTRIBUTE.sub(r'.__getattr__("\1")', line) for line in code]
+
+
+def refuse_names(model: nn.Module) -> None:
+    """SppFxError if a module or parameter has a name that a graph module of torch.fx has a use of its own for."""
+    for path, module in model.named_modules():
+        for name in (*module._modules, *module._parameters, *module._buffers):
+            if hasattr(fx.GraphModule, name):
+                raise SppFxError(
+                    f"{type(model).__name__} cannot be traced: {f'{path}.{name}'.lstrip('.')} is called as an "
+                    f"attribute of every torch.fx.GraphModule is; rename '{name}' in the model's code and weights"
+                )
+
+
+_HIDDEN = "__is_a_keyword"
+
+
+def hide_keywords(exported: ExportedProgram) -> None:
+    """Rename, in an exported program, modules and parameters that are called as keywords of Python are.
+
+    torch.export.unflatten generates code at once, and that of `self.in(x)` is not valid. `shown` gives the
+    names back.
+    """
+    names = {part for name in exported.state_dict for part in name.split(".")}
+    for node in exported.graph.nodes:
+        stack = node.meta.get("nn_module_stack", {})
+        names |= {part for path, _ in stack.values() for part in path.split(".")}
+    if not any(map(keyword.iskeyword, names)):
+        return
+    for node in exported.graph.nodes:
+        if "nn_module_stack" in node.meta:
+            stack = node.meta["nn_module_stack"]
+            node.meta["nn_module_stack"] = {key: (_hidden(path), kind) for key, (path, kind) in stack.items()}
+    signature = exported.graph_signature
+    for spec in (*signature.input_specs, *signature.output_specs):
+        spec.target = spec.target and _hidden(spec.target)
+    for entry in exported.module_call_graph:
+        entry.fqn = _hidden(entry.fqn)
+    for table in (exported.state_dict, exported.constants):
+        for name in list(table):
+            table[_hidden(name)] = table.pop(name)
+
+
+def _hidden(path: str) -> str:
+    return ".".join(part + _HIDDEN if keyword.iskeyword(part) else part for part in path.split("."))
+
+
+def shown(path: str) -> str:
+    """A path of the model, of one that `hide_keywords` may have renamed."""
+    return path.replace(_HIDDEN, "")
