@@ -63,7 +63,7 @@ def calibration_tokens(
             f"{data}: is too short: its {len(tokens)} tokens have no {samples} windows of {length}; use more text, "
             "fewer --samples or a smaller --seq-len"
         )
-    check_vocabulary(tokens, program.config.vocab_size, Path(data))
+    check_vocabulary(tokens, program.vocabulary, Path(data))
     generator = torch.Generator().manual_seed(calibration.seed)
     if windows >= samples:
         begins = torch.randperm(windows, generator=generator)[:samples] * length

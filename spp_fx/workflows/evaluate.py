@@ -55,7 +55,7 @@ def evaluate(
     length = window_length(program, seq_len)
     windows = all_windows(data, tokenizer, length)
     for window in windows:
-        check_vocabulary(window, program.config.vocab_size, data)
+        check_vocabulary(window, program.vocabulary, data)
     start = perf_counter()
     result = perplexity(lambda ids, mask: program(ids, mask).logits, windows, lambda n: tick("windows", n))
     return Evaluated(model, data, length, result, perf_counter() - start)

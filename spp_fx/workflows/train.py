@@ -168,7 +168,7 @@ def train(
     tokenizer = load_tokenizer(loaded.model, trust_remote_code=trust_remote_code)
     length = window_length(program, settings.seq_len)
     rows = training_rows(data, tokenizer, length, loss_on=settings.loss_on, packing=settings.packing)
-    check_vocabulary(rows.tokens, program.config.vocab_size, data)
+    check_vocabulary(rows.tokens, program.vocabulary, data)
     held_out = all_windows(Path(eval_data), tokenizer, length) if eval_data else None
     lr = default_rate(loaded) if settings.lr is None else settings.lr
     checkpoint = _checkpoint(adapter, settings)
@@ -270,10 +270,10 @@ def _checkpoint(adapter: Path, settings: TrainSettings) -> str | None:
 
 def _teacher(path: Path, student: Program, shard: str | None, trust_remote_code: bool) -> Program:
     teacher = load_program(path, trust_remote_code=trust_remote_code, shard=shard).program.eval()
-    if teacher.config.vocab_size != student.config.vocab_size:
+    if teacher.vocabulary != student.vocabulary:
         raise UsageError(
-            f"{path}: its vocabulary has {teacher.config.vocab_size} tokens, the student's "
-            f"{student.config.vocab_size}; a teacher must share the tokenizer"
+            f"{path}: its vocabulary has {teacher.vocabulary} tokens, the student's "
+            f"{student.vocabulary}; a teacher must share the tokenizer"
         )
     return teacher.requires_grad_(False)
 
