@@ -121,9 +121,7 @@ class Program(nn.Module):
         logits: Tensor = self.root(input_ids, attention_mask)
         if labels is None:
             return CausalLMOutput(logits=logits)  # type: ignore[arg-type]
-        loss = self.loss_function(
-            logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_kwargs
-        )
+        loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocabulary, **loss_kwargs)
         return CausalLMOutput(loss=loss, logits=logits)  # type: ignore[arg-type]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -169,6 +167,16 @@ class Program(nn.Module):
             for node in module.graph.nodes:
                 node.args, node.kwargs = map_aggregate((node.args, node.kwargs), move)  # type: ignore[assignment]
             module.recompile()
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens there are: ids lie below it. Multimodal configurations hold it in their text's."""
+        return self.config.get_text_config(decoder=True).vocab_size
+
+    @property
+    def positions(self) -> int | None:
+        """How many positions the model was made for, if its configuration says so."""
+        return getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
     @property
     def device(self) -> torch.device:

@@ -46,14 +46,18 @@ def _spell_keywords(code: list[str]) -> list[str]:
     return [_KEYWORD_ATTRIBUTE.sub(r'.__getattr__("\1")', line) for line in code]
 
 
+# Attributes that torch.fx and torch.export.unflatten give each graph module, so that no child can have them.
+_KEPT = {*dir(fx.GraphModule(nn.Module(), fx.Graph())), "graph_module", "arg_names"}
+
+
 def refuse_names(model: nn.Module) -> None:
-    """SppFxError if a module or parameter has a name that a graph module of torch.fx has a use of its own for."""
+    """SppFxError if a module, parameter or buffer is called as an attribute of every graph module is."""
     for path, module in model.named_modules():
         for name in (*module._modules, *module._parameters, *module._buffers):
-            if hasattr(fx.GraphModule, name):
+            if name in _KEPT:
                 raise SppFxError(
-                    f"{type(model).__name__} cannot be traced: {f'{path}.{name}'.lstrip('.')} is called as an "
-                    f"attribute of every torch.fx.GraphModule is; rename '{name}' in the model's code and weights"
+                    f"{type(model).__name__} cannot be traced: torch.fx keeps the name '{name}' for itself, and "
+                    f"{f'{path}.{name}'.lstrip('.')} has it; rename it in the model's code and weights"
                 )
 
 

@@ -300,8 +300,13 @@ def _tree(exported: ExportedProgram, model: PreTrainedModel) -> fx.GraphModule:
     for name, tensor in exported.state_dict.items():
         exported.state_dict[name] = metas.setdefault(id(tensor), _to_meta(tensor))
     hide_keywords(exported)
-    with _quiet():
-        tree = unflatten(exported)
+    try:
+        with _quiet():
+            tree = unflatten(exported)
+    except EXPORT_ERRORS as error:
+        raise SppFxError(
+            f"{type(model).__name__} cannot be traced: torch.export.unflatten says: {_reason(error)}"
+        ) from error
     root = _with_generated_code(tree)
     stored = model.state_dict().keys()
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(

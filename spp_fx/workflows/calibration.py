@@ -89,7 +89,7 @@ def draw_windows(
             f"{data}: is too short: its {len(tokens)} tokens have no {samples} windows of {length}; use more text, "
             "fewer --samples or a smaller --seq-len"
         )
-    check_vocabulary(tokens, program.config.get_text_config().vocab_size, data)
+    check_vocabulary(tokens, program.vocabulary, data)
     generator = torch.Generator().manual_seed(calibration.seed)
     if windows >= samples:
         begins = torch.randperm(windows, generator=generator)[:samples] * length

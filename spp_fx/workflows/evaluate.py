@@ -78,7 +78,7 @@ def evaluate(
     if line := text.skipped.line(data):
         say(line)
     for window in text.windows:
-        check_vocabulary(window, program.config.get_text_config().vocab_size, data)
+        check_vocabulary(window, program.vocabulary, data)
     start = perf_counter()
     result = perplexity(
         lambda ids, mask: program(ids, mask).logits, text.windows, lambda n: tick("windows", n)

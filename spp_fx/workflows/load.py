@@ -107,12 +107,12 @@ def load_tokenizer(model: Path, *, trust_remote_code: bool = False) -> PreTraine
 
 def window_length(program: Program, asked: int | None, default: int = 512) -> int:
     """The window to cut text into: as asked, else `default`, and never longer than the model's positions."""
-    most = getattr(program.config.get_text_config(), "max_position_embeddings", None) or default
+    most = program.positions
     if asked is None:
-        return min(default, most)
+        return min(default, most or default)
     if asked < 2:
         raise UsageError(f"--seq-len must be at least 2, got {asked}")
-    if asked > most:
+    if most and asked > most:
         raise UsageError(f"--seq-len {asked} is more than the model's {most} positions")
     return asked
 

@@ -189,14 +189,13 @@ def train(
     )
     if line := skipped.line(data):
         say(line)
-    vocabulary = program.config.get_text_config().vocab_size
-    check_vocabulary(rows.tokens, vocabulary, data)
+    check_vocabulary(rows.tokens, program.vocabulary, data)
     measured = held_out(eval_data, tokenizer, length, strict=settings.strict) if eval_data else None
     if eval_data and measured:
         if line := measured.skipped.line(eval_data):
             say(line)
         for window in measured.windows:
-            check_vocabulary(window, vocabulary, eval_data)
+            check_vocabulary(window, program.vocabulary, eval_data)
     lr = default_rate(loaded) if settings.lr is None else settings.lr
     checkpoint = _checkpoint(adapter, settings)
     frozen_bytes = held_bytes(value for value in program.parameters() if not value.requires_grad)
@@ -299,10 +298,10 @@ def _checkpoint(adapter: Path, settings: TrainSettings) -> str | None:
 
 def _teacher(path: Path, student: Program, shard: str | None, trust_remote_code: bool) -> Program:
     teacher = load_program(path, trust_remote_code=trust_remote_code, shard=shard).program.eval()
-    own, its = (program.config.get_text_config().vocab_size for program in (student, teacher))
-    if own != its:
+    if teacher.vocabulary != student.vocabulary:
         raise UsageError(
-            f"{path}: its vocabulary has {its} tokens, the student's {own}; a teacher must share the tokenizer"
+            f"{path}: its vocabulary has {teacher.vocabulary} tokens, the student's "
+            f"{student.vocabulary}; a teacher must share the tokenizer"
         )
     return teacher.requires_grad_(False)
 

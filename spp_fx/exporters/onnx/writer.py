@@ -283,11 +283,12 @@ def _compare_logits(export: _Export, target: Path, twin: bool) -> dict[str, Any]
     source = export.source
     dtype = source.rounded_to or "auto"
     real = load_model(source.folder.path, dtype=dtype, trust_remote_code=source.trust_remote_code).eval()
+    text = real.config.get_text_config(decoder=True)
     found = compare_logits(
         target / GRAPH,
         logits_of(real, count_positions=export.settings.with_past and takes_positions(real)),
-        real.config.get_text_config().vocab_size,
-        max_length=getattr(real.config, "max_position_embeddings", None),
+        text.vocab_size,
+        max_length=getattr(text, "max_position_embeddings", None),
         twin=twin,
     )
     return {
