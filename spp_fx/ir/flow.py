@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from spp_fx.errors import PreconditionError
 from spp_fx.ir.program import Program
 
 aten = torch.ops.aten
@@ -49,10 +48,17 @@ LOOKUPS = (aten.index.Tensor, aten.index_select.default, aten.gather.default)
 
 @dataclass(frozen=True)
 class Place:
-    """A node of a program, with the path of the graph that owns it."""
+    """A node of a program.
+
+    Attributes:
+        path: of the graph that owns `node`.
+        calls: the nodes by whose calls the value came into that graph, the last call last. A graph that is
+            called several times gives a value back to the call that it came from.
+    """
 
     path: str
     node: fx.Node
+    calls: tuple["Place", ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,10 +71,15 @@ class Read:
     path: str
     node: fx.Node
     operand: fx.Node
+    calls: tuple[Place, ...] = ()
 
     @property
     def place(self) -> Place:
-        return Place(self.path, self.node)
+        return Place(self.path, self.node, self.calls)
+
+    def of(self, operand: fx.Node) -> Place:
+        """Another operand of the same op."""
+        return Place(self.path, operand, self.calls)
 
 
 class Flow:
@@ -118,15 +129,17 @@ class Flow:
                 child, arguments = called
                 for entry, argument in zip(self._inputs[child], arguments, strict=False):
                     if argument is place.node:
-                        yield from self.readers(Place(child, entry))
+                        yield from self.readers(
+                            Place(child, entry, (*place.calls, Place(place.path, user, place.calls)))
+                        )
             elif user.op == "output":
                 yield from self._readers_outside(place, user)
             else:
-                yield Read(place.path, user, place.node)
+                yield Read(place.path, user, place.node, place.calls)
 
     def _readers_outside(self, place: Place, output: fx.Node) -> Iterator[Read]:
         returned = self._returned[place.path]
-        calls = self._calls.get(place.path, [])
+        calls = self._callers(place)
         if not calls:
             yield Read(place.path, output, place.node)
         for call, _ in calls:
@@ -135,25 +148,36 @@ class Flow:
                 continue
             for user in call.node.users if isinstance(returned, list | tuple) else ():
                 if user.target is operator.getitem and returned[int(user.args[1])] is place.node:  # type: ignore[arg-type]
-                    yield from self.readers(Place(call.path, user))
+                    yield from self.readers(Place(call.path, user, call.calls))
+
+    def _callers(self, place: Place) -> list[tuple[Place, list[Any]]]:
+        """The call by which a value came into its graph, or all calls of the graph if it was made there."""
+        calls = self._calls.get(place.path, [])
+        if not place.calls:
+            return calls
+        last = place.calls[-1]
+        return [(last, arguments) for call, arguments in calls if call.node is last.node]
 
     def sources(self, place: Place) -> list[Place]:
         """The ops (or inputs of the program, or attributes) that make a value, in whatever graph."""
         path, node = place.path, place.node
         if node.op == "placeholder":
             position = self._inputs[path].index(node)
-            given = [(call.path, arguments[position]) for call, arguments in self._calls.get(path, [])]
-            nodes = [Place(outer, value) for outer, value in given if isinstance(value, fx.Node)]
+            given = [(call, arguments[position]) for call, arguments in self._callers(place)]
+            nodes = [Place(c.path, value, c.calls) for c, value in given if isinstance(value, fx.Node)]
             return [source for each in nodes for source in self.sources(each)] or [place]
-        called, index = self._called(path, node), None
+        call, index = node, None
         if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-            called, index = self._called(path, node.args[0]), node.args[1]
+            call, index = node.args[0], node.args[1]
+        called = self._called(path, call)
         if called is None:
             return [place]
         value = self._returned[called[0]]
         if index is not None and isinstance(value, list | tuple):
             value = value[int(index)]  # type: ignore[arg-type]
-        return self.sources(Place(called[0], value)) if isinstance(value, fx.Node) else [place]
+        if not isinstance(value, fx.Node):
+            return [place]
+        return self.sources(Place(called[0], value, (*place.calls, Place(path, call, place.calls))))
 
     def constant(self, place: Place) -> bool:
         """Whether a value is made of parameters and buffers alone, whatever the program's inputs are."""
@@ -165,7 +189,9 @@ class Flow:
         if place.node.op != "call_function":
             return place.node.op == "get_attr"
         operands = place.node.all_input_nodes
-        return bool(operands) and all(self.constant(Place(place.path, operand)) for operand in operands)
+        return bool(operands) and all(
+            self.constant(Place(place.path, operand, place.calls)) for operand in operands
+        )
 
 
 def argument(node: fx.Node, name: str) -> Any:
@@ -184,18 +210,15 @@ def is_elementwise(node: fx.Node) -> bool:
     return isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
 
 
-def sizes(node: fx.Node) -> tuple[int, ...]:
+def sizes(node: fx.Node) -> tuple[int, ...] | None:
     """The shape of a node's result, for several of the first; sizes that are not fixed are large stand-ins.
 
-    Raises:
-        PreconditionError: the node has no shape: it did not come from `trace`.
+    None if it is not a tensor, or if the graph carries no shapes, which those of `trace` do.
     """
     value: Any = node.meta.get("val")
     if isinstance(value, list | tuple) and value:
         value = value[0]
-    if not isinstance(value, Tensor):
-        raise PreconditionError(f"{node.format_node()} has no shape; trace the model again")
-    return tuple(map(_size, value.shape))
+    return tuple(map(_size, value.shape)) if isinstance(value, Tensor) else None
 
 
 def _size(size: Any) -> int:
@@ -211,32 +234,43 @@ def dimensions_of(read: Read, dims: frozenset[int]) -> frozenset[int]:
 
     Args:
         read: an op that does not contract (see `is_elementwise` and the lists above).
-        dims: of `read.operand`, from 0.
+        dims: of `read.operand`, counted from the last, -1, as those of the result are. What is counted so holds
+            in a graph that is called with values of several shapes, and keeps the shapes of one call.
     """
-    node, source, result = read.node, sizes(read.operand), sizes(read.node)
-    if node.target is operator.getitem:
+    source, result = sizes(read.operand), sizes(read.node)
+    if read.node.target is operator.getitem:
         return dims
+    if source is None or result is None:
+        return frozenset()
+    inside = frozenset(d + len(source) for d in dims if d >= -len(source))
+    return frozenset(d - len(result) for d in _carried(read.node, source, inside, result))
+
+
+def _carried(
+    node: fx.Node, source: tuple[int, ...], dims: frozenset[int], result: tuple[int, ...]
+) -> frozenset[int]:
+    """As `dimensions_of`, dimensions counted from the first, 0."""
     if node.target in RESHAPES:
         return _reshaped(source, dims, result)
     if node.target in SWAPS:
         order = _order(node, len(source))
         return frozenset(i for i, d in enumerate(order) if d in dims)
     if node.target in (aten.select.int, aten.unbind.int):
-        gone = (0 if argument(node, "dim") is None else int(argument(node, "dim"))) % len(source)
+        gone = int(argument(node, "dim")) % len(source)
         return frozenset(d - (d > gone) for d in dims if d != gone)
     if node.target is aten.stack.default:
         new = int(argument(node, "dim")) % len(result)
         return frozenset(d + (d >= new) for d in dims)
     if node.target in REDUCTIONS:
         gone = _reduced(node, len(source))
-        kept = [d for d in range(len(source)) if d not in gone]
         if len(result) == len(source):
             return dims - gone
+        kept = [d for d in range(len(source)) if d not in gone]
         return frozenset(i for i, d in enumerate(kept) if d in dims)
     shift = len(result) - len(source)
-    if node.target in EXPANDS or node.target in PARTS or node.target in SORTS:
+    if node.target in (*EXPANDS, *PARTS, *SORTS):
         return frozenset(d + shift for d in dims)
-    if is_elementwise(node) or (source == result and node.target not in LOOKUPS):
+    if shift >= 0 and (is_elementwise(node) or (source == result and node.target not in LOOKUPS)):
         return frozenset(d + shift for d in dims if source[d] == result[d + shift])
     return frozenset()
 

@@ -78,20 +78,20 @@ def role(flow: Flow, results: list[Place]) -> str | None:
 
     Returns:
         `ROUTES` if one of them chooses among its outputs, `GATES` if there is one output and all that any of them
-        does is to scale another value; None otherwise.
+        does is to scale another value; None otherwise, and in graphs that carry no shapes.
     """
+    shapes = [sizes(result.node) for result in results]
     if any(_routes(flow, result) for result in results):
         return ROUTES
-    if all(sizes(result.node)[-1] == 1 and _gates(flow, result) for result in results):
+    if all(shape and shape[-1] == 1 for shape in shapes) and all(_gates(flow, result) for result in results):
         return GATES
     return None
 
 
 def _routes(flow: Flow, result: Place) -> bool:
     """Whether a choice is made among the outputs of a linear before they are used as features."""
-    features = frozenset({len(sizes(result.node)) - 1})
     seen: dict[tuple[Place, bool], frozenset[int]] = {}
-    waiting = deque([(result, features, False)])
+    waiting = deque([(result, frozenset({-1}), False)])
     choices: list[Place] = []
     contracted = False
     while waiting:
@@ -144,9 +144,7 @@ def _contracts(flow: Flow, read: Read, dims: frozenset[int]) -> bool:
     for position, (dim, other) in _contractions()[read.node.target].items():
         if position < len(read.node.args) and read.node.args[position] is read.operand:
             weight = read.node.args[other]
-            if not isinstance(weight, fx.Node) or not flow.constant(Place(read.path, weight)):
-                continue
-            if len(sizes(read.operand)) + dim in dims:
+            if isinstance(weight, fx.Node) and flow.constant(read.of(weight)) and dim in dims:
                 return True
     return False
 
@@ -158,12 +156,12 @@ def _chooses(flow: Flow, read: Read, dims: frozenset[int]) -> bool:
         return False  # the largest value, whichever it is
     if node.target is aten.gather.default:
         index = argument(node, "index")
-        if node.args[0] is not read.operand or not _sorts(flow, Place(read.path, index)):
+        if node.args[0] is not read.operand or not _sorts(flow, read.of(index)):
             return False
     elif node.target not in (*SORTS, *LARGEST, *INDEX_OF_LARGEST):
         return False
     dim = argument(node, "dim")
-    return dim is None or int(dim) % len(sizes(read.operand)) in dims
+    return dim is None or (int(dim) if dim < 0 else int(dim) - len(sizes(read.operand) or ())) in dims
 
 
 def _sorts(flow: Flow, index: Place) -> bool:
@@ -175,7 +173,7 @@ def _sorts(flow: Flow, index: Place) -> bool:
             continue
         seen.add(place)
         if place.node.target in MOVES and isinstance(place.node.args[0], fx.Node):
-            waiting += flow.sources(Place(place.path, place.node.args[0]))
+            waiting += flow.sources(Place(place.path, place.node.args[0], place.calls))
         for read in flow.readers(place):
             if read.node.target in MOVES:
                 waiting.append(read.place)
@@ -189,7 +187,7 @@ def _sorts(flow: Flow, index: Place) -> bool:
 def _indexes(flow: Flow, choice: Place) -> bool:
     """Whether the indices of a choice are used for more than to pick or place the chosen values themselves."""
     if choice.node.target in (*SORTS, *LARGEST):
-        waiting = [Place(choice.path, u) for u in choice.node.users if u.args[1] == 1]
+        waiting = [Place(choice.path, u, choice.calls) for u in choice.node.users if u.args[1] == 1]
     else:
         waiting = [choice] if choice.node.target in INDEX_OF_LARGEST else []
     seen: set[Place] = set()
@@ -231,18 +229,18 @@ def _others(flow: Flow, read: Read, derived: set[Place]) -> list[fx.Node]:
     """Operands of an op that are neither constants nor made of a value in `derived`."""
     if read.node.target in MOVES:
         return []
+    own = {(place.path, place.node) for place in derived}
     return [
         operand
         for operand in read.node.all_input_nodes
-        for place in (Place(read.path, operand),)
         if isinstance(operand.meta.get("val"), torch.Tensor)
-        and not flow.constant(place)
-        and not derived.issuperset(flow.sources(place))
+        and not flow.constant(read.of(operand))
+        and not own.issuperset((s.path, s.node) for s in flow.sources(read.of(operand)))
     ]
 
 
 def _broadcast(read: Read) -> bool:
     """Whether an op repeats its operand to the shape of its result."""
-    own, result = sizes(read.operand), sizes(read.node)
+    own, result = sizes(read.operand) or (), sizes(read.node) or ()
     whole = (1,) * (len(result) - len(own)) + own
     return any(size == 1 and total > 1 for size, total in zip(whole, result, strict=True))

@@ -194,6 +194,21 @@ class Pruned(Block):
         return self.down(self.up(x)) + values.sum((1, 2))[:, None, None]
 
 
+class Shared(Block):
+    """One activation is called with the features and with the scores, of another shape."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__(outputs)
+        self.act = nn.Sigmoid()
+
+    def forward(self, x):
+        scores = self.act(self.choice(x.flatten(0, 1)))
+        weight, expert = scores.topk(1, dim=-1)
+        features = self.act(self.up(x)).cumsum(1)
+        chosen = (self.bank[expert.squeeze(-1)] * weight).view(x.shape)
+        return self.down(features) + chosen
+
+
 class Gate(Block):
     """One number a token scales a branch, through a cast and arithmetic with itself and constants."""
 
@@ -234,6 +249,7 @@ class Unused(Block):
 
 BLOCKS = [
     (DenseExperts, 4, ROUTES),
+    (Shared, 4, ROUTES),
     (Winners, 4, None),
     (Pruned, 4, None),
     (Gate, 1, GATES),
