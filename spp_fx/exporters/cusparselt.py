@@ -37,6 +37,7 @@ from spp_fx.exporters.packed_writer import (
     holds,
     read_back,
     refuse_nothing_packed,
+    refuse_quantized,
     sizes,
     write_weights,
 )
@@ -74,6 +75,7 @@ def plan(source: Source, sm: int) -> dict[str, TensorRecord]:
 def write(source: Source, target: Path, settings: ExportSettings, tick: Tick, say: Say) -> dict[str, Any]:
     if settings.sm < 70:
         raise UsageError(f"--sm takes a compute capability from 70 up, such as 80 or 90, got {settings.sm}")
+    refuse_quantized(source, "cusparselt")
     sm = settings.sm
     records = plan(source, sm)
     if all(record.layout == DENSE for record in records.values()):

@@ -29,6 +29,7 @@ from spp_fx.exporters.packed_writer import (
     holds,
     read_back,
     refuse_nothing_packed,
+    refuse_quantized,
     sizes,
     write_weights,
 )
@@ -67,6 +68,7 @@ def plan(source: Source) -> dict[str, TensorRecord]:
 
 def write(source: Source, target: Path, settings: ExportSettings, tick: Tick, say: Say) -> dict[str, Any]:
     del settings
+    refuse_quantized(source, "cutlass")
     records = plan(source)
     if all(record.layout == DENSE for record in records.values()):
         refuse_nothing_packed(source, records.values(), "CUTLASS takes 2:4 matrices (float32: 1:2) alone")

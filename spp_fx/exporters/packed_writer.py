@@ -23,14 +23,15 @@ import torch
 from torch import Tensor
 
 from spp_fx.checkpoint import Content, Shard, TensorSpec, Workspace, torch_dtype, write_safetensors
+from spp_fx.checkpoint.dtypes import BITS
 from spp_fx.checkpoint.parts import Memory, write_in_parts
-from spp_fx.errors import MaskError, PatternError, SppFxError
+from spp_fx.errors import MaskError, PatternError, SppFxError, UsageError
 from spp_fx.exporters.manifest import Manifest, TensorRecord, site_sizes
 from spp_fx.exporters.packed_reader import DENSE, WEIGHTS, Layouts, PackedModel, Rows
 from spp_fx.exporters.read_back import check_copied, lost_signs
 from spp_fx.exporters.registry import Say, Tick
 from spp_fx.exporters.semi_structured import in_parallel, pack_rows
-from spp_fx.exporters.source import Source, scan_stored
+from spp_fx.exporters.source import ROUNDED, Source, scan_stored
 from spp_fx.parallel import thread_count
 from spp_fx.sparsity import NM, LockEntry, implies, scan_bits
 
@@ -85,6 +86,28 @@ def refuse_nothing_packed(source: Source, records: Iterable[TensorRecord], what:
         f"{source.folder.path}: no weight can be packed, {what} and the lock says {patterns}: "
         f"{count_reasons(records)}; other formats take it, such as sparse-bitmask"
     )
+
+
+def refuse_quantized(source: Source, format: str) -> None:
+    """Hold a model to what `runtime.load` takes: weights that are numbers by themselves, of 16 bits or more.
+
+    Raises:
+        UsageError: a weight is stored in another dtype (float8, int8, ...), so that nothing could load the export.
+    """
+    for name in source.folder.names:
+        info = source.folder.info(name)[1]
+        if _is_weight(name, info.dtype, info.shape, name in source.sites) and info.dtype not in ROUNDED:
+            raise UsageError(
+                f"{source.folder.path}: {name} is stored as {info.dtype}, which means nothing without its scales: "
+                f"an export to {format} could not be loaded, and --dtype does not round it. Export the model before "
+                "it was quantized, or as it is with --format safetensors"
+            )
+
+
+def _is_weight(name: str, dtype: str, shape: tuple[int, ...], site: bool) -> bool:
+    """Whether a tensor is a parameter: small floats of two dimensions are no buffers, integers may be."""
+    small = dtype.startswith("F") and BITS[dtype] <= 8
+    return site or (len(shape) > 1 and (small or name.endswith(".weight")))
 
 
 def pack_site(rows: Rows, m: int, buffers: Buffers, pool: ThreadPoolExecutor) -> Iterator[tuple[int, int]]:

@@ -75,25 +75,23 @@ def test_an_sm_below_70_is_a_wrong_option(tmp_path):
 
 def test_what_has_no_public_pack_is_neutral_and_says_why(tmp_path):
     sites = {
-        "a.weight": random_sparse(64, 64, torch.int8, 1),
         "b.weight": random_sparse(64, 64, torch.float32, 2),
         "c.weight": random_sparse(64, 80, torch.bfloat16, 3),
         "d.weight": random_sparse(3, 12, torch.bfloat16, 4),
         "e.weight": random_sparse(128, 128, torch.bfloat16, 5),
-        "f.weight": random_sparse(8, 8, torch.int16, 6),
+        "f.weight": random_sparse(8, 8, torch.float64, 6),
     }
     done = exported(tmp_path, sites, 80)
     found = {tensor.name[0]: (tensor.layout, tensor.reason or "") for tensor in done.manifest.tensors}
     assert found["e"] == ("cusparselt", "")
-    assert {name: layout for name, (layout, _) in found.items() if name not in "ef"} == dict.fromkeys(
-        "abcd", "neutral"
+    assert {name: layout for name, (layout, _) in found.items() if name != "e"} == dict.fromkeys(
+        "bcdf", "neutral"
     )
-    assert "order of int8 is not public" in found["a"][1]
     assert "float32 is 1:2 sparse" in found["b"][1]
     assert "multiples of 128: packed at load" in found["c"][1]
     assert "multiples of 16 (dense at load)" in found["d"][1]
-    assert found["f"] == ("dense", "int16 is not taken by PyTorch's cuSPARSELt class (dense at load)")
-    assert done.checks["bit_exact"] == done.checks["masks_equal"] == 6
+    assert found["f"][1] == "float64 is not taken by PyTorch's cuSPARSELt class (dense at load)"
+    assert done.checks["bit_exact"] == done.checks["masks_equal"] == 5
 
 
 def test_rounding_to_float32_takes_the_neutral_form(tmp_path):
@@ -106,7 +104,7 @@ def test_rounding_to_float32_takes_the_neutral_form(tmp_path):
 @given(
     sm=st.sampled_from([80, 90, 120]),
     dtypes=st.lists(
-        st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.int8]), min_size=1, max_size=3
+        st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]), min_size=1, max_size=3
     ),
     seed=st.integers(0, 2**32),
     shape=st.sampled_from([(128, 128), (64, 192), (12, 20), (384, 64)]),
@@ -133,16 +131,24 @@ def test_decode_gives_back_what_the_model_stores(
         assert torch.equal(bits_of(decoded.read(name)), bits_of(value))
 
 
-def test_no_rounding_is_proposed_for_integers(tmp_path):
-    model = bare_folder(
-        tmp_path / "m", {"a.weight": random_sparse(128, 128, torch.int8, 1)}, OTHERS, frozenset()
-    )
-    lines: list[str] = []
-    export(model, tmp_path / "out", "cusparselt", ExportSettings(sm=80), say=lines.append)
-    assert lines == [
-        "warning: no weight could be packed for sm80: the metadata order of int8 is not public (float16 and "
-        "bfloat16 are known): packed at load (1 of 1)"
-    ]
+@pytest.mark.parametrize("format", ["cusparselt", "cutlass"])
+@pytest.mark.parametrize(
+    ("site", "other"),
+    [(torch.float8_e4m3fn, None), (torch.float8_e5m2, None), (torch.int8, None), (torch.uint8, None),
+     (torch.int16, None), (torch.bfloat16, torch.float8_e4m3fn), (torch.float16, torch.int8)],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_quantized_model_is_refused_where_no_loader_would_take_the_export(
+    tmp_path, format, site, other, dtype
+):
+    weight = random_sparse(128, 128, torch.float32 if site.is_floating_point else site, 1).to(site)
+    others = OTHERS if other is None else OTHERS | {"head.weight": torch.ones(4, 8).to(other)}
+    model = bare_folder(tmp_path / "m", {"a.weight": weight}, others, frozenset())
+    with pytest.raises(UsageError, match="--dtype does not round it") as refused:
+        export(model, tmp_path / "out", format, ExportSettings(dtype=dtype))
+    assert ("a.weight" if other is None else "head.weight") in str(refused.value)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (8, 0)])

@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 import spp_fx.runtime
-from spp_fx.errors import FormatError, UsageError
+from spp_fx.errors import FormatError, PatternError, UsageError
 from spp_fx.exporters import FORMATS
 from spp_fx.exporters.manifest import MANIFEST, sha256
 from spp_fx.runtime import PackWarning, load, loader, trust
@@ -233,3 +233,29 @@ def test_importing_the_package_does_not_import_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     with pytest.raises(AttributeError, match="no attribute 'unload'"):
         _ = spp_fx.runtime.unload
+
+
+@pytest.mark.parametrize("format", ["cusparselt", "cutlass"])
+@pytest.mark.parametrize("shape", [(36, 20), (32, 64), (64, 12)], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8],
+    ids=str,
+)
+def test_whatever_export_writes_is_loaded_with_the_same_weights(tmp_path, format, shape, dtype):
+    hidden, wide = shape
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=hidden, num_hidden_layers=1, num_attention_heads=2, intermediate_size=wide,
+        head_dim=6,
+    )  # fmt: skip
+    plain = dtype if dtype.itemsize > 1 else torch.bfloat16
+    model = save_sparse(tmp_path / "model", AutoModelForCausalLM.from_config(config, dtype=plain))
+    if dtype != plain:
+        values = load_file(model / "model.safetensors")
+        stored = {name: value.to(dtype) if "proj" in name else value for name, value in values.items()}
+        save_file(stored, model / "model.safetensors", {"format": "pt"})
+    if dtype == plain and (format == "cusparselt" or (shape, dtype) == ((32, 64), torch.bfloat16)):
+        same_model(load(exported(model, format)), reference(model))
+        return
+    with pytest.raises((UsageError, PatternError)):
+        exported(model, format)
