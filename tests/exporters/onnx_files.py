@@ -1,5 +1,7 @@
 """Small .onnx files with one weight, written by the encoders of the formats."""
 
+from copy import deepcopy
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,8 @@ from spp_fx.exporters.onnx.graph import GraphParameter
 from spp_fx.exporters.onnx.parameters import SparseParameter
 from spp_fx.exporters.onnx.sparse import SparseInitializers
 from spp_fx.exporters.onnx.weights import GraphWeights
+from spp_fx.exporters.registry import ExportSettings, find_format
+from spp_fx.progress import no_tick
 from spp_fx.sparsity import make_entry, pack_mask, parse_pattern
 
 
@@ -102,6 +106,14 @@ def replace(proto, name: str, array: np.ndarray) -> None:
             tensor.CopyFrom(numpy_helper.from_array(array, name))
             return
     raise AssertionError(f"no initializer {name}")
+
+
+def write_graph(source, graph, folder, format, monkeypatch, say=lambda line: None):
+    """What export does with a source whose graph is there already; returns its checks."""
+    module = import_module("spp_fx.exporters.onnx.writer")  # the package has a function of that name
+    monkeypatch.setattr(module, "build_graph", lambda model, with_past: deepcopy(graph))
+    folder.mkdir()
+    return find_format(format).write(source, folder, ExportSettings(), no_tick, say)
 
 
 def greedy(path, input_ids, attention_mask, new):

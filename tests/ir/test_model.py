@@ -20,6 +20,8 @@ from spp_fx.checkpoint import ModelFolder
 from spp_fx.ir import model as models
 from spp_fx.ir.model import hollow_model, meta_model
 from spp_fx.ir.trace import trace
+from spp_fx.passes import Canonicalize, Match, run_pipeline
+from tests.command import must
 from tests.families import SMALL
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -199,7 +201,23 @@ def test_a_folder_of_config_json_alone_follows_it(tmp_path):
         assert [HEAD, EMBEDDING] in groups(made)
 
 
-@pytest.mark.parametrize(("scale", "tied"), [(1, {HEAD: EMBEDDING}), (1.5, {})])
-def test_a_program_is_tied_as_its_model(scale, tied, tmp_path):
+@pytest.mark.parametrize(
+    ("scale", "tied", "reason"),
+    [(1, EMBEDDING, f"tied to the embedding {EMBEDDING}"), (1.5, None, "makes the logits")],
+)
+def test_a_program_is_tied_as_its_model(scale, tied, reason, tmp_path):
     folder = save(tmp_path, LLAMA, lambda t: {k: v.clone() for k, v in both(scale)(t).items()})
-    assert trace(meta_model(folder)).tied == tied
+    program = trace(meta_model(folder))
+    assert program.tied == ({HEAD: tied} if tied else {})
+    _, matched = run_pipeline(program, [Canonicalize(), Match(dense=True)])
+    assert (program.sites[HEAD].tied_to, program.sites[HEAD].is_head) == (tied, True)
+    assert reason in matched.refused[HEAD]
+
+
+def test_a_head_of_its_own_is_kept_beside_the_embedding(tmp_path):
+    folder = save(tmp_path / "dense", LLAMA, lambda t: {k: v.clone() for k, v in both(1.5)(t).items()})
+    assert f"{HEAD}: makes the logits" in must("prune", folder, "-o", tmp_path / "sparse").out
+    before, after = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "sparse"))
+    for name in (HEAD, EMBEDDING):
+        assert torch.equal(before[name], after[name])
+    check_tied_as_transformers(tmp_path / "sparse")

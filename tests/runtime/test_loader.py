@@ -70,6 +70,23 @@ def test_a_plain_export_is_what_transformers_loads(family, tmp_path):
     assert reasons == {("dense", "it is stored as dense, which no library multiplies by")}
 
 
+@pytest.mark.parametrize(
+    ("format", "scale", "tied"),
+    [("safetensors", 1.5, False), ("cusparselt", 1.5, False), ("safetensors", 1, True)],
+)
+def test_a_stored_head_is_tied_as_transformers_ties_it(format, scale, tied, tmp_path):
+    folder = save_sparse(tmp_path / "model", wide_model("llama-tied"))
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    save_file(
+        tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] * scale}, path, {"format": "pt"}
+    )
+    loaded, plain = load(exported(folder, format)), reference(folder)
+    same_model(loaded, plain)
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    assert torch.equal(logits(loaded), logits(plain))
+
+
 @pytest.mark.parametrize("format", DECODED)
 @pytest.mark.parametrize("family", ["llama-tied", "gpt2", "mixtral"])
 def test_every_format_decodes_to_what_transformers_loads(format, family, tmp_path):
