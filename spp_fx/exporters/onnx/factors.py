@@ -1,9 +1,8 @@
 """Every product of a graph that has a constant factor: which weight that is, and along which dimension it sums."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -11,9 +10,8 @@ import numpy.typing as npt
 from onnx import TensorProto
 
 from spp_fx.errors import FormatError
+from spp_fx.exporters.onnx.flow import ELEMENTWISE, FLOATS, LOOKUPS, MOVED, Flow, State
 from spp_fx.exporters.onnx.fold import (
-    BROADCAST,
-    MAX_CHAIN,
     QUANTIZE,
     Unfoldable,
     chain_of,
@@ -29,18 +27,16 @@ Array = npt.NDArray[Any]
 
 NO_SITE = ("lm_head", "wte", "wpe", "word_embeddings", "router", "gate")
 """Modules whose matrices are not sites, beside those that begin with embed, for graphs without a manifest."""
-_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 _WEIGHT_TYPES = frozenset(
     number
     for name, number in TensorProto.DataType.items()
-    if name.startswith(("FLOAT", "BFLOAT")) or name in ("DOUBLE", "INT8", "UINT8", "INT4", "UINT4", "INT2", "UINT2")
+    if name.startswith(("FLOAT", "BFLOAT"))
+    or name in ("DOUBLE", "INT8", "UINT8", "INT4", "UINT4", "INT2", "UINT2")
 )
 _INDICES = (TensorProto.BOOL, TensorProto.INT64, TensorProto.STRING)
 """Types of tables and masks, which are not weights whatever reads them."""
 _SMALL = 1 << 16
 """Elements up to which a value is computed to learn its shape; what is larger is a weight."""
-_MAX_BRANCHES = 64
-_MAX_DEPTH = 64
 
 
 @dataclass(frozen=True)
@@ -73,19 +69,6 @@ PRODUCTS: Mapping[str, tuple[Operand, ...]] = {
 }
 _CONVOLUTIONS = {"Conv": (1, None), "ConvTranspose": (1, None), "ConvInteger": (1, 3), "QLinearConv": (3, 5)}
 """Where the weight of a convolution is, and its zero point."""
-_ELEMENTWISE = BROADCAST | frozenset(
-    "BatchNormalization CumSum Dropout Elu Erf Gelu GroupNormalization InstanceNormalization IsInf IsNaN LayerNormalization "
-    "LeakyRelu LogSoftmax LpNormalization Mean MeanVarianceNormalization PRelu RMSNormalization RotaryEmbedding "
-    "Selu Sin Cos Softmax Softplus Swish HardSigmoid HardSwish Mish ThresholdedRelu Shrink Tan Sinh Cosh "
-    "Abs BitwiseNot Ceil Exp Floor Log Neg Not Reciprocal Relu Round Sigmoid Sign Sqrt Tanh Concat".split()
-)
-_MOVED = frozenset(
-    "Cast CastLike Clip Compress CumSum DequantizeLinear Expand Flatten Identity Pad QuantizeLinear ReduceL1 ReduceL2 "
-    "ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Reshape Resize Reverse "
-    "ReverseSequence ScatterElements ScatterND Slice Split Squeeze Tile TopK Transpose Trilu Unsqueeze".split()
-)
-_LOOKUPS = ("Gather", "GatherND", "GatherElements")
-_RANDOM = ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial")
 _NO_WEIGHT: Mapping[str, tuple[int, ...]] = {
     "com.microsoft.MatMulNBits": (2, 3, 4, 5),
     "com.microsoft.MatMulBnb4": (2,),
@@ -95,15 +78,6 @@ _NO_WEIGHT: Mapping[str, tuple[int, ...]] = {
     "com.microsoft.GatherBlockQuantized": (0, 2, 3),
 }
 """Inputs of onnxruntime's own operators that are scales, tables of positions or embeddings."""
-
-
-class _State(IntEnum):
-    """What a value is when the graph runs."""
-
-    CONSTANT = 0
-    LOOSE = 1  # of shapes, small inputs: neither a weight nor an activation
-    CARRIES = 2  # a weight in a form that only the run decides
-    ACTIVE = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,17 +119,13 @@ class Factors:
     refused: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
-    _states: dict[int, _State] = field(default_factory=dict)
-    _chosen: dict[int, _State] = field(default_factory=dict)
-    _shapes: dict[int, tuple[int, ...] | None] = field(default_factory=dict)
     _found: dict[tuple[Any, ...], tuple[Factor, Made]] = field(default_factory=dict)
     _reasons: dict[str, dict[Stored, str]] = field(default_factory=dict)
     _walked: dict[str, set[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.values = Values(self.file, self.unpacked)
-        for made in self.values.nodes:
-            self._settle(made)
+        self.flow = Flow(self.values.nodes, self._stored)
         for made in self.values.nodes:
             self._visit(made)
         self._name()
@@ -219,113 +189,13 @@ class Factors:
             pass
         raise Unfoldable(f"its zero point of shape {list(zero.shape)} does not fit {list(array.shape)}")
 
-    # What each value is when the graph runs
-
-    def _state(self, value: Value | None) -> _State:
-        if value is None:
-            return _State.LOOSE
-        value = same(value)
-        if value.stored is not None:
-            return _State.CONSTANT
-        made = value.maker
-        if made is None:
-            return _State.ACTIVE if value.rank is None or value.rank > 1 else _State.LOOSE
-        if made.op == "If" and id(made) in self._states:
-            return self._chosen.get(id(value), _State.ACTIVE)
-        return self._states.get(id(made), _State.ACTIVE)
-
-    def _settle(self, wanted: Made) -> None:
-        """The state of a node, after those of the nodes before it; they may come in any order, or in a circle."""
-        stack, begun = [wanted], set[int]()
-        while stack:
-            made = stack[-1]
-            if id(made) in self._states:
-                stack.pop()
-                continue
-            before: list[Made] = []
-            if id(made) not in begun:
-                begun.add(id(made))
-                values = [each for each in made.inputs if each] + [v for branch in made.branches for v in branch]
-                makers = [each.maker for each in map(same, values) if each.stored is None and each.maker]
-                before = [each for each in makers if id(each) not in self._states and id(each) not in begun]
-            if before:
-                stack += before
-                continue
-            self._states[id(made)] = self._state_of(made)
-            stack.pop()
-
-    def _state_of(self, made: Made) -> _State:
-        op = QUANTIZE.get(made.op) or made.op
-        if op == "If":
-            for output in made.outputs:
-                given = [self._carried(v) for branch in made.branches for v in _at(branch, made, output)]
-                self._chosen[id(output)] = max(given, default=_State.ACTIVE)
-            return _State.ACTIVE
-        given = [self._state(each) for each in made.inputs if each is not None]
-        if not given or op in _RANDOM:
-            return _State.LOOSE
-        if made.bodies:
-            return _State.ACTIVE
-        if max(given) == _State.CONSTANT:
-            return _State.CONSTANT
-        if op in ("Shape", "Size", "Range", "ConstantOfShape"):
-            return _State.LOOSE
-        if op in _LOOKUPS and self._looks_up(made):
-            return _State.ACTIVE
-        if op in _LOOKUPS or op in _ELEMENTWISE or op in _MOVED:
-            return max((self._carried(each) for each in data_of(made) if each is not None), default=_State.LOOSE)
-        return _State.ACTIVE
-
-    def _carried(self, value: Value) -> _State:
-        state = self._state(value)
-        return _State.CARRIES if state == _State.CONSTANT else state
-
-    def _looks_up(self, made: Made) -> bool:
-        """Whether a choice takes rows of one matrix: what they are multiplied by next, is a weight, they are not."""
-        data = made.inputs[0] if made.inputs else None
-        if data is None or self._state(data) != _State.CONSTANT:
-            return False
-        shape = self._shape(data)
-        if shape is None:
-            shape = next((each.shape for each in sources_of(data, data_only=True)), ())
-        return len(shape) <= 2
-
-    def _shape(self, value: Value, depth: int = 0) -> tuple[int, ...] | None:
-        """The shape of a constant, as far as it can be told without computing it."""
-        value = same(value)
-        if value.stored is not None:
-            return value.stored.shape
-        if id(value) not in self._shapes:
-            self._shapes[id(value)] = None  # of what runs in a circle
-            self._shapes[id(value)] = self._made_shape(value.maker, depth) if value.maker else None
-        return self._shapes[id(value)]
-
-    def _made_shape(self, made: Made, depth: int) -> tuple[int, ...] | None:
-        op = QUANTIZE.get(made.op) or made.op
-        if depth > _MAX_DEPTH or not made.inputs or made.inputs[0] is None:
-            return None
-        if op in ("Cast", "Identity", "DequantizeLinear", "QuantizeLinear", "Neg", "Abs", "Round"):
-            return self._shape(made.inputs[0], depth + 1)
-        if op == "Transpose" and (shape := self._shape(made.inputs[0], depth + 1)) is not None:
-            perm = made.ints("perm") or list(range(len(shape)))[::-1]
-            return tuple(shape[at] for at in perm) if sorted(perm) == list(range(len(shape))) else None
-        if op in ("Mul", "Add", "Sub", "Div"):
-            shapes = [self._shape(each, depth + 1) for each in made.inputs if each is not None]
-            try:
-                return np.broadcast_shapes(*[shape for shape in shapes if shape is not None]) if all(
-                    shape is not None for shape in shapes
-                ) else None
-            except ValueError:
-                return None
-        return None
-
     # What each node does with its constants
 
     def _visit(self, made: Made) -> None:
         op = QUANTIZE.get(made.op) or made.op
         if op in ("DequantizeLinear", "QuantizeLinear"):
             self._note("scale", made.inputs[1:], "")
-        if self._states.get(id(made)) == _State.CONSTANT:
+        if self.flow.of_node(made) == State.CONSTANT:
             if not made.standard and op == made.op:
                 self._refuse(made, made.inputs, "reads it in a form that is not known here")
             return
@@ -344,10 +214,10 @@ class Factors:
             tables = [made.inputs[at] for at in aside if at < len(made.inputs)]
             scales = op in ("com.microsoft.MatMulNBits", "com.microsoft.MatMulBnb4")
             self._note("scale" if scales else "lookup", tables, f"{op} looks up rows of it")
-        elif op in _LOOKUPS and self._looks_up(made):
+        elif op in LOOKUPS and self.flow.looks_up(made):
             self._note("lookup", made.inputs[:1], "its rows are looked up, as those of an embedding are")
-        elif op in _LOOKUPS or op in _ELEMENTWISE or op in _MOVED:
-            if self._states.get(id(made)) == _State.ACTIVE:
+        elif op in LOOKUPS or op in ELEMENTWISE or op in MOVED:
+            if self.flow.of_node(made) == State.ACTIVE:
                 what = "combines it with activations element by element"
                 self._note("left", data_of(made), f"only {made.op} reads it, which {what}")
         elif op not in ("If", "Shape", "Size", "Constant"):
@@ -377,9 +247,11 @@ class Factors:
         inputs, arrow, output = text.partition("->")
         terms = inputs.split(",")
         if not arrow:
-            output = "".join(sorted(each for each in set(inputs) if inputs.count(each) == 1 and each.isalpha()))
+            output = "".join(
+                sorted(each for each in set(inputs) if inputs.count(each) == 1 and each.isalpha())
+            )
         for at, value in enumerate(made.inputs):
-            if value is None or self._state(value) not in (_State.CONSTANT, _State.CARRIES):
+            if value is None or not self.flow.is_weight(value):
                 continue
             term = terms[at] if at < len(terms) else ""
             others = "".join(terms[:at] + terms[at + 1 :])
@@ -390,7 +262,9 @@ class Factors:
             elif plain and len(summed) == 1 and summed[0] in others and len(term) > 1:
                 self._operand(made, value, term.index(summed[0]) - len(term), None, None)
             else:
-                self._refuse(made, [value], f"sums over it as {text[:80]!r} says, which is not one plain product")
+                self._refuse(
+                    made, [value], f"sums over it as {text[:80]!r} says, which is not one plain product"
+                )
 
     def _convolution(self, made: Made) -> None:
         index, zero_index = _CONVOLUTIONS[made.op]
@@ -398,12 +272,14 @@ class Factors:
         zero = made.inputs[zero_index] if zero_index and zero_index < len(made.inputs) else None
         self._note("scale", [zero], "")
         self._note("read", made.inputs[:1], f"{made.op} reads it as what it convolves")
-        if weight is None or self._state(weight) not in (_State.CONSTANT, _State.CARRIES):
+        if weight is None or self.flow.state(weight) not in (State.CONSTANT, State.CARRIES):
             return
-        shape, groups = self._shape(weight), made.number("group", 1)
+        shape, groups = self.flow.shape(weight), made.number("group", 1)
         turned = made.op == "ConvTranspose"
         if shape is not None and len(shape) > 2 and not turned and shape[1] == 1 and groups > 1:
-            self._note("left", [weight], f"{made.op} convolves each channel by itself, it sums over none of them")
+            self._note(
+                "left", [weight], f"{made.op} convolves each channel by itself, it sums over none of them"
+            )
         elif shape is None or len(shape) < 3 or any(size != 1 for size in shape[2:]):
             self._refuse(made, [weight], "has a kernel larger than 1, its weight is not one matrix")
         elif turned and groups != 1:
@@ -421,22 +297,22 @@ class Factors:
         *,
         matrix: bool = False,
     ) -> None:
-        state = self._state(value)
-        if state not in (_State.CONSTANT, _State.CARRIES):
+        state = self.flow.state(value)
+        if state not in (State.CONSTANT, State.CARRIES):
             return
-        if zero is not None and self._state(zero) != _State.CONSTANT:
+        if zero is not None and self.flow.state(zero) != State.CONSTANT:
             self._refuse(made, [value], "takes its zero point when it runs")
             return
         if zero is not None and self._is_zero(zero):
             zero = None
         try:
-            bases = [] if zero is not None else list(self._bases(value, axis))
+            bases = [] if zero is not None else list(self.flow.bases(value, axis))
         except Unfoldable as reason:
             bases = []
-            if state == _State.CARRIES:
+            if state == State.CARRIES:
                 self._refuse(made, [value], f"multiplies by it, but {reason}")
                 return
-        if not bases and state == _State.CARRIES:
+        if not bases and state == State.CARRIES:
             self._refuse(made, [value], "multiplies by it in a form that only the run decides")
             return
         for base, at, size in bases or [(same(value), axis, None)]:
@@ -446,7 +322,7 @@ class Factors:
         """Keep a factor, unless it is a vector, or what it sums over is one number."""
         try:
             chain_of(factor.base)
-            shape = self._shape(factor.base) or self._computed_shape(factor.base)
+            shape = self.flow.shape(factor.base) or self._computed_shape(factor.base)
         except Unfoldable as reason:
             self._refuse(made, [factor.base], f"multiplies by it, but it {reason}")
             return
@@ -455,7 +331,9 @@ class Factors:
                 return  # a vector
             size = shape[factor.axis]
         if size == 1:
-            self._note("left", [factor.base], f"{made.op} sums over a dimension of size 1 of it, an outer product")
+            self._note(
+                "left", [factor.base], f"{made.op} sums over a dimension of size 1 of it, an outer product"
+            )
             return
         key = (id(factor.base), factor.axis, factor.zero and id(same(factor.zero)))
         stored = factor.base.stored
@@ -483,129 +361,6 @@ class Factors:
         except Unfoldable:
             return False
 
-    # Through what changes no number
-
-    def _bases(self, value: Value, axis: int) -> Iterator[tuple[Value, int, int | None]]:
-        """The values that an operand is a form of, one for each branch of an If: value, dimension, its size.
-
-        Raises:
-            Unfoldable: it is not such a form, or not one that is understood.
-        """
-        pending: list[tuple[Value, tuple[Made, ...]]] = [(same(value), ())]
-        taken = 0
-        while pending:
-            now, steps = pending.pop()
-            taken += 1
-            if taken > _MAX_BRANCHES + MAX_CHAIN:
-                raise Unfoldable("more choices lie before it than are followed")
-            made = now.maker
-            if now.stored is None and made is not None and made.op == "If":
-                pending += [(same(v), steps) for branch in made.branches for v in _at(branch, made, now)]
-            elif now.stored is None and made is not None and made.inputs and made.inputs[0] and self._keeps(made):
-                pending.append((same(made.inputs[0]), (*steps, made)))
-            elif self._state(now) != _State.CONSTANT:
-                if self._state(now) == _State.CARRIES:
-                    raise Unfoldable(f"{made.label if made else now.name} decides about it only when it runs")
-            else:
-                shape = self._shape(now)
-                if shape is None:
-                    raise Unfoldable("its shape is not known before it is computed")
-                at = self._axis(shape, steps, axis)
-                yield now, at - len(shape), shape[at]
-
-    def _keeps(self, made: Made) -> bool:
-        """Whether a node only moves or converts the numbers of its first input, or chooses matrices of a stack."""
-        if made.op == "Cast":
-            return made.number("to", 0) in _FLOATS
-        if made.op == "Gather":
-            data = made.inputs[0]
-            shape = self._shape(data) if data else None
-            constant = all(self._state(each) == _State.CONSTANT for each in made.inputs)
-            return not constant or (shape is not None and len(shape) > 2)
-        return made.op in ("Identity", "Transpose", "Squeeze", "Unsqueeze", "Expand")
-
-    def _axis(self, shape: tuple[int, ...], steps: Sequence[Made], axis: int) -> int:
-        """Which dimension of a base the one of an operand is, `steps` from the operand back to the base.
-
-        Dimensions are counted from the end: how many an index puts before them may not be known.
-        """
-        dims: list[int | None] = list(range(len(shape)))
-        open_front = False
-        for made in reversed(steps):
-            if made.op == "Transpose":
-                perm = made.ints("perm")
-                if perm is None:
-                    perm = list(range(len(dims)))[::-1]
-                    if open_front:
-                        raise Unfoldable(f"how many dimensions {made.label} has is not known")
-                if sorted(perm) != list(range(len(perm))) or len(perm) < len(dims) or len(perm) > 64:
-                    raise Unfoldable(f"{made.label} does not fit the shape {list(shape)}")
-                if len(perm) > len(dims) and not open_front:
-                    raise Unfoldable(f"{made.label} does not fit the shape {list(shape)}")
-                full = [None] * (len(perm) - len(dims)) + dims
-                dims, open_front = [full[at] for at in perm], False
-            elif made.op in ("Squeeze", "Unsqueeze"):
-                dims = self._squeezed(made, dims, shape, open_front)
-            elif made.op == "Expand":
-                open_front = True
-            elif made.op == "Gather":
-                at = made.number("axis", 0)
-                at = at + len(dims) if at < 0 else at
-                if open_front or not 0 <= at < len(dims) or len(dims) < 3:
-                    raise Unfoldable(f"{made.label} chooses of it in a way that is not understood")
-                count = self._rank(made.inputs[1]) if len(made.inputs) > 1 else None
-                if count is None and at != 0:
-                    raise Unfoldable(f"{made.label} chooses along its dimension {at}")
-                dims[at : at + 1] = [None] * (count or 0)
-                open_front = count is None
-        if len(dims) < -axis:
-            raise Unfoldable(f"its dimensions {list(shape)} are too few")
-        found = dims[axis]
-        if found is None:
-            raise Unfoldable(f"the dimension that is summed over is none of its own {list(shape)}")
-        return found
-
-    def _squeezed(
-        self, made: Made, dims: list[int | None], shape: tuple[int, ...], open_front: bool
-    ) -> list[int | None]:
-        axes = made.ints("axes")
-        if axes is None and len(made.inputs) > 1 and (given := made.inputs[1]) is not None:
-            axes = self._small(given)
-            if axes is None:
-                raise Unfoldable(f"{made.label} takes its axes when it runs")
-        if made.op == "Squeeze" and axes is None:
-            return [at for at in dims if at is not None and shape[at] != 1]
-        if axes is None:
-            raise Unfoldable(f"{made.label} has no axes")
-        if open_front:
-            if axes == [0]:  # of the front
-                return dims
-            raise Unfoldable(f"how many dimensions {made.label} has is not known")
-        rank = len(dims) + (len(axes) if made.op == "Unsqueeze" else 0)
-        places = {at + rank if at < 0 else at for at in axes}
-        if len(places) != len(axes) or not all(0 <= at < rank for at in places) or rank > 64:
-            raise Unfoldable(f"{made.label} does not fit the shape {list(shape)}")
-        if made.op == "Squeeze":
-            return [each for at, each in enumerate(dims) if at not in places]
-        rest = iter(dims)
-        return [None if at in places else next(rest) for at in range(rank)]
-
-    def _rank(self, index: Value | None) -> int | None:
-        """How many dimensions an index has, where that is known."""
-        if index is None:
-            return None
-        index = same(index)
-        if index.stored is not None:
-            return len(index.stored.shape)
-        return index.rank
-
-    def _small(self, value: Value) -> list[int] | None:
-        """The integers of a small constant."""
-        stored = same(value).stored
-        if stored is None or math.prod(stored.shape) > 64 or len(stored.shape) > 1:
-            return None
-        return [int(each) for each in self._stored(stored).reshape(-1).tolist()]
-
     # Names and reasons
 
     def _note(self, kind: str, values: Iterable[Value | None], reason: str) -> None:
@@ -620,7 +375,7 @@ class Factors:
             walked.add(id(value))
             if value.stored is not None:
                 reasons.setdefault(value.stored, reason)
-            elif value.maker is not None and self._state(value) in (_State.CONSTANT, _State.CARRIES):
+            elif value.maker is not None and self.flow.is_weight(value):
                 whole = kind in ("read", "scale")
                 inputs = value.maker.inputs if whole else data_of(value.maker)
                 stack += [same(each) for each in inputs if each is not None]
@@ -629,22 +384,26 @@ class Factors:
     def _refuse(self, made: Made, values: Iterable[Value | None], what: str) -> None:
         advice = "" if made.standard else "; verify the model before it was quantised or optimised"
         for value in values:
-            if value is None or self._state(value) not in (_State.CONSTANT, _State.CARRIES):
+            if value is None or not self.flow.is_weight(value):
                 continue
             if id(same(value)) in self._walked.get("refused", ()):
                 continue
             reason = f"{made.label} {what}{advice}"
             self._note("refused", [value], reason)
-            stored = same(value).stored
-            if stored is None and not any(len(each.shape) > 1 for each in sources_of(value)):
-                try:
-                    shape = self._computed_shape(value) if self._state(value) == _State.CONSTANT else None
-                except Unfoldable:
-                    shape = None
-                if any(math.prod(each.shape) > 1 for each in sources_of(value)) and (
-                    shape is None or _is_matrix(shape)
-                ):
-                    self.refused.setdefault(same(value).name, reason)
+            if same(value).stored is None and self.flow.state(value) == State.CONSTANT:
+                self._refuse_computed(value, reason)
+
+    def _refuse_computed(self, value: Value, reason: str) -> None:
+        """Refuse a matrix under its own name where none of the tensors that it is computed of is one."""
+        sources = list(sources_of(value))
+        if any(_may_weigh(each) for each in sources) or all(math.prod(each.shape) <= 1 for each in sources):
+            return
+        try:
+            shape = self._computed_shape(value)
+        except Unfoldable:
+            shape = None
+        if shape is None or _is_matrix(shape):
+            self.refused.setdefault(same(value).name, reason)
 
     def _name(self) -> None:
         """Give each factor the name of the tensor that it is, or of its own value."""
@@ -666,7 +425,7 @@ class Factors:
         left = self._reasons.get("left", {}) | lookup
         part = {each for chain in self.unpacked.values() for each in (chain.values, chain.codes, chain.table)}
         for stored, reason in refused.items():
-            if _is_matrix(stored.shape) and stored.data_type not in _INDICES and stored.name not in part:
+            if _may_weigh(stored) and stored.name not in part:
                 self.refused[stored.name] = reason
         for name in self.refused:
             self.sites.pop(name, None)
@@ -676,7 +435,7 @@ class Factors:
             explained |= sources
             stored = factor.base.stored
             kept_sparse = stored is not None and (stored.holds is None or name in self.file.sparse)
-            known = all(each.data_type in _FLOATS for each in data) or not data.isdisjoint(lookup)
+            known = all(each.data_type in FLOATS for each in data) or not data.isdisjoint(lookup)
             if is_no_site(name) and not kept_sparse and known:
                 self.left_out[name] = "its name is that of a head, an embedding or a router"
                 del self.sites[name]
@@ -702,7 +461,5 @@ def _is_matrix(shape: Sequence[int]) -> bool:
     return sum(size not in (0, 1) for size in shape) > 1
 
 
-def _at(branch: Sequence[Value], made: Made, output: Value) -> Sequence[Value]:
-    """What a branch of an If gives for one of its outputs."""
-    at = next((at for at, each in enumerate(made.outputs) if each is output), len(branch))
-    return branch[at : at + 1]
+def _may_weigh(stored: Stored) -> bool:
+    return _is_matrix(stored.shape) and stored.data_type not in _INDICES

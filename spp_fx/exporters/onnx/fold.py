@@ -14,7 +14,6 @@ import numpy.typing as npt
 from onnx import TensorProto, checker, defs, helper
 from onnx.reference import ReferenceEvaluator
 
-from spp_fx.errors import FormatError
 from spp_fx.exporters.onnx.values import Made, Stored, Value, same
 
 Array = npt.NDArray[Any]
@@ -31,18 +30,22 @@ _SMALL = 1 << 16
 _MAX_PRODUCT = 1 << 32
 """Multiplications of a product of two constants."""
 
-_UNARY = frozenset(
-    "Abs BitwiseNot Cast CastLike Ceil Clip DequantizeLinear Exp Flatten Floor Identity Log Neg Not "
-    "QuantizeLinear Reciprocal ReduceL1 ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum "
-    "ReduceSumSquare Relu Reshape Round Shape Sigmoid Sign Size Slice Split Sqrt Squeeze Tanh Transpose Trilu "
-    "Unsqueeze".split()
-)
+_UNARY = frozenset({
+    "Abs", "BitwiseNot", "Cast", "CastLike", "Ceil", "Clip", "DequantizeLinear", "Exp", "Flatten", "Floor",
+    "Identity", "Log", "Neg", "Not", "QuantizeLinear", "Reciprocal", "ReduceL1", "ReduceL2", "ReduceMax",
+    "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare", "Relu", "Reshape", "Round",
+    "Shape", "Sigmoid", "Sign", "Size", "Slice", "Split", "Sqrt", "Squeeze", "Tanh", "Transpose", "Trilu",
+    "Unsqueeze",
+})  # fmt: skip
 """Operators whose result is no larger than their first input, once `_check` has looked at the exceptions."""
-BROADCAST = frozenset(
-    "Add And BitShift BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max Min "
-    "Mod Mul Or Pow Sub Sum Where Xor".split()
-)
-_SIZED = frozenset("Concat ConstantOfShape Expand Gather GatherElements MatMul Range Tile".split())
+BROADCAST = frozenset({
+    "Add", "And", "BitShift", "BitwiseAnd", "BitwiseOr", "BitwiseXor", "Div", "Equal", "Greater",
+    "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Min", "Mod", "Mul", "Or", "Pow", "Sub", "Sum", "Where",
+    "Xor",
+})  # fmt: skip
+_SIZED = frozenset({
+    "Concat", "ConstantOfShape", "Expand", "Gather", "GatherElements", "MatMul", "Range", "Tile",
+})  # fmt: skip
 FOLDED = _UNARY | BROADCAST | _SIZED
 QUANTIZE = {f"com.microsoft.{op}": op for op in ("DequantizeLinear", "QuantizeLinear")}
 """Operators of onnxruntime that are ONNX's own, for types that ONNX took later."""
@@ -112,15 +115,18 @@ def sources_of(wanted: Value, *, data_only: bool = False) -> Iterator[Stored]:
         if value.stored is not None:
             yield value.stored
         elif value.maker is not None:
-            stack += [same(each) for each in (data_of(value.maker) if data_only else value.maker.inputs) if each]
+            stack += [
+                same(each) for each in (data_of(value.maker) if data_only else value.maker.inputs) if each
+            ]
             stack += [same(each) for branch in value.maker.branches for each in branch]
 
 
-_DATA_FIRST = frozenset(
-    "Cast CastLike Clip CumSum DequantizeLinear Expand Flatten Gather GatherElements GatherND Identity "
-    "Pad QuantizeLinear ReduceMax ReduceMean ReduceMin ReduceSum Reshape Resize Slice Split Squeeze "
-    "Tile TopK Transpose Trilu Unsqueeze".split()
-)
+_DATA_FIRST = frozenset({
+    "Cast", "CastLike", "Clip", "CumSum", "DequantizeLinear", "Expand", "Flatten", "Gather",
+    "GatherElements", "GatherND", "Identity", "Pad", "QuantizeLinear", "ReduceMax", "ReduceMean",
+    "ReduceMin", "ReduceSum", "Reshape", "Resize", "Slice", "Split", "Squeeze", "Tile", "TopK", "Transpose",
+    "Trilu", "Unsqueeze",
+})  # fmt: skip
 
 
 def data_of(made: Made) -> list[Value | None]:
@@ -167,7 +173,9 @@ def fold(wanted: Value, read: Callable[[Stored], Array]) -> Array:
         size = _checked_size(made, given)
         work += size
         if size > _MAX_GROWTH * limit or work > _MAX_WORK * limit:
-            raise Unfoldable(f"is computed by {made.label}, which makes {size} elements of {limit} at most stored")
+            raise Unfoldable(
+                f"is computed by {made.label}, which makes {size} elements of {limit} at most stored"
+            )
         for value, array in zip(made.outputs, _run(made, given), strict=False):
             arrays[id(value)] = array
         for value in map(_same, made.inputs):
@@ -246,6 +254,8 @@ def _product(sizes: Array) -> int:
 
 
 def _product_size(left: tuple[int, ...], right: tuple[int, ...]) -> int:
+    if len(left) < 1 or len(right) < 1:
+        raise ValueError("a product of a single number")
     rows = left[-2] if len(left) > 1 else 1
     columns = right[-1] if len(right) > 1 else 1
     size = math.prod(np.broadcast_shapes(left[:-2], right[:-2])) * rows * columns
@@ -263,7 +273,9 @@ def _run(made: Made, given: Sequence[Array | None]) -> list[Array]:
     if made.op in QUANTIZE:
         node.domain = ""
     if opset is None or not 1 <= opset <= newest:
-        raise Unfoldable(f"is computed by {made.label} of opset {opset}, the onnx package knows up to {newest}")
+        raise Unfoldable(
+            f"is computed by {made.label} of opset {opset}, the onnx package knows up to {newest}"
+        )
     node.domain = ""
     names = [f"in{at}" if array is not None else "" for at, array in enumerate(given)]
     outputs = [f"out{at}" if name else "" for at, name in enumerate(made.node.output)]
@@ -281,7 +293,7 @@ def _run(made: Made, given: Sequence[Array | None]) -> list[Array]:
     try:
         with np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            results: list[Any] = ReferenceEvaluator(model).run(None, feeds)
+            results = list(ReferenceEvaluator(model).run(None, feeds))
     except _EVALUATION_ERRORS as error:
         told = f"{type(error).__name__}: {error}"[:200]
         raise Unfoldable(f"is computed by {made.label}, which onnx cannot evaluate: {told}") from error

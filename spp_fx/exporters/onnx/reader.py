@@ -31,11 +31,12 @@ _WEIGHT_TYPES = {
     TensorProto.DOUBLE,
     TensorProto.INT8,
 }
-_NARROW = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}
-"""Bits of the types that several elements of share a byte; which of them there are depends on the onnx package."""
 _BITS = {
-    TensorProto.DataType.Value(name): bits for name, bits in _NARROW.items() if name in TensorProto.DataType.keys()
+    number: 4 if "4" in name else 2
+    for name, number in TensorProto.DataType.items()
+    if name in ("INT4", "UINT4", "FLOAT4E2M1", "INT2", "UINT2")
 }
+"""Bits of the types of which a byte holds several elements; which there are depends on the onnx package."""
 
 
 @dataclass(frozen=True)

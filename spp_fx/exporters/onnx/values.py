@@ -21,7 +21,7 @@ from spp_fx.errors import FormatError
 from spp_fx.exporters.onnx.reader import OnnxFile
 from spp_fx.exporters.onnx.unpack import Unpacked
 
-MAX_NODES = 500_000
+MAX_NODES = 200_000
 """Nodes that local functions may grow a graph to: functions that call functions grow without bound."""
 _MAX_CALLS = 64
 _STANDARD = ("", "ai.onnx")
@@ -103,7 +103,9 @@ class Made:
                 try:
                     return helper.get_attribute_value(each)
                 except ValueError as error:
-                    raise FormatError(f"{self.label} ({self.path}): its attribute {name} has no value") from error
+                    raise FormatError(
+                        f"{self.label} ({self.path}): its attribute {name} has no value"
+                    ) from error
         return default
 
     def ints(self, name: str) -> list[int] | None:
@@ -136,7 +138,6 @@ class _Scope:
     opsets: Mapping[str, int]
     parent: "_Scope | None" = None
     attributes: Mapping[str, AttributeProto] | None = None
-    calls: tuple[str, ...] = ()
     values: dict[str, Value] = field(default_factory=dict)
 
     def find(self, name: str) -> Value | None:
@@ -173,6 +174,9 @@ class Values:
     def __post_init__(self) -> None:
         proto = self.file.proto
         self._functions = {_key(each): each for each in proto.functions}
+        grown = self._grown(proto.graph, (), {})
+        if grown > max(MAX_NODES, sum(1 for _ in _nodes_in(proto.graph))):
+            raise FormatError(f"{self.file.path}: its local functions grow to more than {MAX_NODES} nodes")
         scope = _Scope("", {each.domain: each.version for each in proto.opset_import})
         for given in proto.graph.input:
             shaped = given.type.tensor_type.HasField("shape")
@@ -187,6 +191,21 @@ class Values:
         for link in self._later:
             link()
         self.nodes = [made for made in self.nodes if not made.called]
+
+    def _grown(self, body: _Body, calls: tuple[str, ...], known: dict[str, int]) -> int:
+        """How many nodes a body has when the local functions that it calls are put in."""
+        count = 0
+        for node in _nodes_in(body):
+            key = _key(node)
+            count += 1
+            if (function := self._functions.get(key)) is None:
+                continue
+            if key in calls or len(calls) >= _MAX_CALLS:
+                raise FormatError(f"{self.file.path}: the local function {function.name[:200]} calls itself")
+            if key not in known:
+                known[key] = self._grown(function, (*calls, key), known)
+            count += known[key]
+        return count
 
     def _unpacked_shape(self, chain: Unpacked) -> tuple[int, ...]:
         if chain.shape not in self.file.dense:
@@ -236,14 +255,9 @@ class Values:
         version = version if node.domain in _STANDARD else scope.opsets.get(node.domain)
         made = Made(self.file.path, node, op, version, [], [])
         self.nodes.append(made)
-        if len(self.nodes) > max(MAX_NODES, len(self.file.proto.graph.node)):
-            raise FormatError(f"{self.file.path}: its local functions grow to more than {MAX_NODES} nodes")
         for name in node.output:
-            constant = _constant(made) if op == "Constant" else None
-            if constant is not None:
-                value = self._store(scope, name, constant)
-            else:
-                value = Value(name, maker=made)
+            held = _constant(made) if op == "Constant" else None
+            value = Value(name, maker=made) if held is None else self._store(scope, name, held)
             made.outputs.append(value)
             if name:
                 self._put(scope, name, value, taken)
@@ -261,21 +275,18 @@ class Values:
                 made.bodies = True
                 label = made.node.name or (made.node.output[0] if made.node.output else made.op)
                 place = f"{scope.place}{label}.{attribute.name}{index or ''}/"
-                inner = _Scope(place, scope.opsets, scope, scope.attributes, scope.calls)
+                inner = _Scope(place, scope.opsets, scope, scope.attributes)
                 self._bind(made, graph, inner)
                 self._queue.append((graph, inner))
 
     def _call(self, made: Made, function: FunctionProto, scope: _Scope) -> None:
-        key = _key(function)
-        if key in scope.calls or len(scope.calls) >= _MAX_CALLS:
-            raise FormatError(f"{self.file.path}: the local function {function.name[:200]} calls itself")
         given = {each.name: each for each in function.attribute_proto}
         given |= {each.name: each for each in made.node.attribute}
         place = f"{function.name}/"
         if function.attribute or function.attribute_proto:  # its constants may be other ones at each call
             place = f"{scope.place}{made.node.output[0] if made.node.output else ''}.{place}"
         opsets = {each.domain: each.version for each in function.opset_import}
-        inner = _Scope(place, opsets, None, given, (*scope.calls, key))
+        inner = _Scope(place, opsets, None, given)
         for name, value in zip(function.input, made.inputs, strict=False):
             if value is not None:
                 inner.values[name] = Value(value.name, same=value)
@@ -307,7 +318,9 @@ class Values:
                 return
             self._pass_on(made.inputs[:states], graph, 0, 0, inner)
             axes = made.ints("scan_input_axes") or [0] * scanned
-            for given, value, axis in zip(list(graph.input)[states:], made.inputs[states:], axes, strict=False):
+            for given, value, axis in zip(
+                list(graph.input)[states:], made.inputs[states:], axes, strict=False
+            ):
                 node = helper.make_node("Gather", ["", ""], [given.name], axis=axis)
                 slice_of = Made(self.file.path, node, "Gather", made.opset, [value, Value("", rank=0)], [])
                 inner.values[given.name] = Value(given.name, maker=slice_of)
@@ -331,6 +344,16 @@ class Values:
                     state.same = outer
 
         self._later.append(link)
+
+
+def _nodes_in(body: _Body) -> Iterator[NodeProto]:
+    """The nodes of a body and of the graphs inside them."""
+    bodies = [body]
+    for each in bodies:  # grows by the graphs inside its nodes
+        for node in each.node:
+            yield node
+            for attribute in node.attribute:
+                bodies += [attribute.g] if attribute.HasField("g") else attribute.graphs
 
 
 def _found(scope: _Scope, graph: GraphProto) -> Iterator[Value]:

@@ -195,7 +195,7 @@ def _tensor(array: npt.NDArray[Any]) -> Tensor:
     kind = array.dtype.name
     if kind in ("int4", "uint4", "int2", "uint2"):
         return torch.from_numpy(array.astype(np.int8))
-    if kind.startswith(("float4", "float6")):
+    if kind.startswith(("float4_", "float6_")):
         return torch.from_numpy(array.astype(np.float32))
     if not array.flags.writeable or any(step < 0 for step in array.strides):  # the bytes of a protobuf
         array = array.copy()
