@@ -31,6 +31,12 @@ _WEIGHT_TYPES = {
     TensorProto.DOUBLE,
     TensorProto.INT8,
 }
+_BITS = {
+    number: 4 if "4" in name else 2
+    for name, number in TensorProto.DataType.items()
+    if name in ("INT4", "UINT4", "FLOAT4E2M1", "INT2", "UINT2")
+}
+"""Bits of the types of which a byte holds several elements; which there are depends on the onnx package."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,13 @@ class OnnxFile:
             return _read_sparse(self.path, where, self.sparse[name]).dense()
         return _read(self.path, where, self.dense[name])
 
+    def read_stored(self, name: str, stored: TensorProto | onnx.SparseTensorProto) -> npt.NDArray[Any]:
+        """As `read`, of a tensor wherever the file has it: in a subgraph, a local function, a Constant node."""
+        where = f"{name} ({self.path})"
+        if isinstance(stored, onnx.SparseTensorProto):
+            return _read_sparse(self.path, where, stored).dense()
+        return _read(self.path, where, stored)
+
     def is_weight(self, name: str) -> bool:
         """Whether an initializer has two dimensions or more and a type that weights have."""
         tensor = self.dense.get(name)
@@ -155,21 +168,37 @@ def load_model(path: Path) -> onnx.ModelProto:
         raise FormatError(f"{path}: not an ONNX model: {error}") from error
     if model.ir_version <= 0 or not model.HasField("graph"):
         raise FormatError(f"{path}: not an ONNX model: it holds no graph")
-    if not all(isinstance(text, str) for text in _texts(model.graph)):
+    if not all(isinstance(text, str) for text in _texts(model)):
         raise FormatError(f"{path}: not an ONNX model: a name in it is not UTF-8; get it again")
     return model
 
 
-def _texts(graph: onnx.GraphProto) -> Iterator[object]:
+def _texts(model: onnx.ModelProto) -> Iterator[object]:
     """Every text that is looked at later: protobuf gives those that are not UTF-8 out as bytes."""
-    for node in graph.node:
-        yield from (node.op_type, node.name, node.domain, *node.input, *node.output)
-        yield from (attribute.name for attribute in node.attribute)
-    sparse = [part for each in graph.sparse_initializer for part in (each.values, each.indices)]
-    for tensor in (*graph.initializer, *sparse):
-        yield tensor.name
-        for entry in tensor.external_data:
-            yield from (entry.key, entry.value)
+    for entry in (*model.opset_import, *(each for f in model.functions for each in f.opset_import)):
+        yield entry.domain
+    for function in model.functions:
+        yield from (function.name, function.domain, *function.input, *function.output, *function.attribute)
+    bodies = [model.graph, *model.functions]
+    for body in bodies:  # grows by the graphs inside its nodes
+        tensors: list[TensorProto] = []
+        sparse: list[onnx.SparseTensorProto] = []
+        if isinstance(body, onnx.GraphProto):
+            tensors += body.initializer
+            sparse += body.sparse_initializer
+            yield from (value.name for value in (*body.input, *body.output))
+        for node in body.node:
+            yield from (node.op_type, node.name, node.domain, *node.input, *node.output)
+            for attribute in node.attribute:
+                yield from (attribute.name, attribute.ref_attr_name)
+                bodies += [*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs]
+                tensors += [attribute.t] if attribute.HasField("t") else []
+                sparse += [attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []
+        tensors += [part for each in sparse for part in (each.values, each.indices)]
+        for tensor in tensors:
+            yield tensor.name
+            for entry in tensor.external_data:
+                yield from (entry.key, entry.value)
 
 
 def _entries(path: Path) -> Iterator[tuple[str, TensorProto | onnx.SparseTensorProto]]:
@@ -243,6 +272,8 @@ def _read(path: Path, where: str, tensor: TensorProto) -> npt.NDArray[Any]:
     if tensor.HasField("segment"):
         raise FormatError(f"{where}: is one segment of a tensor, which no runtime takes")
     count = math.prod(dims)
+    if tensor.data_type in _BITS:
+        return _read_narrow(path, where, tensor, count)
     if tensor.data_location == TensorProto.EXTERNAL:
         return _read_external(path, where, tensor, dtype, count).reshape(dims)
     if tensor.HasField("raw_data"):
@@ -256,6 +287,25 @@ def _read(path: Path, where: str, tensor: TensorProto) -> npt.NDArray[Any]:
         return onnx.numpy_helper.to_array(tensor)
     except (ValueError, TypeError) as error:
         raise FormatError(f"{where}: the data does not fit the shape {dims}: {error}") from error
+
+
+def _read_narrow(path: Path, where: str, tensor: TensorProto, count: int) -> npt.NDArray[Any]:
+    """A tensor several elements of which share a byte; onnx unpacks it."""
+    needed = -(-count * _BITS[tensor.data_type] // 8)
+    packed = tensor
+    if tensor.data_location == TensorProto.EXTERNAL:
+        data = _read_external(path, where, tensor, np.dtype(np.uint8), needed).tobytes()
+        packed = TensorProto(dims=tensor.dims, data_type=tensor.data_type, raw_data=data)
+    elif tensor.HasField("raw_data") and len(tensor.raw_data) != needed:
+        raise FormatError(
+            f"{where}: {len(tensor.raw_data)} bytes of data, the shape {list(tensor.dims)} needs {needed}"
+        )
+    elif not tensor.HasField("raw_data") and len(tensor.int32_data) > needed:  # each is one byte
+        raise FormatError(f"{where}: {len(tensor.int32_data)} numbers are too many for {list(tensor.dims)}")
+    try:
+        return onnx.numpy_helper.to_array(packed)
+    except (ValueError, TypeError) as error:
+        raise FormatError(f"{where}: the data does not fit the shape {list(tensor.dims)}: {error}") from error
 
 
 def _read_external(

@@ -7,18 +7,19 @@ manifest says which part of the graph each stored tensor is, and the weights com
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from onnx import TensorProto
+from onnx import SparseTensorProto, TensorProto
 from torch import Tensor
 
 from spp_fx.errors import FormatError
 from spp_fx.exporters.manifest import MANIFEST, Manifest, Part, read_manifest
-from spp_fx.exporters.onnx.factors import find_factors
+from spp_fx.exporters.onnx.factors import Factors
 from spp_fx.exporters.onnx.reader import OnnxFile
 from spp_fx.exporters.onnx.unpack import Unpacked, find_unpacked, unpack
 from spp_fx.exporters.registry import Weights
@@ -26,8 +27,6 @@ from spp_fx.sparsity import Scan, scan_tensor
 
 GRAPH = "model.onnx"
 FORMATS = ("onnx", "onnx-packed", "onnx-dense")
-NO_SITE = ("lm_head", "wte", "wpe", "word_embeddings", "router", "gate")
-"""Modules whose matrices are no sites, beside those that begin with embed, for graphs without a manifest."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,15 @@ class GraphWeights:
         file = OnnxFile(path)
         return cls(file, find_unpacked(file))
 
+    @cached_property
+    def factors(self) -> Factors:
+        """What the products of the graph do with its weights.
+
+        Raises:
+            FormatError: the graph is damaged.
+        """
+        return Factors(self.file, self.computed)
+
     @property
     def names(self) -> list[str]:
         parts = {name for each in self.computed.values() for name in (each.values, each.codes, each.table)}
@@ -50,22 +58,48 @@ class GraphWeights:
 
     def place(self, name: str) -> str:
         """The file that holds a weight's numbers, as the graph names it: the graph itself, or one beside it."""
+        tensor = self._holder(name)
+        if tensor is None or tensor.data_location != TensorProto.EXTERNAL:
+            return self.file.path.name
+        location = {each.key: each.value for each in tensor.external_data}.get("location", "")
+        return PurePosixPath(location).as_posix()
+
+    def _holder(self, name: str) -> TensorProto | None:
         chain = self.computed.get(name)
         stored = chain.values if chain else name
-        sparse = self.file.sparse.get(stored)
-        tensor = sparse.values if sparse else self.file.dense[stored]
-        if tensor.data_location != TensorProto.EXTERNAL:
-            return self.file.path.name
-        return PurePosixPath({each.key: each.value for each in tensor.external_data}["location"]).as_posix()
+        holds = self.file.sparse.get(stored) or self.file.dense.get(stored)
+        if holds is None and (source := self.factors.stored_of(name)) is not None:
+            holds = source.holds
+        return holds.values if isinstance(holds, SparseTensorProto) else holds
 
     def read(self, name: str) -> Tensor:
         """A weight's numbers, in the shape that the graph has it in."""
         chain = self.computed.get(name)
         return _tensor(unpack(self.file, chain) if chain else self.file.read(name))
 
+    def scan(self, name: str, transposed: bool) -> Scan:
+        """Look at a weight; how a factor of a product is stored is for the product to say.
+
+        Raises:
+            FormatError: it is damaged, or not a matrix or a stack of such; names it and the file.
+        """
+        factor = self.factors.sites.get(name)
+        try:
+            if factor is None:
+                return scan_tensor(self.read(name), transposed=transposed)
+            return scan_tensor(_tensor(self.factors.read(name)), transposed=factor.transposed)
+        except (FormatError, TypeError) as error:  # torch has not every type that numpy has
+            where = f"{name} ({self.file.path})"
+            if str(error).startswith(where):
+                raise
+            raise FormatError(f"{where}: {error}") from error
+
 
 def read(folder: Path, manifest: Manifest) -> Weights:
     """The weights of an export's graph, under the names that the model's files have for them.
+
+    Factors of products that the manifest does not name are `unread`, or `refused` where they cannot be looked
+    at, under the graph's names, which are the loaded model's.
 
     Raises:
         FormatError: the graph is damaged, or holds no tensor that the manifest names.
@@ -96,7 +130,25 @@ def read(folder: Path, manifest: Manifest) -> Weights:
     sites = {record.name: record.transposed for record in manifest.tensors}
     taken = {part.initializer for part in parts.values()}
     names = frozenset(parts) | (known - taken)
-    return Weights(names, scan, file, lambda: sites)
+
+    def others(of: Mapping[str, str]) -> Mapping[str, str]:
+        return {name: reason for name, reason in of.items() if name not in taken}
+
+    def unread() -> Mapping[str, str]:
+        """What no one names: its products are those of the model, whose configuration may know more of them."""
+        unnamed = [name for name in graph.factors.sites if not graph.factors.tensors_of(name) <= taken]
+        reason = f"a product multiplies by it, {MANIFEST} does not name it"
+        return others(dict.fromkeys(unnamed, reason) | graph.factors.unread)
+
+    return Weights(
+        names,
+        scan,
+        file,
+        lambda: sites,
+        refused=lambda: others(graph.factors.refused),
+        left_out=lambda: others(graph.factors.left_out),
+        unread=unread,
+    )
 
 
 def read_graph(path: Path) -> Weights:
@@ -111,22 +163,19 @@ def read_graph(path: Path) -> Weights:
         if manifest.format in FORMATS:
             return read(path.parent, manifest)
     graph = GraphWeights.open(path)
-    factors = dict(find_factors(graph.file.proto, set(graph.names)))
-
-    def scan(name: str, transposed: bool) -> Scan:
-        # How a weight is stored is for the product that reads it to say: the lock has it of the model's file.
-        return scan_tensor(graph.read(name), transposed=factors.get(name, transposed))
-
-    def sites() -> Mapping[str, bool]:
-        packed = dict.fromkeys([*graph.file.sparse, *graph.computed], False)
-        return packed | {n: turned for n, turned in factors.items() if n in packed or not _is_no_site(n)}
-
-    return Weights(frozenset(graph.names), scan, graph.place, sites, guessed=True)
-
-
-def _is_no_site(name: str) -> bool:
-    """Whether a graph's name is that of an embedding, a router or the head, as far as names tell."""
-    return any(word in NO_SITE or word.startswith("embed") for word in name.split("."))
+    found = graph.factors
+    packed = [name for name in (*graph.file.sparse, *graph.computed) if name not in found.refused]
+    sites = dict.fromkeys(packed, False) | {name: each.transposed for name, each in found.sites.items()}
+    return Weights(
+        frozenset(graph.names) | sites.keys(),
+        graph.scan,
+        graph.place,
+        lambda: sites,
+        refused=lambda: found.refused,
+        left_out=lambda: found.left_out,
+        unread=lambda: {name: reason for name, reason in found.unread.items() if name not in sites},
+        guessed=True,
+    )
 
 
 def _cut(weight: Tensor, part: Part, where: str) -> Tensor:
@@ -142,9 +191,16 @@ def _cut(weight: Tensor, part: Part, where: str) -> Tensor:
 
 
 def _tensor(array: npt.NDArray[Any]) -> Tensor:
-    """A torch tensor of an array; numpy has bfloat16 only through ml_dtypes."""
-    if not array.flags.writeable:  # the bytes of a protobuf
+    """A torch tensor of an array; what numpy has only through ml_dtypes is viewed, or widened where it is narrow."""
+    kind = array.dtype.name
+    if kind in ("int4", "uint4", "int2", "uint2"):
+        return torch.from_numpy(array.astype(np.int8))
+    if kind.startswith(("float4_", "float6_")):
+        return torch.from_numpy(array.astype(np.float32))
+    if not array.flags.writeable or any(step < 0 for step in array.strides):  # the bytes of a protobuf
         array = array.copy()
-    if array.dtype.name == "bfloat16":
+    if kind == "bfloat16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    if kind.startswith("float8_") and isinstance(dtype := getattr(torch, kind, None), torch.dtype):
+        return torch.from_numpy(array.view(np.uint8)).view(dtype)
     return torch.from_numpy(array)
