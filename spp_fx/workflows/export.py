@@ -15,7 +15,7 @@ from spp_fx.exporters.manifest import Manifest, add_file, read_manifest
 from spp_fx.exporters.source import ROUND_TO
 from spp_fx.sparsity import LOCK_NAME, load_lock, lock_beside
 from spp_fx.workflows import provenance
-from spp_fx.workflows.lock import make_lock
+from spp_fx.workflows.lock import make_lock, nothing_sparse
 from spp_fx.workflows.survey import Tick, no_tick, open_model, survey
 from spp_fx.workflows.verify import verify
 
@@ -157,7 +157,7 @@ def open_source(model: Path, *, trust_remote_code: bool = False, any_config: boo
                 raise MaskError(f"{model}: {faults[0]}; export only what verifies")
         return Source(folder, own, trust_remote_code)
     found = survey(model, trust_remote_code=trust_remote_code, any_config=any_config)
-    lock = make_lock(found).lock
-    if not lock.sites:
-        raise UsageError(f"{model}: is dense, there is nothing sparse to export; see 'spp-fx prune'")
-    return Source(folder, lock, trust_remote_code)
+    made = make_lock(found)
+    if not made.lock.sites:
+        raise nothing_sparse(model, made)
+    return Source(folder, made.lock, trust_remote_code)

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,6 @@ from spp_fx.workflows import provenance
 if TYPE_CHECKING:
     from spp_fx.workflows.survey import Survey
 
-_DENSE = "dense"
 _PARTS = {"export.json": "an export", "adapter_config.json": "an adapter"}
 """Folders whose lock is a part of them: by the file that marks them."""
 
@@ -50,10 +49,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Made:
-    """A lock, and why each other weight is not in it."""
+    """A lock, why each other weight is not in it, and which of those are sites that could not be read."""
 
     lock: Lock
     left_out: dict[str, str]
+    unreadable: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def lock(
                 say(note)
             made = make_lock(found, pattern=asked, targets=targets, tick=tick)
         if not made.lock.sites:
-            raise _nothing_sparse(model, made)
+            raise nothing_sparse(model, made)
         temporary.write_text(made.lock.dumps())
         if found is not None and target.resolve() == beside.resolve():
             # Before the lock has its name: one that is there without its history would have to be forced.
@@ -200,14 +200,17 @@ def make_lock(
         sites = [name for name, site in found.program.sites.items() if site.tied_to is None or name in own]
         left_out = {name: reason for name, reason in left_out.items() if name not in sites}
     candidates: list[Candidate] = []
+    unreadable: list[str] = []
     for site in sites:
         if site not in found.pieces:
             left_out[site] = found.binding.refused[site]
+            unreadable.append(site)
             continue
         for tensor, piece in tensors_of(found.pieces[site]).items():
             shard, info = found.folder.info(tensor)
             if (reason := _uncounted(info.dtype)) is not None:
                 left_out[tensor] = reason
+                unreadable.append(tensor)
                 continue
 
             def scan(tensor: str = tensor, transposed: bool = piece.transposed) -> Scan:
@@ -215,7 +218,7 @@ def make_lock(
 
             kind = found.program.sites[site].kind
             candidates.append(Candidate(tensor, kind, piece.transposed, shard.name, info.nbytes, scan))
-    return _lock(candidates, pattern, left_out, tick)
+    return replace(_lock(candidates, pattern, left_out, tick), unreadable=tuple(unreadable))
 
 
 def _lock_file(path: Path, pattern: Pattern | None, targets: Sequence[str], tick: Tick) -> Made:
@@ -295,7 +298,7 @@ def _entry(candidate: Candidate, asked: Pattern | None) -> LockEntry | str:
     if asked is None:
         pattern = detect_pattern(mask)
         if pattern is None:
-            return f"{_DENSE}, {mask.sparsity:.1%} zeros"
+            return f"dense, {mask.sparsity:.1%} zeros"
         return make_entry(candidate.name, candidate.kind, mask, pattern, candidate.transposed)
     try:
         violations = scan_bits(mask, asked)
@@ -309,16 +312,18 @@ def _entry(candidate: Candidate, asked: Pattern | None) -> LockEntry | str:
     return make_entry(candidate.name, candidate.kind, mask, asked, candidate.transposed)
 
 
-def _nothing_sparse(model: Path, made: Made) -> PatternError:
-    """That no weight is sparse, or that none could be looked at, which is another thing."""
-    dense = [name for name, reason in made.left_out.items() if reason.startswith(_DENSE)]
-    if dense:
+def nothing_sparse(model: Path, made: Made) -> PatternError:
+    """That every weight is dense, or that weights could not be read, which is another thing."""
+    if made.unreadable:
+        name = made.unreadable[0]
         return PatternError(
-            f"{model}: is dense: none of {len(dense)} weights has a share of zeros to keep; "
-            "prune it first: spp-fx prune MODEL -o OUT --pattern 2:4"
+            f"{model}: holds no sparse weight that can be read, and {len(made.unreadable)} weights cannot be "
+            f"(first: {name}: {made.left_out[name]})"
         )
-    reasons = "; ".join(dict.fromkeys(made.left_out.values())) or "it has no matrices"
-    return PatternError(f"{model}: has no weight that could be looked at: {reasons}")
+    return PatternError(
+        f"{model}: is dense: none of {len(made.left_out)} weights has a share of zeros to keep; "
+        "prune it first: spp-fx prune MODEL -o OUT --pattern 2:4"
+    )
 
 
 def _known(target: Path, say: Callable[[str], None]) -> Lock | None:
