@@ -53,13 +53,29 @@ class Survey:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the reader should know before sites are treated."""
-        if self.program.untraced is None:
-            return self.folder.notes
-        return (
-            *self.folder.notes,
-            f"{self.folder.path}: {self.program.untraced}; so its sites are the linears among its modules, and "
-            "train, eval and pruning by inputs do not take it",
-        )
+        notes = list(self.folder.notes)
+        if self.folder.shards and (missing := self._missing()):
+            notes.append(
+                f"{self.folder.path}: holds nothing for {len(missing)} parameters (first: {missing[0]}); "
+                "transformers would fill them with random numbers"
+            )
+        if self.program.untraced is not None:
+            notes.append(
+                f"{self.folder.path}: {self.program.untraced}; so its sites are the linears among its modules, and "
+                "train, eval and pruning by inputs do not take it"
+            )
+        return tuple(notes)
+
+    def _missing(self) -> list[str]:
+        """Parameters of which nothing is stored, under none of their names."""
+        first = self.program.tied
+        stored = {first.get(name, name) for name in self.pieces}
+        names = (name for name, _ in self.program.named_parameters())
+        return [
+            name
+            for name in names
+            if self.binding.refused.get(name) == NOT_STORED and first.get(name, name) not in stored
+        ]
 
 
 def survey(
