@@ -116,9 +116,7 @@ class Program(nn.Module):
         logits: Tensor = self.root(input_ids, attention_mask)
         if labels is None:
             return CausalLMOutput(logits=logits)  # type: ignore[arg-type]
-        loss = self.loss_function(
-            logits=logits, labels=labels, vocab_size=self.vocabulary, **loss_kwargs
-        )
+        loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocabulary, **loss_kwargs)
         return CausalLMOutput(loss=loss, logits=logits)  # type: ignore[arg-type]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -173,7 +171,8 @@ class Program(nn.Module):
     @property
     def positions(self) -> int | None:
         """How many positions the model was made for, if its configuration says so."""
-        return getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        said = getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return said if said and said > 0 else None  # XLNet says -1
 
     @property
     def device(self) -> torch.device:
