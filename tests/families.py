@@ -6,6 +6,9 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
+    Gemma3Config,
+    Gemma4Config,
+    GotOcr2Config,
     GPT2Config,
     GptOssConfig,
     LlamaConfig,
@@ -36,6 +39,41 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     ),
 }
 REQUIRED = ("llama", "gpt2", "falcon", "mixtral")
+
+
+_TEXT = SMALL | {
+    "intermediate_size": 64,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 48,
+}
+_VISION = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 14}
+
+# Causal language models that see images, too: the sizes of their text stand in a configuration of its own.
+MULTIMODAL: dict[str, Callable[[], PretrainedConfig]] = {
+    "gemma3": lambda: Gemma3Config(
+        text_config=_TEXT,
+        vision_config=_VISION | {"intermediate_size": 16, "image_size": 28},
+        mm_tokens_per_image=4,
+        image_token_index=VOCABULARY - 1,
+        boi_token_index=VOCABULARY - 2,
+        eoi_token_index=VOCABULARY - 3,
+    ),
+    "gemma4": lambda: Gemma4Config(
+        text_config=_TEXT
+        | {
+            "vocab_size_per_layer_input": VOCABULARY,
+            "hidden_size_per_layer_input": 8,
+            "num_kv_shared_layers": 0,
+        },
+        vision_config=None,
+        audio_config=None,
+    ),
+    "got_ocr2": lambda: GotOcr2Config(
+        text_config=_TEXT | {"model_type": "qwen2"},
+        vision_config=_VISION | {"output_channels": 8, "image_size": 56, "mlp_dim": 16},
+    ),
+}
 
 
 def make_model(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:

@@ -176,7 +176,8 @@ class Program(nn.Module):
     @property
     def positions(self) -> int | None:
         """How many positions the model was made for, if its configuration says so."""
-        return getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        said = getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return said if said and said > 0 else None  # XLNet says -1
 
     @property
     def device(self) -> torch.device:

@@ -334,7 +334,7 @@ def _to_meta(tensor: Tensor) -> Tensor:
 
 def _with_generated_code(module: nn.Module) -> fx.GraphModule:
     """An unflattened tree, whose modules interpret their graphs, as graph modules that run generated code."""
-    tables: tuple[dict[str, Any], ...] = (module._modules, module._parameters, module._buffers)
+    tables = _tables(module)
     for table in tables:
         for name in list(table):
             table[shown(name)] = table.pop(name)
@@ -358,9 +358,13 @@ def _with_generated_code(module: nn.Module) -> fx.GraphModule:
             node.args = (node.args[0][0],)
     result = fx.GraphModule(module, graph, class_name="Graph")
     # GraphModule takes only what its graph names; containers and unused parameters belong to the tree too.
-    for own, theirs in zip((result._modules, result._parameters, result._buffers), tables, strict=True):
+    for own, theirs in zip(_tables(result), tables, strict=True):
         own.update(theirs)
     return result
+
+
+def _tables(module: nn.Module) -> list[dict[str, Any]]:
+    return [cast("dict[str, Any]", t) for t in (module._modules, module._parameters, module._buffers)]
 
 
 def _rehearse(program: Program, model: PreTrainedModel) -> None:
@@ -381,7 +385,7 @@ def _rehearse(program: Program, model: PreTrainedModel) -> None:
     switched = any(n.target == "training" for _, graph in program.graphs() for n in graph.graph.nodes)
     for training in (False, True) if switched else (False,):
         try:
-            with mode, torch.no_grad():
+            with mode, _quiet(), torch.no_grad():
                 ids = torch.zeros(batch, sequence, dtype=torch.int64, device=program.device)
                 program.train(training)
                 logits = functional_call(program, stand_ins, (ids, torch.ones_like(ids))).logits

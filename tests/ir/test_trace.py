@@ -1,29 +1,39 @@
 """A traced program is the model: same numbers to the bit, same names, same parameters, no copies."""
 
 import copy
+import pickle
+import re
 import subprocess
 import sys
+from collections import deque
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     LlamaModel,
+    Phi3Config,
     PreTrainedModel,
+    RobertaConfig,
+    RoFormerConfig,
     T5Config,
     T5ForConditionalGeneration,
 )
 
 from spp_fx.errors import SppFxError, UsageError
+from spp_fx.exporters.onnx.trace import cached_signature
 from spp_fx.ir.model import load_model, meta_model
+from spp_fx.ir.printer import print_program
 from spp_fx.ir.program import Program
 from spp_fx.ir.trace import trace
-from spp_fx.passes import Canonicalize
-from tests.families import FAMILIES, VOCABULARY, batch, make_model
+from spp_fx.passes import Canonicalize, parse_pipeline, run_pipeline
+from tests.families import FAMILIES, MULTIMODAL, SMALL, VOCABULARY, batch, make_model
 
 
 @cache
@@ -208,6 +218,135 @@ def test_tracing_leaves_the_model_as_it_was():
     assert all(p.device.type == "cpu" and p.requires_grad for p in model.parameters())
 
 
+def contents(value, path="model", found=None, seen=None):
+    """Everything that hangs on an object, flat: identities, items in order, bytes of tensors."""
+    found, seen = ({}, {}) if found is None else (found, seen)
+    if id(value) in seen:
+        found[path] = seen[id(value)]
+        return found
+    seen[id(value)] = path
+    if isinstance(value, torch.Tensor):
+        real = type(value) in (torch.Tensor, nn.Parameter)
+        data = value.detach().reshape(-1).view(torch.uint8).tolist() if real else None
+        found[path] = (id(value), type(value), value.requires_grad, value.shape, data)
+    elif isinstance(value, nn.Module) or (
+        hasattr(value, "__dict__") and not isinstance(value, type) and not callable(value)
+    ):
+        found[path] = id(value)
+        contents(vars(value), f"{path}.", found, seen)
+    elif isinstance(value, dict):
+        found[path] = (id(value), list(value))
+        for key, item in value.items():
+            contents(item, f"{path}{key}", found, seen)
+    elif isinstance(value, list | tuple | deque):
+        found[path] = (id(value), len(value))
+        for position, item in enumerate(value):
+            contents(item, f"{path}[{position}]", found, seen)
+    else:
+        found[path] = set(value) if isinstance(value, set) else value
+    return found
+
+
+def generated(program: Program) -> str:
+    return print_program(program) + "".join(graph.code for _, graph in program.graphs())
+
+
+def longrope(**options) -> PreTrainedModel:
+    """As Phi-3 with 128k: other frequencies for sequences of more than 16 tokens, picked in the forward."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 16}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0]}
+    sizes = {"intermediate_size": 64, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    config = Phi3Config(
+        **SMALL | {"num_hidden_layers": 1}, **sizes, pad_token_id=0, rope_parameters=rope, **options
+    )
+    config.original_max_position_embeddings = 16
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def dynamic_ntk() -> PreTrainedModel:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    config = LlamaConfig(**SMALL, intermediate_size=64, max_position_embeddings=16, rope_parameters=rope)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+class Remembering(LlamaForCausalLM):
+    """Writes wherever a forward can write."""
+
+    def __init__(self, config, *, fails=False):
+        super().__init__(config)
+        self.fails, self.calls, self.last = fails, 0, None
+        self.seen, self.sizes, self.kinds, self.recent = [], {}, {"a"}, deque([1], maxlen=2)
+        self.nested = {"list": [[]], "state": SimpleNamespace(count=0)}
+        self.mask = torch.ones(3, 3)
+        self.register_buffer("steps", torch.zeros(2), persistent=False)
+        self.config.told = {"length": 0}
+
+    def forward(self, input_ids, attention_mask=None, **kwargs):
+        self.calls += 1
+        self.last = input_ids
+        self.new = input_ids * 2
+        self.seen.append(input_ids)
+        self.sizes[input_ids.shape[1]] = input_ids
+        self.kinds.add("b")
+        self.recent.append(input_ids)
+        self.nested["list"][0].append(input_ids)
+        self.mask.mul_(2)
+        self.steps.add_(1)
+        self.model.layers[0].mlp.cached = input_ids
+        self.model.norm.register_buffer("late", torch.zeros(1))
+        self.config.told["length"] = input_ids.shape[1]
+        self.config.use_cache = "told"
+        self.model.norm.register_forward_pre_hook(lambda *_: None)
+        if self.fails:
+            raise ValueError("it gives up")
+        return super().forward(input_ids, attention_mask, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        longrope,
+        lambda: longrope(attention_dropout=0.1),
+        dynamic_ntk,
+        lambda: Remembering(FAMILIES["llama"]()),
+        lambda: Remembering(FAMILIES["llama"](), fails=True),
+    ],
+    ids=["longrope", "longrope-dropout", "dynamic", "remembering", "failing"],
+)
+def test_every_attribute_is_as_before_and_a_second_trace_is_the_first(make):
+    model = make()
+    before = contents(model)
+    told = []
+    for _ in range(2):
+        try:
+            told.append(generated(trace(model)))
+        except SppFxError as error:
+            told.append(str(error))
+    after = contents(model)
+    assert list(after) == list(before)
+    assert after == before
+    assert told[0] == told[1]
+
+
+@torch.no_grad()
+def test_longrope_computes_what_the_model_computes_on_both_sides_of_its_original_length():
+    model = longrope()
+    program = trace(model)
+    for length in (12, 50, 16, 17, 3, 64):
+        ids = batch(2, length)
+        assert torch.equal(program(ids).logits, model(ids, attention_mask=torch.ones_like(ids)).logits), (
+            length
+        )
+
+
+def test_an_export_with_a_cache_leaves_the_model_as_it_was_too():
+    model = longrope()
+    before = contents(model)
+    assert len(cached_signature(model).outputs) == 1 + 2
+    assert contents(model) == before
+
+
 def test_a_forward_that_was_put_on_the_instance_stays():
     model = make_model("llama")
     calls = []
@@ -233,6 +372,53 @@ def test_a_failed_trace_says_why_and_leaves_the_model_as_it_was():
     assert "forward" not in model.__dict__
     assert model.training
     assert all(module.training for module in model.modules())
+
+
+class WithTable(LlamaForCausalLM):
+    """Looks positions up in a table of 64."""
+
+    def forward(self, input_ids, attention_mask=None, **kwargs):
+        table = torch.zeros(64)
+        out = super().forward(input_ids, attention_mask, **kwargs)
+        out.logits = out.logits + table[: input_ids.shape[1]].view(1, input_ids.shape[1], 1)
+        return out
+
+
+class WithImages(LlamaForCausalLM):
+    def forward(self, input_ids, attention_mask=None, pixel_values=None, **kwargs):
+        if pixel_values is None:
+            raise ValueError("pixel_values are needed")
+        return super().forward(input_ids, attention_mask, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (
+            lambda: Unexportable(FAMILIES["llama"]()),
+            r"data-dependent .*test_trace\.py:\d+, if input_ids\.sum\(\) > 3",
+        ),
+        (
+            lambda: WithTable(FAMILIES["llama"]()),
+            r"Constraints violated.* <= 64; Suggested fixes: sequence = Dim",
+        ),
+        (
+            lambda: WithImages(FAMILIES["llama"]()),
+            r"says: pixel_values are needed \(at .*test_trace\.py:\d+, raise V",
+        ),
+        (dynamic_ntk, r"data-dependent .*modeling_rope_utils\.py:\d+, if seq_len > max_seq_len_cached"),
+    ],
+    ids=["data", "sizes", "inputs", "dynamic"],
+)
+def test_a_refusal_names_reason_fix_and_place_in_one_line_and_prints_nothing(make, said, capfd):
+    with pytest.raises(SppFxError) as raised:
+        trace(make())
+    message = str(raised.value)
+    assert re.search(said, message), message
+    assert "\\n" not in message
+    assert len(message) < 1000
+    assert "TORCH_LOGS" not in message
+    assert capfd.readouterr() == ("", "")
 
 
 T5 = T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
@@ -372,3 +558,100 @@ def test_code_that_goes_another_way_for_long_sequences_is_refused(longest):
     model.forward = forward
     with pytest.raises(SppFxError, match="LlamaForCausalLM cannot be traced"):
         trace(model)
+
+
+SELF = {"is_decoder": True, "pad_token_id": 1, "intermediate_size": 64, "max_position_embeddings": 70}
+
+
+def assert_trains_like(model: PreTrainedModel, program: Program) -> None:
+    """Logits to the bit in both modes, and a gradient for every factor after inject and lower; also when pickled."""
+    ids = batch() % 80 + 10
+    ones = torch.ones_like(ids)
+    assert program.state_dict().keys() == model.state_dict().keys()
+    for training in (True, False):
+        program.train(training)
+        model.train(training)
+        logits = []
+        for one in (program, model, pickle.loads(pickle.dumps(program))):
+            torch.manual_seed(1)
+            logits.append(one(input_ids=ids, attention_mask=ones).logits)
+        assert torch.equal(logits[0], logits[1])
+        assert torch.equal(logits[0], logits[2])
+    run_pipeline(program, parse_pipeline("canonicalize,match{dense=true},inject{rank=4},lower{kernel=fused}"))
+    program.train()(ids, labels=ids).loss.backward()
+    factors = [p for p in program.parameters() if p.requires_grad]
+    assert program.adapters
+    assert len(factors) == 2 * len(program.adapters)
+    assert all(p.grad is not None for p in factors)
+
+
+@pytest.mark.parametrize("config", [RobertaConfig, RoFormerConfig])
+def test_a_module_called_self_is_traced_and_trained(config):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config(**SMALL | {"num_hidden_layers": 1}, **SELF)).eval()
+    assert any(name.endswith("attention.self") for name, _ in model.named_modules())
+    assert_trains_like(model, trace(model))
+
+
+class Named(LlamaForCausalLM):
+    """Has linears of given names in a ModuleDict, which takes more names than an attribute can have."""
+
+    def __init__(self, config, names):
+        super().__init__(config)
+        self.model.norm = nn.Sequential(self.model.norm, Sum({name: nn.Linear(32, 32) for name in names}))
+
+
+class Sum(nn.ModuleDict):
+    def forward(self, hidden):
+        for module in self.values():
+            hidden = hidden + nn.functional.dropout(module(hidden), 0.1, self.training)
+        return hidden
+
+
+def named(*names: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return Named(
+        LlamaConfig(**SMALL | {"num_hidden_layers": 1}, intermediate_size=64, attention_dropout=0.1), names
+    ).eval()
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("self", "self_1", "forward_"),
+        ("in", "class", "None"),
+        ("print", "len", "output", "class_", "input", "x_1"),
+        ("inf", "nan", "torch", "device", "operator", "getattr"),
+    ],
+    ids=lambda names: names[0],
+)
+def test_modules_may_be_called_as_anything_in_python_is(names):
+    model = named(*names)
+    assert_trains_like(model, trace(model))
+
+
+@pytest.mark.parametrize("name", ["graph", "code", "meta", "arg_names"])
+def test_a_name_that_torch_fx_keeps_for_itself_is_refused(name):
+    with pytest.raises(
+        SppFxError, match=rf"keeps the name '{name}' for itself, and model\.norm\.1\.{name} has it"
+    ):
+        trace(named(name))
+
+
+def test_a_program_that_does_not_run_is_not_called_traced(monkeypatch, capfd):
+    monkeypatch.setattr("spp_fx.ir.trace.spell", lambda graph: graph)
+    with pytest.raises(SppFxError, match=r"^Named cannot be traced: .* what it exports does not run: 'FakeT"):
+        trace(named("self"))
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("family", MULTIMODAL)
+@torch.no_grad()
+def test_a_model_whose_sizes_stand_in_its_text_configuration(family):
+    model = AutoModelForCausalLM.from_config(MULTIMODAL[family]()).eval()
+    program, ids = trace(model), batch() % 90
+    assert (program.vocabulary, program.positions) == (VOCABULARY, 48)
+    wanted = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
+    got = program(ids, labels=ids)
+    assert torch.equal(got.logits, wanted.logits)
+    torch.testing.assert_close(got.loss, wanted.loss)

@@ -1,16 +1,22 @@
 """prune -> inject -> merge -> verify on disk, for every way in which a family stores its weights."""
 
+import copy
+import functools
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, XLNetConfig
 
 from spp_fx.cli import run
-from spp_fx.workflows.load import load_program
-from tests.families import FAMILIES, batch, make_model
+from spp_fx.errors import UsageError
+from spp_fx.ir.program import Program
+from spp_fx.ir.trace import trace
+from spp_fx.workflows.load import load_program, window_length
+from tests.command import must, save_tokenizer
+from tests.families import FAMILIES, MULTIMODAL, batch, make_model
 
 # Stored (in, out): groups run along the first dimension of the stored tensor.
 TRANSPOSED = {"gpt2": ("c_attn", "c_proj", "c_fc"), "gpt-oss": ("experts.gate_up_proj", "experts.down_proj")}
@@ -105,3 +111,38 @@ def test_same_input_same_bytes(tmp_path):
     shutil.rmtree(tmp_path / "merged")
     assert run(["merge", str(tmp_path / "adapter"), "-o", str(tmp_path / "merged"), "-q"]) == 0
     assert {p.name: p.read_bytes() for p in (tmp_path / "merged").iterdir()} == first
+
+
+def test_a_model_that_sees_images_is_calibrated_trained_and_evaluated_on_text(tmp_path):
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(MULTIMODAL["gemma3"]()).save_pretrained(tmp_path / "dense")
+    save_tokenizer(tmp_path / "dense")
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join("a b c d e f g h i j" for _ in range(60)))
+    looked = ("--method", "wanda", "--calib", text, "--samples", 4)
+    must("prune", tmp_path / "dense", "-o", tmp_path / "sparse", *looked, "--targets", "q_proj,down_proj")
+    must("inject", tmp_path / "sparse", "-o", tmp_path / "adapter", "--rank", 4)
+    trained = must("train", tmp_path / "adapter", "--data", text, "--steps", 1, "--json").json
+    assert trained["loss"] == pytest.approx(4.56, abs=0.2)  # log of 96 tokens
+    evaluated = must("eval", tmp_path / "adapter", "--data", text, "--json").json
+    assert evaluated["seq_len"] == 48
+    assert 1 < evaluated["perplexity"] < 200
+
+
+@functools.cache
+def _program() -> Program:
+    return trace(make_model("llama"))
+
+
+@pytest.mark.parametrize(("config", "most"), [(BloomConfig, None), (GPT2Config, 64), (XLNetConfig, None)])
+def test_windows_are_as_long_as_asked_where_a_model_says_no_number_of_positions(config, most):
+    program = copy.copy(_program())
+    program.config = config() if most is None else config(n_positions=most)
+    assert program.positions == most
+    assert window_length(program, None) == (most or 512)
+    assert window_length(program, 64) == 64
+    if most is None:
+        assert window_length(program, 9000) == 9000
+        return
+    with pytest.raises(UsageError, match="--seq-len 65 is more than the model's 64 positions"):
+        window_length(program, 65)
