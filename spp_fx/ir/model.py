@@ -1,18 +1,17 @@
 """Causal language models of model folders: with their weights, or without them."""
 
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from spp_fx.errors import FormatError
 from spp_fx.ir.program import Program
+from spp_fx.ir.unreadable import Readable, lacking
 
 
 def load_model(folder: str | Path, *, dtype: torch.dtype | str = "auto", **kwargs: Any) -> PreTrainedModel:
@@ -22,6 +21,7 @@ def load_model(folder: str | Path, *, dtype: torch.dtype | str = "auto", **kwarg
         FormatError: the folder lacks a tensor of the model (transformers would fill it with random
             numbers), holds one of another shape, or cannot be made a model of.
     """
+    kwargs.setdefault("trust_remote_code", False)  # None would ask on stdin
     with _readable(folder):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
@@ -32,13 +32,14 @@ def load_model(folder: str | Path, *, dtype: torch.dtype | str = "auto", **kwarg
             first = sorted(map(str, names))[0]
             raise FormatError(
                 f"{folder}: the checkpoint {what} {len(names)} of the model's tensors (first: {first}); "
-                "it is damaged, or config.json is not its own"
+                f"{lacking(folder)}"
             )
     return model
 
 
 def meta_model(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     """The model a folder's config.json describes, on the meta device: shapes without weights."""
+    kwargs.setdefault("trust_remote_code", False)
     with _readable(folder):
         config = AutoConfig.from_pretrained(str(folder), **kwargs)
         if config.dtype is None:
@@ -53,6 +54,7 @@ def hollow_model(folder: str | Path, *, dtype: torch.dtype | None = None, **kwar
     It is traced on the CPU, so that the constants of its graphs are real as well; `hollow` then takes the
     parameters away. `dtype` stands in for the folder's own.
     """
+    kwargs.setdefault("trust_remote_code", False)
     with _readable(folder):
         config = AutoConfig.from_pretrained(str(folder), **kwargs)
         chosen = dtype or config.dtype or torch.float32
@@ -81,20 +83,6 @@ def _replace_parameters(module: nn.Module, make: Callable[[Tensor], Tensor]) -> 
                 each._parameters[name] = made[id(parameter)]
 
 
-@contextmanager
-def _readable(folder: str | Path) -> Generator[None, None, None]:
+def _readable(folder: str | Path) -> Readable:
     """What transformers says of a folder that it cannot make a model of, as one line."""
-    try:
-        yield
-    except (
-        StrictDataclassError,
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        RuntimeError,
-        ZeroDivisionError,
-    ) as error:
-        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise FormatError(f"{folder}: no causal language model can be made of it: {said}") from error
+    return Readable(folder)
