@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import transformers
 from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -19,6 +18,7 @@ from spp_fx.checkpoint import ModelFolder
 from spp_fx.errors import FormatError, UsageError
 from spp_fx.ir.binding import find_targets
 from spp_fx.ir.program import Program
+from spp_fx.ir.unreadable import Readable, lacking
 
 CAUSAL = frozenset(
     name
@@ -36,7 +36,8 @@ def load_model(folder: str | Path, *, dtype: torch.dtype | str = "auto", **kwarg
         FormatError: the folder lacks a tensor of the model (transformers would fill it with random
             numbers), holds one of another shape, or cannot be made a model of.
     """
-    with _readable(folder), _without_adapter(Path(folder)) as own:
+    kwargs.setdefault("trust_remote_code", False)  # None would ask on stdin
+    with Readable(folder), _without_adapter(Path(folder)) as own:
         config: Any = AutoConfig.from_pretrained(str(folder), **kwargs)
         loaded: Any = _class_of(config).from_pretrained(
             str(own), dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
@@ -47,7 +48,7 @@ def load_model(folder: str | Path, *, dtype: torch.dtype | str = "auto", **kwarg
             first = sorted(map(str, names))[0]
             raise FormatError(
                 f"{folder}: the checkpoint {what} {len(names)} of the model's tensors (first: {first}); "
-                "it is damaged, or config.json is not its own"
+                f"{lacking(folder)}"
             )
     return model
 
@@ -59,7 +60,8 @@ def meta_model(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
     a Whisper is taken whole, although its decoder alone would make a causal language model. Parameters are tied
     as from_pretrained ties them, which takes more than config.json: see `_tie_as_stored`.
     """
-    with _readable(folder):
+    kwargs.setdefault("trust_remote_code", False)
+    with Readable(folder):
         config: Any = AutoConfig.from_pretrained(str(folder), **kwargs)
         if config.dtype is None:
             config.dtype = torch.float32
@@ -75,7 +77,8 @@ def hollow_model(folder: str | Path, *, dtype: torch.dtype | None = None, **kwar
     It is traced on the CPU, so that the constants of its graphs are real as well; `hollow` then takes the
     parameters away. `dtype` stands in for the folder's own. Parameters are tied as from_pretrained ties them.
     """
-    with _readable(folder):
+    kwargs.setdefault("trust_remote_code", False)
+    with Readable(folder):
         config: Any = AutoConfig.from_pretrained(str(folder), **kwargs)
         chosen = dtype or config.dtype or torch.float32
         with init_empty_weights(include_buffers=False):
@@ -192,25 +195,6 @@ def _replace_parameters(module: nn.Module, make: Callable[[Tensor], Tensor]) -> 
                 if id(parameter) not in made:
                     made[id(parameter)] = nn.Parameter(make(parameter.detach()), requires_grad=False)
                 each._parameters[name] = made[id(parameter)]
-
-
-@contextmanager
-def _readable(folder: str | Path) -> Generator[None, None, None]:
-    """What transformers says of a folder that it cannot make a model of, as one line."""
-    try:
-        yield
-    except (
-        StrictDataclassError,
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        RuntimeError,
-        ZeroDivisionError,
-    ) as error:
-        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise FormatError(f"{folder}: no causal language model can be made of it: {said}") from error
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from spp_fx.exporters import FORMATS, Decoded, find_format
 from spp_fx.exporters.manifest import MANIFEST, Manifest, read_manifest
 from spp_fx.exporters.packed_reader import WEIGHTS
 from spp_fx.ir.model import hollow_model
+from spp_fx.ir.unreadable import Readable, check_causal
 from spp_fx.runtime.library import CuSparseLt, Cutlass, Library
 from spp_fx.runtime.sites import dense_reason, packed_site
 from spp_fx.runtime.trust import PackedSite, SiteForm, decide, make_weight
@@ -91,7 +92,8 @@ def load_with(
     stored.fill(device, made)
     model = stored.model
     if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        with Readable(folder, "its generation_config.json cannot be loaded"):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     cast(Any, model).spp_fx_sites = {record.name: forms[record.name] for record in manifest.tensors}
     return model.eval()
 
@@ -138,6 +140,7 @@ def _device(device: str | torch.device) -> torch.device:
 def _hollow(folder: Path, decoded: Decoded, trust_remote_code: bool) -> StoredWeights:
     """The folder's model without weights, and where they are."""
     config = ModelFolder.open(folder, weights=False).config
+    check_causal(folder, "runtime.load")
     unsaid = config.get("dtype", config.get("torch_dtype")) is None
     dtype = first_floating(decoded) if unsaid else None
     model = hollow_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)

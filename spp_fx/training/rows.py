@@ -80,9 +80,9 @@ def evaluation_rows(windows: list[Tensor]) -> list[dict[str, Tensor]]:
     return [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids} for ids in windows]
 
 
-def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """A token to fill rows with: the tokenizer's own, else its end of text, else 0; it is never seen."""
+def pad_token(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> int:
+    """A token of the model to fill rows with: the tokenizer's own, else its end of text, else 0; it is never seen."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if isinstance(token, int):
+        if isinstance(token, int) and token < vocabulary:
             return token
     return 0

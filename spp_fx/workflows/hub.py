@@ -26,6 +26,7 @@ def resolve_model(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(WANTED)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UsageError(
-            f"{name}: there is no such folder, and as a hub id it cannot be had: {str(error).strip().splitlines()[0]}"
+            f"{name}: there is no such folder, and as a hub id it cannot be had: {said}"
         ) from error

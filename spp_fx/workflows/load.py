@@ -11,6 +11,7 @@ from spp_fx.ir.model import load_model
 from spp_fx.ir.program import Program
 from spp_fx.ir.site import factor_attribute
 from spp_fx.ir.trace import trace
+from spp_fx.ir.unreadable import TOKENIZER_FILES, Readable, check_causal
 from spp_fx.passes import (
     Canonicalize,
     Causal,
@@ -59,6 +60,7 @@ def load_program(
     folder = Path(folder)
     if not is_adapter(folder):
         open_model(folder)
+        check_causal(folder)
         program = trace(load_model(folder, trust_remote_code=trust_remote_code))
         run_pipeline(program, [Causal()])
         if shard:
@@ -68,6 +70,7 @@ def load_program(
     adapter = AdapterFolder.open(folder)
     model = adapter.find_base(Path(base) if base else None)
     adapter.check_base(open_model(model))
+    check_causal(model)
     program = trace(load_model(model, trust_remote_code=trust_remote_code))
     settings, storage = adapter.method.parameters(), "packed" if packed else "dense"
     run_pipeline(
@@ -98,11 +101,22 @@ def load_program(
 
 
 def load_tokenizer(model: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder; UsageError if it has none."""
-    try:
-        return AutoTokenizer.from_pretrained(str(model), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise UsageError(f"{model}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
+    """The tokenizer of a model folder; UsageError if it has none, or one that cannot be loaded."""
+    what = "its tokenizer cannot be loaded"
+    with Readable(model, what, TOKENIZER_FILES, UsageError):
+        tokenizer = AutoTokenizer.from_pretrained(str(model), trust_remote_code=trust_remote_code)
+    # Without any of its files a class of transformers 5 makes a tokenizer without a vocabulary.
+    names = [name for name in type(tokenizer).vocab_files_names.values() if isinstance(name, str)]
+    if (
+        names
+        and model.is_dir()
+        and not any((model / name).exists() for name in (*names, *TOKENIZER_FILES[:1]))
+    ):
+        raise UsageError(
+            f"{model}: {what}: the folder has none of {', '.join(dict.fromkeys(names))}; copy the tokenizer files of "
+            "the model that it was made from"
+        )
+    return tokenizer
 
 
 def window_length(program: Program, asked: int | None, default: int = 512) -> int:

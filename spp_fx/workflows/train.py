@@ -200,7 +200,7 @@ def train(
     checkpoint = _checkpoint(adapter, settings)
     frozen_bytes = held_bytes(value for value in program.parameters() if not value.requires_grad)
     guide = _teacher(Path(teacher), program, settings.shard, trust_remote_code) if teacher else None
-    pad_id = pad_token(tokenizer)
+    pad_id = pad_token(tokenizer, program.vocabulary)
     trainer = _trainer(adapter, loaded, rows, measured, settings, lr, callbacks or [], guide, pad_id)
     before = _evaluate(loaded, measured)  # where the trainer has put the program
     together = trainer.accelerator

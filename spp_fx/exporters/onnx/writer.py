@@ -31,6 +31,7 @@ from spp_fx.exporters.read_back import lost_signs
 from spp_fx.exporters.registry import ExportSettings, Say, Tick
 from spp_fx.exporters.source import ROUNDED, Source
 from spp_fx.ir.model import hollow_model, load_model
+from spp_fx.ir.unreadable import check_causal
 
 COMPARED_BELOW = 10**9
 """Bytes of a model whose logits are compared by default: it is in memory twice while they are."""
@@ -56,6 +57,7 @@ def writer(name: str, make: MakeEncoding) -> Callable[..., dict[str, Any]]:
     """The `write` of a format: what `make` gives for the settings and the graph puts the weights into it."""
 
     def write(source: Source, target: Path, settings: ExportSettings, tick: Tick, say: Say) -> dict[str, Any]:
+        check_causal(source.folder.path, f"an export to {name}")
         model = hollow_model(
             source.folder.path, dtype=_dtype(source), trust_remote_code=source.trust_remote_code
         ).eval()
