@@ -116,6 +116,14 @@ def test_a_tensor_that_nobody_reads_is_an_error(base, tmp_path, name):
         found_in(base, tmp_path, lambda t: t | {name: NEW})
 
 
+def test_scales_of_quantized_weights_are_said(base, tmp_path):
+    source = changed(base, tmp_path, lambda t: t | {"model.layers.0.mlp.up_proj.weight_scale": NEW})
+    source.folder.config["quantization_config"] = {"quant_method": "fp8"}
+    (line,) = find_parameters(source, base[1], base[2]).left_out
+    assert "weight_scale" in line
+    assert "quantization_config" in line
+
+
 def test_nothing_is_written_of_a_folder_with_a_tensor_that_nobody_reads(base, tmp_path, monkeypatch):
     source = changed(base, tmp_path, lambda t: t | {"model.norm.bias": NEW})
     AutoModelForCausalLM.from_pretrained(source.folder.path)  # which says so in a table, and goes on

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from spp_fx.checkpoint import torch_dtype
 from spp_fx.errors import FormatError, MaskError
 from spp_fx.exporters.manifest import Part
 from spp_fx.exporters.onnx.data import TORCH_TYPES
@@ -119,7 +118,7 @@ def _left_out(source: Source, model: PreTrainedModel, graph: Graph) -> tuple[str
     idle: list[str] = []
     unloaded: dict[str, list[str]] = {}  # a name that the model has not -> the stored tensors
     for name, (target, _) in find_targets(model, folder.names).items():
-        if not torch_dtype(folder.info(name)[1].dtype).is_floating_point:
+        if not folder.info(name)[1].dtype.startswith(("F", "BF")):
             continue
         if target not in state:
             unloaded.setdefault(target, []).append(name)
@@ -133,7 +132,8 @@ def _left_out(source: Source, model: PreTrainedModel, graph: Graph) -> tuple[str
     unexpected = _unexpected(model, unloaded.keys())
     beyond = {target for target in unexpected if _beyond_layers(model, target)}
     unread = [name for target in sorted(unexpected - beyond) for name in unloaded[target]]
-    if unread and "quantization_config" not in folder.config:  # else scales, and what they scale is refused
+    quantized = "quantization_config" in folder.config
+    if unread and not quantized:
         raise FormatError(
             f"{folder.path}: neither transformers nor the graph reads {_named(unread)}; config.json is not that "
             "of these weights, or the tensors are left over: correct it, or remove them"
@@ -141,6 +141,7 @@ def _left_out(source: Source, model: PreTrainedModel, graph: Graph) -> tuple[str
     ignored = [name for target in sorted(unloaded.keys() - unexpected) for name in unloaded[target]]
     extra = [name for target in sorted(beyond) for name in unloaded[target]]
     reasons = {
+        "transformers reads them as its quantization_config says": unread,
         "transformers computes or ignores them": ignored,
         "they belong to layers beyond those of config.json, which transformers does not load": extra,
         "the logits do not depend on them": idle,
