@@ -96,8 +96,19 @@ def _folder_tensors(folder: Path) -> dict[str, Stored]:
     if (folder / "model.safetensors").is_file():
         return tensors(folder / "model.safetensors")
     index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-    files = {file: tensors(folder / file) for file in set(index.values())}
-    return {name: files[file][name] for name, file in index.items()}
+    found: dict[str, Stored] = {}
+    for file in sorted(set(index.values())):
+        held = tensors(folder / file)
+        if any(
+            found[name].dtype != each.dtype
+            or found[name].shape != each.shape
+            or not np.array_equal(found[name].bits, each.bits)
+            for name, each in held.items()
+            if name in found
+        ):
+            raise Unreadable("a tensor is stored twice, and not the same")
+        found |= held  # whatever the index says of single tensors, as transformers reads a folder
+    return found
 
 
 def folder(path: Path, sites: Mapping[str, bool]) -> dict[str, Look]:
