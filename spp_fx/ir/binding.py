@@ -53,10 +53,11 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Binding:
-    """Pieces of each site, and why a site has none."""
+    """Pieces of each site, why a site has none, and what each stored tensor is called in the model."""
 
     pieces: dict[str, tuple[Piece, ...]]
     refused: dict[str, str]
+    targets: dict[str, str]
 
 
 def bind(model: PreTrainedModel, slots: Mapping[str, Slot], stored: Mapping[str, tuple[int, ...]]) -> Binding:
@@ -70,7 +71,9 @@ def bind(model: PreTrainedModel, slots: Mapping[str, Slot], stored: Mapping[str,
     converters = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightConverter)]
     plain: dict[str, str] = {}
     converted: dict[str, dict[str, list[str]]] = {}
+    targets: dict[str, str] = {}
     for name, (target, pattern) in find_targets(model, stored).items():
+        targets[name] = target
         if pattern is None:
             plain[target] = name
         else:
@@ -88,7 +91,7 @@ def bind(model: PreTrainedModel, slots: Mapping[str, Slot], stored: Mapping[str,
             refused[slot.name] = _in_parts(slot.name, (*plain, *converted)) or found
         else:
             pieces[slot.name] = found
-    return Binding(pieces, refused)
+    return Binding(pieces, refused, targets)
 
 
 def _in_parts(name: str, known: Iterable[str]) -> str | None:

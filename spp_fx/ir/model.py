@@ -53,12 +53,13 @@ def load_model(folder: str | Path, *, dtype: torch.dtype | str = "auto", **kwarg
     return model
 
 
-def meta_model(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
+def meta_model(folder: str | Path, *, as_stored: bool = True, **kwargs: Any) -> PreTrainedModel:
     """The model of a folder on the meta device: shapes without weights.
 
     Its class is that of AutoModelForCausalLM, unless config.json names one of transformers' for another task:
     a Whisper is taken whole, although its decoder alone would make a causal language model. Parameters are tied
-    as from_pretrained ties them, which takes more than config.json: see `_tie_as_stored`.
+    as from_pretrained ties them, which takes more than config.json (see `_tie_as_stored`), unless `as_stored` is
+    False: for a folder whose weight files are not the model's.
     """
     kwargs.setdefault("trust_remote_code", False)
     with Readable(folder):
@@ -67,7 +68,8 @@ def meta_model(folder: str | Path, **kwargs: Any) -> PreTrainedModel:
             config.dtype = torch.float32
         with torch.device("meta"):
             model = _of_config(config, dtype=config.dtype, **kwargs)
-    _tie_as_stored(model, Path(folder))
+    if as_stored:
+        _tie_as_stored(model, Path(folder))
     return model
 
 

@@ -24,15 +24,21 @@ def is_target(site: str, target: str) -> bool:
     return name == target or site == target or name.endswith("." + target)
 
 
-def without_skipped(sites: Iterable[str], skip: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+def without_skipped(
+    sites: Iterable[str], skip: Sequence[str], known: Iterable[str] = ()
+) -> tuple[list[str], dict[str, str]]:
     """The sites that no target of `skip` names, and those that one does, with that reason.
 
+    Args:
+        known: other weights that a target may name, which are left alone anyway.
+
     Raises:
-        UsageError: a target names no site, or all of them are skipped.
+        UsageError: a target names nothing, or all sites are skipped.
     """
     names = list(sites)
+    nameable = [*names, *known]
     for target in skip:
-        if not any(is_target(name, target) for name in names):
+        if not any(is_target(name, target) for name in nameable):
             raise UsageError(f"'{target}' names no site that could be skipped")
     skipped = {name: "is to be skipped" for name in names if any(is_target(name, target) for target in skip)}
     if len(skipped) == len(names):

@@ -125,18 +125,13 @@ def _is_router(modules: Mapping[str, nn.Module], path: str) -> bool:
 
 
 def _tower(model: PreTrainedModel, path: str) -> str | None:
-    """The class of the submodel of another modality that a module belongs to, if it does."""
-    config = model.config
-    if config.get_text_config() is config:
+    """The part of a model of several modalities that a module belongs to, if it is not its language model."""
+    if model.config.get_text_config() is model.config:
         return None
-    others = [
-        value
-        for key in getattr(config, "sub_configs", {})
-        if (value := getattr(config, key, None)) is not None and value is not config.get_text_config()
-    ]
-    module: nn.Module = model
-    for word in path.split("."):
-        module = getattr(module, word, module)
-        if any(getattr(module, "config", None) is other for other in others):
-            return type(module).__name__
-    return None
+    language = model.get_decoder()
+    inside = next((name for name, module in model.named_modules() if module is language), "")
+    if not inside or path == inside or path.startswith(f"{inside}."):
+        return None
+    if model.get_output_embeddings() is model.get_submodule(path):
+        return None
+    return f"{path.rpartition('.')[0] or path}"

@@ -18,7 +18,7 @@ from spp_fx.sparsity.scan import (
     scan_tensor,
 )
 from spp_fx.sparsity.violations import Group, Violations, scan_bits
-from spp_fx.sparsity.weights import Weights
+from spp_fx.sparsity.weights import Weights, is_matrix
 
 __all__ = [
     "LOCK_NAME",
@@ -44,6 +44,7 @@ __all__ = [
     "element_type",
     "first_non_finite",
     "implies",
+    "is_matrix",
     "load_lock",
     "load_scanner",
     "locator",

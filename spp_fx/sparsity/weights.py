@@ -1,6 +1,6 @@
 """Named weights whose zeros can be looked at, wherever they are stored."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from spp_fx.sparsity.scan import Scan
@@ -37,3 +37,8 @@ class Weights:
     unread: Callable[[], Mapping[str, str]] = _nothing
     guessed: bool = False
     shape: Callable[[str], tuple[int, ...]] | None = None
+
+
+def is_matrix(shape: Sequence[int]) -> bool:
+    """Whether a tensor is at least a matrix, and not a vector with dimensions of 1 around it."""
+    return sum(size > 1 for size in shape) > 1

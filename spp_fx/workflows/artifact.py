@@ -168,8 +168,10 @@ def _safetensors(path: Path, trust_remote_code: bool) -> Artifact:
         if part:  # what no file of the model holds is asked of the folder
             whole = _model(path.parent, trust_remote_code).weights
             sites = {name: turned for name, turned in whole.sites().items() if name in shapes}
-            left_out, unread = _within(whole.left_out(), shapes), _within(whole.unread(), shapes)
-            return Expected(sites, {}, left_out, unread)
+            refused, left_out, unread = (
+                _within(table(), shapes) for table in (whole.refused, whole.left_out, whole.unread)
+            )
+            return Expected(sites, refused, left_out, unread)
         return expected_sites(path.parent, shapes, trust_remote_code=trust_remote_code)
 
     weights = Weights(
@@ -278,13 +280,14 @@ def _in_graph(path: Path, manifest: Manifest, weights: Weights, trust_remote_cod
                 f"{MANIFEST} names {rows[name]} of its {all_rows} rows, the others cannot be told apart"
             )
     known = sites.keys() | rows.keys()
-    roles = {name: why.reason for name, why in program.left_out.items() if why.known}
+    # A graph holds what its outputs depend on: of the model's matrices those that it has, and its own.
+    roles = {name: why.reason for name, why in program.left_out.items() if why.known} | dense
     unclear = {name: why.reason for name, why in program.left_out.items() if not why.known}
-    left_out = _without({**weights.left_out(), **roles, **dense}, known)
+    known = sites.keys() | rows.keys()
+    left_out = _without({**weights.left_out(), **_within(roles, weights.names)}, known)
     refused |= _without(weights.refused(), known | left_out.keys())
-    unread = _without({**weights.unread(), **unclear}, known | left_out.keys() | refused.keys())
-    # A graph holds what its outputs depend on, and no more.
-    return Expected(sites, refused, _within(left_out, weights.names), _within(unread, weights.names))
+    unread = {**weights.unread(), **_within(unclear, weights.names)}
+    return Expected(sites, refused, left_out, _without(unread, known | left_out.keys() | refused.keys()))
 
 
 def _within(reasons: Mapping[str, str], names: Container[str]) -> dict[str, str]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from spp_fx.ir.names import is_glob, is_target
 from spp_fx.report.verdict import Finding
-from spp_fx.sparsity import Lock, LockEntry, Pattern
+from spp_fx.sparsity import Lock, LockEntry, Pattern, is_matrix
 from spp_fx.workflows.artifact import Artifact
 from spp_fx.workflows.demands import Demands, named
 
@@ -125,7 +125,7 @@ def plan(artifact: Artifact, lock: Lock | None, demands: Demands, *, against: Ar
 def _unlocked(artifact: Artifact, locked: Mapping[str, LockEntry]) -> dict[str, str]:
     """The matrices that a lock does not name, where nothing but the lock is asked."""
     shape = artifact.weights.shape
-    matrices = (n for n in artifact.names if shape is None or sum(size > 1 for size in shape(n)) > 1)
+    matrices = (n for n in artifact.names if shape is None or is_matrix(shape(n)))
     return {name: "the lock does not name it" for name in sorted(matrices) if name not in locked}
 
 

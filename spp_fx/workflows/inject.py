@@ -149,15 +149,12 @@ def _inject(
     program = found.program
     total = sum(p.numel() for p in {id(p): p for p in program.parameters()}.values())
     chosen, refused = choose(found, Match(targets=tuple(targets), dense=True))
-    chosen, skipped = without_skipped(chosen, skip)
+    chosen, skipped = without_skipped(chosen, skip, known=[*program.sites, *found.others])
     refused |= skipped
     masks = observe(found, chosen, tick) if found.folder.shards else {}
     if masks:
-        for name in list(program.sites):  # those that are not candidates are not to be asked for a pattern
-            if name not in chosen:
-                del program.sites[name]
-        (report,) = run_pipeline(program, [Match(targets=tuple(targets))])
-        refused |= report.refused
+        (report,) = run_pipeline(program, [Match(targets=tuple(chosen))])
+        refused |= {name: reason for name, reason in report.refused.items() if name in chosen}
         chosen = list(program.matched)
     taken, unfit = adaptable(adapter, {name: program.sites[name].shape for name in chosen})
     refused |= unfit | found.others

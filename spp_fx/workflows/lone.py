@@ -4,10 +4,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-_VECTORS = ("bias", "inv")
-"""Last words of stacks of vectors."""
-_QUANTIZED = ("blocks", "scale", "scales", "zeros")
-"""Last words of the parts of a quantised stack."""
+from spp_fx.sparsity import is_matrix
+
+_PARTS = ("bias", "blocks", "inv", "scale", "scales", "zeros")
+"""Last words of what lies beside a stack, or is a part of a quantised one."""
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,8 @@ class ByNames:
 
     Attributes:
         sites: matrices and stacks of them that pruning would look at.
-        left_out: embeddings, norms, heads and biases, each with that reason.
-        unread: every other tensor of two or more dimensions, with what is known of it.
+        left_out: embeddings and heads, each with that reason.
+        unread: every other matrix, with what is known of it.
     """
 
     sites: tuple[str, ...]
@@ -31,11 +31,13 @@ def by_names(shapes: Mapping[str, tuple[int, ...]]) -> ByNames:
     left_out: dict[str, str] = {}
     unread: dict[str, str] = {}
     for name, shape in shapes.items():
-        if (reason := _no_linear(name, shape)) is not None:
+        if not is_matrix(shape):
+            continue
+        if (reason := _no_linear(name)) is not None:
             left_out[name] = reason
         elif (reason := _unclear(name, shape)) is not None:
             unread[name] = reason
-        elif len(shape) > 1:
+        else:
             sites.append(name)
     return ByNames(tuple(sites), left_out, unread)
 
@@ -48,25 +50,24 @@ def is_site(name: str, shape: tuple[int, ...]) -> bool:
     return bool(by_names({name: shape}).sites)
 
 
-def _no_linear(name: str, shape: tuple[int, ...]) -> str | None:
-    """What a tensor of two or more dimensions is instead of a linear, if its name says so."""
-    words = _words(name)
-    if len(shape) < 2:
-        return None
-    if "lm_head" in name.split("."):
+def _no_linear(name: str) -> str | None:
+    """What a matrix is instead of a linear, if its name says so."""
+    modules = name.removesuffix(".weight").split(".")
+    if "lm_head" in modules[-2:]:
         return "is the head, by its name"
-    if any(word in ("wte", "wpe") or word.startswith("embed") for word in words):
+    if modules[-1] in ("wte", "wpe") or modules[-1].startswith("embed") or modules[-1].endswith("embeddings"):
         return "is an embedding, by its name"
-    if any(word.rstrip("0123456789").endswith("norm") for word in words):
-        return "is a norm, by its name"
-    return "is a stack of vectors, by its name" if words[-1] in _VECTORS else None
+    return None
 
 
 def _unclear(name: str, shape: tuple[int, ...]) -> str | None:
-    """Why a tensor of two or more dimensions may or may not be a linear's weight."""
+    """Why a matrix may or may not be a linear's weight."""
     words = _words(name)
-    if len(shape) == 3 and words[-1] in _QUANTIZED:
-        return "is a part of a quantised stack, by its name"
+    last = name.removesuffix(".weight").rpartition(".")[2]
+    if any(word.rstrip("0123456789").endswith("norm") for word in _words(last)):
+        return "is a norm, by its name, and a matrix, by its shape"
+    if len(shape) == 3 and words[-1] in _PARTS:
+        return "is a part of a stack, by its name, and not the weight itself"
     if len(shape) > 2 and any(re.fullmatch(r"conv[123]?d?", word) for word in words):
         return "is the kernel of a convolution, by its name"
     if len(shape) > 3:

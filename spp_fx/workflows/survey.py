@@ -1,6 +1,6 @@
 """What a model folder holds: its sites, found by tracing on the meta device, and where they are stored."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ from spp_fx.ir.program import Program
 from spp_fx.ir.trace import trace
 from spp_fx.passes import Canonicalize, Match, run_pipeline
 from spp_fx.progress import Tick, no_tick
-from spp_fx.sparsity import PackedMask, Pattern, Scan, detect_pattern, scan_file
+from spp_fx.sparsity import PackedMask, Pattern, Scan, detect_pattern, is_matrix, scan_file
 from spp_fx.workflows.layer_count import check_layer_count
 from spp_fx.workflows.open_model import open_model
 
@@ -121,7 +121,7 @@ def _program_of(model: "PreTrainedModel", *, runnable: bool = False) -> Program:
 
 def _bind(model: "PreTrainedModel", program: Program, stored: Mapping[str, tuple[int, ...]]) -> Binding:
     if not stored:
-        return Binding({}, {})
+        return Binding({}, {}, {})
     parameters = {name: Parameter(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
     return bind(model, parameters | program.sites, stored)
 
@@ -133,18 +133,21 @@ def _others(
     left_out: dict[str, str] = {}
     unread: dict[str, str] = {}
     owners = {tensor: name for name, pieces in binding.pieces.items() for tensor in tensors_of(pieces)}
-    buffers = {name for name, _ in program.named_buffers(remove_duplicate=False)}
+    buffers = dict(program.named_buffers(remove_duplicate=False))
     for tensor, shape in stored.items():
         owner = owners.get(tensor)
         if owner in program.sites or not is_matrix(shape):
             continue
-        if owner is None:
-            unread[tensor] = "the model of config.json does not have it"
-        elif owner in program.left_out:
-            why = program.left_out[owner]
+        target = owner or binding.targets.get(tensor, tensor)
+        if target in program.left_out:
+            why = program.left_out[target]
             (left_out if why.known else unread)[tensor] = why.reason
-        elif owner in buffers:
-            left_out[tensor] = "is a buffer, which nothing trains"
+        elif target in buffers and (owner is None or not buffers[target].is_floating_point()):
+            left_out[tensor] = "is a buffer that the model computes, or a table of numbers"
+        elif target in binding.refused:
+            unread[tensor] = f"belongs to {target}, which {binding.refused[target]}"
+        elif owner is None:
+            unread[tensor] = "the model of config.json does not have it"
         else:
             unread[tensor] = "nothing in the model tells what it does"
     for name, why in program.left_out.items():
@@ -152,11 +155,6 @@ def _others(
         if name not in binding.pieces and not is_alias and is_matrix(program.get_parameter(name).shape):
             (left_out if why.known else unread)[name] = why.reason
     return left_out, unread
-
-
-def is_matrix(shape: Sequence[int]) -> bool:
-    """Whether a tensor is at least a matrix, and not a vector with dimensions of 1 around it."""
-    return sum(size > 1 for size in shape) > 1
 
 
 def choose(found: Survey, match: Match) -> tuple[list[str], dict[str, str]]:
@@ -260,7 +258,7 @@ def expected_sites(
         shapes: of the stored tensors, by name.
     """
     check_layer_count(ModelFolder.open(path, weights=False), len(shapes))
-    model = meta_model(path, trust_remote_code=trust_remote_code)
+    model = meta_model(path, as_stored=False, trust_remote_code=trust_remote_code)
     program = _program_of(model)
     binding = _bind(model, program, shapes)
     return _expected(program, binding, *_others(program, binding, shapes))
@@ -276,7 +274,7 @@ def loaded_program(
         stored: how many tensors there are, which bounds the number of layers.
     """
     check_layer_count(ModelFolder.open(path, weights=False), stored)
-    program = _program_of(meta_model(path, trust_remote_code=trust_remote_code))
+    program = _program_of(meta_model(path, as_stored=False, trust_remote_code=trust_remote_code))
     return program, _match_all(program)
 
 

@@ -32,7 +32,7 @@ from transformers import (
 from spp_fx.workflows.inspect import inspect
 from spp_fx.workflows.verify import verify
 from tests.command import command, must, one_line, rewrite
-from tests.families import SMALL
+from tests.families import SMALL, make_model
 from tests.handmade import Raw, save, sparse
 
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -100,6 +100,11 @@ PIECES = {
     "dense": ("model.layers.{}.down_proj.weight", Raw("F32", np.ones((8, 16), dtype="<u4")), "dense"),
     "embedding": ("model.embed_{}.weight", Raw("F32", np.ones((8, 16), dtype="<u4")), "left_out"),
     "norm": ("model.layers.{}.input_layernorm.weight", Raw("F32", np.ones((8,), dtype="<u4")), "vector"),
+    "embedder": (
+        "embedder.layers.{}.norm1.linear.weight",
+        Raw("F32", np.ones((8, 16), dtype="<u4")),
+        "dense",
+    ),
     "unnamed": ("model.layers.{}.table", Raw("F32", np.ones((8, 16), dtype="<u4")), "unread"),
     "convolution": ("model.layers.{}.conv1d.weight", Raw("F32", np.ones((8, 1, 4), dtype="<u4")), "unread"),
     "kernel": ("model.patch_{}.projection.weight", Raw("F32", np.ones((8, 3, 4, 4), dtype="<u4")), "unread"),
@@ -301,6 +306,32 @@ def test_a_name_to_skip_that_fits_nothing_is_an_error(world):
     result = command("inject", world / "sparse", "-o", world / "less", "--rank", 4, "--skip", "qproj")
     assert result.code == 2
     assert "'qproj' names no site" in one_line(result.err)
+
+
+@pytest.mark.parametrize(
+    ("words", "sites"),
+    [
+        (["--targets", "q_proj,lm_head"], 2),
+        (["--targets", "q_proj,v_proj", "--skip", "v_proj"], 2),
+        (["--skip", "lm_head"], 14),
+    ],
+)
+def test_targets_that_cannot_be_taken_are_left_out_with_their_reason(tmp_path, words, sites):
+    pruned(tmp_path, make_model("llama-tied"))
+    done = must("inject", tmp_path / "sparse", "-o", tmp_path / "adapter", "--rank", 4, *words, "--json").json
+    assert len(done["sites"]) == sites
+    assert "tied to the embedding" in done["refused"]["lm_head.weight"] or "--skip" in words
+
+
+def test_a_file_is_judged_by_itself_whatever_lies_beside_it(tmp_path):
+    pruned(tmp_path, make_model("llama-tied"))
+    folder = tmp_path / "sparse"
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    save(folder / "b.safetensors", {"other.weight": sparse(8, 16)})
+    (folder / "sparsity.lock.json").unlink()
+    verdict = verify(folder / "a.safetensors", pattern="2:4", coverage="all")
+    assert verdict.ok
+    assert len(verdict.sites) == 14
 
 
 QUANTIZED = {
