@@ -376,6 +376,27 @@ def outer(graph: Graph, name: str, w: np.ndarray) -> None:
     graph.op("MatMul", [graph.put(name, w[:, :, None]), graph.ask("row", [1, "b"])], f"{name}.y")
 
 
+def rotary(graph: Graph, name: str, w: np.ndarray) -> None:
+    """Queries and keys times one table, before they are multiplied with each other."""
+    table = graph.put(name, w)
+    q = graph.op("Mul", [graph.ask("q2", [N, K]), table], f"{name}.q")
+    k = graph.op("Mul", [table, graph.ask("k2", [N, K])], f"{name}.k")
+    graph.op("MatMul", [q, graph.op("Transpose", [k], f"{name}.t", perm=[1, 0])], f"{name}.y")
+
+
+def masked(graph: Graph, name: str, w: np.ndarray) -> None:
+    scores = graph.op("Add", [graph.ask("scores", [N, K]), graph.put(name, w)], f"{name}.m")
+    graph.op("MatMul", [graph.op("Softmax", [scores], f"{name}.p"), graph.ask("v2", [K, "b"])], f"{name}.y")
+
+
+def normed(graph: Graph, name: str, w: np.ndarray) -> None:
+    """The rows of an embedding divided by their own size, twice."""
+    rows = graph.op("Gather", [graph.put(name, w), graph.ask("ids", ["b"], TensorProto.INT64)], f"{name}.g")
+    for turn in "ab":
+        size = graph.op("ReduceL2", [rows], f"{name}.{turn}n")
+        rows = graph.op("Div", [rows, size], f"{name}.{turn}d")
+
+
 def depthwise(graph: Graph, name: str, w: np.ndarray) -> None:
     graph.op("Conv", [graph.ask("line", ["b", N, 40]), graph.put(name, w[:, None, :])], f"{name}.y", group=N)
 
@@ -384,7 +405,9 @@ def head(graph: Graph, name: str, w: np.ndarray) -> None:
     plain(graph, name, w)
 
 
-LEFT_OUT: dict[str, Piece] = {piece.__name__: piece for piece in (looked_up, added, outer, depthwise, head)}
+LEFT_OUT: dict[str, Piece] = {
+    piece.__name__: piece for piece in (looked_up, added, outer, rotary, masked, normed, depthwise, head)
+}
 
 
 def unused(graph: Graph, name: str, w: np.ndarray) -> None:
@@ -395,7 +418,73 @@ def to_an_unknown_standard_operator(graph: Graph, name: str, w: np.ndarray) -> N
     graph.op("Attention", [graph.ask("q", [1, 1, "b", K]), graph.put(name, w[None, None]), "q"], f"{name}.y")
 
 
-UNREAD: dict[str, Piece] = {piece.__name__: piece for piece in (unused, to_an_unknown_standard_operator)}
+def terms(graph: Graph, name: str, w: np.ndarray) -> str:
+    wide = graph.op("Unsqueeze", ["x", graph.put(f"{name}.one", np.array([1]))], f"{name}.u")
+    return graph.op("Mul", [wide, graph.put(name, w)], f"{name}.m")
+
+
+def summed_terms(graph: Graph, name: str, w: np.ndarray) -> None:
+    last = graph.put(f"{name}.two", np.array([2]))
+    graph.op("ReduceSum", [terms(graph, name, w), last], f"{name}.y", keepdims=0)
+
+
+def mean_of_moved_terms(graph: Graph, name: str, w: np.ndarray) -> None:
+    double = graph.op("Add", [terms(graph, name, w), f"{name}.m"], f"{name}.double")
+    turned = graph.op("Transpose", [double], f"{name}.t", perm=[2, 0, 1])
+    graph.op("ReduceMean", [turned, graph.put(f"{name}.zero", np.array([0]))], f"{name}.y", keepdims=0)
+
+
+def terms_times_ones(graph: Graph, name: str, w: np.ndarray) -> None:
+    ones = graph.put(f"{name}.ones", np.ones(K, np.float32))
+    graph.op("MatMul", [terms(graph, name, w), ones], f"{name}.y")
+
+
+def scaled_by_activations(graph: Graph, name: str, w: np.ndarray) -> None:
+    largest = graph.op("ReduceMax", ["x"], f"{name}.r", keepdims=0)
+    graph.op(
+        "MatMul", ["x", graph.op("Mul", [graph.put(name, w.T.copy()), largest], f"{name}.m")], f"{name}.y"
+    )
+
+
+def added_to_an_input(graph: Graph, name: str, w: np.ndarray) -> None:
+    change = graph.ask("change", [K, N])
+    graph.op(
+        "MatMul", ["x", graph.op("Add", [graph.put(name, w.T.copy()), change], f"{name}.m")], f"{name}.y"
+    )
+
+
+def joined_to_activations(graph: Graph, name: str, w: np.ndarray) -> None:
+    both = graph.op("Concat", [graph.put(name, w), "x"], f"{name}.m", axis=0)
+    graph.op("Gemm", ["x", both], f"{name}.y", transB=1)
+
+
+def all_rows(graph: Graph, name: str, w: np.ndarray) -> str:
+    shape = graph.op("Shape", ["x"], f"{name}.s", start=1, end=2)
+    zero, one = graph.put(f"{name}.0", np.array(0)), graph.put(f"{name}.1", np.array(1))
+    rows = graph.op("Range", [zero, graph.op("Squeeze", [shape], f"{name}.k"), one], f"{name}.i")
+    return graph.op("Gather", [graph.put(name, w.T.copy()), rows], f"{name}.m")
+
+
+def looked_up_whole(graph: Graph, name: str, w: np.ndarray) -> None:
+    graph.op("MatMul", ["x", all_rows(graph, name, w)], f"{name}.y")
+
+
+def looked_up_whole_and_summed(graph: Graph, name: str, w: np.ndarray) -> None:
+    wide = graph.op("Unsqueeze", ["x", graph.put(f"{name}.two", np.array([2]))], f"{name}.u")
+    product = graph.op("Mul", [wide, all_rows(graph, name, w)], f"{name}.p")
+    graph.op("ReduceSum", [product, f"{name}.1"], f"{name}.y")
+
+
+COMBINED: dict[str, Piece] = {
+    piece.__name__: piece
+    for piece in (
+        summed_terms, mean_of_moved_terms, terms_times_ones, scaled_by_activations, added_to_an_input,
+        joined_to_activations, looked_up_whole, looked_up_whole_and_summed,
+    )
+}  # fmt: skip
+UNREAD: dict[str, Piece] = COMBINED | {
+    piece.__name__: piece for piece in (unused, to_an_unknown_standard_operator)
+}
 ALL = READ | REFUSED | LEFT_OUT | UNREAD
 
 
@@ -466,6 +555,9 @@ def test_a_weight_that_cannot_be_looked_at_fails_and_is_named(tmp_path, piece):
         ("looked_up", "looked up"),
         ("added", "only Add reads it"),
         ("outer", "dimension of size 1"),
+        ("rotary", "only Mul reads it"),
+        ("masked", "only Add reads it"),
+        ("normed", "looked up"),
         ("depthwise", "each channel by itself"),
         ("head", "its name"),
     ],
@@ -484,6 +576,89 @@ def test_what_no_product_reads_is_unread(tmp_path, piece):
     assert named(read_graph(tmp_path / "m.onnx")) == {
         "sites": {"w1"}, "refused": set(), "left out": set(), "unread": {"w0"}
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("piece", COMBINED)
+def test_a_matrix_that_may_be_a_weight_after_it_is_combined_fails_under_full_coverage(tmp_path, piece):
+    build(tmp_path / "m.onnx", (piece, "dense"), ("plain", "2:4"))
+    reason = read_graph(tmp_path / "m.onnx").unread()["w0"]
+    assert "multiplies by it" in reason or "sums over the result" in reason
+    assert not verify(tmp_path / "m.onnx", pattern="2:4", coverage="all").ok
+
+
+@pytest.mark.parametrize("opset", [10, 13, 18])
+def test_a_quantised_weight_of_an_old_opset_is_read(tmp_path, opset):
+    for kind in ("2:4", "dense"):
+        graph = Graph(opset)
+        ends = [graph.put("s", np.array(0.01, "f4")), graph.put("z", np.array(3, np.int8))]
+        axis = {}
+        if opset >= 13:
+            ends = [graph.put("sn", np.full(N, 0.01, "f4")), graph.put("zn", np.full(N, 3, np.int8))]
+            axis = {"axis": 1}
+        packed = graph.put("w", quantized(weight(kind)).T.copy())
+        graph.op("MatMul", ["x", graph.op("DequantizeLinear", [packed, *ends], "d", **axis)], "y")
+        verdict = verify(graph.write(tmp_path / "m.onnx"), pattern="2:4")
+        assert {site.name for site in verdict.sites} == {"w"}
+        assert verdict.ok == (kind == "2:4")
+
+
+@pytest.mark.parametrize(
+    ("name", "site"),
+    [
+        ("layers.0.mlp.gate.weight", True),
+        ("embedder.layers.0.q_proj.weight", True),
+        ("lm_head.inner.weight", True),
+        ("router.0.down_proj", True),
+        ("model.embed_tokens.weight", False),
+        ("lm_head", False),
+        ("wte.weight", False),
+    ],
+)
+def test_only_the_last_module_of_a_name_tells_that_it_is_not_a_site(tmp_path, name, site):
+    graph = Graph()
+    plain(graph, name, weight("dense"))
+    assert name in named(read_graph(graph.write(tmp_path / "m.onnx")))["sites" if site else "left out"]
+
+
+@pytest.mark.parametrize("op", ["TopK", "ArgMax", "Relu"])
+@pytest.mark.parametrize("name", ["mlp.gate.weight", "mlp.router", "mlp.gate.proj.weight"])
+def test_a_router_is_one_whose_largest_results_are_chosen(tmp_path, op, name):
+    graph = Graph()
+    plain(graph, name, weight("dense"))
+    shares = graph.op("Softmax", [graph.op("Identity", [f"{name}.y"], "i")], "shares")
+    if op == "TopK":
+        two = graph.put("two", np.array([2]))
+        graph.nodes.append(helper.make_node("TopK", [shares, two], ["best", "which"]))
+    else:
+        graph.op(op, [shares], "which")
+    router = op != "Relu" and "proj" not in name
+    assert name in named(read_graph(graph.write(tmp_path / "m.onnx")))["left out" if router else "sites"]
+
+
+@pytest.mark.parametrize(
+    ("reader", "place"), [("MatMul", "sites"), ("Mystery", "refused"), ("Mul", "unread"), (None, None)]
+)
+def test_a_part_of_a_packed_weight_that_is_also_read_otherwise_is_accounted_for(tmp_path, reader, place):
+    graph = Graph()
+    runs, kept = N * K // 4, 2
+    graph.put("values", np.ones((runs, kept), np.float32))
+    graph.put("codes", np.zeros(runs, np.uint8))
+    graph.put("table", np.array([[0, 1]]))
+    graph.put("runs", np.array([runs, 4]))
+    graph.put("shape", np.array([N, K]))
+    graph.op("ConstantOfShape", ["runs"], "zeros")
+    graph.op("Gather", ["table", graph.op("Cast", ["codes"], "wide", to=TensorProto.INT32)], "places", axis=0)
+    graph.op("ScatterElements", ["zeros", "places", "values"], "scattered", axis=1)
+    graph.op("Gemm", ["x", graph.op("Reshape", ["scattered", "shape"], "w")], "y", transB=1)
+    if reader == "Mul":
+        wide = graph.op("Unsqueeze", [graph.ask("pairs", ["b", kept]), graph.put("one", np.array([1]))], "u")
+        graph.op("ReduceSum", [graph.op("Mul", [wide, "values"], "m"), graph.put("2", np.array([2]))], "z")
+    elif reader is not None:
+        domain = "" if reader == "MatMul" else "com.example"
+        graph.op(reader, [graph.ask("many", ["b", runs]), "values"], "z", domain=domain)
+    places = named(read_graph(graph.write(tmp_path / "m.onnx")))
+    assert "w" in places["sites"]
+    assert [each for each, held in places.items() if "values" in held] == ([place] if place else [])
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

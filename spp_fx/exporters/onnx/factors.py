@@ -1,7 +1,7 @@
 """Every product of a graph that has a constant factor: which weight that is, and along which dimension it sums."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,14 +25,22 @@ from spp_fx.exporters.onnx.values import Made, Stored, Value, Values, same
 
 Array = npt.NDArray[Any]
 
-NO_SITE = ("lm_head", "wte", "wpe", "word_embeddings", "router", "gate")
+NO_SITE = ("lm_head", "wte", "wpe", "word_embeddings")
 """Modules whose matrices are not sites, beside those that begin with embed, for graphs without a manifest."""
+_ROUTERS = ("router", "gate")
+"""Modules whose matrices are not sites where the largest of their results are chosen."""
 _WEIGHT_TYPES = frozenset(
     number
     for name, number in TensorProto.DataType.items()
     if name.startswith(("FLOAT", "BFLOAT"))
     or name in ("DOUBLE", "INT8", "UINT8", "INT4", "UINT4", "INT2", "UINT2")
 )
+_FOLLOWED = ELEMENTWISE | MOVED | frozenset(LOOKUPS)
+_MULTIPLIES = ("Mul", "Div", "PRelu")
+_SUMS = frozenset({
+    "AveragePool", "CumSum", "GlobalAveragePool", "GlobalLpPool", "LpPool", "ReduceL1", "ReduceL2",
+    "ReduceLogSum", "ReduceLogSumExp", "ReduceMean", "ReduceSum", "ReduceSumSquare",
+})  # fmt: skip
 _INDICES = (TensorProto.BOOL, TensorProto.INT64, TensorProto.STRING)
 """Types of tables and masks, which are not weights whatever reads them."""
 _SMALL = 1 << 16
@@ -119,15 +127,21 @@ class Factors:
     refused: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
-    _found: dict[tuple[Any, ...], tuple[Factor, Made]] = field(default_factory=dict)
+    _found: dict[tuple[Any, ...], tuple[Factor, list[Made]]] = field(default_factory=dict)
+    _products: dict[str, list[Made]] = field(default_factory=dict)
+    _combined: dict[Stored, list[Made]] = field(default_factory=dict)
     _reasons: dict[str, dict[Stored, str]] = field(default_factory=dict)
     _walked: dict[str, set[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.values = Values(self.file, self.unpacked)
         self.flow = Flow(self.values.nodes, self._stored)
+        self._readers = self._all_readers()
         for made in self.values.nodes:
             self._visit(made)
+        for stored, nodes in self._combined.items():
+            if reason := self._summed(nodes):
+                self._reasons.setdefault("combined", {})[stored] = reason
         self._name()
         self._account()
 
@@ -215,10 +229,12 @@ class Factors:
             scales = op in ("com.microsoft.MatMulNBits", "com.microsoft.MatMulBnb4")
             self._note("scale" if scales else "lookup", tables, f"{op} looks up rows of it")
         elif op in LOOKUPS and self.flow.looks_up(made):
+            self._combine(made, made.inputs[:1])
             self._note("lookup", made.inputs[:1], "its rows are looked up, as those of an embedding are")
         elif op in LOOKUPS or op in ELEMENTWISE or op in MOVED:
             if self.flow.of_node(made) == State.ACTIVE:
                 what = "combines it with activations element by element"
+                self._combine(made, data_of(made))
                 self._note("left", data_of(made), f"only {made.op} reads it, which {what}")
         elif op not in ("If", "Shape", "Size", "Constant"):
             self._note("read", made.inputs, f"{made.op} reads it, which is not followed")
@@ -339,7 +355,7 @@ class Factors:
         stored = factor.base.stored
         if stored is not None:  # the same tensor has one value at each call of a function
             key = (stored, *key[1:])
-        self._found.setdefault(key, (factor, made))
+        self._found.setdefault(key, (factor, []))[1].append(made)
 
     def _computed_shape(self, value: Value) -> tuple[int, ...] | None:
         """The shape of a value that has to be computed; None where that is much work, which it is left for later.
@@ -360,6 +376,144 @@ class Factors:
             return not fold(zero, self._stored).any()
         except Unfoldable:
             return False
+
+    # What becomes of a matrix that is combined with activations
+
+    def _all_readers(self) -> dict[int, list[Made]]:
+        """The nodes that read each value, by the id of the value."""
+        readers: dict[int, list[Made]] = {}
+        for made in self.values.nodes:
+            given = [*made.inputs, *(each for branch in made.branches for each in branch)]
+            for value in {id(same(each)): each for each in given if each is not None}:
+                readers.setdefault(value, []).append(made)
+        return readers
+
+    def _combine(self, made: Made, values: Iterable[Value | None]) -> None:
+        for value in values:
+            if value is None or not self.flow.is_weight(value):
+                continue
+            for stored in sources_of(value, data_only=True):
+                if _may_weigh(stored) and made not in (known := self._combined.setdefault(stored, [])):
+                    known.append(made)
+
+    def _after(self, value: Value) -> Iterator[tuple[Made, list[Value]]]:
+        """The readers of a value, each with its results that have the value's numbers in them."""
+        for made in self._readers.get(id(same(value)), ()):
+            op = QUANTIZE.get(made.op) or made.op
+            results: list[Value] = []
+            if op == "If":
+                for branch in made.branches:
+                    pairs = zip(made.outputs, branch, strict=False)
+                    results += [output for output, each in pairs if same(each) is same(value)]
+            elif op in _FOLLOWED and any(
+                each is not None and same(each) is same(value) for each in data_of(made)
+            ):
+                results = made.outputs
+            yield made, results
+
+    def _reached(self, starts: Iterable[Value]) -> dict[int, Value]:
+        """The values that have numbers of others in them, through elementwise and moving operators."""
+        reached: dict[int, Value] = {}
+        stack = [same(each) for each in starts]
+        while stack:
+            value = stack.pop()
+            if id(value) not in reached:
+                reached[id(value)] = value
+                stack += [same(each) for _, results in self._after(value) for each in results]
+        return reached
+
+    def _chooses(self, made: Made) -> bool:
+        """Whether the largest or smallest of a product's results are chosen."""
+        reached = self._reached(made.outputs).values()
+        return any(
+            reader.op in ("TopK", "ArgMax", "ArgMin") for each in reached for reader, _ in self._after(each)
+        )
+
+    def _summed(self, nodes: Sequence[Made]) -> str | None:
+        """Why a matrix that nodes combine with activations may be the weight of a product; None if it is not.
+
+        A product that has it in both operands (rotary tables in queries and keys) does not use it as a weight,
+        nor does one that has it on its left alone (positions that are added to what is multiplied next).
+        """
+        reached = self._reached(output for made in nodes for output in made.outputs)
+        for value in reached.values():
+            for made, _ in self._after(value):
+                if self._weighs(made, reached):
+                    return f"{nodes[0].op} combines it with activations before {made.label} multiplies by it"
+        terms = [each for made in nodes if made.op in _MULTIPLIES for each in made.outputs]
+        direct = [each for made in nodes if self._is_kept(made) for each in made.outputs]
+        for value in self._direct(direct).values():  # multiplied only later
+            for made, _ in self._after(value):
+                others = [each for each in made.inputs if each and id(same(each)) not in reached]
+                if made.op in _MULTIPLIES and any(self.flow.state(each) == State.ACTIVE for each in others):
+                    terms += made.outputs
+        for value in self._reached(terms).values():
+            for made, _ in self._after(value):
+                if self._adds_up(made, value):
+                    return f"activations are multiplied with it and {made.label} sums over the result"
+        return None
+
+    def _weighs(self, made: Made, reached: Mapping[int, Value]) -> bool:
+        """Whether a product's weight is among the values, and what it multiplies is not."""
+        op = "Gemm" if made.op in ("com.microsoft.FusedMatMul", "com.microsoft.FusedGemm") else made.op
+        if op in _CONVOLUTIONS:
+            places: Sequence[int] = (_CONVOLUTIONS[op][0],)
+        elif op == "Einsum":
+            places = range(1, len(made.inputs))
+        else:
+            places = [each.index for each in PRODUCTS.get(op, ()) if each.index]
+        inside = [each is not None and id(same(each)) in reached for each in made.inputs]
+        return any(inside[at] for at in places if at < len(inside)) and not inside[0]
+
+    def _adds_up(self, made: Made, value: Value) -> bool:
+        """Whether a node sums over a value: a reduction, or a product with one number or a vector of constants."""
+        if made.op in _SUMS:
+            return any(each is not None and same(each) is value for each in data_of(made)[:1])
+        if made.op == "Loop" or made.op == "Scan":
+            return True  # what their bodies do with it is not followed
+        if made.op not in ("MatMul", "Gemm", "Einsum", "com.microsoft.FusedMatMul"):
+            return False
+        others = [each for each in made.inputs[:2] if each is not None and same(each) is not value]
+        if not others:
+            return made.op == "Einsum"
+        shapes = [self.flow.shape(each) for each in others if self.flow.is_weight(each)]
+        return any(shape is not None and not _is_matrix(shape) for shape in shapes)
+
+    def _is_kept(self, made: Made) -> bool:
+        """Whether a node's results are still the matrix: joined to something, or all rows in a counted order."""
+        if made.op == "Concat":
+            return True
+        return made.op in LOOKUPS and len(made.inputs) > 1 and not self._is_given(made.inputs[1])
+
+    def _is_given(self, index: Value | None) -> bool:
+        """Whether an index comes of what the graph is given, as tokens do, and not of shapes alone."""
+        seen: set[int] = set()
+        stack = [index]
+        while stack:
+            value = stack.pop()
+            if value is None or id(value := same(value)) in seen or value.stored is not None:
+                continue
+            seen.add(id(value))
+            if value.maker is None:
+                return True
+            if value.maker.op not in ("Shape", "Size"):
+                stack += value.maker.inputs
+        return False
+
+    def _direct(self, starts: Iterable[Value]) -> dict[int, Value]:
+        """The values that are others moved, or changed number by number without activations."""
+        found: dict[int, Value] = {}
+        stack = [same(each) for each in starts]
+        while stack:
+            value = stack.pop()
+            if id(value) in found:
+                continue
+            found[id(value)] = value
+            for made, results in self._after(value):
+                others = [each for each in data_of(made) if each is not None and same(each) is not value]
+                if made.op == "Concat" or all(self.flow.state(each) != State.ACTIVE for each in others):
+                    stack += [same(each) for each in results]
+        return found
 
     # Names and reasons
 
@@ -408,8 +562,8 @@ class Factors:
     def _name(self) -> None:
         """Give each factor the name of the tensor that it is, or of its own value."""
         found = sorted(self._found.values(), key=lambda each: each[0].base.stored is None)
-        for factor, made in found:
-            base = factor.base
+        for factor, products in found:
+            base, made = factor.base, products[0]
             matrices = {each for each in sources_of(base, data_only=True) if len(each.shape) > 1}
             name = next(iter(matrices)).name if len(matrices) == 1 else base.name
             if name in self.sites:
@@ -417,15 +571,19 @@ class Factors:
             while name in self.sites:
                 name += "'"
             self.sites[name] = factor
+            self._products[name] = products
 
     def _account(self) -> None:
         """Each weight is in one of the four."""
         refused, read = self._reasons.get("refused", {}), self._reasons.get("read", {})
+        unread = read | self._reasons.get("combined", {})
         lookup = self._reasons.get("lookup", {})
         left = self._reasons.get("left", {}) | lookup
         part = {each for chain in self.unpacked.values() for each in (chain.values, chain.codes, chain.table)}
+        # Its own chain says nothing of a part: what is said comes from another reader.
+        part -= {each.name for each in (*refused, *unread, *left)}
         for stored, reason in refused.items():
-            if _may_weigh(stored) and stored.name not in part:
+            if _may_weigh(stored):
                 self.refused[stored.name] = reason
         for name in self.refused:
             self.sites.pop(name, None)
@@ -436,7 +594,8 @@ class Factors:
             stored = factor.base.stored
             kept_sparse = stored is not None and (stored.holds is None or name in self.file.sparse)
             known = all(each.data_type in FLOATS for each in data) or not data.isdisjoint(lookup)
-            if is_no_site(name) and not kept_sparse and known:
+            routes = _module(name) in _ROUTERS and all(map(self._chooses, self._products[name]))
+            if (is_no_site(name) or routes) and not kept_sparse and known:
                 self.left_out[name] = "its name is that of a head, an embedding or a router"
                 del self.sites[name]
         done = self.sites.keys() | self.refused.keys() | self.left_out.keys() | part
@@ -446,15 +605,21 @@ class Factors:
                 continue
             if stored.data_type not in _WEIGHT_TYPES:
                 continue
-            if stored in left and stored not in read:
+            if stored in left and stored not in unread:
                 self.left_out[name] = left[stored]
             else:
-                self.unread[name] = read.get(stored, "no product of the graph reads it")
+                self.unread[name] = unread.get(stored, "no product of the graph reads it")
 
 
 def is_no_site(name: str) -> bool:
-    """Whether a graph's name is that of an embedding, a router or the head, as far as names tell."""
-    return any(word in NO_SITE or word.startswith("embed") for word in name.split("."))
+    """Whether a graph's name is that of an embedding or the head: its module's own name, not that of one around it."""
+    return _module(name) in NO_SITE or _module(name).startswith("embed")
+
+
+def _module(name: str) -> str:
+    """The last module of a name."""
+    words = name.split(".")
+    return words[-2] if len(words) > 1 and words[-1] == "weight" else words[-1]
 
 
 def _is_matrix(shape: Sequence[int]) -> bool:

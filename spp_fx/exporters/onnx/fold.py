@@ -50,6 +50,9 @@ FOLDED = _UNARY | BROADCAST | _SIZED
 QUANTIZE = {f"com.microsoft.{op}": op for op in ("DequantizeLinear", "QuantizeLinear")}
 """Operators of onnxruntime that are ONNX's own, for types that ONNX took later."""
 
+_QUANTIZE_FROM = 19
+"""The evaluator has these operators from this version on; they compute the same per tensor and per axis."""
+
 _EVALUATION_ERRORS = (
     ArithmeticError,
     AssertionError,
@@ -270,6 +273,8 @@ def _run(made: Made, given: Sequence[Array | None]) -> list[Array]:
     node.name = ""
     newest = defs.onnx_opset_version()
     opset = newest if made.op in QUANTIZE else made.opset
+    if made.op in QUANTIZE.values() and opset is not None and 10 <= opset < _QUANTIZE_FROM:
+        opset = _QUANTIZE_FROM
     if made.op in QUANTIZE:
         node.domain = ""
     if opset is None or not 1 <= opset <= newest:
