@@ -150,9 +150,12 @@ def _others(
             unread[tensor] = "the model of config.json does not have it"
         else:
             unread[tensor] = "nothing in the model tells what it does"
+    first = program.tied
+    held = {
+        first.get(name, name) for name in binding.pieces
+    }  # under one name of a shared parameter, or another
     for name, why in program.left_out.items():
-        is_alias = name in program.tied
-        if name not in binding.pieces and not is_alias and is_matrix(program.get_parameter(name).shape):
+        if name not in first and name not in held and is_matrix(program.get_parameter(name).shape):
             (left_out if why.known else unread)[name] = why.reason
     return left_out, unread
 
