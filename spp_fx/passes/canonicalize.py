@@ -12,6 +12,7 @@ The node that contracts a weight is marked with the site's name; the weight's ca
 known from then on. Whatever else holds a matrix is named in `program.left_out`.
 """
 
+import operator
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,18 +26,22 @@ from spp_fx.ir.flow import (
     EXPANDS,
     KEEPS,
     LOOKUPS,
+    PARTS,
+    REDUCTIONS,
     RESHAPES,
     SUMS,
     SWAPS,
     Flow,
     Place,
     Read,
+    dimensions_of,
     is_elementwise,
+    sizes,
 )
 from spp_fx.ir.program import SITE, Program
 from spp_fx.ir.site import ROUTES, Kind, LeftOut, Site
 from spp_fx.passes.base import Pass, PassReport, register
-from spp_fx.passes.roles import role
+from spp_fx.passes.roles import SCALES, role
 
 aten = torch.ops.aten
 
@@ -59,6 +64,14 @@ KINDS: dict[object, Kind] = {
 }
 GATHERS = (aten.index.Tensor, aten.index_select.default)
 ROWS = (aten.embedding.default, aten.embedding_bag.default)
+PRODUCTS = (*SCALES, aten.addcmul.default)
+SUMMING = (*SUMS, aten.linalg_vector_norm.default)
+FOLLOWED = (
+    *(operator.getitem, aten.clone.default, aten.dropout.default, aten.stack.default),
+    *(aten.select.int, aten.unbind.int),
+    *(op for op in PARTS if op not in LOOKUPS),
+)
+"""Ops, beside those that move or cast a value, that contract nothing."""
 
 
 @dataclass(frozen=True)
@@ -261,8 +274,65 @@ def _moved(flow: Flow, place: Place) -> Iterator[Read]:
 
 
 def _is_summed(flow: Flow, read: Read) -> bool:
-    """Whether a product is summed right away, which makes a linear or a convolution of it."""
-    return any(each.node.target in SUMS for each in _moved(flow, read.place))
+    """Whether what an op makes of a table is summed along the table's own dimensions, as a linear's product is.
+
+    A product with a value that is broadcast along the table has the form of a linear's: it is followed through all
+    elementwise ops, and any op that may contract it counts. Other products, and sums that are broadcast so (a
+    distance to each row), are followed through arithmetic with constants: past that, a scaled or shifted
+    activation is a feature like any other, which norms and linears do contract.
+    """
+    shape = sizes(read.operand) or ()
+    own = frozenset(d for d in range(-len(shape), 0) if shape[d] != 1)
+    spread = len(own) > 1 and _is_spread(flow, read, own)
+    scaled = read.node.target in PRODUCTS
+    linear = scaled and spread
+    waiting, seen = [(read.place, dimensions_of(read, own))], set[tuple[Place, frozenset[int]]]()
+    while waiting:
+        place, dims = waiting.pop()
+        if (place, dims) in seen:
+            continue
+        seen.add((place, dims))
+        for each in flow.readers(place):
+            target = each.node.target
+            if each.node.op == "output" or not isinstance(
+                each.node.meta.get("val"), torch.Tensor | list | tuple
+            ):
+                if target in SUMS:  # a graph without shapes
+                    return True
+                continue
+            onward = dimensions_of(each, dims)
+            if target in REDUCTIONS:
+                if (linear or target in SUMMING) and (not dims or len(onward) < len(dims)):
+                    return True
+                follow = linear
+            elif target is aten.linear.default and each.node.args[1] is each.operand:
+                return True
+            elif is_elementwise(each.node):
+                follow = linear or ((scaled or spread) and _is_alone(flow, each))
+            elif target in (*RESHAPES, *SWAPS, *KEEPS, *CASTS, *EXPANDS):
+                follow = True
+            elif linear and target not in FOLLOWED:
+                return True
+            else:
+                follow = linear
+            if follow and (onward or not dims):
+                waiting.append((each.place, onward))
+    return False
+
+
+def _is_spread(flow: Flow, read: Read, dims: frozenset[int]) -> bool:
+    """Whether the other values that an op reads are broadcast along one of `dims` of its operand."""
+    shapes = [
+        sizes(other) or ()
+        for other in read.node.all_input_nodes
+        if other is not read.operand and not flow.constant(read.of(other))
+    ]
+    return bool(shapes) and any(all(len(s) < -d or s[d] == 1 for s in shapes) for d in dims)
+
+
+def _is_alone(flow: Flow, read: Read) -> bool:
+    """Whether an op reads one value and constants."""
+    return all(other is read.operand or flow.constant(read.of(other)) for other in read.node.all_input_nodes)
 
 
 def _used_by(flow: Flow, first: Read, places: list[Place]) -> str:

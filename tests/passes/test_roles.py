@@ -226,11 +226,37 @@ class Score(Block):
 
 
 class MulSum(Block):
-    """A linear spelt as a product and a sum."""
+    """A linear spelt as a product and a sum, with something done between the two."""
+
+    def __init__(self, contract) -> None:
+        super().__init__()
+        self.contract = contract
 
     def forward(self, x):
-        extra = (x.unsqueeze(-2) * self.bank).sum(-1)
+        extra = self.contract(x.unsqueeze(-2), self.bank)
         return self.down(self.up(x)) + extra.mean(-1, keepdim=True) + self.choice(x).mean(-1, keepdim=True)
+
+
+CONTRACTIONS = {
+    "product": lambda x, w: (x * w).sum(-1),
+    "factor": lambda x, w: ((x * w) * 2).sum(-1),
+    "activation": lambda x, w: F.relu(x * w).sum(-1),
+    "bias and mean": lambda x, w: (x * w + x).mean(-1),
+    "cast": lambda x, w: (x * w).double().mul(2).sum(-1).to(x.dtype),
+    "moved": lambda x, w: ((x * w).transpose(-1, -2) * 2).unflatten(-2, (4, 8)).sum((-3, -2)),
+    "norm": lambda x, w: torch.linalg.vector_norm((x * w).tanh(), dim=-1),
+    "matmul": lambda x, w: (x * w * 2) @ x.new_ones(32),
+    "einsum": lambda x, w: torch.einsum("bsoi->bso", F.gelu(x * w)),
+    "distance": lambda x, w: (x - w).pow(2).sum(-1),
+    "scaled weight": lambda x, w: F.linear(x.squeeze(-2), w * x.mean()),
+    "one row": lambda x, w: F.relu(x * w[:1] * 2).sum(-1),
+}
+TABLES = {
+    "added": lambda x, w: F.relu(x.squeeze(-2) + w[0]).pow(2).mean(-1, keepdim=True),
+    "scale": lambda x, w: F.rms_norm(x.squeeze(-2) * w[0].exp() + x.squeeze(-2), (32,)),
+    "scale before a linear": lambda x, w: (x.squeeze(-2) * w[0]) @ x.new_ones(32, 4),
+    "other dimension": lambda x, w: (x.squeeze(-2) * w[0] * 2).sum(1, keepdim=True),
+}
 
 
 class Unused(Block):
@@ -274,9 +300,16 @@ def test_the_use_of_a_result_decides_what_a_linear_is(block, outputs, role):
     assert roles == {"choice": role, "up": None, "down": None}
 
 
-def test_a_linear_spelt_as_product_and_sum_is_not_taken_for_a_table():
-    program = with_block(MulSum())
+@pytest.mark.parametrize("form", CONTRACTIONS)
+def test_a_linear_spelt_as_product_and_sum_is_not_taken_for_a_table(form):
+    program = with_block(MulSum(CONTRACTIONS[form]))
     assert not program.left_out["model.layers.0.mlp.bank"].known
+
+
+@pytest.mark.parametrize("form", TABLES)
+def test_a_table_whose_own_dimension_is_not_summed_in_its_product_is_known(form):
+    program = with_block(MulSum(TABLES[form]))
+    assert program.left_out["model.layers.0.mlp.bank"].known
 
 
 def test_what_is_not_followed_or_not_read_is_named_apart_from_tables():
