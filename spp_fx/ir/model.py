@@ -1,6 +1,6 @@
 """Models of folders: with their weights, or without them."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,7 +11,7 @@ import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 from transformers.utils import is_peft_available
 
 from spp_fx.checkpoint import ModelFolder
@@ -20,12 +20,16 @@ from spp_fx.ir.binding import find_targets
 from spp_fx.ir.program import Program
 from spp_fx.ir.unreadable import Readable, lacking
 
-CAUSAL = frozenset(
-    name
-    for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    for name in ((names,) if isinstance(names, str) else names)
-)
+
+def _classes(mapping: Mapping[str, str | Sequence[str]]) -> frozenset[str]:
+    return frozenset(
+        name for names in mapping.values() for name in ((names,) if isinstance(names, str) else names)
+    )
+
+
+CAUSAL = _classes(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 """Names of the classes that AutoModelForCausalLM makes."""
+_HEADLESS = _classes(MODEL_MAPPING_NAMES)
 _ADAPTER = "adapter_config.json"
 
 
@@ -97,6 +101,9 @@ def _class_of(config: PretrainedConfig) -> Any:
         found = getattr(transformers, name, None)
         if name in CAUSAL or not isinstance(found, type) or not issubclass(found, PreTrainedModel):
             continue
+        headless = name in _HEADLESS and config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        if headless and not config.is_encoder_decoder:
+            continue  # its head may be the embedding, and is missed where it is not
         return found
     return AutoModelForCausalLM
 

@@ -146,7 +146,6 @@ class Verified:
                 "sites": len(self.sites),
                 "ok": len(self.sites) - failed,
                 "failed": failed,
-                "unread": len(self.unread),
                 "sparsity": self.sparsity,
             },
             "left_out": dict(self.left_out),

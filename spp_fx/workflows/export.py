@@ -159,5 +159,5 @@ def open_source(model: Path, *, trust_remote_code: bool = False, any_config: boo
     found = survey(model, trust_remote_code=trust_remote_code, any_config=any_config)
     made = make_lock(found)
     if not made.lock.sites:
-        raise nothing_sparse(model, made)
+        raise UsageError(str(nothing_sparse(model, made)))
     return Source(folder, made.lock, trust_remote_code)

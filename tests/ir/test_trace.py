@@ -436,7 +436,7 @@ T5 = T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=16, num_layers=1, 
 )
 def test_what_is_no_causal_language_model_is_refused(make, request):
     name = request.node.callspec.id
-    with pytest.raises(UsageError, match=f"trace: {name} is no Hugging Face causal language model"):
+    with pytest.raises(UsageError, match=f"{name} is not a causal language model"):
         trace(make())
 
 

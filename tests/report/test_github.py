@@ -4,16 +4,16 @@ import re
 
 from spp_fx.report.github import annotations
 from spp_fx.report.summary import summary
-from spp_fx.report.verdict import Finding, Verified
+from spp_fx.report.verdict import RULES, Finding, Verified
 from tests.report.conftest import site
 
 
 def test_an_annotation_names_file_and_site(verdicts, root):
     lines = list(annotations(verdicts, root))
-    assert lines[6].startswith(
+    assert lines[len(RULES)].startswith(
         "::error title=layers.10.weight,file=a b/w.safetensors::w.safetensors: row 3, column 1"
     )
-    assert lines[7].startswith("::error title=unknown::a")
+    assert lines[len(RULES) + 1].startswith("::error title=unknown::a")
 
 
 def test_an_annotation_is_one_command(verdicts, root):

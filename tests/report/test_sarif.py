@@ -64,7 +64,7 @@ def test_rules_are_unique_and_results_point_at_theirs(run):
 
 
 def test_a_result_names_file_tensor_and_place(run):
-    result = run["results"][6]
+    result = run["results"][len(RULES)]
     location = result["locations"][0]
     artifact = location["physicalLocation"]["artifactLocation"]
     assert (artifact["uri"], artifact["uriBaseId"]) == ("a%20b/w.safetensors", "%SRCROOT%")

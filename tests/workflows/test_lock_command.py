@@ -117,7 +117,7 @@ def test_a_file_that_stands_alone_is_locked_by_the_names_of_its_matrices(weights
     done = must("lock", weights, "--json", "-q").json
     assert [site["name"] for site in done["sites"]] == ["layers.0.q_proj.weight", SITE]
     assert done["left_out"] == {
-        "embed_tokens.weight": "is no weight of a linear, by its name; name it in the targets to take it",
+        "embed_tokens.weight": "is not the weight of a linear, by its name; name it in the targets to take it",
         "layers.0.k_proj.weight": "dense, 0.0% zeros",
     }
     assert must("verify", weights, "-q").out.startswith("ok: safetensors")
