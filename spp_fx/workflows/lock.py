@@ -241,6 +241,8 @@ def _lock_file(path: Path, pattern: Pattern | None, targets: Sequence[str], tick
             left_out[name] = "not among the targets"
         elif len(info.shape) > 3:
             left_out[name] = f"has {len(info.shape)} dimensions, a mask has two or three"
+        elif 0 in info.shape:
+            left_out[name] = "is empty"
         elif not targets and not lone.is_site(name, info.shape):
             left_out[name] = "is not the weight of a linear, by its name; name it in the targets to take it"
         elif (reason := _uncounted(info.dtype)) is not None:
