@@ -92,6 +92,8 @@ class Readable:
             ):
                 return f"tokenizer.json is not what the tokenizers library reads ({said}); get the file again"
             return self._no_tokenizer(said)
+        if isinstance(error, KeyError) and error.args == ("metadata",):
+            return 'model.safetensors.index.json has no metadata, which transformers needs; add "metadata": {} to it'
         model_type = config.get("model_type")
         if model_type is None and "model_type" in said:
             return "config.json names no model_type; get the file again"

@@ -15,6 +15,7 @@ from transformers import (
     BertConfig,
     BertModel,
     LlamaConfig,
+    LlamaForCausalLM,
     RobertaConfig,
     RobertaForMaskedLM,
     RobertaForSequenceClassification,
@@ -255,3 +256,13 @@ def test_code_of_a_folder_never_runs_whatever_stdin_answers(folder, tmp_path, ve
     assert done.returncode == 1
     assert "--trust-remote-code" in one_line(done.stderr)
     assert not (tmp_path / "ran").exists()
+
+
+def test_an_index_without_metadata_is_named(tmp_path):
+    config = LlamaConfig(**SMALL, num_key_value_heads=2)
+    folder = tmp_path / "model"
+    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="40KB")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": json.loads(index.read_text())["weight_map"]}))
+    with pytest.raises(FormatError, match="has no metadata"):
+        load_model(folder)
