@@ -15,7 +15,7 @@ from common import timing
 from common.programs import small_llama
 from torch import nn
 
-from spp_fx.ir.trace import trace
+from spp_fx.graph.trace import trace
 from spp_fx.passes import Causal, run_pipeline
 
 

@@ -17,7 +17,7 @@ import torch
 from common import rivals, timing
 from common.programs import abstract_program, run_by, small_llama
 
-from spp_fx.ir.program import Program
+from spp_fx.graph.program import Program
 from spp_fx.passes import Checkpoint, Lower, Partition, run_pipeline
 
 REFERENCE = "lors"

@@ -29,7 +29,6 @@ from unittest import mock
 import torch
 from common.report import publish
 
-from spp_fx.checkpoint import ModelFolder, write_safetensors
 from spp_fx.exporters import (
     ExportSettings,
     Source,
@@ -40,8 +39,12 @@ from spp_fx.exporters import (
     sparse_bitmask,
 )
 from spp_fx.exporters.packed_writer import write_weights
-from spp_fx.sparsity import LOCK_NAME, NM, Lock, load_lock, make_entry, pack_mask
-from spp_fx.workflows.export import export
+from spp_fx.sparsity.lock import LOCK_NAME, Lock, load_lock, make_entry
+from spp_fx.sparsity.pattern import NM
+from spp_fx.sparsity.scan import pack_mask
+from spp_fx.storage.folder import ModelFolder
+from spp_fx.storage.writer import write_safetensors
+from spp_fx.verbs.export import export
 
 WEIGHTS = "model.safetensors"
 COLUMNS = 8192

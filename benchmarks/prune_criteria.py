@@ -12,9 +12,9 @@ from pathlib import Path
 from common.report import publish
 from transformers.utils import logging
 
-from spp_fx.workflows.calibration import Calibration
-from spp_fx.workflows.evaluate import evaluate
-from spp_fx.workflows.prune import prune
+from spp_fx.verbs.evaluate import evaluate
+from spp_fx.verbs.load import Calibration
+from spp_fx.verbs.prune import prune
 
 WAYS = {
     "magnitude": ("magnitude", None),

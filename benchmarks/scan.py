@@ -20,7 +20,8 @@ from statistics import median
 
 import torch
 
-from spp_fx.sparsity import NM, Scan, scan_bits, scan_file, scan_tensor
+from spp_fx.sparsity.pattern import NM, scan_bits
+from spp_fx.sparsity.scan import Scan, scan_file, scan_tensor
 
 COLUMNS = 8192
 PATTERN = NM(2, 4)

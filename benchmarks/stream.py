@@ -34,7 +34,7 @@ from common.process import run_python, run_spp_fx
 from common.report import publish
 from safetensors.numpy import load_file, save_file
 
-from spp_fx.checkpoint import ModelFolder
+from spp_fx.storage.folder import ModelFolder
 
 AGAINST = {"merge": "cp", "merge_proven": "cp", "verify": "cat", "verify_one_job": "cat"}
 

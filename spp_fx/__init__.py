@@ -17,48 +17,47 @@ from spp_fx.version import VERSION
 if TYPE_CHECKING:
     from spp_fx import runtime
     from spp_fx.errors import SppFxError
-    from spp_fx.ir.printer import print_program
-    from spp_fx.ir.program import Program
-    from spp_fx.ir.trace import trace
+    from spp_fx.graph.printer import print_program
+    from spp_fx.graph.program import Program
+    from spp_fx.graph.trace import trace
     from spp_fx.passes import parse_pipeline, print_pipeline, run_pipeline
-    from spp_fx.workflows.calibration import Calibration
-    from spp_fx.workflows.evaluate import evaluate
-    from spp_fx.workflows.export import ExportSettings, export
-    from spp_fx.workflows.inject import inject
-    from spp_fx.workflows.inspect import inspect
-    from spp_fx.workflows.load import load_program
-    from spp_fx.workflows.lock import lock
-    from spp_fx.workflows.merge import merge
-    from spp_fx.workflows.prune import prune
-    from spp_fx.workflows.train import TrainSettings, train
-    from spp_fx.workflows.unpack import unpack
-    from spp_fx.workflows.verify import verify
+    from spp_fx.verbs.evaluate import evaluate
+    from spp_fx.verbs.export import ExportSettings, export
+    from spp_fx.verbs.inject import inject
+    from spp_fx.verbs.inspect import inspect
+    from spp_fx.verbs.load import Calibration, load_program
+    from spp_fx.verbs.lock import lock
+    from spp_fx.verbs.merge import merge
+    from spp_fx.verbs.prune import prune
+    from spp_fx.verbs.train import TrainSettings, train
+    from spp_fx.verbs.unpack import unpack
+    from spp_fx.verbs.verify import verify
 
 __version__ = VERSION
 
 # Imported on first use: torch and transformers take seconds that `spp-fx --help` need not wait for.
 _HOMES = {
-    "Calibration": "spp_fx.workflows.calibration",
-    "ExportSettings": "spp_fx.workflows.export",
-    "Program": "spp_fx.ir.program",
+    "Calibration": "spp_fx.verbs.load",
+    "ExportSettings": "spp_fx.verbs.export",
+    "Program": "spp_fx.graph.program",
     "SppFxError": "spp_fx.errors",
-    "TrainSettings": "spp_fx.workflows.train",
-    "evaluate": "spp_fx.workflows.evaluate",
-    "export": "spp_fx.workflows.export",
-    "inject": "spp_fx.workflows.inject",
-    "inspect": "spp_fx.workflows.inspect",
-    "load_program": "spp_fx.workflows.load",
-    "lock": "spp_fx.workflows.lock",
-    "merge": "spp_fx.workflows.merge",
+    "TrainSettings": "spp_fx.verbs.train",
+    "evaluate": "spp_fx.verbs.evaluate",
+    "export": "spp_fx.verbs.export",
+    "inject": "spp_fx.verbs.inject",
+    "inspect": "spp_fx.verbs.inspect",
+    "load_program": "spp_fx.verbs.load",
+    "lock": "spp_fx.verbs.lock",
+    "merge": "spp_fx.verbs.merge",
     "parse_pipeline": "spp_fx.passes",
     "print_pipeline": "spp_fx.passes",
-    "print_program": "spp_fx.ir.printer",
-    "prune": "spp_fx.workflows.prune",
+    "print_program": "spp_fx.graph.printer",
+    "prune": "spp_fx.verbs.prune",
     "run_pipeline": "spp_fx.passes",
-    "trace": "spp_fx.ir.trace",
-    "train": "spp_fx.workflows.train",
-    "unpack": "spp_fx.workflows.unpack",
-    "verify": "spp_fx.workflows.verify",
+    "trace": "spp_fx.graph.trace",
+    "train": "spp_fx.verbs.train",
+    "unpack": "spp_fx.verbs.unpack",
+    "verify": "spp_fx.verbs.verify",
 }
 
 __all__ = [

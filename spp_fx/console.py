@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from spp_fx.progress import no_tick
+from spp_fx.parallel import no_tick
 
 
 class Output:

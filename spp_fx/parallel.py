@@ -1,4 +1,4 @@
-"""Threads over independent pieces of work: results in order, few of them waiting, no thread too many."""
+"""Work over several threads, results in order; progress callbacks."""
 
 import os
 import threading
@@ -8,6 +8,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
 from typing import TypeVar
+
+Tick = Callable[[str, int], None]
+"""Called with what was done and how many bytes it covered, so that a caller can show progress."""
+
+
+def no_tick(what: str, nbytes: int) -> None:
+    """Show nothing."""
+
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from spp_fx.sparsity import Lock, PackedMask, Pattern, make_entry
+from spp_fx.sparsity.lock import Lock, make_entry
+from spp_fx.sparsity.mask import PackedMask
+from spp_fx.sparsity.pattern import Pattern
 
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 """Bytes of an element."""

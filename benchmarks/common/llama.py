@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from spp_fx.checkpoint import INDEX_NAME, write_safetensors
+from spp_fx.storage.folder import INDEX_NAME
+from spp_fx.storage.writer import write_safetensors
 
 VOCABULARY = 32000
 

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, fx, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from spp_fx.ir.leaf import leaf
-from spp_fx.ir.program import ADAPTER, Program
-from spp_fx.ir.trace import trace
+from spp_fx.graph.program import ADAPTER, Program, leaf
+from spp_fx.graph.trace import trace
 from spp_fx.passes import Canonicalize, Causal, Inject, Match, run_pipeline
 
 SCALE = 2.0

@@ -83,7 +83,7 @@ class StoredFold:
         import torch
 
         from spp_fx.adapters.fold import fold_matrix
-        from spp_fx.checkpoint import torch_dtype
+        from spp_fx.storage.safetensors import torch_dtype
 
         weight = torch.from_numpy(np.ascontiguousarray(stored)).view(torch_dtype(self.dtype))
         factors = {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in self.factors.items()}

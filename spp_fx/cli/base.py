@@ -76,7 +76,7 @@ def command(name: str) -> Callable[[Callable[..., Any]], click.Command]:
         )
         @functools.wraps(function)
         def wrapped(as_json: bool, quiet: bool, debug: bool, allow_links: bool, **options: Any) -> Any:
-            from spp_fx.checkpoint.links import links_allowed
+            from spp_fx.storage.links import links_allowed
 
             _calm(debug)
             with links_allowed(allow_links):
@@ -140,7 +140,7 @@ def split_targets(values: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def model_folder(name: str) -> Path:
-    from spp_fx.workflows.hub import resolve_model
+    from spp_fx.storage.folder import resolve_model
 
     return resolve_model(name)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from spp_fx.workflows.calibration import Calibration
+    from spp_fx.verbs.load import Calibration
 
 
 def calibration_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -31,7 +31,7 @@ def calibration_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def read_calibration(options: dict[str, Any]) -> "Calibration | None":
     """What the options say, or None where there is no text."""
-    from spp_fx.workflows.calibration import Calibration
+    from spp_fx.verbs.load import Calibration
 
     if not options["calib"]:
         return None

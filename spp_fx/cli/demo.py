@@ -17,7 +17,7 @@ def demo_command(output: Output, out: Path | None) -> None:
     spp-fx demo
     spp-fx demo -o demo-files
     """
-    from spp_fx.workflows.demo import demo
+    from spp_fx.verbs.demo import demo
 
     done = demo(out, output)
 

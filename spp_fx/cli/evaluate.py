@@ -31,7 +31,7 @@ def eval_command(output: Output, model: str, **options: Any) -> None:
     spp-fx eval my-merged --data held-out.txt
     spp-fx eval my-merged --data alpaca.json
     """
-    from spp_fx.workflows.evaluate import evaluate
+    from spp_fx.verbs.evaluate import evaluate
 
     with output.steps_bar("evaluating") as bar:
         done_windows = 0

@@ -65,7 +65,7 @@ def export_command(output: Output, model: str, **options: Any) -> None:
     spp-fx export my-merged --format onnx-packed --with-past
     spp-fx export my-merged --format safetensors
     """
-    from spp_fx.workflows.export import ExportSettings, export
+    from spp_fx.verbs.export import ExportSettings, export
 
     folder = model_folder(model)
     target = options["out"] or default_out(model, options["format_"])

@@ -15,7 +15,7 @@ from spp_fx.cli.base import (
     targets_option,
 )
 from spp_fx.console import Output, shape, table
-from spp_fx.report.text import grouped
+from spp_fx.verify.verdict import grouped
 
 
 @command("inject")
@@ -45,7 +45,7 @@ def inject_command(output: Output, model: str, **options: Any) -> None:
     spp-fx inject my-sparse --rank 8 --targets q_proj,v_proj -o small-adapter
     spp-fx inject llama-7b --dry-run --json
     """
-    from spp_fx.workflows.inject import inject
+    from spp_fx.verbs.inject import inject
 
     folder = model_folder(model)
     method = options["method"]

@@ -6,7 +6,7 @@ import click
 
 from spp_fx.cli.base import command, model_argument, model_folder, remote_code
 from spp_fx.console import Output, shape, table
-from spp_fx.report.text import grouped
+from spp_fx.verify.verdict import grouped
 
 
 @command("inspect")
@@ -18,7 +18,7 @@ def inspect_command(output: Output, model: str, **options: Any) -> None:
     \b
     spp-fx inspect my-sparse
     """
-    from spp_fx.workflows.inspect import inspect
+    from spp_fx.verbs.inspect import inspect
 
     with output.bytes_bar("looking at weights") as tick:
         done = inspect(model_folder(model), trust_remote_code=options["trust_remote_code"], tick=tick)

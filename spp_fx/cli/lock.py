@@ -37,8 +37,8 @@ def lock_command(output: Output, model: str, **options: Any) -> None:
     spp-fx lock my-sparse -o locks/my-sparse.lock.json
     spp-fx lock my-sparse --force --json
     """
-    from spp_fx.sparsity import LOCK_NAME
-    from spp_fx.workflows.lock import lock
+    from spp_fx.sparsity.lock import LOCK_NAME
+    from spp_fx.verbs.lock import lock
 
     # A model of the hub lies in a cache, where nobody would look for its lock.
     target = options["out"] or (None if Path(model).exists() else Path(LOCK_NAME))

@@ -34,7 +34,7 @@ def merge_command(output: Output, adapter: Path, **options: Any) -> None:
     spp-fx merge my-sparse-spp --verify-sparsity
     cd my-sparse-spp && spp-fx merge --verify-sparsity -o ../merged
     """
-    from spp_fx.workflows.merge import merge
+    from spp_fx.verbs.merge import merge
 
     target = options["out"] or beside(adapter, "merged")
     with output.bytes_bar("folding") as tick:

@@ -22,7 +22,7 @@ def opt_command(output: Output, model: str, **options: Any) -> None:
     spp-fx opt my-sparse -p 'canonicalize,match,inject{rank=8},lower{kernel=fused}' --print-after-all
     spp-fx opt my-model --calib text.txt -p 'canonicalize,match{dense=true},partition,prune{method=wanda}'
     """
-    from spp_fx.workflows.optimize import optimize
+    from spp_fx.verbs.opt import optimize
 
     reports: list[dict[str, Any]] = []
 

@@ -18,7 +18,7 @@ from spp_fx.cli.base import (
 )
 from spp_fx.cli.calibration import calibration_options, read_calibration
 from spp_fx.console import Output, table
-from spp_fx.report.text import grouped
+from spp_fx.verify.verdict import grouped
 
 
 @command("prune")
@@ -60,8 +60,8 @@ def prune_command(output: Output, model: str, **options: Any) -> None:
     spp-fx prune my-model --method sparsegpt --pattern 50% --calib text.txt --skip 'model.layers.0.*'
     spp-fx prune my-model --method wanda --repair dsnot --calib text.txt --ratio down_proj@4:8
     """
-    from spp_fx.workflows.memory import return_large_blocks
-    from spp_fx.workflows.prune import prune
+    from spp_fx.memory import return_large_blocks
+    from spp_fx.verbs.prune import prune
 
     return_large_blocks()
     folder = model_folder(model)

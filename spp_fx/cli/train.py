@@ -105,8 +105,8 @@ def train_command(output: Output, adapter: Path, **options: Any) -> None:
     torchrun --nproc-per-node 8 -m spp_fx train my-sparse-spp --config run.yaml --shard world --packed
     """
     from spp_fx.training.distributed import leave
-    from spp_fx.training.progress import ProgressCallback
-    from spp_fx.workflows.train import TrainSettings, train
+    from spp_fx.training.trainer import ProgressCallback
+    from spp_fx.verbs.train import TrainSettings, train
 
     settings: dict[str, Any] = {name: options[name] for name in (*SETTINGS, "report_to")}
     with output.steps_bar("training") as bar:

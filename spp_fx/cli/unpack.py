@@ -22,7 +22,7 @@ def unpack_command(output: Output, export: Path, **options: Any) -> None:
     spp-fx unpack my-merged-sparse-bitmask -o my-merged
     spp-fx unpack legacy-model -o plain-model
     """
-    from spp_fx.workflows.unpack import unpack
+    from spp_fx.verbs.unpack import unpack
 
     target = options["out"] or beside(export, "unpacked")
     with output.bytes_bar("unpacking") as tick:

@@ -12,9 +12,8 @@ from spp_fx.cli.base import FOLDER, command, remote_code
 from spp_fx.console import Output
 
 if TYPE_CHECKING:
-    from spp_fx.report.verdict import Verified
-    from spp_fx.workflows.demands import Coverage
-    from spp_fx.workflows.request import Check
+    from spp_fx.verify.policy import Check, Coverage
+    from spp_fx.verify.verdict import Verified
 
 _NAMES = "last word of a module's name or a glob; repeatable"
 
@@ -77,7 +76,7 @@ def verify_command(
     spp-fx verify exported --against my-model --json
     spp-fx verify --policy spp-fx.toml --github --sarif report.sarif
     """
-    from spp_fx.workflows.policy import Overrides, Policy
+    from spp_fx.verify.policy import Overrides, Policy
 
     given = Overrides(pattern, lock, against, coverage, require, allow_dense, trust_remote_code)
     rules = Policy.find(policy)
@@ -97,7 +96,7 @@ def verify_command(
 def _check_reports(
     checks: "Sequence[Check]", policy: Path | None, *, junit: Path | None, sarif: Path | None
 ) -> None:
-    from spp_fx.report.targets import check_targets
+    from spp_fx.verify.report import check_targets
 
     options = (("--junit", junit, ".xml"), ("--sarif", sarif, ".sarif"))
     reports = {option: (path, suffix) for option, path, suffix in options if path is not None}
@@ -108,7 +107,7 @@ def _check_reports(
 
 def _judge(output: Output, checks: "Sequence[Check]", jobs: int | None) -> "list[Verified]":
     from spp_fx.memory import keep_freed_memory
-    from spp_fx.workflows.verify import MASK_BYTES, check_request, gate
+    from spp_fx.verbs.verify import MASK_BYTES, check_request, gate
 
     keep_freed_memory(MASK_BYTES)
     for check in checks:  # a wrong request must not throw away what was judged before it
@@ -134,10 +133,8 @@ def _show(output: Output, verdicts: "Sequence[Verified]", *, listed: bool, githu
     In words, one that cannot be opened is told as every command tells a failure: one line on stderr.
     """
     from spp_fx.errors import escaped
-    from spp_fx.report.github import annotations
-    from spp_fx.report.place import Root
-    from spp_fx.report.text import lines
-    from spp_fx.report.verdict import all_to_json
+    from spp_fx.verify.report import Root, annotations
+    from spp_fx.verify.verdict import all_to_json, lines
 
     def show() -> None:
         for verdict in verdicts:
@@ -156,10 +153,11 @@ def _show(output: Output, verdicts: "Sequence[Verified]", *, listed: bool, githu
 def _write_reports(
     verdicts: "Sequence[Verified]", *, junit: Path | None, sarif: Path | None, github: bool
 ) -> None:
-    from spp_fx.report import files, summary
-    from spp_fx.report import junit as junit_form
-    from spp_fx.report import sarif as sarif_form
-    from spp_fx.report.place import Root
+    from spp_fx.verify import report as files
+    from spp_fx.verify import report as junit_form
+    from spp_fx.verify import report as sarif_form
+    from spp_fx.verify import report as summary
+    from spp_fx.verify.report import Root
 
     root = Root.current()
     step_summary = os.environ.get("GITHUB_STEP_SUMMARY") if github else None

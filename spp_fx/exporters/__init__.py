@@ -4,18 +4,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from spp_fx.exporters.registry import (
+    from spp_fx.exporters.format import (
         FORMATS,
         Decoded,
         ExportSettings,
         Format,
         Say,
+        Source,
         Tick,
         Weights,
         find_format,
         register,
     )
-    from spp_fx.exporters.source import Source
 
 __all__ = [
     "FORMATS",
@@ -36,5 +36,4 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import_module("spp_fx.exporters.builtin")
-    home = "source" if name == "Source" else "registry"
-    return getattr(import_module(f"spp_fx.exporters.{home}"), name)
+    return getattr(import_module("spp_fx.exporters.format"), name)

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spp_fx.checkpoint import ModelFolder
 from spp_fx.errors import FormatError
-from spp_fx.exporters.sparsity_config import layers, sparsity_configs
+from spp_fx.exporters.manifest import layers, sparsity_configs
+from spp_fx.storage.folder import ModelFolder
 
 SPARSE_24 = "sparse-24-bitmask"
 PARTS = ("compressed", "bitmask", "shape")

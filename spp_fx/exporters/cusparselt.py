@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spp_fx.checkpoint import torch_dtype
 from spp_fx.errors import UsageError
 from spp_fx.exporters.cusparselt_layout import BLOCK, ORDER, UNKNOWN_ORDER, Sm, fill, refusal, views
 from spp_fx.exporters.cusparselt_reader import CUSPARSELT, NEUTRAL, decode, layouts, read
+from spp_fx.exporters.format import ROUND_TO, ROUNDED, ExportSettings, Format, Say, Source, Tick, register
 from spp_fx.exporters.manifest import TensorRecord, read_manifest
 from spp_fx.exporters.packed_reader import DENSE, WEIGHTS
 from spp_fx.exporters.packed_writer import (
@@ -41,10 +41,10 @@ from spp_fx.exporters.packed_writer import (
     sizes,
     write_weights,
 )
-from spp_fx.exporters.registry import ExportSettings, Format, Say, Tick, register
 from spp_fx.exporters.semi_structured import can_pack
-from spp_fx.exporters.source import ROUND_TO, ROUNDED, Source
-from spp_fx.sparsity import NM, LockEntry
+from spp_fx.sparsity.lock import LockEntry
+from spp_fx.sparsity.pattern import NM
+from spp_fx.storage.safetensors import torch_dtype
 
 DOCUMENTED_FOR = "cuSPARSELt 0.6 to 0.8"
 """The versions that the public kernels were written for, from which the order of a pack is known."""

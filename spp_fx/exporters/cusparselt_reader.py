@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from spp_fx.checkpoint import Shard, torch_dtype
 from spp_fx.errors import FormatError, UsageError
 from spp_fx.exporters.cusparselt_layout import Sm, refusal
+from spp_fx.exporters.format import Decoded, Weights
 from spp_fx.exporters.manifest import MANIFEST, Manifest, TensorRecord
 from spp_fx.exporters.packed_reader import Layouts, PackedModel, Places, Rows, gather, neutral_rows
-from spp_fx.exporters.registry import Decoded, Weights
 from spp_fx.exporters.semi_structured import Packed24, can_pack, unpack_2_4
+from spp_fx.storage.safetensors import Shard, torch_dtype
 
 CUSPARSELT, NEUTRAL = "cusparselt", "neutral"
 

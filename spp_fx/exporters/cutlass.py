@@ -19,9 +19,9 @@ from typing import Any
 
 from torch import Tensor
 
-from spp_fx.checkpoint import torch_dtype
 from spp_fx.exporters.cutlass_layout import FORMS, fill, refusal
 from spp_fx.exporters.cutlass_reader import CUTLASS, LAYOUTS, decode, read
+from spp_fx.exporters.format import ExportSettings, Format, Say, Source, Tick, register
 from spp_fx.exporters.manifest import TensorRecord, read_manifest
 from spp_fx.exporters.packed_reader import DENSE, WEIGHTS
 from spp_fx.exporters.packed_writer import (
@@ -33,9 +33,9 @@ from spp_fx.exporters.packed_writer import (
     sizes,
     write_weights,
 )
-from spp_fx.exporters.registry import ExportSettings, Format, Say, Tick, register
-from spp_fx.exporters.source import Source
-from spp_fx.sparsity import NM, LockEntry
+from spp_fx.sparsity.lock import LockEntry
+from spp_fx.sparsity.pattern import NM
+from spp_fx.storage.safetensors import torch_dtype
 
 REQUIREMENTS: dict[str, int | str] = {
     "compute_capability": "8.x",

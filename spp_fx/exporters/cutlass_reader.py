@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spp_fx.checkpoint import Shard, dtype_name, torch_dtype
 from spp_fx.errors import FormatError, UsageError
 from spp_fx.exporters.cutlass_layout import FORMS, refusal
+from spp_fx.exporters.format import Decoded, Weights
 from spp_fx.exporters.manifest import Manifest, TensorRecord
 from spp_fx.exporters.packed_reader import Layouts, PackedModel, Places, Rows, gather
-from spp_fx.exporters.registry import Decoded, Weights
 from spp_fx.exporters.semi_structured import Packed24, unpack_1_2, unpack_2_4
+from spp_fx.storage.safetensors import Shard, dtype_name, torch_dtype
 
 CUTLASS = "cutlass"
 

@@ -13,13 +13,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from spp_fx.checkpoint import Shard, TensorInfo, TensorSpec, torch_dtype
 from spp_fx.errors import FormatError
+from spp_fx.exporters.format import Decoded, Weights, scan_stored
 from spp_fx.exporters.manifest import MANIFEST, Manifest, TensorRecord
-from spp_fx.exporters.registry import Decoded, Weights
 from spp_fx.exporters.semi_structured import Packed24, in_parallel, kernels, row_chunks, unpack_2_4
-from spp_fx.exporters.source import scan_stored
-from spp_fx.sparsity import Scan, scan_tensor
+from spp_fx.sparsity.scan import Scan, scan_tensor
+from spp_fx.storage.safetensors import Shard, TensorInfo, torch_dtype
+from spp_fx.storage.writer import TensorSpec
 
 WEIGHTS = "packed.safetensors"
 """No name that loaders of plain models look for: transformers would fill the packed weights at random."""

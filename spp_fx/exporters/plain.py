@@ -4,15 +4,24 @@ import json
 from pathlib import Path
 from typing import Any
 
-from spp_fx.checkpoint import ModelFolder, Shard, copy_file, rewrite_shard
-from spp_fx.checkpoint.layout import within
-from spp_fx.checkpoint.resume import copy_others, write_shards
-from spp_fx.exporters.manifest import MANIFEST, Manifest, site_sizes
-from spp_fx.exporters.read_back import check_copied
-from spp_fx.exporters.registry import Decoded, ExportSettings, Format, Say, Tick, Weights, register
-from spp_fx.exporters.source import Source, scan_stored
-from spp_fx.exporters.sparsity_config import without_sparsity
-from spp_fx.sparsity import LOCK_NAME, Scan
+from spp_fx.exporters.checks import check_copied
+from spp_fx.exporters.format import (
+    Decoded,
+    ExportSettings,
+    Format,
+    Say,
+    Source,
+    Tick,
+    Weights,
+    register,
+    scan_stored,
+)
+from spp_fx.exporters.manifest import MANIFEST, Manifest, site_sizes, without_sparsity
+from spp_fx.sparsity.lock import LOCK_NAME
+from spp_fx.sparsity.scan import Scan
+from spp_fx.storage.folder import ModelFolder, within
+from spp_fx.storage.safetensors import Shard
+from spp_fx.storage.writer import copy_file, copy_others, rewrite_shard, write_shards
 
 
 def write(source: Source, target: Path, settings: ExportSettings, tick: Tick, say: Say) -> dict[str, Any]:

@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from spp_fx.checkpoint.dtypes import LAYOUT_RANK
-from spp_fx.checkpoint.header import MAX_HEADER_BYTES
 from spp_fx.errors import FormatError
+from spp_fx.storage.safetensors import LAYOUT_RANK, MAX_HEADER_BYTES
 
 Bytes = NDArray[np.uint8]
 

@@ -21,9 +21,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from spp_fx.checkpoint import Shard, TensorInfo, copy_file
-from spp_fx.checkpoint.resume import write_shards
 from spp_fx.exporters.bitmask import Bytes, kernels, unsigned
+from spp_fx.exporters.format import ExportSettings, Format, Say, Source, Tick, register
 from spp_fx.exporters.manifest import MANIFEST, TensorRecord, site_sizes, write_manifest
 from spp_fx.exporters.raw_file import (
     SPAN,
@@ -35,13 +34,14 @@ from spp_fx.exporters.raw_file import (
     spans,
     write_raw,
 )
-from spp_fx.exporters.registry import ExportSettings, Format, Say, Tick, register
-from spp_fx.exporters.source import Source
 from spp_fx.exporters.sparse_bitmask_check import check_written
 from spp_fx.exporters.sparse_bitmask_reader import FOLDER, NAME, VERSION, decode, read, restore
 from spp_fx.parallel import in_order
-from spp_fx.sparsity import LOCK_NAME, LockEntry, element_type
 from spp_fx.sparsity._backend import backend
+from spp_fx.sparsity.lock import LOCK_NAME, LockEntry
+from spp_fx.sparsity.scan import element_type
+from spp_fx.storage.safetensors import Shard, TensorInfo
+from spp_fx.storage.writer import copy_file, write_shards
 from spp_fx.version import VERSION as SPP_FX_VERSION
 
 

@@ -9,12 +9,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from spp_fx.checkpoint import ModelFolder, Shard
-from spp_fx.checkpoint.layout import within
 from spp_fx.errors import FormatError
+from spp_fx.exporters.checks import NOT_IN_TORCH, LibraryReader, check_copied
 from spp_fx.exporters.raw_file import copy_spans
-from spp_fx.exporters.read_back import NOT_IN_TORCH, LibraryReader, check_copied
 from spp_fx.parallel import in_order
+from spp_fx.storage.folder import ModelFolder, within
+from spp_fx.storage.safetensors import Shard
 
 _BLOCK = 1 << 20  # elements decoded at a time
 

@@ -12,19 +12,17 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from spp_fx.checkpoint import Shard, TensorInfo, copy_file, torch_dtype
-from spp_fx.checkpoint.dtypes import BITS, torch_shape
-from spp_fx.checkpoint.header import stored_nbytes
-from spp_fx.checkpoint.layout import within
-from spp_fx.checkpoint.strict_json import parse_object, shown
 from spp_fx.errors import FormatError
 from spp_fx.exporters.bitmask import Bytes, kernels, ones, unsigned
+from spp_fx.exporters.format import Decoded, Tick, Weights, scan_stored
 from spp_fx.exporters.manifest import COMPACT, MANIFEST, Manifest
 from spp_fx.exporters.raw_file import SPAN, copy_spans, read_span, spans, write_raw
-from spp_fx.exporters.registry import Decoded, Tick, Weights
-from spp_fx.exporters.source import scan_stored
 from spp_fx.parallel import in_order
-from spp_fx.sparsity import Scan, scan_tensor
+from spp_fx.sparsity.scan import Scan, scan_tensor
+from spp_fx.storage.folder import within
+from spp_fx.storage.safetensors import BITS, Shard, TensorInfo, stored_nbytes, torch_dtype, torch_shape
+from spp_fx.storage.strict_json import parse_object, shown
+from spp_fx.storage.writer import copy_file
 
 NAME = "sparse-bitmask"
 VERSION = 1

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from spp_fx.ir.program import Program
+from spp_fx.graph.program import Program
 from spp_fx.registry import Registry, naming
 
 

@@ -21,7 +21,8 @@ import torch
 from torch import fx, nn
 
 from spp_fx.errors import PostconditionError, PreconditionError
-from spp_fx.ir.flow import (
+from spp_fx.graph.program import ROUTES, SITE, Kind, LeftOut, Program, Site
+from spp_fx.graph.roles import (
     CASTS,
     EXPANDS,
     KEEPS,
@@ -29,6 +30,7 @@ from spp_fx.ir.flow import (
     PARTS,
     REDUCTIONS,
     RESHAPES,
+    SCALES,
     SUMS,
     SWAPS,
     Flow,
@@ -36,12 +38,10 @@ from spp_fx.ir.flow import (
     Read,
     dimensions_of,
     is_elementwise,
+    role,
     sizes,
 )
-from spp_fx.ir.program import SITE, Program
-from spp_fx.ir.site import ROUTES, Kind, LeftOut, Site
 from spp_fx.passes.base import Pass, PassReport, register
-from spp_fx.passes.roles import SCALES, role
 
 aten = torch.ops.aten
 

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from spp_fx.errors import PostconditionError
-from spp_fx.ir.leaf import leaf
-from spp_fx.ir.program import Program, Use
-from spp_fx.ir.trace import ATTENTION
+from spp_fx.graph.program import Program, Use, leaf
+from spp_fx.graph.trace import ATTENTION
 from spp_fx.passes.base import Pass, PassReport, register
 
 MASK_ARGUMENT = 3

@@ -10,10 +10,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from spp_fx.adapters import Method
 from spp_fx.adapters.ops.dropout import DROPOUT
 from spp_fx.errors import PostconditionError, PreconditionError, UsageError
-from spp_fx.ir.program import ADAPTER, Program, Use
+from spp_fx.graph.program import ADAPTER, Program, Use
 from spp_fx.passes.base import Pass, PassReport, register
-from spp_fx.passes.inject import replace_node
-from spp_fx.passes.storage import pack_site
+from spp_fx.passes.frozen_weights import pack_site
+from spp_fx.passes.inject_adapters import replace_node
 
 aten = torch.ops.aten
 REFERENCE = "reference"

@@ -9,8 +9,7 @@ from torch import fx
 from torch.utils.checkpoint import checkpoint
 
 from spp_fx.errors import PostconditionError, PreconditionError
-from spp_fx.ir.leaf import leaf
-from spp_fx.ir.program import Program, Use
+from spp_fx.graph.program import Program, Use, leaf
 from spp_fx.passes.base import Pass, PassReport, register
 
 

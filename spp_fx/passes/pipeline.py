@@ -7,7 +7,7 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from spp_fx.errors import PreconditionError, SppFxError, UsageError
-from spp_fx.ir.program import Program
+from spp_fx.graph.program import Program
 from spp_fx.passes.base import Pass, PassReport, find_pass
 
 ITEM = re.compile(r"\s*([a-z][a-z0-9_-]*)\s*(?:\{([^{}]*)\})?\s*(,|$)")

@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from spp_fx.errors import PostconditionError, PreconditionError, UsageError
-from spp_fx.ir.program import ADAPTER, Program, Use
+from spp_fx.graph.program import ADAPTER, Program, Use
 from spp_fx.passes.base import Pass, PassReport, register
-from spp_fx.passes.storage import pack_site
+from spp_fx.passes.frozen_weights import pack_site
 from spp_fx.version import release
 
 SPLITS_INTEGERS = (2, 12)

@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from spp_fx.errors import UsageError
-from spp_fx.pruning.inputs import Inputs
+from spp_fx.pruning.statistics import Inputs
 from spp_fx.registry import Registry, naming
-from spp_fx.sparsity import Pattern
+from spp_fx.sparsity.pattern import Pattern
 
 
 @dataclass(frozen=True)

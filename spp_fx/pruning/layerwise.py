@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from spp_fx.errors import PreconditionError
-from spp_fx.ir.program import Program
-from spp_fx.pruning.observer import InputsBySite, Observer
+from spp_fx.graph.program import Program
+from spp_fx.pruning.criteria.ria import Ria, ria_score
 from spp_fx.pruning.permute import best_order, producers
 from spp_fx.pruning.recipe import MatrixReport, Recipe, prune_matrix
-from spp_fx.pruning.ria import Ria, ria_score
-from spp_fx.pruning.states import States
-from spp_fx.pruning.walk import Layer, Shared, Walk
-from spp_fx.sparsity import NM, Pattern
+from spp_fx.pruning.statistics import InputsBySite, Observer
+from spp_fx.pruning.walk import Layer, Shared, States, Walk
+from spp_fx.sparsity.pattern import NM, Pattern
 
 Tick = Callable[[int, int, str], None]
 """Called with the passes of a sample through a layer that are done, how many there are, and the layer."""

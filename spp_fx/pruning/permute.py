@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from spp_fx.ir.program import SITE, Program
-from spp_fx.sparsity import NM
+from spp_fx.graph.program import SITE, Program
+from spp_fx.sparsity.pattern import NM
 
 aten = torch.ops.aten
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from spp_fx.errors import PatternError
-from spp_fx.sparsity import NM, Pattern
+from spp_fx.sparsity.pattern import NM, Pattern
 
 BLOCK_ELEMENTS = 1 << 20
 """What is looked at in one go: everything beside a weight and its mask stays this small."""

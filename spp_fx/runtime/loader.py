@@ -1,26 +1,193 @@
-"""load: the Hugging Face model of an export folder, its sparse weights packed where a GPU can be trusted with it."""
+"""load: the Hugging Face model of an export folder, its sparse weights packed where a GPU can use them."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from spp_fx.checkpoint import ModelFolder, Shard
-from spp_fx.checkpoint.links import links_option
-from spp_fx.errors import UsageError
+from spp_fx.errors import FormatError, UsageError
 from spp_fx.exporters import FORMATS, Decoded, find_format
-from spp_fx.exporters.manifest import MANIFEST, Manifest, read_manifest
+from spp_fx.exporters.manifest import MANIFEST, Manifest, TensorRecord, read_manifest
 from spp_fx.exporters.packed_reader import WEIGHTS
-from spp_fx.ir.model import hollow_model
-from spp_fx.ir.unreadable import Readable, check_causal
+from spp_fx.graph.binding import Binding, Parameter, Piece, assemble, bind
+from spp_fx.graph.model import Readable, check_causal, hollow_model
 from spp_fx.runtime.library import CuSparseLt, Cutlass, Library
-from spp_fx.runtime.sites import dense_reason, packed_site
 from spp_fx.runtime.trust import PackedSite, SiteForm, decide, make_weight
-from spp_fx.runtime.weights import StoredWeights, first_floating
+from spp_fx.storage.folder import ModelFolder
+from spp_fx.storage.links import links_option
+from spp_fx.storage.safetensors import Shard, torch_dtype
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """What an export stores for each parameter and stored buffer of a model.
+
+    Attributes:
+        folder: the export.
+        model: built without weights.
+        decoded: the tensors.
+        slots: parameters and stored buffers.
+        binding: which tensors make up which slot.
+        dtypes: what each slot is computed in, as from_pretrained(dtype="auto") has it.
+        shared: the parameters, each by all the names that it has.
+    """
+
+    folder: Path
+    model: PreTrainedModel
+    decoded: Decoded
+    slots: dict[str, Parameter]
+    binding: Binding
+    dtypes: dict[str, torch.dtype]
+    shared: tuple[tuple[str, ...], ...]
+
+    @classmethod
+    def find(cls, folder: Path, model: PreTrainedModel, decoded: Decoded) -> "StoredWeights":
+        slots = {name: Parameter(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
+        binding = bind(model, slots, decoded.shapes)
+        return cls(folder, model, decoded, slots, binding, _dtypes(model), _shared(model))
+
+    def single(self, name: str) -> str | None:
+        """The stored tensor that is a parameter as it is; None where several make it up, or none."""
+        pieces = self.binding.pieces.get(name, ())
+        return pieces[0].tensor if len(pieces) == 1 and pieces[0].expert is None else None
+
+    def read(self, name: str, device: torch.device) -> Tensor:
+        """A parameter or buffer in its dtype, contiguous, on a device.
+
+        Raises:
+            FormatError: nothing is stored for it, or a tensor of a type that is no weight by itself.
+        """
+        dtype = self.dtypes[name]
+        tensor = assemble(self._pieces(name), self.slots[name].shape, self.decoded.read)
+        if dtype.is_floating_point and (not tensor.is_floating_point() or tensor.itemsize < 2):
+            raise FormatError(
+                f"{self.folder}: {name} is stored as {tensor.dtype}, which means nothing without its scales; "
+                "a quantized model cannot be loaded from an export"
+            )
+        return tensor.to(device=device, dtype=dtype).contiguous()
+
+    def fill(self, device: torch.device, made: Mapping[str, Tensor]) -> None:
+        """Give every parameter and buffer of the model its values, on a device; each is read once.
+
+        Args:
+            made: weights that are there already, by parameter; they have no other name.
+        """
+        for names in self.shared:
+            stored = [name for name in names if name in self.binding.pieces] or [names[0]]
+            first = made[stored[0]] if stored[0] in made else self.read(stored[0], device)
+            parameter = nn.Parameter(first, requires_grad=False)
+            for name in names:
+                own = parameter
+                if name in stored[1:]:
+                    # As from_pretrained has it: what is stored under both names and differs is not shared.
+                    other = self.read(name, device)
+                    own = parameter if torch.equal(first, other) else nn.Parameter(other, requires_grad=False)
+                owner, attribute = owner_of(self.model, name)
+                owner._parameters[attribute] = own
+        for name, buffer in list(self.model.named_buffers(remove_duplicate=False)):
+            owner, attribute = owner_of(self.model, name)
+            stored = name in self.binding.pieces
+            owner._buffers[attribute] = self.read(name, device) if stored else buffer.to(device)
+
+    def _pieces(self, name: str) -> tuple[Piece, ...]:
+        if name not in self.binding.pieces:
+            reason = self.binding.refused.get(name, "the export holds no tensor for it")
+            raise FormatError(f"{self.folder}: {name}: {reason}; export the model again")
+        return self.binding.pieces[name]
+
+
+def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a parameter or buffer, and the attribute that it is there."""
+    path, _, attribute = name.rpartition(".")
+    return model.get_submodule(path), attribute
+
+
+def first_floating(decoded: Decoded) -> torch.dtype | None:
+    """What from_pretrained(dtype="auto") makes a model of whose configuration says no dtype."""
+    tensors = (decoded.read(name) for name in decoded.shapes)
+    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
+
+
+def _shared(model: nn.Module) -> tuple[tuple[str, ...], ...]:
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return tuple(map(tuple, groups.values()))
+
+
+def _dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:
+    """The dtypes that the model was built in, but for what transformers keeps in float32."""
+    main = cast(torch.dtype, model.config.dtype)
+    kept = [re.compile(glob.replace("*", ".*")) for glob in model._get_dtype_plan(main)]
+
+    def choose(name: str, built: torch.dtype) -> torch.dtype:
+        keep = built.is_floating_point and any(pattern.search(name) for pattern in kept)
+        return torch.float32 if keep else built
+
+    return {name: choose(name, tensor.dtype) for name, tensor in model.state_dict().items()}
+
+
+PARTS: Final[dict[str, tuple[str, ...]]] = {
+    "cusparselt": ("packed",),
+    "neutral": (),
+    "cutlass": ("packed", "meta"),
+}
+"""The layouts that a library has a product for, and the stored tensors of a pack, NAME.PART."""
+
+
+def dense_reason(record: TensorRecord, name: str | None, stored: StoredWeights) -> str | None:
+    """Why a weight cannot run packed whatever the GPU; None where it can."""
+    if record.layout not in PARTS:
+        return record.reason or f"it is stored as {record.layout}, which no library multiplies by"
+    if name is None:
+        return "it is part of a stack, the libraries take one matrix"
+    owner, attribute = owner_of(stored.model, name)
+    if type(owner).forward is not nn.Linear.forward or attribute != "weight" or record.transposed:
+        return f"its module is a {type(owner).__name__}, no plain linear"
+    others = next(names for names in stored.shared if name in names)
+    if len(others) > 1:
+        return f"it is shared by {' and '.join(others)}"
+    dtype = stored.dtypes[name]
+    if dtype != torch_dtype(record.dtype):
+        return f"it is packed as {record.dtype}, the model computes in {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def packed_site(
+    record: TensorRecord,
+    name: str,
+    stored: StoredWeights,
+    shard: Callable[[], Shard],
+    manifest: Manifest,
+    device: torch.device,
+) -> PackedSite:
+    parts = PARTS[record.layout]
+    sm = manifest.requirements.get("sm")
+    if sm is not None and not isinstance(sm, int):
+        raise FormatError(f"{stored.folder / MANIFEST}: requirements.sm: {sm!r} is no number")
+
+    def read_parts() -> dict[str, Tensor]:
+        tensors = {part: shard().read(f"{record.name}.{part}") for part in parts}
+        return {part: tensor.to(device) for part, tensor in tensors.items()}
+
+    m, k = record.shape
+    return PackedSite(
+        name=record.name,
+        shape=(m, k),
+        dtype=torch_dtype(record.dtype),
+        layout=f"{record.layout} of spp-fx {manifest.spp_fx_version}",
+        sm=sm,
+        unpacked=None if parts else record.reason or "the export holds no pack of it, only the neutral form",
+        parts=read_parts,
+        dense=lambda: stored.read(name, device),
+    )
+
 
 Libraries = Callable[[str], Library]
 """The library for a layout of `sites.PARTS`."""

@@ -1,15 +1,22 @@
-"""Sparsity patterns: what share of a weight is zero, and where the zeros may lie.
+"""Sparsity patterns: which share of a weight is zero and where the zeros may lie, and whether a mask holds one.
 
 `2:4` keeps at most two of every four consecutive weights along the input dimension; `62.5%` says
 only how many zeros there are. N counts the KEPT weights, as in the hardware's own documentation.
 """
 
 import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
+from math import floor
+from typing import NamedTuple
 
-from spp_fx.errors import UsageError
+from spp_fx.errors import PatternError, UsageError
+from spp_fx.parallel import thread_count
+from spp_fx.sparsity._backend import backend
+from spp_fx.sparsity.mask import PackedMask
 
 MAX_GROUP = 64
 _PERCENT_DIGITS = 6
@@ -97,3 +104,140 @@ def parse_pattern(text: str) -> Pattern:
     if match := _PERCENT.fullmatch(stripped):
         return Unstructured(Fraction(Decimal(match[1])) / 100)
     raise UsageError(f"{text[:40]!r} is not a sparsity pattern: {_HINT}")
+
+
+_BLOCK_BYTES = 1 << 20  # of mask a task
+
+
+class Group(NamedTuple):
+    """One group of an N:M pattern: columns [col_start, col_end) of a row, expert * out + row for 3-D."""
+
+    row: int
+    col_start: int
+    col_end: int
+    nonzeros: int
+
+
+@dataclass(frozen=True)
+class Violations:
+    """How a mask breaks a pattern.
+
+    Attributes:
+        count: N:M groups with too many non-zeros; for an unstructured pattern, the zeros that are missing.
+        first: the first such group in row-major order; None where nothing is wrong or no place is at fault.
+    """
+
+    count: int
+    first: Group | None
+
+    def describe(self, pattern: Pattern) -> str:
+        """What is wrong, for an error message; "holds 2:4" when nothing is."""
+        if self.count == 0:
+            return f"holds {pattern}"
+        if self.first is None or isinstance(pattern, Unstructured):
+            return f"{self.count} zeros are missing for {pattern}"
+        row, start, end, nonzeros = self.first
+        more = f" ({self.count} groups in all)" if self.count > 1 else ""
+        return (
+            f"row {row}, columns {start}-{end - 1} hold {nonzeros} non-zeros, "
+            f"{pattern} allows {pattern.kept}{more}"
+        )
+
+
+def scan_bits(mask: PackedMask, pattern: Pattern) -> Violations:
+    """Check a mask against a pattern.
+
+    N:M looks at every group of M consecutive columns. An unstructured share s asks for
+    `rows * floor(s * in)` zeros in all, which per-row and whole-matrix pruners both give.
+
+    Raises:
+        PatternError: the input dimension is not a multiple of M, so the pattern is not defined.
+    """
+    if isinstance(pattern, Unstructured):
+        wanted = mask.rows * floor(pattern.share * mask.columns)
+        return Violations(max(0, wanted - (mask.numel - mask.nnz)), None)
+    require_divisible(mask, pattern)
+    count, first = 0, None
+    for start, found in _count_blocks(mask, pattern):
+        if found and first is None:
+            first = _first_group(mask, pattern, start)
+        count += found
+    return Violations(count, first)
+
+
+def require_divisible(mask: PackedMask, pattern: NM) -> None:
+    """Refuse an input dimension that does not split into whole groups (PatternError)."""
+    if mask.columns % pattern.group:
+        raise PatternError(
+            f"{pattern} needs an input dimension that is a multiple of {pattern.group}, "
+            f"shape {mask.shape} has {mask.columns}; exclude the site with --targets"
+        )
+
+
+def _count_blocks(mask: PackedMask, pattern: NM) -> Iterator[tuple[int, int]]:
+    """(first group, violations) of each block, in order. A block starts on a byte: 8 groups are M bytes."""
+    groups = mask.numel // pattern.group
+    step = 8 * (_BLOCK_BYTES // pattern.group)
+    starts = range(0, groups, step)
+
+    def count(start: int) -> tuple[int, int]:
+        bits = mask.bits[start * pattern.group // 8 :]
+        return start, backend().count_over(bits, min(step, groups - start), pattern.group, pattern.kept)
+
+    if len(starts) <= 1:
+        yield from map(count, starts)
+        return
+    with ThreadPoolExecutor(min(len(starts), thread_count())) as pool:
+        yield from pool.map(count, starts)
+
+
+def _first_group(mask: PackedMask, pattern: NM, start: int) -> Group:
+    """The first violation at or after group `start` (which begins on a byte); there must be one."""
+    bits = mask.bits[start * pattern.group // 8 :]
+    groups = mask.numel // pattern.group - start
+    index = start + backend().first_over(bits, groups, pattern.group, pattern.kept)
+    per_row = mask.columns // pattern.group
+    row, column = index // per_row, index % per_row * pattern.group
+    return Group(row, column, column + pattern.group, _ones(mask, index * pattern.group, pattern.group))
+
+
+def _ones(mask: PackedMask, position: int, count: int) -> int:
+    first, last = position // 8, (position + count + 7) // 8
+    window = int.from_bytes(mask.bits[first:last].tobytes(), "little") >> (position - 8 * first)
+    return (window & ((1 << count) - 1)).bit_count()
+
+
+_GROUPS = (4, 8, 16, 2)  # in order of preference at equal density: 2:4 is what hardware asks for, 1:2 is not
+_CLOSE = Fraction(3, 4)
+_LEAST_PERCENT = 5
+
+
+def detect_pattern(mask: PackedMask) -> Pattern | None:
+    """The tightest pattern the mask holds, or None for a dense weight.
+
+    N:M (M of 4, 8, 16, then 2) where every group holds it and the weight is at least 3/4 as dense as it
+    allows, since any sparse enough weight satisfies some N:M by chance; the lowest N/M wins, at equal
+    N/M the smaller M, 2 last. Otherwise the share of zeros rounded down to a whole percent, from 5 % up.
+    """
+    if mask.numel == 0:
+        return None
+    found = [nm for group in _GROUPS if (nm := _tightest(mask, group)) is not None]
+    best = min(found, key=lambda nm: Fraction(nm.kept, nm.group), default=None)
+    if best is not None and mask.nnz >= _CLOSE * Fraction(best.kept, best.group) * mask.numel:
+        return best
+    percent = 100 * (mask.numel - mask.nnz) // mask.numel
+    return Unstructured(Fraction(percent, 100)) if percent >= _LEAST_PERCENT else None
+
+
+def _tightest(mask: PackedMask, group: int) -> NM | None:
+    """The smallest N such that the mask is N:group, by bisection; None where only N = group would do."""
+    if mask.columns % group:
+        return None
+    low, high = 1, group
+    while low < high:
+        middle = (low + high) // 2
+        if scan_bits(mask, NM(middle, group)).count == 0:
+            high = middle
+        else:
+            low = middle + 1
+    return NM(low, group) if low < group else None

@@ -1,4 +1,8 @@
-"""The fast look at a weight: its mask, counts, digest and non-finite values in one pass.
+"""One pass over a weight: its mask, counts, digest and non-finite values, for every element type.
+
+An element x of `itemsize` bytes, taken as an unsigned integer, is non-zero iff `x & magnitude != 0` and
+non-finite iff `(x & magnitude) - non_finite_from`, wrapped, is below `non_finite_span`. No
+floating-point unit is involved, so denormals-are-zero modes cannot change the answer.
 
 The data is cut into regions that threads read and pack in pieces that fit the cache, while the caller's
 thread hashes the finished regions in order; where it is alone, digests are left to whoever asks for them.
@@ -7,7 +11,7 @@ Memory is bounded by the mask (1/16 of bf16 data; twice that for a transposed we
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -21,11 +25,84 @@ from numpy.typing import NDArray
 from spp_fx.errors import FormatError
 from spp_fx.parallel import thread_count
 from spp_fx.sparsity._backend import Bytes, backend
-from spp_fx.sparsity.dtypes import ElementType, element_type
 from spp_fx.sparsity.mask import PackedMask, digest_state
 
 if TYPE_CHECKING:
     import torch
+
+
+@dataclass(frozen=True)
+class ElementType:
+    """The bits of one element type; `name` is its spelling in a safetensors header."""
+
+    name: str
+    itemsize: int
+    magnitude: int
+    non_finite_from: int
+    non_finite_span: int
+
+
+def _ieee(name: str, itemsize: int, exponent_bits: int) -> ElementType:
+    magnitude = (1 << (8 * itemsize - 1)) - 1
+    mantissa_bits = 8 * itemsize - 1 - exponent_bits
+    first = ((1 << exponent_bits) - 1) << mantissa_bits
+    return ElementType(name, itemsize, magnitude, first, magnitude - first + 1)
+
+
+def _integer(name: str, itemsize: int) -> ElementType:
+    return ElementType(name, itemsize, (1 << 8 * itemsize) - 1, 0, 0)
+
+
+# F8_E4M3 (the "fn" flavour) has no infinities and one NaN a sign; the "fnuz" types have no negative
+# zero: 0x80 is their only NaN. F8_E8M0 is absent on purpose: it is an exponent and has no zero.
+_TYPES = {
+    kind.name: kind
+    for kind in (
+        _ieee("F64", 8, 11),
+        _ieee("F32", 4, 8),
+        _ieee("F16", 2, 5),
+        _ieee("BF16", 2, 8),
+        _ieee("F8_E5M2", 1, 5),
+        ElementType("F8_E4M3", 1, 0x7F, 0x7F, 1),
+        ElementType("F8_E5M2FNUZ", 1, 0xFF, 0x80, 1),
+        ElementType("F8_E4M3FNUZ", 1, 0xFF, 0x80, 1),
+        *(_integer(f"{sign}{8 * size}", size) for sign in "IU" for size in (1, 2, 4, 8)),
+        _integer("BOOL", 1),
+    )
+}
+
+_TORCH_NAMES = {
+    "torch.float64": "F64",
+    "torch.float32": "F32",
+    "torch.float16": "F16",
+    "torch.bfloat16": "BF16",
+    "torch.float8_e5m2": "F8_E5M2",
+    "torch.float8_e4m3fn": "F8_E4M3",
+    "torch.float8_e5m2fnuz": "F8_E5M2FNUZ",
+    "torch.float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "torch.int8": "I8",
+    "torch.int16": "I16",
+    "torch.int32": "I32",
+    "torch.int64": "I64",
+    "torch.uint8": "U8",
+    "torch.uint16": "U16",
+    "torch.uint32": "U32",
+    "torch.uint64": "U64",
+    "torch.bool": "BOOL",
+}
+
+
+def element_type(dtype: "str | torch.dtype") -> ElementType:
+    """The element type of a safetensors dtype name ('BF16') or a torch dtype.
+
+    Raises:
+        FormatError: a type whose zeros cannot be read from whole elements (packed 4-bit, complex, ...).
+    """
+    name = dtype if isinstance(dtype, str) else _TORCH_NAMES.get(str(dtype), "")
+    if name not in _TYPES:
+        raise FormatError(f"zeros cannot be counted in dtype {dtype}; supported: {', '.join(_TYPES)}")
+    return _TYPES[name]
+
 
 _PIECE = 1 << 20  # bytes of weight read at once: with its mask it stays in a core's own cache
 _REGION = 16 * _PIECE  # bytes of weight a task: large against the cost of handing it to a thread
@@ -287,3 +364,41 @@ def _transpose(bits: Bytes, shape: tuple[int, ...]) -> Bytes:
 def _index(linear: int, shape: tuple[int, ...], transposed: bool) -> tuple[int, ...]:
     *outer, row, column = (int(i) for i in np.unravel_index(linear, shape))
     return (*outer, column, row) if transposed else (*outer, row, column)
+
+
+def _nothing() -> Mapping[str, str]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of something written, looked at one by one.
+
+    Attributes:
+        names: its weights.
+        scan: look at a weight, given its name and whether its site is stored (in, out).
+        file: the name of the file that holds a weight.
+        sites: the weights that must be sparse where no lock says so: name -> stored (in, out)? One that is
+            not there is among them, under the name that it should have.
+        refused: sites whose weights cannot be looked at although something is stored for them, and why.
+        left_out: matrices that are not sites because of what the model does with them (embeddings, the head,
+            routers), each with that reason.
+        unread: whatever else holds weights, is not among the sites and is not looked at, each with the reason.
+        guessed: whether `sites` goes by names alone, so that how they are stored is not known.
+        shape: of a weight, without a look at it; None where that is not known, and every weight is a matrix.
+    """
+
+    names: frozenset[str]
+    scan: Callable[[str, bool], Scan]
+    file: Callable[[str], str]
+    sites: Callable[[], Mapping[str, bool]]
+    refused: Callable[[], Mapping[str, str]] = _nothing
+    left_out: Callable[[], Mapping[str, str]] = _nothing
+    unread: Callable[[], Mapping[str, str]] = _nothing
+    guessed: bool = False
+    shape: Callable[[str], tuple[int, ...]] | None = None
+
+
+def is_matrix(shape: Sequence[int]) -> bool:
+    """Whether a tensor is at least a matrix, and not a vector with dimensions of 1 around it."""
+    return sum(size > 1 for size in shape) > 1

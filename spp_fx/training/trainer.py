@@ -1,6 +1,6 @@
-"""Hugging Face's Trainer over a program: only factors are trained and saved, and nothing is pickled."""
+"""Hugging Face's Trainer over a program: only factors are trained and saved; progress; distillation."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -8,14 +8,51 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.functional import kl_div
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 
 from spp_fx.errors import FormatError
-from spp_fx.ir.program import Program
-from spp_fx.training.data import Windows
-from spp_fx.training.distill import distillation_loss
+from spp_fx.graph.program import Program
+from spp_fx.training.records import Windows
 from spp_fx.training.state import OPTIMIZER, RANDOM, load_state, random_state, save_state, set_random_state
+
+
+def distillation_loss(
+    student: Tensor, teacher: Tensor, labels: Tensor, count: Tensor | int | None = None
+) -> Tensor:
+    """Mean over predicted tokens of KL(teacher || student), in nats; Hinton et al., 2015, at temperature 1.
+
+    Args:
+        student: logits (batch, sequence, vocabulary).
+        teacher: logits of the same shape.
+        labels: (batch, sequence) int64; a position counts if the token after it is not -100.
+        count: what the sum is divided by, where a step has more batches than this; None: its own tokens.
+    """
+    learned = labels[:, 1:].flatten() != -100
+    ours = student[:, :-1].flatten(0, 1)[learned].float().log_softmax(-1)
+    theirs = teacher[:, :-1].flatten(0, 1)[learned].float().log_softmax(-1)
+    total = kl_div(ours, theirs, log_target=True, reduction="sum")
+    return total / (len(ours) if count is None else count)
+
+
+class ProgressCallback(TrainerCallback):
+    """Calls `update(steps done, steps in all, note)` as training goes on."""
+
+    def __init__(self, update: Callable[[int, int, str], None]) -> None:
+        self.update = update
+        self.note = ""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.update(state.global_step, state.max_steps, self.note)
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        if logs and "loss" in logs:
+            self.note = f"loss {float(logs['loss']):.3f}"
+            self.update(state.global_step, state.max_steps, self.note)
+
 
 FACTORS = "adapter_model.safetensors"
 

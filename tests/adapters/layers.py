@@ -7,7 +7,7 @@ from torch import Tensor, fx, nn
 from transformers import PretrainedConfig
 
 from spp_fx.adapters.ops import spp_blockwise, spp_fused, spp_linear
-from spp_fx.ir.program import Program
+from spp_fx.graph.program import Program
 from spp_fx.passes import Canonicalize, Inject, Lower, Match, run_pipeline
 
 SCALE = 1.5

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from spp_fx.checkpoint import atomic_file, atomic_folder, place
 from spp_fx.errors import SppFxError, UsageError
+from spp_fx.storage import output as place
+from spp_fx.storage.output import atomic_file, atomic_folder
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -172,7 +173,7 @@ def test_an_old_folder_that_cannot_be_removed_is_only_a_warning(
     def rmtree(_: Path) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("spp_fx.checkpoint.place.shutil.rmtree", rmtree)
+    monkeypatch.setattr("spp_fx.storage.output.shutil.rmtree", rmtree)
     with caplog.at_level(logging.WARNING), atomic_folder(old, force=True) as folder:
         (folder / "a").write_text("1")
     assert tree(old) == {"a": b"1"}
@@ -220,7 +221,7 @@ def test_everything_is_fsynced_before_the_rename(tmp_path: Path, monkeypatch: py
 KILLED = """
 import signal, sys, time
 from pathlib import Path
-from spp_fx.checkpoint.atomic import atomic_folder
+from spp_fx.storage.output import atomic_folder
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
 with atomic_folder(Path(sys.argv[1]), force=True) as folder:
     (folder / "config.json").write_text("half of it")

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from spp_fx.checkpoint import Shard, read_header
 from spp_fx.errors import FormatError, SppFxError, UsageError
+from spp_fx.storage.safetensors import Shard, read_header
 
 Put = Callable[..., Path]
 

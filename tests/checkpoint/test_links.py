@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from spp_fx.checkpoint import ModelFolder
-from spp_fx.checkpoint.layout import within
-from spp_fx.checkpoint.links import links_allowed
 from spp_fx.errors import FormatError, SppFxError
 from spp_fx.parallel import in_order
+from spp_fx.storage.folder import ModelFolder, within
+from spp_fx.storage.links import links_allowed
 
 REVISION = "0123abc"
 

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-from spp_fx.checkpoint import ModelFolder, Shard, TensorInfo, rewrite_shard
-from spp_fx.checkpoint.resume import copy_others, write_shards
 from spp_fx.errors import FormatError, SppFxError, UsageError
+from spp_fx.storage.folder import ModelFolder
+from spp_fx.storage.safetensors import Shard, TensorInfo
+from spp_fx.storage.writer import copy_others, rewrite_shard, write_shards
 
 INDEX = "model.safetensors.index.json"
 

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from spp_fx.checkpoint import Shard
-from spp_fx.checkpoint import rewrite as module
-from spp_fx.checkpoint.rewrite import Change, rewrite
 from spp_fx.errors import FormatError, SppFxError, UsageError
+from spp_fx.storage import writer as module
+from spp_fx.storage.safetensors import Shard
+from spp_fx.storage.writer import Change, rewrite
 
 
 @pytest.fixture

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from spp_fx.checkpoint import Shard, TensorInfo, copy_file, dtype_name, rewrite_shard, write_safetensors
 from spp_fx.errors import FormatError, SppFxError, UsageError
+from spp_fx.storage.safetensors import Shard, TensorInfo, dtype_name
+from spp_fx.storage.writer import copy_file, rewrite_shard, write_safetensors
 
 DTYPES = {
     "F64": torch.float64,
@@ -352,7 +353,8 @@ MEMORY_PROGRAM = """
 import json, sys
 from pathlib import Path
 import torch
-from spp_fx.checkpoint import Shard, rewrite_shard, write_safetensors
+from spp_fx.storage.safetensors import Shard
+from spp_fx.storage.writer import rewrite_shard, write_safetensors
 
 def peak():
     # not ru_maxrss, which a process takes over from the one that started it

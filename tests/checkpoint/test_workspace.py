@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from spp_fx.checkpoint import place
-from spp_fx.checkpoint.workspace import Workspace, workspace
 from spp_fx.errors import FormatError, SppFxError, UsageError
+from spp_fx.storage import output as place
+from spp_fx.storage.workspace import Workspace, workspace
 from tests.command import listing
 
 PLAN = {"verb": "test", "shape": (2, 4)}
@@ -318,10 +318,10 @@ def test_long_names_have_room_for_the_work(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from spp_fx.checkpoint import place
-from spp_fx.checkpoint.workspace import workspace
+from spp_fx.storage import output as place
+from spp_fx.storage.workspace import workspace
 
-module = sys.modules["spp_fx.checkpoint.workspace"]
+module = sys.modules["spp_fx.storage.workspace"]
 
 where, target = sys.argv[1], Path(sys.argv[2])
 def die(*_): os.kill(os.getpid(), signal.SIGKILL)

@@ -9,6 +9,7 @@ import onnxruntime
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from spp_fx.exporters.format import ExportSettings, find_format
 from spp_fx.exporters.manifest import Part
 from spp_fx.exporters.onnx.check import OnnxModel
 from spp_fx.exporters.onnx.data import TYPES, DataFile, save
@@ -17,9 +18,10 @@ from spp_fx.exporters.onnx.graph import GraphParameter
 from spp_fx.exporters.onnx.parameters import SparseParameter
 from spp_fx.exporters.onnx.sparse import SparseInitializers
 from spp_fx.exporters.onnx.weights import GraphWeights
-from spp_fx.exporters.registry import ExportSettings, find_format
-from spp_fx.progress import no_tick
-from spp_fx.sparsity import make_entry, pack_mask, parse_pattern
+from spp_fx.parallel import no_tick
+from spp_fx.sparsity.lock import make_entry
+from spp_fx.sparsity.pattern import parse_pattern
+from spp_fx.sparsity.scan import pack_mask
 
 
 def two_of_four(shape, dtype=torch.float32, seed=0):

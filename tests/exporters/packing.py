@@ -10,7 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spp_fx.exporters import semi_structured
-from spp_fx.sparsity import LOCK_NAME, Lock, detect_pattern, make_entry, pack_mask
+from spp_fx.sparsity.lock import LOCK_NAME, Lock, make_entry
+from spp_fx.sparsity.pattern import detect_pattern
+from spp_fx.sparsity.scan import pack_mask
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

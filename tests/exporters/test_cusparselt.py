@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from spp_fx.errors import FormatError, MaskError, PatternError
-from spp_fx.exporters import ExportSettings, cusparselt_layout, packed_writer, source
-from spp_fx.sparsity import Lock
-from spp_fx.workflows.export import Exported, export
-from spp_fx.workflows.verify import verify
+from spp_fx.exporters import ExportSettings, cusparselt_layout, packed_writer
+from spp_fx.exporters import format as source
+from spp_fx.sparsity.lock import Lock
+from spp_fx.verbs.export import Exported, export
+from spp_fx.verbs.verify import verify
 from tests.command import command
 from tests.families import make_model, prune_2_4
 

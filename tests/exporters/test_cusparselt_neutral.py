@@ -12,7 +12,7 @@ from spp_fx.exporters import ExportSettings, find_format, packed_writer
 from spp_fx.exporters.cusparselt_layout import Sm
 from spp_fx.exporters.cusparselt_reader import neutral_form, unpack
 from spp_fx.exporters.semi_structured import pack_2_4
-from spp_fx.workflows.export import Exported, export
+from spp_fx.verbs.export import Exported, export
 from tests.exporters.packing import bare_folder, bits_of, random_sparse, without_kernels
 
 OTHERS = {"norm": torch.ones(7, dtype=torch.bfloat16)}

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from spp_fx.checkpoint import Shard
 from spp_fx.errors import FormatError, MaskError, PatternError
 from spp_fx.exporters import ExportSettings, cutlass_layout, find_format
 from spp_fx.exporters.manifest import read_manifest
-from spp_fx.workflows.export import Exported, export
-from spp_fx.workflows.verify import verify
+from spp_fx.storage.safetensors import Shard
+from spp_fx.verbs.export import Exported, export
+from spp_fx.verbs.verify import verify
 from tests.exporters.packing import bare_folder, bits_of, random_sparse
 
 SITES = {

@@ -16,7 +16,7 @@ import spp_fx
 from spp_fx.errors import FormatError, SppFxError
 from spp_fx.exporters import FORMATS, ExportSettings
 from spp_fx.exporters.manifest import read_manifest, sha256
-from spp_fx.sparsity import load_lock
+from spp_fx.sparsity.lock import load_lock
 from tests.command import command, must, rewrite, tensors
 from tests.exporters.test_cusparselt import model_folder
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from spp_fx.errors import PatternError
 from spp_fx.exporters.onnx.nm_codes import code_for, encode
-from spp_fx.sparsity import NM
+from spp_fx.sparsity.pattern import NM
 
 
 def together(code, values, codes):

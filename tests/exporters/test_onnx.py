@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from spp_fx.errors import FormatError, MaskError, UsageError
 from spp_fx.exporters.onnx import packed, parameters
 from spp_fx.exporters.onnx.weights import read_graph
-from spp_fx.sparsity import load_lock
-from spp_fx.workflows.export import export
-from spp_fx.workflows.verify import verify
+from spp_fx.sparsity.lock import load_lock
+from spp_fx.verbs.export import export
+from spp_fx.verbs.verify import verify
 from tests.command import must
 from tests.exporters.onnx_files import two_of_four, write_sparse
 from tests.families import make_model

@@ -16,10 +16,11 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from spp_fx.errors import FormatError
 from spp_fx.exporters.manifest import Part, TensorRecord, write_manifest
 from spp_fx.exporters.onnx.weights import GRAPH, read_graph
-from spp_fx.sparsity import PackedMask, Weights, pack_mask
+from spp_fx.sparsity.mask import PackedMask
+from spp_fx.sparsity.scan import Weights, pack_mask
+from spp_fx.verbs.verify import Check, gate, verify
+from spp_fx.verify.policy import Demands
 from spp_fx.version import VERSION
-from spp_fx.workflows.demands import Demands
-from spp_fx.workflows.verify import Check, gate, verify
 
 K, N = 16, 8
 FLOAT = TensorProto.FLOAT

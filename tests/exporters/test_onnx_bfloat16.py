@@ -11,12 +11,12 @@ from onnx import TensorProto, helper, numpy_helper
 from transformers import AutoModelForCausalLM, BloomConfig, FalconConfig
 
 from spp_fx.errors import SppFxError
+from spp_fx.exporters.format import ExportSettings
 from spp_fx.exporters.onnx.bfloat16 import compute_in_float32
 from spp_fx.exporters.onnx.check import OnnxModel, compare_logits, logits_of, why_not_opened
 from spp_fx.exporters.onnx.graph import build_graph
-from spp_fx.exporters.registry import ExportSettings
-from spp_fx.ir.model import hollow_model
-from spp_fx.workflows.export import export, open_source
+from spp_fx.graph.model import hollow_model
+from spp_fx.verbs.export import export, open_source
 from tests.command import must
 from tests.exporters.onnx_files import write_graph
 from tests.families import SMALL, VOCABULARY

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from spp_fx.errors import FormatError, SppFxError
 from spp_fx.exporters.onnx import data
 from spp_fx.exporters.onnx.check import check_standard, compare_logits, logits_of, run_onnx
-from spp_fx.workflows.export import ExportSettings, export
+from spp_fx.verbs.export import ExportSettings, export
 from tests.command import must
 from tests.families import VOCABULARY, make_model
 

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from spp_fx.exporters.onnx.data import TYPES
 from spp_fx.exporters.onnx.dense import DenseConstants, why_not_sparse
 from spp_fx.exporters.onnx.graph import GraphParameter
-from spp_fx.workflows.export import ExportSettings, export
-from spp_fx.workflows.verify import verify
+from spp_fx.verbs.export import ExportSettings, export
+from spp_fx.verbs.verify import verify
 from tests.command import must
 from tests.exporters.onnx_files import (
     bits,

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, BloomConfig, MistralConfig
 
 from spp_fx.exporters.onnx.check import OnnxModel
-from spp_fx.workflows.export import ExportSettings, export
+from spp_fx.verbs.export import ExportSettings, export
 from tests.command import must
 from tests.exporters.onnx_files import greedy
 from tests.families import FAMILIES, SMALL, VOCABULARY

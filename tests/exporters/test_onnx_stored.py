@@ -8,15 +8,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from spp_fx.checkpoint import ModelFolder
 from spp_fx.errors import FormatError
+from spp_fx.exporters.format import Source
 from spp_fx.exporters.onnx.check import compare_logits, logits_of
 from spp_fx.exporters.onnx.graph import build_graph
 from spp_fx.exporters.onnx.parameters import find_parameters
 from spp_fx.exporters.onnx.weights import GraphWeights
-from spp_fx.exporters.source import Source
-from spp_fx.ir.model import hollow_model
-from spp_fx.workflows.export import export, open_source
+from spp_fx.graph.model import hollow_model
+from spp_fx.storage.folder import ModelFolder
+from spp_fx.verbs.export import export, open_source
 from tests.exporters.onnx_files import write_graph
 from tests.families import SMALL, VOCABULARY
 from tests.runtime.exports import save_sparse

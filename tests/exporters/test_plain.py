@@ -7,11 +7,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from spp_fx.checkpoint import ModelFolder, Shard
 from spp_fx.errors import FormatError
 from spp_fx.exporters import plain
 from spp_fx.exporters.manifest import read_manifest
-from spp_fx.workflows.export import export
+from spp_fx.storage.folder import ModelFolder
+from spp_fx.storage.safetensors import Shard
+from spp_fx.verbs.export import export
 from tests.exporters.test_cusparselt import model_folder
 
 SITE = "model.layers.0.mlp.up_proj.weight"

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from spp_fx.checkpoint import parts
 from spp_fx.errors import SppFxError
 from spp_fx.exporters import packed_writer, plain, sparse_bitmask
-from spp_fx.workflows.export import export
+from spp_fx.storage import writer as parts
+from spp_fx.verbs.export import export
 from tests.command import listing
 from tests.soak.jobs import make_models
 

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from spp_fx.checkpoint import ModelFolder, Shard, dtype_name
 from spp_fx.errors import FormatError, MaskError, SppFxError
 from spp_fx.exporters import (
     ExportSettings,
@@ -27,10 +26,13 @@ from spp_fx.exporters import (
 )
 from spp_fx.exporters.manifest import read_manifest
 from spp_fx.exporters.sparse_bitmask_reader import CompactShard
-from spp_fx.sparsity import Lock, load_lock, make_entry, scan_tensor
-from spp_fx.workflows.export import export
-from spp_fx.workflows.unpack import unpack
-from spp_fx.workflows.verify import verify
+from spp_fx.sparsity.lock import Lock, load_lock, make_entry
+from spp_fx.sparsity.scan import scan_tensor
+from spp_fx.storage.folder import ModelFolder
+from spp_fx.storage.safetensors import Shard, dtype_name
+from spp_fx.verbs.export import export
+from spp_fx.verbs.unpack import unpack
+from spp_fx.verbs.verify import verify
 from tests.command import listing
 from tests.exporters.test_cusparselt import model_folder
 

@@ -10,7 +10,7 @@ from random import Random
 
 from google.protobuf.message import DecodeError
 
-from spp_fx.sparsity import LOCK_NAME
+from spp_fx.sparsity.lock import LOCK_NAME
 from tests.fuzz import bytewise, graphfile, jsonish, tensorfile, values
 from tests.fuzz.seeds import Seed
 

@@ -15,11 +15,11 @@ from typing import Any
 
 from spp_fx import runtime
 from spp_fx.errors import SppFxError
-from spp_fx.sparsity import LOCK_NAME
-from spp_fx.workflows.inspect import inspect
-from spp_fx.workflows.merge import merge
-from spp_fx.workflows.unpack import unpack
-from spp_fx.workflows.verify import Verified, verify
+from spp_fx.sparsity.lock import LOCK_NAME
+from spp_fx.verbs.inspect import inspect
+from spp_fx.verbs.merge import merge
+from spp_fx.verbs.unpack import unpack
+from spp_fx.verbs.verify import Verified, verify
 from tests.fuzz import cases
 from tests.fuzz.cases import Case
 from tests.fuzz.plain import READERS, Look, dense_site

@@ -114,9 +114,9 @@ def _work(pipe: Connection, seeds: dict[str, Seed], seed: int) -> None:
 def _warm_up(seeds: dict[str, Seed]) -> None:
     """What is imported or compiled once must not count against a case."""
     from spp_fx import runtime
-    from spp_fx.workflows.merge import merge
-    from spp_fx.workflows.unpack import unpack
-    from spp_fx.workflows.verify import verify
+    from spp_fx.verbs.merge import merge
+    from spp_fx.verbs.unpack import unpack
+    from spp_fx.verbs.verify import verify
 
     for seed in seeds.values():
         verify(seed.path)

@@ -21,10 +21,12 @@ from spp_fx.exporters.onnx.graph import GraphParameter
 from spp_fx.exporters.onnx.packed import Packing
 from spp_fx.exporters.onnx.parameters import SparseParameter
 from spp_fx.exporters.onnx.sparse import SparseInitializers
-from spp_fx.sparsity import LOCK_NAME, Lock, make_entry, pack_mask, parse_pattern
+from spp_fx.sparsity.lock import LOCK_NAME, Lock, make_entry
+from spp_fx.sparsity.pattern import parse_pattern
+from spp_fx.sparsity.scan import pack_mask
+from spp_fx.verbs.export import export
+from spp_fx.verbs.inject import inject
 from spp_fx.version import VERSION
-from spp_fx.workflows.export import export
-from spp_fx.workflows.inject import inject
 
 WIDTH = 64
 """The smallest that cuSPARSELt's layout of sm90 takes."""

@@ -11,8 +11,8 @@ from onnx import TensorProto, numpy_helper
 
 from spp_fx.errors import FormatError, SppFxError, UsageError
 from spp_fx.exporters.manifest import MANIFEST, sha256
-from spp_fx.sparsity import LOCK_NAME, load_lock
-from spp_fx.workflows.verify import verify
+from spp_fx.sparsity.lock import LOCK_NAME, load_lock
+from spp_fx.verbs.verify import verify
 from tests.fuzz import seeds
 
 

@@ -34,7 +34,7 @@ def test_a_case_is_the_same_whenever_it_is_made(artifacts, tmp_path):
 
 
 def test_the_oracle_sees_a_verify_that_believes_everything(artifacts, monkeypatch):
-    from spp_fx.workflows.verify import verify
+    from spp_fx.verbs.verify import verify
     from tests.fuzz import oracle
 
     sound = verify(artifacts["lone"].path)
@@ -46,7 +46,7 @@ def test_the_oracle_sees_a_verify_that_believes_everything(artifacts, monkeypatc
 
 @pytest.mark.parametrize("option", ["pattern", "against"])
 def test_the_oracle_asks_a_verify_without_a_lock(artifacts, monkeypatch, option):
-    from spp_fx.workflows.verify import verify
+    from spp_fx.verbs.verify import verify
     from tests.fuzz import oracle
 
     sound = verify(artifacts["lone"].path)

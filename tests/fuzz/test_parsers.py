@@ -9,14 +9,14 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from spp_fx.checkpoint.header import read_header
-from spp_fx.checkpoint.layout import find_weights, within
-from spp_fx.checkpoint.strict_json import parse_object
+from spp_fx.adapters.adapter_folder import AdapterFolder
 from spp_fx.errors import FormatError, SppFxError, printable
 from spp_fx.exporters.manifest import MANIFEST, read_manifest
 from spp_fx.exporters.onnx.reader import OnnxFile
-from spp_fx.sparsity import Lock, load_lock
-from spp_fx.workflows.adapter_folder import AdapterFolder
+from spp_fx.sparsity.lock import Lock, load_lock
+from spp_fx.storage.folder import find_weights, within
+from spp_fx.storage.safetensors import read_header
+from spp_fx.storage.strict_json import parse_object
 
 quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

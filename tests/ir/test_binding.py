@@ -2,7 +2,7 @@
 
 import pytest
 
-from spp_fx.ir.binding import bind
+from spp_fx.graph.binding import bind
 from tests.passes.programs import sparse
 
 

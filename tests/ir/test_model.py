@@ -16,11 +16,11 @@ from transformers import (
     LlamaConfig,
 )
 
-from spp_fx.checkpoint import ModelFolder
-from spp_fx.ir import model as models
-from spp_fx.ir.model import hollow_model, meta_model
-from spp_fx.ir.trace import trace
+from spp_fx.graph import model as models
+from spp_fx.graph.model import hollow_model, meta_model
+from spp_fx.graph.trace import trace
 from spp_fx.passes import Canonicalize, Match, run_pipeline
+from spp_fx.storage.folder import ModelFolder
 from tests.command import must
 from tests.families import SMALL
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from spp_fx.ir.site import Site, factor_attribute
+from spp_fx.graph.program import Site, factor_attribute
 
 
 def test_factors_of_a_plain_weight_lie_beside_it():

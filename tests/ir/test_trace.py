@@ -28,10 +28,10 @@ from transformers import (
 
 from spp_fx.errors import SppFxError, UsageError
 from spp_fx.exporters.onnx.trace import cached_signature
-from spp_fx.ir.model import load_model, meta_model
-from spp_fx.ir.printer import print_program
-from spp_fx.ir.program import Program
-from spp_fx.ir.trace import trace
+from spp_fx.graph.model import load_model, meta_model
+from spp_fx.graph.printer import print_program
+from spp_fx.graph.program import Program
+from spp_fx.graph.trace import trace
 from spp_fx.passes import Canonicalize, parse_pipeline, run_pipeline
 from tests.families import FAMILIES, MULTIMODAL, SMALL, VOCABULARY, batch, make_model
 
@@ -490,7 +490,7 @@ def test_a_module_put_into_a_copy_is_the_one_that_runs():
 MEMORY = """
 import sys, torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from spp_fx.ir.trace import trace
+from spp_fx.graph.trace import trace
 torch.set_num_threads(1)
 def peak():
     status = open("/proc/self/status").read()
@@ -639,7 +639,7 @@ def test_a_name_that_torch_fx_keeps_for_itself_is_refused(name):
 
 
 def test_a_program_that_does_not_run_is_not_called_traced(monkeypatch, capfd):
-    monkeypatch.setattr("spp_fx.ir.trace.spell", lambda graph: graph)
+    monkeypatch.setattr("spp_fx.graph.trace.spell", lambda graph: graph)
     with pytest.raises(SppFxError, match=r"^Named cannot be traced: .* what it exports does not run: 'FakeT"):
         trace(named("self"))
     assert capfd.readouterr().err == ""

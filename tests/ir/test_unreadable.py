@@ -24,10 +24,9 @@ from transformers import (
 )
 
 from spp_fx.errors import FormatError, SppFxError, UsageError
-from spp_fx.ir.model import hollow_model, load_model, meta_model
-from spp_fx.ir.unreadable import check_causal
-from spp_fx.training.rows import pad_token
-from spp_fx.workflows.load import load_tokenizer
+from spp_fx.graph.model import check_causal, hollow_model, load_model, meta_model
+from spp_fx.training.samples import pad_token
+from spp_fx.verbs.load import load_tokenizer
 from tests.command import command, one_line, save_tokenizer
 from tests.families import make_model
 

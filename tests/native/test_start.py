@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from spp_fx.sparsity import parse_pattern
+from spp_fx.sparsity.pattern import parse_pattern
 from tests.handmade import lock_of, save_model, sparse
 
 HEAVY = {
     "torch", "numba", "transformers", "onnx", "rich", "yaml", "spp_fx.sparsity._kernels", "spp_fx.sparsity._fallback",
-    "spp_fx.bars", "spp_fx.cli.train", "spp_fx.workflows.policy_file",
+    "spp_fx.bars", "spp_fx.cli.train", "spp_fx.verify.policy",
 }  # fmt: skip
 BUILDERS = {"spp_fx.sparsity._scan_ir", "spp_fx.sparsity._blake2b_ir", "spp_fx.native.compiler"}
 CODE = """

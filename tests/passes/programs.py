@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spp_fx.ir.program import Program
-from spp_fx.ir.trace import trace
+from spp_fx.graph.program import Program
+from spp_fx.graph.trace import trace
 from spp_fx.passes import Canonicalize, Inject, Lower, Match, run_pipeline
 from tests.families import batch, make_model, prune_2_4
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, FalconConfig, MistralConfig
 
 from spp_fx.errors import PostconditionError
-from spp_fx.ir.trace import trace
+from spp_fx.graph.trace import trace
 from spp_fx.passes import Causal, Checkpoint, Partition, parse_pipeline, run_pipeline
 from spp_fx.passes.causal import MaskUnlessCausal, attention, is_causal_mask
 from tests.families import FAMILIES, SMALL, batch

@@ -6,7 +6,7 @@ from torch import fx, nn
 from transformers import PretrainedConfig
 
 from spp_fx.errors import MaskError, PostconditionError, PreconditionError, UsageError
-from spp_fx.ir.program import ADAPTER, Program
+from spp_fx.graph.program import ADAPTER, Program
 from spp_fx.passes import Canonicalize, Fold, Inject, Lower, Match, run_pipeline
 from tests.passes.programs import adapted, canonical
 

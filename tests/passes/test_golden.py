@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from spp_fx.ir.printer import print_program
+from spp_fx.graph.printer import print_program
 from spp_fx.passes import parse_pipeline, run_pipeline
 from tests.passes.programs import canonical
 

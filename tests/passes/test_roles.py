@@ -10,9 +10,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from spp_fx.ir.program import Program
-from spp_fx.ir.site import GATES, ROUTES
-from spp_fx.ir.trace import trace
+from spp_fx.graph.program import GATES, ROUTES, Program
+from spp_fx.graph.trace import trace
 from spp_fx.passes import Canonicalize, Match, run_pipeline
 
 SMALL = {

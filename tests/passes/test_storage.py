@@ -10,7 +10,7 @@ from spp_fx.adapters.ops.packed import OPS, PACKINGS, choose_packing
 from spp_fx.errors import PreconditionError, UsageError
 from spp_fx.passes import Fold, Lower, Verify, run_pipeline
 from spp_fx.pruning import magnitude_mask
-from spp_fx.sparsity import parse_pattern
+from spp_fx.sparsity.pattern import parse_pattern
 from tests.families import batch
 from tests.passes.programs import adapted, canonical, loss_of
 

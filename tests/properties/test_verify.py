@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from spp_fx.workflows.verify import verify
+from spp_fx.verbs.verify import verify
 from tests.handmade import LARGEST, WIDTHS, Raw, lock_of, save, save_model
 
 NAMES = ("model.layers.0.mlp.up_proj.weight", "a b.weight", "w", "schicht.é.weight", "x" * 200)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spp_fx.sparsity import NM, parse_pattern
+from spp_fx.sparsity.pattern import NM, parse_pattern
 
 Array = np.ndarray
 

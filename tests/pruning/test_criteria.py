@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from spp_fx.errors import PatternError, UsageError
-from spp_fx.pruning.dsnot import dsnot
-from spp_fx.pruning.inputs import Inputs
-from spp_fx.pruning.ria import ria_mask
-from spp_fx.pruning.sparsegpt import sparsegpt
-from spp_fx.pruning.wanda import wanda_mask
-from spp_fx.sparsity import NM, parse_pattern
+from spp_fx.pruning.criteria.ria import ria_mask
+from spp_fx.pruning.criteria.sparsegpt import sparsegpt
+from spp_fx.pruning.criteria.wanda import wanda_mask
+from spp_fx.pruning.recipe import dsnot
+from spp_fx.pruning.statistics import Inputs
+from spp_fx.sparsity.pattern import NM, parse_pattern
 
 PATTERNS = ["2:4", "4:8", "2:8", "50%", "75%", "62.5%"]
 OUT, IN = 12, 32

@@ -5,7 +5,7 @@ import torch
 
 from spp_fx.errors import PatternError
 from spp_fx.pruning import magnitude_mask
-from spp_fx.sparsity import parse_pattern
+from spp_fx.sparsity.pattern import parse_pattern
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])

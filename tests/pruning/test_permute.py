@@ -5,7 +5,7 @@ import torch
 
 from spp_fx.passes import Match, Partition, Prune, run_pipeline
 from spp_fx.pruning.permute import Producers, best_order, producers
-from spp_fx.sparsity import parse_pattern
+from spp_fx.sparsity.pattern import parse_pattern
 from tests.families import batch
 from tests.passes.programs import loss_of, sparse
 

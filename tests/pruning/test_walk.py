@@ -7,9 +7,8 @@ import torch
 
 from spp_fx.errors import PatternError, PreconditionError, UsageError
 from spp_fx.passes import Causal, Match, Partition, Prune, parse_pipeline, run_pipeline
-from spp_fx.pruning.inputs import Inputs, output_energy
-from spp_fx.pruning.states import FileStates, MemoryStates
-from spp_fx.pruning.walk import Walk
+from spp_fx.pruning.statistics import Inputs, output_energy
+from spp_fx.pruning.walk import FileStates, MemoryStates, Walk
 from tests.families import FAMILIES, batch
 from tests.passes.programs import sparse
 

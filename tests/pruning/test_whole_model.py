@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from spp_fx.ir.trace import trace
+from spp_fx.graph.trace import trace
 from spp_fx.passes import Canonicalize, Match, run_pipeline
-from spp_fx.workflows.calibration import Calibration, calibration_tokens
-from spp_fx.workflows.prune import prune
+from spp_fx.verbs.load import Calibration, calibration_tokens
+from spp_fx.verbs.prune import prune
 from tests.pruning import plain
 from tests.real_data import data_folder
 

@@ -2,9 +2,8 @@
 
 import re
 
-from spp_fx.report.github import annotations
-from spp_fx.report.summary import summary
-from spp_fx.report.verdict import RULES, Finding, Verified
+from spp_fx.verify.report import annotations, summary
+from spp_fx.verify.verdict import RULES, Finding, Verified
 from tests.report.conftest import site
 
 

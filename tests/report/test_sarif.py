@@ -7,9 +7,8 @@ from urllib.parse import unquote
 
 import pytest
 
-from spp_fx.report.place import Root
-from spp_fx.report.sarif import sarif
-from spp_fx.report.verdict import RULES, Finding, SiteVerdict, Verified
+from spp_fx.verify.report import Root, sarif
+from spp_fx.verify.verdict import RULES, Finding, SiteVerdict, Verified
 
 KEYS = {
     "log": {"$schema", "version", "runs"},

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from spp_fx.sparsity import NM
+from spp_fx.sparsity.pattern import NM
 from tests.command import command, listing, one_line
 from tests.handmade import lock_of, save_model, sparse
 

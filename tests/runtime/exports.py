@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from spp_fx.exporters import ExportSettings
-from spp_fx.workflows.export import export
+from spp_fx.verbs.export import export
 from tests.families import make_model, prune_2_4
 
 TRANSPOSED = ("c_attn", "c_proj", "c_fc")

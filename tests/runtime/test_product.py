@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from spp_fx.runtime.product import TOKENS, product_fault
+from spp_fx.runtime.trust import TOKENS, product_fault
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 

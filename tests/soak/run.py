@@ -40,7 +40,7 @@ class Ended:
 def fork_server() -> ForkServerContext:
     """Processes that begin with everything imported: nearly all their time is work on files."""
     context = get_context("forkserver")
-    verbs = [f"spp_fx.workflows.{verb}" for verb in ("merge", "prune", "export", "verify")]
+    verbs = [f"spp_fx.verbs.{verb}" for verb in ("merge", "prune", "export", "verify")]
     context.set_forkserver_preload([*verbs, "spp_fx.exporters.builtin", "spp_fx.cli", "tests.soak.run"])
     return context
 
@@ -110,8 +110,8 @@ def run_counted(server: ForkServerContext, words: list[str], store: Path) -> tup
 def _child(words: list[str], at_call: int, report: Any = None) -> None:
     import torch
 
-    from spp_fx.checkpoint import parts
     from spp_fx.cli import run
+    from spp_fx.storage import writer as parts
 
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)  # it shares the cores with other tests
@@ -148,7 +148,7 @@ def _hook(count: Callable[[], None]) -> None:
 
     for name in CALLS:
         setattr(os, name, counted(getattr(os, name)))
-    from spp_fx.checkpoint import place
+    from spp_fx.storage import output as place
 
     place._rename = counted(place._rename)
     sys.addaudithook(lambda event, _: count() if event in EVENTS else None)

@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spp_fx.sparsity import NM, PackedMask, detect_pattern, parse_pattern, scan_bits
+from spp_fx.sparsity.mask import PackedMask
+from spp_fx.sparsity.pattern import NM, detect_pattern, parse_pattern, scan_bits
 
 
 def exactly(kept: int, group: int, rows: int = 32, groups: int = 8, seed: int = 0) -> np.ndarray:

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from spp_fx import native, sparsity
 from spp_fx.native import Host
-from spp_fx.sparsity import PackedMask, _blake2b, digest_masks, digests
+from spp_fx.sparsity import _blake2b
+from spp_fx.sparsity import mask as digests
+from spp_fx.sparsity.mask import PackedMask, digest_masks
 
 
 def random_mask(*shape: int, seed: int = 0) -> PackedMask:

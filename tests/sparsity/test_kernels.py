@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from spp_fx import sparsity
 from spp_fx.native import host
-from spp_fx.sparsity import _backend, _compile, _fallback, _kernels, _native, pack_mask
+from spp_fx.sparsity import _backend, _compile, _fallback, _kernels, _native
+from spp_fx.sparsity.scan import pack_mask
 
 compiled = _native.load_backend()
 both = pytest.mark.parametrize("kernels", [compiled, _fallback.BACKEND], ids=lambda b: b.name)

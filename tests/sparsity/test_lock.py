@@ -6,7 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spp_fx.errors import FormatError, MaskError, UsageError
-from spp_fx.sparsity import Lock, PackedMask, compare, compare_masks, load_lock, make_entry, parse_pattern
+from spp_fx.sparsity.lock import Lock, compare, compare_masks, load_lock, make_entry
+from spp_fx.sparsity.mask import PackedMask
+from spp_fx.sparsity.pattern import parse_pattern
 
 seeds = st.integers(0, 2**32 - 1)
 shapes = st.tuples(st.integers(1, 30), st.integers(1, 70)) | st.tuples(

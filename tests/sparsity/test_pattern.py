@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spp_fx.errors import UsageError
-from spp_fx.sparsity import NM, Unstructured, parse_pattern
+from spp_fx.sparsity.pattern import NM, Unstructured, parse_pattern
 
 nm = st.integers(2, 64).flatmap(lambda m: st.builds(NM, st.integers(1, m - 1), st.just(m)))
 share = st.builds(Unstructured, st.integers(1, 10**8).map(lambda i: Fraction(i, 10**8)))

@@ -5,19 +5,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spp_fx.errors import FormatError, MaskError, PatternError
-from spp_fx.sparsity import (
-    PackedMask,
-    Unstructured,
+from spp_fx.sparsity import scan as scan_module
+from spp_fx.sparsity.mask import PackedMask
+from spp_fx.sparsity.pattern import Unstructured, parse_pattern, scan_bits
+from spp_fx.sparsity.scan import (
     count_non_finite,
     element_type,
     first_non_finite,
     pack_mask,
-    parse_pattern,
-    scan_bits,
     scan_file,
     scan_tensor,
 )
-from spp_fx.sparsity import scan as scan_module
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from spp_fx.cli import run
-from spp_fx.workflows.demo_model import train_tokenizer
+from spp_fx.verbs.demo import train_tokenizer
 from tests.command import must, randomize, save_tokenizer
 from tests.families import make_model
 

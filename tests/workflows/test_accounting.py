@@ -29,8 +29,8 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from spp_fx.workflows.inspect import inspect
-from spp_fx.workflows.verify import verify
+from spp_fx.verbs.inspect import inspect
+from spp_fx.verbs.verify import verify
 from tests.command import command, must, one_line, rewrite
 from tests.families import SMALL, make_model
 from tests.handmade import Raw, save, sparse

@@ -9,8 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from spp_fx.training.data import SEPARATOR
-from spp_fx.training.records import ALPACA, ALPACA_WITH_INPUT, read_samples
+from spp_fx.training.records import ALPACA, ALPACA_WITH_INPUT, SEPARATOR, read_samples
 from spp_fx.training.samples import IGNORED, tokenize
 from tests.command import command, must, one_line
 

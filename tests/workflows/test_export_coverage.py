@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 from spp_fx.errors import FormatError, SppFxError, UsageError
 from spp_fx.exporters import ExportSettings
 from spp_fx.exporters.onnx.reader import OnnxFile
-from spp_fx.workflows.export import export
-from spp_fx.workflows.verify import verify
+from spp_fx.verbs.export import export
+from spp_fx.verbs.verify import verify
 from tests.command import must
 from tests.families import make_model
 from tests.runtime.exports import wide_model

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, XLNetCon
 
 from spp_fx.cli import run
 from spp_fx.errors import UsageError
-from spp_fx.ir.program import Program
-from spp_fx.ir.trace import trace
-from spp_fx.workflows.load import load_program, window_length
+from spp_fx.graph.program import Program
+from spp_fx.graph.trace import trace
+from spp_fx.verbs.load import load_program, window_length
 from tests.command import must, save_tokenizer
 from tests.families import FAMILIES, MULTIMODAL, batch, make_model
 

@@ -9,9 +9,9 @@ from xml.etree import ElementTree
 import pytest
 
 from spp_fx.errors import FormatError
-from spp_fx.sparsity import NM
-from spp_fx.workflows import verify as verify_module
-from spp_fx.workflows.verify import Check, gate, verify
+from spp_fx.sparsity.pattern import NM
+from spp_fx.verbs import verify as verify_module
+from spp_fx.verbs.verify import Check, gate, verify
 from tests.command import command, one_line, rewrite
 from tests.handmade import Raw, lock_of, save, save_model, sparse
 

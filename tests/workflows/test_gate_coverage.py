@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from spp_fx.workflows.verify import verify
+from spp_fx.verbs.verify import verify
 from tests.command import command, must, rewrite
 
 Q, UP, DOWN = (

@@ -3,9 +3,8 @@
 import re
 from pathlib import Path
 
-from spp_fx.report.verdict import RULES
-from spp_fx.workflows.policy import Policy
-from spp_fx.workflows.policy_file import ArtifactTable, VerifyTable
+from spp_fx.verify.policy import ArtifactTable, Policy, VerifyTable
+from spp_fx.verify.verdict import RULES
 from tests.command import must
 from tests.handmade import save, sparse
 

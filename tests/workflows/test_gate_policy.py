@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from spp_fx.errors import UsageError
-from spp_fx.sparsity import NM
-from spp_fx.workflows.policy import Overrides, Policy
+from spp_fx.sparsity.pattern import NM
+from spp_fx.verify.policy import Overrides, Policy
 from tests.command import command, must, one_line
 from tests.handmade import lock_of, save, save_model, sparse
 

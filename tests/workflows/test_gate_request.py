@@ -6,8 +6,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from spp_fx.workflows import verify as verify_module
-from spp_fx.workflows.request import Check, check_request
+from spp_fx.verbs import verify as verify_module
+from spp_fx.verify.policy import Check, check_request
 from tests.command import command, one_line
 
 

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 from spp_fx.exporters.onnx.weights import GRAPH
-from spp_fx.sparsity import NM, Lock, LockEntry, load_lock, make_entry
-from spp_fx.workflows import verify as verify_module
-from spp_fx.workflows.artifact import open_artifact
-from spp_fx.workflows.lone import is_site
-from spp_fx.workflows.verify import Check, gate, verify
+from spp_fx.sparsity.lock import Lock, LockEntry, load_lock, make_entry
+from spp_fx.sparsity.pattern import NM
+from spp_fx.verbs import verify as verify_module
+from spp_fx.verbs.verify import Check, gate, verify
+from spp_fx.verify.artifact import is_site, open_artifact
 from tests.command import must, rewrite
 from tests.families import make_model, prune_2_4
 from tests.handmade import Raw, lock_of, save, sparse

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from spp_fx.checkpoint import ModelFolder
 from spp_fx.errors import FormatError
-from spp_fx.workflows import survey
-from spp_fx.workflows.layer_count import check_layer_count
+from spp_fx.storage.folder import ModelFolder
+from spp_fx.verify import model_sites as survey
+from spp_fx.verify.model_sites import check_layer_count
 from tests.command import command, one_line
 
 MANY = 10_000_000

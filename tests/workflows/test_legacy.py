@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from spp_fx.checkpoint import ModelFolder
 from spp_fx.errors import FormatError
 from spp_fx.exporters.compressed_tensors import LegacyFolder
-from spp_fx.exporters.sparsity_config import is_legacy, without_sparsity
-from spp_fx.workflows.unpack import unpack
-from spp_fx.workflows.verify import verify
+from spp_fx.exporters.manifest import is_legacy, without_sparsity
+from spp_fx.storage.folder import ModelFolder
+from spp_fx.verbs.unpack import unpack
+from spp_fx.verbs.verify import verify
 from tests.command import command, must, one_line, tensors
 
 Q = "model.layers.0.self_attn.q_proj"

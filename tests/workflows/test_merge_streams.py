@@ -10,8 +10,8 @@ import time
 import pytest
 import torch
 
-from spp_fx.sparsity import load_lock
-from spp_fx.workflows.fold_plan import FoldPlan
+from spp_fx.sparsity.lock import load_lock
+from spp_fx.verbs.merge import FoldPlan
 from tests.command import command, must, one_line, rewrite, tensors
 
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -58,7 +58,7 @@ def test_an_interrupted_merge_says_what_it_keeps_even_when_quiet(world, tmp_path
     script = tmp_path / "slow.py"
     script.write_text(
         "import sys, time\n"
-        "from spp_fx.checkpoint.workspace import Workspace\n"
+        "from spp_fx.storage.workspace import Workspace\n"
         "true = Workspace.finish\n"
         "def finish(self, name, **facts):\n"
         "    true(self, name, **facts)\n"

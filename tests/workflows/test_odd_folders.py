@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from spp_fx.errors import FormatError, UsageError
 from spp_fx.exporters.onnx.sparse import SparseInitializers
-from spp_fx.ir import model as ir_model
-from spp_fx.ir.model import load_model
-from spp_fx.sparsity import load_lock
-from spp_fx.workflows.verify import verify
+from spp_fx.graph import model as ir_model
+from spp_fx.graph.model import load_model
+from spp_fx.sparsity.lock import load_lock
+from spp_fx.verbs.verify import verify
 from tests.command import command, listing, must, one_line, randomize
 from tests.exporters.onnx_files import two_of_four, write_weight
 

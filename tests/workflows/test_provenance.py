@@ -7,8 +7,8 @@ import shutil
 import pytest
 
 from spp_fx.errors import FormatError
+from spp_fx.verify.provenance import PROVENANCE, blame, load, record
 from spp_fx.version import VERSION
-from spp_fx.workflows.provenance import PROVENANCE, blame, load, record
 from tests.command import command, listing, must, one_line
 
 FINGERPRINT = "0" * 64

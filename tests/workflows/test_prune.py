@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from spp_fx.ir.trace import trace
-from spp_fx.workflows import prune as workflow
-from spp_fx.workflows.calibration import Calibration, calibration_tokens
+from spp_fx.graph.trace import trace
+from spp_fx.verbs import prune as workflow
+from spp_fx.verbs.load import Calibration, calibration_tokens
 from tests.command import command, listing, must
 from tests.workflows.conftest import save_with_tokenizer
 
@@ -113,7 +113,7 @@ def test_a_killed_run_goes_on_and_writes_the_same_bytes(deep, text_file, tmp_pat
     """SIGKILL once some layers are done; the process is slowed down so that it is killed between two."""
     out, store = tmp_path / "out", tmp_path / ".out.work"
     slow = (
-        "import sys, time; from spp_fx.workflows.layer_store import LayerStore; from spp_fx.cli import run\n"
+        "import sys, time; from spp_fx.verbs.prune import LayerStore; from spp_fx.cli import run\n"
         "finish = LayerStore.finish\n"
         "LayerStore.finish = lambda self, *a: (finish(self, *a), time.sleep(0.3))\n"
         "sys.exit(run(sys.argv[1:]))"

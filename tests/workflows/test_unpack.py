@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import spp_fx
-from spp_fx.checkpoint import Shard
 from spp_fx.errors import FormatError, MaskError, UsageError
 from spp_fx.exporters import FORMATS, find_format
-from spp_fx.report.verdict import Finding
-from spp_fx.workflows import unpack as module
+from spp_fx.storage.safetensors import Shard
+from spp_fx.verbs import unpack as module
+from spp_fx.verify.verdict import Finding
 from tests.command import command, listing, must, one_line, tensors
 
 

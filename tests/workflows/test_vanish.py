@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spp_fx.adapters import make_method
-from spp_fx.checkpoint import ModelFolder
-from spp_fx.ir.piece import Piece
-from spp_fx.sparsity import NM, Lock, make_entry, pack_mask
-from spp_fx.workflows.adapter_folder import write_adapter
+from spp_fx.adapters.adapter_folder import Piece, write_adapter
+from spp_fx.sparsity.lock import Lock, make_entry
+from spp_fx.sparsity.pattern import NM
+from spp_fx.sparsity.scan import pack_mask
+from spp_fx.storage.folder import ModelFolder
 from tests.command import command, must, one_line
 
 SITE = "model.layers.0.mlp.up_proj.weight"

@@ -1,11 +1,11 @@
 """onnx, onnx-packed, onnx-dense: a whole model as one graph, with or without a key/value cache."""
 
+from spp_fx.exporters.format import Format, register
 from spp_fx.exporters.onnx.dense import DenseConstants
 from spp_fx.exporters.onnx.packed import Packing
 from spp_fx.exporters.onnx.sparse import SparseInitializers
 from spp_fx.exporters.onnx.weights import GRAPH, read, read_graph
 from spp_fx.exporters.onnx.writer import MakeEncoding, writer
-from spp_fx.exporters.registry import Format, register
 
 __all__ = ["FORMATS", "GRAPH", "read", "read_graph"]
 

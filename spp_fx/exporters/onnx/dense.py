@@ -18,7 +18,7 @@ from spp_fx.exporters.onnx.data import DataFile
 from spp_fx.exporters.onnx.encoding import Encoded
 from spp_fx.exporters.onnx.graph import GraphParameter
 from spp_fx.exporters.onnx.parameters import SparseParameter, dtype_of
-from spp_fx.sparsity import NM, implies, parse_pattern
+from spp_fx.sparsity.pattern import NM, implies, parse_pattern
 
 ALIGNMENT = {4: 8, 2: 16, 1: 32}
 """Bytes of an element -> what rows and columns are a multiple of, where sparse tensor cores take a matrix:

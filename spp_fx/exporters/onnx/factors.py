@@ -11,14 +11,7 @@ from onnx import TensorProto
 
 from spp_fx.errors import FormatError
 from spp_fx.exporters.onnx.flow import ELEMENTWISE, FLOATS, LOOKUPS, MOVED, Flow, State
-from spp_fx.exporters.onnx.fold import (
-    QUANTIZE,
-    Unfoldable,
-    chain_of,
-    data_of,
-    fold,
-    sources_of,
-)
+from spp_fx.exporters.onnx.fold import QUANTIZE, Unfoldable, chain_of, data_of, fold, sources_of
 from spp_fx.exporters.onnx.reader import OnnxFile
 from spp_fx.exporters.onnx.unpack import Unpacked, unpack
 from spp_fx.exporters.onnx.values import Made, Stored, Value, Values, same

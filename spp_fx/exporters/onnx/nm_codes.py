@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from spp_fx.errors import PatternError
-from spp_fx.sparsity import NM
+from spp_fx.sparsity.pattern import NM
 
 MAX_GROUP = 16
 _CHUNK = 1 << 20  # entries worked on at a time

@@ -26,7 +26,7 @@ from spp_fx.exporters.onnx.encoding import Encoded
 from spp_fx.exporters.onnx.graph import GraphParameter
 from spp_fx.exporters.onnx.nm_codes import MAX_GROUP, NMCode, code_for, encode
 from spp_fx.exporters.onnx.parameters import SparseParameter, dtype_of
-from spp_fx.sparsity import NM, parse_pattern
+from spp_fx.sparsity.pattern import NM, parse_pattern
 
 _UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _CODE_TYPES = {np.dtype(np.uint8): TensorProto.UINT8, np.dtype(np.uint16): TensorProto.UINT16}

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spp_fx.errors import FormatError, MaskError
+from spp_fx.exporters.format import Source, rounded
 from spp_fx.exporters.manifest import Part
 from spp_fx.exporters.onnx.data import TORCH_TYPES
 from spp_fx.exporters.onnx.graph import Graph, GraphParameter
-from spp_fx.exporters.source import Source, rounded
-from spp_fx.ir.binding import Parameter, Piece, assemble, bind, find_targets
-from spp_fx.ir.model import load_model
-from spp_fx.sparsity import LockEntry
+from spp_fx.graph.binding import Parameter, Piece, assemble, bind, find_targets
+from spp_fx.graph.model import load_model
+from spp_fx.sparsity.lock import LockEntry
 
 
 @dataclass(frozen=True)

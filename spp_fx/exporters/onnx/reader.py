@@ -16,9 +16,9 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import TensorProto
 
-from spp_fx.checkpoint.header import regular_file_size
-from spp_fx.checkpoint.layout import within
 from spp_fx.errors import FormatError
+from spp_fx.storage.folder import within
+from spp_fx.storage.strict_json import regular_file_size
 
 TENSOR_LIMIT = 2**31
 """onnxruntime's limit of a sparse tensor's dense form, in bytes; more elements than that are believed of none."""

@@ -16,7 +16,7 @@ from torch.export import Dim, ExportedProgram
 from transformers import DynamicCache, PreTrainedModel
 
 from spp_fx.errors import SppFxError
-from spp_fx.ir.trace import export_as
+from spp_fx.graph.trace import export_as
 
 BATCH, SEQUENCE, PAST, TOTAL = (
     "batch_size",

@@ -18,12 +18,12 @@ from onnx import SparseTensorProto, TensorProto
 from torch import Tensor
 
 from spp_fx.errors import FormatError
+from spp_fx.exporters.format import Weights
 from spp_fx.exporters.manifest import MANIFEST, Manifest, Part, read_manifest
 from spp_fx.exporters.onnx.factors import Factors
 from spp_fx.exporters.onnx.reader import OnnxFile
 from spp_fx.exporters.onnx.unpack import Unpacked, find_unpacked, unpack
-from spp_fx.exporters.registry import Weights
-from spp_fx.sparsity import Scan, scan_tensor
+from spp_fx.sparsity.scan import Scan, scan_tensor
 
 GRAPH = "model.onnx"
 FORMATS = ("onnx", "onnx-packed", "onnx-dense")

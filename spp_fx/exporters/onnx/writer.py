@@ -16,8 +16,9 @@ from typing import Any
 import onnx
 import torch
 
-from spp_fx.checkpoint import dtype_name, torch_dtype
 from spp_fx.errors import MaskError, SppFxError
+from spp_fx.exporters.checks import lost_signs
+from spp_fx.exporters.format import ROUNDED, ExportSettings, Say, Source, Tick
 from spp_fx.exporters.manifest import Part, TensorRecord, site_sizes
 from spp_fx.exporters.onnx.bfloat16 import widen
 from spp_fx.exporters.onnx.check import check_standard, compare_logits, logits_of, why_not_opened
@@ -27,11 +28,8 @@ from spp_fx.exporters.onnx.graph import Graph, GraphParameter, build_graph
 from spp_fx.exporters.onnx.parameters import GraphParameters, SparseParameter, dtype_of, find_parameters
 from spp_fx.exporters.onnx.trace import takes_positions
 from spp_fx.exporters.onnx.weights import GRAPH, GraphWeights
-from spp_fx.exporters.read_back import lost_signs
-from spp_fx.exporters.registry import ExportSettings, Say, Tick
-from spp_fx.exporters.source import ROUNDED, Source
-from spp_fx.ir.model import hollow_model, load_model
-from spp_fx.ir.unreadable import check_causal
+from spp_fx.graph.model import check_causal, hollow_model, load_model
+from spp_fx.storage.safetensors import dtype_name, torch_dtype
 
 COMPARED_BELOW = 10**9
 """Bytes of a model whose logits are compared by default: it is in memory twice while they are."""

@@ -1,0 +1,287 @@
+"""The adapter folder: configuration, factors, lock and model card, validated when read and written whole."""
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from spp_fx.adapters import Method, make_method
+from spp_fx.errors import FormatError, UsageError
+from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry, load_lock
+from spp_fx.storage.folder import ModelFolder, PeftAdapter, peft_adapter
+from spp_fx.storage.safetensors import Shard, dtype_name
+from spp_fx.storage.strict_json import read_object
+from spp_fx.storage.writer import write_safetensors
+from spp_fx.version import VERSION
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One stored matrix of a site.
+
+    Attributes:
+        tensor: its name in the checkpoint.
+        transposed: it is stored (in, out).
+        expert: index of the matrix in a stack, None for a plain matrix.
+        start, stop: the rows of the site's matrix that it holds.
+        whole: the stored tensor is the whole stack (experts, …), of which this is one matrix.
+    """
+
+    tensor: str
+    transposed: bool
+    expert: int | None
+    start: int
+    stop: int
+    whole: bool = False
+
+
+CONFIG = "adapter_config.json"
+FACTORS = "adapter_model.safetensors"
+FORMAT_VERSION = 1
+
+
+class PieceModel(BaseModel):
+    """A `Piece` as JSON."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, defer_build=True)
+
+    tensor: str
+    transposed: bool
+    expert: int | None
+    start: int
+    stop: int
+    whole: bool
+
+
+class AdapterConfig(BaseModel):
+    """adapter_config.json: PEFT's keys where they mean the same, ours beside them."""
+
+    model_config = ConfigDict(extra="allow", strict=True, defer_build=True)
+
+    format_version: Literal[1]
+    spp_fx_version: str
+    peft_type: str
+    task_type: Literal["CAUSAL_LM"]
+    base_model_name_or_path: str
+    base_model_fingerprint: str
+    method: str
+    method_parameters: dict[str, float | int]
+    r: int
+    target_modules: list[str]
+    bias: Literal["none"]
+    inference_mode: bool
+    seed: int
+    sites: dict[str, list[PieceModel]]
+
+
+@dataclass(frozen=True)
+class AdapterFolder:
+    """An adapter folder that was read and checked.
+
+    Attributes:
+        path: the folder.
+        config: its configuration.
+        method: the adapter method with its parameters.
+        pieces: the stored tensors of each site.
+        lock: the masks that every later step is held to.
+        shard: the factors' file.
+    """
+
+    path: Path
+    config: AdapterConfig
+    method: Method
+    pieces: dict[str, tuple[Piece, ...]]
+    lock: Lock
+    shard: Shard
+
+    @classmethod
+    def open(cls, path: Path) -> "AdapterFolder":
+        """Read an adapter folder; every factor must be there, with the shape the method gives it.
+
+        Raises:
+            UsageError: the folder is not an adapter folder, or holds an adapter of PEFT.
+            FormatError: a file of it is damaged; names the file and the fault.
+        """
+        if (foreign := peft_adapter(path)) is not None:
+            raise UsageError(_not_ours(path, foreign))
+        if not (path / CONFIG).is_file():
+            raise UsageError(
+                f"{path} is no adapter folder: it has no {CONFIG}; make one with 'spp-fx inject MODEL'"
+            )
+        config = _read_config(path / CONFIG)
+        try:
+            method = make_method(config.method, **config.method_parameters)
+        except (TypeError, UsageError) as error:
+            raise FormatError(f"{path / CONFIG}: {error}") from error
+        pieces = {
+            site: tuple(Piece(**piece.model_dump()) for piece in stored)
+            for site, stored in config.sites.items()
+        }
+        folder = cls(path, config, method, pieces, load_lock(path / LOCK_NAME), Shard.open(path / FACTORS))
+        folder._check()
+        return folder
+
+    @cached_property
+    def _entries(self) -> dict[str, LockEntry]:
+        return self.lock.by_name()
+
+    def shape(self, site: str) -> tuple[int, ...]:
+        """Canonical shape of a site, from its pieces and the lock."""
+        pieces = self.pieces[site]
+        entry = self._entries[pieces[0].tensor]
+        out = max(piece.stop for piece in pieces)
+        if pieces[0].expert is None:
+            return (out, entry.shape[-1])
+        return (max(piece.expert or 0 for piece in pieces) + 1, out, entry.shape[-1])
+
+    def factors(self, site: str, expert: int | None = None) -> dict[str, NDArray[np.float64]]:
+        """The factors of a site in float64, read from disk; of one expert, where the site is a stack."""
+        return {
+            key: self.shard.read_float64(f"{site}.{key}", expert)
+            for key in self.method.factors(self.shape(site))
+        }
+
+    def find_base(self, base: Path | None = None) -> Path:
+        """The base model's folder: as given, as recorded, or of the recorded name beside the adapter."""
+        if base is not None:
+            return base
+        recorded = Path(self.config.base_model_name_or_path)
+        for candidate in (recorded, self.path.resolve().parent / recorded.name):
+            if candidate.is_dir():
+                return candidate
+        raise UsageError(
+            f"{self.path}: its base model {recorded} is not there; put it beside the adapter "
+            f"as {recorded.name}, or name it where a command takes --base"
+        )
+
+    def check_base(self, base: ModelFolder) -> None:
+        """FormatError unless a model folder is the very one that the adapter was made for."""
+        if base.fingerprint() != self.config.base_model_fingerprint:
+            raise FormatError(
+                f"{base.path} is not the model that {self.path} was made for, "
+                f"{self.config.base_model_name_or_path}, or its files have changed since inject; "
+                "put the right one there, or name it where a command takes --base"
+            )
+
+    def _check(self) -> None:
+        where = self.path / FACTORS
+        locked = self.lock.by_name()
+        expected: dict[str, tuple[int, ...]] = {}
+        for site, pieces in self.pieces.items():
+            missing = [piece.tensor for piece in pieces if piece.tensor not in locked]
+            if missing or not pieces:
+                raise FormatError(f"{self.path / LOCK_NAME}: holds no entry for {[*missing, site][0]}")
+            shape = self.shape(site)
+            if reason := self.method.refusal(shape):
+                raise FormatError(f"{self.path / CONFIG}: {site}: {reason}")
+            expected |= {f"{site}.{key}": spec.shape for key, spec in self.method.factors(shape).items()}
+        held = {name: info.shape for name, info in self.shard.header.tensors.items()}
+        for name in sorted(expected.keys() | held.keys()):
+            if name not in held:
+                raise FormatError(f"{where}: the factor {name} is missing")
+            if name not in expected:
+                raise FormatError(f"{where}: {name} belongs to no site of {CONFIG}")
+            if held[name] != expected[name]:
+                raise FormatError(
+                    f"{where}: {name} has shape {list(held[name])}, expected {list(expected[name])}"
+                )
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a folder is to be read as an adapter folder; a model folder with an adapter of PEFT in it is not."""
+    return (path / CONFIG).is_file() and not (
+        (path / "config.json").is_file() and peft_adapter(path) is not None
+    )
+
+
+def _not_ours(path: Path, foreign: PeftAdapter) -> str:
+    if is_adapter(path):
+        return foreign.refusal
+    ModelFolder.open(path)  # without weights, it is the adapter's folder that has the base's config.json too
+    return (
+        f"{path}: is a model folder with {foreign.what} in it, not an adapter folder of spp-fx; "
+        f"make one with 'spp-fx inject {path}'"
+    )
+
+
+def write_factors(path: Path, factors: "Mapping[str, Tensor]") -> None:
+    """Write a factors' file; `path` must be new."""
+    specs = [(name, dtype_name(value.dtype), tuple(value.shape)) for name, value in factors.items()]
+    write_safetensors(path, specs, lambda name: [factors[name].detach().cpu().contiguous()], {"format": "pt"})
+
+
+def write_adapter(
+    folder: Path,
+    *,
+    target: Path,
+    base: Path,
+    fingerprint: str,
+    method: Method,
+    seed: int,
+    pieces: Mapping[str, Iterable[Piece]],
+    factors: "Mapping[str, Tensor]",
+    lock: Lock,
+) -> None:
+    """Write the files of an adapter folder that will be called `target` into `folder`."""
+    config = AdapterConfig(
+        format_version=FORMAT_VERSION,
+        spp_fx_version=VERSION,
+        peft_type=method.name.upper(),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=os.path.abspath(base),
+        base_model_fingerprint=fingerprint,
+        method=method.name,
+        method_parameters=method.parameters(),
+        r=method.rank,
+        target_modules=sorted({site.removesuffix(".weight").rpartition(".")[2] for site in pieces}),
+        bias="none",
+        inference_mode=True,
+        seed=seed,
+        sites={site: [PieceModel(**asdict(piece)) for piece in stored] for site, stored in pieces.items()},
+    )
+    (folder / CONFIG).write_text(config.model_dump_json(indent=2) + "\n")
+    (folder / LOCK_NAME).write_text(lock.dumps())
+    (folder / "README.md").write_text(_card(target, base, config, factors))
+    write_factors(folder / FACTORS, factors)
+
+
+def trainable_parameters(factors: "Mapping[str, Tensor]") -> int:
+    return sum(value.numel() for value in factors.values())
+
+
+def _read_config(path: Path) -> AdapterConfig:
+    try:
+        return AdapterConfig.model_validate(read_object(path), strict=True)
+    except ValidationError as error:
+        fault = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part)[:200] for part in fault["loc"])
+        raise FormatError(f"{path}: {where}: {fault['msg']}") from error
+
+
+def _card(target: Path, base: Path, config: AdapterConfig, factors: "Mapping[str, Tensor]") -> str:
+    return f"""---
+library_name: spp-fx
+base_model: {base.name}
+tags: [sparse, {config.method}]
+---
+
+# {target.name}
+
+Factors of {config.method.upper()}, rank {config.r}, for the pruned model `{base.name}`:
+{trainable_parameters(factors):,} trainable parameters over {len(config.sites)} weights. It trains the
+non-zeros and leaves every zero where it is; `{LOCK_NAME}` holds the masks.
+
+```
+spp-fx train {target.name} --data text.txt
+spp-fx merge {target.name} --verify-sparsity
+```
+"""

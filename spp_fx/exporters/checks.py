@@ -1,0 +1,97 @@
+"""Comparing what was written with the model, both read by the safetensors library and not by spp-fx."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from spp_fx.errors import FormatError
+from spp_fx.storage.folder import ModelFolder
+from spp_fx.storage.safetensors import Shard
+
+_LOOKED_AT = 256 << 20
+NOT_IN_TORCH = ("F6_E2M3", "F6_E3M2")
+"""dtypes whose tensors the library cannot hand out; their files are compared as wholes."""
+
+
+def check_copied(
+    source: ModelFolder,
+    names: Iterable[str],
+    written: Path,
+    expected: Callable[[str, Tensor], Tensor] = lambda _, value: value,
+) -> int:
+    """Hold copied tensors of a written file to the model's, byte for byte; returns how many were compared.
+
+    Args:
+        source: the model.
+        names: tensors that were copied; all of one shard if `written` is its copy.
+        written: a safetensors file that holds them.
+        expected: what becomes of a tensor on the way, given its name and the model's value.
+
+    Raises:
+        FormatError: a tensor differs; names the first byte.
+    """
+    count, library = 0, LibraryReader()
+    for name in names:
+        shard, info = source.info(name)
+        if info.dtype in NOT_IN_TORCH:
+            same, where = Shard.open(written).difference(shard, name) is None, "it"
+        else:
+            theirs, ours = library.read(shard.path, name), library.read(written, name)
+            same, where = _same(expected(name, theirs), ours)
+        if not same:
+            raise FormatError(f"{written}: {name}: {where} differs from {shard.path} after it was written")
+        count += 1
+    return count
+
+
+class LibraryReader:
+    """Tensors as the safetensors library gives them.
+
+    The library maps a file as long as it is open, and what was looked at counts as memory: files are opened
+    again after every `_LOOKED_AT` bytes.
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[Path, Any] = {}
+        self._bytes = 0
+
+    def read(self, path: Path, name: str) -> Tensor:
+        """A tensor of a file, mapped as long as it lives."""
+        if self._bytes > _LOOKED_AT:
+            self._files, self._bytes = {}, 0
+        if path not in self._files:
+            self._files[path] = safe_open(str(path), "pt")
+        tensor = self._files[path].get_tensor(name)
+        self._bytes += tensor.nbytes
+        return tensor
+
+
+def _same(first: Tensor, second: Tensor) -> tuple[bool, str]:
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False, f"{second.dtype} {list(second.shape)}"
+    theirs, ours = (t.contiguous().reshape(-1).view(torch.uint8) for t in (first, second))
+    if torch.equal(theirs, ours):
+        return True, ""
+    return False, f"byte {int((theirs != ours).to(torch.uint8).argmax())}"
+
+
+def lost_signs(found: Tensor, expected: Tensor) -> int | None:
+    """How many zeros differ in sign alone; None where any other element differs in any bit, or the form does."""
+    if found.dtype != expected.dtype or found.shape != expected.shape:
+        return None
+    if torch.equal(_bits(found), _bits(expected)):
+        return 0
+    differing = _bits(found) != _bits(expected)
+    if bool((differing & ~((found == 0) & (expected == 0))).any()):
+        return None
+    return int(differing.sum())
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The elements as integers of their width."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.contiguous().view(kinds[tensor.element_size()])

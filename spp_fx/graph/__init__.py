@@ -1,0 +1,1 @@
+"""The traced model: programs, sites, and how they bind to a checkpoint."""

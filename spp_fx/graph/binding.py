@@ -1,0 +1,223 @@
+"""Where a site's weight lies on disk: which tensors, and which part of the site each one is.
+
+A checkpoint may name a tensor differently from the model (a prefix, the other name of a tied weight),
+and stores a stack of experts as one matrix for each. transformers knows these conversions; this reads
+them and states, for each site, the tensors that make it up.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
+
+from spp_fx.adapters.adapter_folder import Piece
+
+NOT_STORED = "the checkpoint holds no tensor for it"
+
+
+class Slot(Protocol):
+    """What stored tensors fill: a site, or any parameter."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """With the weight in its canonical orientation."""
+        ...
+
+    @property
+    def transposed(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter or buffer in the orientation it is stored in."""
+
+    name: str
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Binding:
+    """Pieces of each site, why a site has none, and what each stored tensor is called in the model."""
+
+    pieces: dict[str, tuple[Piece, ...]]
+    refused: dict[str, str]
+    targets: dict[str, str]
+
+
+def bind(model: PreTrainedModel, slots: Mapping[str, Slot], stored: Mapping[str, tuple[int, ...]]) -> Binding:
+    """Find the stored tensors of every site or parameter.
+
+    Args:
+        model: as built from the configuration; the meta device suffices.
+        slots: sites or parameters, by name.
+        stored: shape of every tensor of the checkpoint, by name.
+    """
+    converters = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightConverter)]
+    plain: dict[str, str] = {}
+    converted: dict[str, dict[str, list[str]]] = {}
+    targets: dict[str, str] = {}
+    for name, (target, pattern) in find_targets(model, stored).items():
+        targets[name] = target
+        if pattern is None:
+            plain[target] = name
+        else:
+            converted.setdefault(target, {}).setdefault(pattern, []).append(name)
+    pieces: dict[str, tuple[Piece, ...]] = {}
+    refused: dict[str, str] = {}
+    for slot in slots.values():
+        if slot.name in plain:
+            found = _plain(slot, plain[slot.name], stored)
+        elif slot.name in converted:
+            found = _converted(slot, converted[slot.name], converters, stored)
+        else:
+            found = NOT_STORED
+        if isinstance(found, str):
+            refused[slot.name] = _in_parts(slot.name, (*plain, *converted)) or found
+        else:
+            pieces[slot.name] = found
+    return Binding(pieces, refused, targets)
+
+
+def _in_parts(name: str, known: Iterable[str]) -> str | None:
+    """That a weight is stored as several tensors, quantised or factored, as far as their names tell."""
+    module = name.removesuffix(".weight")
+    whole = {name, f"{module}.weight", f"{module}.bias", f"{name}_bias"}
+    parts = sorted(
+        other
+        for other in known
+        if other.startswith((f"{name}.", f"{name}_"))
+        or (other.startswith(f"{module}.") and "." not in other.removeprefix(f"{module}."))
+        if other not in whole
+    )
+    if not parts:
+        return None
+    words = ", ".join(part.removeprefix(module).lstrip("._") for part in parts[:3])
+    return (
+        f"is stored in parts ({words}), a quantised or factored form whose zeros are not known; take the model as "
+        "it was before"
+    )
+
+
+def find_targets(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, tuple[str, str | None]]:
+    """What each stored tensor is called in the model, as transformers renames it when it loads.
+
+    Args:
+        model: as built from the configuration; the meta device suffices.
+        stored: names of the checkpoint's tensors.
+
+    Returns:
+        stored name -> the name in the model (one that the model has not, if transformers would not load the
+        tensor), and the pattern of the conversion that makes a parameter of it, None where it is one as it is.
+    """
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    state = model.state_dict()
+    found: dict[str, tuple[str, str | None]] = {}
+    for name in stored:
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if (
+            target not in state and name in state
+        ):  # a rule for other checkpoints; this one has the model's names
+            target, pattern = rename_source_key(name, [], [], model.base_model_prefix, state)
+        found[name] = target, pattern
+    return found
+
+
+def _plain(slot: Slot, tensor: str, stored: Mapping[str, tuple[int, ...]]) -> tuple[Piece, ...] | str:
+    shape = stored[tensor]
+    expected = (*slot.shape[:-2], slot.shape[-1], slot.shape[-2]) if slot.transposed else slot.shape
+    if 0 in shape and 0 not in expected:
+        return (
+            f"is stored as {tensor} of shape {list(shape)}, the placeholder that a ZeRO-3 run leaves; save the model "
+            "again with its weights gathered (stage3_gather_16bit_weights_on_model_save)"
+        )
+    if shape != expected:
+        return f"is stored as {tensor} of shape {list(shape)}, the model wants {list(expected)}"
+    if len(slot.shape) != 3:
+        return (Piece(tensor, slot.transposed, None, 0, _rows(slot)),)
+    return tuple(
+        Piece(tensor, slot.transposed, expert, 0, _rows(slot), whole=True) for expert in range(slot.shape[0])
+    )
+
+
+def _converted(
+    slot: Slot,
+    by_pattern: Mapping[str, list[str]],
+    converters: list[WeightConverter],
+    stored: Mapping[str, tuple[int, ...]],
+) -> tuple[Piece, ...] | str:
+    """Experts merged into a stack (dim 0), their projections side by side along the rows (dim 1)."""
+    converter = next(c for c in converters if set(by_pattern) <= set(c.source_patterns))
+    operations = [(type(op), getattr(op, "dim", None)) for op in converter.operations]
+    if operations not in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]):
+        names = ", ".join(op.__name__ for op, _ in operations)
+        return f"is made of stored tensors by {names}, which cannot be undone matrix by matrix"
+    if slot.transposed or len(slot.shape) != 3:
+        return "is made of several stored tensors in a way that cannot be undone"
+    pieces: list[Piece] = []
+    start = [0] * slot.shape[0]
+    for pattern in (p for p in converter.source_patterns if p in by_pattern):
+        number = re.compile(re.escape(pattern.rstrip("$")).replace(r"\*", r"(\d+)"))
+        for tensor in by_pattern[pattern]:
+            match = number.search(tensor) or re.search(r"\.experts\.(\d+)\.", tensor)
+            rows, columns = stored[tensor] if len(stored[tensor]) == 2 else (0, 0)
+            if match is None or int(match[1]) >= slot.shape[0] or columns != slot.shape[-1]:
+                return f"its stored tensor {tensor} of shape {list(stored[tensor])} does not fit"
+            expert = int(match[1])
+            pieces.append(Piece(tensor, False, expert, start[expert], start[expert] + rows))
+            start[expert] += rows
+    if start != [_rows(slot)] * slot.shape[0]:
+        return "its stored tensors do not fill it"
+    return tuple(pieces)
+
+
+def _rows(slot: Slot) -> int:
+    """Rows of a matrix; a vector is a column."""
+    return slot.shape[-2] if len(slot.shape) > 1 else torch.Size(slot.shape).numel()
+
+
+def assemble(pieces: tuple[Piece, ...], shape: tuple[int, ...], read: Callable[[str], Tensor]) -> Tensor:
+    """A parameter as the model has it, of its stored tensors.
+
+    Args:
+        pieces: all of the parameter's.
+        shape: the parameter's, in the model.
+        read: gives a stored tensor by name.
+    """
+    if pieces[0].whole or pieces[0].expert is None:
+        return read(pieces[0].tensor).view(shape)
+    result: Tensor | None = None
+    for piece in pieces:
+        part = read(piece.tensor)
+        if result is None:
+            result = torch.empty(shape, dtype=part.dtype)
+        result[piece.expert, piece.start : piece.stop] = part
+    assert result is not None
+    return result
+
+
+def take_apart(pieces: tuple[Piece, ...], parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The stored tensors of a parameter as the model has it, by name: the inverse of `assemble`."""
+    if pieces[0].whole or pieces[0].expert is None:
+        yield pieces[0].tensor, parameter
+        return
+    for piece in pieces:
+        assert piece.expert is not None
+        yield piece.tensor, parameter[piece.expert, piece.start : piece.stop]

@@ -1,0 +1,300 @@
+"""The traced model and its sites: the weights that passes may treat."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, Literal, TypeVar, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
+from torch.overrides import handle_torch_function, has_torch_function
+from transformers import PretrainedConfig
+from transformers.modeling_outputs import CausalLMOutput
+
+from spp_fx.adapters.method import Method
+from spp_fx.errors import UsageError
+from spp_fx.sparsity.mask import PackedMask
+from spp_fx.sparsity.pattern import Pattern
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def leaf(function: F) -> F:
+    """Make every fx tracer take a call as one node instead of looking inside.
+
+    A pickled graph module is traced again where it is read, from generated code; `fx.wrap` sees only calls
+    by a module's global name, and a look inside would fix what the function decides when it runs.
+    """
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        given = (*args, *kwargs.values())
+        if has_torch_function(given):
+            return handle_torch_function(call, given, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return cast(F, call)
+
+
+Kind = Literal["linear", "conv1d", "matmul", "experts"]
+
+
+ROUTES = "routes tokens to experts"
+GATES = "gates a branch by one number"
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Why a parameter of two or more dimensions is not a site.
+
+    Attributes:
+        reason: in words that follow the parameter's name.
+        known: the graph proves that the parameter is not the weight of a linear that could be sparse
+            (a table of embeddings, one that is only added or multiplied elementwise, a router). False for
+            everything else: the parameter may be a linear that was not understood, or not reached.
+    """
+
+    reason: str
+    known: bool
+
+
+@dataclass(frozen=True)
+class Site:
+    """One weight, seen in its canonical orientation whatever its storage.
+
+    Attributes:
+        name: the checkpoint's name of the weight, such as `model.layers.0.mlp.up_proj.weight`.
+        kind: the form the graph used it in; `experts` is a 3-D stack, the others are matrices.
+        shape: (out, in), or (experts, out, in).
+        dtype: the stored dtype.
+        transposed: the weight is stored (in, out); N:M groups still run along `in`.
+        layer: index of the decoder layer that owns it, None outside of the layers.
+        uses: how many nodes of the program use the weight as a linear.
+        tied_to: name of the embedding that shares the weight, if one does.
+        is_head: the linear produces the logits.
+        role: what the graph does with its result, where that is a reason to leave the weight as it is:
+            `ROUTES` or `GATES`; None for every other linear.
+    """
+
+    name: str
+    kind: Kind
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    transposed: bool
+    layer: int | None
+    uses: int
+    tied_to: str | None
+    is_head: bool
+    role: str | None = None
+
+    @property
+    def out_features(self) -> int:
+        return self.shape[-2]
+
+    @property
+    def in_features(self) -> int:
+        return self.shape[-1]
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+
+def factor_attribute(parameter: str, factor: str) -> str:
+    """Attribute under which the module that owns `parameter` holds an adapter's factor."""
+    return factor if parameter == "weight" else f"{parameter}_{factor}"
+
+
+SITE = "spp_fx_site"
+"""Key of `fx.Node.meta`: the name of the site whose weight the node contracts; left by canonicalize."""
+ADAPTER = "spp_fx_adapter"
+"""Key of `fx.Node.meta`: the name of the site whose adapter the node computes; left by inject."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """One node that contracts a site's weight with an activation.
+
+    `module` is the graph module that owns `node`, `path` its dotted path in the program.
+    """
+
+    path: str
+    module: fx.GraphModule
+    node: fx.Node
+
+
+class Program(nn.Module):
+    """A causal language model as nested fx graphs; called like the Hugging Face model it was traced from.
+
+    Module paths, parameter and buffer names are the checkpoint's own (a packed weight is several). The
+    graphs are plain `torch.fx.GraphModule`s that run generated code, so `torch.compile`, `torch.export` and every
+    fx tool take them; `train()` and `eval()` switch the dropout that the source model has.
+
+    Attributes:
+        config: the source model's configuration.
+        sites: by checkpoint name; filled by `canonicalize`.
+        left_out: every other parameter of two or more dimensions, by checkpoint name, with the reason why it
+            is not a site; filled by `canonicalize`.
+        patterns: what is known of each site's pattern (None: dense); sites on the meta device are
+            missing until somebody who read the weights fills them in.
+        matched: the sites that later passes treat, with their patterns; filled by `match`.
+        adapters: the method that each injected site carries; filled by `inject`.
+        units: paths of the decoder layers' graph modules, in order; filled by `partition`.
+        packings: how the weight of a site is packed, if it is; see `passes.storage`.
+        masks: the mask that each injected site had when its adapter came; held to by `verify`.
+        untraced: why there are no graphs and nothing can be computed; see `outline`.
+        tied: parameters that share another's storage: name -> the first name.
+        head: name of the weight that makes the logits, if the model has one.
+        calibration: tokens (samples, length) int64 that passes which look at inputs run it on.
+        loss_type: what transformers calls the loss; its Trainer counts a step's tokens by it.
+        history: spellings of the passes that ran, in order.
+    """
+
+    root: fx.GraphModule
+
+    def __init__(
+        self,
+        root: fx.GraphModule,
+        config: PretrainedConfig,
+        loss_function: Callable[..., Tensor],
+        tied: dict[str, str],
+        head: str | None,
+    ) -> None:
+        super().__init__()
+        # The root graph shares its children with this module, so that names carry no prefix.
+        object.__setattr__(self, "root", root)
+        self._modules, self._parameters, self._buffers = root._modules, root._parameters, root._buffers
+        self._transient = {
+            path: names
+            for path, module in self.named_modules()
+            if (names := module._non_persistent_buffers_set)
+        }
+        self.config = config
+        self.loss_function = loss_function
+        self.tied = tied
+        self.head = head
+        self.sites: dict[str, Site] = {}
+        self.left_out: dict[str, LeftOut] = {}
+        self.untraced: str | None = None
+        self.patterns: dict[str, Pattern | None] = {}
+        self.matched: dict[str, Pattern | None] = {}
+        self.adapters: dict[str, Method] = {}
+        self.units: list[str] = []
+        self.packings: dict[str, str] = {}
+        self.masks: dict[str, PackedMask] = {}
+        self.calibration: Tensor | None = None
+        self.loss_type: str | None = None
+        self.history: list[str] = []
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **loss_kwargs: Any,
+    ) -> CausalLMOutput:
+        """Logits, and the loss when labels are given.
+
+        Args:
+            input_ids: (batch, sequence) int64.
+            attention_mask: (batch, sequence), 1 for tokens and 0 for padding; all ones if None.
+            labels: (batch, sequence) int64, -100 where nothing is to be predicted.
+            loss_kwargs: handed to the model family's loss, such as `num_items_in_batch`.
+
+        Returns:
+            `loss` (scalar or None) and `logits` (batch, sequence, vocabulary).
+        """
+        if input_ids.ndim != 2:
+            raise UsageError(f"input_ids must be (batch, sequence), got shape {tuple(input_ids.shape)}")
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        logits: Tensor = self.root(input_ids, attention_mask)
+        if labels is None:
+            return CausalLMOutput(logits=logits)  # type: ignore[arg-type]
+        loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocabulary, **loss_kwargs)
+        return CausalLMOutput(loss=loss, logits=logits)  # type: ignore[arg-type]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # Copied or unpickled, the root has tables of its own, and its graphs forget which buffers are
+        # not part of the state.
+        root = self.root
+        root._modules, root._parameters, root._buffers = self._modules, self._parameters, self._buffers
+        for path, names in self._transient.items():
+            self.get_submodule(path)._non_persistent_buffers_set = set(names)
+
+    def train(self, mode: bool = True) -> "Program":
+        super().train(mode)
+        self.root.training = mode
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Program":
+        """Move the program; what torch's `to`, `cuda` and their like end in.
+
+        Raises:
+            UsageError: `fn` changes a dtype. The dtypes a model computes in are written into its graphs.
+        """
+        for dtype in {p.dtype for p in self.parameters()}:
+            probe = fn(torch.empty(0, dtype=dtype, device=self.device))
+            if probe.dtype != dtype:
+                raise UsageError(
+                    f"a program computes in the dtype it was traced in, {dtype}: load the model in {probe.dtype} "
+                    "and trace that, or run it under torch.autocast"
+                )
+        before = self.device
+        super()._apply(fn, recurse)
+        if self.device != before:
+            self.move_constants(before, self.device)
+        return self
+
+    def move_constants(self, before: torch.device, after: torch.device) -> None:
+        """Tensors that the graphs themselves make (positions, masks) are made where the weights are."""
+
+        def move(argument: Any) -> Any:
+            return after if isinstance(argument, torch.device) and argument == before else argument
+
+        for _, module in self.graphs():
+            for node in module.graph.nodes:
+                node.args, node.kwargs = map_aggregate((node.args, node.kwargs), move)  # type: ignore[assignment]
+            module.recompile()
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens there are: ids lie below it. Multimodal configurations hold it in their text's."""
+        return self.config.get_text_config(decoder=True).vocab_size
+
+    @property
+    def positions(self) -> int | None:
+        """How many positions the model was made for, if its configuration says so."""
+        said = getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return said if said and said > 0 else None  # XLNet says -1
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def graphs(self) -> Iterator[tuple[str, fx.GraphModule]]:
+        """Every graph of the tree with its dotted path, the root ('') first."""
+        yield "", self.root
+        for path, module in self.named_modules():
+            if path and isinstance(module, fx.GraphModule):
+                yield path, module
+
+    def uses(self, mark: str = SITE) -> dict[str, list[Use]]:
+        """The nodes that carry a mark, by the site that it names, in one walk of the tree."""
+        found: dict[str, list[Use]] = {}
+        for path, module in self.graphs():
+            for node in module.graph.nodes:
+                if mark in node.meta:
+                    found.setdefault(node.meta[mark], []).append(Use(path, module, node))
+        return found
+
+    def weight(self, site: str) -> nn.Parameter:
+        """The parameter of a site as it is stored, which may be (in, out)."""
+        return self.get_parameter(site)
+
+    def canonical_weight(self, site: str) -> Tensor:
+        """The weight of a site as (out, in) or (experts, out, in): a view, no copy."""
+        weight = self.weight(site)
+        return weight.transpose(-1, -2) if self.sites[site].transposed else weight

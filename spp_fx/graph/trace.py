@@ -1,0 +1,515 @@
+"""Tracing: a Hugging Face model to a tree of torch.fx graphs under the checkpoint's own names."""
+
+import builtins
+import contextlib
+import io
+import keyword
+import logging
+import operator
+import os
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import Dim, ExportedProgram, unflatten
+from torch.func import functional_call
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from transformers import PreTrainedModel
+
+from spp_fx.errors import SppFxError, UsageError
+from spp_fx.graph.model import CAUSAL, load_model
+from spp_fx.graph.program import Program
+from spp_fx.graph.untouched import untouched
+from spp_fx.version import release
+
+# Local names that generated code cannot use: its own `self`, what Python has, and the globals that fx gives it.
+_TAKEN = {"self", *keyword.kwlist, *dir(builtins)} | {
+    *("torch", "device", "inf", "nan", "NoneType", "pytree", "fx_pytree")
+}
+_KEYWORD_ATTRIBUTE = re.compile(rf"(?<=[\w)])\.({'|'.join(keyword.kwlist)})\b")
+
+
+def spell(graph: fx.Graph) -> fx.Graph:
+    """Rename nodes that are called what generated code cannot call them; the graph itself is returned.
+
+    A module called `self` (RoBERTa's attention) makes a node of that name, and `self = self.self(x)` is the
+    last that the generated code sees of its module. Names of modules and parameters stay: those that are
+    Python keywords, which a ModuleDict allows, are read by `__getattr__`. A pickled graph is traced again
+    from its code where it is read, and spelt again there.
+    """
+    for node in graph.nodes:
+        if node.name in _TAKEN:
+            node._rename(f"{node.name}_1")
+        if node.op == "placeholder" and node.target in _TAKEN:
+            node.target = node.name
+    graph.on_generate_code(lambda _: _spell_keywords)
+    graph._tracer_cls = Tracer
+    return graph
+
+
+class Tracer(fx.Tracer):
+    """Reads the generated code of a pickled graph."""
+
+    def trace(self, *args: Any, **kwargs: Any) -> fx.Graph:
+        return spell(super().trace(*args, **kwargs))
+
+
+def _spell_keywords(code: list[str]) -> list[str]:
+    return [_KEYWORD_ATTRIBUTE.sub(r'.__getattr__("\1")', line) for line in code]
+
+
+# Attributes that torch.fx and torch.export.unflatten give each graph module, so that no child can have them.
+_KEPT = {*dir(fx.GraphModule(nn.Module(), fx.Graph())), "graph_module", "arg_names"}
+
+
+def refuse_names(model: nn.Module) -> None:
+    """SppFxError if a module, parameter or buffer is called as an attribute of every graph module is."""
+    for path, module in model.named_modules():
+        for name in (*module._modules, *module._parameters, *module._buffers):
+            if name in _KEPT:
+                raise SppFxError(
+                    f"{type(model).__name__} cannot be traced: torch.fx keeps the name '{name}' for itself, and "
+                    f"{f'{path}.{name}'.lstrip('.')} has it; rename it in the model's code and weights"
+                )
+
+
+_HIDDEN = "__is_a_keyword"
+
+
+def hide_keywords(exported: ExportedProgram) -> None:
+    """Rename, in an exported program, modules and parameters that are called as keywords of Python are.
+
+    torch.export.unflatten generates code at once, and that of `self.in(x)` is not valid. `shown` gives the
+    names back.
+    """
+    names = {part for name in exported.state_dict for part in name.split(".")}
+    for node in exported.graph.nodes:
+        stack = node.meta.get("nn_module_stack", {})
+        names |= {part for path, _ in stack.values() for part in path.split(".")}
+    if not any(map(keyword.iskeyword, names)):
+        return
+    for node in exported.graph.nodes:
+        if "nn_module_stack" in node.meta:
+            stack = node.meta["nn_module_stack"]
+            node.meta["nn_module_stack"] = {key: (_hidden(path), kind) for key, (path, kind) in stack.items()}
+    signature = exported.graph_signature
+    for spec in (*signature.input_specs, *signature.output_specs):
+        spec.target = spec.target and _hidden(spec.target)
+    for entry in exported.module_call_graph:
+        entry.fqn = _hidden(entry.fqn)
+    for table in (exported.state_dict, exported.constants):
+        for name in list(table):
+            table[_hidden(name)] = table.pop(name)
+
+
+def _hidden(path: str) -> str:
+    return ".".join(part + _HIDDEN if keyword.iskeyword(part) else part for part in path.split("."))
+
+
+def shown(path: str) -> str:
+    """A path of the model, of one that `hide_keywords` may have renamed."""
+    return path.replace(_HIDDEN, "")
+
+
+aten = torch.ops.aten
+ATTENTION = aten.scaled_dot_product_attention.default
+DROPOUT = aten.dropout.default
+GUARDS = (aten._assert_tensor_metadata.default,)
+EXPORT_ERRORS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    LookupError,
+    ArithmeticError,
+    NameError,
+    ImportError,
+    SyntaxError,
+)
+"""What torch.export, the code of a model that it runs, and generated code raise."""
+
+
+def trace(model: PreTrainedModel | str | Path) -> Program:
+    """Trace a causal language model into a `Program` that shares the model's parameters.
+
+    The model is exported (non-strict, dynamic batch and sequence) and unflattened; no weight is
+    copied, and a model on the meta device needs none. The program computes what the model computes in
+    its own dtype and on its own device, to the bit.
+
+    Args:
+        model: a `*ForCausalLM` instance, or a model folder (or hub id, where there is a network),
+            which is then loaded in its stored dtype on the CPU.
+
+    Raises:
+        SppFxError: the model cannot be exported; carries torch.export's reason.
+    """
+    if isinstance(model, str | Path):
+        model = load_model(model)
+    if not _is_causal_lm(model):
+        raise UsageError(
+            f"{type(model).__name__} is not a causal language model that AutoModelForCausalLM of transformers loads"
+        )
+    refuse_names(model)
+    exported = _export(model, training=False)
+    _training_dropout(model, exported)
+    root = _tree(exported, model)
+    _open_dropout(root)
+    program = Program(
+        root,
+        model.config,
+        loss_of(model),
+        tied=tied_parameters(model),
+        head=head_of(model),
+    )
+    program.loss_type = model.loss_type
+    _rehearse(program, model)
+    return program.train(model.training)
+
+
+def _is_causal_lm(model: nn.Module) -> bool:
+    if not isinstance(model, PreTrainedModel) or getattr(model.config, "is_encoder_decoder", False):
+        return False
+    # BertForMaskedLM has a head as well, and looks ahead.
+    known = type(model).__name__ in CAUSAL or not type(model).__module__.startswith("transformers.")
+    return (known or model.can_generate()) and model.get_output_embeddings() is not None
+
+
+def _export(model: PreTrainedModel, *, training: bool) -> ExportedProgram:
+    """Export `(input_ids, attention_mask) -> logits` in one mode, with the checkpoint's names at the top level."""
+    call = model.forward
+
+    def forward(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return call(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+
+    device = next(model.parameters()).device
+    # Neither size may be 0 or 1 (export specialises on both), nor equal to another (it unifies them).
+    ids = torch.zeros(2, 7, dtype=torch.int64, device=device)
+    dynamic: dict[int, Any] = {0: Dim("batch"), 1: Dim("sequence")}
+    if release(torch.__version__) < (2, 13):
+        # Torch 2.11 wants guards on strides proven for every value of a named size, and cannot.
+        dynamic = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
+    with untouched(model):
+        model.train(training)
+        exported = export_as(model, forward, (ids, torch.ones_like(ids)), (dynamic, dict(dynamic)))
+    _refuse_bounds(model, exported)
+    return exported
+
+
+def _refuse_bounds(model: PreTrainedModel, exported: ExportedProgram) -> None:
+    """A size that is bounded is a branch of the model's code taken for good, which other inputs would not take."""
+    for symbol, sizes in exported.range_constraints.items():
+        if sizes.upper < sys.maxsize - 1 or sizes.lower > 2:  # export keeps off 0 and 1 by itself
+            raise SppFxError(
+                f"{type(model).__name__} cannot be traced: its code takes one way for batches or sequences of some "
+                f"sizes and another for the rest ({symbol} lies in {sizes.lower}..{sizes.upper})"
+            )
+
+
+def export_as(
+    model: PreTrainedModel,
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    dynamic_shapes: tuple[Any, ...],
+) -> ExportedProgram:
+    """Export (non-strict) another signature of a model; names are the model's own, and it is left as it was.
+
+    Args:
+        model: in the mode that is to be exported; on the meta device, or with weights that are never read.
+        forward: stands in for the model's own while it is exported.
+        args, dynamic_shapes: as torch.export takes them.
+
+    Raises:
+        SppFxError: the model cannot be exported; carries torch.export's reason.
+    """
+    try:
+        with untouched(model), _quiet(), torch.no_grad():
+            _make_experts_exportable(model)
+            model.forward = forward  # type: ignore[method-assign]
+            return torch.export.export(model, args, dynamic_shapes=dynamic_shapes, strict=False)
+    except EXPORT_ERRORS as error:
+        raise SppFxError(
+            f"{type(model).__name__} cannot be traced: torch.export says: {_reason(error)}"
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Generator[None, None, None]:
+    """Keep what torch logs, warns of and prints (whole graphs) off the screen; TORCH_LOGS asks for it."""
+    if "TORCH_LOGS" in os.environ:
+        yield
+        return
+    loggers = [
+        logging.getLogger(name) for name in list(logging.root.manager.loggerDict) if name.startswith("torch")
+    ]
+    for logger in loggers:
+        logger.addFilter(_drop)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(_drop)
+
+
+def _drop(_: logging.LogRecord) -> bool:
+    return False
+
+
+# Lines of torch.export's messages that tell how to debug torch, or repeat what the others say.
+_ADVICE = re.compile(
+    r"For (more|extended|C\+\+)|If you suspect|The error above|consider using data-dependent|Consider annotating"
+    r"|Caused by:|The following call raised|User (code|stack)|\(snipped|Traceback|from user code|To fix the error"
+)
+_NOT_A_MODEL = (*torch.__path__, str(Path(__file__).parents[1]), contextlib.__file__, "<")
+_LONGEST_REASON = 600
+_PLACE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in \S+')
+
+
+def _reason(error: BaseException) -> str:
+    """What an error of torch.export says: the reason, the suggested fix and the model's line, in one line."""
+    said: list[str] = []
+    place = ""
+    lines = iter(str(error).splitlines())
+    for line in map(str.strip, lines):
+        if found := _PLACE.match(line):
+            place = f"{_short(found['file'])}:{found['line']}, {next(lines, '').strip()}"
+        elif line and not _ADVICE.match(line):
+            words = re.sub(r"\s*For more information, run with TORCH_LOGS=\S+", "", line)
+            words = words.removeprefix("- ").rstrip(".!")
+            if words not in said:
+                said.append(words)
+    place = place or _place(error)
+    text = "; ".join(said).replace(":; ", ": ")[:_LONGEST_REASON] or type(error).__name__
+    return f"{text} (at {place})" if place else text
+
+
+def _place(error: BaseException) -> str:
+    """The innermost line of Python that is neither torch's nor ours: the model's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [f for f in frames if not f.filename.startswith(_NOT_A_MODEL)]
+    return f"{_short(theirs[-1].filename)}:{theirs[-1].lineno}, {theirs[-1].line}" if theirs else ""
+
+
+def _short(file: str) -> str:
+    return file.rpartition("site-packages/")[2]
+
+
+def _make_experts_exportable(model: PreTrainedModel) -> None:
+    """Experts run as grouped matrix products while exporting: the eager loop depends on the data."""
+    stacked = any(
+        parameter.ndim == 3 and name.rpartition(".")[0].endswith("experts")
+        for name, parameter in model.named_parameters()
+    )
+    if stacked and getattr(model.config, "_experts_implementation", None) == "eager":
+        model.set_experts_implementation("grouped_mm")
+
+
+def _training_dropout(model: PreTrainedModel, exported: ExportedProgram) -> None:
+    """Write into the exported graph the dropout probabilities that the model has while training.
+
+    Export in eval mode bakes attention dropout in as 0. A second export in training mode tells the
+    probabilities; everything else is taken from the first, which is the model's own eval path.
+    """
+    if not _has_dropout(model.config.to_dict()):
+        return
+    twin = _export(model, training=True)
+    own, theirs = _dropouts(exported), _dropouts(twin)
+    if [where for where, _ in own] != [where for where, _ in theirs]:
+        raise SppFxError(
+            f"{type(model).__name__} takes another path while training (layer drop?), which a program "
+            "cannot; set its dropout options to 0 in config.json"
+        )
+    for (_, node), (_, source) in zip(own, theirs, strict=True):
+        if node.target == ATTENTION:
+            node.args = (*node.args[:3], _attention_argument(node, 3), _attention_argument(source, 4))
+            node.kwargs = {k: v for k, v in node.kwargs.items() if k not in ("attn_mask", "dropout_p")}
+        else:
+            node.args = (node.args[0], source.args[1], False)
+
+
+def _has_dropout(config: dict[str, Any]) -> bool:
+    return any(
+        _has_dropout(value)
+        if isinstance(value, dict)
+        else "drop" in str(key) and isinstance(value, float) and value > 0
+        for key, value in config.items()
+    )
+
+
+def _dropouts(exported: ExportedProgram) -> list[tuple[tuple[str, str], fx.Node]]:
+    """Dropout nodes in order, each with its target and the path of the module that owns it."""
+    return [
+        ((str(node.target), str(list(node.meta.get("nn_module_stack", {}).values())[-1:])), node)
+        for node in exported.graph.nodes
+        if node.target in (ATTENTION, DROPOUT)
+    ]
+
+
+def _attention_argument(node: fx.Node, position: int) -> Any:
+    """Positional or keyword argument of scaled_dot_product_attention: 3 attn_mask, 4 dropout_p, 5 is_causal."""
+    name, default = {3: ("attn_mask", None), 4: ("dropout_p", 0.0), 5: ("is_causal", False)}[position]
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _open_dropout(root: fx.GraphModule) -> None:
+    """Make dropout follow the `training` flag of the graph module that holds it."""
+    for module in root.modules():
+        if not isinstance(module, fx.GraphModule):
+            continue
+        for node in list(module.graph.nodes):
+            if node.target not in (ATTENTION, DROPOUT):
+                continue
+            position = 4 if node.target == ATTENTION else 1
+            p = _attention_argument(node, 4) if node.target == ATTENTION else node.args[1]
+            if p == 0:
+                continue
+            with module.graph.inserting_before(node):
+                training = module.graph.create_node("get_attr", "training")
+                if node.target == ATTENTION:
+                    p = module.graph.call_function(operator.mul, (p, training))
+            if node.target == DROPOUT:
+                node.args = (node.args[0], p, training)
+            else:
+                node.args = (*node.args[:position], p, *node.args[position + 1 :])
+        module.recompile()
+
+
+def _tree(exported: ExportedProgram, model: PreTrainedModel) -> fx.GraphModule:
+    """Unflatten without copying a weight: on meta tensors, then with the model's own put in place."""
+    metas: dict[int, Tensor] = {}
+    for name, tensor in exported.state_dict.items():
+        exported.state_dict[name] = metas.setdefault(id(tensor), _to_meta(tensor))
+    hide_keywords(exported)
+    try:
+        with _quiet():
+            tree = unflatten(exported)
+    except EXPORT_ERRORS as error:
+        raise SppFxError(
+            f"{type(model).__name__} cannot be traced: torch.export.unflatten says: {_reason(error)}"
+        ) from error
+    root = _with_generated_code(tree)
+    stored = model.state_dict().keys()
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(
+        model.named_buffers(remove_duplicate=False)
+    )
+    for path, module in root.named_modules():
+        # A module called n times stands n times in the tree, as name, name@1, ...
+        prefix = re.sub(r"@\d+", "", path)
+        for table in (module._parameters, module._buffers):
+            for name in table:
+                full = f"{prefix}.{name}".lstrip(".")
+                if full in own:
+                    table[name] = own[full]  # type: ignore[assignment]
+        # Buffers that the model computes and does not store stay out of the program's state as well.
+        module._non_persistent_buffers_set = {
+            n for n in module._buffers if f"{prefix}.{n}".lstrip(".") not in stored
+        }
+    return root
+
+
+def _to_meta(tensor: Tensor) -> Tensor:
+    meta = tensor.detach().to("meta")
+    return nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
+
+
+def _with_generated_code(module: nn.Module) -> fx.GraphModule:
+    """An unflattened tree, whose modules interpret their graphs, as graph modules that run generated code."""
+    tables = _tables(module)
+    for table in tables:
+        for name in list(table):
+            table[shown(name)] = table.pop(name)
+    for name, child in module._modules.items():
+        if child is not None:
+            module._modules[name] = _with_generated_code(child)
+    graph = getattr(module, "graph", None)
+    if graph is None:
+        return module  # type: ignore[return-value]
+    for node in list(graph.nodes):
+        if node.target in GUARDS:
+            graph.erase_node(node)
+        elif node.op in ("call_module", "get_attr"):
+            node.target = shown(node.target)
+    spell(graph)
+    if isinstance(module, fx.GraphModule):  # the body of a higher-order operator
+        module.recompile()
+        return module
+    for node in graph.nodes:
+        if node.op == "output" and isinstance(node.args[0], tuple) and len(node.args[0]) == 1:
+            node.args = (node.args[0][0],)
+    result = fx.GraphModule(module, graph, class_name="Graph")
+    # GraphModule takes only what its graph names; containers and unused parameters belong to the tree too.
+    for own, theirs in zip(_tables(result), tables, strict=True):
+        own.update(theirs)
+    return result
+
+
+def _tables(module: nn.Module) -> list[dict[str, Any]]:
+    return [cast("dict[str, Any]", t) for t in (module._modules, module._parameters, module._buffers)]
+
+
+def _rehearse(program: Program, model: PreTrainedModel) -> None:
+    """Run a program once in each mode that differs, on stand-ins for tensors: no memory, no arithmetic.
+
+    Raises:
+        SppFxError: the generated code does not run, or makes no logits for each token.
+    """
+    batch, sequence = 3, 5  # other sizes than those it was exported with
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    own = dict(program.named_parameters(remove_duplicate=False))
+    own |= dict(program.named_buffers(remove_duplicate=False))
+    fakes: dict[int, Tensor] = {}
+    for tensor in own.values():
+        if id(tensor) not in fakes:
+            fakes[id(tensor)] = mode.from_tensor(tensor, static_shapes=True)
+    stand_ins = {name: fakes[id(tensor)] for name, tensor in own.items()}
+    switched = any(n.target == "training" for _, graph in program.graphs() for n in graph.graph.nodes)
+    for training in (False, True) if switched else (False,):
+        try:
+            with mode, _quiet(), torch.no_grad():
+                ids = torch.zeros(batch, sequence, dtype=torch.int64, device=program.device)
+                program.train(training)
+                logits = functional_call(program, stand_ins, (ids, torch.ones_like(ids))).logits
+        except EXPORT_ERRORS as error:
+            raise SppFxError(
+                f"{type(model).__name__} cannot be traced: torch exports it, but what it exports does not run"
+                f"{' in training mode' if training else ''}: {_reason(error)}"
+            ) from error
+        if tuple(logits.shape[:2]) != (batch, sequence):
+            raise SppFxError(
+                f"{type(model).__name__} cannot be traced: the program makes logits of shape "
+                f"{tuple(logits.shape)} for {batch} rows of {sequence} tokens"
+            )
+
+
+def loss_of(model: PreTrainedModel) -> Callable[..., Tensor]:
+    """The loss that transformers gives a model of its kind."""
+    return cast(Callable[..., Tensor], model.loss_function)
+
+
+def tied_parameters(model: PreTrainedModel) -> dict[str, str]:
+    """Parameters that are another parameter under a second name: name -> the first name."""
+    first: dict[int, str] = {}
+    tied: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner = first.setdefault(id(parameter), name)
+        if owner != name:
+            tied[name] = owner
+    return tied
+
+
+def head_of(model: PreTrainedModel) -> str | None:
+    """Name of the weight that makes logits of hidden states."""
+    head = model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    path = next((path for path, module in model.named_modules() if module is head), None)
+    return None if weight is None or path is None else f"{path}.weight"

@@ -1,0 +1,120 @@
+"""Packing the frozen weight of an adapted site, and taking it out again."""
+
+import torch
+from torch import Tensor, fx, nn
+
+from spp_fx.adapters.ops.packed import PACKINGS, choose_packing
+from spp_fx.graph.program import ADAPTER, Program, Use
+from spp_fx.passes.inject_adapters import PLAIN
+
+aten = torch.ops.aten
+
+
+def pack_site(
+    program: Program, site: str, uses: list[Use], device: torch.device | None = None
+) -> tuple[str | None, str | None]:
+    """Replace a site's parameter by packed ones, in every graph that uses it.
+
+    Args:
+        device: where to pack and to leave the packed ones; None: where the weight is.
+
+    Returns:
+        The packing chosen, or None and the reason why the weight stays dense.
+    """
+    reason = _refusal(program, site, uses)
+    if reason is not None:
+        return None, reason
+    weight = program.canonical_weight(site).detach().to(device)
+    name = choose_packing(weight)
+    tensors = {
+        key: nn.Parameter(value, requires_grad=False) for key, value in PACKINGS[name].pack(weight).items()
+    }
+    parameter = site.rpartition(".")[2]
+    for use in uses:
+        node, graph, method = use.node, use.module.graph, program.adapters[site]
+        for key, value in tensors.items():
+            use.module.register_parameter(_packed(parameter, key), value)
+        with graph.inserting_before(node):
+            storage = [graph.get_attr(_packed(parameter, key)) for key in PACKINGS[name].tensors]
+        x, _, *rest = node.args
+        node.args = (x, *storage, *rest)
+        node.target = method.ops.packed[name]
+    for use in uses:
+        _erase_unused(use.module.graph)
+        if parameter in use.module._parameters:
+            delattr(use.module, parameter)
+        use.module.recompile()
+    program.packings[site] = name
+    return name, None
+
+
+def unpack_site(program: Program, site: str) -> None:
+    """The inverse of `pack_site`: the parameter, and the fused op that reads it."""
+    info, parameter = program.sites[site], site.rpartition(".")[2]
+    weight = weight_of(program, site)
+    packing = PACKINGS[program.packings.pop(site)]
+    uses = program.uses(ADAPTER)[site]
+    value = nn.Parameter(weight.t().contiguous() if info.transposed else weight, requires_grad=False)
+    for use in uses:
+        graph = use.module.graph
+        use.module.register_parameter(parameter, value)
+        with graph.inserting_before(use.node):
+            source = graph.get_attr(parameter)
+            if info.transposed:
+                source = graph.call_function(aten.t.default, (source,))
+        x, *rest = use.node.args
+        use.node.args = (x, source, *rest[len(packing.tensors) :])
+        use.node.target = program.adapters[site].ops.kernels["fused"]
+        x, _, bias = use.node.meta[PLAIN]
+        use.node.meta[PLAIN] = (x, source.name, bias)
+    for module in {use.module for use in uses}:
+        _erase_unused(module.graph)
+        for key in packing.tensors:
+            delattr(module, _packed(parameter, key))
+        module.recompile()
+
+
+def weight_of(program: Program, site: str) -> Tensor:
+    """A site's weight in (out, in) or (experts, out, in) order: a view, or a copy where it is packed."""
+    if site not in program.packings:
+        return program.canonical_weight(site).detach()
+    packing = PACKINGS[program.packings[site]]
+    module = program.uses(ADAPTER)[site][0].module
+    parameter = site.rpartition(".")[2]
+    storage = [module.get_parameter(_packed(parameter, key)) for key in packing.tensors]
+    m, n = program.sites[site].shape
+    return packing.rows(*storage, (m, n)).take(0, m)
+
+
+def _refusal(program: Program, site: str, uses: list[Use]) -> str | None:
+    if program.sites[site].kind == "experts":
+        return "a stack of experts stays dense"
+    if site in program.tied or site in program.tied.values():
+        return "its weight is tied to another name"
+    parameter = site.rpartition(".")[2]
+    for use in uses:
+        readers = {
+            reader
+            for node in use.module.graph.nodes
+            if node.op == "get_attr" and node.target == parameter
+            for reader in _readers(node)
+        }
+        if any(reader.meta.get(ADAPTER) != site for reader in readers):
+            return "something else reads its weight too"
+    return None
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """What reads a weight, seen through transposed views."""
+    found: list[fx.Node] = []
+    for user in node.users:
+        found += _readers(user) if user.target in (aten.t.default, aten.transpose.int) else [user]
+    return found
+
+
+def _packed(parameter: str, key: str) -> str:
+    return f"{parameter}_{key}"
+
+
+def _erase_unused(graph: fx.Graph) -> None:
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))

@@ -1,0 +1,199 @@
+"""inject: give every matched site an adapter."""
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx, nn
+
+from spp_fx.adapters import Method, initial_factor, make_method
+from spp_fx.adapters.ops.dropout import DROPOUT, DROPOUT_SEED
+from spp_fx.errors import PostconditionError, PreconditionError, UsageError
+from spp_fx.graph.program import ADAPTER, SITE, Program, Use, factor_attribute
+from spp_fx.passes.base import Pass, PassReport, register
+from spp_fx.sparsity.scan import pack_mask
+
+aten = torch.ops.aten
+
+PLAIN = "spp_fx_plain"
+"""Key of `fx.Node.meta` of an adapter node: names of the nodes that fold needs to take it out again."""
+
+
+@register("inject")
+@dataclass(frozen=True)
+class Inject(Pass):
+    """Turn every matched linear node into an adapter node; freeze everything but the new factors.
+
+    Args:
+        method: name of the adapter method (see `spp_fx.adapters`).
+        rank: for spp the rows r of alpha; a site whose output features it does not divide is skipped.
+        scale: the factor s of the update.
+        dropout: probability on the adapter branch's input while training.
+        seed: of the factors' start.
+        masks: keep each site's mask, a bit a weight, for `verify`.
+    """
+
+    name: ClassVar[str]
+    method: str = "spp"
+    rank: int = 16
+    scale: float = 2.0
+    dropout: float = 0.0
+    seed: int = 0
+    masks: bool = True
+
+    def requires(self, program: Program) -> None:
+        if not program.matched:
+            raise PreconditionError("inject: no site is matched; run match first")
+        if program.adapters:
+            raise PreconditionError("inject: the program has adapters already; fold them first")
+
+    def apply(self, program: Program) -> PassReport:
+        method = make_method(self.method, rank=self.rank, scale=self.scale, dropout=self.dropout)
+        taken, refused = adaptable(method, {name: program.sites[name].shape for name in program.matched})
+        program.requires_grad_(False)
+        report = PassReport(refused=refused)
+        uses = program.uses()
+        for name in taken:
+            site, weight = program.sites[name], program.weight(name)
+            specs = method.factors(site.shape)
+            factors = {
+                key: nn.Parameter(initial_factor(spec, f"{name}.{key}", self.seed, weight.device))
+                for key, spec in specs.items()
+            }
+            if self.masks and weight.device.type != "meta":
+                program.masks[name] = pack_mask(weight.detach().cpu(), transposed=site.transposed)
+            for use in uses[name]:
+                rewrite = _inject_stack if site.kind == "experts" else _inject_linear
+                rewrite(use, method, name.rpartition(".")[2], factors, site.transposed)
+                use.module.recompile()
+            program.adapters[name] = method
+            report.changed[name] = ", ".join(f"{k} {'x'.join(map(str, s.shape))}" for k, s in specs.items())
+        return report
+
+    def ensures(self, program: Program) -> None:
+        trained = {name for name, p in program.named_parameters() if p.requires_grad}
+        expected = {
+            f"{site.rpartition('.')[0]}.{factor_attribute(site.rpartition('.')[2], factor)}"
+            for site, method in program.adapters.items()
+            for factor in method.factors(program.sites[site].shape)
+        }
+        if trained != expected:
+            raise PostconditionError(
+                f"inject: unexpected trainable parameters {sorted(trained ^ expected)[:4]}"
+            )
+
+
+def adaptable(
+    method: Method, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The sites that a method takes, and why it does not take the others.
+
+    Args:
+        shapes: of the sites, (out, in) or (experts, out, in), by name.
+
+    Raises:
+        UsageError: it takes none; names the ranks that would work for all.
+    """
+    refused = {name: reason for name, shape in shapes.items() if (reason := method.refusal(shape))}
+    if len(refused) == len(shapes):
+        name, reason = next(iter(refused.items()))
+        ranks = ", ".join(map(str, method.usable_ranks(shapes.values())))
+        raise UsageError(
+            f"{name}: {reason} ({len(refused)} of {len(shapes)} sites); "
+            f"ranks that fit all matched sites: {ranks}"
+        )
+    return tuple(name for name in shapes if name not in refused), refused
+
+
+def _factor_nodes(use: Use, parameter: str, factors: dict[str, nn.Parameter]) -> list[fx.Node]:
+    nodes: list[fx.Node] = []
+    for key, value in factors.items():
+        attribute = factor_attribute(parameter, key)
+        use.module.register_parameter(attribute, value)
+        nodes.append(use.module.graph.get_attr(attribute))
+    return nodes
+
+
+def _dropout_nodes(graph: fx.Graph, method: Method) -> tuple[fx.Node | None, fx.Node | float]:
+    """The seed and probability of the branch's dropout: (None, 0.0) where there never is any."""
+    if method.dropout == 0:
+        return None, 0.0
+    training = graph.create_node("get_attr", "training")
+    p = graph.call_function(operator.mul, (method.dropout, training))
+    return graph.call_function(DROPOUT_SEED, (p,)), p
+
+
+def _inject_linear(
+    use: Use, method: Method, parameter: str, factors: dict[str, nn.Parameter], transposed: bool
+) -> None:
+    node, graph = use.node, use.module.graph
+    x, weight = node.args[:2]
+    bias = node.args[2] if len(node.args) > 2 else None
+    with graph.inserting_before(node):
+        nodes = _factor_nodes(use, parameter, factors)
+        seed, p = _dropout_nodes(graph, method)
+        adapted = graph.call_function(method.ops.linear, (x, weight, *nodes, bias, seed, method.scale, p))  # type: ignore[arg-type]
+    operands = tuple(n.name if isinstance(n, fx.Node) else None for n in (x, weight, bias))
+    adapted.meta = dict(node.meta) | {ADAPTER: node.meta[SITE], PLAIN: operands}
+    replace_node(node, adapted)
+    graph.erase_node(node)
+
+
+def replace_node(node: fx.Node, by: fx.Node) -> None:
+    """Replace all uses of a node, and its name where an adapter of the same graph keeps it as an operand."""
+    node.replace_all_uses_with(by)
+    for other in node.graph.nodes:
+        if PLAIN in other.meta:
+            other.meta[PLAIN] = tuple(by.name if name == node.name else name for name in other.meta[PLAIN])
+
+
+def _inject_stack(
+    use: Use, method: Method, parameter: str, factors: dict[str, nn.Parameter], transposed: bool
+) -> None:
+    """Feed the contraction the effective weight; with dropout, add a second contraction for the branch."""
+    node, graph = use.node, use.module.graph
+    chain, position = weight_chain(node, parameter)
+    source = chain[0]
+    with graph.inserting_before(source.next):
+        nodes = _factor_nodes(use, parameter, factors)
+        seed, p = _dropout_nodes(graph, method)
+        canonical = graph.call_function(aten.transpose.int, (source, -2, -1)) if transposed else source
+        base = 1.0 if seed is None else 0.0
+        value = graph.call_function(method.ops.weight, (canonical, *nodes, method.scale, base))
+        stored = graph.call_function(aten.transpose.int, (value, -2, -1)) if transposed else value
+    value.meta = {ADAPTER: node.meta[SITE]}
+    if seed is None:
+        reader = chain[1] if len(chain) > 1 else node
+        source.replace_all_uses_with(stored, delete_user_cb=lambda user: user is reader)
+        value.meta[PLAIN] = (stored.name, source.name)
+        return
+    with graph.inserting_before(node):
+        replay: Any = stored
+        for link in chain[1:]:
+            replay = graph.call_function(link.target, (replay, *link.args[1:]), dict(link.kwargs))  # type: ignore[arg-type]
+        arguments = list(node.args)
+        arguments[position] = replay
+        x = 1 - position
+        arguments[x] = graph.call_function(DROPOUT, (arguments[x], seed, p))  # type: ignore[arg-type]
+    with graph.inserting_before(node.next):
+        branch = graph.call_function(node.target, tuple(arguments), dict(node.kwargs))  # type: ignore[arg-type]
+        total = graph.call_function(aten.add.Tensor, (node, branch))
+    node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+    value.meta[PLAIN] = (total.name, node.name)
+
+
+def weight_chain(node: fx.Node, parameter: str) -> tuple[list[fx.Node], int]:
+    """The nodes from a stack's parameter to its contraction (first the parameter), and the operand's position."""
+    for position, operand in enumerate(node.args):
+        chain: list[fx.Node] = []
+        link = operand
+        while isinstance(link, fx.Node):
+            chain.insert(0, link)
+            if link.op == "get_attr":
+                if str(link.target).rpartition(".")[2] == parameter:
+                    return chain, position
+                break
+            link = link.args[0] if link.args else None
+    raise PreconditionError(f"inject: {node.format_node()} does not lead back to {parameter}")

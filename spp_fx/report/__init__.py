@@ -1,1 +1,0 @@
-"""Verdicts in the words of other tools."""

@@ -1,0 +1,1 @@
+"""Safetensors files and model folders, read and written as streams, all or nothing."""

@@ -1,0 +1,208 @@
+"""inject: an adapter folder for a pruned model."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spp_fx.adapters import Method, initial_factor, make_method
+from spp_fx.adapters.adapter_folder import write_adapter
+from spp_fx.errors import MaskError, SppFxError, UsageError
+from spp_fx.graph.names import without_skipped
+from spp_fx.graph.program import Site
+from spp_fx.passes import Match, run_pipeline
+from spp_fx.passes.inject_adapters import adaptable
+from spp_fx.sparsity.lock import LOCK_NAME, Lock, compare, lock_beside, make_entry
+from spp_fx.sparsity.mask import PackedMask
+from spp_fx.sparsity.pattern import Pattern
+from spp_fx.storage.links import links_option
+from spp_fx.storage.output import atomic_folder
+from spp_fx.verify import provenance
+from spp_fx.verify.model_sites import Survey, Tick, choose, no_tick, observe, survey
+
+
+@dataclass(frozen=True)
+class Injected:
+    """What inject did, or would do.
+
+    Attributes:
+        out: the adapter folder, None for a dry run.
+        sites: the sites that carry an adapter, with the pattern found (None where no weight was read).
+        refused: the others, each with its reason.
+        trainable: parameters of all factors.
+        total: parameters of the model.
+    """
+
+    out: Path | None
+    method: Method
+    sites: dict[str, tuple[Site, Pattern | None]]
+    refused: dict[str, str]
+    trainable: int
+    total: int
+
+    @property
+    def per_mille(self) -> float:
+        return 1000 * self.trainable / self.total
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "out": None if self.out is None else str(self.out),
+            "method": self.method.name,
+            **self.method.parameters(),
+            "sites": [
+                {
+                    "name": name,
+                    "kind": site.kind,
+                    "shape": list(site.shape),
+                    "pattern": None if pattern is None else str(pattern),
+                    "trainable_parameters": _size(self.method, site),
+                }
+                for name, (site, pattern) in self.sites.items()
+            ],
+            "refused": self.refused,
+            "trainable_parameters": self.trainable,
+            "total_parameters": self.total,
+            "per_mille": self.per_mille,
+        }
+
+
+@links_option
+def inject(
+    model: str | Path,
+    out: str | Path | None,
+    *,
+    method: str = "spp",
+    rank: int = 16,
+    scale: float = 2.0,
+    dropout: float = 0.0,
+    targets: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    seed: int = 0,
+    force: bool = False,
+    trust_remote_code: bool = False,
+    allow_links: bool = False,
+    tick: Tick = no_tick,
+    say: Callable[[str], None] = lambda line: None,
+) -> Injected:
+    """Make an adapter folder for a pruned model folder, with a lock of its masks.
+
+    Args:
+        out: the folder to write; None for a dry run, for which config.json alone will do.
+        skip: names of sites that get no adapter, given as targets are.
+        allow_links: follow symbolic links that leave a folder; see `checkpoint.links`.
+        say: called with what the reader should know.
+
+    Raises:
+        UsageError: unknown method or target, a rank that fits no site, an output that exists.
+        PatternError: the model is dense.
+        MaskError: the model is not the one its own lock describes.
+    """
+    model, out = Path(model), None if out is None else Path(out)
+    if seed < 0:
+        raise UsageError(f"--seed must not be negative, got {seed}")
+    adapter = make_method(method, rank=rank, scale=scale, dropout=dropout)
+    if out is None:
+        weights = any(model.glob("*.safetensors"))
+        found = survey(model, weights=weights, trust_remote_code=trust_remote_code)
+        return _inject(found, None, adapter, targets, skip, tick, say)[0]
+    provenance.load(model)  # a damaged history is refused before the work
+    with atomic_folder(out, force, sources=[model]) as temporary:
+        found = survey(model, trust_remote_code=trust_remote_code)
+        result, lock = _inject(found, out, adapter, targets, skip, tick, say)
+        factors = {
+            f"{name}.{key}": initial_factor(spec, f"{name}.{key}", seed, torch.device("cpu"))
+            for name, (site, _) in result.sites.items()
+            for key, spec in adapter.factors(site.shape).items()
+        }
+        fingerprint = found.folder.fingerprint()
+        write_adapter(
+            temporary,
+            target=out,
+            base=model,
+            fingerprint=fingerprint,
+            method=adapter,
+            seed=seed,
+            pieces={name: found.pieces[name] for name in result.sites},
+            factors=factors,
+            lock=lock,
+        )
+        settings = {
+            "method": method, **adapter.parameters(), "seed": seed, "targets": list(targets), "skip": list(skip),
+        }  # fmt: skip
+        provenance.record(
+            model, temporary, "inject", inputs={"model": fingerprint}, settings=settings, digests={}
+        )
+    return result
+
+
+def _inject(
+    found: Survey,
+    out: Path | None,
+    adapter: Method,
+    targets: Sequence[str],
+    skip: Sequence[str],
+    tick: Tick,
+    say: Callable[[str], None],
+) -> tuple[Injected, Lock]:
+    for note in found.notes:
+        say(note)
+    program = found.program
+    total = sum(p.numel() for p in {id(p): p for p in program.parameters()}.values())
+    chosen, refused = choose(found, Match(targets=tuple(targets), dense=True))
+    chosen, skipped = without_skipped(chosen, skip, known=[*program.sites, *found.others])
+    refused |= skipped
+    masks = observe(found, chosen, tick) if found.folder.shards else {}
+    if masks:
+        (report,) = run_pipeline(program, [Match(targets=tuple(chosen))])
+        refused |= {name: reason for name, reason in report.refused.items() if name in chosen}
+        chosen = list(program.matched)
+    taken, unfit = adaptable(adapter, {name: program.sites[name].shape for name in chosen})
+    refused |= unfit | found.others
+    sites = {name: (program.sites[name], program.patterns.get(name)) for name in taken}
+    lock = _lock(found, sites, masks) if masks else Lock.of([])
+    trainable = sum(_size(adapter, site) for site, _ in sites.values())
+    return Injected(out, adapter, sites, refused, trainable, total), lock
+
+
+def _size(method: Method, site: Site) -> int:
+    return sum(spec.numel for spec in method.factors(site.shape).values())
+
+
+def _lock(
+    found: Survey, sites: Iterable[str], masks: Mapping[str, tuple[PackedMask, Pattern | None]]
+) -> Lock:
+    """The lock of sites' tensors, held against the model's own lock if it has one."""
+    path = found.folder.path / LOCK_NAME
+    own = lock_beside(found.folder.path)
+    known = own.by_name() if own else {}
+    entries = {
+        piece.tensor: make_entry(
+            piece.tensor,
+            found.program.sites[site].kind,
+            masks[piece.tensor][0],
+            masks[piece.tensor][1],
+            piece.transposed,
+        )
+        for site in sites
+        for piece in found.pieces[site]
+    }
+    if known and not any(name in found.folder for name in known):
+        raise SppFxError(
+            f"{path} is the lock of another model: {found.folder.path} has none of its {len(known)} sites "
+            f"(first: {next(iter(known))}); remove it, or put the right one there"
+        )
+    for name, entry in entries.items():
+        if name not in known:  # pruned by another tool since, or of another pattern: locked from now on
+            continue
+        difference = compare(known[name], masks[name][0])
+        if not difference.equal:
+            raise MaskError(
+                f"{name}: the model is not the one that {path} describes ({difference.reason or 'zeros moved'}); "
+                "see 'spp-fx verify', or remove the lock if the model was changed on purpose"
+            )
+        entries[name] = entry.model_copy(update={"pattern": known[name].pattern})
+    if not entries:
+        raise SppFxError("inject: no site has a stored tensor")
+    return Lock.of(entries.values())

@@ -1,0 +1,115 @@
+"""inspect: the sites of a model, their patterns, and what inject would match and why not."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spp_fx.errors import SppFxError
+from spp_fx.graph.program import Site
+from spp_fx.passes import Match, run_pipeline
+from spp_fx.sparsity.mask import PackedMask
+from spp_fx.sparsity.pattern import Pattern
+from spp_fx.storage.links import links_option
+from spp_fx.verify.model_sites import Survey, Tick, no_tick, observe, survey
+
+
+@dataclass(frozen=True)
+class SiteView:
+    """One site as inspect shows it; pattern and sparsity are None where no weight was read."""
+
+    site: Site
+    pattern: Pattern | None
+    sparsity: float | None
+    matched: bool
+    reason: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.site.name,
+            "kind": self.site.kind,
+            "shape": list(self.site.shape),
+            "dtype": str(self.site.dtype).removeprefix("torch."),
+            "layer": self.site.layer,
+            "pattern": None if self.pattern is None else str(self.pattern),
+            "sparsity": self.sparsity,
+            "matched": self.matched,
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """A model folder as inspect shows it.
+
+    Attributes:
+        others: its matrices that are not sites, each with the reason.
+        notes: those of `Survey`.
+    """
+
+    model: Path
+    model_type: str
+    sites: list[SiteView]
+    others: dict[str, str]
+    notes: tuple[str, ...]
+    total: int
+    stored_bytes: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "model": str(self.model),
+            "model_type": self.model_type,
+            "sites": [site.to_json() for site in self.sites],
+            "others": self.others,
+            "notes": list(self.notes),
+            "total_parameters": self.total,
+            "stored_bytes": self.stored_bytes,
+            "matched": sum(site.matched for site in self.sites),
+        }
+
+
+@links_option
+def inspect(
+    model: str | Path, *, trust_remote_code: bool = False, allow_links: bool = False, tick: Tick = no_tick
+) -> Inspected:
+    """Look at a model folder; with config.json alone the shapes are shown and the patterns left out."""
+    model = Path(model)
+    weights = any(model.glob("*.safetensors"))
+    found = survey(model, weights=weights, trust_remote_code=trust_remote_code)
+    program = found.program
+    seen: dict[str, tuple[PackedMask, Pattern | None]] = {}
+    if weights:
+        seen = observe(found, [name for name in program.sites if name in found.pieces], tick)
+    refused = _refusals(found, weights)
+    sites = [
+        SiteView(
+            site,
+            program.patterns.get(name),
+            _sparsity(found, name, seen),
+            name not in refused,
+            refused.get(name),
+        )
+        for name, site in program.sites.items()
+    ]
+    total = sum(p.numel() for p in {id(p): p for p in program.parameters()}.values())
+    nbytes = found.folder.stored_bytes if weights else None
+    return Inspected(model, program.config.model_type, sites, found.others, found.notes, total, nbytes)
+
+
+def _refusals(found: Survey, weights: bool) -> dict[str, str]:
+    """What match refuses, with its reasons; a model without any match is all refusals."""
+    refused = {n: r for n, r in found.binding.refused.items() if n in found.program.sites} if weights else {}
+    if not found.program.sites:
+        return refused
+    try:
+        (report,) = run_pipeline(found.program, [Match(dense=not weights)])
+    except SppFxError:
+        (report,) = run_pipeline(found.program, [Match(dense=True)])
+        for name in report.changed:
+            report.refused[name] = "dense: it has no zeros to keep"
+    return report.refused | refused
+
+
+def _sparsity(found: Survey, name: str, seen: dict[str, tuple[PackedMask, Pattern | None]]) -> float | None:
+    masks = [seen[piece.tensor][0] for piece in found.pieces.get(name, ()) if piece.tensor in seen]
+    total = sum(mask.numel for mask in masks)
+    return 1 - sum(mask.nnz for mask in masks) / total if total else None

@@ -1,0 +1,224 @@
+"""Programs with weights, tokenizers and calibration text, from model and adapter folders."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from spp_fx.adapters.adapter_folder import AdapterFolder, is_adapter
+from spp_fx.errors import UsageError
+from spp_fx.graph.model import TOKENIZER_FILES, Readable, check_causal, load_model
+from spp_fx.graph.program import Program, factor_attribute
+from spp_fx.graph.trace import trace
+from spp_fx.passes import (
+    Canonicalize,
+    Causal,
+    Checkpoint,
+    Inject,
+    Lower,
+    Match,
+    Partition,
+    Shard,
+    run_pipeline,
+)
+from spp_fx.training.records import Skipped, check_vocabulary, read_samples
+from spp_fx.training.samples import token_stream
+from spp_fx.training.trainer import load_factors
+from spp_fx.verify.model_sites import open_model
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A program, the model folder its tokenizer comes from, and its factors by their names on disk."""
+
+    program: Program
+    model: Path
+    factors: dict[str, nn.Parameter]
+
+
+def load_program(
+    folder: str | Path,
+    *,
+    base: str | Path | None = None,
+    trust_remote_code: bool = False,
+    packed: bool = False,
+    checkpointed: bool = False,
+    shard: str | None = None,
+) -> Loaded:
+    """The program of a model folder, or of an adapter folder with its factors in place.
+
+    Args:
+        base: the adapter's base model, if it is not where the adapter says.
+        packed: keep the frozen weights of adapted sites packed.
+        checkpointed: let each decoder layer forget its activations while training.
+        shard: split the frozen weights over the processes of the `world` or of a `node`, layer by layer.
+
+    Raises:
+        UsageError, FormatError: the folder is neither, or is damaged.
+    """
+    folder = Path(folder)
+    if not is_adapter(folder):
+        open_model(folder)
+        check_causal(folder)
+        program = trace(load_model(folder, trust_remote_code=trust_remote_code))
+        run_pipeline(program, [Causal()])
+        if shard:
+            program.requires_grad_(False)
+            run_pipeline(program, [Canonicalize(), Partition(), Shard(over=shard)])
+        return Loaded(program, folder, {})
+    adapter = AdapterFolder.open(folder)
+    model = adapter.find_base(Path(base) if base else None)
+    adapter.check_base(open_model(model))
+    check_causal(model)
+    program = trace(load_model(model, trust_remote_code=trust_remote_code))
+    settings, storage = adapter.method.parameters(), "packed" if packed else "dense"
+    run_pipeline(
+        program,
+        [
+            Canonicalize(),
+            Causal(),
+            Match(targets=tuple(adapter.pieces)),
+            # check_base has told the base by its fingerprint, and nothing here writes to it.
+            Inject(method=adapter.method.name, seed=adapter.config.seed, masks=False, **settings),
+            # Shard packs by itself, one layer at a time.
+            Lower(kernel="fused", storage="dense" if shard else storage),
+        ],
+    )
+    if checkpointed or shard:
+        run_pipeline(program, [Partition()])
+    if checkpointed:
+        run_pipeline(program, [Checkpoint()])
+    if shard:
+        run_pipeline(program, [Shard(over=shard, storage=storage)])
+    factors = {
+        f"{site}.{key}": _factor(program, site, key)
+        for site in adapter.pieces
+        for key in adapter.method.factors(program.sites[site].shape)
+    }
+    load_factors(factors, {name: adapter.shard.read(name) for name in factors}, adapter.shard.path)
+    return Loaded(program, model, factors)
+
+
+def load_tokenizer(model: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder; UsageError if it has none, or one that cannot be loaded."""
+    what = "its tokenizer cannot be loaded"
+    with Readable(model, what, TOKENIZER_FILES, UsageError):
+        tokenizer = AutoTokenizer.from_pretrained(str(model), trust_remote_code=trust_remote_code)
+    # Without any of its files a class of transformers 5 makes a tokenizer without a vocabulary.
+    names = [name for name in type(tokenizer).vocab_files_names.values() if isinstance(name, str)]
+    if (
+        names
+        and model.is_dir()
+        and not any((model / name).exists() for name in (*names, *TOKENIZER_FILES[:1]))
+    ):
+        raise UsageError(
+            f"{model}: {what}: the folder has none of {', '.join(dict.fromkeys(names))}; copy the tokenizer files of "
+            "the model that it was made from"
+        )
+    return tokenizer
+
+
+def window_length(program: Program, asked: int | None, default: int = 512) -> int:
+    """The window to cut text into: as asked, else `default`, and never longer than the model's positions."""
+    most = program.positions
+    if asked is None:
+        return min(default, most or default)
+    if asked < 2:
+        raise UsageError(f"--seq-len must be at least 2, got {asked}")
+    if most and asked > most:
+        raise UsageError(f"--seq-len {asked} is more than the model's {most} positions")
+    return asked
+
+
+def _factor(program: Program, site: str, key: str) -> nn.Parameter:
+    owner, _, parameter = site.rpartition(".")
+    return program.get_parameter(f"{owner}.{factor_attribute(parameter, key)}")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Text that shows what the weights multiply.
+
+    Attributes:
+        data: a text file, .json or .jsonl records, or the name of a dataset; instructions and chats are taken
+            as the text that the model would see.
+        samples: windows drawn from it.
+        seq_len: tokens of each; None is 2048, or what the model has.
+        seed: of the draw.
+        strict: rows with nothing in them are an error; else they are skipped.
+    """
+
+    data: str | Path
+    samples: int = 128
+    seq_len: int | None = None
+    seed: int = 0
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise UsageError(f"--samples must be at least 1, got {self.samples}")
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Windows drawn from a text, (samples, length) int64, and the rows of the data that were skipped."""
+
+    tokens: Tensor
+    skipped: Skipped
+
+
+def calibration_tokens(
+    model: Path,
+    program: Program,
+    calibration: Calibration,
+    *,
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Tensor:
+    """The windows of `draw_windows` alone."""
+    return draw_windows(model, program, calibration, trust_remote_code=trust_remote_code, say=say).tokens
+
+
+def draw_windows(
+    model: Path,
+    program: Program,
+    calibration: Calibration,
+    *,
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Drawn:
+    """Windows of a text drawn at random.
+
+    No two overlap, unless the text is too short for that: then they begin at different tokens, and `say` is told,
+    as it is of rows that are skipped.
+
+    Raises:
+        UsageError: the text has fewer windows than are asked for, or cannot be used.
+    """
+    data, samples = calibration.data, calibration.samples
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    length = window_length(program, calibration.seq_len, default=2048)
+    tokens, skipped = token_stream(
+        tokenizer, read_samples(data, strict=calibration.strict), strict=calibration.strict
+    )
+    if line := skipped.line(data):
+        say(line)
+    windows, starts = len(tokens) // length, len(tokens) - length + 1
+    if starts < samples:
+        raise UsageError(
+            f"{data}: is too short: its {len(tokens)} tokens have no {samples} windows of {length}; use more text, "
+            "fewer --samples or a smaller --seq-len"
+        )
+    check_vocabulary(tokens, program.vocabulary, data)
+    generator = torch.Generator().manual_seed(calibration.seed)
+    if windows >= samples:
+        begins = torch.randperm(windows, generator=generator)[:samples] * length
+    else:
+        say(
+            f"{data}: its {len(tokens)} tokens fill {windows} windows of {length}; {samples} are drawn that overlap"
+        )
+        begins = torch.randperm(starts, generator=generator)[:samples]
+    return Drawn(torch.stack([tokens[begin : begin + length] for begin in begins.tolist()]), skipped)

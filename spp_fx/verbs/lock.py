@@ -1,0 +1,363 @@
+"""lock: a lock for a sparse model that has none, whoever pruned it."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spp_fx.errors import FormatError, MaskError, PatternError, UsageError
+from spp_fx.parallel import Tick, in_order, no_tick
+from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry, load_lock, make_entry
+from spp_fx.sparsity.pattern import Pattern, detect_pattern, parse_pattern, scan_bits
+from spp_fx.sparsity.scan import Scan, element_type, scan_file
+from spp_fx.storage.folder import peft_adapter
+from spp_fx.storage.links import links_option
+from spp_fx.verify import provenance
+
+if TYPE_CHECKING:
+    from spp_fx.verify.model_sites import Survey
+
+_PARTS = {"export.json": "an export", "adapter_config.json": "an adapter"}
+"""Folders whose lock is a part of them: by the file that marks them."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A stored weight that may be locked; `where` is the file that holds it."""
+
+    name: str
+    kind: str
+    transposed: bool
+    where: str
+    nbytes: int
+    scan: Callable[[], Scan]
+
+
+@dataclass(frozen=True)
+class Made:
+    """A lock, why each other weight is not in it, and which of those are sites that could not be read."""
+
+    lock: Lock
+    left_out: dict[str, str]
+    unreadable: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Locked:
+    """What lock wrote.
+
+    Attributes:
+        out: the lock file.
+        left_out: weights that are not locked, each with its reason.
+        replaced: against the lock that was there before: names of sites `added`, `removed` and `changed`.
+    """
+
+    out: Path
+    lock: Lock
+    left_out: dict[str, str]
+    replaced: dict[str, list[str]] | None = field(default=None)
+
+    @property
+    def patterns(self) -> dict[str, int]:
+        """How many sites hold which pattern, the most frequent first."""
+        return dict(Counter(str(entry.pattern) for entry in self.lock.sites).most_common())
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros over all sites."""
+        return 1 - sum(e.nnz for e in self.lock.sites) / sum(prod(e.shape) for e in self.lock.sites)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "ok": True,
+            "out": str(self.out),
+            "pattern": self.lock.pattern,
+            "sites": [
+                {
+                    "name": e.name,
+                    "kind": e.kind,
+                    "shape": list(e.shape),
+                    "pattern": e.pattern,
+                    "nnz": e.nnz,
+                    "sparsity": 1 - e.nnz / prod(e.shape),
+                }
+                for e in self.lock.sites
+            ],
+            "left_out": self.left_out,
+            "replaced": self.replaced,
+            "summary": {
+                "sites": len(self.lock.sites),
+                "patterns": self.patterns,
+                "sparsity": self.sparsity,
+            },
+        }
+
+
+@links_option
+def lock(
+    model: str | Path,
+    out: str | Path | None = None,
+    *,
+    pattern: str | None = None,
+    targets: Sequence[str] = (),
+    force: bool = False,
+    trust_remote_code: bool = False,
+    allow_links: bool = False,
+    tick: Tick = no_tick,
+    say: Callable[[str], None] = lambda line: None,
+) -> Locked:
+    """Write the lock of a sparse model folder, or of a .safetensors file that stands alone.
+
+    Args:
+        out: the lock file; by default sparsity.lock.json beside the weights, where verify finds it by itself.
+        pattern: what every matched site must hold. None detects each weight's own pattern and leaves dense
+            weights out.
+        targets: sites to lock; see `Match`.
+        force: replace a lock that is there.
+        allow_links: follow symbolic links that leave a folder; see `checkpoint.links`.
+
+    Raises:
+        UsageError: the lock exists, no such site, or a folder whose lock is a part of it.
+        PatternError: a site does not hold `pattern`, or no site is sparse. Nothing is written.
+        MaskError: a weight holds NaN or infinity.
+        FormatError: a file is damaged.
+    """
+    model = Path(model)
+    asked = parse_pattern(pattern) if pattern is not None else None
+    for marker, what in _PARTS.items():
+        if (model / marker).is_file() and peft_adapter(model) is None:
+            raise UsageError(f"{model}: is {what}, which has a lock of its own: {model / LOCK_NAME}")
+    alone = model.suffix == ".safetensors" and not model.is_dir()
+    beside = (model.parent if alone else model) / LOCK_NAME
+    target = beside if out is None else Path(out)
+    from spp_fx.storage.output import atomic_file
+    from spp_fx.verify.model_sites import survey
+
+    past = None if alone else provenance.load(model)  # a damaged one is refused before the long look
+    with atomic_file(target, force) as temporary:
+        before = _known(target, say)
+        if alone:
+            found, made = None, _lock_file(model, asked, targets, tick)
+        else:
+            found = survey(model, trust_remote_code=trust_remote_code)
+            for note in found.notes:
+                say(note)
+            made = make_lock(found, pattern=asked, targets=targets, tick=tick)
+        if not made.lock.sites:
+            raise nothing_sparse(model, made)
+        temporary.write_text(made.lock.dumps())
+        if found is not None and target.resolve() == beside.resolve():
+            # Before the lock has its name: one that is there without its history would have to be forced.
+            _record(found, past, temporary, pattern, targets)
+    return Locked(target, made.lock, made.left_out, _changes(before, made.lock))
+
+
+def make_lock(
+    found: "Survey",
+    *,
+    pattern: Pattern | None = None,
+    targets: Sequence[str] = (),
+    tick: Tick = no_tick,
+) -> Made:
+    """The lock of a model's sparse weights.
+
+    Args:
+        found: the model, opened with its weights.
+        pattern: None detects each weight's pattern, of every site there is (or of `targets`): a lock keeps
+            whatever is sparse, also what no pass would train. A pattern is asked of the sites that `match`
+            takes, all of them.
+
+    Raises:
+        UsageError: a target that names no site.
+        PatternError: a weight does not hold `pattern`; names it, its file, row and columns.
+        MaskError: a weight holds NaN or infinity.
+    """
+    from spp_fx.passes import Match, run_pipeline
+    from spp_fx.verify.model_sites import scan_tensor, tensors_of
+
+    if not found.program.sites:
+        return Made(Lock.of([]), found.others)
+    (report,) = run_pipeline(found.program, [Match(targets=tuple(targets), dense=True)])
+    left_out = found.others | report.refused
+    sites = list(found.program.matched)
+    if pattern is None and not targets:
+        # A head tied to the embedding is the embedding's, unless the checkpoint stores it as the head's.
+        own = {name for name, pieces in found.pieces.items() if any(p.tensor == name for p in pieces)}
+        sites = [name for name, site in found.program.sites.items() if site.tied_to is None or name in own]
+        left_out = {name: reason for name, reason in left_out.items() if name not in sites}
+    candidates: list[Candidate] = []
+    unreadable: list[str] = []
+    for site in sites:
+        if site not in found.pieces:
+            left_out[site] = found.binding.refused[site]
+            unreadable.append(site)
+            continue
+        for tensor, piece in tensors_of(found.pieces[site]).items():
+            shard, info = found.folder.info(tensor)
+            if (reason := _uncounted(info.dtype)) is not None:
+                left_out[tensor] = reason
+                unreadable.append(tensor)
+                continue
+
+            def scan(tensor: str = tensor, transposed: bool = piece.transposed) -> Scan:
+                return scan_tensor(found.folder, tensor, transposed=transposed)
+
+            kind = found.program.sites[site].kind
+            candidates.append(Candidate(tensor, kind, piece.transposed, shard.name, info.nbytes, scan))
+    return replace(_lock(candidates, pattern, left_out, tick), unreadable=tuple(unreadable))
+
+
+def _lock_file(path: Path, pattern: Pattern | None, targets: Sequence[str], tick: Tick) -> Made:
+    """The lock of a .safetensors file without a model around it: matrices are known by their names."""
+    from spp_fx.graph.names import is_target
+    from spp_fx.storage.safetensors import Shard
+    from spp_fx.verify import artifact as lone
+
+    if (path.parent / "config.json").is_file():
+        raise UsageError(f"{path}: is part of the model {path.parent}; lock that folder")
+    shard = Shard.open(path)
+    matrices = {name: info for name, info in shard.header.tensors.items() if len(info.shape) > 1}
+    unknown = [target for target in targets if not any(is_target(name, target) for name in matrices)]
+    if unknown:
+        raise UsageError(f"{path}: holds no matrix named {', '.join(unknown)}")
+    left_out: dict[str, str] = {}
+    candidates: list[Candidate] = []
+    for name, info in matrices.items():
+        if targets and not any(is_target(name, target) for target in targets):
+            left_out[name] = "not among the targets"
+        elif len(info.shape) > 3:
+            left_out[name] = f"has {len(info.shape)} dimensions, a mask has two or three"
+        elif 0 in info.shape:
+            left_out[name] = "is empty"
+        elif not targets and not lone.is_site(name, info.shape):
+            left_out[name] = "is not the weight of a linear, by its name; name it in the targets to take it"
+        elif (reason := _uncounted(info.dtype)) is not None:
+            left_out[name] = reason
+        else:
+
+            def scan(start: int = info.start, shape: tuple[int, ...] = info.shape, dtype: str = info.dtype):
+                return scan_file(path, start, shape, dtype)
+
+            kind = "experts" if len(info.shape) == 3 else "linear"
+            candidates.append(Candidate(name, kind, False, path.name, info.nbytes, scan))
+    return _lock(candidates, pattern, left_out, tick)
+
+
+def _uncounted(dtype: str) -> str | None:
+    """Why a dtype's zeros cannot be counted."""
+    try:
+        element_type(dtype)
+    except FormatError as error:
+        return str(error)
+    return None
+
+
+def _lock(
+    candidates: Iterable[Candidate], pattern: Pattern | None, left_out: dict[str, str], tick: Tick
+) -> Made:
+    """Look at every candidate and lock those that are sparse."""
+    entries: list[LockEntry] = []
+
+    def look(candidate: Candidate) -> tuple[Candidate, LockEntry | str]:
+        return candidate, _entry(candidate, pattern)
+
+    for candidate, found in in_order(look, candidates):
+        if isinstance(found, str):
+            left_out[candidate.name] = found
+        else:
+            entries.append(found)
+        tick(candidate.name, candidate.nbytes)
+    return Made(Lock.of(entries), left_out)
+
+
+def _entry(candidate: Candidate, asked: Pattern | None) -> LockEntry | str:
+    """The lock entry of a weight, or why it has none."""
+    scan, where = candidate.scan(), f"{candidate.name} ({candidate.where})"
+    mask = scan.mask
+    if not mask.numel:
+        return "is empty"
+    if scan.first_non_finite is not None:
+        *expert, row, column = scan.first_non_finite
+        place = "".join(f"expert {number}, " for number in expert)
+        raise MaskError(
+            f"{where}: {place}row {row}, column {column} is NaN or infinite ({scan.non_finite} such values); "
+            "lock a model that is whole"
+        )
+    if asked is None:
+        pattern = detect_pattern(mask)
+        if pattern is None:
+            return f"dense, {mask.sparsity:.1%} zeros"
+        return make_entry(candidate.name, candidate.kind, mask, pattern, candidate.transposed)
+    try:
+        violations = scan_bits(mask, asked)
+    except PatternError as error:
+        raise PatternError(f"{where}: {error}") from error
+    if violations.count:
+        raise PatternError(
+            f"{where}: {violations.describe(asked)}; nothing is locked. Name the sites that hold {asked} "
+            "with --targets, or leave --pattern out to lock each weight as it is"
+        )
+    return make_entry(candidate.name, candidate.kind, mask, asked, candidate.transposed)
+
+
+def nothing_sparse(model: Path, made: Made) -> PatternError:
+    """That every weight is dense, or that weights could not be read, which is another thing."""
+    if made.unreadable:
+        name = made.unreadable[0]
+        return PatternError(
+            f"{model}: holds no sparse weight that can be read, and {len(made.unreadable)} weights cannot be "
+            f"(first: {name}: {made.left_out[name]})"
+        )
+    return PatternError(
+        f"{model}: is dense: none of {len(made.left_out)} weights has a share of zeros to keep; "
+        "prune it first: spp-fx prune MODEL -o OUT --pattern 2:4"
+    )
+
+
+def _known(target: Path, say: Callable[[str], None]) -> Lock | None:
+    """The lock that is about to be replaced, None if there is none that can be read."""
+    if not target.is_file():
+        return None
+    try:
+        return load_lock(target)
+    except FormatError as error:
+        say(f"{error}; it is replaced")
+        return None
+
+
+def _changes(before: Lock | None, after: Lock) -> dict[str, list[str]] | None:
+    if before is None:
+        return None
+    old, new = before.by_name(), after.by_name()
+    return {
+        "added": sorted(new.keys() - old.keys()),
+        "removed": sorted(old.keys() - new.keys()),
+        "changed": sorted(name for name in old.keys() & new.keys() if old[name] != new[name]),
+    }
+
+
+def _record(
+    found: "Survey",
+    past: provenance.Provenance | None,
+    lock: Path,
+    pattern: str | None,
+    targets: Sequence[str],
+) -> None:
+    """Add this step to the history of the folder, with the digests of the weights that were locked."""
+    from spp_fx.storage.output import atomic_file
+
+    shards = found.folder.shards
+    digests = in_order(provenance.file_sha256, (shard.path for shard in shards))
+    history = provenance.extended(
+        past,
+        found.folder.path,
+        "lock",
+        inputs={"model": found.folder.fingerprint()},
+        settings={"pattern": pattern, "targets": list(targets)},
+        digests={shard.name: digest for shard, digest in zip(shards, digests, strict=True)},
+        lock=lock,
+    )
+    with atomic_file(found.folder.path / provenance.PROVENANCE, force=True) as temporary:
+        temporary.write_text(history.dumps(), encoding="ascii")

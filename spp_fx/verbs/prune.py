@@ -1,0 +1,457 @@
+"""prune: a dense model folder into a sparse one, tensor by tensor or decoder layer by decoder layer."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from spp_fx.errors import FormatError, MaskError, UsageError
+from spp_fx.graph.binding import assemble, take_apart
+from spp_fx.graph.program import Program
+from spp_fx.parallel import in_order
+from spp_fx.passes import Causal, Match, Partition, run_pipeline
+from spp_fx.pruning import make_criterion
+from spp_fx.pruning.layerwise import (
+    LayerResult,
+    Part,
+    Tick,
+    outside_of_layers,
+    prune_layers,
+    replace_tensor,
+    silent,
+)
+from spp_fx.pruning.recipe import MatrixReport, Recipe, check_patterns, patterns_of, prune_matrix
+from spp_fx.pruning.walk import FileStates
+from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry, make_entry
+from spp_fx.sparsity.pattern import Pattern, parse_pattern, scan_bits
+from spp_fx.storage.folder import OWN_FILES, ModelFolder
+from spp_fx.storage.links import links_option
+from spp_fx.storage.safetensors import Shard, TensorInfo, dtype_name, torch_dtype
+from spp_fx.storage.workspace import Workspace, check_output, workspace
+from spp_fx.storage.writer import copy_others, rewrite_shard, write_safetensors, write_shards
+from spp_fx.verbs.load import Calibration, draw_windows
+from spp_fx.verify import provenance
+from spp_fx.verify.model_sites import Survey, choose, scan_tensor, survey, tensors_of
+
+
+class LayerStore:
+    """A file of tensors for each finished layer, and the states of the next, in a workspace's store.
+
+    Attributes:
+        states: where values wait between layers.
+        done: how many layers are finished; those before the first unfinished one.
+    """
+
+    def __init__(self, work: Workspace) -> None:
+        self._work = work
+        self.states = FileStates(work.store)
+        self.done = 0
+        while work.kept(_file(self.done)) is not None:
+            self.done += 1
+
+    def finish(self, layer: int, tensors: Mapping[str, Tensor], reports: tuple[MatrixReport, ...]) -> None:
+        """Keep the new tensors of a layer, by their names in the checkpoint.
+
+        The states of the next are whole by then: where the journal has a layer, work goes on after it.
+        """
+        target = self._path(layer)
+        target.unlink(missing_ok=True)  # of a run that was killed before it was whole
+        specs = [(name, dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()]
+        write_safetensors(target, specs, lambda name: tensors[name])
+        self._work.keep(target.name, synced=True, reports=[report.to_json() for report in reports])
+        self.done = layer + 1
+        self.states.forget(layer)
+
+    def tensors(self) -> dict[str, Shard]:
+        """Where each new tensor lies."""
+        shards = [Shard.open(self._path(layer)) for layer in range(self.done)]
+        return {name: shard for shard in shards for name in shard.header.tensors}
+
+    def reports(self) -> list[MatrixReport]:
+        """Of all finished layers."""
+        facts = [self._work.kept(_file(layer)) or {} for layer in range(self.done)]
+        return [MatrixReport.from_json(each) for layer in facts for each in layer["reports"]]
+
+    def _path(self, layer: int) -> Path:
+        return self._work.store / _file(layer)
+
+
+def _file(layer: int) -> str:
+    return f"layer-{layer:05d}.safetensors"
+
+
+@dataclass(frozen=True)
+class FolderWeights:
+    """Tensors read from a folder when a layer is about to run, and let go after it."""
+
+    found: Survey
+
+    @property
+    def folder(self) -> ModelFolder:
+        return self.found.folder
+
+    def fill(self, program: Program, names: Iterable[str], device: torch.device) -> None:
+        """Read parameters and stored buffers; each in the dtype that the program computes in.
+
+        Raises:
+            FormatError: the folder holds nothing for a parameter.
+        """
+        for name in names:
+            current = _current(program, name)
+            source = self._source(program, name)
+            if source is None and current.device.type == "meta":
+                raise FormatError(
+                    f"{self.folder.path}: {name}: "
+                    f"{self.found.binding.refused.get(name, 'the checkpoint holds no tensor for it')}"
+                )
+            tensor = current if source is None else self._read(source, current)
+            if current.is_floating_point() and (not tensor.is_floating_point() or tensor.itemsize < 2):
+                raise FormatError(
+                    f"{self.folder.path}: {name} is stored as {tensor.dtype}, which means nothing without its "
+                    "scales; decompress the model first"
+                )
+            replace_tensor(program, name, tensor.to(device=device, dtype=current.dtype))
+
+    def empty(self, program: Program, names: Iterable[str]) -> None:
+        for name in names:
+            if self._source(program, name) is not None:
+                replace_tensor(program, name, _current(program, name).to("meta"))
+
+    def stored(self, program: Program, name: str) -> Tensor:
+        parameter = program.get_parameter(name).data
+        dtypes = {self.folder.info(piece.tensor)[1].dtype for piece in self.found.pieces[name]}
+        if {torch_dtype(dtype) for dtype in dtypes} == {parameter.dtype}:
+            return parameter
+        return self._read(name, parameter).to(parameter.device)
+
+    def parts(self, program: Program, site: str) -> list[Part]:
+        return [(piece.expert, piece.start, piece.stop) for piece in self.found.pieces[site]]
+
+    def _source(self, program: Program, name: str) -> str | None:
+        """The name under which the folder holds a tensor: its own, or another's that shares it."""
+        first = program.tied.get(name, name)
+        group = [name, first, *(other for other, owner in program.tied.items() if owner == first)]
+        return next((each for each in group if each in self.found.pieces), None)
+
+    def _read(self, name: str, like: Tensor) -> Tensor:
+        return assemble(self.found.pieces[name], tuple(like.shape), self.folder.read)
+
+
+def _current(program: Program, name: str) -> Tensor:
+    path, _, attribute = name.rpartition(".")
+    module = program.get_submodule(path)
+    tensor = module._parameters.get(attribute)
+    if tensor is None:
+        tensor = module._buffers[attribute]
+    assert tensor is not None
+    return tensor.detach()
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What prune did.
+
+    Attributes:
+        out: the folder written.
+        pattern: what every pruned weight holds now, unless a ratio says otherwise.
+        lock: the masks, as written to `sparsity.lock.json`.
+        refused: sites left dense, each with its reason.
+        reports: what was done to each matrix, by the tensor that holds it; a stack stored whole has several.
+        calibration: how many windows of how many tokens were looked at, if any.
+        skipped_rows: of the calibration data, those with nothing in them; None without such data.
+    """
+
+    out: Path
+    pattern: Pattern
+    lock: Lock
+    refused: dict[str, str]
+    reports: dict[str, list[MatrixReport]]
+    calibration: dict[str, int] | None = None
+    skipped_rows: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "out": str(self.out),
+            "pattern": str(self.pattern),
+            "calibration": self.calibration,
+            "skipped_rows": self.skipped_rows,
+            "sites": [
+                {
+                    "name": e.name,
+                    "shape": list(e.shape),
+                    "nnz": e.nnz,
+                    "sparsity": 1 - e.nnz / torch.Size(e.shape).numel(),
+                    "pattern": str(e.pattern),
+                    **self.errors(e.name),
+                    "notes": list(dict.fromkeys(n for report in self.reports[e.name] for n in report.notes)),
+                }
+                for e in self.lock.sites
+            ],
+            "refused": self.refused,
+        }
+
+    def errors(self, tensor: str) -> dict[str, float | None]:
+        """What the outputs of a weight lost of their energy on calibration inputs.
+
+        `error_before` is what the first mask alone takes, `error_after` what is missing after update and repair;
+        both are squared norms relative to the dense weight's, None without calibration.
+        """
+        reports = self.reports[tensor]
+        energy = sum(report.energy or 0 for report in reports)
+        if not energy:
+            return {"error_before": None, "error_after": None}
+        return {
+            "error_before": sum(report.lost_before or 0 for report in reports) / energy,
+            "error_after": sum(report.lost_after or 0 for report in reports) / energy,
+        }
+
+
+@links_option
+def prune(
+    model: str | Path,
+    out: str | Path,
+    *,
+    method: str,
+    pattern: str,
+    calibration: Calibration | None = None,
+    repair: str | None = None,
+    damp: float | None = None,
+    block_size: int | None = None,
+    permute: bool | None = None,
+    targets: Sequence[str] = (),
+    ratios: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    device: str | None = None,
+    force: bool = False,
+    fresh: bool = False,
+    trust_remote_code: bool = False,
+    allow_links: bool = False,
+    tick: Tick = silent,
+    say: Callable[[str], None] = lambda line: None,
+) -> Pruned:
+    """Prune every matched site of a model folder and write the lock beside the weights.
+
+    Without calibration, tensor by tensor. With it, decoder layer by decoder layer: each is run on what the
+    pruned layers before it give, pruned, and run again; memory holds the weights of one layer. An interrupted
+    run goes on at the layer, or the weight file, where it was stopped when it is called again, and writes the
+    same bytes.
+
+    Args:
+        method: name of a criterion.
+        pattern: N:M or a share of zeros.
+        repair: `dsnot`, or none.
+        damp, block_size, permute: options of the criteria that have them.
+        targets: sites to take; see `Match`.
+        ratios: `NAME@PATTERN`: other patterns for the sites of that name; the last that fits counts.
+        skip: names of sites that stay dense.
+        device: where layers run; a GPU if torch sees one.
+        fresh: begin anew, whatever an interrupted run left.
+        allow_links: follow symbolic links that leave a folder; see `checkpoint.links`.
+        say: called with what the reader should know while it runs.
+
+    Raises:
+        UsageError: an option is wrong, the text too short, or the output exists.
+        PatternError: the pattern does not divide a site's inputs, or a site cannot be pruned; names it.
+        MaskError: what was read back is not what was meant to be written.
+    """
+    model, out, wanted = Path(model), Path(out).absolute(), parse_pattern(pattern)
+    criterion = make_criterion(method, damp=damp, block_size=block_size, permute=permute)
+    recipe = Recipe(criterion, repair)
+    if recipe.calibrated and calibration is None:
+        raise UsageError(f"{repair or method} looks at inputs: give the text to calibrate on, --calib FILE")
+    check_output(out, force, [model], say)
+    provenance.load(model)  # a damaged history is refused before the work
+    where = _device(device)
+    found = survey(model, trust_remote_code=trust_remote_code, runnable=calibration is not None)
+    for note in found.notes:
+        say(note)
+    matched, refused = choose(found, Match(targets=tuple(targets), dense=True))
+    refused |= found.others
+    if calibration is not None:
+        run_pipeline(found.program, [Partition(), Causal()])
+        outside = outside_of_layers(found.program, matched)
+        refused |= outside
+        matched = [name for name in matched if name not in outside]
+        if not matched:
+            raise UsageError(f"no site can be calibrated: {'; '.join(sorted(set(outside.values())))}")
+    patterns, skipped = patterns_of(matched, wanted, ratios, skip)
+    refused |= skipped
+    check_patterns(found.program.sites, patterns, criterion)
+    plan = _plan(found, patterns, recipe)
+    tokens, skipped_rows = None, None
+    if calibration is not None:
+        drawn = draw_windows(model, found.program, calibration, trust_remote_code=trust_remote_code, say=say)
+        tokens, skipped_rows = drawn.tokens, drawn.skipped.count
+        plan |= _calibration_plan(tokens, where)
+    need = found.folder.stored_bytes
+    inputs = [shard.path for shard in found.folder.shards]
+    with workspace(
+        out, plan, force=force, fresh=fresh, sources=[model], inputs=inputs, need=need, say=say
+    ) as work:
+        if tokens is None:
+            by_tensor = _stream(found, patterns, recipe, work, tick)
+        else:
+            by_tensor = _walk(found, patterns, recipe, tokens, work, where, tick)
+        copy_others(found.folder, work.folder, skip=OWN_FILES)
+        lock = _lock_folder(ModelFolder.open(work.folder), found, patterns)
+        (work.folder / LOCK_NAME).write_text(lock.dumps())
+        settings = {
+            "method": method, "pattern": str(wanted), "repair": repair, "damp": damp, "block_size": block_size,
+            "permute": permute, "targets": list(targets), "ratios": list(ratios), "skip": list(skip),
+        }  # fmt: skip
+        _record(found, work.folder, settings, tokens)
+    used = None if tokens is None else {"samples": tokens.shape[0], "seq_len": tokens.shape[1]}
+    return Pruned(out, wanted, lock, refused, by_tensor, used, skipped_rows)
+
+
+def _record(found: Survey, folder: Path, settings: Mapping[str, Any], tokens: Tensor | None) -> None:
+    """Add this step to the model's history, with the digests of what lies on the disk now."""
+    inputs = {"model": found.folder.fingerprint()}
+    if tokens is not None:
+        inputs["calibration"] = blake2b(tokens.numpy().tobytes(), digest_size=32).hexdigest()
+    names = [shard.name for shard in found.folder.shards]
+    digests = in_order(provenance.file_sha256, (folder / name for name in names))
+    provenance.record(
+        found.folder.path,
+        folder,
+        "prune",
+        inputs=inputs,
+        settings=settings,
+        digests=dict(zip(names, digests, strict=True)),
+    )
+
+
+def _plan(found: Survey, patterns: Mapping[str, Pattern], recipe: Recipe) -> dict[str, Any]:
+    """What the pruned weights depend on."""
+    return {
+        "verb": "prune",
+        "base": found.folder.fingerprint(),
+        "config": found.folder.config,
+        "criterion": {"name": recipe.criterion.name, **asdict(recipe.criterion)},
+        "repair": recipe.repair,
+        "patterns": {name: str(pattern) for name, pattern in patterns.items()},
+    }
+
+
+def _calibration_plan(tokens: Tensor, device: torch.device) -> dict[str, Any]:
+    """What the outputs of layers depend on besides."""
+    return {
+        "libraries": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "tokens": blake2b(tokens.numpy().tobytes()).hexdigest(),
+        "shape": list(tokens.shape),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _stream(
+    found: Survey, patterns: Mapping[str, Pattern], recipe: Recipe, work: Workspace, tick: Tick
+) -> dict[str, list[MatrixReport]]:
+    """Prune by the weights alone, one stored tensor in memory; returns the reports by stored tensor."""
+    site_of = {piece.tensor: (site, piece) for site in patterns for piece in found.pieces[site]}
+    done, total = 0, sum(name in site_of for shard in found.folder.shards for name in shard.header.tensors)
+
+    def write(shard: Shard, target: Path) -> dict[str, Any]:
+        reports: dict[str, list[MatrixReport]] = {}
+
+        def replace(info: TensorInfo) -> Tensor | None:
+            nonlocal done
+            if info.name not in site_of:
+                return None
+            site, piece = site_of[info.name]
+            weight = shard.read(info.name)
+            canonical = weight.transpose(-1, -2) if piece.transposed else weight
+            matrices = list(canonical) if canonical.ndim == 3 else [canonical]
+            reports[info.name] = [
+                prune_matrix(matrix, None, patterns[site], recipe, info.name, i if piece.whole else None)
+                for i, matrix in enumerate(matrices)
+            ]
+            done += 1
+            tick(done, total, info.name)
+            return weight
+
+        rewrite_shard(shard, target, replace)
+        return {"reports": {name: [each.to_json() for each in every] for name, every in reports.items()}}
+
+    return {
+        name: [MatrixReport.from_json(each) for each in every]
+        for facts in write_shards(found.folder, work.folder, write, work)
+        for name, every in facts["reports"].items()
+    }
+
+
+def _walk(
+    found: Survey,
+    patterns: Mapping[str, Pattern],
+    recipe: Recipe,
+    tokens: Tensor,
+    work: Workspace,
+    device: torch.device,
+    tick: Tick,
+) -> dict[str, list[MatrixReport]]:
+    """Prune layer by layer, with one layer in memory; returns the reports by stored tensor."""
+    store = LayerStore(work)
+
+    def finish(index: int, result: LayerResult) -> None:
+        tensors = {
+            stored: part
+            for name, tensor in result.tensors.items()
+            for stored, part in take_apart(found.pieces[name], tensor)
+        }
+        store.finish(index, tensors, result.reports)
+
+    if device.type != "cpu":
+        found.program.move_constants(torch.device("cpu"), device)
+    if store.done < len(found.program.units):
+        prune_layers(
+            found.program.eval(), tokens, patterns, recipe, weights=FolderWeights(found),
+            states=store.states, device=device, start=store.done, finish=finish, tick=tick,
+        )  # fmt: skip
+    pruned = store.tensors()
+
+    def write(shard: Shard, target: Path) -> dict[str, Any]:
+        def replace(info: TensorInfo) -> Tensor | None:
+            return pruned[info.name].read(info.name) if info.name in pruned else None
+
+        rewrite_shard(shard, target, replace)
+        return {}
+
+    write_shards(found.folder, work.folder, write, work)
+    by_site: dict[str, list[MatrixReport]] = {}
+    for report in store.reports():
+        by_site.setdefault(report.site, []).append(report)
+    return {
+        piece.tensor: [
+            r for r in by_site[site] if piece.whole or (r.expert, r.start) == (piece.expert, piece.start)
+        ]
+        for site in patterns
+        for piece in found.pieces[site]
+    }
+
+
+def _lock_folder(folder: ModelFolder, found: Survey, patterns: Mapping[str, Pattern]) -> Lock:
+    """The lock of a folder just written, from its own bytes; every mask must hold its pattern."""
+    entries: list[LockEntry] = []
+    for site, pattern in patterns.items():
+        for piece in tensors_of(found.pieces[site]).values():
+            mask = scan_tensor(folder, piece.tensor, transposed=piece.transposed).mask
+            violations = scan_bits(mask, pattern)
+            if violations.count:
+                raise MaskError(
+                    f"{piece.tensor}: read back, it does not hold: {violations.describe(pattern)}"
+                )
+            kind = found.program.sites[site].kind
+            entries.append(make_entry(piece.tensor, kind, mask, pattern, piece.transposed))
+    return Lock.of(entries)
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,376 @@
+"""train: the factors of an adapter folder, in place."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from math import sqrt
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainingArguments, set_seed
+
+from spp_fx.adapters.adapter_folder import FACTORS, AdapterFolder, write_factors
+from spp_fx.errors import SppFxError, UsageError
+from spp_fx.graph.program import Program
+from spp_fx.storage.links import links_option
+from spp_fx.storage.output import atomic_file
+from spp_fx.training.distributed import held_bytes, join
+from spp_fx.training.perplexity import Perplexity, perplexity
+from spp_fx.training.records import Skipped, Windows, check_vocabulary
+from spp_fx.training.samples import HeldOut, Rows, evaluation_rows, held_out, pad, pad_token, training_rows
+from spp_fx.training.state import checkpoints, is_whole
+from spp_fx.training.trainer import AdapterTrainer, CutEachEpoch, EarlyStop
+from spp_fx.verbs.load import Loaded, load_program, load_tokenizer, window_length
+
+PAPER_RATE = 4e-3
+PAPER_WIDTH = 4096
+POSITIVE = (
+    "steps", "epochs", "lr", "batch_size", "accumulate", "save_steps", "eval_steps", "early_stop", "logging_steps",
+)  # fmt: skip
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to train.
+
+    Attributes:
+        steps, epochs: one of the two ends training; both None means 3 epochs.
+        lr: peak learning rate; None chooses by the sites' width, see `default_rate`.
+        batch_size: rows per forward and device.
+        accumulate: forwards per optimizer step.
+        seq_len: tokens per row at most; None for 512 or the model's positions if fewer.
+        loss_on: `all`, or `answer` to leave prompts out of the loss.
+        packing: put short samples of instruction and chat data into one row (text always fills its rows).
+        schedule: of the learning rate, by transformers' names.
+        warmup: steps, or below 1 a share of all steps.
+        clip: largest norm of the gradient; 0 for no limit.
+        bf16: run under bfloat16 autocast.
+        packed: keep the frozen weights packed.
+        gradient_checkpointing: let each decoder layer forget its activations.
+        shard: split the frozen weights over the processes: `world`, or `node` to keep all of them in each node.
+        save_steps: steps between checkpoints; None for none.
+        eval_steps: steps between evaluations; None for none but before and after.
+        early_stop: end after so many evaluations that did not better the best, and take the best factors.
+        logging_steps: steps between reports of the loss.
+        report_to: where transformers reports to (`tensorboard`, `wandb`, ...).
+        resume: go on from the newest whole checkpoint of the adapter folder.
+        force: start anew where checkpoints of an earlier run lie, and delete them.
+        seed: of the order of rows and of dropout, 0 to 2**32 - 1.
+        strict: rows of the data with nothing to learn are an error; else they are skipped and counted.
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    lr: float | None = None
+    batch_size: int = 16
+    accumulate: int = 1
+    seq_len: int | None = None
+    loss_on: str = "all"
+    packing: bool = False
+    weight_decay: float = 1e-3
+    schedule: str = "linear"
+    warmup: float = 0.03
+    clip: float = 1.0
+    bf16: bool = False
+    packed: bool = False
+    gradient_checkpointing: bool = False
+    shard: str | None = None
+    save_steps: int | None = None
+    eval_steps: int | None = None
+    early_stop: int | None = None
+    logging_steps: int = 10
+    report_to: tuple[str, ...] = ()
+    resume: bool = False
+    force: bool = False
+    seed: int = 0
+    strict: bool = False
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training did.
+
+    Attributes:
+        loss: mean over all steps.
+        losses: mean between reports, see `TrainSettings.logging_steps`.
+        processes: how many trained together.
+        frozen_bytes: of frozen weights that this process holds.
+        before, after: of the evaluation data.
+        skipped: rows of the training data with nothing to learn.
+        eval_skipped: rows of the evaluation data with nothing to measure; None without such data.
+    """
+
+    adapter: Path
+    steps: int
+    lr: float
+    seq_len: int
+    loss: float
+    losses: list[float]
+    processes: int
+    seconds: float
+    trainable: int
+    frozen_bytes: int
+    before: Perplexity | None
+    after: Perplexity | None
+    skipped: Skipped
+    eval_skipped: Skipped | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "adapter": str(self.adapter),
+            "steps": self.steps,
+            "lr": self.lr,
+            "seq_len": self.seq_len,
+            "loss": self.loss,
+            "losses": self.losses,
+            "processes": self.processes,
+            "seconds": self.seconds,
+            "trainable_parameters": self.trainable,
+            "frozen_bytes": self.frozen_bytes,
+            "perplexity_before": self.before.perplexity if self.before else None,
+            "perplexity": self.after.perplexity if self.after else None,
+            "skipped_rows": self.skipped.count,
+            "eval_skipped_rows": self.eval_skipped.count if self.eval_skipped else None,
+        }
+
+
+@links_option
+def train(
+    adapter: str | Path,
+    data: str | Path,
+    settings: TrainSettings,
+    *,
+    eval_data: str | Path | None = None,
+    teacher: str | Path | None = None,
+    base: str | Path | None = None,
+    trust_remote_code: bool = False,
+    allow_links: bool = False,
+    callbacks: list[TrainerCallback] | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Trained:
+    """Train an adapter folder on a file or dataset and write the factors back into it, whole or not at all.
+
+    `eval_data` is read as `data` is; of instructions and chats the perplexity is that of the whole text, see
+    `rows.held_out`. Rows with nothing in them are skipped, and `say` is told.
+
+    Checkpoints (`checkpoint-N`) go into the adapter folder; a run that was stopped goes on with `resume`,
+    to the same factors it would have reached. With a `teacher` (the dense model, say) its distribution is
+    learned instead of the text's own tokens. Started by torchrun or accelerate launch, every process calls
+    this; `batch_size` is that of each, and the first one writes. Factors that were trained before are trained on.
+
+    Raises:
+        UsageError: settings or data that cannot be used, nothing to resume.
+        SppFxError: the loss is not finite; the adapter stays as it was.
+    """
+    adapter = Path(adapter)
+    _check(settings, evaluated=eval_data is not None)
+    join(shards=settings.shard is not None)
+    loaded = load_program(
+        adapter,
+        base=base,
+        trust_remote_code=trust_remote_code,
+        packed=settings.packed,
+        checkpointed=settings.gradient_checkpointing,
+        shard=settings.shard,
+    )
+    if not loaded.factors:
+        raise UsageError(f"{adapter} is a model folder; make an adapter with 'spp-fx inject {adapter}'")
+    program = loaded.program
+    tokenizer = load_tokenizer(loaded.model, trust_remote_code=trust_remote_code)
+    length = window_length(program, settings.seq_len)
+    rows, skipped = training_rows(
+        data, tokenizer, length, loss_on=settings.loss_on, packing=settings.packing, strict=settings.strict
+    )
+    if line := skipped.line(data):
+        say(line)
+    check_vocabulary(rows.tokens, program.vocabulary, data)
+    measured = held_out(eval_data, tokenizer, length, strict=settings.strict) if eval_data else None
+    if eval_data and measured:
+        if line := measured.skipped.line(eval_data):
+            say(line)
+        for window in measured.windows:
+            check_vocabulary(window, program.vocabulary, eval_data)
+    lr = default_rate(loaded) if settings.lr is None else settings.lr
+    checkpoint = _checkpoint(adapter, settings)
+    frozen_bytes = held_bytes(value for value in program.parameters() if not value.requires_grad)
+    guide = _teacher(Path(teacher), program, settings.shard, trust_remote_code) if teacher else None
+    pad_id = pad_token(tokenizer, program.vocabulary)
+    trainer = _trainer(adapter, loaded, rows, measured, settings, lr, callbacks or [], guide, pad_id)
+    before = _evaluate(loaded, measured)  # where the trainer has put the program
+    together = trainer.accelerator
+    together.wait_for_everyone()
+    if checkpoint is None and together.is_main_process:
+        for folder in checkpoints(adapter):
+            shutil.rmtree(folder)
+    together.wait_for_everyone()
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    broken = [name for name, value in loaded.factors.items() if not bool(value.isfinite().all())]
+    if broken or result.training_loss != result.training_loss:
+        raise SppFxError(
+            f"training diverged (loss {result.training_loss}); {adapter} stays as it was. Train with a lower --lr "
+            f"than {lr:g}"
+        )
+    if together.is_main_process:
+        with atomic_file(adapter / FACTORS, force=True) as temporary:
+            write_factors(temporary, loaded.factors)
+        AdapterFolder.open(adapter)
+    together.wait_for_everyone()
+    return Trained(
+        adapter=adapter,
+        steps=trainer.state.global_step,
+        lr=lr,
+        seq_len=length,
+        loss=result.training_loss,
+        losses=[float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
+        processes=together.num_processes,
+        seconds=result.metrics["train_runtime"],
+        trainable=sum(value.numel() for value in loaded.factors.values()),
+        frozen_bytes=frozen_bytes,
+        before=before,
+        after=_evaluate(loaded, measured),
+        skipped=skipped,
+        eval_skipped=measured.skipped if measured else None,
+    )
+
+
+def default_rate(loaded: Loaded) -> float:
+    """The paper's rate for 7B, 4e-3 at width 4096, scaled like alpha's start: by 1/sqrt(inputs).
+
+    alpha starts as U(-1/sqrt n, 1/sqrt n) and Adam moves every entry by about the rate, so a rate in
+    proportion to 1/sqrt(n) moves it by the same share at every width.
+    """
+    widths = [
+        program_site.in_features
+        for program_site in map(loaded.program.sites.get, loaded.program.adapters)
+        if program_site
+    ]
+    return PAPER_RATE * sqrt(PAPER_WIDTH / median(widths))
+
+
+def _check(settings: TrainSettings, *, evaluated: bool) -> None:
+    if settings.steps is not None and settings.epochs is not None:
+        raise UsageError("give --steps or --epochs, not both")
+    if settings.schedule not in SCHEDULES:
+        raise UsageError(f"--schedule '{settings.schedule}' is unknown; known: {', '.join(SCHEDULES)}")
+    if settings.shard not in (None, "world", "node"):
+        raise UsageError(f"--shard takes world or node, got '{settings.shard}'")
+    if settings.loss_on not in ("all", "answer"):
+        raise UsageError(f"--loss-on takes all or answer, got '{settings.loss_on}'")
+    if settings.early_stop and not settings.eval_steps:
+        raise UsageError("--early-stop needs --eval-steps to know what to stop by")
+    if settings.eval_steps and not evaluated:
+        raise UsageError("--eval-steps needs --eval-data to evaluate on")
+    for name in ("warmup", "clip", "weight_decay"):
+        if not getattr(settings, name) >= 0:
+            raise UsageError(
+                f"--{name.replace('_', '-')} must not be negative, got {getattr(settings, name)}"
+            )
+    for name in POSITIVE:
+        value = getattr(settings, name)
+        if value is not None and not value > 0:
+            raise UsageError(f"--{name.replace('_', '-')} must be positive, got {value}")
+    if not 0 <= settings.seed < 2**32:
+        raise UsageError(f"--seed must be 0 to {2**32 - 1}, got {settings.seed}")
+
+
+def _checkpoint(adapter: Path, settings: TrainSettings) -> str | None:
+    found = checkpoints(adapter)
+    if not settings.resume:
+        if found and not settings.force:
+            raise UsageError(
+                f"{adapter}: holds checkpoints of an earlier run (newest: {found[-1].name}); go on from there "
+                "with --resume, or start anew and delete them with --force"
+            )
+        return None
+    whole = [folder for folder in found if is_whole(folder)]
+    if not whole:
+        raise UsageError(
+            f"{adapter}: nothing to resume, it has no whole checkpoint; train with --save-steps N to get some"
+        )
+    return str(whole[-1])
+
+
+def _teacher(path: Path, student: Program, shard: str | None, trust_remote_code: bool) -> Program:
+    teacher = load_program(path, trust_remote_code=trust_remote_code, shard=shard).program.eval()
+    if teacher.vocabulary != student.vocabulary:
+        raise UsageError(
+            f"{path}: its vocabulary has {teacher.vocabulary} tokens, the student's "
+            f"{student.vocabulary}; a teacher must share the tokenizer"
+        )
+    return teacher.requires_grad_(False)
+
+
+def _evaluate(loaded: Loaded, measured: HeldOut | None) -> Perplexity | None:
+    if measured is None:
+        return None
+    program = loaded.program.eval()
+    device = program.device
+    return perplexity(lambda ids, mask: program(ids.to(device), mask.to(device)).logits, measured.windows)
+
+
+def _trainer(
+    adapter: Path,
+    loaded: Loaded,
+    rows: Rows,
+    measured: HeldOut | None,
+    settings: TrainSettings,
+    lr: float,
+    callbacks: list[TrainerCallback],
+    teacher: Program | None,
+    pad_id: int,
+) -> AdapterTrainer:
+    set_seed(settings.seed)
+    evaluated = evaluation_rows(measured.windows) if settings.eval_steps and measured else None
+    arguments = TrainingArguments(
+        output_dir=str(adapter),
+        max_steps=settings.steps or -1,
+        num_train_epochs=settings.epochs or 3.0,
+        learning_rate=lr,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulate,
+        weight_decay=settings.weight_decay,
+        warmup_steps=settings.warmup,
+        lr_scheduler_type=settings.schedule,
+        max_grad_norm=settings.clip,
+        bf16=settings.bf16,
+        logging_steps=min(settings.logging_steps, settings.steps or settings.logging_steps),
+        save_strategy="steps" if settings.save_steps else "no",
+        save_steps=settings.save_steps or 500,
+        save_total_limit=2,
+        eval_strategy="steps" if evaluated else "no",
+        eval_steps=settings.eval_steps,
+        report_to=list(settings.report_to),
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        use_cpu=not torch.cuda.is_available(),
+        seed=settings.seed,
+        data_seed=settings.seed,
+        # Frozen weights and positions never change: nothing but gradients goes between processes.
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
+    )
+    own: list[TrainerCallback] = [CutEachEpoch(rows)] if isinstance(rows, Windows) else []
+    if settings.early_stop:
+        own.append(EarlyStop(loaded.factors, settings.early_stop))
+    trainer = AdapterTrainer(
+        model=loaded.program,
+        factors=loaded.factors,
+        teacher=teacher,
+        args=arguments,
+        train_dataset=rows,
+        eval_dataset=evaluated,
+        data_collator=partial(pad, pad_token=pad_id),
+        callbacks=[*own, *callbacks],
+    )
+    # Rows are dealt out by the data seed; dropout differs between processes.
+    torch.manual_seed(settings.seed + trainer.accelerator.process_index)
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
+            trainer.remove_callback(type(callback))
+    return trainer

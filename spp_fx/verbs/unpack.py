@@ -1,0 +1,196 @@
+"""unpack: the plain model folder back out of an export, or of a legacy compressed-tensors folder."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spp_fx.errors import FormatError, MaskError, UsageError
+from spp_fx.exporters import FORMATS, Decoded, Format, Say, find_format
+from spp_fx.exporters.checks import NOT_IN_TORCH, LibraryReader
+from spp_fx.exporters.compressed_tensors import LegacyFolder
+from spp_fx.exporters.manifest import MANIFEST, TENSOR_FILES, Manifest, is_legacy, read_manifest
+from spp_fx.exporters.plain import write_plain_config
+from spp_fx.parallel import Tick, no_tick
+from spp_fx.sparsity.lock import LOCK_NAME
+from spp_fx.storage.folder import WEIGHTS_NAME, ModelFolder, within
+from spp_fx.storage.links import links_option
+from spp_fx.storage.output import atomic_folder
+from spp_fx.storage.safetensors import dtype_name
+from spp_fx.storage.writer import copy_file, write_safetensors
+from spp_fx.verbs.verify import verify
+from spp_fx.verify import provenance
+from spp_fx.verify.provenance import PROVENANCE
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    """What unpack wrote.
+
+    Attributes:
+        format: of the export.
+        exact: whether the weight files are the model's own, byte for byte.
+        checks: what was read back, and how much of it.
+    """
+
+    out: Path
+    format: str
+    exact: bool
+    checks: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        files = sorted(path for path in self.out.rglob("*") if path.is_file())
+        return {
+            "ok": True,
+            "out": str(self.out),
+            "format": self.format,
+            "bit_for_bit": self.exact,
+            "files": [{"name": p.relative_to(self.out).as_posix(), "bytes": p.stat().st_size} for p in files],
+            "checks": self.checks,
+        }
+
+
+@links_option
+def unpack(
+    export: str | Path,
+    out: str | Path,
+    force: bool = False,
+    *,
+    allow_links: bool = False,
+    tick: Tick = no_tick,
+    say: Say = lambda line: None,
+) -> Unpacked:
+    """Write the model folder that an export was made from; read back, compared, held to the lock.
+
+    sparse-bitmask and safetensors give the weight files back byte for byte; other formats give one
+    model.safetensors, each tensor as the export decodes it. A folder of compressed-tensors' legacy
+    sparse-24-bitmask is decoded too, its config.json without what says that it is compressed.
+
+    Raises:
+        UsageError: no export, a format that cannot give a model back, or an output that exists.
+        FormatError: a damaged file.
+        MaskError: what was read back does not hold the lock. Nothing is written.
+    """
+    export, out = Path(export), Path(out)
+    if (export / MANIFEST).is_file():
+        manifest = read_manifest(export)
+        chosen = find_format(manifest.format)
+        decode = _decoder(export, chosen)
+        with atomic_folder(out, force, sources=[export]) as temporary:
+            _copy_others(export, manifest, temporary)
+            checks = _from_export(export, manifest, chosen, decode(export, manifest), temporary, tick)
+            _keep_history(export, temporary, exact=chosen.restore is not None)
+        return Unpacked(out, chosen.name, chosen.restore is not None, checks)
+    if (export / "config.json").is_file() and is_legacy(folder := ModelFolder.open(export)):
+        with atomic_folder(out, force, sources=[export]) as temporary:
+            checks = _from_legacy(LegacyFolder.open(folder), temporary, tick, say)
+            _keep_history(export, temporary, exact=False)
+        return Unpacked(out, "compressed-tensors", False, checks)
+    reason = "is no export folder" if export.exists() else "there is no such folder"
+    raise UsageError(f"{export}: {reason}; give a folder that 'spp-fx export' wrote")
+
+
+def _decoder(export: Path, format: Format) -> Callable[[Path, Manifest], Decoded]:
+    if format.decode is not None:
+        return format.decode
+    able = ", ".join(sorted(f.name for f in FORMATS.values() if f.decode is not None))
+    raise UsageError(
+        f"{export}: {format.name} is a program of its own, in which weights may be renamed, split and folded: "
+        f"it does not give the model's files back; {able} do. Export the model in one of these"
+    )
+
+
+def _keep_history(export: Path, target: Path, *, exact: bool) -> None:
+    """The history of the model that comes back: its own where its files do, else with this step added."""
+    history = provenance.load(export)
+    if history is None:
+        return
+    if not exact:
+        digests = {WEIGHTS_NAME: provenance.file_sha256(target / WEIGHTS_NAME)}
+        provenance.record(export, target, "unpack", inputs={}, settings={}, digests=digests)
+        return
+    steps = history.steps[:-1] if history.steps[-1].step == "export" else history.steps  # export is undone
+    if steps:
+        (target / PROVENANCE).write_text(provenance.Provenance.of(steps).dumps(), encoding="ascii")
+
+
+def _copy_others(export: Path, manifest: Manifest, target: Path) -> None:
+    """Configuration, tokenizer and whatever else is no weight; the lock, unless export had to make it."""
+    skipped = {MANIFEST, PROVENANCE} | (
+        {LOCK_NAME} if manifest.requirements.get("model_has_lock") == 0 else set()
+    )
+    for name in manifest.files:
+        if name not in skipped and not name.endswith((*TENSOR_FILES, ".safetensors.index.json")):
+            place = within(target, name)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            copy_file(within(export, name), place)
+
+
+def _from_export(
+    export: Path, manifest: Manifest, format: Format, decoded: Decoded, target: Path, tick: Tick
+) -> dict[str, int]:
+    if format.restore is not None:
+        format.restore(export, manifest, target, tick)
+    else:
+        sites = {record.name: record.dtype for record in manifest.tensors}
+        dtypes = {name: sites.get(name) or dtype_name(decoded.read(name).dtype) for name in decoded.shapes}
+        _write(target, decoded.shapes, dtypes, decoded.read, tick)
+    equal = _compare(target, decoded.shapes, decoded.read)
+    return {"tensors_equal": equal, "masks_equal": _hold(target, export / LOCK_NAME)}
+
+
+def _from_legacy(legacy: LegacyFolder, target: Path, tick: Tick, say: Say) -> dict[str, int]:
+    for path in legacy.folder.other_files():
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        copy_file(legacy.folder.path / path, target / path)
+    write_plain_config(legacy.folder, target, say)
+    _write(target, legacy.shapes, legacy.dtypes, legacy.read, tick)
+    lock = legacy.folder.path / LOCK_NAME
+    checks = {"tensors_equal": _compare(target, legacy.shapes, legacy.read)}
+    return checks | ({"masks_equal": _hold(target, lock)} if lock.is_file() else {})
+
+
+def _hold(target: Path, lock: Path) -> int:
+    """Hold what was written to a lock; returns how many masks are equal."""
+    verdict = verify(target, lock=lock)
+    for site in verdict.sites:
+        if not site.ok:
+            raise MaskError(f"{site.name}: read back from the unpacked model: {site.reason}")
+    return len(verdict.sites)
+
+
+def _compare(target: Path, names: Iterable[str], read: Callable[[str], Tensor]) -> int:
+    """Hold written tensors, as the safetensors library reads them, to what was decoded; returns how many."""
+    model, library, count = ModelFolder.open(target), LibraryReader(), 0
+    for name in names:
+        shard, info = model.info(name)
+        if info.dtype in NOT_IN_TORCH:
+            continue
+        written, decoded = library.read(shard.path, name), read(name)
+        if written.dtype != decoded.dtype or not torch.equal(_bytes(written), _bytes(decoded)):
+            raise FormatError(f"{shard.path}: {name}: read back, it is not what the export decodes to")
+        count += 1
+    return count
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _write(
+    target: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, str],
+    read: Callable[[str], Tensor],
+    tick: Tick,
+) -> None:
+    def produce(name: str) -> Tensor:
+        tensor = read(name)
+        tick(name, tensor.nbytes)
+        return tensor
+
+    specs = [(name, dtypes[name], shape) for name, shape in shapes.items()]
+    write_safetensors(target / WEIGHTS_NAME, specs, produce, {"format": "pt"})

@@ -1,0 +1,1 @@
+"""Proving masks: artifacts, policies, checks, verdicts and their reports."""

@@ -1,0 +1,340 @@
+"""Verdicts in the words of other tools: JUnit, SARIF, GitHub annotations and step summaries.
+
+https://docs.oasis-open.org/sarif/sarif/v2.1.0/sarif-v2.1.0.html. Weights have no lines, so a result names its
+file, and tensor, row and column as logical locations.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+from xml.etree import ElementTree
+
+from spp_fx.errors import SppFxError, UsageError, escaped
+from spp_fx.storage.output import atomic_file
+from spp_fx.verify.verdict import RULES, SHOWN, Finding, SiteVerdict, Verified, conclusion, findings_of
+from spp_fx.version import VERSION
+
+
+@dataclass(frozen=True)
+class Root:
+    """The folder that paths in reports are relative to."""
+
+    path: Path
+
+    @classmethod
+    def current(cls) -> "Root":
+        """The checkout of a GitHub workflow, the current folder elsewhere."""
+        return cls(Path(os.environ.get("GITHUB_WORKSPACE") or Path.cwd()).resolve())
+
+    def relative(self, path: Path) -> str | None:
+        """A path below the root with '/' between its parts, None for one outside."""
+        absolute = Path(os.path.abspath(path))
+        for form in (absolute, absolute.resolve()):
+            if form.is_relative_to(self.path):
+                return form.relative_to(self.path).as_posix()
+        return None
+
+    def shown(self, path: Path) -> str:
+        """As `relative`; the absolute path for one outside."""
+        return self.relative(path) or Path(os.path.abspath(path)).as_posix()
+
+    def uri(self, path: Path) -> str:
+        """As `relative`, as a URI reference; a file URI for one outside."""
+        inside = self.relative(path)
+        return (
+            quote(os.fsencode(inside), safe="/")
+            if inside is not None
+            else Path(os.path.abspath(path)).as_uri()
+        )
+
+
+def file_of(verdict: Verified, site: SiteVerdict | None) -> Path:
+    """The file that holds a site where it is known to lie in the artifact, else the artifact itself."""
+    if site is None or not site.file or not verdict.path.is_dir():
+        return verdict.path
+    file = verdict.path / site.file
+    return file if file.is_file() else verdict.path
+
+
+def write_report(target: Path, text: str) -> None:
+    """Write or replace a report.
+
+    Raises:
+        SppFxError: it cannot be written; whatever was there before still is.
+    """
+    if os.path.lexists(target) and not target.is_dir() and not target.is_file():
+        raise _unwritten(target, "there is a pipe, a device or a link that leads nowhere")
+    try:
+        with atomic_file(target, force=True) as temporary:
+            temporary.write_text(text, encoding="utf-8", newline="\n")
+    except SppFxError as error:
+        raise _unwritten(target, str(error)) from error
+
+
+def append_report(target: Path, text: str) -> None:
+    """Add to a file that others write to as well, as a step summary of GitHub is.
+
+    Raises:
+        SppFxError: it cannot be written.
+    """
+    try:
+        with target.open("a", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+    except OSError as error:
+        raise _unwritten(target, error.strerror or str(error)) from error
+
+
+def write_all(writes: Iterable[Callable[[], None]]) -> None:
+    """Write every report, also after one that could not be; then raise what could not."""
+    failures: list[SppFxError] = []
+    for write in writes:
+        try:
+            write()
+        except SppFxError as error:
+            failures.append(error)
+    if failures:
+        raise SppFxError("; ".join(map(str, failures))) from failures[0]
+
+
+def _unwritten(target: Path, why: str) -> SppFxError:
+    return SppFxError(f"{target}: the report was not written: {why}")
+
+
+def check_targets(
+    reports: Mapping[str, tuple[Path, str]], artifacts: Iterable[Path], files: Mapping[str, Path]
+) -> None:
+    """Refuse report files that would take the place of something that is read.
+
+    Args:
+        reports: by option, the file to write and the suffix that such reports have. In the folder of an artifact
+            one is only written under that suffix, which nothing that belongs to an artifact has: the folder may
+            be the current one, where reports usually go.
+        artifacts: files and folders that are judged or compared with.
+        files: other files that are read, by what they are.
+
+    Raises:
+        UsageError: names the option and what is in its place.
+    """
+    written: dict[Path, str] = {}
+    for option, (target, suffix) in reports.items():
+        for form in _forms(target):
+            if (other := written.setdefault(form, option)) != option:
+                raise UsageError(f"{option} {target}: is the file of {other} as well; give each its own")
+            for what, file in files.items():
+                if form in _forms(file):
+                    raise UsageError(f"{option} {target}: is the {what}; give another file")
+            for artifact in artifacts:
+                if form in _forms(artifact) or (target.suffix != suffix and _is_part(form, artifact)):
+                    raise UsageError(
+                        f"{option} {target}: is or would be a part of the artifact {artifact}; "
+                        f"give a file elsewhere, or one that is called *{suffix}"
+                    )
+
+
+def _is_part(report: Path, artifact: Path) -> bool:
+    """Whether a file lies in an artifact's folder, or beside a lone file where something is already."""
+    if artifact.is_dir():
+        return any(report.is_relative_to(form) for form in _forms(artifact))
+    return os.path.lexists(report) and any(report.parent == form.parent for form in _forms(artifact))
+
+
+def _forms(path: Path) -> Sequence[Path]:
+    """A path as it is spelt, and with its links followed."""
+    return tuple(dict.fromkeys((Path(os.path.abspath(path)), path.resolve())))
+
+
+_PLAIN = re.compile(r"[^0-9A-Za-z .,:;/()-]")
+
+
+def summary(verdicts: Sequence[Verified], root: Root) -> str:
+    """A heading, a table of artifacts, and a table of failures for each that does not hold."""
+    return "\n".join(_lines(verdicts, root)) + "\n"
+
+
+def _lines(verdicts: Sequence[Verified], root: Root) -> Iterator[str]:
+    bad = sum(not verdict.ok for verdict in verdicts)
+    yield f"## spp-fx verify: {f'{bad} of {len(verdicts)} artifacts do not hold' if bad else 'all hold'}"
+    yield ""
+    yield "| | artifact | kind | sites | failed | zeros |"
+    yield "|---|---|---|---:|---:|---:|"
+    for verdict in verdicts:
+        mark = "ok" if verdict.ok else "**not ok**"
+        numbers = f"{len(verdict.sites)} | {len(verdict.failed)} | {verdict.sparsity:.2%}"
+        yield f"| {mark} | {_cell(root.shown(verdict.path))} | {_cell(verdict.kind)} | {numbers} |"
+    for verdict in verdicts:
+        if not verdict.ok:
+            yield from _failures(verdict)
+    yield ""
+
+
+def _failures(verdict: Verified) -> Iterator[str]:
+    yield ""
+    yield f"### {_cell(conclusion(verdict))}"
+    yield ""
+    yield "| what | why |"
+    yield "|---|---|"
+    rows = [(verdict.kind, problem) for problem in verdict.problems]
+    rows += [(site.name, site.reason or "") for site in verdict.failed]
+    for what, why in rows[:SHOWN]:
+        yield f"| {_cell(what)} | {_cell(why)} |"
+    if len(rows) > SHOWN:
+        yield f"| ... | and {len(rows) - SHOWN} more; `--json` lists all |"
+
+
+def _cell(text: str) -> str:
+    """Text that Markdown and HTML take for nothing but text: all else is written as character references."""
+    return _PLAIN.sub(lambda match: f"&#{ord(match[0])};", escaped(text))
+
+
+MAX_ANNOTATIONS = 10
+"""GitHub shows no more errors than these of one step."""
+
+
+def annotations(verdicts: Sequence[Verified], root: Root) -> Iterator[str]:
+    """One `::error` line for each problem and each site that does not hold; the last one counts the rest."""
+    failures = [failure for verdict in verdicts for failure in _failed_sites(verdict)]
+    shown = len(failures) if len(failures) <= MAX_ANNOTATIONS else MAX_ANNOTATIONS - 1
+    for verdict, site, reason in failures[:shown]:
+        title = verdict.kind if site is None else site.name
+        file = root.relative(file_of(verdict, site))
+        where = "" if site is None or file is None else f",file={_property(file)}"
+        yield f"::error title={_property(title)}{where}::{_escape(reason)}"
+    if shown < len(failures):
+        yield f"::error title=spp-fx verify::and {len(failures) - shown} more failures; the log or --json has all"
+
+
+def _failed_sites(verdict: Verified) -> Iterator[tuple[Verified, SiteVerdict | None, str]]:
+    for problem in verdict.problems:
+        yield verdict, None, problem
+    for site in verdict.failed:
+        yield verdict, site, site.reason or ""
+
+
+def _escape(text: str) -> str:
+    return escaped(text).replace("%", "%25")
+
+
+def _property(text: str) -> str:
+    return _escape(text).replace(":", "%3A").replace(",", "%2C")
+
+
+_DECLARATION = '<?xml version="1.0" encoding="utf-8"?>'
+
+
+def junit(verdicts: Sequence[Verified], root: Root) -> str:
+    """The report as XML text; an artifact that cannot be read is a suite of one failing case."""
+    suites = [_suite(verdict, root) for verdict in verdicts]
+    whole = ElementTree.Element("testsuites", name="spp-fx verify")
+    for count in ("tests", "failures", "errors", "skipped"):
+        whole.set(count, str(sum(int(suite.get(count, "0")) for suite in suites)))
+    whole.extend(suites)
+    ElementTree.indent(whole)
+    return f"{_DECLARATION}\n{ElementTree.tostring(whole, encoding='unicode')}\n"
+
+
+def _suite(verdict: Verified, root: Root) -> ElementTree.Element:
+    name = escaped(root.shown(verdict.path))
+    suite = ElementTree.Element(
+        "testsuite",
+        name=f"spp-fx verify {name}",
+        tests=str(len(verdict.sites) + len(verdict.faults)),
+        failures=str(len(verdict.failed) + len(verdict.faults)),
+        errors="0",
+        skipped="0",
+    )
+    for number, fault in enumerate(verdict.faults, 1):
+        case = f"{verdict.kind}: problem {number}" if len(verdict.faults) > 1 else verdict.kind
+        _case(suite, name, case, fault.message, (fault,))
+    for site in verdict.sites:
+        _case(suite, name, site.name, site.reason, site.findings)
+    return suite
+
+
+def _case(
+    suite: ElementTree.Element, artifact: str, name: str, reason: str | None, findings: Sequence[Finding]
+) -> None:
+    case = ElementTree.SubElement(suite, "testcase", classname=artifact, name=escaped(name))
+    if findings:
+        kind = findings[0].rule
+        failure = ElementTree.SubElement(case, "failure", message=escaped(reason or ""), type=kind)
+        failure.text = "\n".join(escaped(finding.message) for finding in findings)
+
+
+_SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
+_FINGERPRINT = "sppFxFinding/v1"
+_SOURCE_ROOT = "%SRCROOT%"
+
+
+def sarif(verdicts: Sequence[Verified], root: Root) -> str:
+    """The log as JSON text: one run, one result for each finding."""
+    run: dict[str, Any] = {
+        "tool": {
+            "driver": {
+                "name": "spp-fx",
+                "version": VERSION,
+                "semanticVersion": VERSION,
+                "rules": [
+                    {
+                        "id": rule,
+                        "shortDescription": {"text": text},
+                        "defaultConfiguration": {"level": "error"},
+                    }
+                    for rule, text in RULES.items()
+                ],
+            }
+        },
+        "invocations": [{"executionSuccessful": True, "exitCode": int(any(not v.ok for v in verdicts))}],
+        "results": [result for verdict in verdicts for result in _results(verdict, root)],
+    }
+    return json.dumps({"$schema": _SCHEMA, "version": "2.1.0", "runs": [run]}, indent=2) + "\n"
+
+
+def _results(verdict: Verified, root: Root) -> Iterator[dict[str, Any]]:
+    seen: Counter[str] = Counter()
+    for site, finding in findings_of(verdict):
+        identity = _identity(root.shown(verdict.path), site, finding)
+        yield _result(verdict, site, finding, root) | {
+            "partialFingerprints": {_FINGERPRINT: f"{identity}:{seen[identity]}"}
+        }
+        seen[identity] += 1
+
+
+def _result(verdict: Verified, site: SiteVerdict | None, finding: Finding, root: Root) -> dict[str, Any]:
+    file = file_of(verdict, site)
+    artifact: dict[str, Any] = {"uri": root.uri(file)}
+    if root.relative(file) is not None:
+        artifact["uriBaseId"] = _SOURCE_ROOT
+    location: dict[str, Any] = {"physicalLocation": {"artifactLocation": artifact}}
+    if site is not None:
+        location["logicalLocations"] = _logical(site.name, finding.place)
+    about = verdict.kind if site is None else site.name
+    origin = f" ({site.origin})" if site is not None and site.origin else ""
+    return {
+        "ruleId": finding.rule,
+        "ruleIndex": list(RULES).index(finding.rule),
+        "level": "error",
+        "message": {"text": escaped(f"{about}: {finding.message}{origin}")},
+        "locations": [location],
+    }
+
+
+def _logical(name: str, place: str | None) -> list[dict[str, str]]:
+    tensor = escaped(name)
+    found = {"name": tensor, "fullyQualifiedName": tensor, "kind": "variable"}
+    if place is None:
+        return [found]
+    return [found, {"name": place, "fullyQualifiedName": f"{tensor}: {place}", "kind": "element"}]
+
+
+def _identity(artifact: str, site: SiteVerdict | None, finding: Finding) -> str:
+    """The same for the same finding in every run: it knows neither the shard nor the numbers in the message."""
+    what = finding.message if site is None else site.name
+    text = "\0".join((artifact, finding.rule, what, finding.place or ""))
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()

@@ -1,0 +1,222 @@
+"""What verify found, as data and as text for a terminal."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from spp_fx.errors import escaped
+
+RULES = {
+    "mask-changed": "A mask is not the one that the lock or the other artifact has.",
+    "pattern-broken": "A weight has more non-zeros than its sparsity pattern allows.",
+    "dense-site": "A weight that must be sparse is dense, or the lock does not speak of it.",
+    "missing-weight": "A weight that must be there is missing.",
+    "unread-weight": "A weight was not looked at, because nobody knows what it is for or how to read it.",
+    "non-finite": "A weight holds NaN or infinity.",
+    "artifact-damaged": "A file cannot be read, is not what it claims to be, or must not be released.",
+}
+"""What a finding can be about, under names that do not change from release to release."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that does not hold.
+
+    Attributes:
+        rule: a key of `RULES`.
+        message: what is wrong, with row and column where there is one, and how to mend it.
+        place: 'row 17, column 66' where one element or group is at fault.
+    """
+
+    rule: str
+    message: str
+    place: str | None = None
+
+
+@dataclass(frozen=True)
+class SiteVerdict:
+    """What verify found of one site.
+
+    Attributes:
+        violations: groups (or missing zeros) that break the pattern.
+        lost_zeros, new_zeros: positions that changed; None where only a digest is known.
+        mask_equal: None where there was nothing to compare with.
+        file: name of the file that holds it; empty where there is none.
+        pattern: what it was held to; None where no pattern was.
+        findings: why it is not ok; none where it is.
+        origin: which step is to blame, in a sentence, where the artifact's history tells.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    nnz: int = 0
+    sparsity: float = 0.0
+    violations: int = 0
+    lost_zeros: int | None = None
+    new_zeros: int | None = None
+    mask_equal: bool | None = None
+    file: str = ""
+    pattern: str | None = None
+    findings: tuple[Finding, ...] = ()
+    origin: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        return not self.findings
+
+    @property
+    def numel(self) -> int:
+        """Elements of the weight; 0 where its shape is not known."""
+        return prod(self.shape) if self.shape else 0
+
+    @property
+    def reason(self) -> str | None:
+        """Why it is not ok, in one line: the file, all findings, and whose fault it is."""
+        if not self.findings:
+            return None
+        said = "; ".join(finding.message for finding in self.findings)
+        return f"{self.file + ': ' if self.file else ''}{said}{'; ' + self.origin if self.origin else ''}"
+
+    def to_json(self) -> dict[str, Any]:
+        fields = ("nnz", "sparsity", "violations", "lost_zeros", "new_zeros", "mask_equal", "ok", "reason")
+        return {"name": self.name, "shape": list(self.shape)} | {key: getattr(self, key) for key in fields}
+
+
+@dataclass(frozen=True)
+class Verified:
+    """The verdict on an artifact.
+
+    Attributes:
+        path: the artifact, as it was named.
+        kind: model, adapter, safetensors, onnx, cusparselt, ...; `unknown` where it could not be told.
+        sites: those of which something was asked, by name.
+        faults: why the artifact as a whole must not be released, whatever its sites hold.
+        allowed_dense: sites of which nothing was asked because they may be dense.
+        left_out: matrices that are not sites because of what the model does with them, each with that reason.
+        unread: all other matrices of which nothing was asked, each with the reason.
+        notes: what is odd about its files and changes nothing.
+        error: what kept its sites from being looked at at all; a fault says the same in words.
+    """
+
+    path: Path
+    kind: str
+    sites: tuple[SiteVerdict, ...]
+    faults: tuple[Finding, ...] = ()
+    allowed_dense: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict[str, str])
+    unread: Mapping[str, str] = field(default_factory=dict[str, str])
+    error: Exception | None = field(default=None, repr=False, compare=False)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        return not self.faults and all(site.ok for site in self.sites)
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """The faults, in words."""
+        return tuple(fault.message for fault in self.faults)
+
+    @property
+    def pattern(self) -> str | None:
+        """What every site was held to, None where that differs or there was none."""
+        patterns = {site.pattern for site in self.sites}
+        return patterns.pop() if len(patterns) == 1 else None
+
+    @property
+    def failed(self) -> tuple[SiteVerdict, ...]:
+        """The sites that do not hold."""
+        return tuple(site for site in self.sites if not site.ok)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros over all sites."""
+        total = sum(site.numel for site in self.sites)
+        return 1 - sum(site.nnz for site in self.sites) / total if total else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        failed = len(self.failed)
+        data: dict[str, Any] = {
+            "ok": self.ok,
+            "kind": self.kind,
+            "pattern": self.pattern,
+            "problems": list(self.problems),
+            "sites": [site.to_json() for site in self.sites],
+            "summary": {
+                "sites": len(self.sites),
+                "ok": len(self.sites) - failed,
+                "failed": failed,
+                "sparsity": self.sparsity,
+            },
+            "left_out": dict(self.left_out),
+            "unread": dict(self.unread),
+        }
+        if self.allowed_dense:
+            data["allowed_dense"] = list(self.allowed_dense)
+        if self.notes:
+            data["notes"] = list(self.notes)
+        return data
+
+
+def all_to_json(verdicts: Sequence[Verified]) -> dict[str, Any]:
+    """The verdicts on the artifacts of a policy, each under the path that the policy leads to."""
+    return {
+        "ok": all(verdict.ok for verdict in verdicts),
+        "artifacts": [{"path": str(verdict.path)} | verdict.to_json() for verdict in verdicts],
+    }
+
+
+def findings_of(verdict: Verified) -> list[tuple[SiteVerdict | None, Finding]]:
+    """Every finding with its site, None for those of the whole artifact, in the order of the report."""
+    whole: list[tuple[SiteVerdict | None, Finding]] = [(None, fault) for fault in verdict.faults]
+    return whole + [(site, finding) for site in verdict.sites for finding in site.findings]
+
+
+SHOWN = 20
+"""Problems and failing sites told in full; the rest are counted."""
+
+
+def lines(verdict: Verified, *, one_of_many: bool = False) -> Iterator[str]:
+    """Each failure, the first ones in full, then the verdict; of many, each says which artifact it is of."""
+    fail = f"FAIL {escaped(str(verdict.path))}:" if one_of_many else "FAIL"
+    for problem in verdict.problems[:SHOWN]:
+        yield f"{fail} {verdict.kind}: {escaped(problem)}"
+    if len(verdict.problems) > SHOWN:
+        yield f"... and {len(verdict.problems) - SHOWN} more problems; --json lists all"
+    failed = verdict.failed
+    for site in failed[:SHOWN]:
+        yield f"{fail} {escaped(site.name)}: {escaped(site.reason or '')}"
+    if len(failed) > SHOWN:
+        yield f"... and {len(failed) - SHOWN} more; --json lists all"
+    yield conclusion(verdict)
+    if verdict.ok:
+        for what, reasons in (("left out", verdict.left_out), ("not looked at", verdict.unread)):
+            yield from (f"  {what}: {line}" for line in grouped(reasons))
+
+
+def grouped(reasons: Mapping[str, str]) -> Iterator[str]:
+    """Names with their reasons, a line a reason: the first name, and how many more have the same."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    for reason, group in names.items():
+        more = f" and {len(group) - 1} more" if len(group) > 1 else ""
+        yield f"{escaped(group[0])}{more}: {escaped(reason)}"
+
+
+def conclusion(verdict: Verified) -> str:
+    """The verdict in one line."""
+    what = f"{verdict.kind} {escaped(str(verdict.path))}"
+    if not verdict.ok:
+        count = len(verdict.problems)
+        whole = f", {count} problem{'s' if count > 1 else ''} of the whole" if count else ""
+        return f"not ok: {what}: {len(verdict.failed)} of {len(verdict.sites)} sites fail{whole}"
+    held = f"hold {verdict.pattern}" if verdict.pattern else "are as they should be"
+    equal = sum(site.mask_equal is True for site in verdict.sites)
+    masks = f", {equal} masks equal" if equal else ""
+    dense = f", {len(verdict.allowed_dense)} allowed to be dense" if verdict.allowed_dense else ""
+    count = len(verdict.unread)
+    unread = f", {count} other weight{'s' if count > 1 else ''} not looked at" if count else ""
+    return f"ok: {what}: all {len(verdict.sites)} sites {held}{masks}{dense}{unread}"
