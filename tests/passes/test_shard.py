@@ -1,4 +1,4 @@
-"""shard, in a group of one process: every family computes what it did. Groups of two: tests/workflows."""
+"""shard, in a group of one process: every family computes what it did. Groups of two: tests/verbs."""
 
 import copy
 

@@ -19,7 +19,7 @@ from spp_fx.graph.trace import trace
 from spp_fx.verbs import prune as workflow
 from spp_fx.verbs.load import Calibration, calibration_tokens
 from tests.command import command, listing, must
-from tests.workflows.conftest import save_with_tokenizer
+from tests.verbs.conftest import save_with_tokenizer
 
 CALIBRATION = ("--samples", 8, "--seq-len", 32)
 WANDA = ("--method", "wanda", "--calib", "TEXT")

@@ -4,7 +4,7 @@ import re
 
 from spp_fx.verify.report import annotations, summary
 from spp_fx.verify.verdict import RULES, Finding, Verified
-from tests.report.conftest import site
+from tests.verify.conftest import site
 
 
 def test_an_annotation_names_file_and_site(verdicts, root):
