@@ -107,9 +107,9 @@ def _check_reports(
 
 def _judge(output: Output, checks: "Sequence[Check]", jobs: int | None) -> "list[Verified]":
     from spp_fx.memory import keep_freed_memory
-    from spp_fx.verbs.verify import MASK_BYTES, check_request, gate
+    from spp_fx.verbs.verify import check_request, gate
 
-    keep_freed_memory(MASK_BYTES)
+    keep_freed_memory(256 << 20)  # the masks of a few large matrices
     for check in checks:  # a wrong request must not throw away what was judged before it
         check_request(check)
     verdicts: list[Verified] = []

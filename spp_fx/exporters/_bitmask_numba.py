@@ -4,8 +4,8 @@ import sys
 
 import numpy as np
 
+from spp_fx.compiled import compiled
 from spp_fx.exporters.bitmask import Bytes, Elements, Kernels
-from spp_fx.sparsity._compile import compiled
 
 if sys.byteorder != "little":
     raise ImportError("the compiled kernels read elements as little-endian")

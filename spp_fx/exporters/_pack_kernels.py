@@ -10,7 +10,7 @@ and conditions are integers, not booleans joined by `and` and `or`: LLVM then wo
 
 import numpy as np
 
-from spp_fx.sparsity._compile import compiled
+from spp_fx.compiled import compiled
 
 EMPTY_GROUP = np.uint8(0xE)
 _ONE, _TWO, _THREE, _LOW = np.uint8(1), np.uint8(2), np.uint8(3), np.uint8(0xF)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from spp_fx.errors import FormatError
-from spp_fx.exporters.format import Decoded, Weights, scan_stored
+from spp_fx.exporters.format import Decoded, Weights
 from spp_fx.exporters.manifest import MANIFEST, Manifest, TensorRecord
 from spp_fx.exporters.semi_structured import Packed24, in_parallel, kernels, row_chunks, unpack_2_4
-from spp_fx.sparsity.scan import Scan, scan_tensor
+from spp_fx.sparsity.scan import Scan, scan_stored, scan_tensor
 from spp_fx.storage.safetensors import Shard, TensorInfo, torch_dtype
 from spp_fx.storage.writer import TensorSpec
 

@@ -24,13 +24,14 @@ from torch import Tensor
 
 from spp_fx.errors import MaskError, PatternError, SppFxError, UsageError
 from spp_fx.exporters.checks import check_copied, lost_signs
-from spp_fx.exporters.format import ROUNDED, Say, Source, Tick, scan_stored
+from spp_fx.exporters.format import ROUNDED, Say, Source, Tick
 from spp_fx.exporters.manifest import Manifest, TensorRecord, site_sizes
 from spp_fx.exporters.packed_reader import DENSE, WEIGHTS, Layouts, PackedModel, Rows
 from spp_fx.exporters.semi_structured import in_parallel, pack_rows
 from spp_fx.parallel import thread_count
 from spp_fx.sparsity.lock import LockEntry
 from spp_fx.sparsity.pattern import NM, implies, scan_bits
+from spp_fx.sparsity.scan import scan_stored
 from spp_fx.storage.safetensors import BITS, Shard, torch_dtype
 from spp_fx.storage.workspace import Workspace
 from spp_fx.storage.writer import Content, Memory, TensorSpec, write_in_parts, write_safetensors

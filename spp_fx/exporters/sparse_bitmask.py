@@ -37,9 +37,8 @@ from spp_fx.exporters.raw_file import (
 from spp_fx.exporters.sparse_bitmask_check import check_written
 from spp_fx.exporters.sparse_bitmask_reader import FOLDER, NAME, VERSION, decode, read, restore
 from spp_fx.parallel import in_order
-from spp_fx.sparsity._backend import backend
+from spp_fx.sparsity.kernels import element_type, scanner
 from spp_fx.sparsity.lock import LOCK_NAME, LockEntry
-from spp_fx.sparsity.scan import element_type
 from spp_fx.storage.safetensors import Shard, TensorInfo
 from spp_fx.storage.writer import copy_file, write_shards
 from spp_fx.version import VERSION as SPP_FX_VERSION
@@ -128,13 +127,13 @@ def write_shard(source: Source, shard: Shard, target: Path, tick: Tick) -> dict[
 def _count(shard: Shard, info: TensorInfo, spool: BinaryIO) -> _Site:
     """Count the values of a site; its bitmask goes to the end of the spool."""
     itemsize, offset, nnz = element_type(info.dtype).itemsize, spool.tell(), 0
-    every_bit = (1 << 8 * itemsize) - 1
+    every_bit, scan = element_type(f"U{8 * itemsize}"), scanner(itemsize)
 
     def look(span: tuple[int, int]) -> tuple[int, Bytes]:
         start, stop = span
         elements = unsigned(read_span(shard.path, info.start + start, stop - start), itemsize)
         mask = np.empty(-(-elements.size // 8), dtype=np.uint8)
-        return backend().scan_elements(elements, every_bit, 0, 0, mask)[0], mask
+        return scan(elements, every_bit, mask)[0], mask
 
     for count, mask in in_order(look, spans(info.nbytes, SPAN)):
         nnz += count

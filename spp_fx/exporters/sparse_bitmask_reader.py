@@ -14,11 +14,11 @@ from torch import Tensor
 
 from spp_fx.errors import FormatError
 from spp_fx.exporters.bitmask import Bytes, kernels, ones, unsigned
-from spp_fx.exporters.format import Decoded, Tick, Weights, scan_stored
+from spp_fx.exporters.format import Decoded, Tick, Weights
 from spp_fx.exporters.manifest import COMPACT, MANIFEST, Manifest
 from spp_fx.exporters.raw_file import SPAN, copy_spans, read_span, spans, write_raw
 from spp_fx.parallel import in_order
-from spp_fx.sparsity.scan import Scan, scan_tensor
+from spp_fx.sparsity.scan import Scan, scan_stored, scan_tensor
 from spp_fx.storage.folder import within
 from spp_fx.storage.safetensors import BITS, Shard, TensorInfo, stored_nbytes, torch_dtype, torch_shape
 from spp_fx.storage.strict_json import parse_object, shown

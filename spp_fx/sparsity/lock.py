@@ -30,7 +30,7 @@ from spp_fx.sparsity.mask import LOCATOR_DIGITS, PackedMask, flip, locator, prop
 from spp_fx.sparsity.pattern import Pattern, parse_pattern
 
 LOCK_NAME = "sparsity.lock.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had another digest
 
 _MAX_BYTES = 64 << 20
 _MAX_NUMEL = 1 << 60
@@ -112,6 +112,8 @@ class Lock(_Strict):
     @field_validator("format_version")
     @classmethod
     def _known_version(cls, version: int) -> int:
+        if version == 1:
+            raise ValueError("version 1 is no longer read; make a new lock with 'spp-fx lock MODEL --force'")
         if version != FORMAT_VERSION:
             raise ValueError(f"version {version} is unknown, this release reads {FORMAT_VERSION}")
         return version

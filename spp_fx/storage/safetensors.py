@@ -6,11 +6,11 @@ Format: an unsigned 64-bit little-endian length, that many bytes of JSON startin
 spaces, then the tensors' bytes without gaps (https://github.com/huggingface/safetensors#format).
 """
 
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from io import FileIO
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
 
@@ -476,20 +476,19 @@ class Shard:
         where = f"{self.path}: tensor {shown(info.name)}"
         try:
             with open(self.path, "rb", buffering=0) as file:
-                file.seek(offset)
-                whole = _fill(file, target)
+                whole = read_at(file.fileno(), offset, target) == len(target)
         except OSError as error:
             raise SppFxError(f"{where}: cannot be read ({error.strerror})") from error
         if not whole:
             raise FormatError(f"{where}: the file shrank after its header was read; get it again")
 
 
-def _fill(file: FileIO, target: memoryview) -> bool:
-    """Read until `target` is full; false when the file ends before."""
+def read_at(descriptor: int, position: int, target: memoryview) -> int:
+    """Fill `target` from a position of an open file; returns how many bytes that are: fewer at the file's end alone."""
     done = 0
     while done < len(target):
-        count = file.readinto(target[done : done + _READ_BYTES])
+        count = os.preadv(descriptor, [target[done : done + _READ_BYTES]], position + done)
         if not count:
-            return False
+            break
         done += count
-    return True
+    return done

@@ -3,15 +3,17 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spp_fx.errors import FormatError, MaskError, PatternError, UsageError
 from spp_fx.parallel import Tick, in_order, no_tick
+from spp_fx.sparsity.kernels import element_type
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry, load_lock, make_entry
 from spp_fx.sparsity.pattern import Pattern, detect_pattern, parse_pattern, scan_bits
-from spp_fx.sparsity.scan import Scan, element_type, scan_file
+from spp_fx.sparsity.scan import Scan, scan_stored
 from spp_fx.storage.folder import peft_adapter
 from spp_fx.storage.links import links_option
 from spp_fx.verify import provenance
@@ -176,7 +178,7 @@ def make_lock(
     """
     from spp_fx.passes.match import Match
     from spp_fx.passes.pipeline import run_pipeline
-    from spp_fx.verify.model_sites import scan_tensor, tensors_of
+    from spp_fx.verify.model_sites import tensors_of
 
     if not found.program.sites:
         return Made(Lock.of([]), found.others)
@@ -201,10 +203,7 @@ def make_lock(
                 left_out[tensor] = reason
                 unreadable.append(tensor)
                 continue
-
-            def scan(tensor: str = tensor, transposed: bool = piece.transposed) -> Scan:
-                return scan_tensor(found.folder, tensor, transposed=transposed)
-
+            scan = partial(scan_stored, shard, tensor, transposed=piece.transposed)
             kind = found.program.sites[site].kind
             candidates.append(Candidate(tensor, kind, piece.transposed, shard.name, info.nbytes, scan))
     return replace(_lock(candidates, pattern, left_out, tick), unreadable=tuple(unreadable))
@@ -237,10 +236,7 @@ def _lock_file(path: Path, pattern: Pattern | None, targets: Sequence[str], tick
         elif (reason := _uncounted(info.dtype)) is not None:
             left_out[name] = reason
         else:
-
-            def scan(start: int = info.start, shape: tuple[int, ...] = info.shape, dtype: str = info.dtype):
-                return scan_file(path, start, shape, dtype)
-
+            scan = partial(scan_stored, shard, name)
             kind = "experts" if len(info.shape) == 3 else "linear"
             candidates.append(Candidate(name, kind, False, path.name, info.nbytes, scan))
     return _lock(candidates, pattern, left_out, tick)

@@ -22,7 +22,7 @@ from spp_fx.parallel import Tick, in_order, no_tick, thread_count
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry, compare, compare_masks, lock_beside, make_entry
 from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.pattern import scan_bits
-from spp_fx.sparsity.scan import load_scanner, scan_file
+from spp_fx.sparsity.scan import scan_stored
 from spp_fx.storage.folder import OWN_FILES, ModelFolder, within
 from spp_fx.storage.links import links_option
 from spp_fx.storage.safetensors import Shard, TensorInfo
@@ -188,7 +188,6 @@ def read_back(
         FormatError: a file or a tensor that was copied is not the base's.
         MaskError: a mask is not the lock's; names the tensor.
     """
-    load_scanner()
     found = ReadBack()
 
     def tasks() -> Iterator[Callable[[], None]]:
@@ -317,8 +316,7 @@ def _prove(
 
 
 def _mask(shard: Shard, entry: LockEntry) -> PackedMask:
-    info = shard.info(entry.name)
-    scan = scan_file(shard.path, info.start, info.shape, info.dtype, transposed=entry.transposed)
+    scan = scan_stored(shard, entry.name, transposed=entry.transposed)
     if scan.first_non_finite is not None:
         raise MaskError(f"{entry.name}: read back from disk, it holds NaN or infinity")
     return scan.mask
@@ -488,11 +486,8 @@ def _check_names(folder: ModelFolder, locked: dict[str, LockEntry]) -> None:
 
 
 def _check_base(folder: ModelFolder, locked: dict[str, LockEntry]) -> None:
-    load_scanner()
-
     def check(entry: LockEntry) -> None:
-        shard, info = folder.info(entry.name)
-        scan = scan_file(shard.path, info.start, info.shape, info.dtype, transposed=entry.transposed)
+        scan = scan_stored(folder.info(entry.name)[0], entry.name, transposed=entry.transposed)
         difference = compare(entry, scan.mask)
         if not difference.equal:
             raise MaskError(

@@ -32,6 +32,7 @@ from spp_fx.pruning.recipe import MatrixReport, Recipe, check_patterns, patterns
 from spp_fx.pruning.walk import FileStates
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry, make_entry
 from spp_fx.sparsity.pattern import Pattern, parse_pattern, scan_bits
+from spp_fx.sparsity.scan import scan_stored
 from spp_fx.storage.folder import OWN_FILES, ModelFolder
 from spp_fx.storage.links import links_option
 from spp_fx.storage.safetensors import Shard, TensorInfo, dtype_name, torch_dtype
@@ -39,7 +40,7 @@ from spp_fx.storage.workspace import Workspace, check_output, workspace
 from spp_fx.storage.writer import copy_others, rewrite_shard, write_safetensors, write_shards
 from spp_fx.verbs.load import Calibration, draw_windows
 from spp_fx.verify import provenance
-from spp_fx.verify.model_sites import Survey, choose, scan_tensor, survey, tensors_of
+from spp_fx.verify.model_sites import Survey, choose, survey, tensors_of
 
 
 class LayerStore:
@@ -442,7 +443,7 @@ def _lock_folder(folder: ModelFolder, found: Survey, patterns: Mapping[str, Patt
     entries: list[LockEntry] = []
     for site, pattern in patterns.items():
         for piece in tensors_of(found.pieces[site]).values():
-            mask = scan_tensor(folder, piece.tensor, transposed=piece.transposed).mask
+            mask = scan_stored(folder.info(piece.tensor)[0], piece.tensor, transposed=piece.transposed).mask
             violations = scan_bits(mask, pattern)
             if violations.count:
                 raise MaskError(

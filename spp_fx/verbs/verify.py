@@ -1,7 +1,6 @@
 """verify: an artifact against its lock, a pattern, or another artifact, site by site."""
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -11,19 +10,13 @@ from spp_fx.errors import SppFxError
 from spp_fx.exporters.manifest import MANIFEST
 from spp_fx.parallel import Tick, in_order, no_tick, thread_count
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, load_lock
-from spp_fx.sparsity.mask import digest_masks
-from spp_fx.sparsity.scan import Scan, Weights, load_scanner
 from spp_fx.storage.links import links_option
 from spp_fx.verify.artifact import Artifact, open_artifact
 from spp_fx.verify.checks import Other, Question, judge, look, other_of, plan
 from spp_fx.verify.policy import Check, Coverage, Demands, check_request, nothing_to_hold_to
 from spp_fx.verify.verdict import Finding, SiteVerdict, Verified
 
-_GROUP = 16  # two decoder layers: enough masks for the lanes of a vector, few against the sites of a model
-MASK_BYTES = 256 << 20
-"""Memory of the masks that all jobs hold together, unless one alone is larger."""
-
-__all__ = ["MASK_BYTES", "Check", "SiteVerdict", "Verified", "check_request", "gate", "verify"]
+__all__ = ["Check", "SiteVerdict", "Verified", "check_request", "gate", "verify"]
 
 
 @links_option
@@ -138,63 +131,23 @@ def _judge_all(
 ) -> list[SiteVerdict]:
     """Every question's verdict, in order, however many are worked on at once."""
 
-    def looked(question: Question) -> Scan | Exception | None:
+    def answer(question: Question) -> SiteVerdict:
         try:
-            return look(artifact, question)
-        except (SppFxError, OSError) as error:
-            return error
-
-    def answer(question: Question, scan: Scan | Exception | None) -> SiteVerdict:
-        try:
-            if isinstance(scan, Exception):
-                raise scan
-            return judge(artifact, question, scan, other)
+            return judge(artifact, question, look(artifact, question), other)
         except (SppFxError, OSError) as error:
             if damaged is None:
                 raise
             return damaged(question, error)
 
-    def answers(group: list[Question]) -> list[SiteVerdict]:
-        scans = [looked(question) for question in group]
-        digest_masks([scan.mask for scan in scans if isinstance(scan, Scan)])
-        return [answer(question, scan) for question, scan in zip(group, scans, strict=True)]
-
     streams = _streams(artifact, other)
     if jobs is None:
         jobs = min(thread_count(), len(questions)) if streams else 1
-    load_scanner()  # before there are threads that would each begin to
-    groups = _groups(questions, artifact.weights, jobs if streams else None)
     origin = _historian(artifact)
     sites: list[SiteVerdict] = []
-    for site in (site for group in in_order(answers, groups, jobs) for site in group):
+    for site in in_order(answer, questions, jobs):
         sites.append(replace(site, origin=origin(site.file)) if _has_an_origin(site) else site)
         tick(site.name, site.numel)
     return sites
-
-
-def _groups(questions: Sequence[Question], weights: Weights, jobs: int | None) -> Iterator[list[Question]]:
-    """Neighbouring sites that one job looks at, so that their masks are hashed side by side.
-
-    Args:
-        jobs: each gets about as many groups, so that none waits for the last, and holds its part of
-            `MASK_BYTES`, by the sizes that the artifact has, whatever a lock says; None makes every site one of
-            its own, as are those of unknown size.
-    """
-    rounds = max(1, math.ceil(len(questions) / (_GROUP * (jobs or 1))))
-    most = math.ceil(len(questions) / (rounds * (jobs or 1)))
-    group: list[Question] = []
-    held = 0
-    for question in questions:
-        size = MASK_BYTES
-        if jobs and weights.shape and question.name in weights.names:
-            size = math.prod(weights.shape(question.name)) // 8
-        if group and (len(group) == most or held + size > MASK_BYTES // (jobs or 1)):
-            yield group
-            group, held = [], 0
-        group.append(question)
-        held += size
-    if group:
-        yield group
 
 
 def _streams(artifact: Artifact, other: Other | None) -> bool:

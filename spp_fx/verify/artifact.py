@@ -13,7 +13,7 @@ from spp_fx.adapters.adapter_folder import AdapterFolder, is_adapter
 from spp_fx.errors import FormatError, UsageError
 from spp_fx.exporters.manifest import COMPACT, MANIFEST, Manifest, is_legacy, read_manifest, sparsity_configs
 from spp_fx.sparsity.lock import Lock, lock_beside
-from spp_fx.sparsity.scan import Scan, Weights, is_matrix, scan_file
+from spp_fx.sparsity.scan import Scan, Weights, is_matrix, scan_file, scan_stored
 from spp_fx.storage.folder import INDEX_NAME, WEIGHTS_NAME, ModelFolder
 from spp_fx.storage.safetensors import Shard
 from spp_fx.storage.strict_json import read_object
@@ -192,8 +192,7 @@ def _model(path: Path, trust_remote_code: bool) -> Artifact:
     folder = open_model(path)
 
     def scan(name: str, transposed: bool) -> Scan:
-        shard, info = folder.info(name)
-        return scan_file(shard.path, info.start, info.shape, info.dtype, transposed=transposed)
+        return scan_stored(folder.info(name)[0], name, transposed=transposed)
 
     def file(name: str) -> str:
         return folder.info(name)[0].name
@@ -261,8 +260,7 @@ def _safetensors(path: Path, trust_remote_code: bool) -> Artifact:
     shard = Shard.open(path)
 
     def scan(name: str, transposed: bool) -> Scan:
-        info = shard.info(name)
-        return scan_file(path, info.start, info.shape, info.dtype, transposed=transposed)
+        return scan_stored(shard, name, transposed=transposed)
 
     shapes = {name: info.shape for name, info in shard.header.tensors.items()}
     of_model, part = (path.parent / "config.json").is_file(), _is_part(path)

@@ -18,7 +18,7 @@ from spp_fx.passes.match import Match
 from spp_fx.passes.pipeline import run_pipeline
 from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.pattern import Pattern, detect_pattern
-from spp_fx.sparsity.scan import Scan, is_matrix, scan_file
+from spp_fx.sparsity.scan import is_matrix, scan_stored
 from spp_fx.storage.folder import ModelFolder
 from spp_fx.verify.artifact import open_model
 
@@ -312,12 +312,6 @@ def loaded_program(
     return program, _match_all(program)
 
 
-def scan_tensor(folder: ModelFolder, tensor: str, *, transposed: bool) -> Scan:
-    """The fast look at one stored tensor."""
-    shard, info = folder.info(tensor)
-    return scan_file(shard.path, info.start, info.shape, info.dtype, transposed=transposed)
-
-
 def tensors_of(pieces: Iterable[Piece]) -> dict[str, Piece]:
     """The stored tensors of pieces, each once (a stack stored whole counts once)."""
     return {piece.tensor: piece for piece in pieces}
@@ -334,7 +328,7 @@ def observe(
     for site in sites:
         patterns: list[Pattern | None] = []
         for tensor, piece in tensors_of(found.pieces[site]).items():
-            mask = scan_tensor(found.folder, tensor, transposed=piece.transposed).mask
+            mask = scan_stored(found.folder.info(tensor)[0], tensor, transposed=piece.transposed).mask
             seen[tensor] = (mask, detect_pattern(mask))
             patterns.append(seen[tensor][1])
             tick(tensor, found.folder.info(tensor)[1].nbytes)

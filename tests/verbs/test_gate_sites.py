@@ -5,7 +5,6 @@ import re
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -18,7 +17,7 @@ from spp_fx.verbs.verify import Check, gate, verify
 from spp_fx.verify.artifact import is_site, open_artifact
 from tests.command import must, rewrite
 from tests.families import make_model, prune_2_4
-from tests.handmade import Raw, lock_of, save, sparse
+from tests.handmade import lock_of, save, sparse
 
 Q, UP, DOWN = (
     f"model.layers.0.{word}.weight" for word in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
@@ -251,34 +250,6 @@ def test_a_lock_without_a_pattern_does_not_cover_a_dense_site(world):
     assert verify(folder).ok
     assert failures(verify(folder, coverage="all")) == {UP: "dense-site"}
     assert verify(folder, coverage="all", allow_dense=["up_proj"]).ok
-
-
-def test_sites_are_looked_at_together_by_their_own_size_and_not_by_the_locks(tmp_path, monkeypatch):
-    tensors = {f"layers.{number}.weight": sparse(32, 64, seed=number) for number in range(8)}
-    save(tmp_path / "w.safetensors", tensors)
-    small = {name: Raw("F32", np.ones((1, 8), dtype="<u4")) for name in tensors}
-    monkeypatch.setattr(verify_module, "MASK_BYTES", 3 * 32 * 64 // 8)
-    sizes: list[int] = []
-
-    def digests(masks) -> None:
-        sizes.append(len(masks))
-
-    monkeypatch.setattr(verify_module, "digest_masks", digests)
-    lock = tmp_path / "small.json"
-    lock.write_text(lock_of(small).dumps())
-    gate(Check(tmp_path / "w.safetensors", lock=lock), jobs=1)
-    assert sizes == [3, 3, 2]
-
-
-@pytest.mark.parametrize(
-    ("sites", "jobs", "expected"), [(8, 2, [4, 4]), (33, 2, [9, 9, 9, 6]), (5, 4, [2, 2, 1]), (3, 1, [3])]
-)
-def test_jobs_get_about_as_many_sites(tmp_path, monkeypatch, sites, jobs, expected):
-    save(tmp_path / "w.safetensors", {f"layers.{n}.weight": sparse(32, 64, seed=n) for n in range(sites)})
-    sizes: list[int] = []
-    monkeypatch.setattr(verify_module, "digest_masks", lambda masks: sizes.append(len(masks)))
-    assert verify(tmp_path / "w.safetensors", pattern="2:4", jobs=jobs).ok
-    assert sorted(sizes, reverse=True) == expected
 
 
 def test_the_file_of_a_graphs_weight_is_the_one_that_holds_its_numbers(world):
