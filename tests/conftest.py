@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from tests import traces
+from tests import effort, traces
 
 if not torch.cuda.is_available():
     # Triton reads it while it is imported: its kernels then run in an interpreter on the CPU.
@@ -22,7 +22,11 @@ TIMELESS = {
 }
 settings.register_profile("push", **TIMELESS)
 settings.register_profile("nightly", **TIMELESS)
-settings.load_profile("nightly" if "SPP_FX_NIGHTLY" in os.environ else "push")
+settings.load_profile("nightly" if effort.NIGHTLY else "push")
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.write_line(f"samples were drawn with SPP_FX_SEED={effort.SEED}")
 
 
 @pytest.fixture(autouse=True, scope="session")
