@@ -2,17 +2,20 @@
 
 import logging
 import os
-import sys
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 from tests import effort, traces
+from tests.worlds import session_folder
 
 if not torch.cuda.is_available():
     # Triton reads it while it is imported: its kernels then run in an interpreter on the CPU.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+EXPORTING = {"exporters", "verbs", "runtime", "e2e"}
+"""Folders of tests that write ONNX files; others do not import the exporter."""
 
 # Nothing that is measured in seconds: the first example may compile a kernel, and other processes share the cores.
 TIMELESS = {
@@ -42,18 +45,19 @@ def _no_trace_log():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _export_once():
+def _export_once(request, tmp_path_factory):
+    """See tests.traces."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.export, "export", traces.export)
+        if any(EXPORTING & set(item.path.parts) for item in request.session.items):
+            from spp_fx.exporters.onnx import writer
+
+            patch.setattr(
+                writer,
+                "build_graph",
+                traces.graph_builder(writer.build_graph, session_folder(tmp_path_factory)),
+            )
         yield
-
-
-@pytest.fixture(autouse=True)
-def _build_graphs_once(_export_once, tmp_path_factory, monkeypatch):
-    """ONNX graphs too, in the verbs; imported by the test itself, the module is patched for the next one."""
-    writer = sys.modules.get("spp_fx.exporters.onnx.writer")
-    if writer is not None:
-        monkeypatch.setattr(writer, "build_graph", traces.graph_builder(writer.build_graph, tmp_path_factory))
 
 
 @pytest.fixture

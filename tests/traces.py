@@ -12,19 +12,19 @@ import json
 import os
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from types import CellType, FunctionType, MethodType
 from typing import Any
 
-import pytest
 import torch
 from filelock import FileLock
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from tests.worlds import session_folder
-
 _export = torch.export.export
 _exported: dict[str, ExportedProgram] = {}
+_failed: dict[str, Exception] = {}
+_tracebacks: dict[str, Any] = {}
 enabled = "SPP_FX_EXPORT_ALWAYS" not in os.environ
 
 
@@ -40,14 +40,21 @@ def export(model: nn.Module, args: tuple[Any, ...], **options: Any) -> ExportedP
         key = _key(model, args, options)
     except _Unknown:
         return _export(model, args, **options)
+    if key in _failed:
+        error = _failed[key]
+        raise error.with_traceback(_tracebacks[key])
     if key not in _exported:
-        first = _export(model, args, **options)
+        try:
+            first = _export(model, args, **options)
+        except Exception as error:
+            _failed[key], _tracebacks[key] = error, error.__traceback__
+            raise
         _exported[key] = _copy(first, {}, {})
         return first
     return _copy(_exported[key], model.state_dict(keep_vars=True), dict(model.named_buffers()))
 
 
-def graph_builder(build: Callable[..., Any], factory: pytest.TempPathFactory) -> Callable[..., Any]:
+def graph_builder(build: Callable[..., Any], folder: Path) -> Callable[..., Any]:
     """`build_graph` of the ONNX exporter, which takes five to fifteen seconds: once per model for all processes."""
 
     def built(model: nn.Module, *, with_past: bool = False) -> Any:
@@ -57,7 +64,7 @@ def graph_builder(build: Callable[..., Any], factory: pytest.TempPathFactory) ->
             key = None
         if key is None:
             return build(model, with_past=with_past)
-        kept = session_folder(factory) / f"graph-{key}.pickle"
+        kept = folder / f"graph-{key}.pickle"
         with FileLock(kept.with_suffix(".lock")):
             if not kept.exists():
                 kept.write_bytes(pickle.dumps(build(model, with_past=with_past)))
