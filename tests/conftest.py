@@ -2,6 +2,7 @@
 
 import logging
 import os
+from importlib import import_module
 
 import pytest
 import torch
@@ -50,8 +51,7 @@ def _export_once(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.export, "export", traces.export)
         if any(EXPORTING & set(item.path.parts) for item in request.session.items):
-            from spp_fx.exporters.onnx import writer
-
+            writer = import_module("spp_fx.exporters.onnx.writer")  # the package has a function of that name
             patch.setattr(
                 writer,
                 "build_graph",
