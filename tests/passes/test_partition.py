@@ -11,7 +11,10 @@ from spp_fx.errors import PreconditionError
 from spp_fx.graph.names import layer_of
 from spp_fx.graph.outline import outline
 from spp_fx.graph.trace import trace
-from spp_fx.passes import Canonicalize, Checkpoint, Fold, Partition, run_pipeline
+from spp_fx.passes.canonicalize import Canonicalize
+from spp_fx.passes.fold_adapters import Fold
+from spp_fx.passes.partition import Checkpoint, Partition
+from spp_fx.passes.pipeline import run_pipeline
 from tests.families import FAMILIES, batch
 from tests.passes.programs import adapted, canonical, loss_of
 
