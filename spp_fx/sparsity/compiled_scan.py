@@ -1,8 +1,8 @@
 """`kernels.scan_elements` as machine code, which llvmlite makes from LLVM assembly in some 20 ms.
 
 A comparison of 64 lanes whose result is read as a 64-bit integer is one or two instructions on AVX-512 and a few
-more on other CPUs, so one definition serves every CPU. numba has no spelling for it, and its import alone takes
-longer than reading a gigabyte.
+more on other CPUs, so one definition serves every CPU. numba cannot express it, and importing numba
+takes longer than reading a gigabyte.
 """
 
 import ctypes

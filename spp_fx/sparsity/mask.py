@@ -124,7 +124,7 @@ def locator(mask: PackedMask) -> str:
 def propose_flips(then: str, now: str, mask: PackedMask) -> list[int] | None:
     """Linear indices that would explain the difference of two locators, at most one a bucket, ascending.
 
-    None where no such set exists: the locators agree, or a difference is no position of its bucket.
+    None where no such set exists: the locators agree, or a difference is not a position of its bucket.
     """
     flips: list[int] = []
     for bucket in range(BUCKETS):

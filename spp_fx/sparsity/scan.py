@@ -1,7 +1,7 @@
 """One pass over a weight, in a file or in memory: its mask, its counts and its non-finite values.
 
-The data is cut into regions, one for a thread at a time, which reads and packs it in pieces that fit a core's cache.
-Memory is bounded by the mask (1/16 of bf16 data; three times that for a transposed weight) and a piece a thread.
+The data is cut into regions, one for a thread at a time, which reads and packs it in chunks that fit a core's cache.
+Memory is bounded by the mask (1/16 of bf16 data; three times that for a transposed weight) and a chunk a thread.
 """
 
 import math
@@ -29,8 +29,8 @@ from spp_fx.storage.safetensors import Shard, read_at
 if TYPE_CHECKING:
     import torch
 
-_PIECE = 1 << 20  # bytes of weight read at once: with its mask it stays in a core's own cache
-_REGION = 16 * _PIECE  # bytes of weight a task: large against the cost of handing it to a thread
+_CHUNK = 1 << 20  # bytes of weight read at once: with its mask it stays in a core's own cache
+_REGION = 16 * _CHUNK  # bytes of weight a task: large against the cost of handing it to a thread
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _scan(
 
     def scan_region(start: int) -> tuple[int, int, int]:
         """Fill the region's bits; its non-zeros, its non-finites and the index of the first of those or -1."""
-        stop, step = min(start + _REGION // size, numel), _PIECE // size
+        stop, step = min(start + _REGION // size, numel), _CHUNK // size
         buffer = np.empty(min(step, stop - start) * size, dtype=np.uint8)
         nnz, non_finite, first = 0, 0, -1
         for at in range(start, stop, step):
@@ -174,20 +174,20 @@ def _nothing() -> Mapping[str, str]:
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of something written, looked at one by one.
+    """The weights of an artifact, to be scanned one by one.
 
     Attributes:
         names: its weights.
-        scan: look at a weight, given its name and whether its site is stored (in, out).
+        scan: scan a weight, given its name and whether its site is stored (in, out).
         file: the name of the file that holds a weight.
         sites: the weights that must be sparse where no lock says so: name -> stored (in, out)? One that is
             not there is among them, under the name that it should have.
-        refused: sites whose weights cannot be looked at although something is stored for them, and why.
+        refused: sites whose weights cannot be scanned although something is stored for them, and why.
         left_out: matrices that are not sites because of what the model does with them (embeddings, the head,
             routers), each with that reason.
-        unread: whatever else holds weights, is not among the sites and is not looked at, each with the reason.
+        unread: whatever else holds weights, is not among the sites and is not scanned, each with the reason.
         guessed: whether `sites` goes by names alone, so that how they are stored is not known.
-        shape: of a weight, without a look at it; None where that is not known, and every weight is a matrix.
+        shape: of a weight, without a scan; None where that is not known, and every weight is a matrix.
     """
 
     names: frozenset[str]

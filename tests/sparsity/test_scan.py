@@ -100,7 +100,7 @@ def test_a_file_and_memory_give_the_same_scan(tmp_path_factory, seed, shape, tra
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_pieces_regions_and_threads_do_not_change_the_answer(tmp_path, monkeypatch, threads, transposed):
-    monkeypatch.setattr(scan_module, "_PIECE", 1 << 10)
+    monkeypatch.setattr(scan_module, "_CHUNK", 1 << 10)
     monkeypatch.setattr(scan_module, "_REGION", 1 << 12)
     weight = sparse(3, (2, 131, 77))
     weight[1, 5, 6] = weight[1, 7, 7] = float("nan")
