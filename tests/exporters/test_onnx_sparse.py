@@ -4,13 +4,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from onnx import helper
 
 from spp_fx.exporters.onnx import encodings
 from spp_fx.exporters.onnx.encodings import SparseInitializers, index_type_for, nonzeros
 from spp_fx.exporters.onnx.onnx_file import OnnxFile
+from tests.effort import examples
 from tests.exporters.onnx_files import bits, product, read_back, sites_of, two_of_four, write_sparse
 
 
@@ -45,7 +46,7 @@ def test_external_data_holds_the_large_tensors_only(tmp_path):
     assert OnnxFile(tmp_path / "n.onnx").sparse["W"].values.external_data
 
 
-@settings(max_examples=40, deadline=None)
+@examples(10)
 @given(
     st.integers(0, 9),
     st.integers(0, 40),
