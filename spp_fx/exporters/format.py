@@ -7,7 +7,7 @@ How far a reader is independent of its writer:
   the writers never compute, and held to the model's weights; tensors that are no sites are compared as in
   safetensors. Where `--dtype` rounds, the rounded values are computed once more by the same function.
 - sparse-bitmask: files are read by the safetensors library and decoded by numpy alone.
-- onnx, onnx-packed, onnx-dense: weights are read by a parser of their own (`onnx.reader`, `onnx.unpack`) and
+- onnx, onnx-packed, onnx-dense: weights are read by a parser of their own (`onnx.onnx_file`) and
   held to the model's, bit for bit; small graphs are run and their logits compared.
 
 The fast look at zeros (`spp_fx.sparsity`) and the safetensors header reader serve both sides everywhere.
