@@ -30,15 +30,8 @@ from unittest import mock
 import torch
 from common.report import publish
 
-from spp_fx.exporters import (
-    ExportSettings,
-    Source,
-    cusparselt,
-    cusparselt_reader,
-    cutlass,
-    cutlass_reader,
-    sparse_bitmask,
-)
+from spp_fx.exporters import cusparselt, cusparselt_reader, cutlass, cutlass_reader, sparse_bitmask
+from spp_fx.exporters.format import ExportSettings, Source
 from spp_fx.exporters.manifest import TensorRecord
 from spp_fx.exporters.packed import Choose, Layouts, Packing, plan, write_files
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry, load_lock, make_entry

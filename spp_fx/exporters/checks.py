@@ -1,4 +1,4 @@
-"""Comparing what was written with the model, both read by the safetensors library and not by spp-fx."""
+"""Comparing exports with their model; files are read by the safetensors library and not by spp-fx."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -8,7 +8,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from spp_fx.errors import FormatError
+from spp_fx.errors import FormatError, MaskError
+from spp_fx.exporters.format import Decoded, Source
 from spp_fx.storage.folder import ModelFolder
 from spp_fx.storage.safetensors import Shard
 
@@ -46,6 +47,21 @@ def check_copied(
             raise FormatError(f"{written}: {name}: {where} differs from {shard.path} after it was written")
         count += 1
     return count
+
+
+def check_decoded(source: Source, decoded: Decoded) -> dict[str, int]:
+    """Compare every tensor that an export decodes to with the model's, byte for byte; returns how many are equal.
+
+    Raises:
+        MaskError: a tensor differs, is missing or is not of the model; names it.
+    """
+    if stray := decoded.shapes.keys() ^ set(source.folder.names):
+        raise MaskError(f"{min(stray)}: is in the export or in the model, not in both")
+    for name in source.folder.names:
+        same, where = _same(source.stored(name), decoded.read(name))
+        if not same:
+            raise MaskError(f"{name}: decoded from the export, it is not the model's ({where})")
+    return {"tensors_equal": len(source.folder.names)}
 
 
 class LibraryReader:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from spp_fx.errors import FormatError, UsageError
-from spp_fx.exporters import FORMATS, Decoded, find_format
+from spp_fx.exporters.format import FORMATS, Decoded, find_format
 from spp_fx.exporters.manifest import MANIFEST, Manifest, TensorRecord, read_manifest
 from spp_fx.exporters.packed import open_files
 from spp_fx.graph.binding import Binding, Parameter, Piece, assemble, bind

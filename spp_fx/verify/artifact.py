@@ -332,7 +332,7 @@ def _lock_of_shard(shard: Shard) -> Lock | None:
 
 
 def _export(path: Path, trust_remote_code: bool) -> Artifact:
-    from spp_fx.exporters import find_format
+    from spp_fx.exporters.format import find_format
 
     manifest = read_manifest(path)
     format = find_format(manifest.format)

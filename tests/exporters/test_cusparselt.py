@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from spp_fx.errors import FormatError, MaskError, PatternError
-from spp_fx.exporters import ExportSettings, cusparselt_layout
+from spp_fx.exporters import cusparselt_layout
 from spp_fx.exporters import format as source
 from spp_fx.exporters import packed as packed_exports
+from spp_fx.exporters.format import ExportSettings
 from spp_fx.sparsity.lock import Lock
 from spp_fx.verbs.export import Exported, export
 from spp_fx.verbs.verify import verify

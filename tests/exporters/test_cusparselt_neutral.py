@@ -8,9 +8,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from spp_fx.errors import UsageError
-from spp_fx.exporters import ExportSettings, find_format, packed
+from spp_fx.exporters import packed
 from spp_fx.exporters.cusparselt_layout import Sm
 from spp_fx.exporters.cusparselt_reader import neutral_form, unpack
+from spp_fx.exporters.format import ExportSettings, find_format
 from spp_fx.sparsity.packing import pack_2_4
 from spp_fx.verbs.export import Exported, export
 from tests.exporters.packing import bare_folder, bits_of, random_sparse, without_kernels

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spp_fx.errors import FormatError, MaskError, SppFxError
-from spp_fx.exporters import ExportSettings, Source, sparse_bitmask
+from spp_fx.exporters import sparse_bitmask
+from spp_fx.exporters.format import ExportSettings, Source
 from spp_fx.exporters.manifest import read_manifest
 from spp_fx.exporters.sparse_bitmask import CompactShard
 from spp_fx.sparsity.lock import Lock, load_lock, make_entry
