@@ -16,7 +16,7 @@ from spp_fx.storage.workspace import check_output, workspace
 from spp_fx.verbs.lock import make_lock, nothing_sparse
 from spp_fx.verbs.verify import verify
 from spp_fx.verify import provenance
-from spp_fx.verify.model_sites import Tick, no_tick, open_model, survey
+from spp_fx.verify.model_sites import Tick, find_sites, no_tick, open_model
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def open_source(model: Path, *, trust_remote_code: bool = False, any_config: boo
             if faults:
                 raise MaskError(f"{model}: {faults[0]}; export only what verifies")
         return Source(folder, own, trust_remote_code)
-    found = survey(model, trust_remote_code=trust_remote_code, any_config=any_config)
+    found = find_sites(model, trust_remote_code=trust_remote_code, any_config=any_config)
     made = make_lock(found)
     if not made.lock.sites:
         raise UsageError(str(nothing_sparse(model, made)))

@@ -10,7 +10,7 @@ from spp_fx.passes import Match, run_pipeline
 from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.pattern import Pattern
 from spp_fx.storage.links import links_option
-from spp_fx.verify.model_sites import Survey, Tick, no_tick, observe, survey
+from spp_fx.verify.model_sites import ModelSites, Tick, find_sites, no_tick, scan_sites
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Inspected:
 
     Attributes:
         others: its matrices that are not sites, each with the reason.
-        notes: those of `Survey`.
+        notes: those of `ModelSites`.
     """
 
     model: Path
@@ -74,11 +74,11 @@ def inspect(
     """Look at a model folder; with config.json alone the shapes are shown and the patterns left out."""
     model = Path(model)
     weights = any(model.glob("*.safetensors"))
-    found = survey(model, weights=weights, trust_remote_code=trust_remote_code)
+    found = find_sites(model, weights=weights, trust_remote_code=trust_remote_code)
     program = found.program
     seen: dict[str, tuple[PackedMask, Pattern | None]] = {}
     if weights:
-        seen = observe(found, [name for name in program.sites if name in found.pieces], tick)
+        seen = scan_sites(found, [name for name in program.sites if name in found.matrices], tick)
     refused = _refusals(found, weights)
     sites = [
         SiteView(
@@ -95,7 +95,7 @@ def inspect(
     return Inspected(model, program.config.model_type, sites, found.others, found.notes, total, nbytes)
 
 
-def _refusals(found: Survey, weights: bool) -> dict[str, str]:
+def _refusals(found: ModelSites, weights: bool) -> dict[str, str]:
     """What match refuses, with its reasons; a model without any match is all refusals."""
     refused = {n: r for n, r in found.binding.refused.items() if n in found.program.sites} if weights else {}
     if not found.program.sites:
@@ -109,7 +109,9 @@ def _refusals(found: Survey, weights: bool) -> dict[str, str]:
     return report.refused | refused
 
 
-def _sparsity(found: Survey, name: str, seen: dict[str, tuple[PackedMask, Pattern | None]]) -> float | None:
-    masks = [seen[piece.tensor][0] for piece in found.pieces.get(name, ()) if piece.tensor in seen]
+def _sparsity(
+    found: ModelSites, name: str, seen: dict[str, tuple[PackedMask, Pattern | None]]
+) -> float | None:
+    masks = [seen[matrix.tensor][0] for matrix in found.matrices.get(name, ()) if matrix.tensor in seen]
     total = sum(mask.numel for mask in masks)
     return 1 - sum(mask.nnz for mask in masks) / total if total else None

@@ -80,7 +80,7 @@ def load_program(
         [
             Canonicalize(),
             Causal(),
-            Match(targets=tuple(adapter.pieces)),
+            Match(targets=tuple(adapter.matrices)),
             # check_base has told the base by its fingerprint, and nothing here writes to it.
             Inject(method=adapter.method.name, seed=adapter.config.seed, masks=False, **settings),
             # Shard packs by itself, one layer at a time.
@@ -95,7 +95,7 @@ def load_program(
         run_pipeline(program, [Shard(over=shard, storage=storage)])
     factors = {
         f"{site}.{key}": _factor(program, site, key)
-        for site in adapter.pieces
+        for site in adapter.matrices
         for key in adapter.method.factors(program.sites[site].shape)
     }
     load_factors(factors, {name: adapter.shard.read(name) for name in factors}, adapter.shard.path)

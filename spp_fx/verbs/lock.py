@@ -17,7 +17,7 @@ from spp_fx.storage.links import links_option
 from spp_fx.verify import provenance
 
 if TYPE_CHECKING:
-    from spp_fx.verify.model_sites import Survey
+    from spp_fx.verify.model_sites import ModelSites
 
 _PARTS = {"export.json": "an export", "adapter_config.json": "an adapter"}
 """Folders whose lock is a part of them: by the file that marks them."""
@@ -133,7 +133,7 @@ def lock(
     beside = (model.parent if alone else model) / LOCK_NAME
     target = beside if out is None else Path(out)
     from spp_fx.storage.output import atomic_file
-    from spp_fx.verify.model_sites import survey
+    from spp_fx.verify.model_sites import find_sites
 
     past = None if alone else provenance.load(model)  # a damaged one is refused before the long look
     with atomic_file(target, force) as temporary:
@@ -141,7 +141,7 @@ def lock(
         if alone:
             found, made = None, _lock_file(model, asked, targets, tick)
         else:
-            found = survey(model, trust_remote_code=trust_remote_code)
+            found = find_sites(model, trust_remote_code=trust_remote_code)
             for note in found.notes:
                 say(note)
             made = make_lock(found, pattern=asked, targets=targets, tick=tick)
@@ -155,7 +155,7 @@ def lock(
 
 
 def make_lock(
-    found: "Survey",
+    found: "ModelSites",
     *,
     pattern: Pattern | None = None,
     targets: Sequence[str] = (),
@@ -184,28 +184,28 @@ def make_lock(
     sites = list(found.program.matched)
     if pattern is None and not targets:
         # A head tied to the embedding is the embedding's, unless the checkpoint stores it as the head's.
-        own = {name for name, pieces in found.pieces.items() if any(p.tensor == name for p in pieces)}
+        own = {name for name, matrices in found.matrices.items() if any(p.tensor == name for p in matrices)}
         sites = [name for name, site in found.program.sites.items() if site.tied_to is None or name in own]
         left_out = {name: reason for name, reason in left_out.items() if name not in sites}
     candidates: list[Candidate] = []
     unreadable: list[str] = []
     for site in sites:
-        if site not in found.pieces:
+        if site not in found.matrices:
             left_out[site] = found.binding.refused[site]
             unreadable.append(site)
             continue
-        for tensor, piece in tensors_of(found.pieces[site]).items():
+        for tensor, matrix in tensors_of(found.matrices[site]).items():
             shard, info = found.folder.info(tensor)
             if (reason := _uncounted(info.dtype)) is not None:
                 left_out[tensor] = reason
                 unreadable.append(tensor)
                 continue
 
-            def scan(tensor: str = tensor, transposed: bool = piece.transposed) -> Scan:
+            def scan(tensor: str = tensor, transposed: bool = matrix.transposed) -> Scan:
                 return scan_tensor(found.folder, tensor, transposed=transposed)
 
             kind = found.program.sites[site].kind
-            candidates.append(Candidate(tensor, kind, piece.transposed, shard.name, info.nbytes, scan))
+            candidates.append(Candidate(tensor, kind, matrix.transposed, shard.name, info.nbytes, scan))
     return replace(_lock(candidates, pattern, left_out, tick), unreadable=tuple(unreadable))
 
 
@@ -339,7 +339,7 @@ def _changes(before: Lock | None, after: Lock) -> dict[str, list[str]] | None:
 
 
 def _record(
-    found: "Survey",
+    found: "ModelSites",
     past: provenance.Provenance | None,
     lock: Path,
     pattern: str | None,

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from spp_fx.adapters.adapter_folder import CONFIG, FACTORS, AdapterFolder, Piece
+from spp_fx.adapters.adapter_folder import CONFIG, FACTORS, AdapterFolder, StoredMatrix
 from spp_fx.adapters.fold_counts import FoldCounts, Vanish
 from spp_fx.adapters.fold_stored import FLOATING, StoredFold
 from spp_fx.errors import FormatError, MaskError, UsageError
@@ -47,29 +47,29 @@ class FoldPlan:
 
     Attributes:
         adapter: the adapter folder.
-        pieces: by tensor: site and piece of each of its matrices, in stored order.
+        matrices: by tensor: site and matrix of each of its matrices, in stored order.
         vanish: what to do with non-zeros that would become zero.
     """
 
     adapter: AdapterFolder
-    pieces: Mapping[str, tuple[tuple[str, Piece], ...]]
+    matrices: Mapping[str, tuple[tuple[str, StoredMatrix], ...]]
     vanish: Vanish
 
     @classmethod
     def make(cls, adapter: AdapterFolder, base: ModelFolder, vanish: Vanish) -> "FoldPlan":
-        """Hold the adapter's pieces to the base's tensors.
+        """Hold the adapter's matrices to the base's tensors.
 
         Raises:
             UsageError: the base has no such tensor.
-            FormatError: a piece that cannot be: another shape or type, rows or experts that are missing or twice.
+            FormatError: a matrix that cannot be: another shape or type, rows or experts that are missing or twice.
         """
-        pieces: dict[str, list[tuple[str, Piece]]] = {}
-        for site, own in adapter.pieces.items():
-            for piece in own:
-                pieces.setdefault(piece.tensor, []).append((site, piece))
+        matrices: dict[str, list[tuple[str, StoredMatrix]]] = {}
+        for site, own in adapter.matrices.items():
+            for matrix in own:
+                matrices.setdefault(matrix.tensor, []).append((site, matrix))
         plan = {
             name: tuple(sorted(owners, key=lambda owner: owner[1].expert or 0))
-            for name, owners in pieces.items()
+            for name, owners in matrices.items()
         }
         for name, owners in plan.items():
             fault = _fault(base.info(name)[1], owners, adapter.shape(owners[0][0]))
@@ -80,28 +80,28 @@ class FoldPlan:
     def changes(self, shard: Shard) -> Iterator[Change[Folded]]:
         """Every span of a shard that folding changes, in the order of their places."""
         for info in shard.header.tensors.values():
-            owners = self.pieces.get(info.name, ())
+            owners = self.matrices.get(info.name, ())
             size = info.nbytes // max(1, len(owners))
-            for index, (site, piece) in enumerate(owners):
-                yield from self._matrix(shard, info, site, piece, info.start + index * size)
+            for index, (site, matrix) in enumerate(owners):
+                yield from self._matrix(shard, info, site, matrix, info.start + index * size)
 
     def _matrix(
-        self, shard: Shard, info: TensorInfo, site: str, piece: Piece, offset: int
+        self, shard: Shard, info: TensorInfo, site: str, matrix: StoredMatrix, offset: int
     ) -> Iterator[Change[Folded]]:
         rows, columns = info.shape[-2:]
         row_bytes = columns * FLOATING[info.dtype].itemsize
         fold = StoredFold(
             self.adapter.method,
-            self.adapter.factors(site, piece.expert),
+            self.adapter.factors(site, matrix.expert),
             info.dtype,
             self.vanish,
             f"{info.name} ({shard.name})",
-            piece.start,
+            matrix.start,
         )
         step = max(1, SPAN // max(1, row_bytes))
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            make = partial(_fold, fold, info, columns, piece.transposed, start)
+            make = partial(_fold, fold, info, columns, matrix.transposed, start)
             yield Change(offset + start * row_bytes, offset + stop * row_bytes, make)
 
 
@@ -122,15 +122,19 @@ def _fold(
     return Folded(info.name, before.size, counts)
 
 
-def _fault(info: TensorInfo, owners: tuple[tuple[str, Piece], ...], shape: tuple[int, ...]) -> str | None:
+def _fault(
+    info: TensorInfo, owners: tuple[tuple[str, StoredMatrix], ...], shape: tuple[int, ...]
+) -> str | None:
     """Why a stored tensor cannot be what an adapter says it is; `shape` is the first site's."""
-    site, piece = owners[0]
+    site, matrix = owners[0]
     if info.dtype not in FLOATING:
         return f"is stored as {info.dtype}; folded are {', '.join(FLOATING)}"
-    if len(info.shape) != (3 if piece.whole else 2):
-        return f"has shape {list(info.shape)} in the base, which is no {'stack' if piece.whole else 'matrix'}"
-    rows, columns = reversed(info.shape[-2:]) if piece.transposed else info.shape[-2:]
-    if piece.whole:
+    if len(info.shape) != (3 if matrix.whole else 2):
+        return (
+            f"has shape {list(info.shape)} in the base, which is no {'stack' if matrix.whole else 'matrix'}"
+        )
+    rows, columns = reversed(info.shape[-2:]) if matrix.transposed else info.shape[-2:]
+    if matrix.whole:
         experts = [each.expert for _, each in owners]
         if experts != list(range(info.shape[0])) or any(other != site for other, _ in owners):
             return f"has {info.shape[0]} experts in the base, which are not the adapter's"
@@ -139,7 +143,7 @@ def _fault(info: TensorInfo, owners: tuple[tuple[str, Piece], ...], shape: tuple
     for _, each in owners:
         if not 0 <= each.start <= each.stop <= shape[-2] or each.stop - each.start != rows:
             return f"has {rows} rows in the base, the adapter takes it for {each.start} to {each.stop}"
-        if each.transposed != piece.transposed or each.whole != piece.whole:
+        if each.transposed != matrix.transposed or each.whole != matrix.whole:
             return "is stored in one way for one expert and in another for the next"
         if each.expert is not None and not (len(shape) == 3 and 0 <= each.expert < shape[0]):
             return f"is expert {each.expert} of a site of shape {list(shape)}"

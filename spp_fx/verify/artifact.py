@@ -200,9 +200,9 @@ def _model(path: Path, trust_remote_code: bool) -> Artifact:
 
     @cache
     def expected() -> "Expected":
-        from spp_fx.verify.model_sites import expected_of, survey
+        from spp_fx.verify.model_sites import expected_of, find_sites
 
-        return expected_of(survey(path, trust_remote_code=trust_remote_code))
+        return expected_of(find_sites(path, trust_remote_code=trust_remote_code))
 
     weights = Weights(
         frozenset(folder.names),

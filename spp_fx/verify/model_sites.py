@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spp_fx.adapters.adapter_folder import Piece
+from spp_fx.adapters.adapter_folder import StoredMatrix
 from spp_fx.errors import FormatError, SppFxError, UsageError
 from spp_fx.graph.binding import NOT_STORED, Binding, Parameter, bind
 from spp_fx.graph.model import hollow, hollow_model, meta_model
@@ -53,7 +53,7 @@ def check_layer_count(folder: ModelFolder, stored: int) -> None:
 
 
 @dataclass(frozen=True)
-class Survey:
+class ModelSites:
     """A model folder with its canonical program on the meta device and the place of each weight.
 
     Attributes:
@@ -71,8 +71,8 @@ class Survey:
     unread: dict[str, str]
 
     @property
-    def pieces(self) -> dict[str, tuple[Piece, ...]]:
-        return self.binding.pieces
+    def matrices(self) -> dict[str, tuple[StoredMatrix, ...]]:
+        return self.binding.matrices
 
     @property
     def others(self) -> dict[str, str]:
@@ -98,7 +98,7 @@ class Survey:
     def _missing(self) -> list[str]:
         """Parameters of which nothing is stored, under none of their names."""
         first = self.program.tied
-        stored = {first.get(name, name) for name in self.pieces}
+        stored = {first.get(name, name) for name in self.matrices}
         names = (name for name, _ in self.program.named_parameters())
         return [
             name
@@ -107,14 +107,14 @@ class Survey:
         ]
 
 
-def survey(
+def find_sites(
     path: Path,
     *,
     weights: bool = True,
     trust_remote_code: bool = False,
     runnable: bool = False,
     any_config: bool = False,
-) -> Survey:
+) -> ModelSites:
     """Open a model folder, find the sites of its model without weights, and the stored tensors of each.
 
     A model that cannot be traced is told by its modules (see `outline`), unless it has to be runnable.
@@ -133,7 +133,7 @@ def survey(
     program = _program_of(model, runnable=runnable)
     stored = {name: folder.info(name)[1].shape for name in folder.names}
     binding = _bind(model, program, stored)
-    return Survey(folder, program, binding, *_others(program, binding, stored))
+    return ModelSites(folder, program, binding, *_others(program, binding, stored))
 
 
 def _program_of(model: "PreTrainedModel", *, runnable: bool = False) -> Program:
@@ -158,10 +158,10 @@ def _bind(model: "PreTrainedModel", program: Program, stored: Mapping[str, tuple
 def _others(
     program: Program, binding: Binding, stored: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Matrices that are not sites: `Survey.left_out` and `Survey.unread`."""
+    """Matrices that are not sites: `ModelSites.left_out` and `ModelSites.unread`."""
     left_out: dict[str, str] = {}
     unread: dict[str, str] = {}
-    owners = {tensor: name for name, pieces in binding.pieces.items() for tensor in tensors_of(pieces)}
+    owners = {tensor: name for name, matrices in binding.matrices.items() for tensor in tensors_of(matrices)}
     buffers = dict(program.named_buffers(remove_duplicate=False))
     for tensor, shape in stored.items():
         owner = owners.get(tensor)
@@ -181,7 +181,7 @@ def _others(
             unread[tensor] = "nothing in the model tells what it does"
     first = program.tied
     held = {
-        first.get(name, name) for name in binding.pieces
+        first.get(name, name) for name in binding.matrices
     }  # under one name of a shared parameter, or another
     for name, why in program.left_out.items():
         if name not in first and name not in held and is_matrix(program.get_parameter(name).shape):
@@ -189,7 +189,7 @@ def _others(
     return left_out, unread
 
 
-def choose(found: Survey, match: Match) -> tuple[list[str], dict[str, str]]:
+def choose(found: ModelSites, match: Match) -> tuple[list[str], dict[str, str]]:
     """Run `match` and keep the sites whose stored tensors can be rewritten; all others with reasons.
 
     Raises:
@@ -210,9 +210,9 @@ def choose(found: Survey, match: Match) -> tuple[list[str], dict[str, str]]:
     return list(found.program.matched), refused
 
 
-def _unusable(found: Survey, site: str) -> str | None:
-    for piece in found.pieces[site] if found.folder.shards else ():
-        dtype = found.folder.info(piece.tensor)[1].dtype
+def _unusable(found: ModelSites, site: str) -> str | None:
+    for matrix in found.matrices[site] if found.folder.shards else ():
+        dtype = found.folder.info(matrix.tensor)[1].dtype
         if dtype not in ("F64", "F32", "F16", "BF16"):
             return f"is stored as {dtype}, which is not a plain floating type"
     return None
@@ -225,7 +225,7 @@ class Expected:
     Attributes:
         sites: stored tensor -> stored (in, out)? A site of which nothing is stored is under its own name.
         refused: sites that are stored in a way that cannot be looked at, and why.
-        left_out, unread: all other matrices, as in `Survey`; also sites that `match` leaves alone.
+        left_out, unread: all other matrices, as in `ModelSites`; also sites that `match` leaves alone.
     """
 
     sites: dict[str, bool]
@@ -234,7 +234,7 @@ class Expected:
     unread: dict[str, str]
 
 
-def expected_of(found: Survey) -> Expected:
+def expected_of(found: ModelSites) -> Expected:
     """The stored tensors of the sites that `match` would take, and each of them that has none."""
     return _expected(found.program, found.binding, found.left_out, found.unread)
 
@@ -245,16 +245,16 @@ def _expected(
     left_out = dict(left_out) | {
         tensor: reason
         for name, reason in _match_all(program).items()
-        for tensor in (tensors_of(binding.pieces[name]) if name in binding.pieces else ())
+        for tensor in (tensors_of(binding.matrices[name]) if name in binding.matrices else ())
     }
     owner = {name: program.tied.get(name, name) for name in program.sites}
-    stored = {owner[name] for name in program.matched if name in binding.pieces}
+    stored = {owner[name] for name in program.matched if name in binding.matrices}
     sites: dict[str, bool] = {}
     refused: dict[str, str] = {}
     for name in program.matched:
-        if name in binding.pieces:
-            pieces = tensors_of(binding.pieces[name])
-            sites |= {tensor: piece.transposed for tensor, piece in pieces.items()}
+        if name in binding.matrices:
+            matrices = tensors_of(binding.matrices[name])
+            sites |= {tensor: matrix.transposed for tensor, matrix in matrices.items()}
         elif owner[name] in stored:
             continue  # shared with another site, under whose name it is stored
         elif (reason := binding.refused.get(name, NOT_STORED)) == NOT_STORED:
@@ -316,13 +316,13 @@ def scan_tensor(folder: ModelFolder, tensor: str, *, transposed: bool) -> Scan:
     return scan_file(shard.path, info.start, info.shape, info.dtype, transposed=transposed)
 
 
-def tensors_of(pieces: Iterable[Piece]) -> dict[str, Piece]:
-    """The stored tensors of pieces, each once (a stack stored whole counts once)."""
-    return {piece.tensor: piece for piece in pieces}
+def tensors_of(matrices: Iterable[StoredMatrix]) -> dict[str, StoredMatrix]:
+    """The stored tensors of matrices, each once (a stack stored whole counts once)."""
+    return {matrix.tensor: matrix for matrix in matrices}
 
 
-def observe(
-    found: Survey, sites: Iterable[str], tick: Tick = no_tick
+def scan_sites(
+    found: ModelSites, sites: Iterable[str], tick: Tick = no_tick
 ) -> dict[str, tuple[PackedMask, Pattern | None]]:
     """Look at the stored tensors of sites: mask and pattern by tensor; the program learns the patterns.
 
@@ -331,8 +331,8 @@ def observe(
     seen: dict[str, tuple[PackedMask, Pattern | None]] = {}
     for site in sites:
         patterns: list[Pattern | None] = []
-        for tensor, piece in tensors_of(found.pieces[site]).items():
-            mask = scan_tensor(found.folder, tensor, transposed=piece.transposed).mask
+        for tensor, matrix in tensors_of(found.matrices[site]).items():
+            mask = scan_tensor(found.folder, tensor, transposed=matrix.transposed).mask
             seen[tensor] = (mask, detect_pattern(mask))
             patterns.append(seen[tensor][1])
             tick(tensor, found.folder.info(tensor)[1].nbytes)

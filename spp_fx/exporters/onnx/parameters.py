@@ -13,7 +13,7 @@ from spp_fx.exporters.format import Source, rounded
 from spp_fx.exporters.manifest import Part
 from spp_fx.exporters.onnx.data import TORCH_TYPES
 from spp_fx.exporters.onnx.graph import Graph, GraphParameter
-from spp_fx.graph.binding import Parameter, Piece, assemble, bind, find_targets
+from spp_fx.graph.binding import Parameter, StoredMatrix, assemble, bind, find_targets
 from spp_fx.graph.model import load_model
 from spp_fx.sparsity.lock import LockEntry
 
@@ -80,23 +80,23 @@ def find_parameters(source: Source, model: PreTrainedModel, graph: Graph) -> Gra
     aliases: dict[int, list[str]] = {}
     for name, tensor in state.items():
         aliases.setdefault(id(tensor), []).append(name)
-    pieces: dict[str, tuple[Piece, ...]] = {}
+    matrices: dict[str, tuple[StoredMatrix, ...]] = {}
     loaded: dict[str, Tensor] = {}
     for parameter in graph.parameters:
         names = aliases[id(state[parameter.name])]
-        found = next((binding.pieces[name] for name in names if name in binding.pieces), None)
+        found = next((binding.matrices[name] for name in names if name in binding.matrices), None)
         if found is not None:
-            pieces[parameter.name] = found
+            matrices[parameter.name] = found
         elif not loaded:
             # Stored in a way that only transformers can undo: it has to, for the whole model at once. It says
             # itself what is missing.
             loaded = load_model(folder.path, trust_remote_code=source.trust_remote_code).state_dict()
 
-    sparse = _sites(source, pieces)
+    sparse = _sites(source, matrices)
 
     def read(parameter: GraphParameter) -> Tensor:
-        if parameter.name in pieces:
-            value = assemble(pieces[parameter.name], parameter.shape, folder.read)
+        if parameter.name in matrices:
+            value = assemble(matrices[parameter.name], parameter.shape, folder.read)
         else:
             value = loaded[parameter.name]
         return _converted(parameter, value, folder.path.name, keep=parameter.name in sparse)
@@ -188,22 +188,22 @@ def _converted(parameter: GraphParameter, value: Tensor, where: str, *, keep: bo
     return rounded(parameter.name, value, dtype, keep=keep)
 
 
-def _sites(source: Source, pieces: dict[str, tuple[Piece, ...]]) -> dict[str, SparseParameter]:
+def _sites(source: Source, matrices: dict[str, tuple[StoredMatrix, ...]]) -> dict[str, SparseParameter]:
     entries = source.lock.by_name()
     placed: set[str] = set()
     sparse: dict[str, SparseParameter] = {}
-    for name, parts in pieces.items():
+    for name, parts in matrices.items():
         found: dict[str, tuple[LockEntry, Part]] = {}
         locked = 0
-        for piece in parts:
-            entry = entries.get(piece.tensor)
+        for matrix in parts:
+            entry = entries.get(matrix.tensor)
             if entry is None:
                 continue
             locked += 1
-            stacked = piece.expert is not None and not piece.whole
+            stacked = matrix.expert is not None and not matrix.whole
             part = Part(initializer=name)
             if stacked:
-                part = Part(initializer=name, expert=piece.expert, start=piece.start, stop=piece.stop)
+                part = Part(initializer=name, expert=matrix.expert, start=matrix.start, stop=matrix.stop)
             found[entry.name] = (entry, part)
         if found:
             placed.update(found)
