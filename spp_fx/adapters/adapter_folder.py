@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from spp_fx.adapters import Method, make_method
 from spp_fx.errors import FormatError, UsageError
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry, load_lock
-from spp_fx.storage.folder import ModelFolder, PeftAdapter, peft_adapter
+from spp_fx.storage.folder import ModelFolder, PeftAdapter, is_adapter, peft_adapter
 from spp_fx.storage.safetensors import Shard, dtype_name
 from spp_fx.storage.strict_json import read_object
 from spp_fx.storage.writer import write_safetensors
@@ -194,13 +194,6 @@ class AdapterFolder:
                 raise FormatError(
                     f"{where}: {name} has shape {list(held[name])}, expected {list(expected[name])}"
                 )
-
-
-def is_adapter(path: Path) -> bool:
-    """Whether a folder is to be read as an adapter folder; a model folder with an adapter of PEFT in it is not."""
-    return (path / CONFIG).is_file() and not (
-        (path / "config.json").is_file() and peft_adapter(path) is not None
-    )
 
 
 def _not_ours(path: Path, foreign: PeftAdapter) -> str:

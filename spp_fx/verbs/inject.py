@@ -12,6 +12,7 @@ from spp_fx.adapters.adapter_folder import write_adapter
 from spp_fx.errors import MaskError, SppFxError, UsageError
 from spp_fx.graph.names import without_skipped
 from spp_fx.graph.program import Site
+from spp_fx.parallel import Tick, no_tick
 from spp_fx.passes import Match, run_pipeline
 from spp_fx.passes.inject_adapters import adaptable
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, compare, lock_beside, make_entry
@@ -20,7 +21,8 @@ from spp_fx.sparsity.pattern import Pattern
 from spp_fx.storage.links import links_option
 from spp_fx.storage.output import atomic_folder
 from spp_fx.verify import provenance
-from spp_fx.verify.model_sites import ModelSites, Tick, choose, find_sites, no_tick, scan_sites
+from spp_fx.verify.artifact import open_model
+from spp_fx.verify.model_sites import ModelSites, choose, find_sites, scan_sites
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def inject(
     Args:
         out: the folder to write; None for a dry run, for which config.json alone will do.
         skip: names of sites that get no adapter, given as targets are.
-        allow_links: follow symbolic links that leave a folder; see `checkpoint.links`.
+        allow_links: follow symbolic links that leave a folder; see `links.check_link`.
         say: called with what the reader should know.
 
     Raises:
@@ -105,11 +107,11 @@ def inject(
     adapter = make_method(method, rank=rank, scale=scale, dropout=dropout)
     if out is None:
         weights = any(model.glob("*.safetensors"))
-        found = find_sites(model, weights=weights, trust_remote_code=trust_remote_code)
+        found = find_sites(open_model(model, weights=weights), trust_remote_code=trust_remote_code)
         return _inject(found, None, adapter, targets, skip, tick, say)[0]
     provenance.load(model)  # a damaged history is refused before the work
     with atomic_folder(out, force, sources=[model]) as temporary:
-        found = find_sites(model, trust_remote_code=trust_remote_code)
+        found = find_sites(open_model(model), trust_remote_code=trust_remote_code)
         result, lock = _inject(found, out, adapter, targets, skip, tick, say)
         factors = {
             f"{name}.{key}": initial_factor(spec, f"{name}.{key}", seed, torch.device("cpu"))

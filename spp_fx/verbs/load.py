@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from spp_fx.adapters.adapter_folder import AdapterFolder, is_adapter
+from spp_fx.adapters.adapter_folder import AdapterFolder
 from spp_fx.errors import UsageError
 from spp_fx.graph.model import TOKENIZER_FILES, Readable, check_causal, load_model
 from spp_fx.graph.program import Program, factor_attribute
@@ -24,10 +24,11 @@ from spp_fx.passes import (
     Shard,
     run_pipeline,
 )
+from spp_fx.storage.folder import is_adapter
 from spp_fx.training.records import Skipped, check_vocabulary, read_samples
 from spp_fx.training.samples import token_stream
 from spp_fx.training.trainer import load_factors
-from spp_fx.verify.model_sites import open_model
+from spp_fx.verify.artifact import open_model
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def load_program(
             Canonicalize(),
             Causal(),
             Match(targets=tuple(adapter.matrices)),
-            # check_base has told the base by its fingerprint, and nothing here writes to it.
+            # check_base has checked the fingerprint of the base, and nothing here writes to it.
             Inject(method=adapter.method.name, seed=adapter.config.seed, masks=False, **settings),
             # Shard packs by itself, one layer at a time.
             Lower(kernel="fused", storage="dense" if shard else storage),
@@ -192,8 +193,8 @@ def draw_windows(
 ) -> Drawn:
     """Windows of a text drawn at random.
 
-    No two overlap, unless the text is too short for that: then they begin at different tokens, and `say` is told,
-    as it is of rows that are skipped.
+    No two overlap, unless the text is too short for that: then they begin at different tokens; `say`
+    reports that, and rows that are skipped.
 
     Raises:
         UsageError: the text has fewer windows than are asked for, or cannot be used.

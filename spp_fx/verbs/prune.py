@@ -29,6 +29,7 @@ from spp_fx.pruning.recipe import MatrixReport, Recipe, check_patterns, patterns
 from spp_fx.pruning.walk import FileStates
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry, make_entry
 from spp_fx.sparsity.pattern import Pattern, parse_pattern, scan_bits
+from spp_fx.sparsity.scan import scan_stored
 from spp_fx.storage.folder import OWN_FILES, ModelFolder
 from spp_fx.storage.links import links_option
 from spp_fx.storage.safetensors import Shard, TensorInfo, dtype_name, torch_dtype
@@ -36,7 +37,8 @@ from spp_fx.storage.workspace import Workspace, check_output, workspace
 from spp_fx.storage.writer import copy_others, rewrite_shard, write_safetensors, write_shards
 from spp_fx.verbs.load import Calibration, draw_windows
 from spp_fx.verify import provenance
-from spp_fx.verify.model_sites import ModelSites, choose, find_sites, scan_tensor, tensors_of
+from spp_fx.verify.artifact import open_model
+from spp_fx.verify.model_sites import ModelSites, choose, find_sites, tensors_of
 
 
 class LayerStore:
@@ -160,9 +162,9 @@ class Pruned:
         out: the folder written.
         pattern: what every pruned weight holds now, unless a ratio says otherwise.
         lock: the masks, as written to `sparsity.lock.json`.
-        refused: sites left dense, each with its reason.
+        refused: sites that were skipped and stay dense, each with its reason.
         reports: what was done to each matrix, by the tensor that holds it; a stack stored whole has several.
-        calibration: how many windows of how many tokens were looked at, if any.
+        calibration: how many windows of how many tokens were used, if any.
         skipped_rows: of the calibration data, those with nothing in them; None without such data.
     """
 
@@ -251,7 +253,7 @@ def prune(
         skip: names of sites that stay dense.
         device: where layers run; a GPU if torch sees one.
         fresh: begin anew, whatever an interrupted run left.
-        allow_links: follow symbolic links that leave a folder; see `checkpoint.links`.
+        allow_links: follow symbolic links that leave a folder; see `links.check_link`.
         say: called with what the reader should know while it runs.
 
     Raises:
@@ -267,7 +269,8 @@ def prune(
     check_output(out, force, [model], say)
     provenance.load(model)  # a damaged history is refused before the work
     where = _device(device)
-    found = find_sites(model, trust_remote_code=trust_remote_code, runnable=calibration is not None)
+    folder = open_model(model)
+    found = find_sites(folder, trust_remote_code=trust_remote_code, runnable=calibration is not None)
     for note in found.notes:
         say(note)
     matched, refused = choose(found, Match(targets=tuple(targets), dense=True))
@@ -439,7 +442,9 @@ def _lock_folder(folder: ModelFolder, found: ModelSites, patterns: Mapping[str, 
     entries: list[LockEntry] = []
     for site, pattern in patterns.items():
         for matrix in tensors_of(found.matrices[site]).values():
-            mask = scan_tensor(folder, matrix.tensor, transposed=matrix.transposed).mask
+            mask = scan_stored(
+                folder.info(matrix.tensor)[0], matrix.tensor, transposed=matrix.transposed
+            ).mask
             violations = scan_bits(mask, pattern)
             if violations.count:
                 raise MaskError(

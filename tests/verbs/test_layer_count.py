@@ -72,4 +72,4 @@ def test_a_configuration_alone_may_have_any_size(world, monkeypatch):
     (world / "dense" / "model.safetensors").unlink()
     claim(world / "dense", num_hidden_layers=MANY)
     with pytest.raises(Reached):
-        model_sites.find_sites(world / "dense", weights=False)
+        model_sites.find_sites(ModelFolder.open(world / "dense", weights=False))
