@@ -16,7 +16,8 @@ from common.programs import small_llama
 from torch import nn
 
 from spp_fx.graph.trace import trace
-from spp_fx.passes import Causal, run_pipeline
+from spp_fx.passes.causal import Causal
+from spp_fx.passes.pipeline import run_pipeline
 
 
 def main() -> None:

@@ -18,7 +18,9 @@ from common import rivals, timing
 from common.programs import abstract_program, run_by, small_llama
 
 from spp_fx.graph.program import Program
-from spp_fx.passes import Checkpoint, Lower, Partition, run_pipeline
+from spp_fx.passes.lower import Lower
+from spp_fx.passes.partition import Checkpoint, Partition
+from spp_fx.passes.pipeline import run_pipeline
 
 REFERENCE = "lors"
 

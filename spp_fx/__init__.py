@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from spp_fx.graph.printer import print_program
     from spp_fx.graph.program import Program
     from spp_fx.graph.trace import trace
-    from spp_fx.passes import parse_pipeline, print_pipeline, run_pipeline
+    from spp_fx.passes.pipeline import parse_pipeline, print_pipeline, run_pipeline
     from spp_fx.verbs.evaluate import evaluate
     from spp_fx.verbs.export import ExportSettings, export
     from spp_fx.verbs.inject import inject
@@ -49,11 +49,11 @@ _HOMES = {
     "load_program": "spp_fx.verbs.load",
     "lock": "spp_fx.verbs.lock",
     "merge": "spp_fx.verbs.merge",
-    "parse_pipeline": "spp_fx.passes",
-    "print_pipeline": "spp_fx.passes",
+    "parse_pipeline": "spp_fx.passes.pipeline",
+    "print_pipeline": "spp_fx.passes.pipeline",
     "print_program": "spp_fx.graph.printer",
     "prune": "spp_fx.verbs.prune",
-    "run_pipeline": "spp_fx.passes",
+    "run_pipeline": "spp_fx.passes.pipeline",
     "trace": "spp_fx.graph.trace",
     "train": "spp_fx.verbs.train",
     "unpack": "spp_fx.verbs.unpack",

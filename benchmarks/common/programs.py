@@ -8,7 +8,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from spp_fx.graph.program import ADAPTER, Program, leaf
 from spp_fx.graph.trace import trace
-from spp_fx.passes import Canonicalize, Causal, Inject, Match, run_pipeline
+from spp_fx.passes.canonicalize import Canonicalize
+from spp_fx.passes.causal import Causal
+from spp_fx.passes.inject_adapters import Inject
+from spp_fx.passes.match import Match
+from spp_fx.passes.pipeline import run_pipeline
 
 SCALE = 2.0
 Way = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]

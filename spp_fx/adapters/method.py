@@ -118,7 +118,7 @@ class Method(ABC):
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-METHODS = Registry[type[Method]]("adapter method", "spp_fx.methods")
+METHODS = Registry[type[Method]]("adapter method", "spp_fx.methods", package="spp_fx.adapters")
 register = naming(METHODS)
 
 

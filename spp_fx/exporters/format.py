@@ -233,7 +233,7 @@ class Format:
     mends_config: bool = False
 
 
-FORMATS = Registry[Format]("export format", "spp_fx.formats")
+FORMATS = Registry[Format]("export format", "spp_fx.formats", package="spp_fx.exporters")
 
 
 def register(format: Format) -> Format:

@@ -8,7 +8,7 @@ import torch
 from spp_fx.errors import PostconditionError, PreconditionError
 from spp_fx.graph.program import Program
 from spp_fx.passes.base import Pass, PassReport, register
-from spp_fx.pruning import make_criterion
+from spp_fx.pruning.criterion import make_criterion
 from spp_fx.pruning.layerwise import InPlace, LayerResult, outside_of_layers, prune_layers
 from spp_fx.pruning.recipe import MatrixReport, Recipe, check_patterns, patterns_of, prune_matrix
 from spp_fx.pruning.walk import MemoryStates

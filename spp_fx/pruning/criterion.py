@@ -41,7 +41,7 @@ class Criterion(ABC):
         return None
 
 
-CRITERIA = Registry[type[Criterion]]("pruning method", "spp_fx.criteria")
+CRITERIA = Registry[type[Criterion]]("pruning method", "spp_fx.criteria", package="spp_fx.pruning.criteria")
 register = naming(CRITERIA)
 
 

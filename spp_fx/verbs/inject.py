@@ -13,8 +13,9 @@ from spp_fx.errors import MaskError, SppFxError, UsageError
 from spp_fx.graph.names import without_skipped
 from spp_fx.graph.program import Site
 from spp_fx.parallel import Tick, no_tick
-from spp_fx.passes import Match, run_pipeline
 from spp_fx.passes.inject_adapters import adaptable
+from spp_fx.passes.match import Match
+from spp_fx.passes.pipeline import run_pipeline
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, compare, lock_beside, make_entry
 from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.pattern import Pattern

@@ -7,7 +7,8 @@ from typing import Any
 from spp_fx.errors import SppFxError
 from spp_fx.graph.program import Site
 from spp_fx.parallel import Tick, no_tick
-from spp_fx.passes import Match, run_pipeline
+from spp_fx.passes.match import Match
+from spp_fx.passes.pipeline import run_pipeline
 from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.pattern import Pattern
 from spp_fx.storage.links import links_option

@@ -13,17 +13,14 @@ from spp_fx.errors import UsageError
 from spp_fx.graph.model import TOKENIZER_FILES, Readable, check_causal, load_model
 from spp_fx.graph.program import Program, factor_attribute
 from spp_fx.graph.trace import trace
-from spp_fx.passes import (
-    Canonicalize,
-    Causal,
-    Checkpoint,
-    Inject,
-    Lower,
-    Match,
-    Partition,
-    Shard,
-    run_pipeline,
-)
+from spp_fx.passes.canonicalize import Canonicalize
+from spp_fx.passes.causal import Causal
+from spp_fx.passes.inject_adapters import Inject
+from spp_fx.passes.lower import Lower
+from spp_fx.passes.match import Match
+from spp_fx.passes.partition import Checkpoint, Partition
+from spp_fx.passes.pipeline import run_pipeline
+from spp_fx.passes.shard import Shard
 from spp_fx.storage.folder import is_adapter
 from spp_fx.training.records import Skipped, check_vocabulary, read_samples
 from spp_fx.training.samples import token_stream

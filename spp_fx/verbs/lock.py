@@ -177,7 +177,8 @@ def make_lock(
         PatternError: a weight does not hold `pattern`; names it, its file, row and columns.
         MaskError: a weight holds NaN or infinity.
     """
-    from spp_fx.passes import Match, run_pipeline
+    from spp_fx.passes.match import Match
+    from spp_fx.passes.pipeline import run_pipeline
     from spp_fx.verify.model_sites import tensors_of
 
     if not found.program.sites:

@@ -7,7 +7,8 @@ from spp_fx.graph.model import load_model, meta_model
 from spp_fx.graph.printer import print_program
 from spp_fx.graph.program import Program
 from spp_fx.graph.trace import trace
-from spp_fx.passes import Pass, PassReport, parse_pipeline, print_pass, run_pipeline
+from spp_fx.passes.base import Pass, PassReport
+from spp_fx.passes.pipeline import parse_pipeline, print_pass, run_pipeline
 from spp_fx.storage.folder import ModelFolder
 from spp_fx.storage.links import links_option
 from spp_fx.verbs.load import Calibration, calibration_tokens

@@ -14,8 +14,11 @@ from spp_fx.errors import FormatError, MaskError, UsageError
 from spp_fx.graph.binding import assemble, take_apart
 from spp_fx.graph.program import Program
 from spp_fx.parallel import in_order
-from spp_fx.passes import Causal, Match, Partition, run_pipeline
-from spp_fx.pruning import make_criterion
+from spp_fx.passes.causal import Causal
+from spp_fx.passes.match import Match
+from spp_fx.passes.partition import Partition
+from spp_fx.passes.pipeline import run_pipeline
+from spp_fx.pruning.criterion import make_criterion
 from spp_fx.pruning.layerwise import (
     LayerResult,
     Part,

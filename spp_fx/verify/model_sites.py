@@ -16,7 +16,9 @@ from spp_fx.graph.outline import outline
 from spp_fx.graph.program import Program
 from spp_fx.graph.trace import trace
 from spp_fx.parallel import Tick, no_tick
-from spp_fx.passes import Canonicalize, Match, run_pipeline
+from spp_fx.passes.canonicalize import Canonicalize
+from spp_fx.passes.match import Match
+from spp_fx.passes.pipeline import run_pipeline
 from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.pattern import Pattern, detect_pattern
 from spp_fx.sparsity.scan import Weights, is_matrix, scan_stored

@@ -8,7 +8,11 @@ from transformers import PretrainedConfig
 
 from spp_fx.adapters.ops import spp_blockwise, spp_fused, spp_linear
 from spp_fx.graph.program import Program
-from spp_fx.passes import Canonicalize, Inject, Lower, Match, run_pipeline
+from spp_fx.passes.canonicalize import Canonicalize
+from spp_fx.passes.inject_adapters import Inject
+from spp_fx.passes.lower import Lower
+from spp_fx.passes.match import Match
+from spp_fx.passes.pipeline import run_pipeline
 
 SCALE = 1.5
 OPS = {"definition": spp_linear.OP, "blockwise": spp_blockwise.OP, "fused": spp_fused.OP}

@@ -19,7 +19,9 @@ from transformers import (
 from spp_fx.graph import model as models
 from spp_fx.graph.model import hollow_model, meta_model
 from spp_fx.graph.trace import trace
-from spp_fx.passes import Canonicalize, Match, run_pipeline
+from spp_fx.passes.canonicalize import Canonicalize
+from spp_fx.passes.match import Match
+from spp_fx.passes.pipeline import run_pipeline
 from spp_fx.storage.folder import ModelFolder
 from tests.command import must
 from tests.families import SMALL

@@ -32,7 +32,8 @@ from spp_fx.graph.model import load_model, meta_model
 from spp_fx.graph.printer import print_program
 from spp_fx.graph.program import Program
 from spp_fx.graph.trace import trace
-from spp_fx.passes import Canonicalize, parse_pipeline, run_pipeline
+from spp_fx.passes.canonicalize import Canonicalize
+from spp_fx.passes.pipeline import parse_pipeline, run_pipeline
 from tests.families import FAMILIES, MULTIMODAL, SMALL, VOCABULARY, batch, make_model
 
 

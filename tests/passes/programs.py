@@ -10,7 +10,11 @@ from transformers import PreTrainedModel
 
 from spp_fx.graph.program import Program
 from spp_fx.graph.trace import trace
-from spp_fx.passes import Canonicalize, Inject, Lower, Match, run_pipeline
+from spp_fx.passes.canonicalize import Canonicalize
+from spp_fx.passes.inject_adapters import Inject
+from spp_fx.passes.lower import Lower
+from spp_fx.passes.match import Match
+from spp_fx.passes.pipeline import run_pipeline
 from tests.families import batch, make_model, prune_2_4
 
 

@@ -6,7 +6,9 @@ import pytest
 
 import spp_fx.passes
 from spp_fx.errors import PreconditionError
-from spp_fx.passes import Canonicalize, Match, run_pipeline
+from spp_fx.passes.canonicalize import Canonicalize
+from spp_fx.passes.match import Match
+from spp_fx.passes.pipeline import run_pipeline
 from tests.passes.programs import canonical
 
 SITES = [

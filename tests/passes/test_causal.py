@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM, FalconConfig, MistralConfig
 
 from spp_fx.errors import PostconditionError
 from spp_fx.graph.trace import trace
-from spp_fx.passes import Causal, Checkpoint, Partition, parse_pipeline, run_pipeline
-from spp_fx.passes.causal import MaskUnlessCausal, attention, is_causal_mask
+from spp_fx.passes.causal import Causal, MaskUnlessCausal, attention, is_causal_mask
+from spp_fx.passes.partition import Checkpoint, Partition
+from spp_fx.passes.pipeline import parse_pipeline, run_pipeline
 from tests.families import FAMILIES, SMALL, batch
 from tests.passes.programs import adapted, canonical, loss_of, sparse
 

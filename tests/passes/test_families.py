@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from spp_fx.errors import MaskError, PreconditionError
-from spp_fx.passes import Fold, Lower, Verify, run_pipeline
+from spp_fx.passes.fold_adapters import Fold
+from spp_fx.passes.lower import Lower
+from spp_fx.passes.pipeline import run_pipeline
+from spp_fx.passes.verify_masks import Verify
 from tests.families import FAMILIES, batch
 from tests.passes.programs import adapted, canonical, loss_of, masks, sparse, train
 

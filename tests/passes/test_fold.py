@@ -7,7 +7,12 @@ from transformers import PretrainedConfig
 
 from spp_fx.errors import MaskError, PostconditionError, PreconditionError, UsageError
 from spp_fx.graph.program import ADAPTER, Program
-from spp_fx.passes import Canonicalize, Fold, Inject, Lower, Match, run_pipeline
+from spp_fx.passes.canonicalize import Canonicalize
+from spp_fx.passes.fold_adapters import Fold
+from spp_fx.passes.inject_adapters import Inject
+from spp_fx.passes.lower import Lower
+from spp_fx.passes.match import Match
+from spp_fx.passes.pipeline import run_pipeline
 from tests.passes.programs import adapted, canonical
 
 aten = torch.ops.aten

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from spp_fx.graph.printer import print_program
-from spp_fx.passes import parse_pipeline, run_pipeline
+from spp_fx.passes.pipeline import parse_pipeline, run_pipeline
 from tests.passes.programs import canonical
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from spp_fx.errors import PreconditionError, UsageError
-from spp_fx.passes import Inject, Match, run_pipeline
+from spp_fx.passes.inject_adapters import Inject
+from spp_fx.passes.match import Match
+from spp_fx.passes.pipeline import run_pipeline
 from tests.families import FAMILIES, batch
 from tests.passes.programs import adapted, canonical, sparse
 

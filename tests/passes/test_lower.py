@@ -6,7 +6,8 @@ import torch
 from spp_fx.adapters.ops import spp_blockwise, spp_fused
 from spp_fx.errors import PreconditionError, UsageError
 from spp_fx.graph.program import ADAPTER
-from spp_fx.passes import Lower, run_pipeline
+from spp_fx.passes.lower import Lower
+from spp_fx.passes.pipeline import run_pipeline
 from tests.families import batch
 from tests.passes.programs import adapted, canonical
 

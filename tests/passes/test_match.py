@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from spp_fx.errors import PatternError, PreconditionError, UsageError
-from spp_fx.passes import Match, run_pipeline
+from spp_fx.passes.match import Match
+from spp_fx.passes.pipeline import run_pipeline
 from tests.passes.programs import adapted, canonical
 
 

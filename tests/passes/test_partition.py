@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from spp_fx.errors import PreconditionError
-from spp_fx.passes import Checkpoint, Fold, Partition, run_pipeline
+from spp_fx.passes.fold_adapters import Fold
+from spp_fx.passes.partition import Checkpoint, Partition
+from spp_fx.passes.pipeline import run_pipeline
 from tests.families import FAMILIES, batch
 from tests.passes.programs import adapted, canonical, loss_of
 

@@ -10,18 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spp_fx.errors import PostconditionError, PreconditionError, UsageError
-from spp_fx.passes import (
-    PASSES,
-    Canonicalize,
-    Inject,
-    Match,
-    Pass,
-    PassReport,
-    parse_pipeline,
-    print_pipeline,
-    register,
-    run_pipeline,
-)
+from spp_fx.passes.base import PASSES, Pass, PassReport, register
+from spp_fx.passes.canonicalize import Canonicalize
+from spp_fx.passes.inject_adapters import Inject
+from spp_fx.passes.match import Match
+from spp_fx.passes.pipeline import parse_pipeline, print_pipeline, run_pipeline
 from tests.adapters.layers import linear_program
 
 WORD = st.text(string.ascii_letters + string.digits + "_.*?[]:%-", min_size=1, max_size=12)

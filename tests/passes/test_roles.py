@@ -12,7 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from spp_fx.graph.program import GATES, ROUTES, Program
 from spp_fx.graph.trace import trace
-from spp_fx.passes import Canonicalize, Match, run_pipeline
+from spp_fx.passes.canonicalize import Canonicalize
+from spp_fx.passes.match import Match
+from spp_fx.passes.pipeline import run_pipeline
 
 SMALL = {
     "vocab_size": 96,

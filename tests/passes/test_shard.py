@@ -8,7 +8,11 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from spp_fx.errors import PostconditionError, PreconditionError, UsageError
-from spp_fx.passes import Causal, Checkpoint, Partition, Shard, run_pipeline, shard
+from spp_fx.passes import shard
+from spp_fx.passes.causal import Causal
+from spp_fx.passes.partition import Checkpoint, Partition
+from spp_fx.passes.pipeline import run_pipeline
+from spp_fx.passes.shard import Shard
 from spp_fx.version import release
 from tests.families import FAMILIES, batch
 from tests.passes.programs import adapted, canonical, loss_of

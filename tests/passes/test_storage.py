@@ -8,8 +8,11 @@ import torch
 from spp_fx.adapters.ops import unpack
 from spp_fx.adapters.ops.packed import OPS, PACKINGS, choose_packing
 from spp_fx.errors import PreconditionError, UsageError
-from spp_fx.passes import Fold, Lower, Verify, run_pipeline
-from spp_fx.pruning import magnitude_mask
+from spp_fx.passes.fold_adapters import Fold
+from spp_fx.passes.lower import Lower
+from spp_fx.passes.pipeline import run_pipeline
+from spp_fx.passes.verify_masks import Verify
+from spp_fx.pruning.criteria.magnitude import magnitude_mask
 from spp_fx.sparsity.pattern import parse_pattern
 from tests.families import batch
 from tests.passes.programs import adapted, canonical, loss_of

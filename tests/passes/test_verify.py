@@ -3,7 +3,9 @@
 import pytest
 
 from spp_fx.errors import MaskError
-from spp_fx.passes import Fold, Verify, run_pipeline
+from spp_fx.passes.fold_adapters import Fold
+from spp_fx.passes.pipeline import run_pipeline
+from spp_fx.passes.verify_masks import Verify
 from tests.passes.programs import adapted, canonical
 
 CASES = [

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from spp_fx.errors import PatternError
-from spp_fx.pruning import magnitude_mask
+from spp_fx.pruning.criteria.magnitude import magnitude_mask
 from spp_fx.sparsity.pattern import parse_pattern
 
 

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
-from spp_fx.passes import Match, Partition, Prune, run_pipeline
+from spp_fx.passes.match import Match
+from spp_fx.passes.partition import Partition
+from spp_fx.passes.pipeline import run_pipeline
+from spp_fx.passes.prune_sites import Prune
 from spp_fx.pruning.permute import Producers, best_order, producers
 from spp_fx.sparsity.pattern import parse_pattern
 from tests.families import batch

@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from spp_fx.errors import PatternError, PreconditionError, UsageError
-from spp_fx.passes import Causal, Match, Partition, Prune, parse_pipeline, run_pipeline
+from spp_fx.passes.causal import Causal
+from spp_fx.passes.match import Match
+from spp_fx.passes.partition import Partition
+from spp_fx.passes.pipeline import parse_pipeline, run_pipeline
+from spp_fx.passes.prune_sites import Prune
 from spp_fx.pruning.statistics import Inputs, output_energy
 from spp_fx.pruning.walk import FileStates, MemoryStates, Walk
 from tests.families import FAMILIES, batch

@@ -8,7 +8,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from spp_fx.graph.trace import trace
-from spp_fx.passes import Canonicalize, Match, run_pipeline
+from spp_fx.passes.canonicalize import Canonicalize
+from spp_fx.passes.match import Match
+from spp_fx.passes.pipeline import run_pipeline
 from spp_fx.verbs.load import Calibration, calibration_tokens
 from spp_fx.verbs.prune import prune
 from tests.pruning import plain
@@ -66,7 +68,9 @@ def test_sparsegpt_is_the_algorithm(story, tmp_path, pattern):
 
 
 def test_a_program_in_memory_is_pruned_as_a_folder_is(story, tmp_path):
-    from spp_fx.passes import Causal, Partition, Prune
+    from spp_fx.passes.causal import Causal
+    from spp_fx.passes.partition import Partition
+    from spp_fx.passes.prune_sites import Prune
 
     model, calibration, tokens = story
     prune(model, tmp_path / "out", method="wanda", pattern="2:4", calibration=calibration, repair="dsnot")
