@@ -9,7 +9,7 @@ from typing import Any
 from spp_fx.errors import MaskError, UsageError
 from spp_fx.exporters import FORMATS, ExportSettings, Format, Say, Source, find_format
 from spp_fx.exporters.format import ROUND_TO
-from spp_fx.exporters.manifest import Manifest, add_file, read_manifest
+from spp_fx.exporters.manifest import Manifest, add_file, open_model, read_manifest
 from spp_fx.parallel import Tick, no_tick
 from spp_fx.sparsity.lock import LOCK_NAME, load_lock, lock_beside
 from spp_fx.storage.links import links_option
@@ -17,7 +17,6 @@ from spp_fx.storage.workspace import check_output, workspace
 from spp_fx.verbs.lock import make_lock, nothing_sparse
 from spp_fx.verbs.verify import verify
 from spp_fx.verify import provenance
-from spp_fx.verify.artifact import open_model
 from spp_fx.verify.model_sites import find_sites
 
 

@@ -10,6 +10,7 @@ import torch
 from spp_fx.adapters import Method, initial_factor, make_method
 from spp_fx.adapters.adapter_folder import write_adapter
 from spp_fx.errors import MaskError, SppFxError, UsageError
+from spp_fx.exporters.manifest import open_model
 from spp_fx.graph.names import without_skipped
 from spp_fx.graph.program import Site
 from spp_fx.parallel import Tick, no_tick
@@ -22,7 +23,6 @@ from spp_fx.sparsity.pattern import Pattern
 from spp_fx.storage.links import links_option
 from spp_fx.storage.output import atomic_folder
 from spp_fx.verify import provenance
-from spp_fx.verify.artifact import open_model
 from spp_fx.verify.model_sites import ModelSites, choose, find_sites, scan_sites
 
 

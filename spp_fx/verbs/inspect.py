@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from spp_fx.errors import SppFxError
+from spp_fx.exporters.manifest import open_model
 from spp_fx.graph.program import Site
 from spp_fx.parallel import Tick, no_tick
 from spp_fx.passes.match import Match
@@ -12,7 +13,6 @@ from spp_fx.passes.pipeline import run_pipeline
 from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.pattern import Pattern
 from spp_fx.storage.links import links_option
-from spp_fx.verify.artifact import open_model
 from spp_fx.verify.model_sites import ModelSites, find_sites, scan_sites
 
 

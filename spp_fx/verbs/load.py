@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from spp_fx.adapters.adapter_folder import AdapterFolder
 from spp_fx.errors import UsageError
+from spp_fx.exporters.manifest import open_model
 from spp_fx.graph.model import TOKENIZER_FILES, Readable, check_causal, load_model
 from spp_fx.graph.program import Program, factor_attribute
 from spp_fx.graph.trace import trace
@@ -25,7 +26,6 @@ from spp_fx.storage.folder import is_adapter
 from spp_fx.training.records import Skipped, check_vocabulary, read_samples
 from spp_fx.training.samples import token_stream
 from spp_fx.training.trainer import load_factors
-from spp_fx.verify.artifact import open_model
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spp_fx.errors import FormatError, MaskError, PatternError, UsageError
+from spp_fx.exporters.manifest import open_model
 from spp_fx.graph.names import is_target
 from spp_fx.parallel import Tick, in_order, no_tick
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry, load_lock, make_entry
@@ -141,7 +142,6 @@ def lock(
         if is_file:
             found, made = None, _lock_file(model, required, targets, tick)
         else:
-            from spp_fx.verify.artifact import open_model
             from spp_fx.verify.model_sites import find_sites
 
             found = find_sites(open_model(model), trust_remote_code=trust_remote_code)

@@ -17,6 +17,7 @@ from spp_fx.adapters.adapter_folder import CONFIG, FACTORS, AdapterFolder, Store
 from spp_fx.adapters.fold_counts import FoldCounts, Vanish
 from spp_fx.adapters.fold_stored import FLOATING, StoredFold
 from spp_fx.errors import FormatError, MaskError, UsageError
+from spp_fx.exporters.manifest import open_model
 from spp_fx.parallel import Tick, in_order, no_tick, thread_count
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry, compare, compare_masks, lock_beside, make_entry
 from spp_fx.sparsity.mask import PackedMask
@@ -28,7 +29,6 @@ from spp_fx.storage.safetensors import Shard, TensorInfo
 from spp_fx.storage.workspace import Workspace, workspace
 from spp_fx.storage.writer import SPAN, Bytes, Change, copy_others, rewrite
 from spp_fx.verify import provenance
-from spp_fx.verify.artifact import open_model
 
 _BLOCK = 4 << 20  # bytes that are compared at a time
 _RUN = 64 << 20  # bytes of the base that one task compares
@@ -137,7 +137,7 @@ def merge(
     history = adapter if provenance.load(adapter) else base
     provenance.load(history)  # a damaged history is refused before the work
     adapter_files = [adapter / name for name in (CONFIG, FACTORS, LOCK_NAME)]
-    plan = {
+    plan: dict[str, Any] = {
         "verb": "merge",
         "base": folder.fingerprint(),
         "adapter": {path.name: provenance.file_blake2b(path) for path in adapter_files},

@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor
 
 from spp_fx.errors import FormatError, MaskError, UsageError
+from spp_fx.exporters.manifest import open_model
 from spp_fx.graph.binding import assemble, take_apart
 from spp_fx.graph.program import Program
 from spp_fx.parallel import in_order
@@ -40,7 +41,6 @@ from spp_fx.storage.workspace import Workspace, check_output, workspace
 from spp_fx.storage.writer import copy_others, rewrite_shard, write_safetensors, write_shards
 from spp_fx.verbs.load import Calibration, draw_windows
 from spp_fx.verify import provenance
-from spp_fx.verify.artifact import open_model
 from spp_fx.verify.model_sites import ModelSites, choose, find_sites, tensors_of
 
 

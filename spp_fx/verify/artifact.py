@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import cast
 
 from spp_fx.errors import FormatError, UsageError
-from spp_fx.exporters.manifest import COMPACT, MANIFEST, is_legacy, read_manifest, sparsity_configs
+from spp_fx.exporters.manifest import COMPACT, MANIFEST, is_legacy, open_model, read_manifest
 from spp_fx.sparsity.lock import Lock, lock_beside
 from spp_fx.sparsity.scan import Scan, scan_file, scan_stored
 from spp_fx.storage.folder import INDEX_NAME, WEIGHTS_NAME, ModelFolder, is_adapter
@@ -83,34 +83,6 @@ def open_artifact(path: Path, *, trust_remote_code: bool = False) -> Artifact:
         else "is not a model, adapter or export folder, nor a .safetensors or .onnx file"
     )
     raise UsageError(f"{path} {what}")
-
-
-def open_model(path: Path, *, weights: bool = True, any_config: bool = False) -> ModelFolder:
-    """Open a model folder whose tensors are the model's own.
-
-    Args:
-        weights: whether it must hold any.
-        any_config: take a folder of plain weights whose config.json has a sparsity_config, too.
-
-    Raises:
-        UsageError: an export in a form that transformers cannot load.
-        FormatError: a file is damaged, or the weights are compressed: transformers would load random numbers.
-    """
-    if (path / MANIFEST).is_file() and (form := read_manifest(path).format) != "safetensors":
-        raise UsageError(f"{path}: is an export ({form}); give the model folder that it was made from")
-    folder = ModelFolder.open(path, weights=weights)
-    packed = [name for name in folder.names if name.endswith((".bitmask", ".compressed"))]
-    if packed:
-        raise FormatError(
-            f"{path}: its weights are compressed (first: {packed[0]}); servers and transformers load "
-            f"such a model with random weights. Write the plain folder with 'spp-fx unpack {path}'"
-        )
-    if sparsity_configs(folder.config) and not any_config:
-        raise FormatError(
-            f"{path}: config.json has a sparsity_config, which servers refuse or misread; "
-            f"write the plain folder with 'spp-fx unpack {path}'"
-        )
-    return folder
 
 
 def _model(folder: ModelFolder, trust_remote_code: bool) -> Artifact:

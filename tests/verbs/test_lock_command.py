@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spp_fx.errors import UsageError
+from spp_fx.exporters.manifest import open_model
 from spp_fx.sparsity.lock import load_lock
 from spp_fx.sparsity.pattern import NM
 from spp_fx.verbs.lock import lock, make_lock
-from spp_fx.verify.artifact import open_model
 from spp_fx.verify.model_sites import find_sites, tensors_of
 from tests.command import command, listing, must, one_line, rewrite
 from tests.families import make_model, prune_2_4
