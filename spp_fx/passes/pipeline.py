@@ -46,11 +46,9 @@ def print_pipeline(passes: Sequence[Pass]) -> str:
 
 def print_pass(item: Pass) -> str:
     """The spelling of one pass."""
-    parts = [
-        f"{field.name}={_print_value(getattr(item, field.name))}"
-        for field in fields(item)
-        if getattr(item, field.name) != _default(field)
-    ]
+    given = {f.name: getattr(item, f.name) for f in fields(item) if getattr(item, f.name) != _default(f)}
+    given |= given.pop("options", {})
+    parts = [f"{name}={_print_value(value)}" for name, value in given.items()]
     return item.name + ("{" + ",".join(parts) + "}" if parts else "")
 
 
@@ -86,32 +84,47 @@ def run_pipeline(
 
 
 def _parse_pass(name: str, body: str) -> Pass:
-    cls = find_pass(name)
-    types = get_type_hints(cls)
-    known = {field.name for field in fields(cls)}
-    options: dict[str, list[str]] = {}
-    current: str | None = None
-    for part in filter(None, (piece.strip() for piece in body.split(","))):
-        key, equals, value = part.partition("=")
-        if equals:
-            current = key.strip()
-            if current not in known:
-                raise UsageError(
-                    f"{name}: unknown option '{current}'; known: {', '.join(sorted(known)) or 'none'}"
-                )
-            if current in options:
-                raise UsageError(f"{name}: option '{current}' is given twice")
-            options[current] = [value.strip()]
-        elif current is None:
-            raise UsageError(f"{name}: '{part}' is no option; write option=value")
-        else:
-            options[current].append(part)
+    cls, given = find_pass(name), _split(name, body)
+    own = _fields(cls)
+    own.pop("options", None)
+    values = {key: _parse_value(name, key, own[key], given[key]) for key in given if key in own}
+    others = [key for key in given if key not in own]
+    chosen = cls.chosen(values) if others else None
+    types = _fields(chosen) if chosen else {}
+    if unknown := [key for key in others if key not in types]:
+        known = ", ".join(sorted(own.keys() | types.keys())) or "none"
+        raise UsageError(f"{name}: unknown option '{unknown[0]}'; known: {known}")
+    options = {key: _parse_value(name, key, types[key], given[key]) for key in others}
     try:
-        return cls(**{key: _parse_value(name, key, types[key], values) for key, values in options.items()})
+        return cls(**values, **({"options": options} if options else {}))
     except SppFxError:
         raise
     except (TypeError, ValueError) as error:
         raise UsageError(f"{name}: {error}") from error
+
+
+def _split(name: str, body: str) -> dict[str, list[str]]:
+    """What stands between the braces: the words given for each option."""
+    given: dict[str, list[str]] = {}
+    current: str | None = None
+    for part in filter(None, (each.strip() for each in body.split(","))):
+        key, equals, value = part.partition("=")
+        if equals:
+            current = key.strip()
+            if current in given:
+                raise UsageError(f"{name}: option '{current}' is given twice")
+            given[current] = [value.strip()]
+        elif current is None:
+            raise UsageError(f"{name}: '{part}' is not an option; write option=value")
+        else:
+            given[current].append(part)
+    return given
+
+
+def _fields(cls: type) -> dict[str, Any]:
+    """The types of a dataclass's fields, by name."""
+    types = get_type_hints(cls)
+    return {field.name: types[field.name] for field in fields(cls)}
 
 
 def _parse_value(name: str, key: str, kind: Any, values: list[str]) -> Any:

@@ -1,14 +1,15 @@
 """prune: zeros by a criterion, decoder layer by decoder layer where it looks at inputs."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 
 from spp_fx.errors import PostconditionError, PreconditionError
 from spp_fx.graph.program import Program
 from spp_fx.passes.base import Pass, PassReport, register
-from spp_fx.pruning.criterion import make_criterion
+from spp_fx.pruning.criterion import CRITERIA, make_criterion
 from spp_fx.pruning.layerwise import InPlace, LayerResult, outside_of_layers, prune_layers
 from spp_fx.pruning.recipe import MatrixReport, Recipe, check_patterns, patterns_of, prune_matrix
 from spp_fx.pruning.walk import MemoryStates
@@ -29,7 +30,7 @@ class Prune(Pass):
         repair: of the mask: dsnot, or none.
         ratios: `NAME@PATTERN`, other patterns for the sites of that name.
         skip: names of sites that stay dense.
-        damp, block_size, permute: options of the criteria that have them.
+        options: the criterion's own, by the names of its fields.
     """
 
     name: ClassVar[str]
@@ -38,9 +39,11 @@ class Prune(Pass):
     repair: str = ""
     ratios: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
-    damp: float | None = None
-    block_size: int | None = None
-    permute: bool | None = None
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @classmethod
+    def chosen(cls, given: Mapping[str, Any]) -> type:
+        return CRITERIA.find(given.get("method", cls.method))
 
     def requires(self, program: Program) -> None:
         parse_pattern(self.pattern)
@@ -85,10 +88,7 @@ class Prune(Pass):
                 raise PostconditionError(f"prune: {name} does not hold: {found.describe(pattern)}")
 
     def _recipe(self) -> Recipe:
-        criterion = make_criterion(
-            self.method, damp=self.damp, block_size=self.block_size, permute=self.permute
-        )
-        return Recipe(criterion, self.repair or None)
+        return Recipe(make_criterion(self.method, **self.options), self.repair or None)
 
 
 def _walk(program: Program, patterns: dict[str, Pattern], recipe: Recipe) -> list[MatrixReport]:

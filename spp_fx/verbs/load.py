@@ -23,8 +23,8 @@ from spp_fx.passes.partition import Checkpoint, Partition
 from spp_fx.passes.pipeline import run_pipeline
 from spp_fx.passes.shard import Shard
 from spp_fx.storage.folder import is_adapter
-from spp_fx.training.records import Skipped, check_vocabulary, read_samples
-from spp_fx.training.samples import token_stream
+from spp_fx.training.records import Skipped, read_samples
+from spp_fx.training.samples import check_vocabulary, token_stream
 from spp_fx.training.trainer import load_factors
 
 

@@ -15,6 +15,8 @@ from spp_fx.passes.canonicalize import Canonicalize
 from spp_fx.passes.inject_adapters import Inject
 from spp_fx.passes.match import Match
 from spp_fx.passes.pipeline import parse_pipeline, print_pipeline, run_pipeline
+from spp_fx.passes.prune_sites import Prune
+from spp_fx.pruning.criterion import CRITERIA
 from tests.adapters.layers import linear_program
 
 WORD = st.text(string.ascii_letters + string.digits + "_.*?[]:%-", min_size=1, max_size=12)
@@ -30,9 +32,25 @@ VALUES = {
 }
 
 
-def passes_of(cls: type[Pass]) -> st.SearchStrategy[Pass]:
+def options_of(cls: type) -> dict[str, st.SearchStrategy]:
     types = get_type_hints(cls)
-    return st.builds(cls, **{field.name: VALUES[types[field.name]] for field in fields(cls)})
+    return {field.name: VALUES[types[field.name]] for field in fields(cls) if field.name != "options"}
+
+
+def passes_of(cls: type[Pass]) -> st.SearchStrategy[Pass]:
+    own, plain = options_of(cls), st.builds(cls, **options_of(cls))
+    if cls is not Prune:
+        return plain
+    return plain | st.sampled_from(sorted(CRITERIA)).flatmap(
+        lambda name: st.builds(
+            Prune,
+            **own
+            | {
+                "method": st.just(name),
+                "options": st.fixed_dictionaries({}, optional=options_of(CRITERIA[name])),
+            },
+        )
+    )
 
 
 @pytest.fixture
@@ -95,7 +113,14 @@ def test_options_at_their_defaults_are_not_printed():
         ("nosuch", "unknown pass 'nosuch'; known: .*canonicalize.*verify"),
         ("match{nosuch=1}", "match: unknown option 'nosuch'; known: dense, targets"),
         ("canonicalize{a=1}", "canonicalize: unknown option 'a'; known: none"),
-        ("match{q_proj}", "match: 'q_proj' is no option"),
+        ("match{q_proj}", "match: 'q_proj' is not an option"),
+        (
+            "prune{method=wanda,damp=1}",
+            "prune: unknown option 'damp'; known: method, pattern, ratios, repair, skip",
+        ),
+        ("prune{damp=1,method=ria}", "prune: unknown option 'damp'; known: method, pattern, permute, ratios"),
+        ("prune{method=sparsegpt,damp=much}", "prune: option damp takes float, got 'much'"),
+        ("prune{method=nosuch,damp=1}", "unknown pruning method 'nosuch'; known: .*wanda"),
         ("inject{rank=many}", "inject: option rank takes int, got 'many'"),
         ("inject{rank=1,2}", "inject: option rank takes int, got '1,2'"),
         ("inject{rank=}", "inject: option rank takes int, got ''"),
