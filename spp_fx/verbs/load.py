@@ -91,11 +91,12 @@ def load_program(
         run_pipeline(program, [Checkpoint()])
     if shard:
         run_pipeline(program, [Shard(over=shard, storage=storage)])
-    factors = {
-        f"{site}.{key}": _factor(program, site, key)
-        for site in adapter.matrices
-        for key in adapter.method.factors(program.sites[site].shape)
-    }
+    factors: dict[str, nn.Parameter] = {}
+    for site in adapter.matrices:
+        owner, _, parameter = site.rpartition(".")
+        for key in adapter.method.factors(program.sites[site].shape):
+            name = f"{owner}.{factor_attribute(parameter, key)}"
+            factors[f"{site}.{key}"] = program.get_parameter(name)
     load_factors(factors, {name: adapter.shard.read(name) for name in factors}, adapter.shard.path)
     return Loaded(program, model, factors)
 
@@ -131,11 +132,6 @@ def window_length(program: Program, asked: int | None, default: int = 512) -> in
     return asked
 
 
-def _factor(program: Program, site: str, key: str) -> nn.Parameter:
-    owner, _, parameter = site.rpartition(".")
-    return program.get_parameter(f"{owner}.{factor_attribute(parameter, key)}")
-
-
 @dataclass(frozen=True)
 class Calibration:
     """Text that shows what the weights multiply.
@@ -166,18 +162,6 @@ class Drawn:
 
     tokens: Tensor
     skipped: Skipped
-
-
-def calibration_tokens(
-    model: Path,
-    program: Program,
-    calibration: Calibration,
-    *,
-    trust_remote_code: bool = False,
-    say: Callable[[str], None] = lambda line: None,
-) -> Tensor:
-    """The windows of `draw_windows` alone."""
-    return draw_windows(model, program, calibration, trust_remote_code=trust_remote_code, say=say).tokens
 
 
 def draw_windows(
