@@ -99,7 +99,7 @@ def _verify(check: Check, jobs: int | None, tick: Tick, *, damage_is_raised: boo
     )
     if lock is None and against is None and not check.requirements.any and not artifact.problems:
         raise nothing_to_check(check.path)
-    if lock and not any(entry.name in artifact.names for entry in lock.sites) and lock.sites:
+    if lock and lock.sites and not any(entry.name in artifact.names for entry in lock.sites):
         raise SppFxError(
             f"{check.lock or LOCK_NAME} is the lock of another model: {artifact.path} has none of its "
             f"{len(lock.sites)} sites (first: {lock.sites[0].name})"

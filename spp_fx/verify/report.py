@@ -1,7 +1,7 @@
-"""Verdicts in the words of other tools: JUnit, SARIF, GitHub annotations and step summaries.
+"""Reports of verify for other tools: JUnit, SARIF, GitHub annotations and step summaries.
 
-https://docs.oasis-open.org/sarif/sarif/v2.1.0/sarif-v2.1.0.html. Weights have no lines, so a result names its
-file, and tensor, row and column as logical locations.
+https://docs.oasis-open.org/sarif/sarif/v2.1.0/sarif-v2.1.0.html. In SARIF a weight
+has no lines: a result names its file, and tensor, row and column as logical locations.
 """
 
 import hashlib
