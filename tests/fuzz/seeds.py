@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from spp_fx.exporters import ExportSettings
+from spp_fx.exporters.format import ExportSettings
 from spp_fx.exporters.manifest import Part, TensorRecord, write_manifest
 from spp_fx.exporters.onnx.encodings import DenseConstants, Encoding, PackedCodes, SparseInitializers
 from spp_fx.exporters.onnx.graph_export import GraphParameter
