@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, cast
 
 from spp_fx.adapters.adapter_folder import AdapterFolder, is_adapter
 from spp_fx.errors import FormatError, UsageError
-from spp_fx.exporters.manifest import COMPACT, MANIFEST, Manifest, is_legacy, read_manifest, sparsity_configs
+from spp_fx.exporters.legacy import is_legacy, sparsity_configs
+from spp_fx.exporters.manifest import COMPACT, MANIFEST, Manifest, read_manifest
 from spp_fx.sparsity.lock import Lock, lock_beside
 from spp_fx.sparsity.scan import Scan, Weights, is_matrix, scan_file
 from spp_fx.storage.folder import INDEX_NAME, WEIGHTS_NAME, ModelFolder
