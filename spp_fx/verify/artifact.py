@@ -405,7 +405,7 @@ def _within(reasons: Mapping[str, str], names: Container[str]) -> dict[str, str]
 
 
 def _onnx(path: Path, trust_remote_code: bool) -> Artifact:
-    from spp_fx.exporters.onnx.weights import FORMATS, GRAPH, read_graph
+    from spp_fx.exporters.onnx.graph_weights import FORMATS, GRAPH, read_graph
 
     folder = path.parent
     in_export = path.name == GRAPH and path.is_file() and (folder / MANIFEST).is_file()
