@@ -108,8 +108,8 @@ def _skipped(found: ModelSites, weights: bool) -> dict[str, str]:
     except SppFxError:
         (report,) = run_pipeline(found.program, [Match(dense=True)])
         for name in report.changed:
-            report.refused[name] = "dense: it has no zeros to keep"
-    return report.refused | unbound
+            report.skipped[name] = "dense: it has no zeros to keep"
+    return report.skipped | unbound
 
 
 def _sparsity(
