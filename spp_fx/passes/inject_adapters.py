@@ -53,7 +53,7 @@ class Inject(Pass):
         method = make_method(self.method, rank=self.rank, scale=self.scale, dropout=self.dropout)
         taken, refused = adaptable(method, {name: program.sites[name].shape for name in program.matched})
         program.requires_grad_(False)
-        report = PassReport(refused=refused)
+        report = PassReport(skipped=refused)
         uses = program.uses()
         for name in taken:
             site, weight = program.sites[name], program.weight(name)

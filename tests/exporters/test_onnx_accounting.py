@@ -15,7 +15,7 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from spp_fx.errors import FormatError
 from spp_fx.exporters.manifest import Part, TensorRecord, write_manifest
-from spp_fx.exporters.onnx.weights import GRAPH, read_graph
+from spp_fx.exporters.onnx.graph_weights import GRAPH, read_graph
 from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.scan import Weights, pack_mask
 from spp_fx.verbs.verify import Check, gate, verify
