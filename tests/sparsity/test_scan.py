@@ -97,6 +97,18 @@ def test_a_file_and_memory_give_the_same_scan(tmp_path_factory, seed, shape, tra
     assert weight[(*index[:-2], index[-1], index[-2]) if transposed else index] == float("inf")
 
 
+@pytest.mark.parametrize("at", [0, 63, 64, 700, 1999])
+def test_a_non_finite_is_named_wherever_it_stands(tmp_path, monkeypatch, at):
+    """In the first word or a later one, in a later piece, among the last elements, which fill no word."""
+    monkeypatch.setattr(scan_module, "_PIECE", 1 << 10)
+    weight = torch.ones(4, 500, dtype=torch.bfloat16)
+    weight.view(-1)[at] = float("nan")
+    path = tmp_path / "weights"
+    path.write_bytes(weight.view(torch.uint8).numpy().tobytes())
+    for scan in (scan_file(path, 0, (4, 500), "BF16"), scan_tensor(weight)):
+        assert (scan.non_finite, scan.first_non_finite) == (1, divmod(at, 500))
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_pieces_regions_and_threads_do_not_change_the_answer(tmp_path, monkeypatch, threads, transposed):

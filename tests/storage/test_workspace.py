@@ -191,6 +191,42 @@ def test_a_journal_that_was_cut_is_written_on_as_whole_lines(runs: Runs) -> None
     assert [json.loads(line)["file"] for line in lines] == ["out/a", "out/b"]
 
 
+def test_a_file_is_finished_when_its_journal_line_is_on_the_disk(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal, synced = runs.store / "journal.jsonl", list[str]()
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        real(descriptor)
+        if os.readlink(f"/proc/self/fd/{descriptor}") == str(journal):
+            synced.append(journal.read_text())
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with workspace(runs.target, PLAN) as work:
+        (work.folder / "a").write_text("first")
+        work.finish("a")
+        assert synced[-1] == journal.read_text() != ""
+
+
+def test_a_journal_line_that_fails_is_taken_back(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal, real = runs.store / "journal.jsonl", os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if os.readlink(f"/proc/self/fd/{descriptor}") == str(journal) and '"out/b"' in journal.read_text():
+            refuse()
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(SppFxError, match="Read-only file system"):
+            runs()
+    assert [json.loads(line)["file"] for line in journal.read_text().splitlines()] == ["out/a"]
+    runs()
+    assert runs.written == ["b"]
+    assert runs.is_whole()
+
+
 def test_a_journal_that_cannot_be_opened_costs_nothing(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KeyboardInterrupt):
         runs(KeyboardInterrupt())
