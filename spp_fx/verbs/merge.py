@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from spp_fx.adapters.adapter_folder import CONFIG, FACTORS, AdapterFolder, Piece
-from spp_fx.adapters.fold_counts import FoldCounts, Vanish
-from spp_fx.adapters.fold_stored import FLOATING, StoredFold
+from spp_fx.adapters.fold import FLOATING, FoldCounts, StoredFold, Vanish
 from spp_fx.errors import FormatError, MaskError, UsageError
 from spp_fx.parallel import Tick, in_order, no_tick, thread_count
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry, compare, compare_masks, lock_beside, make_entry
@@ -92,6 +91,7 @@ class FoldPlan:
         row_bytes = columns * FLOATING[info.dtype].itemsize
         fold = StoredFold(
             self.adapter.method,
+            self.adapter.shape(site)[-2:],
             self.adapter.factors(site, piece.expert),
             info.dtype,
             self.vanish,

@@ -9,12 +9,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spp_fx.adapters.method import Method
+from spp_fx.adapters.spp import SPP
 from spp_fx.errors import PostconditionError, PreconditionError, UsageError
 from spp_fx.passes.base import PASSES, Pass, PassReport, register
 from spp_fx.passes.canonicalize import Canonicalize
 from spp_fx.passes.inject_adapters import Inject
 from spp_fx.passes.match import Match
 from spp_fx.passes.pipeline import parse_pipeline, print_pipeline, run_pipeline
+from spp_fx.pruning.criteria.magnitude import Magnitude
+from spp_fx.pruning.criteria.ria import Ria
+from spp_fx.pruning.criteria.sparsegpt import SparseGpt
+from spp_fx.pruning.criteria.wanda import Wanda
+from spp_fx.pruning.criterion import Criterion
 from tests.adapters.layers import linear_program
 
 WORD = st.text(string.ascii_letters + string.digits + "_.*?[]:%-", min_size=1, max_size=12)
@@ -27,6 +34,14 @@ VALUES = {
     int | None: st.none() | st.integers(),
     bool | None: st.none() | st.booleans(),
     tuple[str, ...]: st.lists(WORD, max_size=3).map(tuple),
+}
+
+
+RATES = st.floats(0, 1, exclude_max=True)
+VALUES |= {
+    Method: st.builds(SPP, rank=st.integers(1, 512), scale=st.floats(0.1, 8), dropout=RATES),
+    Criterion: st.sampled_from([Magnitude(), Wanda(), Ria(permute=True)])
+    | st.builds(SparseGpt, damp=st.floats(0, 8), block_size=st.integers(1, 512)),
 }
 
 
@@ -64,7 +79,7 @@ def test_parsing_a_printed_pipeline_gives_the_pipeline(passes):
 def test_a_comma_without_an_option_continues_the_list_before_it():
     assert parse_pipeline("match{targets=q_proj,v_proj,dense=true},inject{rank=8}") == [
         Match(targets=("q_proj", "v_proj"), dense=True),
-        Inject(rank=8),
+        Inject(SPP(rank=8)),
     ]
 
 
@@ -76,7 +91,7 @@ def test_blanks_between_words_mean_nothing():
 
 
 def test_options_at_their_defaults_are_not_printed():
-    assert print_pipeline([Match(), Inject(scale=2.0, rank=8)]) == "match,inject{rank=8}"
+    assert print_pipeline([Match(), Inject(SPP(scale=2.0, rank=8))]) == "match,inject{rank=8}"
 
 
 @pytest.mark.parametrize(
