@@ -154,10 +154,11 @@ class Method(ABC):
             change = self.update(
                 weight.to(work), **{key: value.requires_grad_() for key, value in own.items()}
             )
-        found = torch.autograd.grad(change, list(own.values()), grad.to(change.dtype), allow_unused=True)
+        found = torch.autograd.grad(
+            change, list(own.values()), grad.to(change.dtype), allow_unused=True, materialize_grads=True
+        )
         for key, value in zip(own, found, strict=True):
-            if value is not None:
-                grads[key] += value
+            grads[key] += value
 
     def row_group(self, shape: tuple[int, ...]) -> int:
         """Rows of the weight that are best treated together, since they share entries of a factor."""

@@ -27,12 +27,12 @@ def opt_command(output: Output, model: str, **options: Any) -> None:
     reports: list[dict[str, Any]] = []
 
     def after(spelling: str, report: Any, program: str) -> None:
-        entry = {"pass": spelling, "changed": report.changed, "refused": report.refused}
+        entry = {"pass": spelling, "changed": report.changed, "refused": report.skipped}
         reports.append(entry | ({"program": program} if options["print_after_all"] else {}))
         if output.as_json:
             return
-        click.echo(f"// {spelling}: {len(report.changed)} sites, {len(report.refused)} refused")
-        for name, reason in report.refused.items():
+        click.echo(f"// {spelling}: {len(report.changed)} sites, {len(report.skipped)} refused")
+        for name, reason in report.skipped.items():
             click.echo(f"//   {name}: {reason}")
         if options["print_after_all"]:
             click.echo(program)

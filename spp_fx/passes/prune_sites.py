@@ -1,14 +1,15 @@
 """prune: zeros by a criterion, decoder layer by decoder layer where it looks at inputs."""
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 
 from spp_fx.errors import PostconditionError, PreconditionError
 from spp_fx.graph.program import Program
 from spp_fx.passes.base import Pass, PassReport, register
-from spp_fx.pruning.criterion import make_criterion
+from spp_fx.pruning.criterion import CRITERIA, make_criterion
 from spp_fx.pruning.layerwise import InPlace, LayerResult, outside_of_layers, prune_layers
 from spp_fx.pruning.recipe import MatrixReport, Recipe, check_patterns, patterns_of, prune_matrix
 from spp_fx.pruning.walk import MemoryStates
@@ -29,7 +30,7 @@ class Prune(Pass):
         repair: of the mask: dsnot, or none.
         ratios: `NAME@PATTERN`, other patterns for the sites of that name.
         skip: names of sites that stay dense.
-        damp, block_size, permute: options of the criteria that have them.
+        options: the criterion's own, by the names of its fields.
     """
 
     name: ClassVar[str]
@@ -38,9 +39,11 @@ class Prune(Pass):
     repair: str = ""
     ratios: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
-    damp: float | None = None
-    block_size: int | None = None
-    permute: bool | None = None
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @classmethod
+    def chosen(cls, given: Mapping[str, Any]) -> type:
+        return CRITERIA.find(given.get("method", cls.method))
 
     def requires(self, program: Program) -> None:
         parse_pattern(self.pattern)
@@ -61,18 +64,18 @@ class Prune(Pass):
     def apply(self, program: Program) -> PassReport:
         report, recipe = PassReport(), self._recipe()
         walks = program.calibration is not None and bool(program.units)
-        report.refused.update(outside_of_layers(program, program.matched) if walks else {})
-        sites = [name for name in program.matched if name not in report.refused]
+        report.skipped.update(outside_of_layers(program, program.matched) if walks else {})
+        sites = [name for name in program.matched if name not in report.skipped]
         if not sites:
-            raise PreconditionError(f"prune: {'; '.join(sorted(set(report.refused.values())))}")
+            raise PreconditionError(f"prune: {'; '.join(sorted(set(report.skipped.values())))}")
         patterns, skipped = patterns_of(sites, parse_pattern(self.pattern), self.ratios, self.skip)
-        report.refused.update(skipped)
+        report.skipped.update(skipped)
         check_patterns(program.sites, patterns, recipe.criterion)
         matrices = _walk(program, patterns, recipe) if walks else _each(program, patterns, recipe)
         for name, pattern in patterns.items():
             report.changed[name] = _describe([each for each in matrices if each.site == name])
             program.patterns[name] = program.matched[name] = pattern
-        for name in report.refused:
+        for name in report.skipped:
             del program.matched[name]
         return report
 
@@ -85,10 +88,7 @@ class Prune(Pass):
                 raise PostconditionError(f"prune: {name} does not hold: {found.describe(pattern)}")
 
     def _recipe(self) -> Recipe:
-        criterion = make_criterion(
-            self.method, damp=self.damp, block_size=self.block_size, permute=self.permute
-        )
-        return Recipe(criterion, self.repair or None)
+        return Recipe(make_criterion(self.method, **self.options), self.repair or None)
 
 
 def _walk(program: Program, patterns: dict[str, Pattern], recipe: Recipe) -> list[MatrixReport]:

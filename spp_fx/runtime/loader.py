@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from spp_fx.errors import FormatError, UsageError
-from spp_fx.exporters import FORMATS, Decoded, find_format
+from spp_fx.exporters.format import FORMATS, Decoded, find_format
 from spp_fx.exporters.manifest import MANIFEST, Manifest, TensorRecord, read_manifest
-from spp_fx.exporters.packed_reader import WEIGHTS
+from spp_fx.exporters.packed import open_files
 from spp_fx.graph.binding import Binding, Parameter, Piece, assemble, bind
 from spp_fx.graph.model import Readable, check_causal, hollow_model
-from spp_fx.runtime.library import CuSparseLt, Cutlass, Library
+from spp_fx.runtime.cuda_library import CuSparseLt, Cutlass, Library
 from spp_fx.runtime.trust import PackedSite, SiteForm, decide, make_weight
 from spp_fx.storage.folder import ModelFolder
 from spp_fx.storage.links import links_option
@@ -163,7 +163,7 @@ def packed_site(
     record: TensorRecord,
     name: str,
     stored: StoredWeights,
-    shard: Callable[[], Shard],
+    files: Callable[[], Mapping[str, Shard]],
     manifest: Manifest,
     device: torch.device,
 ) -> PackedSite:
@@ -173,8 +173,8 @@ def packed_site(
         raise FormatError(f"{stored.folder / MANIFEST}: requirements.sm: {sm!r} is no number")
 
     def read_parts() -> dict[str, Tensor]:
-        tensors = {part: shard().read(f"{record.name}.{part}") for part in parts}
-        return {part: tensor.to(device) for part, tensor in tensors.items()}
+        names = {part: f"{record.name}.{part}" for part in parts}
+        return {part: files()[name].read(name).to(device) for part, name in names.items()}
 
     m, k = record.shape
     return PackedSite(
@@ -241,14 +241,14 @@ def load_with(
     forms: dict[str, SiteForm] = {}
     packs: dict[str, list[PackedSite]] = {}
     parameters = {tensor: name for name in stored.slots if (tensor := stored.single(name))}
-    shard = cache(lambda: Shard.open(folder / WEIGHTS))
+    files = cache(lambda: open_files(folder, manifest))
     for record in manifest.tensors:
         name = parameters.get(record.name)
         reason = dense_reason(record, name, stored)
         if libraries is None or name is None or reason:
             forms[record.name] = SiteForm("dense", reason or f"{device.type} has no 2:4 product")
         else:
-            site = packed_site(record, name, stored, shard, manifest, device)
+            site = packed_site(record, name, stored, files, manifest, device)
             packs.setdefault(record.layout, []).append(site)
     made: dict[str, Tensor] = {}
     for layout, sites in packs.items():

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from spp_fx.errors import UsageError
-from spp_fx.exporters.onnx.check import run_onnx
+from spp_fx.exporters.onnx.onnxruntime_check import OnnxModel
 from spp_fx.training.perplexity import perplexity
 from spp_fx.training.records import SEPARATOR
 from spp_fx.training.samples import held_out, training_rows
@@ -265,6 +265,6 @@ def _onnx_perplexity(file: Path, model: Path, text: Path, bar: Bar) -> float:
         bar.update(done, len(windows))
 
     def logits(ids: Tensor, mask: Tensor) -> Tensor:
-        return torch.from_numpy(run_onnx(file, ids.numpy(), mask.numpy()))
+        return torch.from_numpy(OnnxModel(file).logits(ids.numpy(), mask.numpy()))
 
     return perplexity(logits, windows, tick).perplexity

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spp_fx.errors import MaskError, UsageError
-from spp_fx.exporters import FORMATS, ExportSettings, Format, Say, Source, find_format
-from spp_fx.exporters.format import ROUND_TO
+from spp_fx.exporters.format import FORMATS, ROUND_TO, ExportSettings, Format, Say, Source, find_format
 from spp_fx.exporters.manifest import Manifest, add_file, read_manifest
 from spp_fx.sparsity.lock import LOCK_NAME, load_lock, lock_beside
 from spp_fx.storage.links import links_option

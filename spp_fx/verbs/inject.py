@@ -156,7 +156,7 @@ def _inject(
     masks = observe(found, chosen, tick) if found.folder.shards else {}
     if masks:
         (report,) = run_pipeline(program, [Match(targets=tuple(chosen))])
-        refused |= {name: reason for name, reason in report.refused.items() if name in chosen}
+        refused |= {name: reason for name, reason in report.skipped.items() if name in chosen}
         chosen = list(program.matched)
     taken, unfit = adaptable(adapter, {name: program.sites[name].shape for name in chosen})
     refused |= unfit | found.others

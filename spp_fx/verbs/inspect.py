@@ -106,8 +106,8 @@ def _refusals(found: Survey, weights: bool) -> dict[str, str]:
     except SppFxError:
         (report,) = run_pipeline(found.program, [Match(dense=True)])
         for name in report.changed:
-            report.refused[name] = "dense: it has no zeros to keep"
-    return report.refused | refused
+            report.skipped[name] = "dense: it has no zeros to keep"
+    return report.skipped | refused
 
 
 def _sparsity(found: Survey, name: str, seen: dict[str, tuple[PackedMask, Pattern | None]]) -> float | None:

@@ -21,8 +21,8 @@ from spp_fx.passes.match import Match
 from spp_fx.passes.partition import Checkpoint, Partition
 from spp_fx.passes.pipeline import run_pipeline
 from spp_fx.passes.shard import Shard
-from spp_fx.training.records import Skipped, check_vocabulary, read_samples
-from spp_fx.training.samples import token_stream
+from spp_fx.training.records import Skipped, read_samples
+from spp_fx.training.samples import check_vocabulary, token_stream
 from spp_fx.training.trainer import load_factors
 from spp_fx.verify.model_sites import open_model
 
@@ -71,7 +71,7 @@ def load_program(
     adapter.check_base(open_model(model))
     check_causal(model)
     program = trace(load_model(model, trust_remote_code=trust_remote_code))
-    storage = "packed" if packed else "dense"
+    settings, storage = adapter.method.parameters(), "packed" if packed else "dense"
     run_pipeline(
         program,
         [
@@ -79,7 +79,7 @@ def load_program(
             Causal(),
             Match(targets=tuple(adapter.pieces)),
             # check_base has told the base by its fingerprint, and nothing here writes to it.
-            Inject(adapter.method, seed=adapter.config.seed, masks=False),
+            Inject(adapter.method.name, seed=adapter.config.seed, masks=False, options=settings),
             # Shard packs by itself, one layer at a time.
             Lower(kernel="fused", storage="dense" if shard else storage),
         ],

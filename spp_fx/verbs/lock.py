@@ -181,7 +181,7 @@ def make_lock(
     if not found.program.sites:
         return Made(Lock.of([]), found.others)
     (report,) = run_pipeline(found.program, [Match(targets=tuple(targets), dense=True)])
-    left_out = found.others | report.refused
+    left_out = found.others | report.skipped
     sites = list(found.program.matched)
     if pattern is None and not targets:
         # A head tied to the embedding is the embedding's, unless the checkpoint stores it as the head's.

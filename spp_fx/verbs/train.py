@@ -18,8 +18,18 @@ from spp_fx.storage.links import links_option
 from spp_fx.storage.output import atomic_file
 from spp_fx.training.distributed import held_bytes, join
 from spp_fx.training.perplexity import Perplexity, perplexity
-from spp_fx.training.records import Skipped, Windows, check_vocabulary
-from spp_fx.training.samples import HeldOut, Rows, evaluation_rows, held_out, pad, pad_token, training_rows
+from spp_fx.training.records import Skipped
+from spp_fx.training.samples import (
+    HeldOut,
+    Rows,
+    Windows,
+    check_vocabulary,
+    evaluation_rows,
+    held_out,
+    pad,
+    pad_token,
+    training_rows,
+)
 from spp_fx.training.state import checkpoints, is_whole
 from spp_fx.training.trainer import AdapterTrainer, CutEachEpoch, EarlyStop
 from spp_fx.verbs.load import Loaded, load_program, load_tokenizer, window_length

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from spp_fx.errors import FormatError, MaskError, UsageError
-from spp_fx.exporters import FORMATS, Decoded, Format, Say, find_format
 from spp_fx.exporters.checks import NOT_IN_TORCH, LibraryReader
-from spp_fx.exporters.compressed_tensors import LegacyFolder
+from spp_fx.exporters.format import FORMATS, Decoded, Format, Say, find_format
+from spp_fx.exporters.legacy import LegacyFolder
 from spp_fx.exporters.manifest import MANIFEST, TENSOR_FILES, Manifest, is_legacy, read_manifest
 from spp_fx.exporters.plain import write_plain_config
 from spp_fx.parallel import Tick, no_tick

@@ -219,7 +219,7 @@ def _model(path: Path, trust_remote_code: bool) -> Artifact:
 
 def _legacy(folder: ModelFolder) -> Artifact:
     """compressed-tensors' dropped format, its weights under the names that the model gives them."""
-    from spp_fx.exporters.compressed_tensors import LegacyFolder
+    from spp_fx.exporters.legacy import LegacyFolder
     from spp_fx.sparsity.scan import scan_tensor
 
     legacy = LegacyFolder.open(folder)
@@ -332,7 +332,7 @@ def _lock_of_shard(shard: Shard) -> Lock | None:
 
 
 def _export(path: Path, trust_remote_code: bool) -> Artifact:
-    from spp_fx.exporters import find_format
+    from spp_fx.exporters.format import find_format
 
     manifest = read_manifest(path)
     format = find_format(manifest.format)
@@ -404,7 +404,7 @@ def _within(reasons: Mapping[str, str], names: Container[str]) -> dict[str, str]
 
 
 def _onnx(path: Path, trust_remote_code: bool) -> Artifact:
-    from spp_fx.exporters.onnx.weights import FORMATS, GRAPH, read_graph
+    from spp_fx.exporters.onnx.graph_weights import FORMATS, GRAPH, read_graph
 
     folder = path.parent
     in_export = path.name == GRAPH and path.is_file() and (folder / MANIFEST).is_file()

@@ -201,7 +201,7 @@ def choose(found: Survey, match: Match) -> tuple[list[str], dict[str, str]]:
         reasons = "; ".join(sorted(set(found.others.values()))) or "it has no matrices"
         raise UsageError(f"{found.folder.path}: the model has no linear that could be treated: {reasons}")
     (report,) = run_pipeline(found.program, [match])
-    refused = dict(report.refused)
+    refused = dict(report.skipped)
     for name in list(found.program.matched):
         reason = found.binding.refused.get(name) or _unusable(found, name)
         if reason is not None:
@@ -279,7 +279,7 @@ def _match_all(program: Program) -> dict[str, str]:
         (report,) = run_pipeline(program, [Match(dense=True)])
     except UsageError:  # none is
         return dict.fromkeys(program.sites, "is not taken unless it is named")
-    return report.refused
+    return report.skipped
 
 
 def expected_sites(

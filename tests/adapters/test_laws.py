@@ -18,7 +18,6 @@ from tests.adapters.layers import (
     EXECUTIONS,
     KERNELS,
     METHODS,
-    OPS,
     arguments,
     expected,
     make_layer,
@@ -80,7 +79,7 @@ def test_every_execution_is_the_formula(method, execution, rows, dropout, bias, 
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("execution", OPS)
+@kernels
 @methods
 def test_gradcheck_and_opcheck(method, execution, dropout, monkeypatch):
     small_blocks(monkeypatch, 2 * N)

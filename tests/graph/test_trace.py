@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from spp_fx.errors import SppFxError, UsageError
-from spp_fx.exporters.onnx.trace import cached_signature
+from spp_fx.exporters.onnx.graph_export import cached_signature
 from spp_fx.graph.model import load_model, meta_model
 from spp_fx.graph.printer import print_program
 from spp_fx.graph.program import Program
@@ -35,6 +35,8 @@ from spp_fx.graph.trace import trace
 from spp_fx.passes.canonicalize import Canonicalize
 from spp_fx.passes.pipeline import parse_pipeline, run_pipeline
 from tests.families import FAMILIES, MULTIMODAL, SMALL, VOCABULARY, batch, make_model
+
+pytestmark = pytest.mark.usefixtures("real_exports")
 
 
 @cache

@@ -36,7 +36,7 @@ def model(tmp_path_factory):
 
 def modules_after(*arguments: str) -> tuple[set[str], str]:
     done = subprocess.run(
-        [sys.executable, "-c", CODE, *arguments], capture_output=True, text=True, env=os.environ, timeout=120
+        [sys.executable, "-c", CODE, *arguments], capture_output=True, text=True, env=os.environ, timeout=600
     )
     assert done.returncode == 0, done.stderr
     return set(done.stderr.split()), done.stdout

@@ -12,8 +12,9 @@ from spp_fx.passes.fold_adapters import Fold
 from spp_fx.passes.lower import Lower
 from spp_fx.passes.pipeline import run_pipeline
 from spp_fx.passes.verify_masks import Verify
-from spp_fx.pruning.criteria.magnitude import magnitude_mask
+from spp_fx.pruning.select import keep
 from spp_fx.sparsity.pattern import parse_pattern
+from tests.effort import covering
 from tests.families import batch
 from tests.passes.programs import adapted, canonical, loss_of
 
@@ -21,7 +22,7 @@ from tests.passes.programs import adapted, canonical, loss_of
 def pruned(m: int, n: int, pattern: str, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(m, n, generator=generator).to(dtype)
-    return weight.masked_fill_(~magnitude_mask(weight, parse_pattern(pattern)), 0)
+    return weight.masked_fill_(~keep(weight.abs(), parse_pattern(pattern), by_row=False), 0)
 
 
 def rows(weight: torch.Tensor, packing: str):
@@ -37,9 +38,11 @@ def backend(request, monkeypatch):
         pytest.skip("numba is not installed")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("columns", [4, 12, 16, 100])
-@pytest.mark.parametrize("pattern", ["2:4", "1:4", "50%", "0%", "90%"])
+@covering(
+    pattern=["2:4", "1:4", "50%", "0%", "90%"],
+    columns=[4, 12, 16, 100],
+    dtype=[torch.bfloat16, torch.float16, torch.float32, torch.float64],
+)
 def test_rows_come_back_to_the_bit(backend, pattern, columns, dtype):
     weight = pruned(10, columns, pattern, dtype) if pattern != "0%" else torch.ones(10, columns, dtype=dtype)
     weight[2] = 0
@@ -69,14 +72,13 @@ def test_a_packed_bfloat16_weight_takes_0_5625_of_its_bytes():
     assert sum(t.nbytes for t in PACKINGS["2:4"].pack(weight).values()) == 0.5625 * weight.nbytes
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "falcon"])
+@covering(1, family=["llama", "llama-tied", "gpt2", "falcon"], dropout=[0.0, 0.3])
 def test_training_packed_is_training_to_the_bit(family, dropout):
     dense = adapted(canonical(family), dropout=dropout)
     packed = adapted(canonical(family), kernel=None, dropout=dropout)
     (report,) = run_pipeline(packed, [Lower(storage="packed")])
     assert packed.packings == dict.fromkeys(packed.adapters, "2:4")
-    assert not report.refused
+    assert not report.skipped
     assert not any(name in dict(packed.named_parameters()) for name in packed.adapters)
     ids = batch()
     for program in (dense, packed):
@@ -119,7 +121,7 @@ def test_stacks_of_experts_stay_dense_with_the_reason():
         name for name, site in program.sites.items() if site.kind == "experts" and name in program.adapters
     }
     assert stacks
-    assert {name for name, reason in report.refused.items() if "experts" in reason} == stacks
+    assert {name for name, reason in report.skipped.items() if "experts" in reason} == stacks
     assert program.packings.keys() == program.adapters.keys() - stacks
 
 

@@ -102,7 +102,7 @@ def test_pruning_with_permutation_keeps_the_function_of_what_is_kept():
     before = loss_of(program, ids).item()
     run_pipeline(program, [Match(targets=("down_proj",), dense=True), Partition()])
     dense = {name: program.weight(name).detach().clone() for name in program.matched}
-    (report,) = run_pipeline(program, [Prune(method="ria", permute=True)])
+    (report,) = run_pipeline(program, [Prune(method="ria", options={"permute": True})])
     for name, weight in dense.items():
         note = report.changed[name]
         assert "inputs reordered, and with them the rows of" in note, note

@@ -95,7 +95,7 @@ def test_an_expert_that_saw_no_token_is_pruned_by_magnitude_and_says_so():
     _, program = sparse("mixtral")
     program.calibration = batch(1, 2)
     run_pipeline(program, [Match(targets=("experts.down_proj",), dense=True), Partition()])
-    (report,) = run_pipeline(program, [Prune(method="sparsegpt", pattern="2:4", damp=0.1)])
+    (report,) = run_pipeline(program, [Prune(method="sparsegpt", pattern="2:4", options={"damp": 0.1})])
     assert "saw no token: pruned by magnitude" in " ".join(report.changed.values())
 
 
@@ -124,13 +124,13 @@ def test_a_weight_that_is_not_finite_is_refused_by_name():
 
 def test_a_hessian_that_is_not_positive_definite_is_refused_with_the_way_out():
     with pytest.raises(PatternError, match=r"layers\.0.*not positive definite with damp 0; raise --damp"):
-        run_pipeline(ready(), [Prune(method="sparsegpt", damp=0.0)])
+        run_pipeline(ready(), [Prune(method="sparsegpt", options={"damp": 0.0})])
 
 
 def test_dead_inputs_are_told():
     program = ready()
     program.get_parameter("model.layers.0.input_layernorm.weight").data[5:8] = 0
-    (report,) = run_pipeline(program, [Prune(method="sparsegpt", damp=0.1)])
+    (report,) = run_pipeline(program, [Prune(method="sparsegpt", options={"damp": 0.1})])
     assert "3 of its 32 inputs were always 0" in report.changed["model.layers.0.self_attn.q_proj.weight"]
     assert bool((program.weight("model.layers.0.self_attn.q_proj.weight")[:, 5:8] == 0).all())
 
@@ -139,7 +139,7 @@ def test_sites_outside_of_layers_are_refused_with_the_reason():
     program = ready()
     run_pipeline(program, [Match(targets=("lm_head", "q_proj"), dense=True)])
     (report,) = run_pipeline(program, [Prune(method="wanda")])
-    assert "outside of the decoder layers" in report.refused["lm_head.weight"]
+    assert "outside of the decoder layers" in report.skipped["lm_head.weight"]
     assert set(program.matched) == {f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)}
 
 
@@ -151,18 +151,18 @@ def test_ratios_and_skips_are_per_site():
     assert str(program.matched["model.layers.0.mlp.down_proj.weight"]) == "4:8"
     assert str(program.matched["model.layers.0.self_attn.k_proj.weight"]) == "75%"
     assert str(program.matched["model.layers.1.self_attn.q_proj.weight"]) == "2:4"
-    assert report.refused["model.layers.0.self_attn.v_proj.weight"] == "is to be skipped"
+    assert report.skipped["model.layers.0.self_attn.v_proj.weight"] == "is to be skipped"
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"method": "wand"}, "unknown pruning method 'wand'"),
-        ({"method": "wanda", "damp": 0.5}, "wanda has no option damp"),
+        ({"method": "wanda", "options": {"damp": 0.5}}, "wanda has no option damp"),
         ({"repair": "fsnot"}, "unknown repair"),
         ({"pattern": "2to4"}, "is not a sparsity pattern"),
-        ({"method": "sparsegpt", "block_size": 0}, "at least 1"),
-        ({"method": "sparsegpt", "damp": -1.0}, "at least 0"),
+        ({"method": "sparsegpt", "options": {"block_size": 0}}, "at least 1"),
+        ({"method": "sparsegpt", "options": {"damp": -1.0}}, "at least 0"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_runs(options, message):
@@ -200,7 +200,7 @@ def test_what_a_pass_needs_is_said():
 
 def test_spelling():
     (item,) = parse_pipeline("prune{method=sparsegpt,ratios=down_proj@4:8,q_proj@50%,damp=0.1}")
-    assert item == Prune(method="sparsegpt", ratios=("down_proj@4:8", "q_proj@50%"), damp=0.1)
+    assert item == Prune(method="sparsegpt", ratios=("down_proj@4:8", "q_proj@50%"), options={"damp": 0.1})
 
 
 def test_statistics_are_those_of_the_tokens():

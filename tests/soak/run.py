@@ -15,7 +15,7 @@ from typing import Any
 CALLS = ("fsync", "write", "pwrite", "copy_file_range", "ftruncate", "truncate")
 EVENTS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "ctypes.dlsym")
 PART_BYTES = 2**20
-PATIENCE = 300.0
+PATIENCE = 1800.0
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ def fork_server() -> ForkServerContext:
     """Processes that begin with everything imported: nearly all their time is work on files."""
     context = get_context("forkserver")
     verbs = [f"spp_fx.verbs.{verb}" for verb in ("merge", "prune", "export", "verify")]
-    context.set_forkserver_preload([*verbs, "spp_fx.exporters.builtin", "spp_fx.cli", "tests.soak.run"])
+    formats = [f"spp_fx.exporters.{module}" for module in ("cutlass", "sparse_bitmask", "plain")]
+    context.set_forkserver_preload([*verbs, *formats, "spp_fx.cli", "tests.soak.run"])
     return context
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from spp_fx.exporters.onnx.weights import GRAPH
+from spp_fx.exporters.onnx.graph_weights import GRAPH
 from spp_fx.sparsity.lock import Lock, LockEntry, load_lock, make_entry
 from spp_fx.sparsity.pattern import NM
 from spp_fx.verbs import verify as verify_module

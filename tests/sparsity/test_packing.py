@@ -1,10 +1,11 @@
-"""The layout-neutral 2:4 form: unpack(pack(w)) is w bit for bit, positions keep their laws, misfits named."""
+"""The codec: unpack(pack(w)) is w bit for bit, compiled or not; misfits are named."""
 
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.sparse._semi_structured_conversions import (
@@ -15,16 +16,20 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 from spp_fx.errors import FormatError, PatternError, UsageError
-from spp_fx.exporters import semi_structured
-from spp_fx.exporters.semi_structured import (
+from spp_fx.sparsity import packing
+from spp_fx.sparsity.packing import (
     Packed24,
     clear_negative_zeros,
+    compress,
+    count_ones,
+    expand,
     pack_1_2,
     pack_2_4,
     pack_rows,
     unpack_1_2,
     unpack_2_4,
 )
+from tests.effort import examples
 from tests.exporters.packing import without_kernels
 
 BITS = {
@@ -71,7 +76,7 @@ def random_2_4(m: int, k: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     return torch.where((order < kept).view(m, k), bits, torch.zeros_like(bits)).view(dtype)
 
 
-@settings(max_examples=150, deadline=None)
+@examples(37)
 @given(weights_16())
 def test_unpack_is_the_inverse_of_pack_bit_for_bit(weight: Tensor):
     packed = pack_2_4(weight)
@@ -84,7 +89,7 @@ def test_unpack_is_the_inverse_of_pack_bit_for_bit(weight: Tensor):
     assert torch.equal(bits_of(unpack_2_4(packed, k)), bits_of(weight))
 
 
-@settings(max_examples=100, deadline=None)
+@examples(25)
 @given(weights_16())
 def test_positions_ascend_and_point_at_the_values(weight: Tensor):
     packed = pack_2_4(weight)
@@ -172,7 +177,7 @@ def test_a_transposed_view_packs_like_its_copy():
 def test_rows_worked_on_in_chunks_give_the_same(monkeypatch: pytest.MonkeyPatch):
     weight = random_2_4(23, 20, torch.float16)
     whole = pack_2_4(weight)
-    monkeypatch.setattr(semi_structured, "_CHUNK_ENTRIES", 3 * 20)
+    monkeypatch.setattr(packing, "_CHUNK_ENTRIES", 3 * 20)
     packed = pack_2_4(weight)
     assert torch.equal(packed.values, whole.values)
     assert torch.equal(packed.positions, whole.positions)
@@ -269,7 +274,7 @@ def outcome(work, *arguments):
     return bits_of(packed.values).tolist(), packed.positions.tolist()
 
 
-@settings(max_examples=150, deadline=None)
+@examples(37)
 @given(weights_of_any_width())
 def test_compiled_loops_pack_as_torch_does(weight: Tensor):
     """Also where they cannot: the same place is named."""
@@ -278,7 +283,7 @@ def test_compiled_loops_pack_as_torch_does(weight: Tensor):
         assert outcome(pack_2_4, weight) == compiled
 
 
-@settings(max_examples=100, deadline=None)
+@examples(25)
 @given(weights_of_any_width(groups_of=2))
 def test_compiled_loops_pack_pairs_as_torch_does(weight: Tensor):
     compiled = outcome(pack_1_2, weight)
@@ -286,7 +291,7 @@ def test_compiled_loops_pack_pairs_as_torch_does(weight: Tensor):
         assert outcome(pack_1_2, weight) == compiled
 
 
-@settings(max_examples=100, deadline=None)
+@examples(25)
 @given(weights_of_any_width())
 def test_clearing_makes_fit_what_only_signs_kept_from_fitting(weight: Tensor):
     """A negative zero keeps its sign where the non-zeros of its group leave a slot, and no other bit moves."""
@@ -306,7 +311,7 @@ def test_clearing_makes_fit_what_only_signs_kept_from_fitting(weight: Tensor):
         assert torch.equal(kept, torch.minimum(negative, (2 - nonzeros).clamp(min=0)))
 
 
-@settings(max_examples=100, deadline=None)
+@examples(25)
 @given(weights_of_any_width(), st.integers(0, 40))
 def test_rows_that_are_cleared_as_they_are_packed(weight: Tensor, first: int):
     cleared, count = clear_negative_zeros(weight)
@@ -326,7 +331,7 @@ def test_rows_that_are_cleared_as_they_are_packed(weight: Tensor, first: int):
         assert outcome(pack, weight) == expected
 
 
-@settings(max_examples=60, deadline=None)
+@examples(15)
 @given(weights_of_any_width(groups_of=2))
 def test_unpack_is_the_inverse_of_pack_for_pairs(weight: Tensor):
     weight, _ = clear_negative_zeros(weight, 2)
@@ -363,3 +368,40 @@ def test_faults_are_named_with_and_without_compiled_loops():
             pytest.raises(FormatError, match="row 35, columns 16-19 have the position nibble 0x0"),
         ):
             unpack_2_4(packed, 24, first_row=2)
+
+
+def drawn(seed: int, count: int, width: int, density: float) -> np.ndarray:
+    """Random elements with zeros, zeros of negative sign, subnormals and the largest number among them."""
+    generator = np.random.default_rng(seed)
+    sign = 1 << (8 * width - 1)
+    special = np.array([sign, 1, sign | 1, 2 * sign - 1, 7], dtype=f"<u{width}")
+    elements = special[generator.integers(0, special.size, count)]
+    elements[generator.random(count) >= density] = 0
+    return elements
+
+
+@pytest.mark.parametrize("context", [nullcontext, without_kernels])
+@examples(25)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    count=st.integers(0, 300),
+    width=st.sampled_from([1, 2, 4, 8]),
+    density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+)
+def test_compress_keeps_what_has_a_bit_and_expand_puts_it_back(context, seed, count, width, density):
+    elements = drawn(seed, count, width, density)
+    bits = np.full(-(-count // 8), 0xAA, dtype=np.uint8)
+    with context():
+        values = compress(elements, bits)
+    kept = [element for element in elements.tolist() if element != 0]
+    assert values.tolist() == kept
+    assert bits.tolist() == np.packbits(elements != 0, bitorder="little").tolist()
+    assert count_ones(bits) == len(kept)
+    again = np.full_like(elements, 0x55)
+    with context():
+        expand(bits, values.copy(), again)
+    assert again.tolist() == elements.tolist()
+
+
+def test_loops_are_compiled_where_numba_is_installed():
+    assert packing.kernels(torch.zeros(1)) is not None
