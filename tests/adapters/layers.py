@@ -27,6 +27,7 @@ SCALE = 1.5
 SPP = make_method("spp", rank=3, scale=SCALE)
 METHODS = {
     "spp": SPP,
+    "sqft": make_method("sqft", rank=2, scale=SCALE, dropout=0.0),
     "grouped": make_method("grouped", gain=0.5),
 }
 OPS = ("definition", "fused", *PACKINGS)
