@@ -4,10 +4,10 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
+from spp_fx.adapters.ops import packed, spp_blockwise, spp_fused, spp_linear
 from torch import Tensor
 
 from common import rivals, timing
-from spp_fx.adapters.ops import packed, spp_blockwise, spp_fused, spp_linear
 
 REFERENCE = "lors"
 Way = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]

@@ -41,7 +41,7 @@ def small_llama(layers: int, dtype: torch.dtype) -> PreTrainedModel:
 def abstract_program(model: PreTrainedModel, rank: int) -> Program:
     """The program with SPP adapters that are not lowered yet."""
     program = trace(model)
-    run_pipeline(program, [Canonicalize(), Causal(), Match(), Inject(rank=rank, scale=SCALE)])
+    run_pipeline(program, [Canonicalize(), Causal(), Match(), Inject(options={"rank": rank, "scale": SCALE})])
     return program.train()
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from spp_fx.adapters import Method, make_method
+from spp_fx.adapters.method import Method, make_method
 from spp_fx.errors import FormatError, UsageError
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry, load_lock
 from spp_fx.storage.folder import ModelFolder, PeftAdapter, is_adapter, peft_adapter
@@ -74,8 +74,8 @@ class AdapterConfig(BaseModel):
     base_model_name_or_path: str
     base_model_fingerprint: str
     method: str
-    method_parameters: dict[str, float | int]
-    r: int
+    method_parameters: dict[str, float | int | bool | str]
+    r: int | None
     target_modules: list[str]
     bias: Literal["none"]
     inference_mode: bool
@@ -234,7 +234,7 @@ def write_adapter(
         base_model_fingerprint=fingerprint,
         method=method.name,
         method_parameters=method.parameters(),
-        r=method.rank,
+        r=getattr(method, "rank", None),
         target_modules=sorted({site.removesuffix(".weight").rpartition(".")[2] for site in matrices}),
         bias="none",
         inference_mode=True,
@@ -264,6 +264,7 @@ def _read_config(path: Path) -> AdapterConfig:
 
 
 def _card(target: Path, base: Path, config: AdapterConfig, factors: "Mapping[str, Tensor]") -> str:
+    rank = "" if config.r is None else f", rank {config.r}"
     return f"""---
 library_name: spp-fx
 base_model: {base.name}
@@ -272,7 +273,7 @@ tags: [sparse, {config.method}]
 
 # {target.name}
 
-Factors of {config.method.upper()}, rank {config.r}, for the pruned model `{base.name}`:
+Factors of {config.method.upper()}{rank}, for the pruned model `{base.name}`:
 {trainable_parameters(factors):,} trainable parameters over {len(config.sites)} weights. It trains the
 non-zeros and leaves every zero where it is; `{LOCK_NAME}` holds the masks.
 

@@ -1,79 +1,135 @@
-"""Fold: the weight an adapter stands for, rounded once, with every zero where it was."""
+"""Fold: the weight an adapter stands for, rounded once to the stored dtype, with every zero where it was.
 
-from collections.abc import Iterator
+A method's compiled fold gives the bits of the definition for values that stay finite and away from zero. Rows in which
+one does not are folded again by the definition, which knows what `--vanish` asks for and names the place of an error.
+Without a compiled fold, all rows are folded by the definition. torch is imported only for the definition.
+"""
 
-import torch
-from torch import Tensor
+from __future__ import annotations
 
-from spp_fx.adapters.fold_counts import FoldCounts, Vanish
-from spp_fx.adapters.method import Factors, Method
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+
+from spp_fx.adapters.method import Factors, FactorSpec, FoldKernel, Method
 from spp_fx.errors import MaskError
 
+if TYPE_CHECKING:
+    import torch
+    from numpy.typing import NDArray
+    from torch import Tensor
+
 BLOCK_ELEMENTS = 1 << 22
-"""Elements folded at once; the float64 temporaries of a block take some 100 MB."""
+"""Elements folded at once by the definition; the float64 temporaries of a block take some 100 MB."""
+FLOATING: dict[str, np.dtype[Any]] = {
+    "BF16": np.dtype("<u2"),
+    "F16": np.dtype("<u2"),
+    "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"),
+}
+"""The dtypes that can be folded, and how numpy holds their stored numbers: halves as their bits."""
+Stored: TypeAlias = "NDArray[Any]"
+Vanish = Literal["keep", "error", "allow"]
+"""What becomes of a non-zero that would fold to zero: the smallest normal number of its sign, an error, or zero."""
 
 
-def fold_rows(
-    method: Method,
-    weight: Tensor,
-    factors: Factors,
-    start: int,
-    vanish: Vanish,
-    counts: FoldCounts,
-    where: str,
-    row_offset: int = 0,
-    column_offset: int = 0,
-) -> Tensor:
-    """Rows start.. of the folded weight, in the stored dtype.
+@dataclass
+class FoldCounts:
+    """What folding one weight met.
 
-    Computed in float64 and rounded once, to nearest even, so each element is within half a unit in
-    the last place of the formula's value. Zeros keep their bits.
-
-    Args:
-        method: the adapter method.
-        weight: rows of the canonical weight, (rows, in) of a floating dtype.
-        factors: of the whole weight, (…, in) and (out, …), any floating dtype.
-        start: index of the first of these rows in the weight.
-        vanish: what to do with a non-zero that would become zero: `keep` the smallest normal number of
-            its sign, `error`, or `allow` the new zero.
-        counts: added to.
-        where: the stored tensor, for errors.
-        row_offset, column_offset: added to indices in errors, where the stored tensor is a part of the weight,
-            or `weight` some columns of it.
-
-    Raises:
-        MaskError: a value is not finite, or one vanishes under `error`; names row and column.
+    Attributes:
+        vanished: non-zeros whose folded value rounds to zero (kept or not, by the policy).
+        changed: elements whose stored value changed.
     """
-    own = {key: value.double() for key, value in method.rows(factors, start, start + weight.shape[0]).items()}
-    exact = method.effective_weight(weight.double(), **own)
-    folded = round_once(exact, weight.dtype)
-    nonzero = weight != 0
-    if not folded.isfinite().all():
-        row, column = first(~folded.isfinite())
-        place = f"row {start + row_offset + row}, column {column_offset + column}"
-        raise MaskError(
-            f"{where}: {place} folds to {folded[row, column].item()} "
-            f"(weight {weight[row, column].item()}); nothing is written. Train with a lower --lr"
-        )
-    gone = nonzero & (folded == 0)
-    count = int(gone.sum())
-    if count:
-        counts.vanished += count
-        if vanish == "error":
-            row, column = first(gone)
-            raise MaskError(
-                f"{where}: row {start + row_offset + row}, column {column_offset + column} would fold to zero, "
-                f"and at least {count - 1} more; "
-                "keep them with --vanish keep"
-            )
-        if vanish == "keep":
-            # The value's own sign; where it is exactly zero and has none, the one that the weight had.
-            smallest = torch.tensor(torch.finfo(weight.dtype).tiny, dtype=weight.dtype)
-            sign = torch.where(exact == 0, weight.double(), exact).to(weight.dtype)
-            folded = torch.where(gone, torch.copysign(smallest, sign), folded)
-    folded = torch.where(nonzero, folded, weight)
-    counts.changed += int((folded != weight).sum())
-    return folded
+
+    vanished: int = 0
+    changed: int = 0
+
+    def add(self, other: FoldCounts) -> None:
+        self.vanished += other.vanished
+        self.changed += other.changed
+
+
+@dataclass(frozen=True)
+class StoredFold:
+    """The fold of one stored matrix, some rows at a time; may be called from several threads.
+
+    Attributes:
+        method: the adapter method.
+        shape: (out, in) of the canonical matrix that the factors belong to.
+        factors: of that matrix, float64.
+        dtype: of the stored matrix, one of `FLOATING`.
+        vanish: what to do with a non-zero that would become zero.
+        where: the stored tensor, for errors.
+        first_row: the row of the canonical matrix that the stored one begins with.
+        taken: the columns of the canonical matrix that are folded; None for all.
+    """
+
+    method: Method
+    shape: tuple[int, ...]
+    factors: Mapping[str, NDArray[np.float64]]
+    dtype: str
+    vanish: Vanish
+    where: str
+    first_row: int = 0
+    taken: tuple[int, int] | None = None
+
+    def rows(self, stored: Stored, out: Stored, start: int) -> FoldCounts:
+        """Fold rows start.. of the stored matrix.
+
+        Args:
+            stored: (rows, in) of `FLOATING`'s type; a transposed view will do.
+            out: takes the folded rows; the same shape and type, no memory shared with `stored`.
+            start: index of the first of these rows in the stored matrix.
+
+        Raises:
+            MaskError: a value is not finite, or one vanishes under `error`; names row and column.
+        """
+        if self._kernel is not None:
+            changed, to_zero, non_finite = self._kernel(stored, out, self.first_row + start)
+            if not to_zero and not non_finite:
+                return FoldCounts(0, changed)
+        return self._by_definition(stored, out, start)
+
+    def columns(self, start: int, stop: int) -> StoredFold:
+        """The fold of some columns of the matrix."""
+        return replace(self, taken=(start, stop))
+
+    @cached_property
+    def _own_factors(self) -> dict[str, NDArray[np.float64]]:
+        specs = self.method.factors(self.shape)
+        return {key: value[specs[key].index(None, self.taken)] for key, value in self.factors.items()}
+
+    @cached_property
+    def _kernel(self) -> FoldKernel | None:
+        return self.method.fold_kernel(self._own_factors, self.dtype)
+
+    def _by_definition(self, stored: Stored, out: Stored, start: int) -> FoldCounts:
+        import torch
+
+        from spp_fx.storage.safetensors import torch_dtype
+
+        weight = torch.from_numpy(np.ascontiguousarray(stored)).view(torch_dtype(self.dtype))
+        factors = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in self._own_factors.items()}
+        held = {"<u2": torch.uint16, "<f4": torch.float32, "<f8": torch.float64}[FLOATING[self.dtype].str]
+        counts, row = FoldCounts(), 0
+        for block in fold_matrix(
+            self.method,
+            weight,
+            factors,
+            self.vanish,
+            counts,
+            self.where,
+            specs=self.method.factors(self.shape),
+            first_row=self.first_row + start,
+            named_from=(start, self.taken[0] if self.taken else 0),
+        ):
+            out[row : row + block.shape[0]] = block.view(held).numpy()
+            row += block.shape[0]
+        return counts
 
 
 def fold_matrix(
@@ -83,17 +139,86 @@ def fold_matrix(
     vanish: Vanish,
     counts: FoldCounts,
     where: str,
+    *,
+    specs: Mapping[str, FactorSpec] | None = None,
     first_row: int = 0,
-    row_offset: int = 0,
-    column_offset: int = 0,
+    named_from: tuple[int, int] = (0, 0),
 ) -> Iterator[Tensor]:
-    """The folded rows first_row.. of a weight, of which `weight` are those rows, in blocks of bounded size."""
+    """The folded rows of a weight by the definition, in blocks of bounded size, in the stored dtype.
+
+    Computed in float64 and rounded once, to nearest even, so each element is within half a unit in
+    the last place of the formula's value. Zeros keep their bits.
+
+    Args:
+        method: the adapter method.
+        weight: rows first_row.. of a canonical weight, (rows, in) of a floating dtype.
+        factors: for all rows of that weight and the columns at hand, any floating dtype.
+        vanish: what to do with a non-zero that would become zero.
+        counts: added to.
+        where: the stored tensor, for errors.
+        specs: of the factors; None where `weight` is the whole weight.
+        named_from: the row and column by which errors call the first element of `weight`.
+
+    Raises:
+        MaskError: a value is not finite, or one vanishes under `error`; names row and column.
+    """
+    specs = method.factors(tuple(weight.shape)) if specs is None else specs
     step = max(1, BLOCK_ELEMENTS // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], step):
         rows = weight[start : start + step]
-        yield fold_rows(
-            method, rows, factors, first_row + start, vanish, counts, where, row_offset, column_offset
+        taken = first_row + start, first_row + start + rows.shape[0]
+        own = {key: value[specs[key].index(taken)].double() for key, value in factors.items()}
+        yield _fold_block(method, rows, own, vanish, counts, where, (named_from[0] + start, named_from[1]))
+
+
+def _fold_block(
+    method: Method,
+    weight: Tensor,
+    factors: Factors,
+    vanish: Vanish,
+    counts: FoldCounts,
+    where: str,
+    named_from: tuple[int, int],
+) -> Tensor:
+    import torch
+
+    exact = method.effective_weight(weight.double(), **factors)
+    folded = round_once(exact, weight.dtype)
+    nonzero = weight != 0
+    if not folded.isfinite().all():
+        row, column = _first(~folded.isfinite())
+        raise MaskError(
+            f"{where}: {_name(named_from, row, column)} folds to {folded[row, column].item()} "
+            f"(weight {weight[row, column].item()}); nothing is written. Train with a lower --lr"
         )
+    to_zero = nonzero & (folded == 0)
+    if count := int(to_zero.sum()):
+        counts.vanished += count
+        if vanish == "error":
+            raise MaskError(
+                f"{where}: {_name(named_from, *_first(to_zero))} would fold to zero, "
+                f"and at least {count - 1} more; keep them with --vanish keep"
+            )
+        if vanish == "keep":
+            # The value's own sign; where it is exactly zero and has none, the one that the weight had.
+            smallest = torch.tensor(torch.finfo(weight.dtype).tiny, dtype=weight.dtype)
+            sign = torch.where(exact == 0, weight.double(), exact).to(weight.dtype)
+            folded = torch.where(to_zero, torch.copysign(smallest, sign), folded)
+    folded = torch.where(nonzero, folded, weight)
+    counts.changed += int((folded != weight).sum())
+    return folded
+
+
+def _name(named_from: tuple[int, int], row: int, column: int) -> str:
+    return f"row {named_from[0] + row}, column {named_from[1] + column}"
+
+
+def _first(flags: Tensor) -> tuple[int, int]:
+    """Row and column of the first true element of a matrix."""
+    import torch
+
+    index = int(flags.flatten().to(torch.uint8).argmax())
+    return index // flags.shape[1], index % flags.shape[1]
 
 
 def round_once(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -102,6 +227,8 @@ def round_once(value: Tensor, dtype: torch.dtype) -> Tensor:
     torch goes to half precision through float32, which rounds twice; rounding to odd on the way there
     makes the second rounding the only one that counts (Boldo and Melquiond, 2008).
     """
+    import torch
+
     if dtype in (torch.float64, torch.float32):
         return value.to(dtype)
     single = value.to(torch.float32)
@@ -111,9 +238,3 @@ def round_once(value: Tensor, dtype: torch.dtype) -> Tensor:
     # An even neighbour was chosen although the value is not on it: take the odd one on the value's side.
     toward = torch.where((error > 0) == (value > 0), 1, -1).to(torch.int32)
     return torch.where(away, bits + toward, bits).view(torch.float32).to(dtype)
-
-
-def first(flags: Tensor) -> tuple[int, int]:
-    """Row and column of the first true element of a matrix."""
-    index = int(flags.flatten().to(torch.uint8).argmax())
-    return index // flags.shape[1], index % flags.shape[1]

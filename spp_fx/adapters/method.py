@@ -1,89 +1,125 @@
-"""What an adapter method is: trainable factors, and the weight that they stand for.
+"""What an adapter method is: trainable factors of a weight and one formula; everything else is derived from it.
 
-torch is imported where numbers are made: an adapter folder is read and checked without it.
+torch is imported where numbers are made: an adapter folder is read, checked and folded without it.
 """
 
 from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
-from math import isfinite, prod, sqrt
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from functools import cache
+from importlib import import_module
+from math import isfinite, lcm, prod, sqrt
+from types import EllipsisType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
+
+import numpy as np
 
 from spp_fx.errors import UsageError
 from spp_fx.registry import Registry, naming
 
 if TYPE_CHECKING:
     import torch
+    from numpy.typing import NDArray
     from torch import Tensor
-    from torch._ops import OpOverload
+
+    from spp_fx.adapters.op import AdaptedWeight
 
 Factors: TypeAlias = "Mapping[str, Tensor]"
-Array = TypeVar("Array", bound=Any)
+FoldKernel: TypeAlias = "Callable[[NDArray[Any], NDArray[Any], int], tuple[int, int, int]]"
+"""(stored rows, out, index of the first row in the matrix) -> how many changed, underflowed to zero, not finite."""
+Axis: TypeAlias = "slice | NDArray[np.int64]"
 
 
 @dataclass(frozen=True)
 class FactorSpec:
-    """Shape and start of one trainable factor; `kaiming` is U(-1/sqrt n, 1/sqrt n), n the last extent."""
+    """One trainable factor of a weight (..., out, in).
+
+    Attributes:
+        shape: of the factor, of two dimensions beside those of a stack of experts.
+        init: its start: zeros, or `kaiming` for U(-1/sqrt n, 1/sqrt n), n the last extent.
+        rows: how many consecutive rows of the weight share one entry of dimension -2; None if that
+            dimension does not follow the weight's rows.
+        columns: the same for dimension -1 and the weight's columns.
+    """
 
     shape: tuple[int, ...]
     init: Literal["zeros", "kaiming"]
+    rows: int | None = None
+    columns: int | None = None
 
     @property
     def numel(self) -> int:
         return prod(self.shape)
 
+    def index(
+        self, rows: tuple[int, int] | None, columns: tuple[int, int] | None = None
+    ) -> tuple[EllipsisType, Axis, Axis]:
+        """The index of the part of the factor that belongs to ranges of the weight's rows and columns.
+
+        It makes a view where a range holds whole groups or lies within one; else entries repeat, one for each row.
+        """
+        return ..., _entries(self.rows, rows), _entries(self.columns, columns)
+
+
+def _entries(group: int | None, taken: tuple[int, int] | None) -> Axis:
+    if group is None or taken is None:
+        return slice(None)
+    start, stop = taken
+    first, last = start // group, -(-stop // group)
+    if last - first == 1 or (start % group == 0 and stop % group == 0):
+        return slice(first, last)
+    return np.arange(start, stop) // group
+
 
 @dataclass(frozen=True)
-class MethodOps:
-    """The torch ops of a method.
+class TrainingDefaults:
+    """Settings of training that suit a method; `lr` is the peak learning rate."""
 
-    Attributes:
-        linear: `(x, weight, *factors, bias, seed, scale, dropout) -> y`: the definition, as one op.
-        weight: `(weight, *factors, scale, base) -> base * weight + update`, for stacks of experts.
-        kernels: faster executions of `linear`, by name.
-        packed: the fused execution on a packed weight, by packing: the tensors of the packing follow x.
-    """
+    lr: float
 
-    linear: OpOverload
-    weight: OpOverload
-    kernels: Mapping[str, OpOverload]
-    packed: Mapping[str, OpOverload]
+
+class Kernels(Protocol):
+    """Compiled executions of a method's `tile` and `pullback`; a module with these functions will do."""
+
+    def takes(self, adapted: AdaptedWeight, other: torch.dtype) -> bool:
+        """Whether the kernels have these types and are the faster; `other` is that of the built weight or of G."""
+        ...
+
+    def tile(self, adapted: AdaptedWeight, start: int, stop: int, base: float, out: Tensor) -> None:
+        """Write rows start..stop of base * W + update into `out`."""
+
+    def pullback(
+        self, adapted: AdaptedWeight, grad: Tensor, start: int, stop: int, grads: dict[str, Tensor]
+    ) -> None:
+        """Add the factors' gradients from rows start..stop of G to `grads`."""
 
 
 @dataclass(frozen=True)
 class Method(ABC):
-    """An adapter method, its settings as fields.
+    """An adapter method; its options are the fields of its dataclass, made by `option`.
 
-    A method states one formula, `update`: the change of the weight that its factors stand for. The
-    reference subgraph, the kernels, the fold and the tests are all held to it.
+    `factors`, `refusal` and `update` define it. `update` alone gives the reference, fused, packed, stacked and
+    folded executions; the rest makes them faster. In `tile`, `pullback` and `factor_grads`, `weight` and `factors`
+    are those of some rows: of whole groups of `row_group` rows, or of a range within one group. A factor then has
+    fewer rows than `factors` says, so `update` takes group sizes from the shapes it is given.
 
-    Attributes:
-        rank: the method's rank r.
-        scale: the factor s of the update.
-        dropout: probability on the adapter branch's input while training.
+    An option `dropout` is special: the probability on the adapter branch's input while training.
     """
 
     name: ClassVar[str]
-
-    rank: int = 16
-    scale: float = 2.0
-    dropout: float = 0.0
+    factor_grads: ClassVar[Callable[..., None] | None] = None
+    """(self, x, grad_y, weight, factors, grads): adds the factors' gradients to `grads` from the input (b, in) and
+    rows of the output's gradient (b, rows), for methods that never form G = grad_yᵀ x."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise UsageError(f"{self.name}: rank must be at least 1, got {self.rank}")
-        if not isfinite(self.scale) or self.scale == 0:
-            raise UsageError(f"{self.name}: scale must be a finite number other than 0, got {self.scale}")
-        if not 0 <= self.dropout < 1:
-            raise UsageError(f"{self.name}: dropout must be in [0, 1), got {self.dropout}")
-
-    @property
-    @abstractmethod
-    def ops(self) -> MethodOps:
-        """How it is executed."""
+        for each in fields(self):
+            check = each.metadata.get("check")
+            if check and (fault := check(getattr(self, each.name))):
+                raise UsageError(f"{self.name}: {each.name} {fault}, got {getattr(self, each.name)}")
 
     @abstractmethod
     def factors(self, shape: tuple[int, ...]) -> dict[str, FactorSpec]:
@@ -94,37 +130,104 @@ class Method(ABC):
         """Why a site of this shape cannot be adapted, or None."""
 
     @abstractmethod
-    def usable_ranks(self, shapes: Iterable[tuple[int, ...]]) -> list[int]:
-        """The ranks up to 256 that every one of these shapes admits."""
-
-    @abstractmethod
     def update(self, weight: Tensor, **factors: Tensor) -> Tensor:
-        """The change of `weight` (..., out, in) that the factors stand for; zero where weight is zero."""
-
-    @abstractmethod
-    def rows(self, factors: Factors, start: int, stop: int) -> dict[str, Tensor]:
-        """Factors that give rows start..stop of the update when called with those rows of the weight."""
-
-    @abstractmethod
-    def columns(self, factors: Mapping[str, Array], start: int, stop: int) -> dict[str, Array]:
-        """Factors, of torch or numpy, that give columns start..stop of the update for those of the weight."""
+        """The change of `weight` (..., out, in) that the factors stand for; zero where the weight is zero."""
 
     def effective_weight(self, weight: Tensor, **factors: Tensor) -> Tensor:
         """The weight that the adapted site stands for, in the promoted dtype of its inputs."""
         return weight + self.update(weight, **factors)
 
+    def tile(self, weight: Tensor, factors: Factors, base: float, out: Tensor) -> None:
+        """Write base * weight + update, computed at least in float32, into `out` (rows, in)."""
+        work = work_dtype(weight, *factors.values())
+        weight = weight.to(work)
+        change = self.update(weight, **{key: value.to(work) for key, value in factors.items()})
+        out.copy_(weight + change if base else change)
+
+    def pullback(self, grad: Tensor, weight: Tensor, factors: Factors, grads: dict[str, Tensor]) -> None:
+        """Add the factors' gradients to `grads`, given `grad`, the effective weight's (rows, in)."""
+        import torch
+
+        work = work_dtype(grad, weight, *factors.values())
+        own = {key: value.to(work, copy=True) for key, value in factors.items()}
+        with recording():
+            change = self.update(
+                weight.to(work), **{key: value.requires_grad_() for key, value in own.items()}
+            )
+        found = torch.autograd.grad(
+            change, list(own.values()), grad.to(change.dtype), allow_unused=True, materialize_grads=True
+        )
+        for key, value in zip(own, found, strict=True):
+            grads[key] += value
+
+    def row_group(self, shape: tuple[int, ...]) -> int:
+        """Rows of the weight that are best treated together, since they share entries of a factor."""
+        return lcm(*(spec.rows or 1 for spec in self.factors(shape).values()))
+
+    def kernels(self, device: str) -> Kernels | None:
+        """Compiled kernels for a type of device, if the method has any and their compiler is installed."""
+        return None
+
+    def fold_kernel(self, factors: Mapping[str, NDArray[np.float64]], dtype: str) -> FoldKernel | None:
+        """A compiled fold of one matrix that gives the bits of the definition, if the method has one.
+
+        Args:
+            factors: of the matrix.
+            dtype: of the stored numbers, as safetensors spells it.
+        """
+        return None
+
+    def defaults(self, width: float, steps: int | None) -> TrainingDefaults:
+        """Settings to train with where the user gives none.
+
+        Args:
+            width: the median of the adapted sites' input features.
+            steps: of training, None where epochs end it.
+        """
+        return TrainingDefaults(lr=3e-4)
+
+    def remedy(self, shapes: Iterable[tuple[int, ...]]) -> str | None:
+        """Which options would suit sites of these shapes, all of which the method refused."""
+        return None
+
     def parameters(self) -> dict[str, Any]:
-        """The settings, as the adapter's configuration stores them."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """The options, as the adapter's configuration stores them."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
+
+def option(default: Any, text: str, check: Callable[[Any], str | None] | None = None) -> Any:
+    """A field of a method: an int, float, bool or str.
+
+    Args:
+        text: its help on the command line.
+        check: says what a value must be, if it is not that.
+    """
+    return field(default=default, metadata={"help": text, "check": check})
+
+
+def at_least_one(value: float) -> str | None:
+    return None if value >= 1 else "must be at least 1"
+
+
+def finite_factor(value: float) -> str | None:
+    return None if isfinite(value) and value != 0 else "must be a finite number other than 0"
+
+
+def probability(value: float) -> str | None:
+    return None if 0 <= value < 1 else "must be in [0, 1)"
 
 
 METHODS = Registry[type[Method]]("adapter method", "spp_fx.methods", package="spp_fx.adapters")
 register = naming(METHODS)
 
 
-def make_method(name: str, **settings: Any) -> Method:
-    """A method by name with its settings; UsageError lists what is known."""
-    return METHODS.find(name)(**settings)
+def make_method(name: str, **options: Any) -> Method:
+    """A method by name with its options; UsageError lists what is known."""
+    method = METHODS.find(name)
+    known = [each.name for each in fields(method)]
+    if unknown := [key for key in options if key not in known]:
+        raise UsageError(f"{name} has no option '{unknown[0]}'; it has {', '.join(known) or 'none'}")
+    return method(**options)
 
 
 def initial_factor(spec: FactorSpec, key: str, seed: int, device: torch.device) -> Tensor:
@@ -137,3 +240,40 @@ def initial_factor(spec: FactorSpec, key: str, seed: int, device: torch.device) 
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     bound = 1 / sqrt(spec.shape[-1])
     return torch.empty(spec.shape).uniform_(-bound, bound, generator=generator).to(device)
+
+
+def work_dtype(*tensors: Tensor) -> torch.dtype:
+    """What elementwise work on tensors runs in: their promoted dtype, at least float32."""
+    import torch
+
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+@contextmanager
+def recording() -> Generator[None]:
+    """Let autograd record within the implementation of a custom op, from which torch keeps it away.
+
+    `torch.func.vjp` would do so by itself, but not under a dispatch mode such as a counter of operations.
+    """
+    import torch
+
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield
+
+
+@cache
+def compiled(name: Literal["cpu", "gpu"]) -> Any:
+    """The kernels of this folder for a device, None where their compiler (numba, triton) is not installed."""
+    try:
+        return import_module(f"spp_fx.adapters.{name}")
+    except ImportError as error:
+        if (error.name or "").startswith("spp_fx"):
+            raise
+        return None

@@ -4,15 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import gcd
-from typing import TYPE_CHECKING
+from math import gcd, sqrt
+from typing import TYPE_CHECKING, Any
 
-from spp_fx.adapters.method import Array, Factors, FactorSpec, Method, MethodOps, register
+from spp_fx.adapters.method import (
+    Factors,
+    FactorSpec,
+    FoldKernel,
+    Kernels,
+    Method,
+    TrainingDefaults,
+    at_least_one,
+    compiled,
+    finite_factor,
+    option,
+    probability,
+    register,
+    work_dtype,
+)
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 LARGEST_RANK = 256
+PAPER_RATE, PAPER_WIDTH = 4e-3, 4096
 
 
 @register("spp")
@@ -20,40 +36,97 @@ LARGEST_RANK = 256
 class SPP(Method):
     """W * (1 + s * beta * repeat(alpha)) — SPP, ICML 2024, Eq. 4 and 5."""
 
-    @property
-    def ops(self) -> MethodOps:
-        from spp_fx.adapters.ops import packed, spp_blockwise, spp_fused, spp_linear, spp_weight
-
-        kernels = {"blockwise": spp_blockwise.OP, "fused": spp_fused.OP}
-        return MethodOps(spp_linear.OP, spp_weight.OP, kernels, packed.OPS)
+    rank: int = option(16, "Rank r; for spp a divisor of a site's outputs, or it is skipped.", at_least_one)
+    scale: float = option(2.0, "The factor s of the update.", finite_factor)
+    dropout: float = option(0.0, "On the adapter branch's input while training.", probability)
 
     def factors(self, shape: tuple[int, ...]) -> dict[str, FactorSpec]:
         *stack, m, n = shape
         return {
-            "spp_alpha": FactorSpec((*stack, self.rank, n), init="kaiming"),
-            "spp_beta": FactorSpec((*stack, m, 1), init="zeros"),
+            "spp_alpha": FactorSpec((*stack, self.rank, n), "kaiming", rows=m // self.rank, columns=1),
+            "spp_beta": FactorSpec((*stack, m, 1), "zeros", rows=1),
         }
 
     def refusal(self, shape: tuple[int, ...]) -> str | None:
         m = shape[-2]
         return f"rank {self.rank} does not divide its {m} output features" if m % self.rank else None
 
-    def usable_ranks(self, shapes: Iterable[tuple[int, ...]]) -> list[int]:
-        common = gcd(*(shape[-2] for shape in shapes))
-        return [rank for rank in range(1, LARGEST_RANK + 1) if common % rank == 0]
-
     def update(self, weight: Tensor, **factors: Tensor) -> Tensor:
-        from spp_fx.adapters.ops.spp_linear import update
+        alpha, beta = factors["spp_alpha"], factors["spp_beta"]
+        rows = weight.shape[-2] // alpha.shape[-2]
+        return weight * (self.scale * beta * alpha.repeat_interleave(rows, dim=-2))
 
-        return update(weight, factors["spp_alpha"], factors["spp_beta"], self.scale)
+    def tile(self, weight: Tensor, factors: Factors, base: float, out: Tensor) -> None:
+        import torch
 
-    def rows(self, factors: Factors, start: int, stop: int) -> dict[str, Tensor]:
+        work = work_dtype(weight, factors["spp_alpha"])
+        weight, factor = weight.to(work), self._factor(factors, work)
+        result = out if out.dtype == work else factor
+        if base:
+            torch.addcmul(weight, weight, factor, value=1.0, out=result)
+        else:
+            torch.mul(weight, factor, out=result)
+        if result is factor:
+            out.copy_(factor)
+
+    def pullback(self, grad: Tensor, weight: Tensor, factors: Factors, grads: dict[str, Tensor]) -> None:
+        """dbeta_i = s sum_c (G W)_ic alpha_jc and dalpha_jc = s sum_{i in block j} beta_i (G W)_ic."""
         import torch
 
         alpha, beta = factors["spp_alpha"], factors["spp_beta"]
-        height = beta.shape[-2] // alpha.shape[-2]
-        index = torch.arange(start, stop, device=alpha.device) // height
-        return {"spp_alpha": alpha.index_select(-2, index), "spp_beta": beta[..., start:stop, :]}
+        work = work_dtype(grad, alpha)
+        product = _product(grad, weight, work).view(len(alpha), -1, alpha.shape[1])
+        row = (alpha.to(work) * self.scale).unsqueeze(2)
+        grads["spp_beta"].copy_(torch.bmm(product, row).view(-1, 1))
+        column = (beta.to(work) * self.scale).view(len(alpha), 1, -1)
+        grads["spp_alpha"] += torch.bmm(column, product).squeeze(1)
 
-    def columns(self, factors: Mapping[str, Array], start: int, stop: int) -> dict[str, Array]:
-        return {"spp_alpha": factors["spp_alpha"][..., start:stop], "spp_beta": factors["spp_beta"]}
+    def kernels(self, device: str) -> Kernels | None:
+        return compiled("gpu") if device == "cuda" else compiled("cpu") if device == "cpu" else None
+
+    def fold_kernel(self, factors: Mapping[str, Any], dtype: str) -> FoldKernel | None:
+        if (cpu := compiled("cpu")) is None:
+            return None
+        kernel = {"BF16": cpu.fold_bfloat16, "F16": cpu.fold_float16}.get(dtype, cpu.fold_wide)
+        alpha, scaled = factors["spp_alpha"], self.scale * factors["spp_beta"][:, 0]
+        height = len(scaled) // len(alpha)
+        return lambda stored, out, start: kernel(stored, alpha, scaled[start:], height, start, out)
+
+    def defaults(self, width: float, steps: int | None) -> TrainingDefaults:
+        """The paper's rate for 7B, 4e-3 at width 4096, scaled like alpha's start: by 1/sqrt(inputs).
+
+        alpha starts as U(-1/sqrt n, 1/sqrt n) and Adam moves every entry by about the rate, so a rate in
+        proportion to 1/sqrt(n) moves it by the same share at every width.
+        """
+        return TrainingDefaults(lr=PAPER_RATE * sqrt(PAPER_WIDTH / width))
+
+    def remedy(self, shapes: Iterable[tuple[int, ...]]) -> str | None:
+        return f"ranks that fit all matched sites: {', '.join(map(str, self.usable_ranks(shapes)))}"
+
+    def usable_ranks(self, shapes: Iterable[tuple[int, ...]]) -> list[int]:
+        """The ranks up to 256 that every one of these shapes admits."""
+        common = gcd(*(shape[-2] for shape in shapes))
+        return [rank for rank in range(1, LARGEST_RANK + 1) if common % rank == 0]
+
+    def _factor(self, factors: Factors, dtype: torch.dtype) -> Tensor:
+        """s * beta * repeat(alpha) in the workspace."""
+        import torch
+
+        from spp_fx.adapters.rows import workspace
+
+        alpha, beta = factors["spp_alpha"], factors["spp_beta"]
+        row, column = alpha.to(dtype).unsqueeze(1), (beta * self.scale).to(dtype).view(len(alpha), -1, 1)
+        out = workspace("tile", len(beta), alpha.shape[1], dtype, alpha.device)
+        torch.mul(row, column, out=out.view(len(alpha), -1, alpha.shape[1]))
+        return out
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a * b in dtype, where no conversion is needed in the workspace."""
+    import torch
+
+    from spp_fx.adapters.rows import workspace
+
+    if a.dtype == b.dtype == dtype:
+        return torch.mul(a, b, out=workspace("tile", a.shape[0], a.shape[1], dtype, a.device))
+    return a.to(dtype, copy=True).mul_(b)

@@ -6,14 +6,15 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, fx
 
-from spp_fx.adapters import Factors, Method
-from spp_fx.adapters.fold import fold_matrix
-from spp_fx.adapters.fold_counts import FoldCounts, Vanish
+from spp_fx.adapters.fold import FoldCounts, Vanish, fold_matrix
+from spp_fx.adapters.method import Factors, Method
+from spp_fx.adapters.op import ops_of
 from spp_fx.errors import PostconditionError, PreconditionError, UsageError
 from spp_fx.graph.program import ADAPTER, Program, Site, Use, factor_attribute
+from spp_fx.graph.rewrite import VIEWS, ancestors, erase_unused, replace_node
 from spp_fx.passes.base import Pass, PassReport, register
 from spp_fx.passes.frozen_weights import unpack_site
-from spp_fx.passes.inject_adapters import PLAIN, replace_node
+from spp_fx.passes.inject_adapters import dropout_of
 
 aten = torch.ops.aten
 
@@ -56,7 +57,7 @@ class Fold(Pass):
                 for matrix, value in zip(matrices(target), folded[name], strict=True):
                     matrix.copy_(value)
             for use in uses[name]:
-                _take_out(use, program.sites[name])
+                _take_out(use, method, program.sites[name])
             for module in {use.module for use in uses[name]}:
                 _drop_factors(module, method, program.sites[name])
             del program.adapters[name]
@@ -96,26 +97,52 @@ def _fold(
     return result
 
 
-def _take_out(use: Use, site: Site) -> None:
+def _take_out(use: Use, method: Method, site: Site) -> None:
     """Put the plain nodes back in place of an adapter's, whatever it was lowered to."""
     node, graph = use.node, use.module.graph
-    named = {n.name: n for n in graph.nodes}
-    plain = node.meta[PLAIN]
     if site.kind == "experts":
-        replaced, by = (named.get(name, node) for name in plain)
-    else:
-        operands = tuple(named[name] for name in plain if name is not None)
-        with graph.inserting_before(node):
-            by = graph.call_function(aten.linear.default, operands)
-        by.meta = {key: value for key, value in node.meta.items() if key not in (ADAPTER, PLAIN)}
-        replaced = node
-    replace_node(replaced, by)
-    node.meta.pop(ADAPTER, None)
+        _take_out_stack(node, method, site)
+        return
+    ops, count = ops_of(method, site.shape), len(method.factors(site.shape))
+    if node.target in (ops.linear, ops.fused):
+        x, weight, bias = node.args[0], node.args[1], node.args[2 + count]
+    elif dropout_of(method):  # the reference: linear(x, weight, bias) + linear(dropout(x), update)
+        x, weight, bias = (*cast(fx.Node, node.args[0]).args, None)[:3]
+    else:  # linear(x, effective weight, bias)
+        x, effective, bias = (*node.args, None)[:3]
+        weight = _canonical(cast(fx.Node, effective), method, site)
+    operands = (x, weight) if bias is None else (x, weight, bias)
+    with graph.inserting_before(node):
+        plain = graph.call_function(aten.linear.default, operands)  # type: ignore[arg-type]
+    replace_node(node, plain)
+    del plain.meta[ADAPTER]
+
+
+def _take_out_stack(node: fx.Node, method: Method, site: Site) -> None:
+    """`node` makes the effective stack, or with dropout the update of a second contraction that is added."""
+    if dropout_of(method):
+        branch, total = node, next(iter(node.users))
+        while total.target is not aten.add.Tensor or total.args[1] is not branch:
+            branch, total = total, next(iter(total.users))
+        total.replace_all_uses_with(cast(fx.Node, total.args[0]))
+        return
+    canonical = _canonical(node, method, site)
+    if site.transposed:
+        node, canonical = next(iter(node.users)), cast(fx.Node, canonical.args[0])
+    node.replace_all_uses_with(canonical)
+
+
+def _canonical(made: fx.Node, method: Method, site: Site) -> fx.Node:
+    """The frozen weight, as (..., out, in), that an effective weight is made from."""
+    parameter = site.name.rpartition(".")[2]
+    own = {factor_attribute(parameter, key) for key in method.factors(site.shape)}
+    (source,) = (each for each in ancestors(made) if each.op == "get_attr" and each.target not in own)
+    return next(user for user in source.users if user.target in VIEWS) if site.transposed else source
 
 
 def _drop_factors(module: fx.GraphModule, method: Method, site: Site) -> None:
     """Remove what only the adapters of a site used, nodes and parameters, from a module of which they are gone."""
-    module.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    erase_unused(module.graph)
     for key in method.factors(site.shape):
         delattr(module, factor_attribute(site.name.rpartition(".")[2], key))
     module.recompile()

@@ -1,11 +1,12 @@
 """Packing the frozen weight of an adapted site, and taking it out again."""
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from spp_fx.adapters.ops.packed import PACKINGS, choose_packing
+from spp_fx.adapters.op import ops_of
+from spp_fx.adapters.rows import PACKINGS, choose_packing
 from spp_fx.graph.program import ADAPTER, Program, Use
-from spp_fx.passes.inject_adapters import PLAIN
+from spp_fx.graph.rewrite import erase_unused, readers
 
 aten = torch.ops.aten
 
@@ -21,7 +22,7 @@ def pack_site(
     Returns:
         The packing chosen, or None and the reason why the weight stays dense.
     """
-    reason = _refusal(program, site, uses)
+    reason = _dense_reason(program, site, uses)
     if reason is not None:
         return None, reason
     weight = program.canonical_weight(site).detach().to(device)
@@ -38,9 +39,9 @@ def pack_site(
             storage = [graph.get_attr(_packed(parameter, key)) for key in PACKINGS[name].tensors]
         x, _, *rest = node.args
         node.args = (x, *storage, *rest)
-        node.target = method.ops.packed[name]
+        node.target = ops_of(method, program.sites[site].shape).packed[name]
     for use in uses:
-        _erase_unused(use.module.graph)
+        erase_unused(use.module.graph)
         if parameter in use.module._parameters:
             delattr(use.module, parameter)
         use.module.recompile()
@@ -64,11 +65,9 @@ def unpack_site(program: Program, site: str) -> None:
                 source = graph.call_function(aten.t.default, (source,))
         x, *rest = use.node.args
         use.node.args = (x, source, *rest[len(packing.tensors) :])
-        use.node.target = program.adapters[site].ops.kernels["fused"]
-        x, _, bias = use.node.meta[PLAIN]
-        use.node.meta[PLAIN] = (x, source.name, bias)
+        use.node.target = ops_of(program.adapters[site], info.shape).fused
     for module in {use.module for use in uses}:
-        _erase_unused(module.graph)
+        erase_unused(module.graph)
         for key in packing.tensors:
             delattr(module, _packed(parameter, key))
         module.recompile()
@@ -86,35 +85,23 @@ def weight_of(program: Program, site: str) -> Tensor:
     return packing.rows(*storage, (m, n)).take(0, m)
 
 
-def _refusal(program: Program, site: str, uses: list[Use]) -> str | None:
+def _dense_reason(program: Program, site: str, uses: list[Use]) -> str | None:
     if program.sites[site].kind == "experts":
         return "a stack of experts stays dense"
     if site in program.tied or site in program.tied.values():
         return "its weight is tied to another name"
     parameter = site.rpartition(".")[2]
     for use in uses:
-        readers = {
+        reading = {
             reader
             for node in use.module.graph.nodes
             if node.op == "get_attr" and node.target == parameter
-            for reader in _readers(node)
+            for reader in readers(node)
         }
-        if any(reader.meta.get(ADAPTER) != site for reader in readers):
+        if any(reader.meta.get(ADAPTER) != site for reader in reading):
             return "something else reads its weight too"
     return None
 
 
-def _readers(node: fx.Node) -> list[fx.Node]:
-    """What reads a weight, seen through transposed views."""
-    found: list[fx.Node] = []
-    for user in node.users:
-        found += _readers(user) if user.target in (aten.t.default, aten.transpose.int) else [user]
-    return found
-
-
 def _packed(parameter: str, key: str) -> str:
     return f"{parameter}_{key}"
-
-
-def _erase_unused(graph: fx.Graph) -> None:
-    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))

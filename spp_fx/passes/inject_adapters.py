@@ -2,23 +2,21 @@
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
 
-from spp_fx.adapters import Method, initial_factor, make_method
-from spp_fx.adapters.ops.dropout import DROPOUT, DROPOUT_SEED
+from spp_fx.adapters.method import METHODS, Method, initial_factor, make_method
+from spp_fx.adapters.op import DROPOUT, DROPOUT_SEED, op_options, ops_of
 from spp_fx.errors import PostconditionError, PreconditionError, UsageError
 from spp_fx.graph.program import ADAPTER, SITE, Program, Use, factor_attribute
+from spp_fx.graph.rewrite import operand_chain, replace_node
 from spp_fx.passes.base import Pass, PassReport, register
 from spp_fx.sparsity.scan import pack_mask
 
 aten = torch.ops.aten
-
-PLAIN = "spp_fx_plain"
-"""Key of `fx.Node.meta` of an adapter node: names of the nodes that fold needs to take it out again."""
 
 
 @register("inject")
@@ -27,21 +25,21 @@ class Inject(Pass):
     """Turn every matched linear node into an adapter node; freeze everything but the new factors.
 
     Args:
-        method: name of the adapter method (see `spp_fx.adapters`).
-        rank: for spp the rows r of alpha; a site whose output features it does not divide is skipped.
-        scale: the factor s of the update.
-        dropout: probability on the adapter branch's input while training.
+        method: name of the adapter method.
         seed: of the factors' start.
         masks: keep each site's mask, a bit a weight, for `verify`.
+        options: the method's own, by the names of its fields.
     """
 
     name: ClassVar[str]
     method: str = "spp"
-    rank: int = 16
-    scale: float = 2.0
-    dropout: float = 0.0
     seed: int = 0
     masks: bool = True
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @classmethod
+    def chosen(cls, given: Mapping[str, Any]) -> type[Method]:
+        return METHODS.find(given.get("method", cls.method))
 
     def requires(self, program: Program) -> None:
         if not program.matched:
@@ -50,10 +48,10 @@ class Inject(Pass):
             raise PreconditionError("inject: the program has adapters already; fold them first")
 
     def apply(self, program: Program) -> PassReport:
-        method = make_method(self.method, rank=self.rank, scale=self.scale, dropout=self.dropout)
-        taken, refused = adaptable(method, {name: program.sites[name].shape for name in program.matched})
+        method = make_method(self.method, **self.options)
+        taken, skipped = adaptable(method, {name: program.sites[name].shape for name in program.matched})
         program.requires_grad_(False)
-        report = PassReport(skipped=refused)
+        report = PassReport(skipped=skipped)
         uses = program.uses()
         for name in taken:
             site, weight = program.sites[name], program.weight(name)
@@ -66,7 +64,7 @@ class Inject(Pass):
                 program.masks[name] = pack_mask(weight.detach().cpu(), transposed=site.transposed)
             for use in uses[name]:
                 rewrite = _inject_stack if site.kind == "experts" else _inject_linear
-                rewrite(use, method, name.rpartition(".")[2], factors, site.transposed)
+                rewrite(use, method, site.shape, name.rpartition(".")[2], factors, site.transposed)
                 use.module.recompile()
             program.adapters[name] = method
             report.changed[name] = ", ".join(f"{k} {'x'.join(map(str, s.shape))}" for k, s in specs.items())
@@ -94,17 +92,16 @@ def adaptable(
         shapes: of the sites, (out, in) or (experts, out, in), by name.
 
     Raises:
-        UsageError: it takes none; names the ranks that would work for all.
+        UsageError: it takes none; names the options that would work for all.
     """
-    refused = {name: reason for name, shape in shapes.items() if (reason := method.refusal(shape))}
-    if len(refused) == len(shapes):
-        name, reason = next(iter(refused.items()))
-        ranks = ", ".join(map(str, method.usable_ranks(shapes.values())))
+    skipped = {name: reason for name, shape in shapes.items() if (reason := method.refusal(shape))}
+    if len(skipped) == len(shapes):
+        name, reason = next(iter(skipped.items()))
+        remedy = method.remedy(shapes.values())
         raise UsageError(
-            f"{name}: {reason} ({len(refused)} of {len(shapes)} sites); "
-            f"ranks that fit all matched sites: {ranks}"
+            f"{name}: {reason} ({len(skipped)} of {len(shapes)} sites)" + (f"; {remedy}" if remedy else "")
         )
-    return tuple(name for name in shapes if name not in refused), refused
+    return tuple(name for name in shapes if name not in skipped), skipped
 
 
 def _factor_nodes(use: Use, parameter: str, factors: dict[str, nn.Parameter]) -> list[fx.Node]:
@@ -116,17 +113,27 @@ def _factor_nodes(use: Use, parameter: str, factors: dict[str, nn.Parameter]) ->
     return nodes
 
 
+def dropout_of(method: Method) -> float:
+    """The probability on the adapter branch's input while training; 0 for a method without that option."""
+    return getattr(method, "dropout", 0.0)
+
+
 def _dropout_nodes(graph: fx.Graph, method: Method) -> tuple[fx.Node | None, fx.Node | float]:
     """The seed and probability of the branch's dropout: (None, 0.0) where there never is any."""
-    if method.dropout == 0:
+    if dropout_of(method) == 0:
         return None, 0.0
     training = graph.create_node("get_attr", "training")
-    p = graph.call_function(operator.mul, (method.dropout, training))
+    p = graph.call_function(operator.mul, (dropout_of(method), training))
     return graph.call_function(DROPOUT_SEED, (p,)), p
 
 
 def _inject_linear(
-    use: Use, method: Method, parameter: str, factors: dict[str, nn.Parameter], transposed: bool
+    use: Use,
+    method: Method,
+    shape: tuple[int, ...],
+    parameter: str,
+    factors: dict[str, nn.Parameter],
+    transposed: bool,
 ) -> None:
     node, graph = use.node, use.module.graph
     x, weight = node.args[:2]
@@ -134,40 +141,34 @@ def _inject_linear(
     with graph.inserting_before(node):
         nodes = _factor_nodes(use, parameter, factors)
         seed, p = _dropout_nodes(graph, method)
-        adapted = graph.call_function(method.ops.linear, (x, weight, *nodes, bias, seed, method.scale, p))  # type: ignore[arg-type]
-    operands = tuple(n.name if isinstance(n, fx.Node) else None for n in (x, weight, bias))
-    adapted.meta = dict(node.meta) | {ADAPTER: node.meta[SITE], PLAIN: operands}
-    replace_node(node, adapted)
-    graph.erase_node(node)
-
-
-def replace_node(node: fx.Node, by: fx.Node) -> None:
-    """Replace all uses of a node, and its name where an adapter of the same graph keeps it as an operand."""
-    node.replace_all_uses_with(by)
-    for other in node.graph.nodes:
-        if PLAIN in other.meta:
-            other.meta[PLAIN] = tuple(by.name if name == node.name else name for name in other.meta[PLAIN])
+        arguments = (x, weight, *nodes, bias, seed, *op_options(method), p)
+        adapted = graph.call_function(ops_of(method, shape).linear, arguments)  # type: ignore[arg-type]
+    replace_node(node, adapted, **{ADAPTER: node.meta[SITE]})
 
 
 def _inject_stack(
-    use: Use, method: Method, parameter: str, factors: dict[str, nn.Parameter], transposed: bool
+    use: Use,
+    method: Method,
+    shape: tuple[int, ...],
+    parameter: str,
+    factors: dict[str, nn.Parameter],
+    transposed: bool,
 ) -> None:
     """Feed the contraction the effective weight; with dropout, add a second contraction for the branch."""
     node, graph = use.node, use.module.graph
-    chain, position = weight_chain(node, parameter)
+    chain, position = operand_chain(node, parameter)
     source = chain[0]
     with graph.inserting_before(source.next):
         nodes = _factor_nodes(use, parameter, factors)
         seed, p = _dropout_nodes(graph, method)
         canonical = graph.call_function(aten.transpose.int, (source, -2, -1)) if transposed else source
-        base = 1.0 if seed is None else 0.0
-        value = graph.call_function(method.ops.weight, (canonical, *nodes, method.scale, base))
+        arguments = (canonical, *nodes, *op_options(method), 1.0 if seed is None else 0.0)
+        value = graph.call_function(ops_of(method, shape).weight, arguments)
         stored = graph.call_function(aten.transpose.int, (value, -2, -1)) if transposed else value
     value.meta = {ADAPTER: node.meta[SITE]}
     if seed is None:
         reader = chain[1] if len(chain) > 1 else node
         source.replace_all_uses_with(stored, delete_user_cb=lambda user: user is reader)
-        value.meta[PLAIN] = (stored.name, source.name)
         return
     with graph.inserting_before(node):
         replay: Any = stored
@@ -181,19 +182,3 @@ def _inject_stack(
         branch = graph.call_function(node.target, tuple(arguments), dict(node.kwargs))  # type: ignore[arg-type]
         total = graph.call_function(aten.add.Tensor, (node, branch))
     node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
-    value.meta[PLAIN] = (total.name, node.name)
-
-
-def weight_chain(node: fx.Node, parameter: str) -> tuple[list[fx.Node], int]:
-    """The nodes from a stack's parameter to its contraction (first the parameter), and the operand's position."""
-    for position, operand in enumerate(node.args):
-        chain: list[fx.Node] = []
-        link = operand
-        while isinstance(link, fx.Node):
-            chain.insert(0, link)
-            if link.op == "get_attr":
-                if str(link.target).rpartition(".")[2] == parameter:
-                    return chain, position
-                break
-            link = link.args[0] if link.args else None
-    raise PreconditionError(f"inject: {node.format_node()} does not lead back to {parameter}")

@@ -1,22 +1,21 @@
 """lower: choose how adapter nodes are executed."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from spp_fx.adapters import Method
-from spp_fx.adapters.ops.dropout import DROPOUT
+from spp_fx.adapters.method import Method
+from spp_fx.adapters.op import DROPOUT, MethodOps, ops_of
 from spp_fx.errors import PostconditionError, PreconditionError, UsageError
 from spp_fx.graph.program import ADAPTER, Program, Use
+from spp_fx.graph.rewrite import inline, replace_node
 from spp_fx.passes.base import Pass, PassReport, register
 from spp_fx.passes.frozen_weights import pack_site
-from spp_fx.passes.inject_adapters import replace_node
 
 aten = torch.ops.aten
-REFERENCE = "reference"
+KERNELS = ("reference", "fused")
 
 
 @register("lower")
@@ -25,9 +24,8 @@ class Lower(Pass):
     """Replace adapter nodes by an execution of them.
 
     Args:
-        kernel: `reference` expands the definition into plain aten nodes; `blockwise` and `fused` (and
-            whatever else a method brings) are single ops equal to it. Stacks of experts have one
-            op, which bounds its temporaries like `fused`.
+        kernel: `reference` expands the definition into plain aten nodes; `fused` is a single op equal to
+            it. Stacks of experts have one op, which bounds its temporaries like `fused`.
         storage: `dense`, or `packed` (kernel `fused` only): each frozen weight becomes values and positions
             (2:4) or values and a bit mask (any other pattern). Stacks of experts, and weights that
             something else uses too, stay dense, with that reason in the report.
@@ -40,6 +38,8 @@ class Lower(Pass):
     def requires(self, program: Program) -> None:
         if not program.adapters:
             raise PreconditionError("lower: the program has no adapters; run inject first")
+        if self.kernel not in KERNELS:
+            raise UsageError(f"lower: there is no kernel '{self.kernel}'; known: {', '.join(KERNELS)}")
         if self.storage not in ("dense", "packed"):
             raise UsageError(f"lower: storage takes dense or packed, got '{self.storage}'")
         if self.storage == "packed" and self.kernel != "fused":
@@ -51,13 +51,9 @@ class Lower(Pass):
         report = PassReport()
         uses = program.uses(ADAPTER)
         for name, method in program.adapters.items():
-            known = (REFERENCE, *method.ops.kernels)
-            if self.kernel not in known:
-                raise UsageError(
-                    f"lower: {method.name} has no kernel '{self.kernel}'; known: {', '.join(known)}"
-                )
+            ops = ops_of(method, program.sites[name].shape)
             for use in uses[name]:
-                report.changed[name] = _lower(use, method, self.kernel)
+                report.changed[name] = _lower(use, method, ops, self.kernel)
                 use.module.recompile()
             if self.storage == "packed":
                 packed, reason = pack_site(program, name, uses[name])
@@ -69,86 +65,58 @@ class Lower(Pass):
     def ensures(self, program: Program) -> None:
         for name, uses in program.uses(ADAPTER).items():
             method = program.adapters.get(name)
-            if method and any(use.node.target is method.ops.linear for use in uses):
+            linear = ops_of(method, program.sites[name].shape).linear if method else None
+            if method and any(use.node.target is linear for use in uses):
                 raise PostconditionError(f"lower: {name} is still abstract")
 
 
-def _lower(use: Use, method: Method, kernel: str) -> str:
+def _lower(use: Use, method: Method, ops: MethodOps, kernel: str) -> str:
     node = use.node
-    if node.target is method.ops.weight:
-        if kernel == REFERENCE:
-            _expand_weight(use.module.graph, node, method)
-        return kernel if kernel == REFERENCE else "row blocks"
-    if node.target is not method.ops.linear:
+    if node.target is ops.weight:
+        if kernel == "fused":
+            return "row blocks"
+        _expand_weight(node, method, ops)
+        return kernel
+    if node.target is not ops.linear:
         raise PreconditionError(f"lower: {node.format_node()} is lowered already; start from inject")
-    if kernel == REFERENCE:
-        _expand_linear(use.module.graph, node, method)
+    if kernel == "fused":
+        node.target = ops.fused
     else:
-        node.target = method.ops.kernels[kernel]
+        _expand_linear(node, method, ops)
     return kernel
 
 
-def _expand_linear(graph: fx.Graph, node: fx.Node, method: Method) -> None:
+def _expand_linear(node: fx.Node, method: Method, ops: MethodOps) -> None:
     """x W'^T + b, or with dropout x W^T + b + dropout(x) U^T, with W' and U in aten nodes."""
-    x, weight, *factors, bias, seed, _, p = node.args
+    graph, count = node.graph, len(ops.factors)
+    x, weight, *rest = node.args
+    factors, (bias, seed), p = rest[:count], rest[count : count + 2], rest[-1]
     with graph.inserting_before(node):
         if seed is None:
-            effective = _inline(graph, method, weight, factors, base=1.0)  # type: ignore[arg-type]
+            effective = _inline(graph, method, ops, [weight, *factors], base=1.0)
             result = graph.call_function(aten.linear.default, (x, effective, bias))  # type: ignore[arg-type]
         else:
-            update = _inline(graph, method, weight, factors, base=0.0)  # type: ignore[arg-type]
+            update = _inline(graph, method, ops, [weight, *factors], base=0.0)
             base = graph.call_function(aten.linear.default, (x, weight, bias))  # type: ignore[arg-type]
             dropped = graph.call_function(DROPOUT, (x, seed, p))  # type: ignore[arg-type]
             branch = graph.call_function(aten.linear.default, (dropped, update))
             result = graph.call_function(aten.add.Tensor, (base, branch))
-    _replace(graph, node, result)
-
-
-def _expand_weight(graph: fx.Graph, node: fx.Node, method: Method) -> None:
-    weight, *factors, _, base = node.args
-    with graph.inserting_before(node):
-        result = _inline(graph, method, weight, factors, base=float(base))  # type: ignore[arg-type]
-    _replace(graph, node, result)
-
-
-def _replace(graph: fx.Graph, node: fx.Node, result: fx.Node) -> None:
-    result.meta = dict(node.meta)
     replace_node(node, result)
-    graph.erase_node(node)
 
 
-def _inline(graph: fx.Graph, method: Method, weight: fx.Node, factors: list[fx.Node], base: float) -> fx.Node:
-    """The method's own definition, traced on tensors without storage, as nodes in front of the current point."""
-    shape_of = {node: _shape(graph, node) for node in (weight, *factors)}
-    names = list(method.factors(tuple(shape_of[weight][0])))
-
-    def definition(w: Tensor, *values: Tensor) -> Tensor:
-        named = dict(zip(names, values, strict=True))
-        result = method.effective_weight(w, **named) if base else method.update(w, **named)
-        return result.to(w.dtype)
-
-    examples = [torch.empty(size, dtype=dtype, device="meta") for size, dtype in shape_of.values()]
-    traced = make_fx(definition)(*examples)
-    values: dict[fx.Node, fx.Node] = dict(
-        zip((n for n in traced.graph.nodes if n.op == "placeholder"), shape_of, strict=True)
-    )
-    for inner in traced.graph.nodes:
-        if inner.op == "call_function":
-            values[inner] = graph.node_copy(inner, lambda n: values[n])
-        elif inner.op == "output":
-            return values[inner.args[0]]  # type: ignore[index]
-    raise PreconditionError(f"lower: the definition of {method.name} has no output")
+def _expand_weight(node: fx.Node, method: Method, ops: MethodOps) -> None:
+    with node.graph.inserting_before(node):
+        weights = list(node.args[: 1 + len(ops.factors)])
+        result = _inline(node.graph, method, ops, weights, base=float(node.args[-1]))  # type: ignore[arg-type]
+    replace_node(node, result)
 
 
-def _shape(graph: fx.Graph, node: fx.Node) -> tuple[torch.Size, torch.dtype]:
-    """Shape and dtype of a parameter or of a transposed view of one."""
-    if node.op == "get_attr":
-        module = graph.owning_module
-        value = module.get_parameter(str(node.target)) if module is not None else None
-        if value is None:
-            raise PreconditionError(f"lower: {node.target} is no parameter")
-        return value.shape, value.dtype
-    size, dtype = _shape(graph, node.args[0])  # type: ignore[arg-type]
-    if node.target in (aten.t.default, aten.transpose.int):
-        return torch.Size((*size[:-2], size[-1], size[-2])), dtype
-    raise PreconditionError(f"lower: {node.format_node()} is no canonical weight")
+def _inline(graph: fx.Graph, method: Method, ops: MethodOps, arguments: list[Any], base: float) -> fx.Node:
+    """The method's own definition as nodes: the effective weight, or for base 0 the update."""
+
+    def definition(weight: Tensor, *values: Tensor) -> Tensor:
+        named = dict(zip(ops.factors, values, strict=True))
+        result = method.effective_weight(weight, **named) if base else method.update(weight, **named)
+        return result.to(weight.dtype)
+
+    return inline(graph, definition, arguments)

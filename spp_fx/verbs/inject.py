@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from spp_fx.adapters import Method, initial_factor, make_method
 from spp_fx.adapters.adapter_folder import write_adapter
+from spp_fx.adapters.method import Method, initial_factor, make_method
 from spp_fx.errors import MaskError, SppFxError, UsageError
 from spp_fx.exporters.manifest import open_model
 from spp_fx.graph.names import without_skipped
@@ -77,9 +77,6 @@ def inject(
     out: str | Path | None,
     *,
     method: str = "spp",
-    rank: int = 16,
-    scale: float = 2.0,
-    dropout: float = 0.0,
     targets: Sequence[str] = (),
     skip: Sequence[str] = (),
     seed: int = 0,
@@ -88,6 +85,7 @@ def inject(
     allow_links: bool = False,
     tick: Tick = no_tick,
     say: Callable[[str], None] = lambda line: None,
+    **options: Any,
 ) -> Injected:
     """Make an adapter folder for a pruned model folder, with a lock of its masks.
 
@@ -96,16 +94,17 @@ def inject(
         skip: names of sites that get no adapter, given as targets are.
         allow_links: follow symbolic links that leave a folder; see `links.check_link`.
         say: called with what the reader should know.
+        options: of the method, such as `rank`.
 
     Raises:
-        UsageError: unknown method or target, a rank that fits no site, an output that exists.
+        UsageError: unknown method, option or target, a rank that fits no site, an output that exists.
         PatternError: the model is dense.
         MaskError: the model is not the one its own lock describes.
     """
     model, out = Path(model), None if out is None else Path(out)
     if seed < 0:
         raise UsageError(f"--seed must not be negative, got {seed}")
-    adapter = make_method(method, rank=rank, scale=scale, dropout=dropout)
+    adapter = make_method(method, **options)
     if out is None:
         weights = any(model.glob("*.safetensors"))
         found = find_sites(open_model(model, weights=weights), trust_remote_code=trust_remote_code)

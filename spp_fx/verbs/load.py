@@ -80,7 +80,7 @@ def load_program(
             Causal(),
             Match(targets=tuple(adapter.matrices)),
             # check_base has checked the fingerprint of the base, and nothing here writes to it.
-            Inject(method=adapter.method.name, seed=adapter.config.seed, masks=False, **settings),
+            Inject(adapter.method.name, seed=adapter.config.seed, masks=False, options=settings),
             # Shard packs by itself, one layer at a time.
             Lower(kernel="fused", storage="dense" if shard else storage),
         ],

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from spp_fx.adapters.adapter_folder import CONFIG, FACTORS, AdapterFolder, StoredMatrix
-from spp_fx.adapters.fold_counts import FoldCounts, Vanish
-from spp_fx.adapters.fold_stored import FLOATING, StoredFold
+from spp_fx.adapters.fold import FLOATING, FoldCounts, StoredFold, Vanish
 from spp_fx.errors import FormatError, MaskError, UsageError
 from spp_fx.exporters.manifest import open_model
 from spp_fx.parallel import Tick, in_order, no_tick, thread_count
@@ -264,6 +263,7 @@ class FoldPlan:
         row_bytes = columns * FLOATING[info.dtype].itemsize
         fold = StoredFold(
             self.adapter.method,
+            self.adapter.shape(site)[-2:],
             self.adapter.factors(site, matrix.expert),
             info.dtype,
             self.vanish,

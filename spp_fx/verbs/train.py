@@ -4,7 +4,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from math import sqrt
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,8 +34,6 @@ from spp_fx.training.state import checkpoints, is_whole
 from spp_fx.training.trainer import AdapterTrainer, CutEachEpoch, EarlyStop
 from spp_fx.verbs.load import Loaded, load_program, load_tokenizer, window_length
 
-PAPER_RATE = 4e-3
-PAPER_WIDTH = 4096
 POSITIVE = (
     "steps", "epochs", "lr", "batch_size", "accumulate", "save_steps", "eval_steps", "early_stop", "logging_steps",
 )  # fmt: skip
@@ -49,7 +46,7 @@ class TrainSettings:
 
     Attributes:
         steps, epochs: one of the two ends training; both None means 3 epochs.
-        lr: peak learning rate; None chooses by the sites' width, see `default_rate`.
+        lr: peak learning rate; None leaves it to the method, see `Method.defaults`.
         batch_size: rows per forward and device.
         accumulate: forwards per optimizer step.
         seq_len: tokens per row at most; None for 512 or the model's positions if fewer.
@@ -204,7 +201,7 @@ def train(
             say(line)
         for window in measured.windows:
             check_vocabulary(window, program.vocabulary, eval_data)
-    lr = default_rate(loaded) if settings.lr is None else settings.lr
+    lr = default_rate(loaded, settings) if settings.lr is None else settings.lr
     checkpoint = _checkpoint(adapter, settings)
     frozen_bytes = held_bytes(value for value in program.parameters() if not value.requires_grad)
     guide = _teacher(Path(teacher), program, settings.shard, trust_remote_code) if teacher else None
@@ -247,18 +244,12 @@ def train(
     )
 
 
-def default_rate(loaded: Loaded) -> float:
-    """The paper's rate for 7B, 4e-3 at width 4096, scaled like alpha's start: by 1/sqrt(inputs).
-
-    alpha starts as U(-1/sqrt n, 1/sqrt n) and Adam moves every entry by about the rate, so a rate in
-    proportion to 1/sqrt(n) moves it by the same share at every width.
-    """
-    widths = [
-        program_site.in_features
-        for program_site in map(loaded.program.sites.get, loaded.program.adapters)
-        if program_site
-    ]
-    return PAPER_RATE * sqrt(PAPER_WIDTH / median(widths))
+def default_rate(loaded: Loaded, settings: TrainSettings) -> float:
+    """The rate that the method suggests for the sites' width."""
+    program = loaded.program
+    width = median(program.sites[name].in_features for name in program.adapters)
+    method = next(iter(program.adapters.values()))
+    return method.defaults(width, settings.steps).lr
 
 
 def _check(settings: TrainSettings, *, evaluated: bool) -> None:

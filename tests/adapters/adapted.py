@@ -1,15 +1,17 @@
-"""Adapted weights of every storage, for the tests of the passes over them."""
+"""Weights with SPP factors in every storage, for the tests of compiled kernels."""
 
+import pytest
 import torch
+from torch import Tensor
 
-from spp_fx.adapters.ops.adapted import Adapted
-from spp_fx.adapters.ops.packed import PACKINGS
-from spp_fx.adapters.ops.rows import DenseRows
+from spp_fx.adapters.op import AdaptedWeight
+from spp_fx.adapters.rows import PACKINGS, DenseRows, Rows
+from spp_fx.adapters.spp import SPP
 
 SHAPES = [(8, 12, 2), (64, 300, 4), (40, 1024, 1), (33, 20, 33)]
 
 
-def make(m: int, n: int, r: int, dtype: torch.dtype, storage: str, device: str = "cpu") -> Adapted:
+def make(m: int, n: int, r: int, dtype: torch.dtype, storage: str, device: str = "cpu") -> AdaptedWeight:
     generator = torch.Generator().manual_seed(m * n)
     scores = torch.rand(m, n // 4, 4, generator=generator)
     kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(2).indices, True).view(m, n)
@@ -20,10 +22,19 @@ def make(m: int, n: int, r: int, dtype: torch.dtype, storage: str, device: str =
         torch.randn(m, 1, generator=generator).to(device, work),
     )
     if storage == "dense":
-        return Adapted(DenseRows(weight), alpha, beta, 1.5)
+        return with_factors(DenseRows(weight), alpha, beta, 1.5)
     tensors = PACKINGS[storage].pack(weight)
     rows = PACKINGS[storage].rows(*(tensors[k] for k in PACKINGS[storage].tensors), (m, n))
-    return Adapted(rows, alpha, beta, 1.5)
+    return with_factors(rows, alpha, beta, 1.5)
+
+
+def with_factors(rows: Rows, alpha: Tensor, beta: Tensor, scale: float = 1.0) -> AdaptedWeight:
+    return AdaptedWeight(SPP(len(alpha), scale), rows, {"spp_alpha": alpha, "spp_beta": beta})
+
+
+def in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the compiled kernels out."""
+    monkeypatch.setattr(SPP, "kernels", lambda self, device: None)
 
 
 def ranges(m: int, r: int) -> list[tuple[int, int]]:

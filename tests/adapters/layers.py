@@ -1,12 +1,16 @@
-"""One linear layer with SPP factors, in every execution that the toolkit has."""
+"""One linear layer with the factors of a method, in every execution that the toolkit has."""
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, fx, nn
 from transformers import PretrainedConfig
 
-from spp_fx.adapters.ops import spp_blockwise, spp_fused, spp_linear
+from spp_fx.adapters.method import Method, make_method
+from spp_fx.adapters.op import apply_dropout, op_options, ops_of
+from spp_fx.adapters.rows import PACKINGS
 from spp_fx.graph.program import Program
 from spp_fx.passes.canonicalize import Canonicalize
 from spp_fx.passes.inject_adapters import Inject
@@ -14,47 +18,86 @@ from spp_fx.passes.lower import Lower
 from spp_fx.passes.match import Match
 from spp_fx.passes.pipeline import run_pipeline
 
+OUTSIDE = Path(__file__).parent / "outside"
+"""What another package would bring: a method called grouped, and its entry point."""
+if str(OUTSIDE) not in sys.path:
+    sys.path.append(str(OUTSIDE))
+
 SCALE = 1.5
-OPS = {"definition": spp_linear.OP, "blockwise": spp_blockwise.OP, "fused": spp_fused.OP}
+SPP = make_method("spp", rank=3, scale=SCALE)
+METHODS = {
+    "spp": SPP,
+    "sqft": make_method("sqft", rank=2, scale=SCALE, dropout=0.0),
+    "grouped": make_method("grouped", gain=0.5),
+}
+OPS = ("definition", "fused", *PACKINGS)
+KERNELS = OPS[1:]
 EXECUTIONS = (*OPS, "reference")
+EXACT = 1e-12  # float64, relative: a few roundings of sums of some ten terms
 
 
 @dataclass
 class Layer:
-    """Inputs of a layer: x (..., n), weight (m, n), alpha (r, n), beta (m, 1), bias (m,) or None."""
+    """Inputs of a layer: x (..., n), weight (m, n), factors by name, bias (m,) or None."""
 
+    method: Method
     x: Tensor
     weight: Tensor
-    alpha: Tensor
-    beta: Tensor
+    factors: dict[str, Tensor]
     bias: Tensor | None
 
     def leaves(self) -> list[Tensor]:
         """What a gradient is asked for."""
-        return [t for t in (self.x, self.alpha, self.beta, self.bias) if t is not None]
+        return [t for t in (self.x, *self.factors.values(), self.bias) if t is not None]
+
+    def detached(self) -> "Layer":
+        """The same numbers as leaves of their own, every one requiring its gradient."""
+        own = {key: value.detach().clone().requires_grad_() for key, value in self.factors.items()}
+        bias = None if self.bias is None else self.bias.detach().clone().requires_grad_()
+        return replace(self, x=self.x.detach().clone().requires_grad_(), factors=own, bias=bias)
 
 
 def make_layer(
-    m: int, n: int, r: int, rows: tuple[int, ...] = (3,), *, bias: bool = True, seed: int = 0
+    method: Method, m: int, n: int, rows: tuple[int, ...] = (3,), *, bias: bool = True, seed: int = 0
 ) -> Layer:
-    """A random float64 layer with half of its weights zero, every leaf requiring its gradient."""
+    """A random float64 layer with a 2:4 weight, every leaf requiring its gradient."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    weight = draw(m, n) * (torch.rand(m, n, generator=generator) < 0.5)
-    layer = Layer(draw(*rows, n), weight, draw(r, n), draw(m, 1), draw(m) if bias else None)
-    for leaf in layer.leaves():
-        leaf.requires_grad_()
-    return layer
+    scores = torch.rand(m, -(-n // 4), 4, generator=generator)
+    kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(2).indices, True)
+    factors = {key: draw(*spec.shape) for key, spec in method.factors((m, n)).items()}
+    weight = draw(m, n) * kept.flatten(1)[:, :n]
+    layer = Layer(method, draw(*rows, n), weight, factors, draw(m) if bias else None)
+    return layer.detached()
+
+
+def expected(layer: Layer, seed: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+    """The layer's output from the method's formula alone, differentiable."""
+    update = layer.method.update(layer.weight, **layer.factors)
+    y = layer.x @ layer.weight.t() + apply_dropout(layer.x, seed, dropout) @ update.t()
+    return y if layer.bias is None else y + layer.bias
+
+
+def arguments(execution: str, layer: Layer, seed: Tensor | None = None, dropout: float = 0.0):
+    """An op and what it is called with; the execution is one of OPS."""
+    ops = ops_of(layer.method, tuple(layer.weight.shape))
+    rest = (*layer.factors.values(), layer.bias, seed, *op_options(layer.method), dropout)
+    if execution in PACKINGS:
+        tensors = PACKINGS[execution].pack(layer.weight.detach())
+        return ops.packed[execution], (layer.x, *tensors.values(), *rest)
+    op = {"definition": ops.linear, "fused": ops.fused}[execution]
+    return op, (layer.x, layer.weight, *rest)
 
 
 def run(execution: str, layer: Layer, seed: Tensor | None = None, dropout: float = 0.0) -> Tensor:
     """The layer's output by one of EXECUTIONS."""
     if execution == "reference":
-        return lowered(layer, dropout > 0)(layer.x, seed, dropout)
-    return OPS[execution](layer.x, layer.weight, layer.alpha, layer.beta, layer.bias, seed, SCALE, dropout)
+        return lowered(layer, dropout)(layer.x, seed, dropout)
+    op, given = arguments(execution, layer, seed, dropout)
+    return op(*given)
 
 
 def linear_program(weight: Tensor, bias: Tensor | None) -> Program:
@@ -74,23 +117,18 @@ def linear_program(weight: Tensor, bias: Tensor | None) -> Program:
     return Program(fx.GraphModule(outer, calls), PretrainedConfig(), lambda **_: None, {}, None)
 
 
-def lowered(layer: Layer, with_dropout: bool):
+def lowered(layer: Layer, dropout: float):
     """The reference expansion of a layer, as a function of (x, seed, dropout) on the layer's own tensors."""
     bias = None if layer.bias is None else layer.bias.detach()
     program = linear_program(layer.weight.detach(), bias)
-    rate = 0.5 if with_dropout else 0.0
-    inject = Inject(rank=layer.alpha.shape[0], scale=SCALE, dropout=rate)
+    options = layer.method.parameters() | ({"dropout": 0.5} if dropout else {})
+    inject = Inject(layer.method.name, options=options)
     passes = [Canonicalize(), Match(targets=("layer",), dense=True), inject, Lower(kernel="reference")]
     run_pipeline(program, passes)
     module = program.get_submodule("layer")
     targets = {str(node.target) for node in module.graph.nodes}
-    assert not any("spp_linear" in target for target in targets), targets
-    own = {
-        "weight": layer.weight,
-        "spp_alpha": layer.alpha,
-        "spp_beta": layer.beta,
-        "bias": layer.bias,
-    }
+    assert not any("_linear" in target for target in targets), targets
+    own = {"weight": layer.weight, "bias": layer.bias} | layer.factors
 
     def call(x: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
         return _Feed(module, own, seed, dropout).run(x)

@@ -2,7 +2,7 @@
 
 import torch
 
-from spp_fx.adapters.ops.dropout import DROPOUT, DROPOUT_SEED
+from spp_fx.adapters.op import DROPOUT, DROPOUT_SEED
 
 P = 0.25
 

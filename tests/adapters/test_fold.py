@@ -8,10 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spp_fx.adapters import SPP
 from spp_fx.adapters import fold as fold_module
-from spp_fx.adapters.fold import fold_matrix, fold_rows, round_once
-from spp_fx.adapters.fold_counts import FoldCounts
+from spp_fx.adapters.fold import FoldCounts, fold_matrix, round_once
+from spp_fx.adapters.spp import SPP
 from spp_fx.errors import MaskError
 from tests.effort import examples
 
@@ -198,8 +197,11 @@ def test_rows_from_the_middle_take_their_own_factors():
     weight, alpha, beta = draw(5, 12, 9, 3, torch.float16)
     whole, _ = fold(weight, alpha, beta)
     factors = {"spp_alpha": alpha, "spp_beta": beta}
-    part = fold_rows(SPP(rank=3), weight[3:7], factors, 3, "keep", FoldCounts(), "site")
-    assert torch.equal(part, whole[3:7])
+    specs = SPP(rank=3).factors((12, 9))
+    blocks = fold_matrix(
+        SPP(rank=3), weight[3:7], factors, "keep", FoldCounts(), "site", specs=specs, first_row=3
+    )
+    assert torch.equal(torch.cat(list(blocks)), whole[3:7])
 
 
 def test_a_transposed_weight_folds_to_the_same():

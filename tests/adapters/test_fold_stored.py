@@ -6,10 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spp_fx.adapters import SPP, fold_stored
-from spp_fx.adapters.fold import fold_matrix
-from spp_fx.adapters.fold_counts import FoldCounts
-from spp_fx.adapters.fold_stored import FLOATING, StoredFold
+from spp_fx.adapters.fold import FLOATING, FoldCounts, StoredFold, fold_matrix
+from spp_fx.adapters.spp import SPP
 from spp_fx.errors import MaskError
 from tests.effort import examples
 
@@ -43,14 +41,15 @@ def stored(weight: torch.Tensor) -> np.ndarray:
 
 def by_definition(weight, both, vanish, first_row=0):
     counts = FoldCounts()
-    blocks = fold_matrix(SPP(rank=4, scale=1.7), weight, both, vanish, counts, "site", first_row=first_row)
+    method, shape = SPP(rank=4, scale=1.7), (len(both["spp_beta"]), weight.shape[1])
+    specs = method.factors(shape)
+    blocks = fold_matrix(method, weight, both, vanish, counts, "site", specs=specs, first_row=first_row)
     return torch.cat(list(blocks)), counts
 
 
 def by_stored(weight, both, vanish, dtype, *, transposed=False, first_row=0, step=3):
-    fold = StoredFold(
-        SPP(rank=4, scale=1.7), {k: v.numpy() for k, v in both.items()}, dtype, vanish, "site", first_row
-    )
+    values, shape = {k: v.numpy() for k, v in both.items()}, (len(both["spp_beta"]), weight.shape[1])
+    fold = StoredFold(SPP(rank=4, scale=1.7), shape, values, dtype, vanish, "site", first_row)
     words = stored(weight.t() if transposed else weight)
     out = np.empty_like(words)
     source, target = (words.T, out.T) if transposed else (words, out)
@@ -68,7 +67,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 @pytest.fixture(params=["compiled", "without numba"])
 def way(request, monkeypatch):
     if request.param != "compiled":
-        monkeypatch.setattr(fold_stored, "_compiled", lambda: None)
+        monkeypatch.setattr(SPP, "fold_kernel", lambda self, factors, dtype: None)
     else:
         pytest.importorskip("numba")
     return request.param

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from spp_fx.adapters.ops.gemm import gemm
+from spp_fx.adapters.op import gemm
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 

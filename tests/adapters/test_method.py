@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from spp_fx.adapters import METHODS, SPP, FactorSpec, initial_factor, make_method
+from spp_fx.adapters.method import FactorSpec, initial_factor, make_method
+from spp_fx.adapters.spp import SPP
 from spp_fx.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -38,15 +39,17 @@ def test_a_setting_out_of_range_is_refused(settings, message):
         make_method("spp", **settings)
 
 
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_the_settings_make_the_same_method_again(method):
-    one = method(rank=3, scale=0.5, dropout=0.25)
-    assert make_method(method.name, **one.parameters()) == one
+def test_an_option_that_the_method_does_not_have_is_refused():
+    with pytest.raises(UsageError, match="spp has no option 'power'; it has rank, scale, dropout"):
+        make_method("spp", power=2)
 
 
 def test_the_factors_of_a_matrix_and_of_a_stack():
     specs = SPP(rank=4).factors((8, 6))
-    assert specs == {"spp_alpha": FactorSpec((4, 6), "kaiming"), "spp_beta": FactorSpec((8, 1), "zeros")}
+    assert specs == {
+        "spp_alpha": FactorSpec((4, 6), "kaiming", rows=2, columns=1),
+        "spp_beta": FactorSpec((8, 1), "zeros", rows=1),
+    }
     specs = SPP(rank=4).factors((3, 8, 6))
     assert [spec.shape for spec in specs.values()] == [(3, 4, 6), (3, 8, 1)]
     assert sum(spec.numel for spec in specs.values()) == 3 * (4 * 6 + 8)

@@ -1,41 +1,43 @@
-"""The compiled passes over a bfloat16 weight, held to torch's expressions."""
+"""The compiled loops of SPP over a bfloat16 weight, held to torch's expressions."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
-from spp_fx.adapters.ops import numba_passes, passes
-from spp_fx.adapters.ops.adapted import Adapted
-from spp_fx.adapters.ops.rows import DenseRows
-from tests.adapters.adapted import SHAPES, make, ranges
+from spp_fx.adapters import cpu
+from spp_fx.adapters.rows import DenseRows
+from tests.adapters.adapted import SHAPES, in_torch, make, ranges, with_factors
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("storage", ["dense", "2:4", "bitmask"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_both_passes_are_those_of_torch(shape, storage, dtype):
+def test_tile_and_pullback_are_those_of_torch(shape, storage, dtype, monkeypatch):
+    in_torch(monkeypatch)
     adapted = make(*shape, torch.bfloat16, storage)
     m, n, r = shape
-    assert numba_passes.takes(adapted, dtype)
+    assert cpu.takes(adapted, dtype)
     for start, stop in ranges(m, r):
         for base in (0.0, 1.0):
             expected, got = (torch.full((stop - start + 1, n), 7.0, dtype=dtype) for _ in range(2))
-            passes.build_torch(adapted, start, stop, base, expected)
-            assert numba_passes.build(adapted, start, stop, base, got).shape == (stop - start, n)
+            adapted.build(start, stop, base, expected)
+            cpu.tile(adapted, start, stop, base, got[: stop - start])
             # A product may be rounded once where torch rounds it twice; where 1 + f cancels, that is seen.
             rtol = 8e-3 if dtype == torch.bfloat16 else 1e-6
             torch.testing.assert_close(got, expected, rtol=rtol, atol=2e-6)
         g = torch.randn(stop - start, n, generator=torch.Generator().manual_seed(3)).to(dtype)
-        sums = [(torch.ones_like(adapted.alpha), torch.ones_like(adapted.beta)) for _ in range(2)]
-        passes.reduce_torch(adapted, g, start, stop, *sums[0])
-        numba_passes.reduce_gradient(adapted, g, start, stop, *sums[1])
-        for got, expected in zip(sums[1], sums[0], strict=True):
-            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        got, expected = ({k: torch.ones_like(v) for k, v in adapted.factors.items()} for _ in range(2))
+        adapted.pull_back(g, start, stop, expected)
+        cpu.pullback(adapted, g, start, stop, got)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_every_bfloat16_is_read_and_written_as_it_is():
     weight = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16).view(256, 256)
-    adapted = Adapted(DenseRows(weight), torch.zeros(4, 256), torch.zeros(256, 1), 1.0)
-    got = numba_passes.build(adapted, 0, 256, 1.0, torch.empty_like(weight))
+    adapted = with_factors(DenseRows(weight), torch.zeros(4, 256), torch.zeros(256, 1))
+    got = torch.empty_like(weight)
+    cpu.tile(adapted, 0, 256, 1.0, got)
     finite = weight.isfinite()
     assert torch.equal(got[finite], weight[finite])
     assert bool(got[weight.isnan()].isnan().all())
@@ -46,36 +48,36 @@ def test_rounding_is_to_nearest_ties_to_even():
     weight = torch.ones(64, 512, dtype=torch.bfloat16)
     # 1 + f has 16 bits below those that bfloat16 keeps: ties, just above and just below them.
     ties = (torch.randint(0, 128, (64, 512)) * 2 + 1) * 2.0**-8 + torch.randint(-1, 2, (64, 512)) * 2.0**-20
-    adapted = Adapted(DenseRows(weight), ties, torch.ones(64, 1), 1.0)
-    got = numba_passes.build(adapted, 0, 64, 1.0, torch.empty_like(weight))
+    adapted = with_factors(DenseRows(weight), ties, torch.ones(64, 1))
+    got = torch.empty_like(weight)
+    cpu.tile(adapted, 0, 64, 1.0, got)
     assert torch.equal(got, (1 + ties).to(torch.bfloat16))
 
 
 def test_a_weight_stored_the_other_way_round():
     adapted = make(64, 300, 4, torch.bfloat16, "dense")
-    turned = Adapted(
-        DenseRows(adapted.rows.take(0, 64).t().contiguous().t()), adapted.alpha, adapted.beta, adapted.scale
-    )
+    turned = replace(adapted, rows=DenseRows(adapted.rows.take(0, 64).t().contiguous().t()))
     expected, got = (torch.empty(64, 300, dtype=torch.bfloat16) for _ in range(2))
-    numba_passes.build(adapted, 0, 64, 1.0, expected)
-    assert torch.equal(numba_passes.build(turned, 0, 64, 1.0, got), expected)
+    cpu.tile(adapted, 0, 64, 1.0, expected)
+    cpu.tile(turned, 0, 64, 1.0, got)
+    assert torch.equal(got, expected)
 
 
 def test_types_it_does_not_have_are_left_to_torch():
-    assert not numba_passes.takes(make(8, 12, 2, torch.float16, "dense"), torch.float16)
-    assert not numba_passes.takes(make(8, 12, 2, torch.float32, "dense"), torch.float32)
-    assert not numba_passes.takes(make(8, 12, 2, torch.bfloat16, "dense"), torch.float64)
+    assert not cpu.takes(make(8, 12, 2, torch.float16, "dense"), torch.float16)
+    assert not cpu.takes(make(8, 12, 2, torch.float32, "dense"), torch.float32)
+    assert not cpu.takes(make(8, 12, 2, torch.bfloat16, "dense"), torch.float64)
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_written():
     adapted = make(64, 300, 4, torch.bfloat16, "2:4")
     with pytest.raises(ValueError, match=r"no rows 0 to 64 of a weight \(64, 300\)"):
-        numba_passes.build(adapted, 0, 64, 1.0, torch.empty(64, 296, dtype=torch.bfloat16))
+        cpu.tile(adapted, 0, 64, 1.0, torch.empty(64, 296, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="do not fit a weight"):
-        Adapted(adapted.rows, adapted.alpha[:3], adapted.beta, 1.0)
+        replace(adapted, factors=adapted.factors | {"spp_beta": torch.ones(63, 1)})
 
 
 def test_many_threads_are_left_to_torch(monkeypatch):
     adapted = make(8, 12, 2, torch.bfloat16, "dense")
-    monkeypatch.setattr(torch, "get_num_threads", lambda: numba_passes.FEW_THREADS + 1)
-    assert not numba_passes.takes(adapted, torch.bfloat16)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cpu.FEW_THREADS + 1)
+    assert not cpu.takes(adapted, torch.bfloat16)

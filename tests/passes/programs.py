@@ -47,9 +47,11 @@ def canonical(family: str, *, experts: str | None = None) -> Program:
     return sparse(family, experts=experts)[1]
 
 
-def adapted(program: Program, kernel: str | None = "fused", **options: Any) -> Program:
+def adapted(
+    program: Program, kernel: str | None = "fused", method: str = "spp", seed: int = 0, **options: Any
+) -> Program:
     """A canonical program given adapters of rank 4, lowered to a kernel, unless that is None."""
-    run_pipeline(program, [Match(), Inject(**{"rank": 4} | options)])
+    run_pipeline(program, [Match(), Inject(method, seed, options={"rank": 4} | options)])
     if kernel is not None:
         run_pipeline(program, [Lower(kernel=kernel)])
     return program

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from spp_fx.adapters.ops import spp_blockwise, spp_fused
+from spp_fx.adapters.op import ops_of
+from spp_fx.adapters.spp import SPP
 from spp_fx.errors import PreconditionError, UsageError
 from spp_fx.graph.program import ADAPTER
 from spp_fx.passes.lower import Lower
@@ -11,7 +12,7 @@ from spp_fx.passes.pipeline import run_pipeline
 from tests.families import batch
 from tests.passes.programs import adapted, canonical
 
-OP = {"reference": None, "blockwise": spp_blockwise.OP, "fused": spp_fused.OP}
+OP = {"reference": None, "fused": ops_of(SPP(), (16, 16)).fused}
 
 
 def calls(program, namespace: str = "spp_fx") -> set:
@@ -52,12 +53,12 @@ def test_the_report_names_each_site_and_its_kernel(kernel):
 
 
 def test_an_unknown_kernel_names_the_known_ones():
-    with pytest.raises(UsageError, match="no kernel 'fast'; known: reference, blockwise, fused"):
+    with pytest.raises(UsageError, match="no kernel 'fast'; known: reference, fused"):
         run_pipeline(adapted(canonical("llama"), None), [Lower(kernel="fast")])
 
 
 def test_a_program_is_lowered_once():
-    program = adapted(canonical("llama"), "blockwise")
+    program = adapted(canonical("llama"), "reference")
     with pytest.raises(PreconditionError, match="lowered already"):
         run_pipeline(program, [Lower(kernel="fused")])
 

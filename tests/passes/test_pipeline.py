@@ -82,7 +82,7 @@ def test_parsing_a_printed_pipeline_gives_the_pipeline(passes):
 def test_a_comma_without_an_option_continues_the_list_before_it():
     assert parse_pipeline("match{targets=q_proj,v_proj,dense=true},inject{rank=8}") == [
         Match(targets=("q_proj", "v_proj"), dense=True),
-        Inject(rank=8),
+        Inject(options={"rank": 8}),
     ]
 
 
@@ -94,7 +94,7 @@ def test_blanks_between_words_mean_nothing():
 
 
 def test_options_at_their_defaults_are_not_printed():
-    assert print_pipeline([Match(), Inject(scale=2.0, rank=8)]) == "match,inject{rank=8}"
+    assert print_pipeline([Match(), Inject(options={"rank": 8})]) == "match,inject{rank=8}"
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from spp_fx.adapters import make_method
 from spp_fx.adapters.adapter_folder import StoredMatrix, write_adapter
+from spp_fx.adapters.method import make_method
 from spp_fx.sparsity.lock import Lock, make_entry
 from spp_fx.sparsity.pattern import NM
 from spp_fx.sparsity.scan import pack_mask

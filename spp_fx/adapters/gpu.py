@@ -1,4 +1,4 @@
-"""The two passes over W as Triton kernels: one program takes some rows and walks along their columns.
+"""SPP's tile and pullback as Triton kernels: one program takes some rows and walks along their columns.
 
 Both unpack a packed weight on the way, so a packed one is read at its packed size. Sums are taken in a fixed
 order: each program writes the sums of its own rows, and those are added afterwards, so results repeat to
@@ -10,16 +10,16 @@ without a GPU.
 # pyright: reportMissingParameterType=false, reportOptionalOperand=false, reportGeneralTypeIssues=false
 # pyright: reportCallIssue=false, reportArgumentType=false
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from spp_fx.adapters.ops.adapted import Adapted
-from spp_fx.adapters.ops.packed_rows import PackedRows2of4, PackedRowsBitmask
-from spp_fx.adapters.ops.rows import DenseRows, Rows
+from spp_fx.adapters.op import AdaptedWeight
+from spp_fx.adapters.rows import DenseRows, PackedRows2of4, PackedRowsBitmask, Rows
+from spp_fx.adapters.spp import SPP
 
 ROWS, COLUMNS = 16, 256
 DENSE, TWO_OF_FOUR, BITMASK = 0, 1, 2
@@ -34,15 +34,15 @@ def load_weight(storage: tl.constexpr, values, index, offsets, row, column, vali
         group, lane = column // 4, column % 4
         byte = tl.load(index + row[:, None] * ((n + 7) // 8) + (group // 2)[None, :], mask=valid, other=0)
         nibble = (byte.to(tl.int32) >> ((group % 2) * 4)[None, :]) & 15
-        place = row[:, None] * (n // 2) + 2 * group[None, :]
-        first = tl.load(values + place, mask=valid, other=0.0)
-        second = tl.load(values + place + 1, mask=valid, other=0.0)
+        at = row[:, None] * (n // 2) + 2 * group[None, :]
+        first = tl.load(values + at, mask=valid, other=0.0)
+        second = tl.load(values + at + 1, mask=valid, other=0.0)
         zero = tl.zeros_like(first)
         return tl.where(lane == (nibble & 3), first, tl.where(lane == (nibble >> 2), second, zero)), seen
     byte = tl.load(index + row[:, None] * ((n + 7) // 8) + (column // 8)[None, :], mask=valid, other=0)
     kept = (byte.to(tl.int32) >> (column % 8)[None, :]) & 1
-    place = seen[:, None] + tl.cumsum(kept, axis=1) - kept
-    return tl.load(values + place, mask=valid & (kept == 1), other=0.0), seen + tl.sum(kept, axis=1)
+    at = seen[:, None] + tl.cumsum(kept, axis=1) - kept
+    return tl.load(values + at, mask=valid & (kept == 1), other=0.0), seen + tl.sum(kept, axis=1)
 
 
 @triton.jit
@@ -95,39 +95,46 @@ def reduce_kernel(
     tl.store(row_sums + (row - start), along, mask=held)
 
 
-def build(adapted: Adapted, start: int, stop: int, base: float, out: Tensor) -> Tensor:
-    """`passes.build` as one kernel."""
+def takes(adapted: AdaptedWeight, other: torch.dtype) -> bool:
+    return True
+
+
+def tile(adapted: AdaptedWeight, start: int, stop: int, base: float, out: Tensor) -> None:
+    """`Kernels.tile` of SPP as one kernel."""
     if stop > start:
         kind, *storage = _storage(adapted.rows)
+        alpha, beta = adapted.factors["spp_alpha"], adapted.factors["spp_beta"]
         grid = (triton.cdiv(stop - start, ROWS),)
         build_kernel[grid](
-            *storage, adapted.alpha, adapted.beta, out, start, stop, adapted.height, adapted.scale, base,
+            *storage, alpha, beta, out, start, stop, adapted.group, cast(SPP, adapted.method).scale, base,
             storage=kind, **_constants(adapted),
         )  # fmt: skip
-    return out[: stop - start]
 
 
-def reduce_gradient(
-    adapted: Adapted, g: Tensor, start: int, stop: int, dalpha: Tensor, dbeta: Tensor
-) -> None:
-    """`passes.reduce_gradient` as one kernel and two short sums."""
+def pullback(adapted: AdaptedWeight, grad: Tensor, start: int, stop: int, grads: dict[str, Tensor]) -> None:
+    """`Kernels.pullback` of SPP as one kernel and two short sums."""
     if stop == start:
         return
-    alpha, beta, height = adapted.alpha, adapted.beta, adapted.height
+    alpha, beta, scale = (
+        adapted.factors["spp_alpha"],
+        adapted.factors["spp_beta"],
+        cast(SPP, adapted.method).scale,
+    )
     kind, *storage = _storage(adapted.rows)
     # A range is a whole number of alpha's row blocks, or lies within one.
-    span = min(height, stop - start)
+    height, span = adapted.group, min(adapted.group, stop - start)
     blocks, tiles = -(-(stop - start) // span), triton.cdiv(span, ROWS)
     work = torch.promote_types(torch.float32, torch.promote_types(alpha.dtype, adapted.rows.dtype))
-    row_sums = torch.empty(stop - start, dtype=work, device=g.device)
-    column_sums = torch.empty(blocks, tiles, alpha.shape[1], dtype=work, device=g.device)
+    row_sums = torch.empty(stop - start, dtype=work, device=grad.device)
+    column_sums = torch.empty(blocks, tiles, alpha.shape[1], dtype=work, device=grad.device)
     reduce_kernel[(blocks * tiles,)](
-        g, *storage, alpha, beta, row_sums, column_sums, start, stop, height, span, tiles,
+        grad, *storage, alpha, beta, row_sums, column_sums, start, stop, height, span, tiles,
         storage=kind, **_constants(adapted),
     )  # fmt: skip
-    dbeta[start:stop] = (row_sums * adapted.scale).unsqueeze(1).to(dbeta.dtype)
+    dalpha, dbeta = grads["spp_alpha"], grads["spp_beta"]
+    dbeta[start:stop] = (row_sums * scale).unsqueeze(1).to(dbeta.dtype)
     first = start // height
-    dalpha[first : first + blocks] += (column_sums.sum(1) * adapted.scale).to(dalpha.dtype)
+    dalpha[first : first + blocks] += (column_sums.sum(1) * scale).to(dalpha.dtype)
 
 
 def _storage(rows: Rows) -> tuple[int, Tensor, Tensor, Tensor]:
@@ -141,10 +148,10 @@ def _storage(rows: Rows) -> tuple[int, Tensor, Tensor, Tensor]:
     raise TypeError(f"no kernel reads {type(rows).__name__}")
 
 
-def _constants(adapted: Adapted) -> dict[str, Any]:
-    double = torch.float64 in (adapted.rows.dtype, adapted.alpha.dtype)
+def _constants(adapted: AdaptedWeight) -> dict[str, Any]:
+    double = torch.float64 in (adapted.rows.dtype, adapted.factors["spp_alpha"].dtype)
     return {
-        "n": adapted.alpha.shape[1],
+        "n": adapted.rows.shape[1],
         "work": tl.float64 if double else tl.float32,
         "block_rows": ROWS,
         "block_columns": COLUMNS,

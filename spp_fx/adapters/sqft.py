@@ -1,0 +1,46 @@
+"""SQFT: a low-rank update whose entries are kept where the weight is non-zero."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from spp_fx.adapters.method import (
+    FactorSpec,
+    Method,
+    TrainingDefaults,
+    at_least_one,
+    finite_factor,
+    option,
+    probability,
+    register,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@register("sqft")
+@dataclass(frozen=True)
+class SQFT(Method):
+    """W + s (B A) * (W != 0) — SQFT, EMNLP 2024 findings; defaults are the paper's: s = alpha / r = 64 / 32."""
+
+    rank: int = option(32, "Rank r of the update.", at_least_one)
+    scale: float = option(2.0, "The factor s of the update.", finite_factor)
+    dropout: float = option(0.1, "On the adapter branch's input while training.", probability)
+
+    def factors(self, shape: tuple[int, ...]) -> dict[str, FactorSpec]:
+        *stack, m, n = shape
+        return {
+            "sqft_a": FactorSpec((*stack, self.rank, n), "kaiming", columns=1),
+            "sqft_b": FactorSpec((*stack, m, self.rank), "zeros", rows=1),
+        }
+
+    def refusal(self, shape: tuple[int, ...]) -> str | None:
+        return None
+
+    def update(self, weight: Tensor, **factors: Tensor) -> Tensor:
+        return self.scale * (factors["sqft_b"] @ factors["sqft_a"]) * (weight != 0)
+
+    def defaults(self, width: float, steps: int | None) -> TrainingDefaults:
+        return TrainingDefaults(lr=3e-4)

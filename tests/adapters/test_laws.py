@@ -1,0 +1,344 @@
+"""Every execution of every method is held to the method's own formula, gradients included."""
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from spp_fx.adapters import op as op_module
+from spp_fx.adapters.fold import FoldCounts, StoredFold, fold_matrix
+from spp_fx.adapters.method import METHODS as REGISTRY
+from spp_fx.adapters.method import FactorSpec, Method, make_method
+from spp_fx.adapters.op import op_options, ops_of
+from spp_fx.errors import UsageError
+from tests.adapters.layers import (
+    EXACT,
+    EXECUTIONS,
+    KERNELS,
+    METHODS,
+    arguments,
+    expected,
+    make_layer,
+    run,
+)
+
+M, N = 12, 8  # spp of rank 3: blocks of 4 rows
+# Rows that fit into a row block: one, fewer than spp's 4, exactly those, two blocks (uneven rest), all.
+BLOCKS = {"one row": N, "less": 3 * N, "equal": 4 * N, "two and a rest": 9 * N + 3, "all": 1 << 22}
+# (shape of x without its last, probability of dropout, bias, blocks): every pair of values occurs in one of them.
+CASES = [
+    ((1,), 0.0, True, "one row"),
+    ((2, 3), 0.4, False, "less"),
+    ((5,), 0.4, True, "equal"),
+    ((1, 1), 0.0, False, "two and a rest"),
+    ((2, 3), 0.0, True, "all"),
+]
+
+methods = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+executions = pytest.mark.parametrize("execution", EXECUTIONS)
+kernels = pytest.mark.parametrize("execution", KERNELS)
+
+
+def has_dropout(method: Method) -> bool:
+    return "dropout" in method.parameters()
+
+
+def small_blocks(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
+    """Blocks of so many elements, and tiles of half as many."""
+    monkeypatch.setitem(op_module.BLOCK_ELEMENTS, "cpu", elements)
+    monkeypatch.setattr(op_module, "TILE_ELEMENTS", max(1, elements // 2))
+
+
+def same(got: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(got, wanted, rtol=EXACT, atol=EXACT)
+
+
+def test_every_registered_method_is_held_to_the_laws():
+    assert set(REGISTRY) == set(METHODS)
+
+
+@pytest.mark.parametrize(("rows", "dropout", "bias", "blocks"), CASES, ids=str)
+@executions
+@methods
+def test_every_execution_is_the_formula(method, execution, rows, dropout, bias, blocks, monkeypatch):
+    small_blocks(monkeypatch, BLOCKS[blocks])
+    layer = make_layer(method, M, N, rows, bias=bias)
+    p = dropout if has_dropout(method) else 0.0
+    seed = torch.tensor(7) if p else None
+    got, wanted = run(execution, layer, seed, p), expected(layer, seed, p)
+    same(got, wanted)
+    dy = torch.randn_like(wanted)
+    for a, b in zip(
+        torch.autograd.grad(got, layer.leaves(), dy),
+        torch.autograd.grad(wanted, layer.leaves(), dy),
+        strict=True,
+    ):
+        same(a, b)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@kernels
+@methods
+def test_gradcheck_and_opcheck(method, execution, dropout, monkeypatch):
+    small_blocks(monkeypatch, 2 * N)
+    layer = make_layer(method, 6, N, (2,), bias=dropout == 0)
+    seed = torch.tensor(7) if dropout else None
+
+    def call(x: Tensor, *factors: Tensor) -> Tensor:
+        named = dict(zip(layer.factors, factors, strict=True))
+        return run(execution, replace(layer, x=x, factors=named), seed, dropout)
+
+    assert torch.autograd.gradcheck(call, (layer.x, *layer.factors.values()))
+    op, given = arguments(execution, layer, seed, dropout)
+    torch.library.opcheck(op, given)
+
+
+@methods
+def test_opcheck_of_the_backwards(method):
+    layer = make_layer(method, 6, N)
+    factors = [value.detach() for value in layer.factors.values()]
+    options, dy = op_options(method), torch.randn(3, 6, dtype=torch.float64)
+    for needs_x in (True, False):
+        backward = getattr(torch.ops.spp_fx, f"{method.name}_linear_fused_backward").default
+        given = (dy, layer.x.detach(), layer.weight, *factors, torch.tensor(7), *options, 0.4, needs_x)
+        torch.library.opcheck(backward, given)
+    stacked = [torch.stack([each, 2 * each]) for each in (layer.weight, layer.weight, *factors)]
+    backward = getattr(torch.ops.spp_fx, f"{method.name}_weight_backward").default
+    torch.library.opcheck(backward, (*stacked, *options))
+
+
+@executions
+@methods
+def test_a_transposed_weight_and_strided_activations_give_the_same(method, execution):
+    layer = make_layer(method, M, N, (4,))
+    strided = torch.zeros(4, 2 * N, dtype=torch.float64)
+    strided[:, ::2] = layer.x.detach()
+    twin = replace(layer, x=strided[:, ::2].requires_grad_(), weight=layer.weight.t().contiguous().t())
+    dy = torch.randn(M, 4, dtype=torch.float64).t()
+    y, z = run(execution, twin), run(execution, layer)
+    same(y, z)
+    for a, b in zip(
+        torch.autograd.grad(y, twin.leaves(), dy), torch.autograd.grad(z, layer.leaves(), dy), strict=True
+    ):
+        same(a, b)
+
+
+@executions
+@methods
+def test_the_input_need_not_ask_for_a_gradient(method, execution):
+    """The first layer of a model with frozen embeddings has an input without gradient."""
+    layer = make_layer(method, M, N, bias=False)
+    wanted = torch.autograd.grad(expected(layer).sum(), list(layer.factors.values()))
+    layer.x.requires_grad_(False)
+    got = torch.autograd.grad(run(execution, layer).sum(), list(layer.factors.values()))
+    for a, b in zip(got, wanted, strict=True):
+        same(a, b)
+
+
+@executions
+@methods
+def test_an_input_without_rows_gives_an_output_without_rows(method, execution):
+    layer = make_layer(method, M, N, (0,))
+    y = run(execution, layer)
+    assert y.shape == (0, M)
+    assert all(g.abs().sum() == 0 for g in torch.autograd.grad(y.sum(), layer.leaves()))
+
+
+@pytest.mark.parametrize(("dtype", "dropout"), [(torch.bfloat16, 0.4), (torch.float16, 0.0)], ids=str)
+@executions
+@methods
+def test_half_precision_is_near_the_formula_in_float64(method, execution, dropout, dtype):
+    layer = make_layer(method, 48, 64, (9,))
+    p = dropout if has_dropout(method) else 0.0
+    low = replace(
+        layer,
+        x=layer.x.to(dtype),
+        weight=layer.weight.to(dtype),
+        factors={key: (0.3 * value).float() for key, value in layer.factors.items()},
+        bias=layer.bias.to(dtype),
+    ).detached()
+    exact = replace(
+        low,
+        x=low.x.double(),
+        weight=low.weight.double(),
+        factors={key: value.double() for key, value in low.factors.items()},
+        bias=low.bias.double(),
+    ).detached()
+    seed = torch.tensor(7) if p else None
+    y, wanted = run(execution, low, seed, p), expected(exact, seed, p)
+    assert y.dtype == dtype
+    assert near(y, wanted)
+    grads = torch.autograd.grad(y.float().square().sum(), low.leaves())
+    targets = torch.autograd.grad(wanted.square().sum(), exact.leaves())
+    assert all(near(g, t) for g, t in zip(grads, targets, strict=True))
+    assert [g.dtype for g in grads] == [leaf.dtype for leaf in low.leaves()]
+
+
+def near(value: Tensor, exact: Tensor) -> bool:
+    return bool((value.double() - exact).norm() <= 1e-2 * exact.norm())
+
+
+@kernels
+@methods
+def test_a_kernel_keeps_only_its_inputs_for_backward(method, execution):
+    layer = make_layer(method, M, N)
+    seed = torch.tensor(7)
+    op, given = arguments(execution, layer, seed, 0.4)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        op(*given)
+    inputs = [each for each in given if isinstance(each, Tensor) and each is not layer.bias]
+    assert sorted(t.data_ptr() for t in kept) == sorted(t.data_ptr() for t in inputs)
+
+
+@methods
+def test_a_kernel_refuses_to_train_the_weight_and_the_definition_trains_it(method):
+    layer = make_layer(method, M, N)
+    layer.weight.requires_grad_()
+    with pytest.raises(UsageError, match="frozen"):
+        run("fused", layer)
+    (got,) = torch.autograd.grad(run("definition", layer).sum(), layer.weight)
+    (wanted,) = torch.autograd.grad(expected(layer).sum(), layer.weight)
+    same(got, wanted)
+
+
+@kernels
+@methods
+def test_gradients_do_not_alias_the_incoming_one(method, execution):
+    layer, dy = make_layer(method, M, N), torch.randn(3, M, dtype=torch.float64)
+    before = dy.clone()
+    torch.autograd.grad(run(execution, layer), layer.leaves(), dy)
+    assert torch.equal(dy, before)
+
+
+def stack(method: Method) -> tuple[Tensor, list[Tensor]]:
+    layers = [make_layer(method, M, N, seed=seed) for seed in range(2)]
+    factors = [torch.stack([each.factors[key].detach() for each in layers]) for key in layers[0].factors]
+    return torch.stack([each.weight for each in layers]), [each.requires_grad_() for each in factors]
+
+
+@pytest.mark.parametrize(
+    ("base", "transposed", "blocks"),
+    [(1.0, False, "one row"), (0.0, True, "less"), (1.0, True, "two and a rest"), (0.0, False, "all")],
+)
+@methods
+def test_the_weight_of_a_stack_is_the_formula_expert_by_expert(method, base, transposed, blocks, monkeypatch):
+    small_blocks(monkeypatch, BLOCKS[blocks])
+    weight, factors = stack(method)
+    stored = weight.transpose(1, 2).contiguous().transpose(1, 2) if transposed else weight
+    got = ops_of(method, (2, M, N)).weight(stored, *factors, *op_options(method), base)
+    wanted = base * weight + method.update(
+        weight, **dict(zip(method.factors((2, M, N)), factors, strict=True))
+    )
+    same(got, wanted)
+    dy = torch.randn_like(weight)
+    dy = dy.transpose(1, 2).contiguous().transpose(1, 2) if transposed else dy
+    for a, b in zip(
+        torch.autograd.grad(got, factors, dy), torch.autograd.grad(wanted, factors, dy), strict=True
+    ):
+        same(a, b)
+
+
+@methods
+def test_gradcheck_and_opcheck_of_the_weight_of_a_stack(method):
+    weight, factors = stack(method)
+    op, options = ops_of(method, (2, M, N)).weight, op_options(method)
+    assert torch.autograd.gradcheck(lambda *own: op(weight, *own, *options, 1.0), factors)
+    torch.library.opcheck(op, (weight, *factors, *options, 1.0))
+    with pytest.raises(UsageError, match="frozen"):
+        op(weight.requires_grad_(), *factors, *options, 1.0)
+
+
+@methods
+def test_parts_of_the_factors_give_parts_of_the_update(method):
+    layer = make_layer(method, M, N)
+    whole, specs = method.update(layer.weight, **layer.factors), method.factors((M, N))
+    for rows in [(a, b) for a in range(M) for b in range(a + 1, M + 1)]:
+        for columns in ((0, N), (0, 4), (3, 7), (5, 6)):
+            own = {key: value[specs[key].index(rows, columns)] for key, value in layer.factors.items()}
+            part = method.update(layer.weight[slice(*rows), slice(*columns)], **own)
+            same(part, whole[slice(*rows), slice(*columns)])
+
+
+@methods
+def test_zeros_of_the_weight_stay_zero_whatever_the_factors(method):
+    layer = make_layer(method, M, N)
+    total = method.effective_weight(layer.weight, **{k: 1e6 * v for k, v in layer.factors.items()})
+    assert torch.equal(total == 0, layer.weight == 0)
+
+
+@pytest.mark.parametrize(("first_row", "step", "transposed"), [(0, 12, False), (0, 5, False), (3, 2, True)])
+@methods
+def test_the_fold_is_the_formula(method, first_row, step, transposed):
+    """Of a whole matrix and of a part of one, stored either way round, some rows at a time."""
+    layer = make_layer(method, M, N)
+    whole = method.effective_weight(layer.weight, **layer.factors).detach().numpy()
+    factors = {key: value.detach().numpy() for key, value in layer.factors.items()}
+    fold = StoredFold(method, (M, N), factors, "F64", "error", "site", first_row)
+    stored = layer.weight[first_row:].numpy()
+    out, counts = np.empty_like(stored), FoldCounts()
+    if transposed:
+        for start in range(0, N, step):
+            own = fold.columns(start, min(start + step, N))
+            part = slice(start, start + step)
+            counts.add(own.rows(stored[:, part], out[:, part], 0))
+    else:
+        for start in range(0, len(stored), step):
+            counts.add(fold.rows(stored[start : start + step], out[start : start + step], start))
+    np.testing.assert_allclose(out, whole[first_row:], rtol=EXACT, atol=0)
+    assert counts == FoldCounts(0, int((layer.weight[first_row:] != 0).sum()))
+
+
+@methods
+def test_untrained_factors_fold_to_the_same_bits(method):
+    layer = make_layer(method, M, N)
+    start = {
+        key: torch.zeros(spec.shape) if spec.init == "zeros" else torch.rand(spec.shape)
+        for key, spec in method.factors((M, N)).items()
+    }
+    weight = layer.weight.to(torch.bfloat16)
+    folded = torch.cat(list(fold_matrix(method, weight, start, "keep", FoldCounts(), "site")))
+    assert torch.equal(folded.view(torch.int16), weight.view(torch.int16))
+
+
+@methods
+def test_the_options_make_the_same_method_again(method):
+    assert make_method(method.name, **method.parameters()) == method
+    assert all(each.metadata["help"] for each in fields(method))
+
+
+@dataclass(frozen=True)
+class StraightThrough(Method):
+    """As LoRS: W + (a b) * (W != 0), with the mask left out of the gradients, which need no G."""
+
+    name = "straight"
+
+    def factors(self, shape):
+        m, n = shape
+        return {"a": FactorSpec((m, 2), "zeros", rows=1), "b": FactorSpec((2, n), "kaiming", columns=1)}
+
+    def refusal(self, shape):
+        return None
+
+    def update(self, weight, a, b):
+        return (a @ b) * (weight != 0)
+
+    def factor_grads(self, x, grad_y, weight, factors, grads):
+        grads["a"] += grad_y.t() @ (x @ factors["b"].t())
+        grads["b"] += (grad_y @ factors["a"]).t() @ x
+
+
+@pytest.mark.parametrize("blocks", BLOCKS.values(), ids=BLOCKS)
+def test_a_method_may_take_gradients_of_its_own_from_the_activations(blocks, monkeypatch):
+    small_blocks(monkeypatch, blocks)
+    layer = make_layer(StraightThrough(), M, N, (5,))
+    dy = torch.randn(5, M, dtype=torch.float64)
+    y = run("fused", layer)
+    same(y, expected(layer))
+    dx, da, db, _ = torch.autograd.grad(y, layer.leaves(), dy)
+    g, (a, b) = dy.t() @ layer.x, layer.factors.values()
+    for got, wanted in ((da, g @ b.t()), (db, a.t() @ g)):
+        same(got, wanted.detach())
+    same(dx, torch.autograd.grad(expected(layer), layer.x, dy)[0])
