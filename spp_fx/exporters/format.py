@@ -34,9 +34,9 @@ from spp_fx.exporters.manifest import MANIFEST, Manifest, TensorRecord, write_ma
 from spp_fx.parallel import Tick
 from spp_fx.registry import Registry
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry
-from spp_fx.sparsity.scan import Scan, Weights, scan_file, scan_tensor
+from spp_fx.sparsity.scan import Scan, Weights, scan_tensor
 from spp_fx.storage.folder import ModelFolder
-from spp_fx.storage.safetensors import Shard, dtype_name, stored_nbytes
+from spp_fx.storage.safetensors import dtype_name, stored_nbytes
 from spp_fx.storage.workspace import Workspace
 from spp_fx.storage.writer import TensorSpec, copy_file, header_bytes, layout, new_file, write_all
 from spp_fx.version import VERSION
@@ -168,12 +168,6 @@ def _say_dtype(path: Path, dtype: str) -> None:
     config = json.loads(path.read_bytes())
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
     path.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def scan_stored(shard: Shard, name: str, *, transposed: bool) -> Scan:
-    """The mask and counts of one tensor of a file, without decoding it."""
-    info = shard.info(name)
-    return scan_file(shard.path, info.start, info.shape, info.dtype, transposed=transposed)
 
 
 @dataclass(frozen=True)

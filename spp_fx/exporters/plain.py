@@ -14,12 +14,11 @@ from spp_fx.exporters.format import (
     Tick,
     Weights,
     register,
-    scan_stored,
 )
 from spp_fx.exporters.legacy import without_sparsity
 from spp_fx.exporters.manifest import MANIFEST, Manifest, site_sizes
 from spp_fx.sparsity.lock import LOCK_NAME
-from spp_fx.sparsity.scan import Scan
+from spp_fx.sparsity.scan import Scan, scan_stored
 from spp_fx.storage.folder import ModelFolder, within
 from spp_fx.storage.safetensors import Shard
 from spp_fx.storage.writer import copy_file, copy_others, rewrite_shard, write_shards

@@ -249,8 +249,9 @@ def _evaluate(node: Node, given: Sequence[Array | None]) -> list[Array]:
     proto = NodeProto(op_type=node.op, input=names, output=outputs, attribute=node.proto.attribute)
     feeds = {name: array for name, array in zip(names, given, strict=True) if array is not None}
     made = [name for name in outputs if name]
-    ends = ([helper.make_empty_tensor_value_info(name) for name in each] for each in (feeds, made))
-    graph = helper.make_graph([proto], "one node", *ends)
+    inputs = [helper.make_empty_tensor_value_info(name) for name in feeds]
+    results = [helper.make_empty_tensor_value_info(name) for name in made]
+    graph = helper.make_graph([proto], "one node", inputs, results)
     try:
         with np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
