@@ -252,24 +252,6 @@ def test_facts_come_back(runs: Runs) -> None:
         assert work.finished("c") is None
 
 
-def test_a_part_is_cut_to_what_is_durable_of_it(runs: Runs) -> None:
-    def write(work: Workspace) -> None:
-        (work.folder / "big").write_bytes(b"12345678")
-        work.keep_part("big", 8, next=2)
-        with open(work.folder / "big", "ab") as file:
-            file.write(b"90")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt), workspace(runs.target, PLAN) as work:
-        write(work)
-    with workspace(runs.target, PLAN) as work:
-        assert work.part("big") == (8, {"next": 2})
-        assert work.finished("big") is None
-        assert (work.folder / "big").read_bytes() == b"12345678"
-        work.finish("big")
-        assert work.part("big") is None
-
-
 def test_files_are_finished_from_many_threads(tmp_path: Path) -> None:
     with workspace(tmp_path / "out", PLAN) as work:
 
