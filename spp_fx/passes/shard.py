@@ -66,7 +66,7 @@ class Shard(Pass):
         program.move_constants(program.device, device)
         adapters = program.uses(ADAPTER) if self.storage == "packed" else {}
         for path in program.units:
-            inside = {name: uses for name, uses in adapters.items() if name.startswith(f"{path}.")}
+            inside = {name: uses for name, uses in adapters.items() if program.sites[name].layer == path}
             _pack(program, inside, device, report)
             fully_shard(program.get_submodule(path), mesh=mesh, ignored_params=trained)
             report.changed[path] = f"split between {mesh.size()} processes"
