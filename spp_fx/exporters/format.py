@@ -1,26 +1,31 @@
-"""An export format: a name, a writer and a reader; the model it is written from.
+"""Export formats: the contract, the registry, the model that an export is written from, files filled in any order.
 
 How far a reader is independent of its writer:
 
 - safetensors: every tensor is compared with the model's byte for byte, both read by the safetensors library.
 - cusparselt, cutlass: packs are decoded through tables of offsets (`cusparselt_reader`, `cutlass_reader`), which
-  the writers never compute, and held to the model's weights; tensors that are no sites are compared as in
-  safetensors. Where `--dtype` rounds, the rounded values are computed once more by the same function.
+  the writers never compute, and compared with the model's weights; other tensors are compared as in safetensors.
+  Where `--dtype` rounds, the same function computes the rounded values once more.
 - sparse-bitmask: files are read by the safetensors library and decoded by numpy alone.
-- onnx, onnx-packed, onnx-dense: weights are read by a parser of their own (`onnx.reader`, `onnx.unpack`) and
-  held to the model's, bit for bit; small graphs are run and their logits compared.
+- onnx, onnx-packed, onnx-dense: a parser of their own reads the weights, which are compared with the model's bit
+  for bit; small graphs are run and their logits compared.
 
-The fast look at zeros (`spp_fx.sparsity`) and the safetensors header reader serve both sides everywhere.
+The scan for zeros (`spp_fx.sparsity`) and the reader of safetensors headers serve both sides everywhere.
 """
 
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from spp_fx.adapters.fold import round_once
@@ -29,11 +34,11 @@ from spp_fx.exporters.manifest import MANIFEST, Manifest, TensorRecord, write_ma
 from spp_fx.parallel import Tick
 from spp_fx.registry import Registry
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry
-from spp_fx.sparsity.scan import Scan, Weights, scan_file
+from spp_fx.sparsity.scan import Scan, Weights, scan_tensor
 from spp_fx.storage.folder import ModelFolder
-from spp_fx.storage.safetensors import Shard, dtype_name
+from spp_fx.storage.safetensors import dtype_name, stored_nbytes
 from spp_fx.storage.workspace import Workspace
-from spp_fx.storage.writer import copy_file
+from spp_fx.storage.writer import TensorSpec, copy_file, header_bytes, layout, new_file, write_all
 from spp_fx.version import VERSION
 
 ROUND_TO = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -41,12 +46,12 @@ ROUND_TO = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torc
 ROUNDED = ("F64", "F32", "F16", "BF16")
 """What `--dtype` rounds; integers and the types of quantized weights stay byte for byte."""
 _CHUNK = 1 << 20
-"""Elements rounded at a time: what is made on the way stays in cache, and is no second weight in memory."""
+"""Elements rounded at a time: temporaries stay in cache, and memory never holds the weight twice."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model folder to export, and the masks that the export is held to.
+    """A model folder to export, and the masks that the export must have.
 
     Attributes:
         folder: the model's folder.
@@ -54,7 +59,7 @@ class Source:
         trust_remote_code: whether the folder's own model code may run.
         rounded_to: what `ROUNDED` tensors are rounded to, None to keep their own.
         work: the workspace that the export is written in: it knows which files an earlier run finished. A
-            format that does not ask writes everything again.
+            format that does not use it writes everything again.
     """
 
     folder: ModelFolder
@@ -100,7 +105,7 @@ class Source:
         return sum(int(((b != 0) & (b.to(self.rounded_to) == 0)).sum()) for b in blocks)
 
     def copy_small_files(self, target: Path) -> None:
-        """Configuration, tokenizer and whatever else is no weight; config.json says the dtype rounded to."""
+        """Copy configuration, tokenizer and every other file without weights; config.json gets the dtype rounded to."""
         for name in self.folder.other_files():
             if name.as_posix() not in (LOCK_NAME, MANIFEST):  # those of another step
                 (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -140,9 +145,9 @@ def rounded(name: str, value: Tensor, dtype: torch.dtype, *, keep: bool) -> Tens
         MaskError: a finite value becomes infinite; `name` says whose.
     """
     result = torch.empty(value.shape, dtype=dtype)
-    pieces = zip(result.view(-1).split(_CHUNK), value.reshape(-1).split(_CHUNK), strict=True)
-    for part, piece in pieces:
-        part.copy_(_rounded(name, piece, dtype, keep))
+    chunks = zip(result.view(-1).split(_CHUNK), value.reshape(-1).split(_CHUNK), strict=True)
+    for part, chunk in chunks:
+        part.copy_(_rounded(name, chunk, dtype, keep))
     return result
 
 
@@ -165,10 +170,52 @@ def _say_dtype(path: Path, dtype: str) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def scan_stored(shard: Shard, name: str, *, transposed: bool) -> Scan:
-    """The fast look at one tensor of a file."""
-    info = shard.info(name)
-    return scan_file(shard.path, info.start, info.shape, info.dtype, transposed=transposed)
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file whose header is written, and whose tensors are filled in any order, by any thread.
+
+    Attributes:
+        file: of its final size.
+        spans: the first byte of each tensor, and the one after its last.
+    """
+
+    file: FileIO
+    spans: Mapping[str, tuple[int, int]]
+
+    def nbytes(self, name: str) -> int:
+        start, stop = self.spans[name]
+        return stop - start
+
+    def write(self, name: str, data: Tensor, at: int = 0) -> None:
+        """Write elements of any dtype into a tensor, from its byte `at` on."""
+        if data.numel():
+            self.write_bytes(name, data.contiguous().reshape(-1).view(torch.uint8).numpy(), at)
+
+    def write_bytes(self, name: str, data: NDArray[np.uint8], at: int = 0) -> None:
+        start, stop = self.spans[name]
+        view, done = data.data, 0
+        if start + at + len(view) > stop:
+            raise ValueError(f"{self.file.name}: {name}: {len(view)} bytes from {at} on are too many")
+        while done < len(view):
+            done += os.pwrite(self.file.fileno(), view[done:], start + at + done)
+
+
+@contextmanager
+def new_tensor_file(
+    path: Path, specs: Iterable[TensorSpec], metadata: Mapping[str, str]
+) -> Generator[TensorFile, None, None]:
+    """A new file that is fsynced at the end, removed when anything fails; its caller fills every tensor."""
+    ordered = layout(specs, path)
+    header = header_bytes(ordered, metadata, path)
+    spans: dict[str, tuple[int, int]] = {}
+    stop = len(header)
+    for name, dtype, shape in ordered:
+        start, stop = stop, stop + stored_nbytes(dtype, shape, name)
+        spans[name] = start, stop
+    with new_file(path) as out:
+        write_all(out, memoryview(header))
+        os.ftruncate(out.fileno(), stop)
+        yield TensorFile(out, spans)
 
 
 Say = Callable[[str], None]
@@ -205,6 +252,19 @@ class Decoded:
 
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], Tensor]
+
+    def weights(self, manifest: Manifest, file: str) -> Weights:
+        """What `verify` reads, for a format without a faster way than decoding: each site is decoded and scanned.
+
+        Args:
+            file: the name of the file that holds the weights, for messages.
+        """
+
+        def scan(name: str, transposed: bool) -> Scan:
+            return scan_tensor(self.read(name), transposed=transposed)
+
+        sites = {record.name: record.transposed for record in manifest.tensors}
+        return Weights(frozenset(self.shapes), scan, lambda _: file, lambda: sites)
 
 
 @dataclass(frozen=True)

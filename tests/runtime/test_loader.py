@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 import spp_fx.runtime
 from spp_fx.errors import FormatError, PatternError, UsageError
-from spp_fx.exporters import FORMATS
+from spp_fx.exporters.format import FORMATS
 from spp_fx.exporters.manifest import MANIFEST, sha256
 from spp_fx.runtime import PackWarning, load, loader, trust
 from spp_fx.runtime.loader import decode, load_with
@@ -201,6 +201,16 @@ def test_packs_are_used_as_they_are_stored(packed, wide):
     assert "repack" not in library.calls
     assert library.calls.count("wrap") == 14 + 3  # every site, and one of each of three shapes before
     assert torch.equal(logits(loaded), logits(reference(wide)))
+
+
+def test_packs_are_found_in_every_file_of_an_export(tmp_path):
+    plain = reference(save_sparse(tmp_path / "one", wide_model()))
+    plain.save_pretrained(tmp_path / "model", max_shard_size="200KB")
+    out = exported(tmp_path / "model", "cusparselt", sm=80)
+    assert len(list(out.glob("packed-*-of-*.safetensors"))) > 1
+    loaded = with_library(out, Right())
+    assert {each.form for each in loaded.spp_fx_sites.values()} == {"packed"}
+    assert torch.equal(logits(loaded), logits(plain))
 
 
 @pytest.mark.parametrize(("library", "form"), [(WrongOrder(), "repacked"), (Refuses(), "dense")])

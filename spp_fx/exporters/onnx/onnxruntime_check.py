@@ -1,0 +1,437 @@
+"""onnxruntime on the CPU: open a graph, run a file, compare its logits; and what it needs where bfloat16 occurs.
+
+onnxruntime has the type bfloat16 but, apart from Cast, no CPU operators for it. A model that computes in another
+type may still round to bfloat16 somewhere, as Falcon does with its alibi biases. Its operators on bfloat16 become
+float32 operators between casts: what torch does on a CPU, to the bit for elementwise operators. A model that is
+bfloat16 as a whole keeps its operators, for runtimes that have the type; its float32 twin shows that graph and
+weights are right.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from onnx import (
+    AttributeProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    ValueInfoProto,
+    helper,
+    numpy_helper,
+)
+from onnxruntime import (
+    InferenceSession,
+    SessionOptions,  # pyright: ignore[reportAttributeAccessIssue]
+)
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # pyright: ignore[reportAttributeAccessIssue]
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from spp_fx.errors import SppFxError
+from spp_fx.exporters.onnx.onnx_file import Array, OnnxFile, load_model
+
+Ids = npt.NDArray[np.int64]
+
+# Largest allowed difference of a logit, as a share of the logits' spread. fp32 differs by the order of
+# summation only (about 1e-6 a layer stack); fp16 and bf16 round every activation to 2^-11 and 2^-8.
+TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
+
+_BATCHES = ((1, 1), (2, 7), (3, 16), (1, 33))
+BFLOAT16, FLOAT = TensorProto.BFLOAT16, TensorProto.FLOAT
+_ORT_ERRORS: tuple[type[Exception], ...] = (
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.InvalidGraph,
+    ort_errors.InvalidProtobuf,
+    ort_errors.NoSuchFile,
+    ort_errors.NotImplemented,
+    ort_errors.RuntimeException,
+)
+
+
+@dataclass(frozen=True)
+class LogitsComparison:
+    """How far a file's logits are from the reference's, over the positions that are not padding.
+
+    `spread` is the largest distance of a reference logit from the mean over the vocabulary at its position:
+    the scale differences are measured in, since a shift of all logits changes no probability.
+    `argmax_agreement` is the share of positions where both prefer the same token. `computed_in` is the type of
+    the logits that onnxruntime computed.
+    """
+
+    max_abs_difference: float
+    spread: float
+    tolerance: float
+    argmax_agreement: float
+    positions: int
+    computed_in: str
+
+
+class OnnxModel:
+    """A graph in onnxruntime, called like a model whatever its inputs are.
+
+    Args:
+        path: an .onnx file that spp-fx wrote, with or without a key/value cache.
+        twin: run its float32 twin instead (see `float32_twin`): for a bfloat16 file, which onnxruntime has no
+            CPU kernels for.
+
+    Raises:
+        FormatError: the file is not an ONNX model. SppFxError: onnxruntime cannot load it.
+    """
+
+    def __init__(self, path: Path, *, twin: bool = False) -> None:
+        self.path = path
+        load_model(path)  # its errors for a file that is not ONNX are better than onnxruntime's
+        self._session = _session(path, twin)
+        self._inputs = {each.name: each for each in self._session.get_inputs()}
+        self._outputs = [each.name for each in self._session.get_outputs()]
+
+    @property
+    def has_past(self) -> bool:
+        """Whether the graph has a key/value cache."""
+        return any(name.startswith("past_key_values.") for name in self._inputs)
+
+    def empty_past(self, batch: int) -> dict[str, Array]:
+        """An empty cache: its length is 0."""
+        dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+        return {
+            name: np.zeros((batch, each.shape[1], 0, each.shape[3]), dtype=dtypes[each.type])
+            for name, each in self._inputs.items()
+            if name.startswith("past_key_values.")
+        }
+
+    def step(
+        self,
+        input_ids: Ids,
+        attention_mask: Ids,
+        past: dict[str, Array],
+    ) -> tuple[Array, dict[str, Array]]:
+        """Logits of new tokens, and the cache with them.
+
+        Args:
+            input_ids: (batch, new) int64.
+            attention_mask: (batch, past + new) int64; positions are counted from it, padding left out.
+            past: of the tokens before, see `empty_past`; {} for a graph without a cache.
+
+        Raises:
+            SppFxError: onnxruntime cannot run the graph.
+        """
+        feeds = {"input_ids": input_ids, "attention_mask": attention_mask, **past}
+        if "position_ids" in self._inputs:
+            feeds["position_ids"] = positions_of(attention_mask)[:, -input_ids.shape[1] :]
+        try:
+            outputs = self._session.run(self._outputs, feeds)
+        except (*_ORT_ERRORS, ValueError) as error:
+            raise SppFxError(
+                f"{self.path}: onnxruntime cannot run the model on a batch of {input_ids.shape}: {_reason(error)}"
+            ) from error
+        arrays = [np.asarray(each) for each in outputs]
+        names = [name.replace("present.", "past_key_values.", 1) for name in self._outputs]
+        return arrays[0], dict(zip(names[1:], arrays[1:], strict=True))
+
+    def logits(self, input_ids: Ids, attention_mask: Ids) -> Array:
+        """Logits (batch, sequence, vocabulary) of whole sequences; with a cache, of a half, one token, the rest."""
+        batch, length = input_ids.shape
+        if not self.has_past:
+            return self.step(input_ids, attention_mask, {})[0]
+        past, parts, start = self.empty_past(batch), [], 0
+        for stop in sorted({max(1, length // 2), min(length, length // 2 + 1), length}):
+            new, past = self.step(input_ids[:, start:stop], attention_mask[:, :stop], past)
+            parts.append(new)
+            start = stop
+        return np.concatenate(parts, axis=1)
+
+
+def positions_of(attention_mask: Ids) -> Ids:
+    """The position of each token without padding, as transformers counts when it generates."""
+    positions = np.cumsum(attention_mask, axis=1, dtype=np.int64) - 1
+    return np.where(attention_mask == 0, 1, positions)
+
+
+def logits_of(model: PreTrainedModel, *, count_positions: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """A model as a reference for `compare_logits`.
+
+    Args:
+        model: in eval mode.
+        count_positions: give it position ids that leave padding out, as a graph with a cache is given.
+    """
+
+    def reference(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        extra: dict[str, Tensor] = {}
+        if count_positions:
+            extra["position_ids"] = torch.from_numpy(positions_of(attention_mask.numpy()))
+        return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra).logits
+
+    return reference
+
+
+def compare_logits(
+    path: Path,
+    reference: Callable[[Tensor, Tensor], Tensor],
+    vocab_size: int,
+    *,
+    max_length: int | None = None,
+    tolerance: float | None = None,
+    twin: bool = False,
+    batches: Sequence[tuple[int, int]] = _BATCHES,
+) -> LogitsComparison:
+    """Run a few random batches through the file and through `reference`, and compare.
+
+    Batches differ in size and length; in those of two rows and more, one row is padded on the left and one
+    on the right (with random tokens, which the mask has to hide). One session serves all batches.
+
+    Args:
+        reference: (input_ids, attention_mask), both (batch, sequence) int64 on the CPU, to logits (batch,
+            sequence, vocabulary) of any floating type.
+        vocab_size: tokens are drawn below it.
+        max_length: longest sequence the model takes; longer batches are cut.
+        tolerance: share of the spread; None takes TOLERANCE of the reference's type.
+        twin: run the file's float32 twin, see `OnnxModel`.
+        batches: (batch, sequence) pairs.
+
+    Raises:
+        SppFxError: a logit differs by more than the tolerance, shapes differ, either side is not finite, or
+            onnxruntime cannot run the file.
+    """
+    model = OnnxModel(path, twin=twin)
+    computed_in = ""
+    worst, spread, agreed, positions = 0.0, 0.0, 0, 0
+    limit = tolerance
+    for input_ids, attention_mask in _inputs(batches, vocab_size, max_length):
+        with torch.no_grad():
+            answer = reference(torch.from_numpy(input_ids), torch.from_numpy(attention_mask)).detach().cpu()
+        if limit is None:
+            limit = TOLERANCE.get(str(answer.dtype).removeprefix("torch."), TOLERANCE["float32"])
+        expected = answer.double().numpy()
+        logits = model.logits(input_ids, attention_mask)
+        computed_in, got = logits.dtype.name, logits.astype(np.float64)
+        if got.shape != expected.shape:
+            raise SppFxError(f"{path}: logits have shape {got.shape}, the reference's {expected.shape}")
+        real = attention_mask == 1
+        expected, got = expected[real], got[real]
+        for side, values in (("the reference's", expected), ("the file's", got)):
+            if not np.isfinite(values).all():
+                raise SppFxError(f"{path}: {side} logits are not finite on a batch of {input_ids.shape}")
+        worst = max(worst, float(np.abs(got - expected).max()))
+        spread = max(spread, float(np.abs(expected - expected.mean(axis=-1, keepdims=True)).max()))
+        agreed += int((got.argmax(-1) == expected.argmax(-1)).sum())
+        positions += int(real.sum())
+    assert limit is not None
+    result = LogitsComparison(worst, spread, limit, agreed / positions, positions, computed_in)
+    if worst > limit * spread:
+        raise SppFxError(
+            f"{path}: logits differ from the reference by up to {worst:.3g}, allowed is {limit * spread:.3g} "
+            f"({limit:g} of the logits' spread {spread:.3g}); the same token is preferred at "
+            f"{100 * result.argmax_agreement:.1f}% of {positions} positions"
+        )
+    return result
+
+
+def check_standard(path: Path) -> None:
+    """Check the file against the ONNX standard with onnx.checker, in memory bounded by the largest tensor.
+
+    The checker cannot follow sparse indices into external data. If there are any, each sparse tensor is
+    checked by itself with its data filled in, and the graph with its external weights as inputs.
+
+    Raises:
+        FormatError: data that is missing, truncated or inconsistent. SppFxError: the checker's objection;
+            the indices of sparse tensors have to be int64 to pass.
+    """
+    file = OnnxFile(path)
+    graph = file.proto.graph
+    stored = [*graph.initializer, *(part for s in graph.sparse_initializer for part in (s.values, s.indices))]
+    try:
+        if all(tensor.data_location != TensorProto.EXTERNAL for tensor in stored):
+            onnx.checker.check_model(str(path))
+            return
+        for tensor in list(graph.initializer):
+            if tensor.data_location == TensorProto.EXTERNAL:
+                graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+                graph.initializer.remove(tensor)
+        for name, sparse in file.sparse.items():
+            values, indices = file.read_sparse(name)
+            onnx.checker.check_sparse_tensor(
+                onnx.SparseTensorProto(
+                    values=numpy_helper.from_array(values, name),
+                    indices=numpy_helper.from_array(indices),
+                    dims=sparse.dims,
+                )
+            )
+            graph.input.append(helper.make_tensor_value_info(name, sparse.values.data_type, sparse.dims))
+        del graph.sparse_initializer[:]
+        onnx.checker.check_model(file.proto)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise SppFxError(f"{path}: not valid by the ONNX standard: {_reason(error)}") from error
+
+
+def why_not_opened(model: ModelProto) -> str | None:
+    """Why onnxruntime on the CPU cannot open a graph, naming the operator that it stops at; None if it can.
+
+    Args:
+        model: with its weights as inputs, so that none of their numbers is needed.
+    """
+    try:
+        InferenceSession(model.SerializeToString(), _options(), providers=["CPUExecutionProvider"])
+    except _ORT_ERRORS as error:
+        return _reason(error)
+    return None
+
+
+def float32_twin(path: Path) -> ModelProto:
+    """The model with every bfloat16 tensor, constant and cast made float32, all initializers dense.
+
+    Widening is exact for the weights, so the twin shows that graph and weights are right; only activations are
+    rounded less than in the original.
+    """
+    file = OnnxFile(path)
+    arrays = {name: file.read(name) for name in (*file.dense, *file.sparse)}
+    del file.proto.graph.initializer[:]
+    del file.proto.graph.sparse_initializer[:]
+    for name, array in arrays.items():
+        file.proto.graph.initializer.append(numpy_helper.from_array(array, name))
+    widen(file.proto.graph)
+    return file.proto
+
+
+def _inputs(
+    batches: Sequence[tuple[int, int]], vocab_size: int, max_length: int | None
+) -> Iterator[tuple[Ids, Ids]]:
+    rng = np.random.default_rng(0)
+    for batch, length in batches:
+        cut = length if max_length is None else min(length, max_length)
+        input_ids = rng.integers(0, vocab_size, (batch, cut), dtype=np.int64)
+        attention_mask = np.ones((batch, cut), dtype=np.int64)
+        if batch > 1:
+            attention_mask[0, : cut // 3] = 0
+            attention_mask[1, cut - cut // 3 :] = 0
+        yield input_ids, attention_mask
+
+
+def _session(path: Path, twin: bool) -> InferenceSession:
+    providers = ["CPUExecutionProvider"]
+    try:
+        if not twin:
+            return InferenceSession(str(path), _options(), providers=providers)
+        with tempfile.TemporaryDirectory(prefix="spp-fx-") as folder:
+            wide = Path(folder) / "model.onnx"
+            onnx.save(float32_twin(path), wide, save_as_external_data=True, location="model.data")
+            return InferenceSession(str(wide), _options(), providers=providers)
+    except _ORT_ERRORS as error:
+        raise SppFxError(f"{path}: onnxruntime cannot load the model: {_reason(error)}") from error
+
+
+def _options() -> Any:
+    options = SessionOptions()
+    options.log_severity_level = 4  # it warns about constants it could have folded, and its errors are raised
+    return options
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__
+
+
+# bfloat16
+
+
+def compute_in_float32(model: ModelProto, given: Iterable[ValueInfoProto]) -> None:
+    """Let every operator on bfloat16 work in float32 between casts; the values between them stay bfloat16.
+
+    Args:
+        model: changed in place; inputs, outputs and constants keep their types.
+        given: the values that the graph reads and does not hold yet, such as its parameters.
+    """
+    typed = ModelProto()
+    typed.CopyFrom(model)
+    typed.graph.input.extend(given)
+    inferred = onnx.shape_inference.infer_shapes(typed)
+    _between_casts(model.graph, inferred.graph, {})
+
+
+def _between_casts(graph: GraphProto, inferred: GraphProto, outer: Mapping[str, int]) -> None:
+    types = dict(outer) | _types(inferred)
+    nodes: list[NodeProto] = []
+    wide: dict[str, str] = {}  # a bfloat16 value -> the same in float32
+    for node, twin in zip(list(graph.node), inferred.node, strict=True):
+        bodies = list(zip(_bodies(node), _bodies(twin), strict=True))
+        for body, inferred_body in bodies:
+            _between_casts(body, inferred_body, types)
+        narrow = {name for name in (*node.input, *node.output) if types.get(name) == BFLOAT16}
+        if bodies or node.op_type in ("Cast", "Identity") or not narrow:
+            nodes.append(node)
+            continue
+        for at, name in enumerate(node.input):
+            if name in narrow:
+                if name not in wide:
+                    wide[name] = f"{name}.float32"
+                    nodes.append(_cast(name, wide[name], FLOAT))
+                node.input[at] = wide[name]
+        _widen_attributes(node)
+        rounded = {at: name for at, name in enumerate(node.output) if name in narrow}
+        for at, name in rounded.items():
+            node.output[at] = f"{name}.unrounded"
+        nodes.append(node)
+        nodes += [_cast(f"{name}.unrounded", name, BFLOAT16) for name in rounded.values()]
+    changed = GraphProto(node=nodes)
+    del graph.node[:]
+    graph.node.extend(changed.node)
+
+
+def _cast(source: str, target: str, to: int) -> NodeProto:
+    return helper.make_node("Cast", [source], [target], name=f"{target}.Cast", to=to)
+
+
+def _types(graph: GraphProto) -> dict[str, int]:
+    """Element types of the values of a graph, as far as they are known."""
+    values = {
+        value.name: value.type.tensor_type.elem_type
+        for value in [*graph.input, *graph.value_info, *graph.output]
+        if value.type.HasField("tensor_type")
+    }
+    return values | {tensor.name: tensor.data_type for tensor in graph.initializer}
+
+
+def _bodies(node: NodeProto) -> Iterator[GraphProto]:
+    for attribute in node.attribute:
+        if attribute.type == AttributeProto.GRAPH:
+            yield attribute.g
+        elif attribute.type == AttributeProto.GRAPHS:
+            yield from attribute.graphs
+
+
+def _widen_attributes(node: NodeProto) -> None:
+    """Let a node make float32 where its attributes say bfloat16."""
+    for attribute in node.attribute:
+        says_type = attribute.name == "dtype" or (node.op_type == "Cast" and attribute.name == "to")
+        if says_type and attribute.i == BFLOAT16:
+            attribute.i = FLOAT
+        elif attribute.type == AttributeProto.TENSOR:
+            _widen_tensor(attribute.t)
+
+
+def _widen_tensor(tensor: TensorProto) -> None:
+    """The same numbers in float32. The tensor's data must be in the graph."""
+    if tensor.data_type == BFLOAT16:
+        wide = numpy_helper.to_array(tensor).astype(np.float32)
+        tensor.CopyFrom(numpy_helper.from_array(wide, tensor.name))
+
+
+def widen(graph: GraphProto) -> None:
+    """Make every bfloat16 tensor, constant and cast of a graph float32, in place, which is exact."""
+    for tensor in graph.initializer:
+        _widen_tensor(tensor)
+    for node in graph.node:
+        _widen_attributes(node)
+        for body in _bodies(node):
+            widen(body)
+    for value in [*graph.input, *graph.output, *graph.value_info]:
+        if value.type.tensor_type.elem_type == BFLOAT16:
+            value.type.tensor_type.elem_type = FLOAT
