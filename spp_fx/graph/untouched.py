@@ -88,7 +88,7 @@ def _restore_items(value: Any) -> Callable[[], None]:
 
 
 def _has_own_attributes(value: Any) -> bool:
-    """Whether a forward may write to an object's attributes: not a class or function, nor one of Python's or torch's."""
+    """Whether a forward may write to an object's attributes: not those of classes, functions, Python or torch."""
     if not hasattr(value, "__dict__") or isinstance(value, type | ModuleType) or hasattr(value, "__code__"):
         return False
     home = type(value).__module__.partition(".")[0]
