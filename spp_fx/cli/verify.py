@@ -107,15 +107,15 @@ def _check_reports(
 
 def _judge(output: Output, checks: "Sequence[Check]", jobs: int | None) -> "list[Verified]":
     from spp_fx.memory import keep_freed_memory
-    from spp_fx.verbs.verify import MASK_BYTES, check_request, gate
+    from spp_fx.verbs.verify import MASK_BYTES, run_check
 
     keep_freed_memory(MASK_BYTES)
     for check in checks:  # a wrong request must not throw away what was judged before it
-        check_request(check)
+        check.validate()
     verdicts: list[Verified] = []
     for check in checks:
         with output.bytes_bar(f"verifying {check.path}") as tick:
-            verdicts.append(gate(check, jobs=jobs, tick=tick))
+            verdicts.append(run_check(check, jobs=jobs, tick=tick))
     for note in dict.fromkeys(note for verdict in verdicts for note in verdict.notes):
         output.say(note)
     return verdicts

@@ -15,7 +15,7 @@ from spp_fx.errors import FormatError, UsageError
 from spp_fx.exporters.format import FORMATS, Decoded, find_format
 from spp_fx.exporters.manifest import MANIFEST, Manifest, TensorRecord, read_manifest
 from spp_fx.exporters.packed import open_files
-from spp_fx.graph.binding import Binding, Parameter, Piece, assemble, bind
+from spp_fx.graph.binding import Binding, Parameter, StoredMatrix, assemble, bind
 from spp_fx.graph.model import Readable, check_causal, hollow_model
 from spp_fx.runtime.cuda_library import CuSparseLt, Cutlass, Library
 from spp_fx.runtime.trust import PackedSite, SiteForm, decide, make_weight
@@ -54,8 +54,8 @@ class StoredWeights:
 
     def single(self, name: str) -> str | None:
         """The stored tensor that is a parameter as it is; None where several make it up, or none."""
-        pieces = self.binding.pieces.get(name, ())
-        return pieces[0].tensor if len(pieces) == 1 and pieces[0].expert is None else None
+        matrices = self.binding.matrices.get(name, ())
+        return matrices[0].tensor if len(matrices) == 1 and matrices[0].expert is None else None
 
     def read(self, name: str, device: torch.device) -> Tensor:
         """A parameter or buffer in its dtype, contiguous, on a device.
@@ -64,7 +64,7 @@ class StoredWeights:
             FormatError: nothing is stored for it, or a tensor of a type that is no weight by itself.
         """
         dtype = self.dtypes[name]
-        tensor = assemble(self._pieces(name), self.slots[name].shape, self.decoded.read)
+        tensor = assemble(self._matrices(name), self.slots[name].shape, self.decoded.read)
         if dtype.is_floating_point and (not tensor.is_floating_point() or tensor.itemsize < 2):
             raise FormatError(
                 f"{self.folder}: {name} is stored as {tensor.dtype}, which means nothing without its scales; "
@@ -79,7 +79,7 @@ class StoredWeights:
             made: weights that are there already, by parameter; they have no other name.
         """
         for names in self.shared:
-            stored = [name for name in names if name in self.binding.pieces] or [names[0]]
+            stored = [name for name in names if name in self.binding.matrices] or [names[0]]
             first = made[stored[0]] if stored[0] in made else self.read(stored[0], device)
             parameter = nn.Parameter(first, requires_grad=False)
             for name in names:
@@ -92,14 +92,14 @@ class StoredWeights:
                 owner._parameters[attribute] = own
         for name, buffer in list(self.model.named_buffers(remove_duplicate=False)):
             owner, attribute = owner_of(self.model, name)
-            stored = name in self.binding.pieces
+            stored = name in self.binding.matrices
             owner._buffers[attribute] = self.read(name, device) if stored else buffer.to(device)
 
-    def _pieces(self, name: str) -> tuple[Piece, ...]:
-        if name not in self.binding.pieces:
+    def _matrices(self, name: str) -> tuple[StoredMatrix, ...]:
+        if name not in self.binding.matrices:
             reason = self.binding.refused.get(name, "the export holds no tensor for it")
             raise FormatError(f"{self.folder}: {name}: {reason}; export the model again")
-        return self.binding.pieces[name]
+        return self.binding.matrices[name]
 
 
 def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:

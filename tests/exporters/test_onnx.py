@@ -119,9 +119,11 @@ def test_a_site_of_the_lock_that_the_graph_has_not_is_found(tmp_path, monkeypatc
 
     def other_names(*args):
         binding = right(*args)
-        for name, pieces in binding.pieces.items():
+        for name, matrices in binding.matrices.items():
             if name.endswith("1.mlp.c_proj.weight"):
-                binding.pieces[name] = tuple(replace(piece, tensor=piece.tensor + "x") for piece in pieces)
+                binding.matrices[name] = tuple(
+                    replace(matrix, tensor=matrix.tensor + "x") for matrix in matrices
+                )
         return binding
 
     monkeypatch.setattr(graph_parameters, "bind", other_names)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from spp_fx.adapters.fold_stored import StoredFold
 
+from spp_fx.adapters.fold import StoredFold
 from spp_fx.sparsity.lock import load_lock
 from tests.command import command, must, one_line, randomize, rewrite, tensors
 

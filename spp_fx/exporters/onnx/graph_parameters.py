@@ -11,7 +11,7 @@ from spp_fx.errors import FormatError, MaskError
 from spp_fx.exporters.format import Source, rounded
 from spp_fx.exporters.manifest import Part
 from spp_fx.exporters.onnx.graph_export import Graph, GraphParameter
-from spp_fx.graph.binding import Parameter, Piece, assemble, bind, find_targets
+from spp_fx.graph.binding import Parameter, StoredMatrix, assemble, bind, find_targets
 from spp_fx.graph.model import load_model
 from spp_fx.sparsity.lock import LockEntry
 
@@ -57,7 +57,7 @@ class GraphParameters:
     source: Source
     sparse: dict[str, SparseParameter]
     left_out: tuple[str, ...]
-    _pieces: Mapping[str, tuple[Piece, ...]]
+    _matrices: Mapping[str, tuple[StoredMatrix, ...]]
     _loaded: Mapping[str, Tensor]
 
     def read(self, parameter: GraphParameter) -> Tensor:
@@ -68,8 +68,8 @@ class GraphParameters:
             MaskError: a value is too large for the dtype.
         """
         name, dtype, folder = parameter.name, parameter.torch_dtype, self.source.folder
-        if name in self._pieces:
-            value = assemble(self._pieces[name], parameter.shape, folder.read)
+        if name in self._matrices:
+            value = assemble(self._matrices[name], parameter.shape, folder.read)
         else:
             value = self._loaded[name]
         if value.dtype == dtype:
@@ -105,35 +105,35 @@ def find_parameters(source: Source, model: PreTrainedModel, graph: Graph) -> Gra
     aliases: dict[int, list[str]] = {}
     for name, tensor in state.items():
         aliases.setdefault(id(tensor), []).append(name)
-    pieces: dict[str, tuple[Piece, ...]] = {}
+    matrices: dict[str, tuple[StoredMatrix, ...]] = {}
     loaded: dict[str, Tensor] = {}
     for parameter in graph.parameters:
         names = aliases[id(state[parameter.name])]
-        found = next((binding.pieces[name] for name in names if name in binding.pieces), None)
+        found = next((binding.matrices[name] for name in names if name in binding.matrices), None)
         if found is not None:
-            pieces[parameter.name] = found
+            matrices[parameter.name] = found
         elif not loaded:
             # Only transformers can convert how it is stored, for the whole model at once. It also reports
             # what is missing.
             loaded = load_model(folder.path, trust_remote_code=source.trust_remote_code).state_dict()
-    return GraphParameters(source, _sparse_parameters(source, graph, pieces), left_out, pieces, loaded)
+    return GraphParameters(source, _sparse_parameters(source, graph, matrices), left_out, matrices, loaded)
 
 
 def _sparse_parameters(
-    source: Source, graph: Graph, pieces: Mapping[str, tuple[Piece, ...]]
+    source: Source, graph: Graph, matrices: Mapping[str, tuple[StoredMatrix, ...]]
 ) -> dict[str, SparseParameter]:
     entries = source.lock.by_name()
     found: set[str] = set()
     sparse: dict[str, SparseParameter] = {}
     for parameter in graph.parameters:
         parts: dict[str, tuple[LockEntry, Part]] = {}
-        stored = pieces.get(parameter.name, ())
-        locked = [piece for piece in stored if piece.tensor in entries]
-        for piece in locked:
-            entry, part = entries[piece.tensor], Part(initializer=parameter.name)
-            if piece.expert is not None and not piece.whole:
+        stored = matrices.get(parameter.name, ())
+        locked = [matrix for matrix in stored if matrix.tensor in entries]
+        for matrix in locked:
+            entry, part = entries[matrix.tensor], Part(initializer=parameter.name)
+            if matrix.expert is not None and not matrix.whole:
                 part = Part(
-                    initializer=parameter.name, expert=piece.expert, start=piece.start, stop=piece.stop
+                    initializer=parameter.name, expert=matrix.expert, start=matrix.start, stop=matrix.stop
                 )
             parts[entry.name] = (entry, part)
         if parts:
