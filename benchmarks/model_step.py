@@ -38,7 +38,6 @@ PREPARE: dict[str, Callable[[Program], object]] = {
     "spp_fused": lowered("fused"),
     "spp_packed": lowered("fused", "packed"),
     "spp_fused_layer_checkpoint": checkpointed,
-    "spp_blockwise": lowered("blockwise"),
     "spp_reference": lowered("reference"),
     "spp_literal_checkpoint": lambda program: run_by(program, rivals.spp_literal_checkpoint, low_rank=False),
     "sqft": lambda program: run_by(program, rivals.sqft, low_rank=True),

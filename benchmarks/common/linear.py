@@ -4,26 +4,22 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-from spp_fx.adapters.ops import packed, spp_blockwise, spp_fused, spp_linear
 from torch import Tensor
 
 from common import rivals, timing
+from spp_fx.adapters.method import Method, make_method
+from spp_fx.adapters.op import op_options, ops_of
+from spp_fx.adapters.rows import PACKINGS
 
 REFERENCE = "lors"
 Way = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 
-def op(overload: Callable[..., Tensor]) -> Way:
-    return lambda x, w, alpha, beta, scale: overload(x, w, alpha, beta, None, None, scale, 0.0)
+def op(overload: Callable[..., Tensor], method: Method) -> Way:
+    options = op_options(method)
+    return lambda x, w, alpha, beta, scale: overload(x, w, alpha, beta, None, None, *options, 0.0)
 
 
-SPP: dict[str, Way] = {
-    "spp_fused": op(spp_fused.OP),
-    "spp_blockwise": op(spp_blockwise.OP),
-    "spp_reference": op(spp_linear.OP),
-    "spp_literal": rivals.spp_literal,
-    "spp_literal_checkpoint": rivals.spp_literal_checkpoint,
-}
 OTHERS: dict[str, Way] = {
     "lors": rivals.lors,
     "sqft": rivals.sqft,
@@ -85,18 +81,27 @@ def make_steps(
 
         return run
 
-    ways = SPP | {"spp_packed": packed_way(weight)}
+    method = make_method("spp", rank=rank, scale=2.0)
+    ops = ops_of(method, (width, width))
+    ways: dict[str, Way] = {
+        "spp_fused": op(ops.fused, method),
+        "spp_reference": op(ops.linear, method),
+        "spp_literal": rivals.spp_literal,
+        "spp_literal_checkpoint": rivals.spp_literal_checkpoint,
+        "spp_packed": packed_way(weight, ops.packed["2:4"], method),
+    }
     return {name: step(way, low_rank) for name, way in OTHERS.items()} | {
         name: step(way, spp) for name, way in ways.items()
     }
 
 
-def packed_way(weight: Tensor) -> Way:
+def packed_way(weight: Tensor, overload: Callable[..., Tensor], method: Method) -> Way:
     """The fused op on the weight packed; the dense one that a step hands over is not looked at."""
-    tensors = packed.PACKINGS["2:4"].pack(weight)
-    values, positions = tensors["values"], tensors["positions"]
-    run = packed.OPS["2:4"]
-    return lambda x, _, alpha, beta, scale: run(x, values, positions, alpha, beta, None, None, scale, 0.0)
+    values, positions = PACKINGS["2:4"].pack(weight).values()
+    options = op_options(method)
+    return lambda x, _, alpha, beta, scale: overload(
+        x, values, positions, alpha, beta, None, None, *options, 0.0
+    )
 
 
 def kept(step: Callable[[], object]) -> int:

@@ -1,0 +1,77 @@
+"""Every adapter method end to end: inject, train, merge, verify; one of them is another package's."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.adapters.layers import OUTSIDE
+from tests.command import must, tensors
+from tests.verbs.conftest import save_with_tokenizer
+
+ROOT = Path(__file__).parents[2]
+OPTIONS = {"spp": {"rank": 4}, "sqft": {"rank": 2}, "grouped": {"gain": 0.5, "width": 2}}
+
+
+@pytest.fixture(scope="module", params=OPTIONS)
+def method(request):
+    return request.param
+
+
+@pytest.fixture(scope="module", params=["llama", "mixtral"])
+def folder(request, method, tmp_path_factory, text_file) -> Path:
+    """A folder with a sparse model, linears only or with stacks of experts, and adapters of a method over it."""
+    import spp_fx
+
+    root = tmp_path_factory.mktemp(f"{method}-{request.param}")
+    save_with_tokenizer(root / "dense", text_file, request.param)
+    must("prune", root / "dense", "-o", root / "sparse", "-q")
+    spp_fx.inject(root / "sparse", root / "adapter", method=method, **OPTIONS[method])
+    return root
+
+
+LINE = "--seq-len 16 --steps 4 --lr 0.02 --batch-size 8 -q"
+WAYS = {"dense": "", "packed": "--packed --gradient-checkpointing"}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_method_trains_merges_and_verifies(folder, method, way, text_file, tmp_path):
+    start = tensors(folder / "adapter")
+    adapter = tmp_path / "adapter"
+    shutil.copytree(folder / "adapter", adapter)
+    must("train", adapter, "--data", text_file, *LINE.split(), *WAYS[way].split())
+    trained = tensors(adapter)
+    assert {name.rpartition(".")[2] for name in trained} == {name.rpartition(".")[2] for name in start}
+    assert all(not torch.equal(value, start[name]) for name, value in trained.items())
+    report = must("merge", adapter, "-o", tmp_path / "merged", "--verify-sparsity", "--json", "-q").json
+    assert report["summary"]["masks_equal"] == len(report["sites"]) > 0
+    assert all(site["changed"] > 0 for site in report["sites"])
+    must("verify", tmp_path / "merged", "--pattern", "2:4", "--against", folder / "sparse", "-q")
+    must("verify", adapter, "-q")
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_method_as_one_does(folder, method, text_file, tmp_path):
+    for name in ("one", "two"):
+        shutil.copytree(folder / "adapter", tmp_path / name)
+    must("train", tmp_path / "one", "--data", text_file, *LINE.split())
+    line = [
+        sys.executable,
+        "-m",
+        *["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "spp_fx", "train"],
+    ]
+    result = subprocess.run(
+        [*line, tmp_path / "two", "--data", text_file, *LINE.replace("8", "4").split()],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{OUTSIDE}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert result.returncode == 0, result.stderr[-6000:]
+    one = tensors(tmp_path / "one")
+    for name, value in tensors(tmp_path / "two").items():
+        torch.testing.assert_close(value, one[name], rtol=0.1, atol=0.02)  # AdamW: about a step of 0.02
