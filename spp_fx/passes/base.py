@@ -23,7 +23,11 @@ class PassReport:
 
 @dataclass(frozen=True)
 class Pass(ABC):
-    """A frozen dataclass whose fields are its options; `name{field=value,...}` is its spelling."""
+    """A frozen dataclass whose fields are its options; `name{field=value,...}` is its spelling.
+
+    A field made by `choice` holds one of a registry's classes, such as an adapter method. It is spelt by its name,
+    and its own fields count as options of the pass: `inject{method=spp,rank=8}`.
+    """
 
     name: ClassVar[str]
 

@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import fx, nn
 
-from spp_fx.adapters import Method, initial_factor, make_method
+from spp_fx.adapters.method import METHODS, Method, initial_factor
 from spp_fx.adapters.ops.dropout import DROPOUT, DROPOUT_SEED
 from spp_fx.errors import PostconditionError, PreconditionError, UsageError
 from spp_fx.graph.program import ADAPTER, SITE, Program, Use, factor_attribute
+from spp_fx.options import choice
 from spp_fx.passes.base import Pass, PassReport, register
 from spp_fx.sparsity.scan import pack_mask
 
@@ -27,19 +28,13 @@ class Inject(Pass):
     """Turn every matched linear node into an adapter node; freeze everything but the new factors.
 
     Args:
-        method: name of the adapter method (see `spp_fx.adapters`).
-        rank: for spp the rows r of alpha; a site whose output features it does not divide is skipped.
-        scale: the factor s of the update.
-        dropout: probability on the adapter branch's input while training.
+        method: the adapter method.
         seed: of the factors' start.
         masks: keep each site's mask, a bit a weight, for `verify`.
     """
 
     name: ClassVar[str]
-    method: str = "spp"
-    rank: int = 16
-    scale: float = 2.0
-    dropout: float = 0.0
+    method: Method = choice(METHODS, "spp")
     seed: int = 0
     masks: bool = True
 
@@ -50,7 +45,7 @@ class Inject(Pass):
             raise PreconditionError("inject: the program has adapters already; fold them first")
 
     def apply(self, program: Program) -> PassReport:
-        method = make_method(self.method, rank=self.rank, scale=self.scale, dropout=self.dropout)
+        method = self.method
         taken, refused = adaptable(method, {name: program.sites[name].shape for name in program.matched})
         program.requires_grad_(False)
         report = PassReport(refused=refused)

@@ -71,7 +71,7 @@ def load_program(
     adapter.check_base(open_model(model))
     check_causal(model)
     program = trace(load_model(model, trust_remote_code=trust_remote_code))
-    settings, storage = adapter.method.parameters(), "packed" if packed else "dense"
+    storage = "packed" if packed else "dense"
     run_pipeline(
         program,
         [
@@ -79,7 +79,7 @@ def load_program(
             Causal(),
             Match(targets=tuple(adapter.pieces)),
             # check_base has told the base by its fingerprint, and nothing here writes to it.
-            Inject(method=adapter.method.name, seed=adapter.config.seed, masks=False, **settings),
+            Inject(adapter.method, seed=adapter.config.seed, masks=False),
             # Shard packs by itself, one layer at a time.
             Lower(kernel="fused", storage="dense" if shard else storage),
         ],

@@ -7,6 +7,7 @@ from torch import Tensor, fx, nn
 from transformers import PretrainedConfig
 
 from spp_fx.adapters.ops import spp_blockwise, spp_fused, spp_linear
+from spp_fx.adapters.spp import SPP
 from spp_fx.graph.program import Program
 from spp_fx.passes.canonicalize import Canonicalize
 from spp_fx.passes.inject_adapters import Inject
@@ -79,7 +80,7 @@ def lowered(layer: Layer, with_dropout: bool):
     bias = None if layer.bias is None else layer.bias.detach()
     program = linear_program(layer.weight.detach(), bias)
     rate = 0.5 if with_dropout else 0.0
-    inject = Inject(rank=layer.alpha.shape[0], scale=SCALE, dropout=rate)
+    inject = Inject(SPP(rank=layer.alpha.shape[0], scale=SCALE, dropout=rate))
     passes = [Canonicalize(), Match(targets=("layer",), dense=True), inject, Lower(kernel="reference")]
     run_pipeline(program, passes)
     module = program.get_submodule("layer")

@@ -9,6 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spp_fx.adapters.method import Method
+from spp_fx.adapters.spp import SPP
 from spp_fx.errors import PostconditionError, PreconditionError, UsageError
 from spp_fx.passes.base import PASSES, Pass, PassReport, register
 from spp_fx.passes.canonicalize import Canonicalize
@@ -27,6 +29,9 @@ VALUES = {
     int | None: st.none() | st.integers(),
     bool | None: st.none() | st.booleans(),
     tuple[str, ...]: st.lists(WORD, max_size=3).map(tuple),
+    Method: st.builds(
+        SPP, rank=st.integers(1, 512), scale=st.floats(0.1, 8), dropout=st.floats(0, 1, exclude_max=True)
+    ),
 }
 
 
@@ -64,7 +69,7 @@ def test_parsing_a_printed_pipeline_gives_the_pipeline(passes):
 def test_a_comma_without_an_option_continues_the_list_before_it():
     assert parse_pipeline("match{targets=q_proj,v_proj,dense=true},inject{rank=8}") == [
         Match(targets=("q_proj", "v_proj"), dense=True),
-        Inject(rank=8),
+        Inject(SPP(rank=8)),
     ]
 
 
@@ -76,7 +81,7 @@ def test_blanks_between_words_mean_nothing():
 
 
 def test_options_at_their_defaults_are_not_printed():
-    assert print_pipeline([Match(), Inject(scale=2.0, rank=8)]) == "match,inject{rank=8}"
+    assert print_pipeline([Match(), Inject(SPP(scale=2.0, rank=8))]) == "match,inject{rank=8}"
 
 
 @pytest.mark.parametrize(
@@ -101,6 +106,8 @@ def test_options_at_their_defaults_are_not_printed():
         ("inject{rank=}", "inject: option rank takes int, got ''"),
         ("inject{scale=two}", "inject: option scale takes float, got 'two'"),
         ("match{dense=perhaps}", "match: option dense takes bool, got 'perhaps'"),
+        ("inject{nosuch=2}", "spp has no option nosuch; it has: dropout, rank, scale$"),
+        ("inject{method=nosuch}", "unknown adapter method 'nosuch'; known: .*spp"),
         ("inject{rank=1,rank=2}", "inject: option 'rank' is given twice"),
     ],
 )
