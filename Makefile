@@ -7,12 +7,13 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow install check bench soak fuzz clean help
+.PHONY: demo test test-slow nightly install check bench soak fuzz clean help
 
 help:
 	@echo "make demo     the whole way on a small model, a few minutes on two cores"
 	@echo "make test     the test suite"
 	@echo "make test-slow its long runs: benchmarks, several processes, kills"
+	@echo "make nightly  every combination, many more examples, every trace made anew: some hours"
 	@echo "make check    lint, format, types, layers"
 	@echo "make bench    benchmarks, JSON on stdout"
 	@echo "make soak     a hundred kills of every verb, and the full fuzz: an hour or two"
@@ -27,7 +28,12 @@ test: install
 
 # What starts many processes or trains for long; `make test` leaves it out, every submission runs both.
 test-slow: install
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not nightly"
+
+# All tests, with forty times the examples of hypothesis and no export of torch used twice; then the fuzz and the soak.
+nightly: install
+	SPP_FX_NIGHTLY=1 SPP_FX_EXPORT_ALWAYS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "slow or not slow"
+	$(MAKE) soak
 
 install: $(READY)
 

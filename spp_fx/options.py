@@ -1,4 +1,4 @@
-"""Options as fields of dataclasses: how they are declared, read from text, and made into click options.
+"""Options as fields of dataclasses: how they are declared, read from text and checked.
 
 The settings of a verb, a pass, an adapter method and a pruning criterion are dataclasses. A field's type, default
 and metadata say what the command line, pipelines (`spp-fx opt`) and YAML files know of it: bool is a flag, Literal a

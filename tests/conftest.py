@@ -1,9 +1,66 @@
-"""Settings that must stand before anything is imported."""
+"""Settings that must stand before anything is imported, and what every test shares."""
 
+import logging
 import os
+from importlib import import_module
 
+import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+from tests import effort, traces
+from tests.worlds import session_folder
 
 if not torch.cuda.is_available():
     # Triton reads it while it is imported: its kernels then run in an interpreter on the CPU.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+EXPORTING = {"exporters", "verbs", "runtime", "e2e"}
+"""Folders of tests that write ONNX files; others do not import the exporter."""
+
+# Nothing that is measured in seconds: the first example may compile a kernel, and other processes share the cores.
+TIMELESS = {
+    "deadline": None,
+    "print_blob": True,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+}
+settings.register_profile("push", **TIMELESS)
+settings.register_profile("nightly", **TIMELESS)
+settings.load_profile("nightly" if effort.NIGHTLY else "push")
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.write_line(f"samples were drawn with SPP_FX_SEED={effort.SEED}")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    # Several test processes share the cores; threads that wait for one another cost more than they bring.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_trace_log():
+    """torch.export writes a structured log of every step; captured, it hides what failed."""
+    logging.getLogger("torch.__trace").propagate = False
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _export_once(request, tmp_path_factory):
+    """See tests.traces."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.export, "export", traces.export)
+        if any(EXPORTING & set(item.path.parts) for item in request.session.items):
+            writer = import_module("spp_fx.exporters.onnx.writer")  # the package has a function of that name
+            patch.setattr(
+                writer,
+                "build_graph",
+                traces.graph_builder(writer.build_graph, session_folder(tmp_path_factory)),
+            )
+        yield
+
+
+@pytest.fixture
+def real_exports(monkeypatch):
+    """For tests of tracing: torch.export is called each time."""
+    monkeypatch.setattr(traces, "enabled", False)

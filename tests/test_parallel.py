@@ -10,11 +10,16 @@ from spp_fx.parallel import in_order, sharing, thread_count
 
 @pytest.mark.parametrize("jobs", [1, 2, 5])
 def test_results_come_in_the_order_of_the_items(jobs):
-    def slow_first(item: int) -> int:
-        time.sleep(0.02 if item == 0 else 0)
+    second = threading.Event()
+
+    def first_after_second(item: int) -> int:
+        if item == 0 and jobs > 1:
+            assert second.wait(600)
+        if item == 1:
+            second.set()
         return item * item
 
-    assert list(in_order(slow_first, range(20), jobs)) == [item * item for item in range(20)]
+    assert list(in_order(first_after_second, range(20), jobs)) == [item * item for item in range(20)]
 
 
 def test_no_more_than_asked_run_ahead_of_the_one_who_takes_results():
@@ -45,7 +50,7 @@ def test_the_first_error_ends_it_and_what_runs_within_other_jobs():
 
     def job(item: int) -> None:
         if item == 0:
-            going.wait(5)
+            assert going.wait(600)
             raise ValueError("no")
         for _ in in_order(within, range(10_000)):
             pass

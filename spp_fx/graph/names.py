@@ -1,5 +1,6 @@
-"""How users name sites: by the last words of module names, or by globs over whole names."""
+"""Names of sites: the layer they lie in, and the targets by which users choose them."""
 
+import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
@@ -14,6 +15,15 @@ def is_glob(text: str) -> bool:
 def module_name(site: str) -> str:
     """The name of the module that holds a site's weight; stacks are named by their parameter."""
     return site.removesuffix(".weight")
+
+
+def layer_of(name: str) -> str | None:
+    """The path of the layer that owns a parameter: its name up to the first number, which counts the layers of a stack.
+
+    Whole paths, and not numbers, tell layers apart: `model.encoder.layers.3` is not `model.decoder.layers.3`.
+    """
+    found = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", name)
+    return found[0] if found else None
 
 
 def is_target(site: str, target: str) -> bool:

@@ -1,6 +1,5 @@
 """A model that cannot be traced, as a program without graphs: its modules tell which weights are linears."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import NoReturn
@@ -10,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from spp_fx.errors import SppFxError
+from spp_fx.graph.names import layer_of
 from spp_fx.graph.program import ROUTES, Kind, LeftOut, Program, Site, leaf
 from spp_fx.graph.trace import head_of, loss_of, tied_parameters
 
@@ -90,7 +90,6 @@ def _site(
     program: Program, name: str, parameter: Tensor, kind: Kind, transposed: bool, embeddings: set[str]
 ) -> Site:
     shape = tuple(parameter.shape)
-    layer = re.search(r"\.(\d+)\.", f".{name}")
     first = program.tied.get(name, name)
     group = {name, first} | {other for other, owner in program.tied.items() if owner == first}
     return Site(
@@ -99,7 +98,7 @@ def _site(
         shape=(*shape[:-2], shape[-1], shape[-2]) if transposed else shape,
         dtype=parameter.dtype,
         transposed=transposed,
-        layer=int(layer[1]) if layer else None,
+        layer=layer_of(name),
         uses=1,
         tied_to=next(iter(sorted(group & embeddings)), None),
         is_head=program.head in group,

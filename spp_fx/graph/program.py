@@ -69,7 +69,7 @@ class Site:
         shape: (out, in), or (experts, out, in).
         dtype: the stored dtype.
         transposed: the weight is stored (in, out); N:M groups still run along `in`.
-        layer: index of the decoder layer that owns it, None outside of the layers.
+        layer: path of the layer that owns it, such as `model.decoder.layers.3`; None outside of the layers.
         uses: how many nodes of the program use the weight as a linear.
         tied_to: name of the embedding that shares the weight, if one does.
         is_head: the linear produces the logits.
@@ -82,7 +82,7 @@ class Site:
     shape: tuple[int, ...]
     dtype: torch.dtype
     transposed: bool
-    layer: int | None
+    layer: str | None
     uses: int
     tied_to: str | None
     is_head: bool

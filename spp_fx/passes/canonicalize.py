@@ -21,6 +21,7 @@ import torch
 from torch import fx, nn
 
 from spp_fx.errors import PostconditionError, PreconditionError
+from spp_fx.graph.names import layer_of
 from spp_fx.graph.program import ROUTES, SITE, Kind, LeftOut, Program, Site
 from spp_fx.graph.roles import (
     CASTS,
@@ -383,14 +384,13 @@ def _site(program: Program, flow: Flow, name: str, uses: list[Contraction], embe
     if contraction.transposed:
         shape = (*shape[:-2], shape[-1], shape[-2])
     group = {name, *_same(program, name)}
-    layer = re.search(r"\.(\d+)\.", name)
     return Site(
         name=name,
         kind=_kind(contraction),
         shape=shape,
         dtype=weight.dtype,
         transposed=contraction.transposed,
-        layer=int(layer[1]) if layer else None,
+        layer=layer_of(name),
         uses=len(uses),
         tied_to=next(iter(sorted(group & embedded)), None),
         is_head=program.head in group,

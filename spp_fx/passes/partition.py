@@ -1,6 +1,5 @@
-"""partition: the decoder layers as units, and checkpoint: units that forget their activations."""
+"""partition: one unit per layer, and checkpoint: units that recompute their activations in backward."""
 
-import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,10 +15,10 @@ from spp_fx.passes.base import Pass, PassReport, register
 @register("partition")
 @dataclass(frozen=True)
 class Partition(Pass):
-    """Name one unit per decoder layer: what is sharded, checkpointed or moved as a whole.
+    """Name one unit per layer: what is sharded, checkpointed or moved as a whole.
 
-    A unit is the graph module that holds all sites of one layer, called once by one node. The report
-    lists units, not sites.
+    A unit is the graph module that holds all sites of one layer, called once by one node. Layers are told
+    apart by their paths, so a model may have several stacks of them. The report lists units, not sites.
     """
 
     name: ClassVar[str]
@@ -30,24 +29,23 @@ class Partition(Pass):
 
     def apply(self, program: Program) -> PassReport:
         report = PassReport()
-        program.units = sorted(_layers(program), key=_natural)
+        layers = {site.layer for site in program.sites.values() if site.layer is not None}
+        program.units = sorted(layers, key=_in_order)
         for path in program.units:
-            size = sum(p.numel() for p in program.get_submodule(path).parameters())
+            module = program.get_submodule(path)
+            if not isinstance(module, fx.GraphModule):
+                raise PostconditionError(f"partition: {path} has no graph of its own")
+            size = sum(p.numel() for p in module.parameters())
             report.changed[path] = f"{size:,} parameters"
         return report
 
     def ensures(self, program: Program) -> None:
         if not program.units:
-            raise PostconditionError("partition: no site lies in a decoder layer, so there is no unit")
-        for site in program.sites.values():
-            if site.layer is not None and not any(site.name.startswith(f"{path}.") for path in program.units):
-                raise PostconditionError(
-                    f"partition: {site.name} lies in no unit: there is more than one stack"
-                )
+            raise PostconditionError("partition: no site lies in a layer, so there is no unit")
         calls = unit_calls(program)
-        odd = [path for path in program.units if len(calls.get(path, [])) != 1]
-        if odd:
-            raise PostconditionError(f"partition: {odd[0]} is not called exactly once")
+        for path in program.units:
+            if len(calls.get(path, [])) != 1:
+                raise PostconditionError(f"partition: {path} is not called exactly once")
 
 
 @register("checkpoint")
@@ -107,23 +105,6 @@ def _checkpoint(use: Use) -> None:
     graph.erase_node(node)
 
 
-def _layers(program: Program) -> set[str]:
-    """For each decoder layer the path of the graph module that its sites have in common."""
-    paths: dict[int, list[str]] = {}
-    for site in program.sites.values():
-        if site.layer is not None:
-            paths.setdefault(site.layer, []).append(site.name)
-    found: set[str] = set()
-    for layer, names in paths.items():
-        match = re.match(rf"(?:.*?\.)?{layer}(?=\.)", names[0])
-        if match is None:
-            raise PostconditionError(f"partition: {names[0]} does not name its layer, {layer}")
-        path = match[0]
-        if not isinstance(program.get_submodule(path), fx.GraphModule):
-            raise PostconditionError(f"partition: {path} is no graph of its own")
-        found.add(path)
-    return found
-
-
-def _natural(path: str) -> list[Any]:
-    return [int(part) if part.isdigit() else part for part in path.split(".")]
+def _in_order(layer: str) -> list[tuple[int, str]]:
+    """A key that sorts paths by their numbers: `layers.9` before `layers.10`."""
+    return [(int(part) if part.isdigit() else -1, part) for part in layer.split(".")]

@@ -132,7 +132,7 @@ def _split(name: str, body: str) -> dict[str, str]:
                 raise UsageError(f"{name}: option '{current}' is given twice")
             options[current] = value.strip()
         elif current is None:
-            raise UsageError(f"{name}: '{part}' is no option; write option=value")
+            raise UsageError(f"{name}: '{part}' is not an option; write option=value")
         else:
             options[current] += f",{part}"
     return options

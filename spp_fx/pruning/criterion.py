@@ -1,32 +1,49 @@
-"""What a pruning criterion is: it chooses what is kept of a weight, and may change what it keeps."""
+"""What a pruning criterion is: a score of entries, and optionally new values for those that are kept."""
 
-from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from spp_fx.errors import UsageError
+from spp_fx.options import check_options
+from spp_fx.pruning.select import keep, row_blocks
 from spp_fx.pruning.statistics import Inputs
 from spp_fx.registry import Registry, naming
 from spp_fx.sparsity.pattern import Pattern
 
 
 @dataclass(frozen=True)
-class Criterion(ABC):
-    """A frozen dataclass whose fields are its options.
+class Criterion:
+    """A frozen dataclass whose fields are its options, each with `metadata={"help": ...}`.
+
+    A criterion defines `score`, or `prune` where it is not a choice by scores; everything else has a default.
 
     Attributes:
         name: under which it was registered.
         calibrated: it looks at inputs, `Inputs` that saw at least one token.
         hessian: it needs X^T X of the inputs as well.
+        by_row: an entry competes with those of its row alone, and its score depends on no other row; else
+            unstructured patterns are chosen from the whole matrix.
+        reorders: inputs may change places, to where `score` keeps more in the groups of an N:M pattern.
     """
 
     name: ClassVar[str]
     calibrated: ClassVar[bool] = True
     hessian: ClassVar[bool] = False
+    by_row: ClassVar[bool] = False
 
-    @abstractmethod
+    @property
+    def reorders(self) -> bool:
+        return False
+
+    def check(self, columns: int, pattern: Pattern) -> None:
+        """Raise UsageError if a weight of so many inputs cannot be pruned to a pattern with these options."""
+
+    def score(self, weight: Tensor, inputs: Inputs) -> Tensor:
+        """A number for every entry of a weight (out, in): the largest are kept, among equals the earlier."""
+        raise NotImplementedError(f"{type(self).__name__} must define score or prune")
+
     def prune(self, weight: Tensor, inputs: Inputs, pattern: Pattern) -> tuple[Tensor, Tensor | None]:
         """What is kept of a weight (out, in), as a bool mask of its shape; and its new values, if they change.
 
@@ -35,6 +52,12 @@ class Criterion(ABC):
         Raises:
             PatternError: the pattern cannot hold, or the inputs cannot be used.
         """
+        if not self.by_row:
+            return keep(self.score(weight, inputs), pattern, by_row=False), None
+        mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
+        for rows, target in row_blocks(weight, mask):
+            target.copy_(keep(self.score(rows, inputs), pattern, by_row=True))
+        return mask, None
 
     def update(self, weight: Tensor, inputs: Inputs, mask: Tensor) -> Tensor | None:
         """New values for a mask that something else chose; None where this criterion changes none."""
@@ -46,16 +69,6 @@ register = naming(CRITERIA)
 
 
 def make_criterion(name: str, **options: Any) -> Criterion:
-    """A criterion by name; options that are None are left at their defaults.
-
-    Raises:
-        UsageError: nothing of that name is known, or it has no such option.
-    """
-    criterion = CRITERIA.find(name)
-    given = {key: value for key, value in options.items() if value is not None}
-    known = {field.name for field in fields(criterion)}
-    if odd := sorted(given.keys() - known):
-        raise UsageError(
-            f"{name} has no option {odd[0].replace('_', '-')}; it has: {', '.join(sorted(known)) or 'none'}"
-        )
-    return criterion(**given)
+    """A criterion by name with its options; UsageError for an unknown name, or an option that it does not have."""
+    check_options(CRITERIA, name, options)
+    return CRITERIA.find(name)(**options)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from spp_fx.errors import PreconditionError
 from spp_fx.graph.program import Program
-from spp_fx.pruning.criteria.ria import Ria, ria_score
+from spp_fx.pruning.criterion import Criterion
 from spp_fx.pruning.permute import best_order, producers
 from spp_fx.pruning.recipe import MatrixReport, Recipe, prune_matrix
 from spp_fx.pruning.statistics import InputsBySite, Observer
@@ -185,8 +185,8 @@ class _Run:
     def _prune(self, layer: Layer, patterns: Mapping[str, Pattern], seen: InputsBySite) -> LayerResult:
         edited = _Edited(self.walk.program, self.weights)
         notes: dict[str, str] = {}
-        if isinstance(self.recipe.criterion, Ria) and self.recipe.criterion.permute:
-            notes = _reorder(self.walk.program, layer, patterns, seen, edited)
+        if self.recipe.criterion.reorders:
+            notes = _reorder(self.walk.program, layer, self.recipe.criterion, patterns, seen, edited)
         reports: list[MatrixReport] = []
         for name, pattern in patterns.items():
             canonical, parts = edited.canonical(name), self.weights.parts(self.walk.program, name)
@@ -249,6 +249,7 @@ class _Edited:
 def _reorder(
     program: Program,
     layer: Layer,
+    criterion: Criterion,
     patterns: Mapping[str, Pattern],
     seen: InputsBySite,
     edited: _Edited,
@@ -264,7 +265,7 @@ def _reorder(
             notes[name] = f"inputs keep their order: {makers}"
         else:
             weight, inputs = edited.canonical(name), seen[name, 0]
-            order = best_order(ria_score(weight, inputs.norms), pattern)
+            order = best_order(criterion.score(weight, inputs), pattern)
             if order is None:
                 notes[name] = "inputs keep their order: another keeps no more"
                 continue

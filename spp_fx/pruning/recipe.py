@@ -11,8 +11,7 @@ from spp_fx.errors import PatternError, UsageError
 from spp_fx.graph.names import is_target, without_skipped
 from spp_fx.graph.program import Site
 from spp_fx.pruning.criteria.magnitude import Magnitude
-from spp_fx.pruning.criteria.sparsegpt import SparseGpt, check_blocks
-from spp_fx.pruning.criteria.wanda import wanda_score
+from spp_fx.pruning.criteria.wanda import Wanda
 from spp_fx.pruning.criterion import Criterion
 from spp_fx.pruning.select import row_blocks
 from spp_fx.pruning.statistics import Inputs, output_energy
@@ -49,7 +48,7 @@ def _repair(weight: Tensor, mask: Tensor, inputs: Inputs, group: int | None) -> 
     share = weight.float() * inputs.mean
     gain = share / inputs.variance.clamp_min(torch.finfo(torch.float32).tiny)
     gain[mask] = 0  # nothing to grow
-    cost = wanda_score(weight, inputs.norms).masked_fill_(~mask, torch.inf)  # nothing to prune
+    cost = Wanda().score(weight, inputs).masked_fill_(~mask, torch.inf)  # nothing to prune
     error = torch.where(mask, 0, share).sum(1, dtype=torch.float64)
     active = (error.abs() > THRESHOLD).nonzero().flatten()
     for _ in range(CYCLES):
@@ -255,5 +254,4 @@ def check_patterns(sites: Mapping[str, Site], patterns: Mapping[str, Pattern], c
             "pattern, or leave it out with --skip"
         )
     for name, pattern in patterns.items():
-        if isinstance(criterion, SparseGpt):
-            check_blocks(sites[name].in_features, pattern, criterion.block_size)
+        criterion.check(sites[name].in_features, pattern)

@@ -1,4 +1,4 @@
-"""Which entries of a matrix are kept, by the absolute value of their scores."""
+"""Which entries of a matrix are kept: those of the largest scores."""
 
 from collections.abc import Iterator
 from fractions import Fraction
@@ -31,14 +31,14 @@ def keep_of_groups(score: Tensor, pattern: NM) -> Tensor:
         (out, in) bool, true where the entry is kept.
 
     Raises:
-        PatternError: in is no multiple of M.
+        PatternError: in is not a multiple of M.
     """
     out, columns = score.shape
     if columns % pattern.group:
         raise PatternError(f"its {columns} inputs are no multiple of {pattern.group}, {pattern} cannot hold")
     kept = torch.zeros(out, columns, dtype=torch.bool, device=score.device)
     for part, target in row_blocks(score, kept):
-        groups = part.abs().reshape(-1, pattern.group)
+        groups = part.reshape(-1, pattern.group)
         # A stable sort puts the earlier of two equals first, so the result does not depend on the kernel.
         order = groups.argsort(dim=1, descending=True, stable=True)[:, : pattern.kept]
         target.view(-1, pattern.group).scatter_(1, order, True)
@@ -82,5 +82,5 @@ def keep(score: Tensor, pattern: Pattern, *, by_row: bool) -> Tensor:
 
 
 def _comparable(score: Tensor) -> Tensor:
-    """The absolute value, in float32 at least: kthvalue lacks halves."""
-    return (score.float() if score.dtype in (torch.float16, torch.bfloat16) else score).abs()
+    """In float32 at least: kthvalue lacks halves."""
+    return score.float() if score.dtype in (torch.float16, torch.bfloat16) else score

@@ -1,4 +1,4 @@
-"""Documents, instructions and chats of text files, JSON and datasets of the hub."""
+"""Documents, instructions and chats, read from text files, JSON files and datasets of the hub."""
 
 import json
 import re
@@ -8,76 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import torch
-from torch import Tensor
-
 from spp_fx.errors import UsageError
 
 SEPARATOR = "<|endoftext|>"
 """A line that holds only this ends a document; without any, the file is one document."""
-
-GOLDEN = 0.6180339887498949
-"""Multiples of it, modulo 1, spread evenly however many there are."""
-
-
-def read_documents(path: Path) -> list[str]:
-    """The documents of a UTF-8 text file.
-
-    Raises:
-        UsageError: the file is missing, is not text, or is empty.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: is not UTF-8 text (byte {error.start})") from error
-    documents = [part.strip() for part in f"\n{text}\n".split(f"\n{SEPARATOR}\n")]
-    documents = [document for document in documents if document]
-    if not documents:
-        raise UsageError(f"{path}: holds no text")
-    return documents
-
-
-class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Consecutive windows of a row of tokens, cut at another place in every epoch.
-
-    A text that is seen several times is learned by heart more slowly when its windows begin elsewhere each
-    time. The cut is a function of the epoch, so a resumed run sees what an uninterrupted one would.
-
-    Args:
-        tokens: (tokens,) int64, at least one window.
-        length: tokens per window.
-    """
-
-    def __init__(self, tokens: Tensor, length: int) -> None:
-        self.tokens = tokens
-        self.length = length
-        self.shift = 0
-
-    def cut(self, epoch: int) -> None:
-        """Choose where the windows of an epoch begin."""
-        room = self.tokens.numel() - len(self) * self.length
-        self.shift = int(epoch * GOLDEN * self.length) % self.length if room >= self.length else 0
-
-    def __len__(self) -> int:
-        whole = self.tokens.numel() // self.length
-        return max(1, whole - 1)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        start = self.shift + index * self.length
-        ids = self.tokens[start : start + self.length]
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-
-
-def check_vocabulary(tokens: Tensor, vocabulary: int, where: str | Path) -> None:
-    """UsageError unless every token is one of the model's."""
-    largest = int(tokens.max())
-    if largest >= vocabulary:
-        raise UsageError(
-            f"{where}: the tokenizer makes token {largest}, the model knows {vocabulary}: they do not belong together"
-        )
-
 
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -97,32 +31,19 @@ INPUTS = ("input", "context")
 ANSWERS = ("output", "response", "completion", "answer")
 SYSTEMS = ("system", "system_prompt")
 ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "ai": "assistant",
-    "function_call": "assistant",
-    "function-call": "assistant",
-    "tool_call": "assistant",
-    "tool": "tool",
-    "tool_response": "tool",
-    "tool_result": "tool",
-    "function": "tool",
-    "function_response": "tool",
-    "function-response": "tool",
-    "observation": "tool",
-    "ipython": "tool",
+    alias: role
+    for role, aliases in (
+        ("system", "system developer"),
+        ("user", "user human prompter"),
+        ("assistant", "assistant gpt chatgpt bot bing bard model ai function_call function-call tool_call"),
+        (
+            "tool",
+            "tool tool_response tool_result function function_response function-response observation ipython",
+        ),
+    )
+    for alias in aliases.split()
 }
-"""Who speaks, as public sets (in lower case) and as chat templates name it."""
+"""Who speaks: what public datasets say (in lower case) -> what chat templates say."""
 
 _DIGITS = re.compile(r"\.\d+")
 
@@ -224,7 +145,7 @@ def read_samples(data: str | Path, *, strict: bool = False) -> Records:
     elif path.suffix.lower() == ".json":
         rows = (_sample(record, where) for record, where in _items(path))
     else:
-        documents = enumerate(read_documents(path), start=1)
+        documents = enumerate(_documents(path), start=1)
         rows = (Text(document, f"{path}, document {number}") for number, document in documents)
     samples, skipped = keep(rows, strict=strict)
     return Records(name, needed(name, samples, skipped), skipped)
@@ -259,6 +180,14 @@ def needed(data: str | Path, kept: list[Kept], skipped: Skipped) -> list[Kept]:
     )
 
 
+def _documents(path: Path) -> list[str]:
+    parts = f"\n{_read(path, 'utf-8')}\n".split(f"\n{SEPARATOR}\n")
+    documents = [document for part in parts if (document := part.strip())]
+    if not documents:
+        raise UsageError(f"{path}: holds no text")
+    return documents
+
+
 def _lines(path: Path) -> Iterator[tuple[Any, str]]:
     for number, line in enumerate(_read(path).split("\n"), start=1):
         if not line.strip():
@@ -280,9 +209,9 @@ def _items(path: Path) -> Iterator[tuple[Any, str]]:
         yield record, f"{path}, item {number}"
 
 
-def _read(path: Path) -> str:
+def _read(path: Path, encoding: str = "utf-8-sig") -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding=encoding)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -19,7 +19,6 @@ from spp_fx.training.records import (
     Skip,
     Skipped,
     Text,
-    Windows,
     keep,
     needed,
     read_samples,
@@ -151,6 +150,50 @@ def _ended(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
     return [*ids, end] if isinstance(end, int) and (not ids or ids[-1] != end) else ids
 
 
+GOLDEN = 0.6180339887498949
+"""Multiples of it, modulo 1, spread evenly however many there are."""
+
+
+class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Consecutive windows of a row of tokens, which begin elsewhere in every epoch.
+
+    A text that is seen several times is learned by heart more slowly when its windows begin elsewhere each
+    time. The cut is a function of the epoch, so a resumed run sees what an uninterrupted one would.
+
+    Args:
+        tokens: (tokens,) int64, at least one window.
+        length: tokens per window.
+    """
+
+    def __init__(self, tokens: Tensor, length: int) -> None:
+        self.tokens = tokens
+        self.length = length
+        self.shift = 0
+
+    def cut(self, epoch: int) -> None:
+        """Choose where the windows of an epoch begin."""
+        room = self.tokens.numel() - len(self) * self.length
+        self.shift = int(epoch * GOLDEN * self.length) % self.length if room >= self.length else 0
+
+    def __len__(self) -> int:
+        whole = self.tokens.numel() // self.length
+        return max(1, whole - 1)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        start = self.shift + index * self.length
+        ids = self.tokens[start : start + self.length]
+        return _row(ids, ids)
+
+
+def check_vocabulary(tokens: Tensor, vocabulary: int, where: str | Path) -> None:
+    """UsageError unless every token is one of the model's."""
+    largest = int(tokens.max())
+    if largest >= vocabulary:
+        raise UsageError(
+            f"{where}: the tokenizer makes token {largest}, the model knows {vocabulary}: they do not belong together"
+        )
+
+
 class Samples(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Samples, each a row of its own length, or several to a row of at most `length` tokens.
 
@@ -171,12 +214,11 @@ class Samples(torch.utils.data.Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         row = self.rows[index]
-        ids = torch.tensor(row.ids, dtype=torch.int64)
-        return {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "labels": torch.tensor(row.labels, dtype=torch.int64),
-        }
+        return _row(torch.tensor(row.ids, dtype=torch.int64), torch.tensor(row.labels, dtype=torch.int64))
+
+
+def _row(ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
 def pack(samples: Sequence[Tokens], length: int) -> list[Tokens]:
@@ -185,16 +227,14 @@ def pack(samples: Sequence[Tokens], length: int) -> list[Tokens]:
     room: list[int] = []
     for sample in sorted(samples, key=lambda each: len(each.ids), reverse=True):
         size = len(sample.ids)
-        place = next((i for i, free in enumerate(room) if free >= size), None)
+        fit = next((i for i, free in enumerate(room) if free >= size), len(rows))
+        if fit == len(rows):
+            rows.append(Tokens([], []))
+            room.append(length)
+        rows[fit].ids.extend(sample.ids)
         # The first token of a sample is not predicted from the sample before it.
-        labels = [IGNORED, *sample.labels[1:]]
-        if place is None:
-            rows.append(Tokens(list(sample.ids), labels))
-            room.append(length - size)
-        else:
-            rows[place].ids.extend(sample.ids)
-            rows[place].labels.extend(labels)
-            room[place] -= size
+        rows[fit].labels.extend([IGNORED, *sample.labels[1:]])
+        room[fit] -= size
     return rows
 
 
@@ -275,7 +315,7 @@ def held_out(
 
 def evaluation_rows(windows: list[Tensor]) -> list[dict[str, Tensor]]:
     """Evaluation windows in the form of training rows."""
-    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids} for ids in windows]
+    return [_row(ids, ids) for ids in windows]
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> int:

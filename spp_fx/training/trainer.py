@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback
 
 from spp_fx.errors import FormatError
 from spp_fx.graph.program import Program
-from spp_fx.training.records import Windows
+from spp_fx.training.samples import Windows
 from spp_fx.training.state import OPTIMIZER, RANDOM, load_state, random_state, save_state, set_random_state
 
 

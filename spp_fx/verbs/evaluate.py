@@ -9,8 +9,8 @@ from typing import Any
 from spp_fx.parallel import Tick, no_tick
 from spp_fx.storage.links import links_option
 from spp_fx.training.perplexity import Perplexity, perplexity
-from spp_fx.training.records import Skipped, check_vocabulary
-from spp_fx.training.samples import held_out
+from spp_fx.training.records import Skipped
+from spp_fx.training.samples import check_vocabulary, held_out
 from spp_fx.verbs.load import load_program, load_tokenizer, window_length
 
 

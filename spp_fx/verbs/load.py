@@ -21,9 +21,10 @@ from spp_fx.passes.match import Match
 from spp_fx.passes.partition import Checkpoint, Partition
 from spp_fx.passes.pipeline import run_pipeline
 from spp_fx.passes.shard import Shard
-from spp_fx.training.records import Skipped, check_vocabulary, read_samples
-from spp_fx.training.samples import token_stream
+from spp_fx.training.records import Skipped, read_samples
+from spp_fx.training.samples import check_vocabulary, token_stream
 from spp_fx.training.trainer import load_factors
+from spp_fx.verbs.settings import Calibration
 from spp_fx.verify.model_sites import open_model
 
 
@@ -133,30 +134,6 @@ def window_length(program: Program, asked: int | None, default: int = 512) -> in
 def _factor(program: Program, site: str, key: str) -> nn.Parameter:
     owner, _, parameter = site.rpartition(".")
     return program.get_parameter(f"{owner}.{factor_attribute(parameter, key)}")
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Text that shows what the weights multiply.
-
-    Attributes:
-        data: a text file, .json or .jsonl records, or the name of a dataset; instructions and chats are taken
-            as the text that the model would see.
-        samples: windows drawn from it.
-        seq_len: tokens of each; None is 2048, or what the model has.
-        seed: of the draw.
-        strict: rows with nothing in them are an error; else they are skipped.
-    """
-
-    data: str | Path
-    samples: int = 128
-    seq_len: int | None = None
-    seed: int = 0
-    strict: bool = False
-
-    def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise UsageError(f"--samples must be at least 1, got {self.samples}")
 
 
 @dataclass(frozen=True)

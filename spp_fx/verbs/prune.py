@@ -1,7 +1,7 @@
 """prune: a dense model folder into a sparse one, tensor by tensor or decoder layer by decoder layer."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from spp_fx.passes.causal import Causal
 from spp_fx.passes.match import Match
 from spp_fx.passes.partition import Partition
 from spp_fx.passes.pipeline import run_pipeline
-from spp_fx.pruning.criterion import make_criterion
+from spp_fx.pruning.criterion import CRITERIA, make_criterion
 from spp_fx.pruning.layerwise import (
     LayerResult,
     Part,
@@ -223,9 +223,6 @@ def prune(
     pattern: str,
     calibration: Calibration | None = None,
     repair: str | None = None,
-    damp: float | None = None,
-    block_size: int | None = None,
-    permute: bool | None = None,
     targets: Sequence[str] = (),
     ratios: Sequence[str] = (),
     skip: Sequence[str] = (),
@@ -236,6 +233,7 @@ def prune(
     allow_links: bool = False,
     tick: Tick = silent,
     say: Callable[[str], None] = lambda line: None,
+    **options: Any,
 ) -> Pruned:
     """Prune every matched site of a model folder and write the lock beside the weights.
 
@@ -248,7 +246,6 @@ def prune(
         method: name of a criterion.
         pattern: N:M or a share of zeros.
         repair: `dsnot`, or none.
-        damp, block_size, permute: options of the criteria that have them.
         targets: sites to take; see `Match`.
         ratios: `NAME@PATTERN`: other patterns for the sites of that name; the last that fits counts.
         skip: names of sites that stay dense.
@@ -256,6 +253,7 @@ def prune(
         fresh: begin anew, whatever an interrupted run left.
         allow_links: follow symbolic links that leave a folder; see `checkpoint.links`.
         say: called with what the reader should know while it runs.
+        options: of the criterion, by the names of its fields.
 
     Raises:
         UsageError: an option is wrong, the text too short, or the output exists.
@@ -263,7 +261,7 @@ def prune(
         MaskError: what was read back is not what was meant to be written.
     """
     model, out, wanted = Path(model), Path(out).absolute(), parse_pattern(pattern)
-    criterion = make_criterion(method, damp=damp, block_size=block_size, permute=permute)
+    criterion = make_criterion(method, **options)
     recipe = Recipe(criterion, repair)
     if recipe.calibrated and calibration is None:
         raise UsageError(f"{repair or method} looks at inputs: give the text to calibrate on, --calib FILE")
@@ -304,12 +302,17 @@ def prune(
         lock = _lock_folder(ModelFolder.open(work.folder), found, patterns)
         (work.folder / LOCK_NAME).write_text(lock.dumps())
         settings = {
-            "method": method, "pattern": str(wanted), "repair": repair, "damp": damp, "block_size": block_size,
-            "permute": permute, "targets": list(targets), "ratios": list(ratios), "skip": list(skip),
+            "method": method, "pattern": str(wanted), "repair": repair, **_all_options(), **options,
+            "targets": list(targets), "ratios": list(ratios), "skip": list(skip),
         }  # fmt: skip
         _record(found, work.folder, settings, tokens)
     used = None if tokens is None else {"samples": tokens.shape[0], "seq_len": tokens.shape[1]}
     return Pruned(out, wanted, lock, refused, by_tensor, used, skipped_rows)
+
+
+def _all_options() -> dict[str, None]:
+    """The options of every criterion, not given: a history names those too."""
+    return {option.name: None for criterion in CRITERIA.values() for option in fields(criterion)}
 
 
 def _record(found: Survey, folder: Path, settings: Mapping[str, Any], tokens: Tensor | None) -> None:

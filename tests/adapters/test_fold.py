@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from spp_fx.adapters import fold as fold_module
 from spp_fx.adapters.fold import fold_matrix, fold_rows, round_once
 from spp_fx.adapters.fold_counts import FoldCounts
 from spp_fx.errors import MaskError
+from tests.effort import examples
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # dtype -> bits of the significand, exponent of the smallest normal number
@@ -65,7 +66,7 @@ def draw(seed: int, m: int, n: int, r: int, dtype: torch.dtype) -> tuple[Tensor,
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(seed=seeds, m=st.integers(1, 4), r=st.integers(1, 3), n=st.integers(1, 9))
-@settings(max_examples=40)
+@examples(10)
 def test_the_mask_of_the_fold_is_the_mask(dtype, seed, m, r, n):
     weight, alpha, beta = draw(seed, m * r, n, r, dtype)
     folded, _ = fold(weight, alpha, beta)
@@ -75,7 +76,7 @@ def test_the_mask_of_the_fold_is_the_mask(dtype, seed, m, r, n):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(seed=seeds, scale=st.sampled_from([2.0, 0.1, -1.5, 1 / 3]))
-@settings(max_examples=30)
+@examples(7)
 def test_every_element_is_the_formula_within_half_a_unit_in_the_last_place(dtype, seed, scale):
     weight, alpha, beta = draw(seed, 4, 6, 2, dtype)
     folded, _ = fold(weight, alpha, beta, scale=scale, vanish="allow")
@@ -226,7 +227,7 @@ def near_ties(draw_, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(data=st.data())
-@settings(max_examples=300)
+@examples(75)
 def test_round_once_is_the_exact_rounding_near_ties(dtype, data):
     value = data.draw(near_ties(dtype))
     got = round_once(torch.tensor([value], dtype=torch.float64), dtype)

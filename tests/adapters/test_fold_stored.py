@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from spp_fx.adapters import SPP, fold_stored
@@ -11,6 +11,7 @@ from spp_fx.adapters.fold import fold_matrix
 from spp_fx.adapters.fold_counts import FoldCounts
 from spp_fx.adapters.fold_stored import FLOATING, StoredFold
 from spp_fx.errors import MaskError
+from tests.effort import examples
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 HELD = {2: torch.uint16, 4: torch.float32, 8: torch.float64}
@@ -74,7 +75,7 @@ def way(request, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", FLOATING)
-@settings(max_examples=40, deadline=None)
+@examples(10)
 @given(seed=st.integers(0, 2**32 - 1), decades=st.integers(0, 12), columns=st.sampled_from([1, 4, 31, 128]))
 def test_kernels_give_the_bits_of_the_definition(dtype, seed, decades, columns):
     weight, both = any_weight(dtype, 8, columns, seed), factors(8, columns, 4, seed, decades)

@@ -39,7 +39,7 @@ def run(script: str, *options: str) -> subprocess.CompletedProcess[str]:
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
 
 
@@ -125,7 +125,7 @@ def test_packs_are_made_where_little_more_than_torch_is_installed(tmp_path):
         env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}:{ROOT / 'benchmarks'}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert result.stdout.strip() == "(128, 72) (128, 64)", result.stderr[-2000:]
 

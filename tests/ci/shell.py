@@ -39,7 +39,7 @@ def shell(script: str, folder: Path, variables: Mapping[str, str]) -> subprocess
     """Run a script as GitHub runs a step of `shell: bash`, in a folder."""
     words = ["bash", "--noprofile", "--norc", "-e", "-o", "pipefail", "-c", script]
     return subprocess.run(
-        words, cwd=folder, env=dict(variables), capture_output=True, text=True, timeout=120, check=False
+        words, cwd=folder, env=dict(variables), capture_output=True, text=True, timeout=600, check=False
     )
 
 

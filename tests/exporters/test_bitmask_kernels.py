@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from spp_fx.exporters import _bitmask_numba, _bitmask_numpy, bitmask
+from tests.effort import examples
 
 both = pytest.mark.parametrize(
     "kernels", [_bitmask_numba.KERNELS, _bitmask_numpy.KERNELS], ids=lambda kernels: kernels.name
@@ -23,7 +24,7 @@ def drawn(seed: int, count: int, width: int, density: float) -> np.ndarray:
 
 
 @both
-@settings(deadline=None)  # the first call may compile
+@examples(25)
 @given(
     seed=st.integers(0, 2**32 - 1),
     count=st.integers(0, 300),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.sparse._semi_structured_conversions import (
@@ -14,6 +14,7 @@ from spp_fx.exporters import cusparselt_layout
 from spp_fx.exporters.cusparselt_layout import Sm, from_neutral, pack, refusal
 from spp_fx.exporters.cusparselt_reader import neutral_form, unpack
 from spp_fx.exporters.semi_structured import Packed24, pack_2_4
+from tests.effort import examples
 from tests.exporters.packing import without_kernels
 
 SHAPES: list[tuple[Sm, int, int]] = [
@@ -98,7 +99,7 @@ def test_metadata_order_is_the_formula_and_fills_the_buffer(sm: Sm, m: int, k: i
 
 
 @pytest.mark.parametrize(("sm", "m", "k"), SHAPES)
-@settings(max_examples=8, deadline=None)
+@examples(8)
 @given(seed=st.integers(0, 2**32), dtype=st.sampled_from([torch.float16, torch.bfloat16]))
 def test_unpack_is_the_inverse_of_pack_bit_for_bit(sm: Sm, m: int, k: int, seed: int, dtype: torch.dtype):
     weight = random_2_4(m, k, dtype, seed)
@@ -171,7 +172,7 @@ def test_bands_of_rows_filled_one_by_one_give_the_same(sm: Sm, m: int, k: int):
 
 
 @pytest.mark.parametrize(("sm", "m", "k"), SHAPES)
-@settings(max_examples=5, deadline=None)
+@examples(5)
 @given(seed=st.integers(0, 2**32))
 def test_compiled_loops_order_as_torch_does(sm: Sm, m: int, k: int, seed: int):
     weight = random_2_4(m, k, torch.bfloat16, seed)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
@@ -13,6 +13,7 @@ from spp_fx.exporters.cusparselt_layout import Sm
 from spp_fx.exporters.cusparselt_reader import neutral_form, unpack
 from spp_fx.exporters.semi_structured import pack_2_4
 from spp_fx.verbs.export import Exported, export
+from tests.effort import examples
 from tests.exporters.packing import bare_folder, bits_of, random_sparse, without_kernels
 
 OTHERS = {"norm": torch.ones(7, dtype=torch.bfloat16)}
@@ -100,7 +101,7 @@ def test_rounding_to_float32_takes_the_neutral_form(tmp_path):
     assert load_file(tmp_path / "out" / "packed.safetensors")["a.weight.values"].dtype == torch.float32
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(5)
 @given(
     sm=st.sampled_from([80, 90, 120]),
     dtypes=st.lists(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.sparse import SparseSemiStructuredTensorCUTLASS
@@ -18,6 +18,7 @@ from spp_fx.exporters import cutlass_layout
 from spp_fx.exporters.cutlass_layout import FORMS, from_neutral, pack, refusal
 from spp_fx.exporters.cutlass_reader import neutral_form, unpack
 from spp_fx.exporters.semi_structured import clear_negative_zeros, pack_1_2, pack_2_4
+from tests.effort import examples
 from tests.exporters.packing import bits_of, random_sparse, without_kernels
 
 DTYPES = list(FORMS)
@@ -32,7 +33,7 @@ def weights(draw: st.DrawFn) -> Tensor:
     return random_sparse(m, k, dtype, draw(st.integers(0, 2**32)), FORMS[dtype].group)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(15)
 @given(weights())
 def test_the_bytes_are_those_of_torchs_converter(weight: Tensor):
     packed, meta = pack(weight)
@@ -42,7 +43,7 @@ def test_the_bytes_are_those_of_torchs_converter(weight: Tensor):
     assert torch.equal(meta, their_meta)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(15)
 @given(weights())
 def test_compiled_loops_pack_as_torch_does(weight: Tensor):
     packed, meta = pack(weight)
@@ -53,7 +54,7 @@ def test_compiled_loops_pack_as_torch_does(weight: Tensor):
     assert torch.equal(meta, defined_meta)
 
 
-@settings(max_examples=80, deadline=None)
+@examples(20)
 @given(weights(), st.integers(0, 2**32))
 def test_unpack_is_the_inverse_of_pack_bit_for_bit(weight: Tensor, seed: int):
     """Of any bits: NaNs with their payloads, infinities, and negative zeros that have a slot."""

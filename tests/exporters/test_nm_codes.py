@@ -4,12 +4,13 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from spp_fx.errors import PatternError
 from spp_fx.exporters.onnx.nm_codes import code_for, encode
 from spp_fx.sparsity.pattern import NM
+from tests.effort import examples
 
 
 def together(code, values, codes):
@@ -27,7 +28,7 @@ def patterns(draw):
     return NM(draw(st.integers(1, group - 1)), group)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(15)
 @given(
     patterns(), st.integers(0, 40), st.sampled_from([1, 2, 4, 8]), st.integers(0, 2**32 - 1), st.booleans()
 )

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
@@ -21,6 +21,7 @@ from spp_fx.sparsity.scan import Weights, pack_mask
 from spp_fx.verbs.verify import Check, gate, verify
 from spp_fx.verify.policy import Demands
 from spp_fx.version import VERSION
+from tests.effort import examples
 
 K, N = 16, 8
 FLOAT = TensorProto.FLOAT
@@ -662,7 +663,7 @@ def test_a_part_of_a_packed_weight_that_is_also_read_otherwise_is_accounted_for(
     assert [each for each, held in places.items() if "values" in held] == ([place] if place else [])
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(6)
 @given(
     st.lists(
         st.tuples(st.sampled_from(sorted(ALL)), st.sampled_from(["2:4", "dense"])), min_size=1, max_size=6

@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from spp_fx.exporters.onnx import sparse
@@ -12,6 +12,7 @@ from spp_fx.exporters.onnx.data import TYPES
 from spp_fx.exporters.onnx.graph import GraphParameter
 from spp_fx.exporters.onnx.reader import OnnxFile, load_sparse_masks
 from spp_fx.exporters.onnx.sparse import SparseInitializers, index_type_for, take_apart
+from tests.effort import examples
 from tests.exporters.onnx_files import bits, product, read_back, sites_of, two_of_four, write_sparse
 
 
@@ -44,7 +45,7 @@ def test_external_data_holds_the_large_tensors_only(tmp_path):
     assert OnnxFile(tmp_path / "n.onnx").sparse["W"].values.external_data
 
 
-@settings(max_examples=40, deadline=None)
+@examples(10)
 @given(
     st.integers(0, 9),
     st.integers(0, 40),

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.sparse._semi_structured_conversions import (
@@ -25,6 +25,7 @@ from spp_fx.exporters.semi_structured import (
     unpack_1_2,
     unpack_2_4,
 )
+from tests.effort import examples
 from tests.exporters.packing import without_kernels
 
 BITS = {
@@ -71,7 +72,7 @@ def random_2_4(m: int, k: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     return torch.where((order < kept).view(m, k), bits, torch.zeros_like(bits)).view(dtype)
 
 
-@settings(max_examples=150, deadline=None)
+@examples(37)
 @given(weights_16())
 def test_unpack_is_the_inverse_of_pack_bit_for_bit(weight: Tensor):
     packed = pack_2_4(weight)
@@ -84,7 +85,7 @@ def test_unpack_is_the_inverse_of_pack_bit_for_bit(weight: Tensor):
     assert torch.equal(bits_of(unpack_2_4(packed, k)), bits_of(weight))
 
 
-@settings(max_examples=100, deadline=None)
+@examples(25)
 @given(weights_16())
 def test_positions_ascend_and_point_at_the_values(weight: Tensor):
     packed = pack_2_4(weight)
@@ -269,7 +270,7 @@ def outcome(work, *arguments):
     return bits_of(packed.values).tolist(), packed.positions.tolist()
 
 
-@settings(max_examples=150, deadline=None)
+@examples(37)
 @given(weights_of_any_width())
 def test_compiled_loops_pack_as_torch_does(weight: Tensor):
     """Also where they cannot: the same place is named."""
@@ -278,7 +279,7 @@ def test_compiled_loops_pack_as_torch_does(weight: Tensor):
         assert outcome(pack_2_4, weight) == compiled
 
 
-@settings(max_examples=100, deadline=None)
+@examples(25)
 @given(weights_of_any_width(groups_of=2))
 def test_compiled_loops_pack_pairs_as_torch_does(weight: Tensor):
     compiled = outcome(pack_1_2, weight)
@@ -286,7 +287,7 @@ def test_compiled_loops_pack_pairs_as_torch_does(weight: Tensor):
         assert outcome(pack_1_2, weight) == compiled
 
 
-@settings(max_examples=100, deadline=None)
+@examples(25)
 @given(weights_of_any_width())
 def test_clearing_makes_fit_what_only_signs_kept_from_fitting(weight: Tensor):
     """A negative zero keeps its sign where the non-zeros of its group leave a slot, and no other bit moves."""
@@ -306,7 +307,7 @@ def test_clearing_makes_fit_what_only_signs_kept_from_fitting(weight: Tensor):
         assert torch.equal(kept, torch.minimum(negative, (2 - nonzeros).clamp(min=0)))
 
 
-@settings(max_examples=100, deadline=None)
+@examples(25)
 @given(weights_of_any_width(), st.integers(0, 40))
 def test_rows_that_are_cleared_as_they_are_packed(weight: Tensor, first: int):
     cleared, count = clear_negative_zeros(weight)
@@ -326,7 +327,7 @@ def test_rows_that_are_cleared_as_they_are_packed(weight: Tensor, first: int):
         assert outcome(pack, weight) == expected
 
 
-@settings(max_examples=60, deadline=None)
+@examples(15)
 @given(weights_of_any_width(groups_of=2))
 def test_unpack_is_the_inverse_of_pack_for_pairs(weight: Tensor):
     weight, _ = clear_negative_zeros(weight, 2)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -34,6 +34,7 @@ from spp_fx.verbs.export import export
 from spp_fx.verbs.unpack import unpack
 from spp_fx.verbs.verify import verify
 from tests.command import listing
+from tests.effort import examples
 from tests.exporters.test_cusparselt import model_folder
 
 SITE = "model.layers.0.mlp.up_proj.weight"
@@ -46,7 +47,7 @@ DTYPES = [
     torch.float8_e4m3fn,
     torch.float8_e5m2,
 ]
-fast = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+fast = examples(15)
 
 
 def bits(tensor: Tensor) -> bytes:
@@ -374,7 +375,7 @@ def test_bits_past_the_last_element_are_refused(tmp_path):
         decode_all(damaged(out, tmp_path / "x.safetensors", pad))
 
 
-@settings(max_examples=150, deadline=None)
+@examples(37)
 @given(at=st.floats(0, 1, exclude_max=True), value=st.integers(1, 255), cut=st.booleans())
 def test_random_damage_is_a_format_error_or_changes_values_alone(tmp_path_factory, small, at, value, cut):
     path = small / "sparse" / "model.safetensors"

@@ -14,7 +14,7 @@ from tests.fuzz.seeds import Seed
 
 MEMORY = 2 << 30
 """Address space that a case may take beyond what the process holds before it, in bytes."""
-STUCK = 90.0
+STUCK = 1200.0
 """Seconds without an answer after which a process is taken for hung in code that no signal reaches."""
 
 

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from spp_fx.adapters.adapter_folder import AdapterFolder
@@ -17,8 +17,9 @@ from spp_fx.sparsity.lock import Lock, load_lock
 from spp_fx.storage.folder import find_weights, within
 from spp_fx.storage.safetensors import read_header
 from spp_fx.storage.strict_json import parse_object
+from tests.effort import examples
 
-quick = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = examples(37)
 
 texts = st.text(max_size=20) | st.sampled_from(
     ["\ud800", "\0", "..", "/etc/passwd", "x" * 300, "model.safetensors"]

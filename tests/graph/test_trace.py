@@ -36,6 +36,8 @@ from spp_fx.passes.canonicalize import Canonicalize
 from spp_fx.passes.pipeline import parse_pipeline, run_pipeline
 from tests.families import FAMILIES, MULTIMODAL, SMALL, VOCABULARY, batch, make_model
 
+pytestmark = pytest.mark.usefixtures("real_exports")
+
 
 @cache
 def traced(family: str) -> tuple[PreTrainedModel, Program]:

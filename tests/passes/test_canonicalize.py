@@ -36,11 +36,11 @@ def test_experts_are_a_stack_under_both_implementations(family, transposed, expe
     stacks = {
         name.rpartition(".")[2]: (site.shape, site.transposed, site.layer)
         for name, site in program.sites.items()
-        if site.kind == "experts" and site.layer == 1
+        if site.kind == "experts" and site.layer == "model.layers.1"
     }
     assert stacks == {
-        "gate_up_proj": ((4, 128, 32), transposed, 1),
-        "down_proj": ((4, 32, 64), transposed, 1),
+        "gate_up_proj": ((4, 128, 32), transposed, "model.layers.1"),
+        "down_proj": ((4, 32, 64), transposed, "model.layers.1"),
     }
 
 

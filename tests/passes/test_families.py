@@ -10,6 +10,7 @@ from spp_fx.passes.fold_adapters import Fold
 from spp_fx.passes.lower import Lower
 from spp_fx.passes.pipeline import run_pipeline
 from spp_fx.passes.verify_masks import Verify
+from tests.effort import covering_rows
 from tests.families import FAMILIES, batch
 from tests.passes.programs import adapted, canonical, loss_of, masks, sparse, train
 
@@ -35,18 +36,9 @@ class Run:
         self.folded = program
 
 
-@pytest.fixture(scope="module", params=EXECUTIONS, ids=lambda e: f"{e[0]}-{e[1]}")
-def execution(request):
-    return request.param
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def run(family, execution):
+@pytest.fixture(scope="module", params=covering_rows(1, family=FAMILIES, execution=EXECUTIONS))
+def run(request):
+    family, execution = request.param
     return Run(family, *execution)
 
 

@@ -5,8 +5,13 @@ import pickle
 
 import pytest
 import torch
+from transformers import BartConfig, BartForConditionalGeneration
 
 from spp_fx.errors import PreconditionError
+from spp_fx.graph.names import layer_of
+from spp_fx.graph.outline import outline
+from spp_fx.graph.trace import trace
+from spp_fx.passes.canonicalize import Canonicalize
 from spp_fx.passes.fold_adapters import Fold
 from spp_fx.passes.partition import Checkpoint, Partition
 from spp_fx.passes.pipeline import run_pipeline
@@ -21,9 +26,50 @@ def test_a_unit_is_a_decoder_layer(family):
     layers = {site.layer for site in program.sites.values() if site.layer is not None}
     assert len(program.units) == len(layers) > 1
     assert list(report.changed) == program.units
-    for site in program.sites.values():
-        if site.layer is not None:
-            assert site.name.startswith(f"{program.units[site.layer]}.")
+    assert {site.name for site in program.sites.values() if site.name.startswith(tuple(layers))} == {
+        site.name for site in program.sites.values() if site.layer is not None
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("model.encoder.layers.3.fc1.weight", "model.encoder.layers.3"),
+        ("model.decoder.layers.3.fc1.weight", "model.decoder.layers.3"),
+        ("model.layers.10.mlp.experts.2.w1.weight", "model.layers.10"),
+        ("lm_head.weight", None),
+        ("model.alphas.5", None),
+    ],
+)
+def test_a_layer_is_the_path_up_to_its_number(name, layer):
+    assert layer_of(name) == layer
+
+
+class Autoencoder(BartForConditionalGeneration):
+    """BART that decodes the tokens it encodes, so that it is called with one text."""
+
+    def forward(self, input_ids, attention_mask, use_cache=False):
+        return super().forward(input_ids, attention_mask, decoder_input_ids=input_ids, use_cache=use_cache)
+
+
+def test_layers_of_encoder_and_decoder_do_not_collide():
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=128, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=32,
+    )  # fmt: skip
+    config.is_encoder_decoder = False
+    model = Autoencoder(config).eval()
+    layers = [f"model.{part}.layers.{i}" for part in ("decoder", "encoder") for i in (0, 1)]
+    program = trace(model)
+    (_, report) = run_pipeline(program, [Canonicalize(), Partition()])
+    assert program.units == list(report.changed) == layers
+    linears = {f"{path}.weight" for path, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    inside = {name: site.layer for name, site in program.sites.items() if site.layer is not None}
+    assert inside == {name: name[: len(layers[0])] for name in linears - {"lm_head.weight"}}
+    assert {name: site.layer for name, site in outline(model, "").sites.items() if site.layer} == inside
+    run_pipeline(program, [Checkpoint()])
+    assert torch.equal(program(batch()).logits, model(batch(), torch.ones_like(batch())).logits)
 
 
 def gradients(program, ids) -> dict[str, torch.Tensor]:

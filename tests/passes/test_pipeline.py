@@ -17,6 +17,11 @@ from spp_fx.passes.canonicalize import Canonicalize
 from spp_fx.passes.inject_adapters import Inject
 from spp_fx.passes.match import Match
 from spp_fx.passes.pipeline import parse_pipeline, print_pipeline, run_pipeline
+from spp_fx.pruning.criteria.magnitude import Magnitude
+from spp_fx.pruning.criteria.ria import Ria
+from spp_fx.pruning.criteria.sparsegpt import SparseGpt
+from spp_fx.pruning.criteria.wanda import Wanda
+from spp_fx.pruning.criterion import Criterion
 from tests.adapters.layers import linear_program
 
 WORD = st.text(string.ascii_letters + string.digits + "_.*?[]:%-", min_size=1, max_size=12)
@@ -32,6 +37,8 @@ VALUES = {
     Method: st.builds(
         SPP, rank=st.integers(1, 512), scale=st.floats(0.1, 8), dropout=st.floats(0, 1, exclude_max=True)
     ),
+    Criterion: st.sampled_from([Magnitude(), Wanda(), Ria(permute=True)])
+    | st.builds(SparseGpt, damp=st.floats(0, 8), block_size=st.integers(1, 512)),
 }
 
 
@@ -100,7 +107,14 @@ def test_options_at_their_defaults_are_not_printed():
         ("nosuch", "unknown pass 'nosuch'; known: .*canonicalize.*verify"),
         ("match{nosuch=1}", "match: unknown option 'nosuch'; known: dense, targets"),
         ("canonicalize{a=1}", "canonicalize: unknown option 'a'; known: none"),
-        ("match{q_proj}", "match: 'q_proj' is no option"),
+        ("match{q_proj}", "match: 'q_proj' is not an option"),
+        (
+            "prune{method=wanda,damp=1}",
+            "wanda has no option damp; it has: none; sparsegpt has it",
+        ),
+        ("prune{damp=1,method=ria}", "ria has no option damp; it has: permute; sparsegpt has it"),
+        ("prune{method=sparsegpt,damp=much}", "prune: option damp takes float, got 'much'"),
+        ("prune{method=nosuch,damp=1}", "unknown pruning method 'nosuch'; known: .*wanda"),
         ("inject{rank=many}", "inject: option rank takes int, got 'many'"),
         ("inject{rank=1,2}", "inject: option rank takes int, got '1,2'"),
         ("inject{rank=}", "inject: option rank takes int, got ''"),

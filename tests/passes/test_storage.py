@@ -12,7 +12,7 @@ from spp_fx.passes.fold_adapters import Fold
 from spp_fx.passes.lower import Lower
 from spp_fx.passes.pipeline import run_pipeline
 from spp_fx.passes.verify_masks import Verify
-from spp_fx.pruning.criteria.magnitude import magnitude_mask
+from spp_fx.pruning.select import keep
 from spp_fx.sparsity.pattern import parse_pattern
 from tests.families import batch
 from tests.passes.programs import adapted, canonical, loss_of
@@ -21,7 +21,7 @@ from tests.passes.programs import adapted, canonical, loss_of
 def pruned(m: int, n: int, pattern: str, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(m, n, generator=generator).to(dtype)
-    return weight.masked_fill_(~magnitude_mask(weight, parse_pattern(pattern)), 0)
+    return weight.masked_fill_(~keep(weight.abs(), parse_pattern(pattern), by_row=False), 0)
 
 
 def rows(weight: torch.Tensor, packing: str):

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from spp_fx.verbs.verify import verify
+from tests.effort import examples
 from tests.handmade import LARGEST, WIDTHS, Raw, lock_of, save, save_model
 
 NAMES = ("model.layers.0.mlp.up_proj.weight", "a b.weight", "w", "schicht.é.weight", "x" * 200)
@@ -66,7 +67,7 @@ def put(raw: Raw, row: int, column: int, bits: int) -> Raw:
     return Raw(raw.dtype, changed)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(15)
 @given(artifacts(), st.data())
 def test_no_alarm_where_no_mask_moved(artifact, data):
     """As it was made, and with every value replaced by another that is zero or not as it was."""
@@ -89,7 +90,7 @@ def test_no_alarm_where_no_mask_moved(artifact, data):
         assert all(site.mask_equal and site.lost_zeros == site.new_zeros == 0 for site in verdict.sites)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(15)
 @given(artifacts(), st.data())
 def test_one_weight_that_moved_is_named(artifact, data):
     name = data.draw(st.sampled_from(sorted(artifact.tensors)))
@@ -111,7 +112,7 @@ def test_one_weight_that_moved_is_named(artifact, data):
     assert site.file.endswith(".safetensors")
 
 
-@settings(max_examples=40, deadline=None)
+@examples(10)
 @given(artifacts(), st.data())
 def test_one_number_that_is_not_finite_is_named(artifact, data):
     """Where a value was, so that the mask is as before."""

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from spp_fx.errors import PatternError, UsageError
-from spp_fx.pruning.criteria.ria import ria_mask
+from spp_fx.pruning.criteria.ria import Ria
 from spp_fx.pruning.criteria.sparsegpt import sparsegpt
-from spp_fx.pruning.criteria.wanda import wanda_mask
+from spp_fx.pruning.criteria.wanda import Wanda
 from spp_fx.pruning.recipe import dsnot
 from spp_fx.pruning.statistics import Inputs
 from spp_fx.sparsity.pattern import NM, parse_pattern
@@ -23,6 +23,14 @@ def data():
     weight = torch.randn(OUT, IN, generator=generator)
     x = torch.randn(200, IN, generator=generator) * torch.rand(IN, generator=generator) * 3
     return weight, x
+
+
+def mask_of(criterion, weight: torch.Tensor, x: torch.Tensor, text: str) -> torch.Tensor:
+    inputs = Inputs(weight.shape[1])
+    inputs.add(x)
+    mask, values = criterion.prune(weight, inputs, parse_pattern(text))
+    assert values is None
+    return mask
 
 
 def keep_largest(scores: list[float], count: int) -> list[bool]:
@@ -51,8 +59,9 @@ def expected_mask(score: torch.Tensor, text: str, *, by_row: bool) -> list[list[
 def test_wanda_is_weight_times_norm_within_a_row(data, text):
     weight, x = data
     norms = x.norm(dim=0)
-    mask = wanda_mask(weight, norms, parse_pattern(text))
-    assert mask.tolist() == expected_mask(weight.abs() * norms, text, by_row=True)
+    assert mask_of(Wanda(), weight, x, text).tolist() == expected_mask(
+        weight.abs() * norms, text, by_row=True
+    )
 
 
 @pytest.mark.parametrize("text", PATTERNS)
@@ -65,20 +74,20 @@ def test_ria_is_relative_importance_times_a_root_of_the_norm(data, text):
             size = weight[i, j].abs()
             relative = size / weight[:, j].abs().sum() + size / weight[i].abs().sum()
             score[i, j] = relative * math.sqrt(norms[j])
-    assert ria_mask(weight, norms, parse_pattern(text)).tolist() == expected_mask(score, text, by_row=False)
+    assert mask_of(Ria(), weight, x, text).tolist() == expected_mask(score, text, by_row=False)
 
 
 def test_a_row_and_a_column_of_zeros_have_no_importance(data):
     weight, x = data
     weight[3], weight[:, 5] = 0, 0
-    mask = ria_mask(weight, x.norm(dim=0), parse_pattern("50%"))
+    mask = mask_of(Ria(), weight, x, "50%")
     assert not mask[3].any()
     assert not mask[:, 5].any()
 
 
-@pytest.mark.parametrize("method", [wanda_mask, ria_mask])
-def test_ties_keep_the_earlier(method):
-    mask = method(torch.ones(2, 8), torch.ones(8), parse_pattern("2:4"))
+@pytest.mark.parametrize("criterion", [Wanda(), Ria()])
+def test_ties_keep_the_earlier(criterion):
+    mask = mask_of(criterion, torch.ones(2, 8), torch.eye(8), "2:4")
     assert mask.tolist() == [[True, True, False, False] * 2] * 2
 
 

@@ -17,6 +17,7 @@ from spp_fx.exporters import FORMATS
 from spp_fx.exporters.manifest import MANIFEST, sha256
 from spp_fx.runtime import PackWarning, load, loader, trust
 from spp_fx.runtime.loader import decode, load_with
+from tests.effort import covering
 from tests.families import FAMILIES, make_model
 from tests.runtime.exports import exported, logits, reference, save_sparse, wide_model
 from tests.runtime.libraries import Refuses, Right, WrongOrder
@@ -252,12 +253,17 @@ def test_importing_the_package_does_not_import_torch():
         _ = spp_fx.runtime.unload
 
 
-@pytest.mark.parametrize("format", ["cusparselt", "cutlass"])
-@pytest.mark.parametrize("shape", [(36, 20), (32, 64), (64, 12)], ids=str)
-@pytest.mark.parametrize(
-    "dtype",
-    [torch.float64, torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8],
-    ids=str,
+@covering(
+    format=["cusparselt", "cutlass"],
+    shape=[(36, 20), (32, 64), (64, 12)],
+    dtype=[
+        torch.float64,
+        torch.float32,
+        torch.bfloat16,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+        torch.int8,
+    ],
 )
 def test_whatever_export_writes_is_loaded_with_the_same_weights(tmp_path, format, shape, dtype):
     hidden, wide = shape

@@ -15,7 +15,7 @@ from typing import Any
 CALLS = ("fsync", "write", "pwrite", "copy_file_range", "ftruncate", "truncate")
 EVENTS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "ctypes.dlsym")
 PART_BYTES = 2**20
-PATIENCE = 300.0
+PATIENCE = 1800.0
 
 
 @dataclass(frozen=True)

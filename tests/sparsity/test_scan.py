@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from spp_fx.errors import FormatError, MaskError, PatternError
@@ -16,6 +16,7 @@ from spp_fx.sparsity.scan import (
     scan_file,
     scan_tensor,
 )
+from tests.effort import examples
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]
@@ -38,7 +39,7 @@ def non_zero(weight: torch.Tensor) -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", FLOATS + FLOAT8 + INTEGERS, ids=str)
 @given(seed=seeds, shape=shapes)
-@settings(max_examples=20)
+@examples(5)
 def test_the_mask_is_where_the_weight_is_not_zero(dtype, seed, shape):
     weight = sparse(seed, shape, dtype)
     mask = pack_mask(weight)
@@ -82,7 +83,7 @@ def test_transposed_storage_gives_the_mask_of_the_canonical_weight(seed, shape):
 
 
 @given(seed=seeds, shape=shapes, transposed=st.booleans(), dtype=st.sampled_from(["BF16", "F32", "F64"]))
-@settings(max_examples=40)
+@examples(10)
 def test_a_file_and_memory_give_the_same_scan(tmp_path_factory, seed, shape, transposed, dtype):
     torch_dtype = {"BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}[dtype]
     weight = sparse(seed, shape, torch_dtype)

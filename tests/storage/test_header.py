@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from spp_fx.errors import FormatError, SppFxError, UsageError
 from spp_fx.storage.safetensors import Shard, read_header
+from tests.effort import examples
 
 Put = Callable[..., Path]
 
@@ -182,7 +183,7 @@ headers: st.SearchStrategy[Any] = (
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(75)
 @given(
     header=headers,
     data=st.binary(max_size=40),
@@ -194,7 +195,7 @@ def test_any_header_is_read_or_refused(
     read_or_refuse(put(tmp_path / "m.safetensors", header, data, length))
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(75)
 @given(data=st.data())
 def test_a_damaged_real_file_is_read_or_refused(tmp_path: Path, data: st.DataObject) -> None:
     whole = tmp_path / "whole.safetensors"

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -15,6 +15,7 @@ from spp_fx.errors import FormatError, SppFxError, UsageError
 from spp_fx.storage import writer as module
 from spp_fx.storage.safetensors import Shard
 from spp_fx.storage.writer import Change, rewrite
+from tests.effort import examples
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def invert(before: np.ndarray, after: np.ndarray) -> int:
     return before.size
 
 
-@settings(max_examples=50, deadline=None)
+@examples(12)
 @given(cuts=st.lists(st.integers(0, 9970), max_size=12, unique=True), copy=st.sampled_from([100, 64 << 20]))
 def test_changed_spans_change_and_all_else_is_copied(tmp_path_factory, cuts, copy):
     folder = tmp_path_factory.mktemp("rewrite")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from spp_fx.errors import FormatError, SppFxError, UsageError
 from spp_fx.storage.safetensors import Shard, TensorInfo, dtype_name
 from spp_fx.storage.writer import copy_file, rewrite_shard, write_safetensors
+from tests.effort import examples
 
 DTYPES = {
     "F64": torch.float64,
@@ -117,7 +118,7 @@ def test_a_read_tensor_outlives_its_file(tmp_path: Path) -> None:
     tensor.add_(1)  # and may be written to
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(10)
 @given(
     dtype=st.sampled_from(sorted(DTYPES)),
     shape=st.lists(st.integers(0, 6), max_size=3).map(tuple),

@@ -2,23 +2,17 @@
 
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-from spp_fx.cli import run
 from spp_fx.verbs.demo import train_tokenizer
 from tests.command import must, randomize, save_tokenizer
 from tests.families import make_model
+from tests.worlds import assert_untouched, made_once
 
 SENTENCE = "the cat sat on a mat and saw one small red bird in that old tree while it was warm"
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread():
-    # Several test processes share the cores; threads that wait for one another cost more than they bring.
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -39,36 +33,44 @@ def save_with_tokenizer(folder: Path, text: Path, family: str = "llama", **kwarg
 
 
 @pytest.fixture(scope="session")
-def pristine(tmp_path_factory, text_file) -> Path:
-    """dense/, sparse/ (2:4), half/ (50%), adapter/ over sparse/."""
-    folder = tmp_path_factory.mktemp("pristine")
-    save_with_tokenizer(folder / "dense", text_file, max_shard_size="40KB")
-    for line in (
-        ["prune", folder / "dense", "-o", folder / "sparse"],
-        ["prune", folder / "dense", "-o", folder / "half", "--pattern", "50%"],
-        ["inject", folder / "sparse", "-o", folder / "adapter", "--rank", 4],
-    ):
-        assert run([*map(str, line), "-q"]) == 0
-    return folder
+def pristine(tmp_path_factory, text_file) -> Iterator[Path]:
+    """dense/, sparse/ (2:4), half/ (50%), adapter/ over sparse/; only to be read."""
+
+    def make(folder: Path) -> None:
+        save_with_tokenizer(folder / "dense", text_file, max_shard_size="40KB")
+        must("prune", folder / "dense", "-o", folder / "sparse", "-q")
+        must("prune", folder / "dense", "-o", folder / "half", "--pattern", "50%", "-q")
+        must("inject", folder / "sparse", "-o", folder / "adapter", "--rank", 4, "-q")
+
+    folder = made_once(tmp_path_factory, "pristine", make)
+    yield folder
+    assert_untouched(folder)
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory):
-    """Small folders: dense, shards (dense), sparse, sharded (both 2:4), half (50%), adapter, merged, packed."""
-    root = tmp_path_factory.mktemp("world") / "world"
-    model = make_model("llama")
-    model.save_pretrained(root / "dense")
-    save_tokenizer(root / "dense")
-    (root / "text.txt").write_text("\n".join("a b c d e f g h i j" for _ in range(60)))
-    must("prune", root / "dense", "-o", root / "sparse")
-    must("prune", root / "dense", "-o", root / "half", "--pattern", "50%")
-    model.save_pretrained(root / "shards", max_shard_size="40KB")
-    must("prune", root / "shards", "-o", root / "sharded")
-    must("inject", root / "sparse", "-o", root / "adapter", "--rank", 4)
-    randomize(root / "adapter")
-    must("merge", root / "adapter", "-o", root / "merged")
-    must("export", root / "merged", "-o", root / "packed", "--format", "cusparselt")
-    return root
+def made(tmp_path_factory) -> Iterator[Path]:
+    """Small folders: dense, shards (dense), sparse, sharded (both 2:4), half (50%), adapter, merged, packed.
+
+    Only to be read.
+    """
+
+    def make(root: Path) -> None:
+        model = make_model("llama")
+        model.save_pretrained(root / "dense")
+        save_tokenizer(root / "dense")
+        (root / "text.txt").write_text("\n".join("a b c d e f g h i j" for _ in range(60)))
+        must("prune", root / "dense", "-o", root / "sparse")
+        must("prune", root / "dense", "-o", root / "half", "--pattern", "50%")
+        model.save_pretrained(root / "shards", max_shard_size="40KB")
+        must("prune", root / "shards", "-o", root / "sharded")
+        must("inject", root / "sparse", "-o", root / "adapter", "--rank", 4)
+        randomize(root / "adapter")
+        must("merge", root / "adapter", "-o", root / "merged")
+        must("export", root / "merged", "-o", root / "packed", "--format", "cusparselt")
+
+    folder = made_once(tmp_path_factory, "world", make)
+    yield folder
+    assert_untouched(folder)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM as Causal
@@ -32,6 +32,7 @@ from transformers import (
 from spp_fx.verbs.inspect import inspect
 from spp_fx.verbs.verify import verify
 from tests.command import command, must, one_line, rewrite
+from tests.effort import examples
 from tests.families import SMALL, make_model
 from tests.handmade import Raw, save, sparse
 
@@ -118,7 +119,7 @@ STACK = Raw("F32", np.stack([sparse(8, 16, seed=seed).bits for seed in range(2)]
 
 
 @given(st.lists(st.sampled_from(sorted(PIECES)), min_size=1, max_size=8))
-@settings(max_examples=40, deadline=None)
+@examples(10)
 def test_a_file_made_of_known_pieces_is_accounted_for(tmp_path_factory, kinds):
     path = tmp_path_factory.mktemp("pieces") / "weights.safetensors"
     roles: dict[str, str] = {}

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from spp_fx.cli.base import MODULES
+from spp_fx.cli import cli
 from tests.command import command
 
 # Table 1 of the SPP paper: hidden, intermediate, layers, heads, key-value heads -> parameters, per mille.
@@ -50,7 +50,7 @@ def dry_run(folder: Path, hidden: int, intermediate: int, layers: int, heads: in
     return command("inject", folder, "--dry-run", "--json").json
 
 
-@pytest.mark.parametrize("name", sorted(MODULES))
+@pytest.mark.parametrize("name", sorted(cli.commands))
 def test_every_help_text_shows_an_example(name):
     ran = command(name, "--help")
     assert ran.code == 0

@@ -35,7 +35,7 @@ def launch(world: Path, processes: int, *more: object, launcher: str = TORCHRUN)
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert result.returncode == 0, result.stderr[-6000:]
     return json.loads(result.stdout)

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -20,6 +20,7 @@ from spp_fx.storage.folder import ModelFolder
 from spp_fx.verbs.unpack import unpack
 from spp_fx.verbs.verify import verify
 from tests.command import command, must, one_line, tensors
+from tests.effort import examples
 
 Q = "model.layers.0.self_attn.q_proj"
 CONFIG = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {}}
@@ -210,7 +211,7 @@ def test_a_cut_file_is_a_clean_failure(folder, tmp_path):
     assert "truncated" in one_line(result.err)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(10)
 @given(
     seed=st.integers(0, 2**32 - 1),
     m=st.integers(1, 6),

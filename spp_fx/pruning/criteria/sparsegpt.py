@@ -1,6 +1,6 @@
 """sparsegpt: prune column by column, and let the columns that follow make up for what was lost."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -19,23 +19,25 @@ DAMP = 0.01
 @register("sparsegpt")
 @dataclass(frozen=True)
 class SparseGpt(Criterion):
-    """Frantar and Alistarh, 2023.
-
-    Args:
-        damp: what is added to the Hessian's diagonal, as a share of its mean.
-        block_size: columns between updates of all that follow; unstructured patterns are chosen block by block.
-    """
+    """Frantar and Alistarh, 2023. Unstructured patterns are chosen block by block of `block_size` columns."""
 
     name: ClassVar[str]
     hessian = True
-    damp: float = DAMP
-    block_size: int = BLOCK_SIZE
+    damp: float = field(
+        default=DAMP, metadata={"help": "added to the Hessian's diagonal, as a share of its mean"}
+    )
+    block_size: int = field(
+        default=BLOCK_SIZE, metadata={"help": "columns between updates of all columns that follow"}
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.damp < float("inf"):
             raise UsageError(f"sparsegpt: damp must be a finite number of at least 0, got {self.damp}")
         if self.block_size < 1:
             raise UsageError(f"sparsegpt: block-size must be at least 1, got {self.block_size}")
+
+    def check(self, columns: int, pattern: Pattern) -> None:
+        check_blocks(columns, pattern, self.block_size)
 
     def prune(self, weight: Tensor, inputs: Inputs, pattern: Pattern) -> tuple[Tensor, Tensor]:
         values, mask = self._solve(weight, inputs, pattern)
@@ -70,7 +72,7 @@ def sparsegpt(
         The new weight (out, in) in float32, zero where it was pruned, and the mask, true where it was kept.
 
     Raises:
-        PatternError: in is no multiple of M, or the damped Hessian is not positive definite.
+        PatternError: in is not a multiple of M, or the damped Hessian is not positive definite.
         UsageError: a block that no whole number of groups fills.
     """
     columns = weight.shape[1]
