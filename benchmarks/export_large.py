@@ -94,7 +94,7 @@ def run_graph(path: Path) -> dict[str, str]:
     """Load a graph in onnxruntime and run one batch; the digest of its logits."""
     import numpy as np
 
-    from spp_fx.exporters.onnx.check import OnnxModel
+    from spp_fx.exporters.onnx.onnxruntime_check import OnnxModel
 
     ids = np.arange(16, dtype=np.int64).reshape(2, 8)
     logits = OnnxModel(path).logits(ids, np.ones_like(ids))

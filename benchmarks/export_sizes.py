@@ -20,7 +20,7 @@ from common.report import publish
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import spp_fx
-from spp_fx.exporters import ExportSettings
+from spp_fx.exporters.format import ExportSettings
 
 FORMATS: dict[str, tuple[str, ExportSettings]] = {
     "cusparselt": ("cusparselt", ExportSettings()),

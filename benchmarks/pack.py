@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from unittest import mock
@@ -29,17 +30,11 @@ from unittest import mock
 import torch
 from common.report import publish
 
-from spp_fx.exporters import (
-    ExportSettings,
-    Source,
-    cusparselt,
-    cusparselt_reader,
-    cutlass,
-    cutlass_reader,
-    sparse_bitmask,
-)
-from spp_fx.exporters.packed_writer import write_weights
-from spp_fx.sparsity.lock import LOCK_NAME, Lock, load_lock, make_entry
+from spp_fx.exporters import cusparselt, cusparselt_reader, cutlass, cutlass_reader, sparse_bitmask
+from spp_fx.exporters.format import ExportSettings, Source
+from spp_fx.exporters.manifest import TensorRecord
+from spp_fx.exporters.packed import Choose, Layouts, Packing, plan, write_files
+from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry, load_lock, make_entry
 from spp_fx.sparsity.pattern import NM
 from spp_fx.sparsity.scan import pack_mask
 from spp_fx.storage.folder import ModelFolder
@@ -50,28 +45,36 @@ WEIGHTS = "model.safetensors"
 COLUMNS = 8192
 BLOCK_ROWS = 2048  # 32 MiB
 PATTERN = NM(2, 4)
+Pack = Callable[[TensorRecord], Packing]
 
 
-def pack_cusparselt(source: Source, file: Path, sm: int) -> None:
-    records, layouts = cusparselt.plan(source, sm), cusparselt_reader.layouts(sm)
-    write_weights(source, file, records, layouts, cusparselt.allocate(sm), lambda *_: None)
+def pack_cusparselt(source: Source, out: Path, sm: int) -> None:
+    def choose(entry: LockEntry) -> tuple[str, str | None]:
+        return cusparselt.choose_layout(source, entry, sm)
+
+    layouts, packing = cusparselt_reader.layouts(sm), partial(cusparselt.packing, sm=sm)
+    write_packed(source, out, choose, layouts, packing)
 
 
-def pack_cutlass(source: Source, file: Path) -> None:
-    records, layouts = cutlass.plan(source), cutlass_reader.LAYOUTS
-    write_weights(source, file, records, layouts, cutlass.allocate, lambda *_: None)
+def pack_cutlass(source: Source, out: Path) -> None:
+    def choose(entry: LockEntry) -> tuple[str, str | None]:
+        return cutlass.choose_layout(source, entry)
+
+    write_packed(source, out, choose, cutlass_reader.LAYOUTS, cutlass.packing)
 
 
-def pack_bitmask(source: Source, file: Path) -> None:
-    """It leaves the `fsync` to the folder it is written in."""
-    sparse_bitmask.write_shard(source, source.folder.shards[0], file, lambda *_: None)
-    with file.open("rb") as written:
-        os.fsync(written.fileno())
+def write_packed(source: Source, out: Path, choose: Choose, layouts: Layouts, packing: Pack) -> None:
+    out.mkdir()
+    write_files(source, out, plan(source, choose, "takes 2:4 matrices"), layouts, packing, lambda *_: None)
+
+
+def pack_bitmask(source: Source, out: Path) -> None:
+    sparse_bitmask.write_shard(source, source.folder.shards[0], out, lambda *_: None)
 
 
 STREAMS: dict[str, Callable[[Source, Path], None]] = {
-    "cusparselt-sm80": lambda source, file: pack_cusparselt(source, file, 80),
-    "cusparselt-sm90": lambda source, file: pack_cusparselt(source, file, 90),
+    "cusparselt-sm80": lambda source, out: pack_cusparselt(source, out, 80),
+    "cusparselt-sm90": lambda source, out: pack_cusparselt(source, out, 90),
     "cutlass": pack_cutlass,
     "sparse-bitmask": pack_bitmask,
 }

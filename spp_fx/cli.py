@@ -440,15 +440,15 @@ def verify_command(
 
 def _verify(output: Output, checks: "Sequence[Check]", jobs: int | None) -> "list[Verified]":
     from spp_fx.memory import keep_freed_memory
-    from spp_fx.verbs.verify import MASK_BYTES, check_request, gate
+    from spp_fx.verbs.verify import MASK_BYTES, run_check
 
     keep_freed_memory(MASK_BYTES)
     for check in checks:  # a wrong one must not throw away what was found out before it
-        check_request(check)
+        check.validate()
     verdicts: list[Verified] = []
     for check in checks:
         with output.bytes_bar(f"verifying {check.path}") as tick:
-            verdicts.append(gate(check, jobs=jobs, tick=tick))
+            verdicts.append(run_check(check, jobs=jobs, tick=tick))
     for note in dict.fromkeys(note for verdict in verdicts for note in verdict.notes):
         output.say(note)
     return verdicts
@@ -702,12 +702,12 @@ def opt_command(
     reports: list[dict[str, Any]] = []
 
     def after(spelling: str, report: Any, program: str) -> None:
-        entry = {"pass": spelling, "changed": report.changed, "refused": report.refused}
+        entry = {"pass": spelling, "changed": report.changed, "refused": report.skipped}
         reports.append(entry | ({"program": program} if settings.print_after_all else {}))
         if output.as_json:
             return
-        click.echo(f"// {spelling}: {len(report.changed)} sites, {len(report.refused)} refused")
-        for name, reason in report.refused.items():
+        click.echo(f"// {spelling}: {len(report.changed)} sites, {len(report.skipped)} refused")
+        for name, reason in report.skipped.items():
             click.echo(f"//   {name}: {reason}")
         if settings.print_after_all:
             click.echo(program)

@@ -51,7 +51,7 @@ def _export_once(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.export, "export", traces.export)
         if any(EXPORTING & set(item.path.parts) for item in request.session.items):
-            writer = import_module("spp_fx.exporters.onnx.writer")  # the package has a function of that name
+            writer = import_module("spp_fx.exporters.onnx.model_writer")
             patch.setattr(
                 writer,
                 "build_graph",

@@ -20,7 +20,9 @@ def examples(number: int) -> settings:
     return settings(max_examples=number * (40 if NIGHTLY else 1))
 
 
-def covering(strength: int = 2, /, **factors: Iterable[Any]) -> pytest.MarkDecorator:
+def covering(
+    strength: int = 2, /, *, indirect: Sequence[str] = (), **factors: Iterable[Any]
+) -> pytest.MarkDecorator:
     """Parametrize by a covering array of some factors; the rest of their product runs at night.
 
     Every combination of values of any `strength` factors stands in a row of the array. Rows are taken from
@@ -28,7 +30,9 @@ def covering(strength: int = 2, /, **factors: Iterable[Any]) -> pytest.MarkDecor
     """
     rows = covering_rows(strength, **factors)
     return pytest.mark.parametrize(
-        tuple(factors), [pytest.param(*row.values[0], id=row.id, marks=row.marks) for row in rows]
+        tuple(factors),
+        [pytest.param(*row.values[0], id=row.id, marks=row.marks) for row in rows],
+        indirect=indirect,
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 import spp_fx
-from spp_fx.runtime.library import CuSparseLt, Cutlass, Library
+from spp_fx.runtime.cuda_library import CuSparseLt, Cutlass, Library
 from spp_fx.runtime.trust import PackedSite, PackWarning, SiteForm, decide
 
 FORMATS = ("cusparselt", "cutlass")

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from spp_fx.adapters import Method, make_method
 from spp_fx.errors import FormatError, UsageError
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry, load_lock
-from spp_fx.storage.folder import ModelFolder, PeftAdapter, peft_adapter
+from spp_fx.storage.folder import ModelFolder, PeftAdapter, is_adapter, peft_adapter
 from spp_fx.storage.safetensors import Shard, dtype_name
 from spp_fx.storage.strict_json import read_object
 from spp_fx.storage.writer import write_safetensors
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Piece:
+class StoredMatrix:
     """One stored matrix of a site.
 
     Attributes:
@@ -49,8 +49,8 @@ FACTORS = "adapter_model.safetensors"
 FORMAT_VERSION = 1
 
 
-class PieceModel(BaseModel):
-    """A `Piece` as JSON."""
+class StoredMatrixModel(BaseModel):
+    """A `StoredMatrix` as JSON."""
 
     model_config = ConfigDict(extra="forbid", strict=True, defer_build=True)
 
@@ -80,7 +80,7 @@ class AdapterConfig(BaseModel):
     bias: Literal["none"]
     inference_mode: bool
     seed: int
-    sites: dict[str, list[PieceModel]]
+    sites: dict[str, list[StoredMatrixModel]]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class AdapterFolder:
         path: the folder.
         config: its configuration.
         method: the adapter method with its parameters.
-        pieces: the stored tensors of each site.
+        matrices: the stored tensors of each site.
         lock: the masks that every later step is held to.
         shard: the factors' file.
     """
@@ -99,7 +99,7 @@ class AdapterFolder:
     path: Path
     config: AdapterConfig
     method: Method
-    pieces: dict[str, tuple[Piece, ...]]
+    matrices: dict[str, tuple[StoredMatrix, ...]]
     lock: Lock
     shard: Shard
 
@@ -122,11 +122,11 @@ class AdapterFolder:
             method = make_method(config.method, **config.method_parameters)
         except (TypeError, UsageError) as error:
             raise FormatError(f"{path / CONFIG}: {error}") from error
-        pieces = {
-            site: tuple(Piece(**piece.model_dump()) for piece in stored)
+        matrices = {
+            site: tuple(StoredMatrix(**matrix.model_dump()) for matrix in stored)
             for site, stored in config.sites.items()
         }
-        folder = cls(path, config, method, pieces, load_lock(path / LOCK_NAME), Shard.open(path / FACTORS))
+        folder = cls(path, config, method, matrices, load_lock(path / LOCK_NAME), Shard.open(path / FACTORS))
         folder._check()
         return folder
 
@@ -135,13 +135,13 @@ class AdapterFolder:
         return self.lock.by_name()
 
     def shape(self, site: str) -> tuple[int, ...]:
-        """Canonical shape of a site, from its pieces and the lock."""
-        pieces = self.pieces[site]
-        entry = self._entries[pieces[0].tensor]
-        out = max(piece.stop for piece in pieces)
-        if pieces[0].expert is None:
+        """Canonical shape of a site, from its matrices and the lock."""
+        matrices = self.matrices[site]
+        entry = self._entries[matrices[0].tensor]
+        out = max(matrix.stop for matrix in matrices)
+        if matrices[0].expert is None:
             return (out, entry.shape[-1])
-        return (max(piece.expert or 0 for piece in pieces) + 1, out, entry.shape[-1])
+        return (max(matrix.expert or 0 for matrix in matrices) + 1, out, entry.shape[-1])
 
     def factors(self, site: str, expert: int | None = None) -> dict[str, NDArray[np.float64]]:
         """The factors of a site in float64, read from disk; of one expert, where the site is a stack."""
@@ -176,9 +176,9 @@ class AdapterFolder:
         where = self.path / FACTORS
         locked = self.lock.by_name()
         expected: dict[str, tuple[int, ...]] = {}
-        for site, pieces in self.pieces.items():
-            missing = [piece.tensor for piece in pieces if piece.tensor not in locked]
-            if missing or not pieces:
+        for site, matrices in self.matrices.items():
+            missing = [matrix.tensor for matrix in matrices if matrix.tensor not in locked]
+            if missing or not matrices:
                 raise FormatError(f"{self.path / LOCK_NAME}: holds no entry for {[*missing, site][0]}")
             shape = self.shape(site)
             if reason := self.method.refusal(shape):
@@ -194,13 +194,6 @@ class AdapterFolder:
                 raise FormatError(
                     f"{where}: {name} has shape {list(held[name])}, expected {list(expected[name])}"
                 )
-
-
-def is_adapter(path: Path) -> bool:
-    """Whether a folder is to be read as an adapter folder; a model folder with an adapter of PEFT in it is not."""
-    return (path / CONFIG).is_file() and not (
-        (path / "config.json").is_file() and peft_adapter(path) is not None
-    )
 
 
 def _not_ours(path: Path, foreign: PeftAdapter) -> str:
@@ -227,7 +220,7 @@ def write_adapter(
     fingerprint: str,
     method: Method,
     seed: int,
-    pieces: Mapping[str, Iterable[Piece]],
+    matrices: Mapping[str, Iterable[StoredMatrix]],
     factors: "Mapping[str, Tensor]",
     lock: Lock,
 ) -> None:
@@ -242,11 +235,14 @@ def write_adapter(
         method=method.name,
         method_parameters=method.parameters(),
         r=method.rank,
-        target_modules=sorted({site.removesuffix(".weight").rpartition(".")[2] for site in pieces}),
+        target_modules=sorted({site.removesuffix(".weight").rpartition(".")[2] for site in matrices}),
         bias="none",
         inference_mode=True,
         seed=seed,
-        sites={site: [PieceModel(**asdict(piece)) for piece in stored] for site, stored in pieces.items()},
+        sites={
+            site: [StoredMatrixModel(**asdict(matrix)) for matrix in stored]
+            for site, stored in matrices.items()
+        },
     )
     (folder / CONFIG).write_text(config.model_dump_json(indent=2) + "\n")
     (folder / LOCK_NAME).write_text(lock.dumps())

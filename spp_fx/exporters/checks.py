@@ -1,4 +1,4 @@
-"""Comparing what was written with the model, both read by the safetensors library and not by spp-fx."""
+"""Comparing exports with their model; files are read by the safetensors library and not by spp-fx."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -8,11 +8,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from spp_fx.errors import FormatError
+from spp_fx.errors import FormatError, MaskError
+from spp_fx.exporters.format import Decoded, Source
 from spp_fx.storage.folder import ModelFolder
 from spp_fx.storage.safetensors import Shard
 
-_LOOKED_AT = 256 << 20
+_READ_BYTES = 256 << 20
 NOT_IN_TORCH = ("F6_E2M3", "F6_E3M2")
 """dtypes whose tensors the library cannot hand out; their files are compared as wholes."""
 
@@ -48,11 +49,26 @@ def check_copied(
     return count
 
 
+def check_decoded(source: Source, decoded: Decoded) -> dict[str, int]:
+    """Compare every tensor that an export decodes to with the model's, byte for byte; returns how many are equal.
+
+    Raises:
+        MaskError: a tensor differs, is missing or is not of the model; names it.
+    """
+    if stray := decoded.shapes.keys() ^ set(source.folder.names):
+        raise MaskError(f"{min(stray)}: is in the export or in the model, not in both")
+    for name in source.folder.names:
+        same, where = _same(source.stored(name), decoded.read(name))
+        if not same:
+            raise MaskError(f"{name}: decoded from the export, it is not the model's ({where})")
+    return {"tensors_equal": len(source.folder.names)}
+
+
 class LibraryReader:
     """Tensors as the safetensors library gives them.
 
-    The library maps a file as long as it is open, and what was looked at counts as memory: files are opened
-    again after every `_LOOKED_AT` bytes.
+    The library maps a file as long as it is open, and what was read of it counts as memory: files are opened
+    again after every `_READ_BYTES` bytes.
     """
 
     def __init__(self) -> None:
@@ -61,13 +77,20 @@ class LibraryReader:
 
     def read(self, path: Path, name: str) -> Tensor:
         """A tensor of a file, mapped as long as it lives."""
-        if self._bytes > _LOOKED_AT:
+        tensor = self._open(path).get_tensor(name)
+        self._bytes += tensor.nbytes
+        return tensor
+
+    def metadata(self, path: Path) -> dict[str, str]:
+        """`__metadata__` of a file."""
+        return self._open(path).metadata() or {}
+
+    def _open(self, path: Path) -> Any:
+        if self._bytes > _READ_BYTES:
             self._files, self._bytes = {}, 0
         if path not in self._files:
             self._files[path] = safe_open(str(path), "pt")
-        tensor = self._files[path].get_tensor(name)
-        self._bytes += tensor.nbytes
-        return tensor
+        return self._files[path]
 
 
 def _same(first: Tensor, second: Tensor) -> tuple[bool, str]:

@@ -1,6 +1,6 @@
 """cusparselt: 2:4 weights packed for NVIDIA's cuSPARSELt.
 
-`packed.safetensors` of the export holds, for each site NAME of m rows and k columns, by its layout:
+The packed files of the export (see `packed`) hold, for each site NAME of m rows and k columns, by its layout:
 
 | layout     | tensor         | shape          | dtype        | what                                               |
 |------------|----------------|----------------|--------------|----------------------------------------------------|
@@ -16,8 +16,8 @@ Either form gives the weight back bit for bit, but for negative zeros that have 
 of a pack is `cusparselt_reader.neutral_form`.
 """
 
-from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +25,13 @@ import torch
 from torch import Tensor
 
 from spp_fx.errors import UsageError
-from spp_fx.exporters.cusparselt_layout import BLOCK, ORDER, UNKNOWN_ORDER, Sm, fill, refusal, views
+from spp_fx.exporters.cusparselt_layout import BLOCK, ORDER, UNKNOWN_ORDER, Sm, fill, refusal
 from spp_fx.exporters.cusparselt_reader import CUSPARSELT, NEUTRAL, decode, layouts, read
 from spp_fx.exporters.format import ROUND_TO, ROUNDED, ExportSettings, Format, Say, Source, Tick, register
-from spp_fx.exporters.manifest import TensorRecord, read_manifest
-from spp_fx.exporters.packed_reader import DENSE, WEIGHTS
-from spp_fx.exporters.packed_writer import (
-    Allocate,
-    Buffers,
-    count_reasons,
-    holds,
-    read_back,
-    refuse_nothing_packed,
-    refuse_quantized,
-    sizes,
-    write_weights,
-)
-from spp_fx.exporters.semi_structured import can_pack
+from spp_fx.exporters.manifest import TensorRecord
+from spp_fx.exporters.packed import DENSE, Packing, count_reasons, holds, plan, write_packed
 from spp_fx.sparsity.lock import LockEntry
+from spp_fx.sparsity.packing import can_pack
 from spp_fx.sparsity.pattern import NM
 from spp_fx.storage.safetensors import torch_dtype
 
@@ -65,65 +54,36 @@ def choose_layout(source: Source, entry: LockEntry, sm: int) -> tuple[str, str |
     return (NEUTRAL if can_pack(dtype) else DENSE), reason
 
 
-def plan(source: Source, sm: int) -> dict[str, TensorRecord]:
-    """The record of every site, as it is to be stored."""
-    return {
-        entry.name: source.record(entry, *choose_layout(source, entry, sm)) for entry in source.lock.sites
-    }
-
-
 def write(source: Source, target: Path, settings: ExportSettings, tick: Tick, say: Say) -> dict[str, Any]:
-    if settings.sm < 70:
-        raise UsageError(f"--sm takes a compute capability from 70 up, such as 80 or 90, got {settings.sm}")
-    refuse_quantized(source, "cusparselt")
     sm = settings.sm
-    records = plan(source, sm)
-    if all(record.layout == DENSE for record in records.values()):
-        refuse_nothing_packed(source, records.values(), "cuSPARSELt takes 2:4 matrices alone")
-    records = write_weights(source, target / WEIGHTS, records, layouts(sm), allocate(sm), tick)
-    source.copy_small_files(target)
-    counts = Counter(record.layout for record in records.values())
-    if not counts[CUSPARSELT]:
+    if sm < 70:
+        raise UsageError(f"--sm takes a compute capability from 70 up, such as 80 or 90, got {sm}")
+    takes = "cuSPARSELt takes 2:4 matrices"
+    records = plan(source, lambda entry: choose_layout(source, entry, sm), takes)
+    if all(record.layout != CUSPARSELT for record in records.values()):
         reasons = count_reasons(records.values())
         say(f"warning: no weight could be packed for sm{sm}: {reasons}{_hint(records, settings)}")
-    source.finish(
-        target,
-        "cusparselt",
-        source.lock,
-        list(records.values()),
-        requirements={
-            "sm": sm,
-            "layout_documented_for": DOCUMENTED_FOR,
-            "alg_id": 0,
-            "order": ORDER.get(sm, UNKNOWN_ORDER),
-        },
-        sizes=sizes(records.values(), layouts(sm), target / WEIGHTS),
-    )
-    manifest = read_manifest(target, check_files=False)
-    checks = read_back(source, target, manifest, layouts(sm), say)
-    return {name: counts[name] for name in (CUSPARSELT, NEUTRAL, DENSE)} | checks
+    requirements: dict[str, int | str] = {
+        "sm": sm,
+        "layout_documented_for": DOCUMENTED_FOR,
+        "alg_id": 0,
+        "order": ORDER.get(sm, UNKNOWN_ORDER),
+    }
+    pack = partial(packing, sm=sm)
+    return write_packed(source, target, CUSPARSELT, records, layouts(sm), pack, requirements, tick, say)
 
 
-def allocate(sm: int) -> Allocate:
-    """What the sites of an export are packed into, for `packed_writer`."""
+def packing(record: TensorRecord, sm: int) -> Packing:
+    """How a site is packed for an SM."""
+    known: Sm = 90 if sm == 90 else 80
 
-    def buffers(record: TensorRecord, parts: dict[str, Tensor]) -> Buffers:
-        m, k = record.shape
-        if record.layout == NEUTRAL:
+    def order(positions: Tensor, metadata: Tensor, first_row: int, shape: tuple[int, int]) -> None:
+        fill(positions, metadata, first_row, shape, known)
 
-            def copy(positions: Tensor, first_row: int) -> None:
-                parts["positions"][first_row : first_row + len(positions)] = positions
+    def copy(positions: Tensor, metadata: Tensor, first_row: int, shape: tuple[int, int]) -> None:
+        metadata.view(shape[0], positions.shape[1])[first_row : first_row + len(positions)] = positions
 
-            return Buffers(parts["values"], copy, step=1)
-        values, meta = views(parts["packed"])
-        known: Sm = 90 if sm == 90 else 80
-
-        def order(positions: Tensor, first_row: int) -> None:
-            fill(positions, meta, first_row, (m, k), known)
-
-        return Buffers(values, order, BLOCK[known])
-
-    return buffers
+    return Packing(order, BLOCK[known]) if record.layout == CUSPARSELT else Packing(copy, 1)
 
 
 def _hint(records: dict[str, TensorRecord], settings: ExportSettings) -> str:

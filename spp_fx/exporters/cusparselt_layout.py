@@ -1,7 +1,7 @@
 """The packed tensors cuSPARSELt's sparse GEMM takes for 2:4 weights of 16-bit types, built on the CPU.
 
 A packed tensor is flat `[values | meta]`: the kept entries row-major, m k/2 of them, then m k/8 bytes of
-metadata, one nibble a group of four columns (the nibbles of `semi_structured`), in an order that depends
+metadata, one nibble a group of four columns (those of `sparsity.packing`), in an order that depends
 on the GPU. PyTorch holds it as (m, 9k/16) of the weight's dtype.
 
 NVIDIA does not document that order and may change it. What is here follows public kernels that write it:
@@ -12,9 +12,8 @@ NVIDIA does not document that order and may change it. What is here follows publ
   warp_tensor.h, `store_metadata_reordered`). On an H100 it gave the bytes of cuSPARSELt 0.8.0 for all layers
   of Llama 1B, 7B and 70B in bfloat16 (benchmarks/results/gpu_runtime.json).
 
-So a pack is a proposal (`ORDER`): whoever loads it compares it once with the library on the GPU it is for, and
-repacks from the layout-neutral form, which `cusparselt_reader.neutral_form` gives, where
-they differ. `cusparselt_reader` decodes a pack, by a table of its own.
+So a pack is untrusted until checked (`ORDER`): its loader compares it once with the library on the GPU it is for,
+and repacks from the layout-neutral form (`cusparselt_reader.neutral_form`) where they differ.
 """
 
 from typing import Final, Literal
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from spp_fx.errors import FormatError, UsageError
 from spp_fx.exporters.cutlass_layout import fill_tiles
-from spp_fx.exporters.semi_structured import Packed24, kernels, pack_2_4
+from spp_fx.sparsity.packing import Packed24, kernels, pack_2_4
 
 Sm = Literal[80, 90]
 
@@ -123,18 +122,11 @@ def from_neutral(neutral: Packed24, sm: Sm) -> Tensor:
             f"positions are {neutral.positions.dtype} of shape {tuple(neutral.positions.shape)}, "
             f"a weight of {m} x {k} needs torch.uint8 of shape ({m}, {k // 8})"
         )
-    packed = torch.empty((m, 9 * k // 16), dtype=dtype, device=neutral.values.device)
-    values, meta = views(packed)
-    values.view(torch.int16).copy_(neutral.values.view(torch.int16))  # integers: a NaN keeps its payload
-    fill(neutral.positions.contiguous(), meta, 0, (m, k), sm)
-    return packed
-
-
-def views(packed: Tensor) -> tuple[Tensor, Tensor]:
-    """The two parts of a packed tensor (m, 9k/16): values (m, k/2), and metadata (m k/8,) uint8."""
-    m, width = packed.shape
-    flat, k = packed.view(-1), 16 * width // 9
-    return flat[: m * k // 2].view(m, k // 2), flat[m * k // 2 :].view(torch.uint8)
+    metadata = torch.empty(m * k // 8, dtype=torch.uint8, device=neutral.values.device)
+    fill(neutral.positions.contiguous(), metadata, 0, (m, k), sm)
+    # As integers: a NaN keeps its payload.
+    packed = torch.cat((neutral.values.view(torch.int16).reshape(-1), metadata.view(torch.int16)))
+    return packed.view(dtype).view(m, 9 * k // 16)
 
 
 def fill(positions: Tensor, meta: Tensor, first_row: int, shape: tuple[int, int], sm: Sm) -> None:

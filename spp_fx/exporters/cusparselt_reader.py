@@ -1,8 +1,8 @@
-"""Reading a cusparselt export back; packs are decoded by tables of their own, not by the writer's code.
+"""Reading cusparselt exports: packs are decoded by a table of offsets, not by the writer's code.
 
-The metadata of a pack is a line of nibbles, one a group of four columns. `places` says where the nibble of
-each group stands, from the published offsets as they are written down. `cusparselt_layout`, which writes
-packs, never computes an offset but permutes axes.
+The metadata of a pack is a line of nibbles, one a group of four columns. `nibble_indices` says where the nibble
+of each group is, from the published offsets as they are written down. `cusparselt_layout`, which writes packs,
+never computes an offset but permutes axes.
 """
 
 from pathlib import Path
@@ -14,8 +14,8 @@ from spp_fx.errors import FormatError, UsageError
 from spp_fx.exporters.cusparselt_layout import Sm, refusal
 from spp_fx.exporters.format import Decoded, Weights
 from spp_fx.exporters.manifest import MANIFEST, Manifest, TensorRecord
-from spp_fx.exporters.packed_reader import Layouts, PackedModel, Places, Rows, gather, neutral_rows
-from spp_fx.exporters.semi_structured import Packed24, can_pack, unpack_2_4
+from spp_fx.exporters.packed import Indices, Layouts, PackedModel, Rows, decoded_rows, gather
+from spp_fx.sparsity.packing import Packed24, can_pack, unpack_2_4
 from spp_fx.storage.safetensors import Shard, torch_dtype
 
 CUSPARSELT, NEUTRAL = "cusparselt", "neutral"
@@ -29,8 +29,8 @@ _UNIT_OF_HALF = np.array([0, 2])
 _BYTE_OF_GROUP = np.array([[0, 4, 1, 5, 2, 6, 3, 7].index(group) for group in range(8)])
 
 
-def places(m: int, k: int, sm: Sm) -> tuple[Places, Places]:
-    """Where nibbles stand in the metadata of an (m, k) pack: that of group j of row i at rows[i] + groups[j].
+def nibble_indices(m: int, k: int, sm: Sm) -> tuple[Indices, Indices]:
+    """Where nibbles are in the metadata of an (m, k) pack: that of group j of row i at rows[i] + groups[j].
 
     Returns:
         rows (m,) and groups (k/4,), in nibbles.
@@ -68,7 +68,7 @@ def neutral_form(packed: Tensor, shape: tuple[int, int], sm: Sm) -> Packed24:
             f"packed tensor has shape {tuple(packed.shape)}, a weight of {m} x {k} needs ({m}, {9 * k // 16})"
         )
     flat = packed.detach().cpu().reshape(-1)
-    return Packed24(flat[: m * k // 2].view(m, k // 2), gather(flat[m * k // 2 :], *places(m, k, sm)))
+    return Packed24(flat[: m * k // 2].view(m, k // 2), gather(flat[m * k // 2 :], *nibble_indices(m, k, sm)))
 
 
 def unpack(packed: Tensor, shape: tuple[int, int], sm: Sm) -> Tensor:
@@ -99,7 +99,7 @@ def layouts(sm: int) -> Layouts:
         else:
             values, positions = (shard.read(f"{record.name}.{part}") for part in ("values", "positions"))
             neutral = Packed24(values, positions)
-        return neutral_rows(neutral)
+        return decoded_rows(neutral)
 
     parts = {
         CUSPARSELT: lambda shape, dtype: {"packed": (dtype, (shape[0], 9 * shape[1] // 16))},

@@ -1,6 +1,6 @@
 """cutlass: sparse weights in the form of PyTorch's CUTLASS kernels, for GPUs of compute capability 8.x.
 
-`packed.safetensors` of the export holds, for each site NAME of m rows and k columns:
+The packed files of the export (see `packed`) hold, for each site NAME of m rows and k columns:
 
 | tensor      | 16-bit         | int8           | float32 (1:2) | what                                           |
 |-------------|----------------|----------------|---------------|------------------------------------------------|
@@ -13,7 +13,6 @@ dense, and its record says why. The form gives the weight back bit for bit, but 
 no slot: `cutlass_reader.neutral_form`.
 """
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +21,8 @@ from torch import Tensor
 from spp_fx.exporters.cutlass_layout import FORMS, fill, refusal
 from spp_fx.exporters.cutlass_reader import CUTLASS, LAYOUTS, decode, read
 from spp_fx.exporters.format import ExportSettings, Format, Say, Source, Tick, register
-from spp_fx.exporters.manifest import TensorRecord, read_manifest
-from spp_fx.exporters.packed_reader import DENSE, WEIGHTS
-from spp_fx.exporters.packed_writer import (
-    Buffers,
-    holds,
-    read_back,
-    refuse_nothing_packed,
-    refuse_quantized,
-    sizes,
-    write_weights,
-)
+from spp_fx.exporters.manifest import TensorRecord
+from spp_fx.exporters.packed import DENSE, Packing, holds, plan, write_packed
 from spp_fx.sparsity.lock import LockEntry
 from spp_fx.sparsity.pattern import NM
 from spp_fx.storage.safetensors import torch_dtype
@@ -61,40 +51,21 @@ def choose_layout(source: Source, entry: LockEntry) -> tuple[str, str | None]:
     return DENSE, "it is not 1:2"
 
 
-def plan(source: Source) -> dict[str, TensorRecord]:
-    """The record of every site, as it is to be stored."""
-    return {entry.name: source.record(entry, *choose_layout(source, entry)) for entry in source.lock.sites}
-
-
 def write(source: Source, target: Path, settings: ExportSettings, tick: Tick, say: Say) -> dict[str, Any]:
     del settings
-    refuse_quantized(source, "cutlass")
-    records = plan(source)
-    if all(record.layout == DENSE for record in records.values()):
-        refuse_nothing_packed(source, records.values(), "CUTLASS takes 2:4 matrices (float32: 1:2) alone")
-    records = write_weights(source, target / WEIGHTS, records, LAYOUTS, allocate, tick)
-    source.copy_small_files(target)
-    source.finish(
-        target,
-        "cutlass",
-        source.lock,
-        list(records.values()),
-        requirements=REQUIREMENTS,
-        sizes=sizes(records.values(), LAYOUTS, target / WEIGHTS),
-    )
-    counts = Counter(record.layout for record in records.values())
-    checks = read_back(source, target, read_manifest(target, check_files=False), LAYOUTS, say)
-    return {name: counts[name] for name in (CUTLASS, DENSE)} | checks
+    takes = "CUTLASS takes 2:4 matrices (float32: 1:2)"
+    records = plan(source, lambda entry: choose_layout(source, entry), takes)
+    return write_packed(source, target, CUTLASS, records, LAYOUTS, packing, REQUIREMENTS, tick, say)
 
 
-def allocate(record: TensorRecord, parts: dict[str, Tensor]) -> Buffers:
-    """What a site is packed into, for `packed_writer`."""
+def packing(record: TensorRecord) -> Packing:
+    """How a site is packed."""
     form = FORMS[torch_dtype(record.dtype)]
 
-    def order(positions: Tensor, first_row: int) -> None:
-        fill(positions, parts["meta"], first_row)
+    def order(positions: Tensor, metadata: Tensor, first_row: int, shape: tuple[int, int]) -> None:
+        fill(positions, metadata.view(form.meta).view(shape[0], shape[1] // form.columns), first_row)
 
-    return Buffers(parts["packed"], order, form.rows, form.group)
+    return Packing(order, form.rows, form.group)
 
 
 FORMAT = register(Format("cutlass", write, read, frozenset({"dtype"}), decode))

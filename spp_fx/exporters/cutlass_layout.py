@@ -1,6 +1,6 @@
 """The two tensors that PyTorch's CUTLASS kernels take for a sparse weight, built without torch's converter.
 
-`packed` (m, k/2) holds the kept entries row-major, `meta` their positions: the nibbles of `semi_structured`
+`packed` (m, k/2) holds the kept entries row-major, `meta` their positions: the nibbles of `sparsity.packing`
 in units, each the nibbles of some columns of one row, the units in an order of their own. float32 is 1:2.
 
 | dtype             | pattern | meta               | unit       | class takes multiples of |
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from spp_fx.errors import UsageError
-from spp_fx.exporters.semi_structured import Packed24, kernels, pack_1_2, pack_2_4
+from spp_fx.sparsity.packing import Packed24, kernels, pack_1_2, pack_2_4
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""Reading a cutlass export back, by tables of its own: `cutlass_layout` never computes an offset.
+"""Reading cutlass exports: packs are decoded by a table of offsets, which `cutlass_layout` never computes.
 
-`places` says where the nibble of each group stands in the metadata, step by step as CUTLASS' `reorder_meta`
-and `ColumnMajorInterleaved<2>` are written down. Everything is read as integers: no float operation can
-touch a NaN.
+`nibble_indices` says where the nibble of each group is in the metadata, step by step as CUTLASS' `reorder_meta`
+and `ColumnMajorInterleaved<2>` are written down. Everything is read as integers: no float operation can touch
+a NaN.
 """
 
 from pathlib import Path
@@ -15,15 +15,15 @@ from spp_fx.errors import FormatError, UsageError
 from spp_fx.exporters.cutlass_layout import FORMS, refusal
 from spp_fx.exporters.format import Decoded, Weights
 from spp_fx.exporters.manifest import Manifest, TensorRecord
-from spp_fx.exporters.packed_reader import Layouts, PackedModel, Places, Rows, gather
-from spp_fx.exporters.semi_structured import Packed24, unpack_1_2, unpack_2_4
+from spp_fx.exporters.packed import Indices, Layouts, PackedModel, Rows, decoded_rows, gather
+from spp_fx.sparsity.packing import Packed24
 from spp_fx.storage.safetensors import Shard, dtype_name, torch_dtype
 
 CUTLASS = "cutlass"
 
 
-def places(m: int, groups: int, meta: torch.dtype) -> tuple[Places, Places]:
-    """Where nibbles stand in the metadata of m rows: that of group j of row i at rows[i] + groups[j].
+def nibble_indices(m: int, groups: int, meta: torch.dtype) -> tuple[Indices, Indices]:
+    """Where nibbles are in the metadata of m rows: that of group j of row i at rows[i] + groups[j].
 
     Args:
         m, groups: rows, and groups (or pairs) a row.
@@ -66,7 +66,7 @@ def neutral_form(packed: Tensor, meta: Tensor) -> Packed24:
             f"metadata is {meta.dtype} of shape {tuple(meta.shape)}, a weight of {m} x {k} needs "
             f"{form.meta} of shape ({m}, {k // form.columns})"
         )
-    positions = gather(meta.detach().cpu().contiguous(), *places(m, k // form.group, form.meta))
+    positions = gather(meta.detach().cpu().contiguous(), *nibble_indices(m, k // form.group, form.meta))
     return Packed24(packed.detach().cpu(), positions)
 
 
@@ -76,18 +76,15 @@ def unpack(packed: Tensor, meta: Tensor) -> Tensor:
     Raises:
         FormatError: also where a nibble is none.
     """
-    neutral = neutral_form(packed, meta)
-    return _rows(neutral)(0, packed.shape[0])
+    return _rows(packed, meta)(0, packed.shape[0])
 
 
-def _rows(neutral: Packed24) -> Rows:
-    decode = unpack_2_4 if FORMS[neutral.values.dtype].group == 4 else unpack_1_2
-    values, positions, (_, k) = neutral.values, neutral.positions, neutral.shape
-    return lambda start, stop: decode(Packed24(values[start:stop], positions[start:stop]), k, start)
+def _rows(packed: Tensor, meta: Tensor) -> Rows:
+    return decoded_rows(neutral_form(packed, meta), FORMS[packed.dtype].group)
 
 
 def _stored_rows(shard: Shard, record: TensorRecord) -> Rows:
-    return _rows(neutral_form(shard.read(f"{record.name}.packed"), shard.read(f"{record.name}.meta")))
+    return _rows(shard.read(f"{record.name}.packed"), shard.read(f"{record.name}.meta"))
 
 
 def _parts(shape: tuple[int, int], dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -1,26 +1,31 @@
-"""An export format: a name, a writer and a reader; the model it is written from.
+"""Export formats: the contract, the registry, the model that an export is written from, files filled in any order.
 
 How far a reader is independent of its writer:
 
 - safetensors: every tensor is compared with the model's byte for byte, both read by the safetensors library.
 - cusparselt, cutlass: packs are decoded through tables of offsets (`cusparselt_reader`, `cutlass_reader`), which
-  the writers never compute, and held to the model's weights; tensors that are no sites are compared as in
-  safetensors. Where `--dtype` rounds, the rounded values are computed once more by the same function.
+  the writers never compute, and compared with the model's weights; other tensors are compared as in safetensors.
+  Where `--dtype` rounds, the same function computes the rounded values once more.
 - sparse-bitmask: files are read by the safetensors library and decoded by numpy alone.
-- onnx, onnx-packed, onnx-dense: weights are read by a parser of their own (`onnx.reader`, `onnx.unpack`) and
-  held to the model's, bit for bit; small graphs are run and their logits compared.
+- onnx, onnx-packed, onnx-dense: a parser of their own reads the weights, which are compared with the model's bit
+  for bit; small graphs are run and their logits compared.
 
-The fast look at zeros (`spp_fx.sparsity`) and the safetensors header reader serve both sides everywhere.
+The scan for zeros (`spp_fx.sparsity`) and the reader of safetensors headers serve both sides everywhere.
 """
 
 import json
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from spp_fx.adapters.fold import round_once
@@ -30,11 +35,11 @@ from spp_fx.exporters.manifest import MANIFEST, Manifest, TensorRecord, write_ma
 from spp_fx.parallel import Tick
 from spp_fx.registry import Registry
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry
-from spp_fx.sparsity.scan import Scan, Weights, scan_file
+from spp_fx.sparsity.scan import Scan, Weights, scan_file, scan_tensor
 from spp_fx.storage.folder import ModelFolder
-from spp_fx.storage.safetensors import Shard, dtype_name
+from spp_fx.storage.safetensors import Shard, dtype_name, stored_nbytes
 from spp_fx.storage.workspace import Workspace
-from spp_fx.storage.writer import copy_file
+from spp_fx.storage.writer import TensorSpec, copy_file, header_bytes, layout, new_file, write_all
 from spp_fx.version import VERSION
 
 ROUND_TO = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -172,6 +177,54 @@ def scan_stored(shard: Shard, name: str, *, transposed: bool) -> Scan:
     return scan_file(shard.path, info.start, info.shape, info.dtype, transposed=transposed)
 
 
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file whose header is written, and whose tensors are filled in any order, by any thread.
+
+    Attributes:
+        file: of its final size.
+        spans: the first byte of each tensor, and the one after its last.
+    """
+
+    file: FileIO
+    spans: Mapping[str, tuple[int, int]]
+
+    def nbytes(self, name: str) -> int:
+        start, stop = self.spans[name]
+        return stop - start
+
+    def write(self, name: str, data: Tensor, at: int = 0) -> None:
+        """Write elements of any dtype into a tensor, from its byte `at` on."""
+        if data.numel():
+            self.write_bytes(name, data.contiguous().reshape(-1).view(torch.uint8).numpy(), at)
+
+    def write_bytes(self, name: str, data: NDArray[np.uint8], at: int = 0) -> None:
+        start, stop = self.spans[name]
+        view, done = data.data, 0
+        if start + at + len(view) > stop:
+            raise ValueError(f"{self.file.name}: {name}: {len(view)} bytes from {at} on are too many")
+        while done < len(view):
+            done += os.pwrite(self.file.fileno(), view[done:], start + at + done)
+
+
+@contextmanager
+def new_tensor_file(
+    path: Path, specs: Iterable[TensorSpec], metadata: Mapping[str, str]
+) -> Generator[TensorFile, None, None]:
+    """A new file that is fsynced at the end, removed when anything fails; its caller fills every tensor."""
+    ordered = layout(specs, path)
+    header = header_bytes(ordered, metadata, path)
+    spans: dict[str, tuple[int, int]] = {}
+    stop = len(header)
+    for name, dtype, shape in ordered:
+        start, stop = stop, stop + stored_nbytes(dtype, shape, name)
+        spans[name] = start, stop
+    with new_file(path) as out:
+        write_all(out, memoryview(header))
+        os.ftruncate(out.fileno(), stop)
+        yield TensorFile(out, spans)
+
+
 Say = Callable[[str], None]
 
 
@@ -186,6 +239,19 @@ class Decoded:
 
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], Tensor]
+
+    def weights(self, manifest: Manifest, file: str) -> Weights:
+        """What `verify` reads, for a format without a faster way than decoding: each site is decoded and scanned.
+
+        Args:
+            file: the name of the file that holds the weights, for messages.
+        """
+
+        def scan(name: str, transposed: bool) -> Scan:
+            return scan_tensor(self.read(name), transposed=transposed)
+
+        sites = {record.name: record.transposed for record in manifest.tensors}
+        return Weights(frozenset(self.shapes), scan, lambda _: file, lambda: sites)
 
 
 @dataclass(frozen=True)

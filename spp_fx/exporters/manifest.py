@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from spp_fx.errors import FormatError
+from spp_fx.errors import FormatError, UsageError
 from spp_fx.sparsity.lock import LOCK_NAME, load_lock
 from spp_fx.storage.folder import ModelFolder, within
 from spp_fx.storage.safetensors import stored_nbytes
@@ -241,3 +241,31 @@ def _check_sites(lock_path: Path, path: Path, pattern: str | None, tensors: list
             raise FormatError(f"{where}.transposed: {record.transposed}, {LOCK_NAME} has {entry.transposed}")
     if entries:
         raise FormatError(f"{path}: tensors: {min(entries)} of {LOCK_NAME} is missing")
+
+
+def open_model(path: Path, *, weights: bool = True, any_config: bool = False) -> ModelFolder:
+    """Open a model folder whose tensors are the model's own.
+
+    Args:
+        weights: whether it must hold any.
+        any_config: take a folder of plain weights whose config.json has a sparsity_config, too.
+
+    Raises:
+        UsageError: an export in a form that transformers cannot load.
+        FormatError: a file is damaged, or the weights are compressed: transformers would load random numbers.
+    """
+    if (path / MANIFEST).is_file() and (form := read_manifest(path).format) != "safetensors":
+        raise UsageError(f"{path}: is an export ({form}); give the model folder that it was made from")
+    folder = ModelFolder.open(path, weights=weights)
+    packed = [name for name in folder.names if name.endswith((".bitmask", ".compressed"))]
+    if packed:
+        raise FormatError(
+            f"{path}: its weights are compressed (first: {packed[0]}); servers and transformers load "
+            f"such a model with random weights. Write the plain folder with 'spp-fx unpack {path}'"
+        )
+    if sparsity_configs(folder.config) and not any_config:
+        raise FormatError(
+            f"{path}: config.json has a sparsity_config, which servers refuse or misread; "
+            f"write the plain folder with 'spp-fx unpack {path}'"
+        )
+    return folder

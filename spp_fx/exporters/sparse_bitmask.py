@@ -12,55 +12,71 @@ and every other tensor as it is; `__metadata__` holds the header of the model's 
 specification is docs/sparse-bitmask.md.
 """
 
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
-from functools import partial
+from itertools import accumulate, pairwise
+from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from torch import Tensor
 
-from spp_fx.exporters.bitmask import Bytes, kernels, unsigned
-from spp_fx.exporters.format import ExportSettings, Format, Say, Source, Tick, register
-from spp_fx.exporters.manifest import MANIFEST, TensorRecord, site_sizes, write_manifest
-from spp_fx.exporters.raw_file import (
-    SPAN,
-    RawTensor,
-    copy_spans,
-    header_bytes,
-    layout,
-    read_span,
-    spans,
-    write_raw,
+from spp_fx.errors import FormatError
+from spp_fx.exporters.checks import LibraryReader, check_copied
+from spp_fx.exporters.format import (
+    Decoded,
+    ExportSettings,
+    Format,
+    Say,
+    Source,
+    TensorFile,
+    Tick,
+    Weights,
+    new_tensor_file,
+    register,
+    scan_stored,
 )
-from spp_fx.exporters.sparse_bitmask_check import check_written
-from spp_fx.exporters.sparse_bitmask_reader import FOLDER, NAME, VERSION, decode, read, restore
+from spp_fx.exporters.manifest import COMPACT, MANIFEST, Manifest, TensorRecord, site_sizes, write_manifest
 from spp_fx.parallel import in_order
-from spp_fx.sparsity._backend import backend
 from spp_fx.sparsity.lock import LOCK_NAME, LockEntry
-from spp_fx.sparsity.scan import element_type
-from spp_fx.storage.safetensors import Shard, TensorInfo
-from spp_fx.storage.writer import copy_file, write_shards
+from spp_fx.sparsity.packing import compress, count_ones, expand
+from spp_fx.sparsity.scan import Scan, scan_tensor
+from spp_fx.storage.folder import ModelFolder, within
+from spp_fx.storage.safetensors import BITS, Shard, TensorInfo, stored_nbytes, torch_dtype, torch_shape
+from spp_fx.storage.strict_json import parse_object, shown
+from spp_fx.storage.writer import TensorSpec, copy_file, new_file, write_all, write_shards
 from spp_fx.version import VERSION as SPP_FX_VERSION
 
+NAME = "sparse-bitmask"
+VERSION = 1
+SPAN = 2 << 20
+"""Bytes of a tensor that one task works on: large against handing it to a thread, small against a cache."""
 
-@dataclass(frozen=True)
-class _Site:
-    """A site about to be written: its values counted, its bitmask waiting at `offset` of a spool."""
+_CHECKED_ELEMENTS = 1 << 20
 
-    info: TensorInfo
-    itemsize: int
-    nnz: int
-    offset: int
+Bytes = NDArray[np.uint8]
 
-    @property
-    def mask_bytes(self) -> int:
-        return -(-self.info.nbytes // (8 * self.itemsize))
 
-    @property
-    def nbytes(self) -> int:
-        return self.nnz * self.itemsize + self.mask_bytes
+def spans(count: int, step: int) -> list[tuple[int, int]]:
+    """(start, stop) of consecutive spans of at most `step` that cover `count`."""
+    return [(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+def read_span(shard: Shard, name: str, start: int, stop: int) -> Bytes:
+    """Bytes start <= i < stop of a stored tensor."""
+    return np.frombuffer(shard.read_bytes(name, start, stop - start), dtype=np.uint8)
+
+
+def unsigned(data: Bytes, itemsize: int) -> NDArray[Any]:
+    """Bytes as little-endian elements of a width in bytes."""
+    return data.view(np.dtype(f"<u{itemsize}"))
+
+
+# Writing
 
 
 def write(source: Source, target: Path, settings: ExportSettings, tick: Tick, say: Say) -> dict[str, Any]:
@@ -70,17 +86,17 @@ def write(source: Source, target: Path, settings: ExportSettings, tick: Tick, sa
         written = write_shard(source, shard, file, tick)
         return {"records": [record.model_dump(mode="json") for record in written.values()]}
 
-    files = write_shards(source.folder, target / FOLDER, write_one, source.work)
+    files = write_shards(source.folder, target / COMPACT, write_one, source.work)
     every = (TensorRecord.model_validate(record) for facts in files for record in facts["records"])
     records = {record.name: record for record in every}
-    # A manifest of the model would be one of another export.
+    # A manifest in the model's folder belongs to another export.
     own = [name.as_posix() for name in source.folder.other_files() if name.as_posix() != MANIFEST]
-    places = {name: target / name for name in own}
+    copies = {name: target / name for name in own}
     if source.folder.index is not None:
-        places[source.folder.index] = target / FOLDER / source.folder.index
-    for name, place in places.items():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        copy_file(source.folder.path / name, place)
+        copies[source.folder.index] = target / COMPACT / source.folder.index
+    for name, copy in copies.items():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy_file(source.folder.path / name, copy)
     if LOCK_NAME not in own:
         (target / LOCK_NAME).write_text(source.lock.dumps())
     packed = [record for record in records.values() if record.layout == "bitmask"]
@@ -95,99 +111,368 @@ def write(source: Source, target: Path, settings: ExportSettings, tick: Tick, sa
         sizes=site_sizes(
             sum(record.dense_bytes for record in records.values()),
             unpacked + sum(int(record.details["bytes"]) for record in packed),
-            (target / FOLDER).rglob("*.safetensors"),
+            (target / COMPACT).rglob("*.safetensors"),
         ),
     )
-    return check_written(source.folder, target / FOLDER, {record.name for record in packed})
+    return _check_written(source.folder, target / COMPACT, {record.name for record in packed})
 
 
 def write_shard(source: Source, shard: Shard, target: Path, tick: Tick) -> dict[str, TensorRecord]:
     """Write the compact form of one weight file; returns the records of its sites."""
-    records: dict[str, TensorRecord] = {}
-    tensors: list[RawTensor] = []
-    entries = source.lock.by_name()
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=target.parent) as spool:
+    entries = source.lock.by_name()
+    records: dict[str, TensorRecord] = {}
+    specs: list[TensorSpec] = []
+    for name, info in shard.header.tensors.items():
+        if name in entries:
+            records[name] = _record(source, entries[name], shard)
+        if name in records and records[name].layout == "bitmask":
+            specs.append((f"{name}.values", info.dtype, (int(records[name].details["values"]),)))
+            specs.append((f"{name}.bitmask", "U8", (_mask_bytes(info),)))
+        else:
+            specs.append((name, info.dtype, info.shape))
+    metadata = {"format": NAME, "version": str(VERSION), "header": shard.header.raw[8:].decode()}
+    with new_tensor_file(target, specs, metadata) as file:
         for name, info in shard.header.tensors.items():
-            entry = entries.get(name)
-            site = None if entry is None else _count(shard, info, spool)
-            if entry is not None and site is not None:
-                records[name] = _record(source, entry, site, shard)
-            if site is None or records[name].layout == "dense":
-                blocks = partial(_copy, shard, info, tick)
-                tensors.append(RawTensor(name, info.dtype, info.shape, info.nbytes, blocks))
+            if name in file.spans:
+                for start, stop in spans(info.nbytes, SPAN):
+                    file.write_bytes(name, read_span(shard, name, start, stop), start)
             else:
-                tensors += _parts(shard, site, spool, tick)
-        ordered = layout(tensors)
-        metadata = {"format": NAME, "version": str(VERSION), "header": shard.header.raw[8:].decode()}
-        header = header_bytes(ordered, metadata, target)
-        write_raw(target, header, (block for tensor in ordered for block in tensor.blocks()))
+                _write_site(shard, info, file)
+            tick(name, info.nbytes)
     return records
 
 
-def _count(shard: Shard, info: TensorInfo, spool: BinaryIO) -> _Site:
-    """Count the values of a site; its bitmask goes to the end of the spool."""
-    itemsize, offset, nnz = element_type(info.dtype).itemsize, spool.tell(), 0
-    every_bit = (1 << 8 * itemsize) - 1
-
-    def look(span: tuple[int, int]) -> tuple[int, Bytes]:
-        start, stop = span
-        elements = unsigned(read_span(shard.path, info.start + start, stop - start), itemsize)
-        mask = np.empty(-(-elements.size // 8), dtype=np.uint8)
-        return backend().scan_elements(elements, every_bit, 0, 0, mask)[0], mask
-
-    for count, mask in in_order(look, spans(info.nbytes, SPAN)):
-        nnz += count
-        spool.write(mask.data)
-    return _Site(info, itemsize, nnz, offset)
+def _mask_bytes(info: TensorInfo) -> int:
+    return -(-prod(info.shape) // 8)
 
 
-def _record(source: Source, entry: LockEntry, site: _Site, shard: Shard) -> TensorRecord:
-    reason = None
-    taken = [part for part in ("values", "bitmask") if f"{entry.name}.{part}" in shard.header.tensors]
-    if taken:
-        reason = f"its file has a tensor of the name {entry.name}.{taken[0]}"
-    elif site.nbytes >= site.info.nbytes:
+def _record(source: Source, entry: LockEntry, shard: Shard) -> TensorRecord:
+    info = shard.info(entry.name)
+    itemsize = BITS[info.dtype] // 8
+
+    def count(span: tuple[int, int]) -> int:
+        return int(np.count_nonzero(unsigned(read_span(shard, entry.name, *span), itemsize)))
+
+    values = sum(in_order(count, spans(info.nbytes, SPAN)))
+    nbytes = values * itemsize + _mask_bytes(info)
+    for part in ("values", "bitmask"):
+        if f"{entry.name}.{part}" in shard.header.tensors:
+            return source.record(entry, "dense", f"its file has a tensor of the name {entry.name}.{part}")
+    if nbytes >= info.nbytes:
         reason = "values and bitmask would take no less than the dense weight"
-    if reason is not None:
         return source.record(entry, "dense", reason)
-    return source.record(entry, "bitmask", details={"values": site.nnz, "bytes": site.nbytes})
+    return source.record(entry, "bitmask", details={"values": values, "bytes": nbytes})
 
 
-def _parts(shard: Shard, site: _Site, spool: BinaryIO, tick: Tick) -> Iterator[RawTensor]:
-    name, info = site.info.name, site.info
+def _write_site(shard: Shard, info: TensorInfo, file: TensorFile) -> None:
+    """Write values and bitmask of a site, span by span, each compressed by a thread of its own."""
+    itemsize = BITS[info.dtype] // 8
 
-    def bitmask() -> Iterator[Bytes]:
-        spool.seek(site.offset)
-        yield np.frombuffer(spool.read(site.mask_bytes), dtype=np.uint8)
+    def packed(span: tuple[int, int]) -> tuple[Bytes, Bytes]:
+        elements = unsigned(read_span(shard, info.name, *span), itemsize)
+        bits = np.empty(-(-elements.size // 8), dtype=np.uint8)
+        return compress(elements, bits).view(np.uint8), bits
 
-    yield RawTensor(
-        f"{name}.values",
-        info.dtype,
-        (site.nnz,),
-        site.nnz * site.itemsize,
-        partial(_values, shard, site, tick),
-    )
-    yield RawTensor(f"{name}.bitmask", "U8", (site.mask_bytes,), site.mask_bytes, bitmask)
-
-
-def _values(shard: Shard, site: _Site, tick: Tick) -> Iterator[Bytes]:
-    """The values of a site, span by span, each compressed by a thread of its own."""
-    compress = kernels().compress
-
-    def kept(span: tuple[int, int]) -> Bytes:
-        start, stop = span
-        elements = unsigned(read_span(shard.path, site.info.start + start, stop - start), site.itemsize)
-        values = np.empty_like(elements)
-        return values[: compress(elements, values)].view(np.uint8)
-
-    yield from in_order(kept, spans(site.info.nbytes, SPAN))
-    tick(site.info.name, site.info.nbytes)
+    ends = {"values": 0, "bitmask": 0}
+    for parts in in_order(packed, spans(info.nbytes, SPAN)):
+        for part, data in zip(ends, parts, strict=True):
+            file.write_bytes(f"{info.name}.{part}", data, ends[part])
+            ends[part] += data.size
 
 
-def _copy(shard: Shard, info: TensorInfo, tick: Tick) -> Iterator[Bytes]:
-    yield from copy_spans(shard.path, info.start, info.nbytes)
-    tick(info.name, info.nbytes)
+def _check_written(model: ModelFolder, folder: Path, packed: Set[str]) -> dict[str, int]:
+    """Compare every tensor of compact weight files with the model's, bit for bit.
+
+    The safetensors library reads both sides, and numpy alone decodes: nothing here is shared with the writer.
+
+    Args:
+        model: the model.
+        folder: compact files under the names of the model's.
+        packed: the tensors that are stored as values and bitmask.
+
+    Returns:
+        How many tensors were decoded, and how many were compared as they are.
+
+    Raises:
+        FormatError: a file or a tensor is not the model's.
+    """
+    counts, library = {"bit_exact": 0, "tensors_equal": 0}, LibraryReader()
+    for shard in model.shards:
+        written = within(folder, shard.name)
+        with shard.path.open("rb") as file:
+            header = file.read(int.from_bytes(file.read(8), "little"))
+        if library.metadata(written).get("header", "").encode() != header:
+            raise FormatError(f"{written}: does not hold the header of {shard.path}")
+        for name in sorted(packed & shard.header.tensors.keys()):
+            values, bits = (library.read(written, f"{name}.{part}") for part in ("values", "bitmask"))
+            _check_site(values, bits, library.read(shard.path, name), f"{written}: {name}")
+            counts["bit_exact"] += 1
+        others = [name for name in shard.header.tensors if name not in packed]
+        counts["tensors_equal"] += check_copied(model, others, written)
+    return counts
+
+
+def _check_site(values: Tensor, bits: Tensor, weight: Tensor, where: str) -> None:
+    """Where the mask has ones the weight holds the values, and elsewhere nothing."""
+    kind = np.dtype(f"<u{weight.element_size()}")
+    kept, stored = (t.contiguous().reshape(-1).view(torch.uint8).numpy().view(kind) for t in (values, weight))
+    mask = np.asarray(bits.numpy())
+    blocks = [
+        (start, min(start + _CHECKED_ELEMENTS, stored.size))
+        for start in range(0, stored.size, _CHECKED_ELEMENTS)
+    ]
+    counts = [int(np.bitwise_count(mask[a // 8 : -(-b // 8)]).sum(dtype=np.int64)) for a, b in blocks]
+    starts = list(accumulate(counts, initial=0))
+    if values.dtype != weight.dtype or starts[-1] != kept.size:
+        raise FormatError(f"{where}: {kept.size} values of {values.dtype}, {starts[-1]} ones of its bitmask")
+
+    def same(block_and_values: tuple[tuple[int, int], tuple[int, int]]) -> bool:
+        (start, stop), (first, last) = block_and_values
+        block, here = stored[start:stop], kept[first:last]
+        ones = np.unpackbits(mask[start // 8 :], count=block.size, bitorder="little").view(np.bool_)
+        return np.array_equal(block[ones], here) and np.count_nonzero(block) == np.count_nonzero(here)
+
+    for (start, stop), equal in zip(
+        blocks, in_order(same, zip(blocks, pairwise(starts), strict=True)), strict=True
+    ):
+        if not equal:
+            raise FormatError(f"{where}: elements {start} to {stop - 1} are not the model's")
+
+
+# Reading
+
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class _Entry(BaseModel):
+    """A tensor in the header of a safetensors file."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    dtype: str
+    shape: Annotated[list[_Count], Field(max_length=64)]
+    data_offsets: Annotated[list[_Count], Field(min_length=2, max_length=2)]
+
+
+_ENTRIES = TypeAdapter(dict[str, _Entry])
+
+
+@dataclass(frozen=True)
+class CompactShard:
+    """A compact weight file whose header is known to describe the model's file in full.
+
+    Attributes:
+        shard: the compact file.
+        header: the bytes of the model's file before its tensors.
+        tensors: those of the model's file, in its order.
+        packed: the tensors that are stored as values and bitmask.
+    """
+
+    shard: Shard
+    header: bytes
+    tensors: dict[str, TensorInfo]
+    packed: frozenset[str]
+
+    @classmethod
+    def open(cls, path: Path, name: str) -> "CompactShard":
+        """Check the headers; no tensor is read.
+
+        Raises:
+            FormatError: names the file, the tensor and the fault.
+        """
+        shard = Shard.open(path, name)
+        header, tensors = _original(shard)
+        packed = frozenset(tensors.keys() - shard.header.tensors.keys())
+        expected: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for info in tensors.values():
+            if info.name not in packed:
+                expected[info.name] = info.dtype, info.shape
+                continue
+            values = shard.header.tensors.get(f"{info.name}.values")
+            if values is None:
+                raise FormatError(f"{path}: {shown(info.name)}: neither it nor its values are in the file")
+            if BITS[info.dtype] % 8:
+                raise FormatError(f"{path}: {shown(info.name)}: an element of {info.dtype} is no whole byte")
+            expected[values.name] = info.dtype, (prod(values.shape),)
+            expected[f"{info.name}.bitmask"] = "U8", (-(-prod(info.shape) // 8),)
+        for part, (dtype, shape) in expected.items():
+            found = shard.header.tensors.get(part)
+            if found is None or (found.dtype, found.shape) != (dtype, shape):
+                what = "is missing" if found is None else f"is {found.dtype} {list(found.shape)}"
+                raise FormatError(f"{path}: {shown(part)}: {what}, expected {dtype} {list(shape)}")
+        if stray := shard.header.tensors.keys() - expected.keys():
+            raise FormatError(f"{path}: {shown(min(stray))}: is no tensor of the model, nor a part of one")
+        return cls(shard, header, tensors, packed)
+
+    def holds_the_same(self, other: "CompactShard", name: str) -> bool:
+        """Whether two files hold a tensor of both in the same bytes, as a model may that is stored so."""
+        if (name in self.packed) != (name in other.packed):
+            return False
+        parts = (f"{name}.values", f"{name}.bitmask") if name in self.packed else (name,)
+        same = self.tensors[name].shape == other.tensors[name].shape
+        return same and all(self.shard.difference(other.shard, part) is None for part in parts)
+
+    def blocks(self, name: str) -> Iterator[Bytes]:
+        """The bytes of a tensor as the model's file holds them.
+
+        Raises:
+            FormatError: values and bitmask do not belong together; names the file and the tensor.
+        """
+        if name not in self.packed:
+            for span in spans(self.tensors[name].nbytes, SPAN):
+                yield read_span(self.shard, name, *span)
+            return
+        where = f"{self.shard.path}: {shown(name)}"
+        itemsize = BITS[self.tensors[name].dtype] // 8
+        numel = prod(self.tensors[name].shape)
+        mask = read_span(self.shard, f"{name}.bitmask", 0, -(-numel // 8))
+        values_bytes = self.shard.info(f"{name}.values").nbytes
+        if numel % 8 and int(mask[-1]) >> numel % 8:
+            raise FormatError(f"{where}: its bitmask has bits set past the last of {numel} elements")
+        blocks = spans(numel, SPAN // itemsize)
+        counts = [count_ones(mask[start // 8 : -(-stop // 8)]) for start, stop in blocks]
+        starts = list(accumulate(counts, initial=0))
+        if starts[-1] * itemsize != values_bytes:
+            raise FormatError(
+                f"{where}: its bitmask has {starts[-1]} ones for {values_bytes // itemsize} values"
+            )
+
+        def expanded(block_and_values: tuple[tuple[int, int], tuple[int, int]]) -> Bytes:
+            (start, stop), (first, last) = block_and_values
+            span = read_span(self.shard, f"{name}.values", first * itemsize, last * itemsize)
+            kept = unsigned(span, itemsize)
+            if not kept.all():
+                raise FormatError(f"{where}: value {first + int((kept == 0).argmax())} has no bit set")
+            elements = np.empty(stop - start, dtype=kept.dtype)
+            expand(mask[start // 8 :], kept, elements)
+            return elements.view(np.uint8)
+
+        yield from in_order(expanded, zip(blocks, pairwise(starts), strict=True))
+
+    def read(self, name: str) -> Tensor:
+        """A tensor as the model stores it; FormatError as for `blocks`, or a dtype that torch has not."""
+        info = self.tensors[name]
+        if name not in self.packed:
+            return self.shard.read(name)
+        data = torch.empty(info.nbytes, dtype=torch.uint8)
+        target, done = data.numpy(), 0
+        for block in self.blocks(name):
+            target[done : done + block.size] = block
+            done += block.size
+        shape = torch_shape(info.dtype, info.shape)
+        return data.view(torch_dtype(info.dtype)).reshape(shape)
+
+
+def _original(shard: Shard) -> tuple[bytes, dict[str, TensorInfo]]:
+    """The header of the model's file and what it says, from the metadata of the compact one."""
+    where, metadata = f"{shard.path}: __metadata__", shard.header.metadata
+    if metadata.get("format") != NAME or metadata.get("version") != str(VERSION):
+        raise FormatError(f"{where}: is not that of {NAME}, version {VERSION}")
+    raw = metadata.get("header", "").encode()
+    entries = parse_object(raw, f"{where}.header")
+    entries.pop("__metadata__", None)
+    try:
+        checked = _ENTRIES.validate_python(entries)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise FormatError(f"{where}.header: {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from error
+    tensors: dict[str, TensorInfo] = {}
+    position = 0
+    for name, entry in sorted(checked.items(), key=lambda item: item[1].data_offsets):
+        start, end = entry.data_offsets
+        tensor = f"{where}.header: {shown(name)}"
+        if entry.dtype not in BITS:
+            raise FormatError(f"{tensor}: unknown dtype {shown(entry.dtype)}")
+        shape = tuple(entry.shape)
+        if start != position or end - start != stored_nbytes(entry.dtype, shape, tensor):
+            raise FormatError(f"{tensor}: its offsets do not follow from the tensors before it and its shape")
+        begin = 8 + len(raw)
+        tensors[name] = TensorInfo(name, entry.dtype, shape, begin + start, begin + end)
+        position = end
+    return len(raw).to_bytes(8, "little") + raw, tensors
+
+
+def open_shards(folder: Path, manifest: Manifest) -> list[CompactShard]:
+    """Every compact weight file of an export.
+
+    Raises:
+        FormatError: there is none, a tensor is in two of them and not the same, or the manifest says something else
+            of a site.
+    """
+    path = folder / MANIFEST
+    if manifest.requirements.get("version") != VERSION:
+        found = manifest.requirements.get("version")
+        raise FormatError(f"{path}: requirements.version: {found!r}, this release reads {VERSION}")
+    names = [name for name in manifest.files if _is_weight_file(name) and name.endswith(".safetensors")]
+    if not names:
+        raise FormatError(f"{path}: files: names no weight file in {COMPACT}/")
+    shards = [CompactShard.open(within(folder, name), name) for name in names]
+    where: dict[str, CompactShard] = {}
+    for shard in shards:
+        for name in shard.tensors:
+            if name in where and not shard.holds_the_same(where[name], name):
+                raise FormatError(
+                    f"{shard.shard.path}: {shown(name)}: is in {where[name].shard.path} too, and not the same"
+                )
+            where[name] = shard
+    for index, record in enumerate(manifest.tensors):
+        shard = where.get(record.name)
+        if shard is None:
+            continue
+        info, layout = (
+            shard.tensors[record.name],
+            "bitmask" if record.name in shard.packed else "dense",
+        )
+        if (record.layout, record.dtype) != (layout, info.dtype):
+            raise FormatError(
+                f"{path}: tensors.{index}: {record.layout} {record.dtype}, "
+                f"{shard.shard.path} has it as {layout} {info.dtype}"
+            )
+    return shards
+
+
+def _is_weight_file(name: str) -> bool:
+    return name.startswith(f"{COMPACT}/") and name.endswith((".safetensors", ".safetensors.index.json"))
+
+
+def read(folder: Path, manifest: Manifest) -> Weights:
+    """The weights of an export, decoded from values and bitmask."""
+    where = {name: shard for shard in open_shards(folder, manifest) for name in shard.tensors}
+
+    def scan(name: str, transposed: bool) -> Scan:
+        shard = where[name]
+        if name not in shard.packed:
+            return scan_stored(shard.shard, name, transposed=transposed)
+        return scan_tensor(shard.read(name), transposed=transposed)
+
+    sites = {record.name: record.transposed for record in manifest.tensors}
+    return Weights(frozenset(where), scan, lambda name: where[name].shard.name, lambda: sites)
+
+
+def decode(folder: Path, manifest: Manifest) -> Decoded:
+    """The tensors of the model, bit for bit."""
+    where = {name: shard for shard in open_shards(folder, manifest) for name in shard.tensors}
+    shapes = {name: shard.tensors[name].shape for name, shard in where.items()}
+    return Decoded(shapes, lambda name: where[name].read(name))
+
+
+def restore(folder: Path, manifest: Manifest, target: Path, tick: Tick) -> None:
+    """Write the weight files of the model, and their index, byte for byte as they were."""
+    for compact in open_shards(folder, manifest):
+        path = within(target, compact.shard.name.removeprefix(f"{COMPACT}/"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(path) as out:
+            write_all(out, memoryview(compact.header))
+            for name, info in compact.tensors.items():
+                for block in compact.blocks(name):
+                    write_all(out, block.data)
+                tick(name, info.nbytes)
+    for name in manifest.files:
+        if _is_weight_file(name) and name.endswith(".index.json"):
+            path = within(target, name.removeprefix(f"{COMPACT}/"))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            copy_file(within(folder, name), path)
 
 
 FORMAT = register(Format(NAME, write, read, decode=decode, restore=restore))

@@ -22,7 +22,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from spp_fx.adapters.adapter_folder import Piece
+from spp_fx.adapters.adapter_folder import StoredMatrix
 
 NOT_STORED = "the checkpoint holds no tensor for it"
 
@@ -55,7 +55,7 @@ class Parameter:
 class Binding:
     """Pieces of each site, why a site has none, and what each stored tensor is called in the model."""
 
-    pieces: dict[str, tuple[Piece, ...]]
+    matrices: dict[str, tuple[StoredMatrix, ...]]
     refused: dict[str, str]
     targets: dict[str, str]
 
@@ -78,7 +78,7 @@ def bind(model: PreTrainedModel, slots: Mapping[str, Slot], stored: Mapping[str,
             plain[target] = name
         else:
             converted.setdefault(target, {}).setdefault(pattern, []).append(name)
-    pieces: dict[str, tuple[Piece, ...]] = {}
+    matrices: dict[str, tuple[StoredMatrix, ...]] = {}
     refused: dict[str, str] = {}
     for slot in slots.values():
         if slot.name in plain:
@@ -90,8 +90,8 @@ def bind(model: PreTrainedModel, slots: Mapping[str, Slot], stored: Mapping[str,
         if isinstance(found, str):
             refused[slot.name] = _in_parts(slot.name, (*plain, *converted)) or found
         else:
-            pieces[slot.name] = found
-    return Binding(pieces, refused, targets)
+            matrices[slot.name] = found
+    return Binding(matrices, refused, targets)
 
 
 def _in_parts(name: str, known: Iterable[str]) -> str | None:
@@ -140,7 +140,7 @@ def find_targets(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, tup
     return found
 
 
-def _plain(slot: Slot, tensor: str, stored: Mapping[str, tuple[int, ...]]) -> tuple[Piece, ...] | str:
+def _plain(slot: Slot, tensor: str, stored: Mapping[str, tuple[int, ...]]) -> tuple[StoredMatrix, ...] | str:
     shape = stored[tensor]
     expected = (*slot.shape[:-2], slot.shape[-1], slot.shape[-2]) if slot.transposed else slot.shape
     if 0 in shape and 0 not in expected:
@@ -151,9 +151,10 @@ def _plain(slot: Slot, tensor: str, stored: Mapping[str, tuple[int, ...]]) -> tu
     if shape != expected:
         return f"is stored as {tensor} of shape {list(shape)}, the model wants {list(expected)}"
     if len(slot.shape) != 3:
-        return (Piece(tensor, slot.transposed, None, 0, _rows(slot)),)
+        return (StoredMatrix(tensor, slot.transposed, None, 0, _rows(slot)),)
     return tuple(
-        Piece(tensor, slot.transposed, expert, 0, _rows(slot), whole=True) for expert in range(slot.shape[0])
+        StoredMatrix(tensor, slot.transposed, expert, 0, _rows(slot), whole=True)
+        for expert in range(slot.shape[0])
     )
 
 
@@ -162,7 +163,7 @@ def _converted(
     by_pattern: Mapping[str, list[str]],
     converters: list[WeightConverter],
     stored: Mapping[str, tuple[int, ...]],
-) -> tuple[Piece, ...] | str:
+) -> tuple[StoredMatrix, ...] | str:
     """Experts merged into a stack (dim 0), their projections side by side along the rows (dim 1)."""
     converter = next(c for c in converters if set(by_pattern) <= set(c.source_patterns))
     operations = [(type(op), getattr(op, "dim", None)) for op in converter.operations]
@@ -171,7 +172,7 @@ def _converted(
         return f"is made of stored tensors by {names}, which cannot be undone matrix by matrix"
     if slot.transposed or len(slot.shape) != 3:
         return "is made of several stored tensors in a way that cannot be undone"
-    pieces: list[Piece] = []
+    matrices: list[StoredMatrix] = []
     start = [0] * slot.shape[0]
     for pattern in (p for p in converter.source_patterns if p in by_pattern):
         number = re.compile(re.escape(pattern.rstrip("$")).replace(r"\*", r"(\d+)"))
@@ -181,11 +182,11 @@ def _converted(
             if match is None or int(match[1]) >= slot.shape[0] or columns != slot.shape[-1]:
                 return f"its stored tensor {tensor} of shape {list(stored[tensor])} does not fit"
             expert = int(match[1])
-            pieces.append(Piece(tensor, False, expert, start[expert], start[expert] + rows))
+            matrices.append(StoredMatrix(tensor, False, expert, start[expert], start[expert] + rows))
             start[expert] += rows
     if start != [_rows(slot)] * slot.shape[0]:
         return "its stored tensors do not fill it"
-    return tuple(pieces)
+    return tuple(matrices)
 
 
 def _rows(slot: Slot) -> int:
@@ -193,31 +194,33 @@ def _rows(slot: Slot) -> int:
     return slot.shape[-2] if len(slot.shape) > 1 else torch.Size(slot.shape).numel()
 
 
-def assemble(pieces: tuple[Piece, ...], shape: tuple[int, ...], read: Callable[[str], Tensor]) -> Tensor:
+def assemble(
+    matrices: tuple[StoredMatrix, ...], shape: tuple[int, ...], read: Callable[[str], Tensor]
+) -> Tensor:
     """A parameter as the model has it, of its stored tensors.
 
     Args:
-        pieces: all of the parameter's.
+        matrices: all of the parameter's.
         shape: the parameter's, in the model.
         read: gives a stored tensor by name.
     """
-    if pieces[0].whole or pieces[0].expert is None:
-        return read(pieces[0].tensor).view(shape)
+    if matrices[0].whole or matrices[0].expert is None:
+        return read(matrices[0].tensor).view(shape)
     result: Tensor | None = None
-    for piece in pieces:
-        part = read(piece.tensor)
+    for matrix in matrices:
+        part = read(matrix.tensor)
         if result is None:
             result = torch.empty(shape, dtype=part.dtype)
-        result[piece.expert, piece.start : piece.stop] = part
+        result[matrix.expert, matrix.start : matrix.stop] = part
     assert result is not None
     return result
 
 
-def take_apart(pieces: tuple[Piece, ...], parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
+def take_apart(matrices: tuple[StoredMatrix, ...], parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The stored tensors of a parameter as the model has it, by name: the inverse of `assemble`."""
-    if pieces[0].whole or pieces[0].expert is None:
-        yield pieces[0].tensor, parameter
+    if matrices[0].whole or matrices[0].expert is None:
+        yield matrices[0].tensor, parameter
         return
-    for piece in pieces:
-        assert piece.expert is not None
-        yield piece.tensor, parameter[piece.expert, piece.start : piece.stop]
+    for matrix in matrices:
+        assert matrix.expert is not None
+        yield matrix.tensor, parameter[matrix.expert, matrix.start : matrix.stop]

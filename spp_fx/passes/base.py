@@ -14,11 +14,11 @@ class PassReport:
 
     Attributes:
         changed: sites treated, each with a short note.
-        refused: sites left alone, each with its reason.
+        skipped: sites left alone, each with its reason.
     """
 
     changed: dict[str, str] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ class Canonicalize(Pass):
                 _rewrite(flow.graph(contraction.place), contraction, name)
             report.changed[name] = f"{made[name].kind} {'x'.join(map(str, made[name].shape))}"
         program.left_out = _with_aliases(program, left_out)
-        report.refused.update((name, why.reason) for name, why in program.left_out.items())
+        report.skipped.update((name, why.reason) for name, why in program.left_out.items())
         for _, module in program.graphs():
             module.recompile()
         return report

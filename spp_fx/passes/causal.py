@@ -50,7 +50,7 @@ class Causal(Pass):
             readers = list(_readers(source))
             reason = _obstacle(source, readers, callers)
             if reason is not None:
-                report.refused.update((use.path, reason) for use in readers if use.node.target == ATTENTION)
+                report.skipped.update((use.path, reason) for use in readers if use.node.target == ATTENTION)
                 continue
             _outline(source)
             for use in readers:

@@ -48,7 +48,7 @@ class Inject(Pass):
         method = self.method
         taken, refused = adaptable(method, {name: program.sites[name].shape for name in program.matched})
         program.requires_grad_(False)
-        report = PassReport(refused=refused)
+        report = PassReport(skipped=refused)
         uses = program.uses()
         for name in taken:
             site, weight = program.sites[name], program.weight(name)

@@ -63,7 +63,7 @@ class Lower(Pass):
                 packed, reason = pack_site(program, name, uses[name])
                 report.changed[name] += f", {packed}" if packed else ", dense"
                 if reason:
-                    report.refused[name] = reason
+                    report.skipped[name] = reason
         return report
 
     def ensures(self, program: Program) -> None:

@@ -55,7 +55,7 @@ class Match(Pass):
                     continue
                 dense.append(name)
                 reason = "dense: it has no zeros to keep"
-            report.refused[name] = reason
+            report.skipped[name] = reason
         if not program.matched:
             raise _nothing(report, dense, bool(self.targets))
         return report
@@ -94,6 +94,6 @@ def _nothing(report: PassReport, dense: list[str], named: bool) -> Exception:
             f"the model is dense: none of {len(dense)} candidate sites holds a pattern (first: {dense[0]}). "
             "Prune it first: spp-fx prune MODEL -o OUT --method magnitude --pattern 2:4"
         )
-    reasons = sorted(set(report.refused.values()))
+    reasons = sorted(set(report.skipped.values()))
     hint = "" if named else "; name sites with --targets (spp-fx inspect lists them)"
     return UsageError(f"no site matches: {'; '.join(reasons) or 'the program has no sites'}{hint}")

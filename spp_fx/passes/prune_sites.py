@@ -58,18 +58,18 @@ class Prune(Pass):
     def apply(self, program: Program) -> PassReport:
         report, recipe = PassReport(), self._recipe()
         walks = program.calibration is not None and bool(program.units)
-        report.refused.update(outside_of_layers(program, program.matched) if walks else {})
-        sites = [name for name in program.matched if name not in report.refused]
+        report.skipped.update(outside_of_layers(program, program.matched) if walks else {})
+        sites = [name for name in program.matched if name not in report.skipped]
         if not sites:
-            raise PreconditionError(f"prune: {'; '.join(sorted(set(report.refused.values())))}")
+            raise PreconditionError(f"prune: {'; '.join(sorted(set(report.skipped.values())))}")
         patterns, skipped = patterns_of(sites, parse_pattern(self.pattern), self.ratios, self.skip)
-        report.refused.update(skipped)
+        report.skipped.update(skipped)
         check_patterns(program.sites, patterns, recipe.criterion)
         matrices = _walk(program, patterns, recipe) if walks else _each(program, patterns, recipe)
         for name, pattern in patterns.items():
             report.changed[name] = _describe([each for each in matrices if each.site == name])
             program.patterns[name] = program.matched[name] = pattern
-        for name in report.refused:
+        for name in report.skipped:
             del program.matched[name]
         return report
 

@@ -70,7 +70,7 @@ class Shard(Pass):
             _pack(program, inside, device, report)
             fully_shard(program.get_submodule(path), mesh=mesh, ignored_params=trained)
             report.changed[path] = f"split between {mesh.size()} processes"
-        done = program.packings.keys() | report.refused.keys()
+        done = program.packings.keys() | report.skipped.keys()
         _pack(program, {n: uses for n, uses in adapters.items() if n not in done}, device, report)
         for parameter in trained:
             parameter.data = parameter.data.to(device)
@@ -135,4 +135,4 @@ def _pack(program: Program, adapters: dict[str, list[Use]], device: torch.device
     for name, uses in adapters.items():
         packing, reason = pack_site(program, name, uses, device)
         if packing is None:
-            report.refused[name] = str(reason)
+            report.skipped[name] = str(reason)

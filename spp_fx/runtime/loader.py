@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from spp_fx.errors import FormatError, UsageError
-from spp_fx.exporters import FORMATS, Decoded, find_format
+from spp_fx.exporters.format import FORMATS, Decoded, find_format
 from spp_fx.exporters.manifest import MANIFEST, Manifest, TensorRecord, read_manifest
-from spp_fx.exporters.packed_reader import WEIGHTS
-from spp_fx.graph.binding import Binding, Parameter, Piece, assemble, bind
+from spp_fx.exporters.packed import open_files
+from spp_fx.graph.binding import Binding, Parameter, StoredMatrix, assemble, bind
 from spp_fx.graph.model import Readable, check_causal, hollow_model
-from spp_fx.runtime.library import CuSparseLt, Cutlass, Library
+from spp_fx.runtime.cuda_library import CuSparseLt, Cutlass, Library
 from spp_fx.runtime.trust import PackedSite, SiteForm, decide, make_weight
 from spp_fx.storage.folder import ModelFolder
 from spp_fx.storage.links import links_option
@@ -54,8 +54,8 @@ class StoredWeights:
 
     def single(self, name: str) -> str | None:
         """The stored tensor that is a parameter as it is; None where several make it up, or none."""
-        pieces = self.binding.pieces.get(name, ())
-        return pieces[0].tensor if len(pieces) == 1 and pieces[0].expert is None else None
+        matrices = self.binding.matrices.get(name, ())
+        return matrices[0].tensor if len(matrices) == 1 and matrices[0].expert is None else None
 
     def read(self, name: str, device: torch.device) -> Tensor:
         """A parameter or buffer in its dtype, contiguous, on a device.
@@ -64,7 +64,7 @@ class StoredWeights:
             FormatError: nothing is stored for it, or a tensor of a type that is no weight by itself.
         """
         dtype = self.dtypes[name]
-        tensor = assemble(self._pieces(name), self.slots[name].shape, self.decoded.read)
+        tensor = assemble(self._matrices(name), self.slots[name].shape, self.decoded.read)
         if dtype.is_floating_point and (not tensor.is_floating_point() or tensor.itemsize < 2):
             raise FormatError(
                 f"{self.folder}: {name} is stored as {tensor.dtype}, which means nothing without its scales; "
@@ -79,7 +79,7 @@ class StoredWeights:
             made: weights that are there already, by parameter; they have no other name.
         """
         for names in self.shared:
-            stored = [name for name in names if name in self.binding.pieces] or [names[0]]
+            stored = [name for name in names if name in self.binding.matrices] or [names[0]]
             first = made[stored[0]] if stored[0] in made else self.read(stored[0], device)
             parameter = nn.Parameter(first, requires_grad=False)
             for name in names:
@@ -92,14 +92,14 @@ class StoredWeights:
                 owner._parameters[attribute] = own
         for name, buffer in list(self.model.named_buffers(remove_duplicate=False)):
             owner, attribute = owner_of(self.model, name)
-            stored = name in self.binding.pieces
+            stored = name in self.binding.matrices
             owner._buffers[attribute] = self.read(name, device) if stored else buffer.to(device)
 
-    def _pieces(self, name: str) -> tuple[Piece, ...]:
-        if name not in self.binding.pieces:
+    def _matrices(self, name: str) -> tuple[StoredMatrix, ...]:
+        if name not in self.binding.matrices:
             reason = self.binding.refused.get(name, "the export holds no tensor for it")
             raise FormatError(f"{self.folder}: {name}: {reason}; export the model again")
-        return self.binding.pieces[name]
+        return self.binding.matrices[name]
 
 
 def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -163,7 +163,7 @@ def packed_site(
     record: TensorRecord,
     name: str,
     stored: StoredWeights,
-    shard: Callable[[], Shard],
+    files: Callable[[], Mapping[str, Shard]],
     manifest: Manifest,
     device: torch.device,
 ) -> PackedSite:
@@ -173,8 +173,8 @@ def packed_site(
         raise FormatError(f"{stored.folder / MANIFEST}: requirements.sm: {sm!r} is no number")
 
     def read_parts() -> dict[str, Tensor]:
-        tensors = {part: shard().read(f"{record.name}.{part}") for part in parts}
-        return {part: tensor.to(device) for part, tensor in tensors.items()}
+        names = {part: f"{record.name}.{part}" for part in parts}
+        return {part: files()[name].read(name).to(device) for part, name in names.items()}
 
     m, k = record.shape
     return PackedSite(
@@ -241,14 +241,14 @@ def load_with(
     forms: dict[str, SiteForm] = {}
     packs: dict[str, list[PackedSite]] = {}
     parameters = {tensor: name for name in stored.slots if (tensor := stored.single(name))}
-    shard = cache(lambda: Shard.open(folder / WEIGHTS))
+    files = cache(lambda: open_files(folder, manifest))
     for record in manifest.tensors:
         name = parameters.get(record.name)
         reason = dense_reason(record, name, stored)
         if libraries is None or name is None or reason:
             forms[record.name] = SiteForm("dense", reason or f"{device.type} has no 2:4 product")
         else:
-            site = packed_site(record, name, stored, shard, manifest, device)
+            site = packed_site(record, name, stored, files, manifest, device)
             packs.setdefault(record.layout, []).append(site)
     made: dict[str, Tensor] = {}
     for layout, sites in packs.items():

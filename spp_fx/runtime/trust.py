@@ -24,7 +24,7 @@ from typing import Final, Literal
 import torch
 from torch import Tensor
 
-from spp_fx.runtime.library import Library
+from spp_fx.runtime.cuda_library import Library
 
 TOKENS: Final = (1, 16, 100)
 """Token counts of the random inputs: libraries pad to multiples of 8 or 16."""

@@ -30,6 +30,8 @@ from spp_fx.sparsity.mask import PackedMask, digest_state
 if TYPE_CHECKING:
     import torch
 
+    from spp_fx.storage.safetensors import Shard
+
 
 @dataclass(frozen=True)
 class ElementType:
@@ -245,6 +247,12 @@ def scan_file(
             return open_files.enter_context(closing(_File(Path(path), offset)))
 
         return _scan(open_source, kind, shape, transposed, threads)
+
+
+def scan_stored(shard: "Shard", name: str, *, transposed: bool = False) -> Scan:
+    """Scan a tensor of a safetensors file; see `scan_file`."""
+    info = shard.info(name)
+    return scan_file(shard.path, info.start, info.shape, info.dtype, transposed=transposed)
 
 
 def scan_tensor(tensor: "torch.Tensor", *, transposed: bool = False, threads: int | None = None) -> Scan:

@@ -306,6 +306,13 @@ def peft_adapter(folder: Path) -> PeftAdapter | None:
     return PeftAdapter(folder, kind, base if isinstance(base, str) and base else None)
 
 
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder is an adapter folder; a model folder with an adapter of PEFT in it is not one."""
+    return (folder / _CONFIG).is_file() and not (
+        (folder / "config.json").is_file() and peft_adapter(folder) is not None
+    )
+
+
 _MAX_CONFIG_BYTES = 100_000_000
 _SAMPLE_BYTES = 4096
 _SAMPLES = 16

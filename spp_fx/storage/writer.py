@@ -132,7 +132,7 @@ def write_safetensors(
     On any error `target` is removed.
     """
     ordered = layout(specs, target)
-    raw = header_bytes(ordered, metadata or {}, target)
+    raw = header_bytes(ordered, dict(sorted((metadata or {}).items())), target)
     with new_file(target) as out:
         write_all(out, memoryview(raw))
         for name, dtype, shape in ordered:
@@ -308,7 +308,7 @@ def header_bytes(ordered: list[TensorSpec], metadata: Mapping[str, str], target:
     """
     entries: dict[str, object] = {}
     if metadata:
-        entries["__metadata__"] = dict(sorted(metadata.items()))
+        entries["__metadata__"] = dict(metadata)
     position = 0
     for name, dtype, shape in ordered:
         end = position + stored_nbytes(dtype, shape, f"{target}: tensor {shown(name)}")

@@ -63,7 +63,7 @@ def evaluate(
 
     Args:
         data: a text file, .json or .jsonl records, or the name of a dataset of the hub, as for `train`.
-        strict: rows with nothing in them are an error; else they are skipped and counted, and `say` is told.
+        strict: rows with nothing in them are an error; else they are skipped, counted, and reported by `say`.
 
     Raises:
         UsageError: the text or the model cannot be used.

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from spp_fx.errors import MaskError, UsageError
-from spp_fx.exporters import FORMATS, ExportSettings, Format, Say, Source, find_format
-from spp_fx.exporters.format import ROUND_TO
-from spp_fx.exporters.manifest import Manifest, add_file, read_manifest
+from spp_fx.exporters.format import FORMATS, ROUND_TO, ExportSettings, Format, Say, Source, find_format
+from spp_fx.exporters.manifest import Manifest, add_file, open_model, read_manifest
+from spp_fx.parallel import Tick, no_tick
 from spp_fx.sparsity.lock import LOCK_NAME, load_lock, lock_beside
 from spp_fx.storage.links import links_option
 from spp_fx.storage.workspace import check_output, workspace
 from spp_fx.verbs.lock import make_lock, nothing_sparse
 from spp_fx.verbs.verify import verify
 from spp_fx.verify import provenance
-from spp_fx.verify.model_sites import Tick, no_tick, open_model, survey
+from spp_fx.verify.model_sites import find_sites
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,7 @@ def export(
             say(f"{kept} values would round to zero and were kept as the smallest normal number")
         verdict = verify(temporary)
         if not verdict.ok:
-            broken = next(site for site in verdict.sites if not site.ok)
-            raise MaskError(f"{broken.name}: read back from the export: {broken.reason}")
+            raise MaskError(f"read back from the export: {verdict.failures[0]}")
         if load_lock(temporary / LOCK_NAME).by_name() != source.lock.by_name():
             raise MaskError(f"{format}: the lock of the export is not the model's")
         checks["masks_equal"] = sum(site.mask_equal is True for site in verdict.sites)
@@ -149,13 +148,12 @@ def open_source(model: Path, *, trust_remote_code: bool = False, any_config: boo
     folder = open_model(model, any_config=any_config)
     if own := lock_beside(model):
         verdict = verify(model)
-        if not verdict.ok:
-            broken = [f"{site.name}: {site.reason}" for site in verdict.sites if not site.ok]
-            faults = broken if any_config else [*verdict.problems, *broken]
-            if faults:
-                raise MaskError(f"{model}: {faults[0]}; export only what verifies")
+        # A sparsity_config is a problem of the whole, which `any_config` takes.
+        failures = verdict.failures[len(verdict.problems) if any_config else 0 :]
+        if failures:
+            raise MaskError(f"{model}: {failures[0]}; export only what verifies")
         return Source(folder, own, trust_remote_code)
-    found = survey(model, trust_remote_code=trust_remote_code, any_config=any_config)
+    found = find_sites(folder, trust_remote_code=trust_remote_code)
     made = make_lock(found)
     if not made.lock.sites:
         raise UsageError(str(nothing_sparse(model, made)))

@@ -10,8 +10,10 @@ import torch
 from spp_fx.adapters import Method, initial_factor, make_method
 from spp_fx.adapters.adapter_folder import write_adapter
 from spp_fx.errors import MaskError, SppFxError, UsageError
+from spp_fx.exporters.manifest import open_model
 from spp_fx.graph.names import without_skipped
 from spp_fx.graph.program import Site
+from spp_fx.parallel import Tick, no_tick
 from spp_fx.passes.inject_adapters import adaptable
 from spp_fx.passes.match import Match
 from spp_fx.passes.pipeline import run_pipeline
@@ -21,7 +23,7 @@ from spp_fx.sparsity.pattern import Pattern
 from spp_fx.storage.links import links_option
 from spp_fx.storage.output import atomic_folder
 from spp_fx.verify import provenance
-from spp_fx.verify.model_sites import Survey, Tick, choose, no_tick, observe, survey
+from spp_fx.verify.model_sites import ModelSites, choose, find_sites, scan_sites
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def inject(
     Args:
         out: the folder to write; None for a dry run, for which config.json alone will do.
         skip: names of sites that get no adapter, given as targets are.
-        allow_links: follow symbolic links that leave a folder; see `checkpoint.links`.
+        allow_links: follow symbolic links that leave a folder; see `links.check_link`.
         say: called with what the reader should know.
 
     Raises:
@@ -106,11 +108,11 @@ def inject(
     adapter = make_method(method, rank=rank, scale=scale, dropout=dropout)
     if out is None:
         weights = any(model.glob("*.safetensors"))
-        found = survey(model, weights=weights, trust_remote_code=trust_remote_code)
+        found = find_sites(open_model(model, weights=weights), trust_remote_code=trust_remote_code)
         return _inject(found, None, adapter, targets, skip, tick, say)[0]
     provenance.load(model)  # a damaged history is refused before the work
     with atomic_folder(out, force, sources=[model]) as temporary:
-        found = survey(model, trust_remote_code=trust_remote_code)
+        found = find_sites(open_model(model), trust_remote_code=trust_remote_code)
         result, lock = _inject(found, out, adapter, targets, skip, tick, say)
         factors = {
             f"{name}.{key}": initial_factor(spec, f"{name}.{key}", seed, torch.device("cpu"))
@@ -125,7 +127,7 @@ def inject(
             fingerprint=fingerprint,
             method=adapter,
             seed=seed,
-            pieces={name: found.pieces[name] for name in result.sites},
+            matrices={name: found.matrices[name] for name in result.sites},
             factors=factors,
             lock=lock,
         )
@@ -139,7 +141,7 @@ def inject(
 
 
 def _inject(
-    found: Survey,
+    found: ModelSites,
     out: Path | None,
     adapter: Method,
     targets: Sequence[str],
@@ -154,10 +156,10 @@ def _inject(
     chosen, refused = choose(found, Match(targets=tuple(targets), dense=True))
     chosen, skipped = without_skipped(chosen, skip, known=[*program.sites, *found.others])
     refused |= skipped
-    masks = observe(found, chosen, tick) if found.folder.shards else {}
+    masks = scan_sites(found, chosen, tick) if found.folder.shards else {}
     if masks:
         (report,) = run_pipeline(program, [Match(targets=tuple(chosen))])
-        refused |= {name: reason for name, reason in report.refused.items() if name in chosen}
+        refused |= {name: reason for name, reason in report.skipped.items() if name in chosen}
         chosen = list(program.matched)
     taken, unfit = adaptable(adapter, {name: program.sites[name].shape for name in chosen})
     refused |= unfit | found.others
@@ -172,22 +174,22 @@ def _size(method: Method, site: Site) -> int:
 
 
 def _lock(
-    found: Survey, sites: Iterable[str], masks: Mapping[str, tuple[PackedMask, Pattern | None]]
+    found: ModelSites, sites: Iterable[str], masks: Mapping[str, tuple[PackedMask, Pattern | None]]
 ) -> Lock:
     """The lock of sites' tensors, held against the model's own lock if it has one."""
     path = found.folder.path / LOCK_NAME
     own = lock_beside(found.folder.path)
     known = own.by_name() if own else {}
     entries = {
-        piece.tensor: make_entry(
-            piece.tensor,
+        matrix.tensor: make_entry(
+            matrix.tensor,
             found.program.sites[site].kind,
-            masks[piece.tensor][0],
-            masks[piece.tensor][1],
-            piece.transposed,
+            masks[matrix.tensor][0],
+            masks[matrix.tensor][1],
+            matrix.transposed,
         )
         for site in sites
-        for piece in found.pieces[site]
+        for matrix in found.matrices[site]
     }
     if known and not any(name in found.folder for name in known):
         raise SppFxError(

@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from spp_fx.errors import SppFxError
+from spp_fx.exporters.manifest import open_model
 from spp_fx.graph.program import Site
+from spp_fx.parallel import Tick, no_tick
 from spp_fx.passes.match import Match
 from spp_fx.passes.pipeline import run_pipeline
 from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.pattern import Pattern
 from spp_fx.storage.links import links_option
-from spp_fx.verify.model_sites import Survey, Tick, no_tick, observe, survey
+from spp_fx.verify.model_sites import ModelSites, find_sites, scan_sites
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Inspected:
 
     Attributes:
         others: its matrices that are not sites, each with the reason.
-        notes: those of `Survey`.
+        notes: those of `ModelSites`.
     """
 
     model: Path
@@ -72,22 +74,22 @@ class Inspected:
 def inspect(
     model: str | Path, *, trust_remote_code: bool = False, allow_links: bool = False, tick: Tick = no_tick
 ) -> Inspected:
-    """Look at a model folder; with config.json alone the shapes are shown and the patterns left out."""
+    """Describe the sites of a model folder; with config.json alone, without their patterns."""
     model = Path(model)
     weights = any(model.glob("*.safetensors"))
-    found = survey(model, weights=weights, trust_remote_code=trust_remote_code)
+    found = find_sites(open_model(model, weights=weights), trust_remote_code=trust_remote_code)
     program = found.program
     seen: dict[str, tuple[PackedMask, Pattern | None]] = {}
     if weights:
-        seen = observe(found, [name for name in program.sites if name in found.pieces], tick)
-    refused = _refusals(found, weights)
+        seen = scan_sites(found, [name for name in program.sites if name in found.matrices], tick)
+    skipped = _skipped(found, weights)
     sites = [
         SiteView(
             site,
             program.patterns.get(name),
             _sparsity(found, name, seen),
-            name not in refused,
-            refused.get(name),
+            name not in skipped,
+            skipped.get(name),
         )
         for name, site in program.sites.items()
     ]
@@ -96,21 +98,23 @@ def inspect(
     return Inspected(model, program.config.model_type, sites, found.others, found.notes, total, nbytes)
 
 
-def _refusals(found: Survey, weights: bool) -> dict[str, str]:
-    """What match refuses, with its reasons; a model without any match is all refusals."""
-    refused = {n: r for n, r in found.binding.refused.items() if n in found.program.sites} if weights else {}
+def _skipped(found: ModelSites, weights: bool) -> dict[str, str]:
+    """The sites that match skips, with its reasons; all of them where it finds none."""
+    unbound = {n: r for n, r in found.binding.refused.items() if n in found.program.sites} if weights else {}
     if not found.program.sites:
-        return refused
+        return unbound
     try:
         (report,) = run_pipeline(found.program, [Match(dense=not weights)])
     except SppFxError:
         (report,) = run_pipeline(found.program, [Match(dense=True)])
         for name in report.changed:
-            report.refused[name] = "dense: it has no zeros to keep"
-    return report.refused | refused
+            report.skipped[name] = "dense: it has no zeros to keep"
+    return report.skipped | unbound
 
 
-def _sparsity(found: Survey, name: str, seen: dict[str, tuple[PackedMask, Pattern | None]]) -> float | None:
-    masks = [seen[piece.tensor][0] for piece in found.pieces.get(name, ()) if piece.tensor in seen]
+def _sparsity(
+    found: ModelSites, name: str, seen: dict[str, tuple[PackedMask, Pattern | None]]
+) -> float | None:
+    masks = [seen[matrix.tensor][0] for matrix in found.matrices.get(name, ()) if matrix.tensor in seen]
     total = sum(mask.numel for mask in masks)
     return 1 - sum(mask.nnz for mask in masks) / total if total else None

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from spp_fx.adapters.adapter_folder import AdapterFolder, is_adapter
+from spp_fx.adapters.adapter_folder import AdapterFolder
 from spp_fx.errors import UsageError
+from spp_fx.exporters.manifest import open_model
 from spp_fx.graph.model import TOKENIZER_FILES, Readable, check_causal, load_model
 from spp_fx.graph.program import Program, factor_attribute
 from spp_fx.graph.trace import trace
@@ -21,11 +22,11 @@ from spp_fx.passes.match import Match
 from spp_fx.passes.partition import Checkpoint, Partition
 from spp_fx.passes.pipeline import run_pipeline
 from spp_fx.passes.shard import Shard
+from spp_fx.storage.folder import is_adapter
 from spp_fx.training.records import Skipped, read_samples
 from spp_fx.training.samples import check_vocabulary, token_stream
 from spp_fx.training.trainer import load_factors
 from spp_fx.verbs.settings import Calibration
-from spp_fx.verify.model_sites import open_model
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ def load_program(
         [
             Canonicalize(),
             Causal(),
-            Match(targets=tuple(adapter.pieces)),
-            # check_base has told the base by its fingerprint, and nothing here writes to it.
+            Match(targets=tuple(adapter.matrices)),
+            # check_base has checked the fingerprint of the base, and nothing here writes to it.
             Inject(adapter.method, seed=adapter.config.seed, masks=False),
             # Shard packs by itself, one layer at a time.
             Lower(kernel="fused", storage="dense" if shard else storage),
@@ -91,11 +92,12 @@ def load_program(
         run_pipeline(program, [Checkpoint()])
     if shard:
         run_pipeline(program, [Shard(over=shard, storage=storage)])
-    factors = {
-        f"{site}.{key}": _factor(program, site, key)
-        for site in adapter.pieces
-        for key in adapter.method.factors(program.sites[site].shape)
-    }
+    factors: dict[str, nn.Parameter] = {}
+    for site in adapter.matrices:
+        owner, _, parameter = site.rpartition(".")
+        for key in adapter.method.factors(program.sites[site].shape):
+            name = f"{owner}.{factor_attribute(parameter, key)}"
+            factors[f"{site}.{key}"] = program.get_parameter(name)
     load_factors(factors, {name: adapter.shard.read(name) for name in factors}, adapter.shard.path)
     return Loaded(program, model, factors)
 
@@ -131,29 +133,12 @@ def window_length(program: Program, asked: int | None, default: int = 512) -> in
     return asked
 
 
-def _factor(program: Program, site: str, key: str) -> nn.Parameter:
-    owner, _, parameter = site.rpartition(".")
-    return program.get_parameter(f"{owner}.{factor_attribute(parameter, key)}")
-
-
 @dataclass(frozen=True)
 class Drawn:
     """Windows drawn from a text, (samples, length) int64, and the rows of the data that were skipped."""
 
     tokens: Tensor
     skipped: Skipped
-
-
-def calibration_tokens(
-    model: Path,
-    program: Program,
-    calibration: Calibration,
-    *,
-    trust_remote_code: bool = False,
-    say: Callable[[str], None] = lambda line: None,
-) -> Tensor:
-    """The windows of `draw_windows` alone."""
-    return draw_windows(model, program, calibration, trust_remote_code=trust_remote_code, say=say).tokens
 
 
 def draw_windows(
@@ -166,8 +151,8 @@ def draw_windows(
 ) -> Drawn:
     """Windows of a text drawn at random.
 
-    No two overlap, unless the text is too short for that: then they begin at different tokens, and `say` is told,
-    as it is of rows that are skipped.
+    No two overlap, unless the text is too short for that: then they begin at different tokens; `say`
+    reports that, and rows that are skipped.
 
     Raises:
         UsageError: the text has fewer windows than are asked for, or cannot be used.

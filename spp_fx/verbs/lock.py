@@ -2,37 +2,41 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spp_fx.errors import FormatError, MaskError, PatternError, UsageError
+from spp_fx.exporters.manifest import open_model
+from spp_fx.graph.names import is_target
 from spp_fx.parallel import Tick, in_order, no_tick
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry, load_lock, make_entry
 from spp_fx.sparsity.pattern import Pattern, detect_pattern, parse_pattern, scan_bits
-from spp_fx.sparsity.scan import Scan, element_type, scan_file
+from spp_fx.sparsity.scan import element_type, scan_stored
 from spp_fx.storage.folder import peft_adapter
 from spp_fx.storage.links import links_option
+from spp_fx.storage.output import atomic_file
+from spp_fx.storage.safetensors import Shard
 from spp_fx.verify import provenance
+from spp_fx.verify.named_sites import is_site
 
 if TYPE_CHECKING:
-    from spp_fx.verify.model_sites import Survey
+    from spp_fx.verify.model_sites import ModelSites
 
-_PARTS = {"export.json": "an export", "adapter_config.json": "an adapter"}
-"""Folders whose lock is a part of them: by the file that marks them."""
+_HAVE_OWN_LOCK = {"export.json": "an export", "adapter_config.json": "an adapter"}
+"""Folders whose lock is a part of them, by the file that marks them."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A stored weight that may be locked; `where` is the file that holds it."""
+    """A stored weight that may be locked."""
 
+    shard: Shard
     name: str
     kind: str
     transposed: bool
-    where: str
-    nbytes: int
-    scan: Callable[[], Scan]
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Locked:
     out: Path
     lock: Lock
     left_out: dict[str, str]
-    replaced: dict[str, list[str]] | None = field(default=None)
+    replaced: dict[str, list[str]] | None = None
 
     @property
     def patterns(self) -> dict[str, int]:
@@ -116,7 +120,7 @@ def lock(
             weights out.
         targets: sites to lock; see `Match`.
         force: replace a lock that is there.
-        allow_links: follow symbolic links that leave a folder; see `checkpoint.links`.
+        allow_links: follow symbolic links that leave a folder; see `links.check_link`.
 
     Raises:
         UsageError: the lock exists, no such site, or a folder whose lock is a part of it.
@@ -125,26 +129,25 @@ def lock(
         FormatError: a file is damaged.
     """
     model = Path(model)
-    asked = parse_pattern(pattern) if pattern is not None else None
-    for marker, what in _PARTS.items():
+    required = parse_pattern(pattern) if pattern is not None else None
+    for marker, what in _HAVE_OWN_LOCK.items():
         if (model / marker).is_file() and peft_adapter(model) is None:
             raise UsageError(f"{model}: is {what}, which has a lock of its own: {model / LOCK_NAME}")
-    alone = model.suffix == ".safetensors" and not model.is_dir()
-    beside = (model.parent if alone else model) / LOCK_NAME
+    is_file = model.suffix == ".safetensors" and not model.is_dir()
+    beside = (model.parent if is_file else model) / LOCK_NAME
     target = beside if out is None else Path(out)
-    from spp_fx.storage.output import atomic_file
-    from spp_fx.verify.model_sites import survey
-
-    past = None if alone else provenance.load(model)  # a damaged one is refused before the long look
+    past = None if is_file else provenance.load(model)  # a damaged one is refused before the long scan
     with atomic_file(target, force) as temporary:
-        before = _known(target, say)
-        if alone:
-            found, made = None, _lock_file(model, asked, targets, tick)
+        before = _replaced_lock(target, say)
+        if is_file:
+            found, made = None, _lock_file(model, required, targets, tick)
         else:
-            found = survey(model, trust_remote_code=trust_remote_code)
+            from spp_fx.verify.model_sites import find_sites
+
+            found = find_sites(open_model(model), trust_remote_code=trust_remote_code)
             for note in found.notes:
                 say(note)
-            made = make_lock(found, pattern=asked, targets=targets, tick=tick)
+            made = make_lock(found, pattern=required, targets=targets, tick=tick)
         if not made.lock.sites:
             raise nothing_sparse(model, made)
         temporary.write_text(made.lock.dumps())
@@ -155,7 +158,7 @@ def lock(
 
 
 def make_lock(
-    found: "Survey",
+    found: "ModelSites",
     *,
     pattern: Pattern | None = None,
     targets: Sequence[str] = (),
@@ -166,7 +169,7 @@ def make_lock(
     Args:
         found: the model, opened with its weights.
         pattern: None detects each weight's pattern, of every site there is (or of `targets`): a lock keeps
-            whatever is sparse, also what no pass would train. A pattern is asked of the sites that `match`
+            whatever is sparse, also what no pass would train. A pattern is required of the sites that `match`
             takes, all of them.
 
     Raises:
@@ -176,46 +179,38 @@ def make_lock(
     """
     from spp_fx.passes.match import Match
     from spp_fx.passes.pipeline import run_pipeline
-    from spp_fx.verify.model_sites import scan_tensor, tensors_of
+    from spp_fx.verify.model_sites import tensors_of
 
     if not found.program.sites:
         return Made(Lock.of([]), found.others)
     (report,) = run_pipeline(found.program, [Match(targets=tuple(targets), dense=True)])
-    left_out = found.others | report.refused
+    left_out = found.others | report.skipped
     sites = list(found.program.matched)
     if pattern is None and not targets:
         # A head tied to the embedding is the embedding's, unless the checkpoint stores it as the head's.
-        own = {name for name, pieces in found.pieces.items() if any(p.tensor == name for p in pieces)}
+        own = {name for name, matrices in found.matrices.items() if any(p.tensor == name for p in matrices)}
         sites = [name for name, site in found.program.sites.items() if site.tied_to is None or name in own]
         left_out = {name: reason for name, reason in left_out.items() if name not in sites}
     candidates: list[Candidate] = []
     unreadable: list[str] = []
     for site in sites:
-        if site not in found.pieces:
+        if site not in found.matrices:
             left_out[site] = found.binding.refused[site]
             unreadable.append(site)
             continue
-        for tensor, piece in tensors_of(found.pieces[site]).items():
+        for tensor, matrix in tensors_of(found.matrices[site]).items():
             shard, info = found.folder.info(tensor)
-            if (reason := _uncounted(info.dtype)) is not None:
+            if (reason := _no_zeros(info.dtype)) is not None:
                 left_out[tensor] = reason
                 unreadable.append(tensor)
-                continue
-
-            def scan(tensor: str = tensor, transposed: bool = piece.transposed) -> Scan:
-                return scan_tensor(found.folder, tensor, transposed=transposed)
-
-            kind = found.program.sites[site].kind
-            candidates.append(Candidate(tensor, kind, piece.transposed, shard.name, info.nbytes, scan))
+            else:
+                kind = found.program.sites[site].kind
+                candidates.append(Candidate(shard, tensor, kind, matrix.transposed))
     return replace(_lock(candidates, pattern, left_out, tick), unreadable=tuple(unreadable))
 
 
 def _lock_file(path: Path, pattern: Pattern | None, targets: Sequence[str], tick: Tick) -> Made:
     """The lock of a .safetensors file without a model around it: matrices are known by their names."""
-    from spp_fx.graph.names import is_target
-    from spp_fx.storage.safetensors import Shard
-    from spp_fx.verify import artifact as lone
-
     if (path.parent / "config.json").is_file():
         raise UsageError(f"{path}: is part of the model {path.parent}; lock that folder")
     shard = Shard.open(path)
@@ -232,21 +227,17 @@ def _lock_file(path: Path, pattern: Pattern | None, targets: Sequence[str], tick
             left_out[name] = f"has {len(info.shape)} dimensions, a mask has two or three"
         elif 0 in info.shape:
             left_out[name] = "is empty"
-        elif not targets and not lone.is_site(name, info.shape):
+        elif not targets and not is_site(name, info.shape):
             left_out[name] = "is not the weight of a linear, by its name; name it in the targets to take it"
-        elif (reason := _uncounted(info.dtype)) is not None:
+        elif (reason := _no_zeros(info.dtype)) is not None:
             left_out[name] = reason
         else:
-
-            def scan(start: int = info.start, shape: tuple[int, ...] = info.shape, dtype: str = info.dtype):
-                return scan_file(path, start, shape, dtype)
-
             kind = "experts" if len(info.shape) == 3 else "linear"
-            candidates.append(Candidate(name, kind, False, path.name, info.nbytes, scan))
+            candidates.append(Candidate(shard, name, kind, transposed=False))
     return _lock(candidates, pattern, left_out, tick)
 
 
-def _uncounted(dtype: str) -> str | None:
+def _no_zeros(dtype: str) -> str | None:
     """Why a dtype's zeros cannot be counted."""
     try:
         element_type(dtype)
@@ -258,49 +249,46 @@ def _uncounted(dtype: str) -> str | None:
 def _lock(
     candidates: Iterable[Candidate], pattern: Pattern | None, left_out: dict[str, str], tick: Tick
 ) -> Made:
-    """Look at every candidate and lock those that are sparse."""
+    """Scan every candidate and lock those that are sparse."""
     entries: list[LockEntry] = []
-
-    def look(candidate: Candidate) -> tuple[Candidate, LockEntry | str]:
-        return candidate, _entry(candidate, pattern)
-
-    for candidate, found in in_order(look, candidates):
-        if isinstance(found, str):
-            left_out[candidate.name] = found
+    candidates = list(candidates)
+    made = in_order(partial(_entry, pattern), candidates)
+    for candidate, entry in zip(candidates, made, strict=True):
+        if isinstance(entry, str):
+            left_out[candidate.name] = entry
         else:
-            entries.append(found)
-        tick(candidate.name, candidate.nbytes)
+            entries.append(entry)
+        tick(candidate.name, candidate.shard.info(candidate.name).nbytes)
     return Made(Lock.of(entries), left_out)
 
 
-def _entry(candidate: Candidate, asked: Pattern | None) -> LockEntry | str:
+def _entry(pattern: Pattern | None, weight: Candidate) -> LockEntry | str:
     """The lock entry of a weight, or why it has none."""
-    scan, where = candidate.scan(), f"{candidate.name} ({candidate.where})"
-    mask = scan.mask
+    scan = scan_stored(weight.shard, weight.name, transposed=weight.transposed)
+    where, mask = f"{weight.name} ({weight.shard.name})", scan.mask
     if not mask.numel:
         return "is empty"
     if scan.first_non_finite is not None:
         *expert, row, column = scan.first_non_finite
-        place = "".join(f"expert {number}, " for number in expert)
+        stack = "".join(f"expert {number}, " for number in expert)
         raise MaskError(
-            f"{where}: {place}row {row}, column {column} is NaN or infinite ({scan.non_finite} such values); "
+            f"{where}: {stack}row {row}, column {column} is NaN or infinite ({scan.non_finite} such values); "
             "lock a model that is whole"
         )
-    if asked is None:
-        pattern = detect_pattern(mask)
-        if pattern is None:
-            return f"dense, {mask.sparsity:.1%} zeros"
-        return make_entry(candidate.name, candidate.kind, mask, pattern, candidate.transposed)
-    try:
-        violations = scan_bits(mask, asked)
-    except PatternError as error:
-        raise PatternError(f"{where}: {error}") from error
-    if violations.count:
-        raise PatternError(
-            f"{where}: {violations.describe(asked)}; nothing is locked. Name the sites that hold {asked} "
-            "with --targets, or leave --pattern out to lock each weight as it is"
-        )
-    return make_entry(candidate.name, candidate.kind, mask, asked, candidate.transposed)
+    found = pattern or detect_pattern(mask)
+    if found is None:
+        return f"dense, {mask.sparsity:.1%} zeros"
+    if pattern is not None:
+        try:
+            violations = scan_bits(mask, pattern)
+        except PatternError as error:
+            raise PatternError(f"{where}: {error}") from error
+        if violations.count:
+            raise PatternError(
+                f"{where}: {violations.describe(pattern)}; nothing is locked. Name the sites that hold {pattern} "
+                "with --targets, or leave --pattern out to lock each weight as it is"
+            )
+    return make_entry(weight.name, weight.kind, mask, found, weight.transposed)
 
 
 def nothing_sparse(model: Path, made: Made) -> PatternError:
@@ -317,7 +305,7 @@ def nothing_sparse(model: Path, made: Made) -> PatternError:
     )
 
 
-def _known(target: Path, say: Callable[[str], None]) -> Lock | None:
+def _replaced_lock(target: Path, say: Callable[[str], None]) -> Lock | None:
     """The lock that is about to be replaced, None if there is none that can be read."""
     if not target.is_file():
         return None
@@ -340,15 +328,13 @@ def _changes(before: Lock | None, after: Lock) -> dict[str, list[str]] | None:
 
 
 def _record(
-    found: "Survey",
+    found: "ModelSites",
     past: provenance.Provenance | None,
     lock: Path,
     pattern: str | None,
     targets: Sequence[str],
 ) -> None:
     """Add this step to the history of the folder, with the digests of the weights that were locked."""
-    from spp_fx.storage.output import atomic_file
-
     shards = found.folder.shards
     digests = in_order(provenance.file_sha256, (shard.path for shard in shards))
     history = provenance.extended(

@@ -1,11 +1,10 @@
-"""merge: fold an adapter into its base, span by span from disk to disk, and prove the masks from disk.
+"""merge: plan the fold of an adapter into its base, write it span by span, and prove every mask from disk.
 
-Nothing here is shared with the writer: files are opened anew, their headers read by the safetensors library as
-well, and masks are scanned, not taken from what was folded.
+The proof shares nothing with the writer: files are opened anew, their headers are read by the safetensors library
+as well, and masks are scanned, not taken from what was folded.
 """
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,323 +13,25 @@ from typing import Any
 
 import numpy as np
 
-from spp_fx.adapters.adapter_folder import CONFIG, FACTORS, AdapterFolder, Piece
+from spp_fx.adapters.adapter_folder import CONFIG, FACTORS, AdapterFolder, StoredMatrix
 from spp_fx.adapters.fold_counts import FoldCounts, Vanish
 from spp_fx.adapters.fold_stored import FLOATING, StoredFold
 from spp_fx.errors import FormatError, MaskError, UsageError
+from spp_fx.exporters.manifest import open_model
 from spp_fx.parallel import Tick, in_order, no_tick, thread_count
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry, compare, compare_masks, lock_beside, make_entry
 from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.pattern import scan_bits
-from spp_fx.sparsity.scan import load_scanner, scan_file
+from spp_fx.sparsity.scan import scan_stored
 from spp_fx.storage.folder import OWN_FILES, ModelFolder, within
 from spp_fx.storage.links import links_option
 from spp_fx.storage.safetensors import Shard, TensorInfo
 from spp_fx.storage.workspace import Workspace, workspace
 from spp_fx.storage.writer import SPAN, Bytes, Change, copy_others, rewrite
 from spp_fx.verify import provenance
-from spp_fx.verify.artifact import open_model
 
-
-@dataclass(frozen=True)
-class Folded:
-    """A span that was folded: its tensor, how many bytes of it, and what that met."""
-
-    tensor: str
-    nbytes: int
-    counts: FoldCounts
-
-
-@dataclass(frozen=True)
-class FoldPlan:
-    """The sites' matrices by stored tensor.
-
-    Attributes:
-        adapter: the adapter folder.
-        pieces: by tensor: site and piece of each of its matrices, in stored order.
-        vanish: what to do with non-zeros that would become zero.
-    """
-
-    adapter: AdapterFolder
-    pieces: Mapping[str, tuple[tuple[str, Piece], ...]]
-    vanish: Vanish
-
-    @classmethod
-    def make(cls, adapter: AdapterFolder, base: ModelFolder, vanish: Vanish) -> "FoldPlan":
-        """Hold the adapter's pieces to the base's tensors.
-
-        Raises:
-            UsageError: the base has no such tensor.
-            FormatError: a piece that cannot be: another shape or type, rows or experts that are missing or twice.
-        """
-        pieces: dict[str, list[tuple[str, Piece]]] = {}
-        for site, own in adapter.pieces.items():
-            for piece in own:
-                pieces.setdefault(piece.tensor, []).append((site, piece))
-        plan = {
-            name: tuple(sorted(owners, key=lambda owner: owner[1].expert or 0))
-            for name, owners in pieces.items()
-        }
-        for name, owners in plan.items():
-            fault = _fault(base.info(name)[1], owners, adapter.shape(owners[0][0]))
-            if fault:
-                raise FormatError(f"{adapter.path / CONFIG}: sites.{owners[0][0]}: {name}: {fault}")
-        return cls(adapter, plan, vanish)
-
-    def changes(self, shard: Shard) -> Iterator[Change[Folded]]:
-        """Every span of a shard that folding changes, in the order of their places."""
-        for info in shard.header.tensors.values():
-            owners = self.pieces.get(info.name, ())
-            size = info.nbytes // max(1, len(owners))
-            for index, (site, piece) in enumerate(owners):
-                yield from self._matrix(shard, info, site, piece, info.start + index * size)
-
-    def _matrix(
-        self, shard: Shard, info: TensorInfo, site: str, piece: Piece, offset: int
-    ) -> Iterator[Change[Folded]]:
-        rows, columns = info.shape[-2:]
-        row_bytes = columns * FLOATING[info.dtype].itemsize
-        fold = StoredFold(
-            self.adapter.method,
-            self.adapter.factors(site, piece.expert),
-            info.dtype,
-            self.vanish,
-            f"{info.name} ({shard.name})",
-            piece.start,
-        )
-        step = max(1, SPAN // max(1, row_bytes))
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            make = partial(_fold, fold, info, columns, piece.transposed, start)
-            yield Change(offset + start * row_bytes, offset + stop * row_bytes, make)
-
-
-def _fold(
-    fold: StoredFold,
-    info: TensorInfo,
-    columns: int,
-    transposed: bool,
-    start: int,
-    before: Bytes,
-    after: Bytes,
-) -> Folded:
-    stored, out = (data.view(FLOATING[info.dtype]).reshape(-1, columns) for data in (before, after))
-    if transposed:  # stored rows are the site's columns
-        counts = fold.columns(start, start + stored.shape[0]).rows(stored.T, out.T, 0)
-    else:
-        counts = fold.rows(stored, out, start)
-    return Folded(info.name, before.size, counts)
-
-
-def _fault(info: TensorInfo, owners: tuple[tuple[str, Piece], ...], shape: tuple[int, ...]) -> str | None:
-    """Why a stored tensor cannot be what an adapter says it is; `shape` is the first site's."""
-    site, piece = owners[0]
-    if info.dtype not in FLOATING:
-        return f"is stored as {info.dtype}; folded are {', '.join(FLOATING)}"
-    if len(info.shape) != (3 if piece.whole else 2):
-        return f"has shape {list(info.shape)} in the base, which is no {'stack' if piece.whole else 'matrix'}"
-    rows, columns = reversed(info.shape[-2:]) if piece.transposed else info.shape[-2:]
-    if piece.whole:
-        experts = [each.expert for _, each in owners]
-        if experts != list(range(info.shape[0])) or any(other != site for other, _ in owners):
-            return f"has {info.shape[0]} experts in the base, which are not the adapter's"
-    elif len(owners) > 1:
-        return f"is part of {owners[0][0]} and of {owners[1][0]}"
-    for _, each in owners:
-        if not 0 <= each.start <= each.stop <= shape[-2] or each.stop - each.start != rows:
-            return f"has {rows} rows in the base, the adapter takes it for {each.start} to {each.stop}"
-        if each.transposed != piece.transposed or each.whole != piece.whole:
-            return "is stored in one way for one expert and in another for the next"
-        if each.expert is not None and not (len(shape) == 3 and 0 <= each.expert < shape[0]):
-            return f"is expert {each.expert} of a site of shape {list(shape)}"
-    if columns != shape[-1]:
-        return f"has {columns} inputs in the base, {shape[-1]} in the adapter's lock"
-    return None
-
-
-_BLOCK = 4 << 20
+_BLOCK = 4 << 20  # bytes that are compared at a time
 _RUN = 64 << 20  # bytes of the base that one task compares
-
-
-@dataclass(frozen=True)
-class ReadBack:
-    """What was read back.
-
-    Attributes:
-        entries: the lock of what was written, by tensor; of one that is stored twice, both copies were looked at.
-        mask_equal: by tensor, whether its mask is the lock's.
-        digests: SHA-256 by weight file.
-    """
-
-    entries: dict[str, LockEntry] = field(default_factory=dict[str, LockEntry])
-    mask_equal: dict[str, bool] = field(default_factory=dict[str, bool])
-    digests: dict[str, str] = field(default_factory=dict[str, str])
-
-
-def read_back(
-    base: ModelFolder,
-    written: Path,
-    locked: Mapping[str, LockEntry],
-    counts: Mapping[str, FoldCounts],
-    vanish: Vanish,
-    tick: Tick,
-) -> ReadBack:
-    """Hold every byte on disk to the lock or to the base, on all cores.
-
-    Args:
-        base: the model that was folded into.
-        written: the folder that was written.
-        locked: the entries that masks are held to, by tensor.
-        counts: by folded tensor, what folding met; every other tensor must have the base's bytes.
-        vanish: under `allow`, a mask may have lost the values that vanished, and no other.
-
-    Raises:
-        FormatError: a file or a tensor that was copied is not the base's.
-        MaskError: a mask is not the lock's; names the tensor.
-    """
-    load_scanner()
-    found = ReadBack()
-
-    def tasks() -> Iterator[Callable[[], None]]:
-        for shard in base.shards:
-            copy = _reopen(shard, written / shard.name)
-            yield partial(_hash, copy, found)
-            for start, stop in _copied(shard, counts):
-                yield partial(_compare, shard, copy, start, stop)
-            for name in shard.header.tensors:
-                if name in locked:
-                    yield partial(_prove, shard, copy, locked[name], counts.get(name), vanish, found, tick)
-
-    # Hashing a file takes as long as many a mask: the others do not wait for it.
-    for _ in in_order(lambda task: task(), tasks(), ahead=1024):
-        pass
-    return found
-
-
-def unproven(
-    base: ModelFolder,
-    written: Path,
-    locked: Mapping[str, LockEntry],
-    counts: Mapping[str, FoldCounts],
-    vanish: Vanish,
-) -> ReadBack:
-    """The lock of what was written where nothing is read back: the locked entries, less what was let vanish.
-
-    Raises:
-        MaskError: a mask lost more than the values that vanished, or gained some.
-    """
-    found = ReadBack()
-    for shard in base.shards:
-        for name in shard.header.tensors.keys() & locked.keys():
-            entry, met = locked[name], counts.get(name)
-            if vanish == "allow" and met is not None and met.vanished:
-                copy = Shard.open(written / shard.name, shard.name)
-                _prove(shard, copy, entry, met, vanish, found, no_tick)
-                found.mask_equal.pop(name, None)
-            else:
-                found.entries[name] = entry
-    return found
-
-
-def _reopen(shard: Shard, path: Path) -> Shard:
-    """A file that was written, its header held to the base's by our reader and by the safetensors library."""
-    from safetensors import SafetensorError, safe_open
-
-    copy = Shard.open(path, shard.name)
-    if copy.header.raw != shard.header.raw:
-        raise FormatError(f"{shard.name}: read back, its header is not that of the base")
-    try:
-        with safe_open(str(path), framework="np") as file:
-            if set(file.keys()) != set(shard.header.tensors):
-                raise FormatError(f"{shard.name}: read back, its tensors are not those of the base")
-    except SafetensorError as error:
-        raise FormatError(f"{shard.name}: cannot be read back: {error}") from error
-    return copy
-
-
-def _hash(copy: Shard, found: ReadBack) -> None:
-    digest = hashlib.sha256()
-    buffer = bytearray(_BLOCK)
-    with open(copy.path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:count])
-    found.digests[copy.name] = digest.hexdigest()
-
-
-def _copied(shard: Shard, folded: Mapping[str, FoldCounts]) -> Iterable[tuple[int, int]]:
-    """Runs of bytes that belong to no folded tensor."""
-    start = shard.header.data_start
-    for info in shard.header.tensors.values():
-        if info.name in folded:
-            yield from _cut(start, info.start)
-            start = info.end
-    yield from _cut(start, shard.header.data_end)
-
-
-def _cut(start: int, stop: int) -> Iterator[tuple[int, int]]:
-    return ((at, min(at + _RUN, stop)) for at in range(start, stop, _RUN))
-
-
-def _compare(shard: Shard, copy: Shard, start: int, stop: int) -> None:
-    ours, theirs = np.empty(_BLOCK, np.uint8), np.empty(_BLOCK, np.uint8)
-    with open(shard.path, "rb", buffering=0) as base, open(copy.path, "rb", buffering=0) as file:
-        base.seek(start)
-        file.seek(start)
-        while start < stop:
-            count = min(_BLOCK, stop - start)
-            if base.readinto(theirs[:count].data) != count or file.readinto(ours[:count].data) != count:
-                raise FormatError(f"{shard.name}: ended while it was read back")
-            different = ours[:count] != theirs[:count]
-            if different.any():
-                tensor = _tensor_at(shard, start + int(different.argmax()))
-                raise FormatError(f"{shard.name}: read back, {tensor} differs from the base")
-            start += count
-
-
-def _tensor_at(shard: Shard, offset: int) -> str:
-    return next(info.name for info in shard.header.tensors.values() if info.start <= offset < info.end)
-
-
-def _prove(
-    shard: Shard,
-    copy: Shard,
-    entry: LockEntry,
-    counts: FoldCounts | None,
-    vanish: Vanish,
-    found: ReadBack,
-    tick: Tick,
-) -> None:
-    mask = _mask(copy, entry)
-    equal = mask.digest == entry.mask and mask.shape == entry.shape
-    if not equal and not (
-        vanish == "allow" and counts is not None and _only_vanished(_mask(shard, entry), mask, counts)
-    ):
-        raise MaskError(f"{entry.name}: read back from disk, its mask is not the lock's")
-    pattern = entry.parsed_pattern()
-    if pattern is not None and (broken := scan_bits(mask, pattern)).count:
-        raise MaskError(f"{entry.name}: read back from disk: {broken.describe(pattern)}")
-    found.mask_equal[entry.name] = equal
-    found.entries[entry.name] = (
-        entry if equal else make_entry(entry.name, entry.kind, mask, pattern, entry.transposed)
-    )
-    tick(entry.name, copy.info(entry.name).nbytes)
-
-
-def _mask(shard: Shard, entry: LockEntry) -> PackedMask:
-    info = shard.info(entry.name)
-    scan = scan_file(shard.path, info.start, info.shape, info.dtype, transposed=entry.transposed)
-    if scan.first_non_finite is not None:
-        raise MaskError(f"{entry.name}: read back from disk, it holds NaN or infinity")
-    return scan.mask
-
-
-def _only_vanished(before: PackedMask, now: PackedMask, counts: FoldCounts) -> bool:
-    """Whether a mask is the base's less the values that folded to zero: no position gained, so many lost."""
-    found = compare_masks(before, now, limit=1)
-    return found.lost_zeros == 0 and found.new_zeros == counts.vanished
-
-
-ADAPTER_FILES = (CONFIG, FACTORS, LOCK_NAME)
 
 
 @dataclass(frozen=True)
@@ -395,7 +96,7 @@ def merge(
 ) -> Merged:
     """Write base + adapter as a model folder with the base's names, shards, dtypes and metadata.
 
-    With `verify_sparsity` the base's masks are held to the lock before anything is folded, and what was
+    With `verify_sparsity` the base's masks are checked against the lock before anything is folded, and what was
     written is read back from disk by another reader: every folded tensor's mask must be the lock's,
     every other tensor must have the base's bytes. A run that was stopped goes on with its finished shards
     when it is called again, and writes the same bytes.
@@ -407,7 +108,7 @@ def merge(
         vanish: what to do with a non-zero that folds to zero.
         force: replace `out` if it exists.
         fresh: do not go on with what a stopped run has finished.
-        allow_links: follow symbolic links that leave a folder; see `checkpoint.links`.
+        allow_links: follow symbolic links that leave a folder; see `links.check_link`.
         tick: told of progress.
         say: told what is odd about the base's files, where the work begins, and what is kept of it if it fails.
 
@@ -426,112 +127,334 @@ def merge(
     fold = FoldPlan.make(source, folder, vanish)
     # What the base's own lock holds beyond the adapter's sites stays locked: it is copied, and proven.
     own = lock_beside(base)
-    held = Lock.of(((own.by_name() if own else {}) | source.lock.by_name()).values())
-    locked = held.by_name()
-    _check_names(folder, locked)
+    locked = Lock.of(((own.by_name() if own else {}) | source.lock.by_name()).values()).by_name()
+    for name in locked:
+        if name not in folder:
+            raise UsageError(
+                f"{base} has no tensor {name}, which is locked: it is not the base of this adapter, "
+                f"or its {LOCK_NAME} is that of another model"
+            )
     history = adapter if provenance.load(adapter) else base
-    provenance.load(history)
-    plan = _plan(source, folder, vanish)
+    provenance.load(history)  # a damaged history is refused before the work
+    adapter_files = [adapter / name for name in (CONFIG, FACTORS, LOCK_NAME)]
+    plan: dict[str, Any] = {
+        "verb": "merge",
+        "base": folder.fingerprint(),
+        "adapter": {path.name: provenance.file_blake2b(path) for path in adapter_files},
+        "vanish": vanish,
+    }
     with workspace(
         out,
         plan,
         force=force,
         fresh=fresh,
         sources=[base, adapter],
-        inputs=[*(shard.path for shard in folder.shards), *(adapter / name for name in ADAPTER_FILES)],
+        inputs=[*(shard.path for shard in folder.shards), *adapter_files],
         need=folder.stored_bytes,
         say=say,
     ) as work:
         if verify_sparsity:
-            _check_base(folder, locked)
+            for _ in in_order(partial(_check_base, folder), locked.values()):
+                pass
         copy_others(folder, work.folder, skip=OWN_FILES)
-        counts = _write(folder, fold, work, tick)
-        if verify_sparsity:
-            proven = read_back(folder, work.folder, locked, counts, vanish, tick)
-        else:
-            proven = unproven(folder, work.folder, locked, counts, vanish)
-        (work.folder / LOCK_NAME).write_text(Lock.of(proven.entries.values()).dumps())
+        counts = fold.write(folder, work, tick)
+        proof = Proof(locked, counts, vanish, tick if verify_sparsity else no_tick)
+        (proof.read_back if verify_sparsity else proof.take_over)(folder, work.folder)
+        (work.folder / LOCK_NAME).write_text(Lock.of(proof.entries.values()).dumps())
         provenance.record(
             history,
             work.folder,
             "merge",
             inputs={"model": plan["base"], "adapter": plan["adapter"][FACTORS]},
             settings={"vanish": vanish, "verify_sparsity": verify_sparsity},
-            digests=proven.digests,
+            digests=proof.digests,
         )
-    mask_equal = {name: proven.mask_equal.get(name) for name in counts}
+    mask_equal = {name: proof.mask_equal.get(name) for name in counts}
     return Merged(out, base, counts, mask_equal, len(folder.names) - len(counts), folder.stored_bytes)
 
 
-def _plan(adapter: AdapterFolder, base: ModelFolder, vanish: Vanish) -> dict[str, Any]:
-    """Everything that the written bytes depend on, but for the stamps of the inputs."""
-    return {
-        "verb": "merge",
-        "base": base.fingerprint(),
-        "adapter": {name: _digest(adapter.path / name) for name in ADAPTER_FILES},
-        "vanish": vanish,
-    }
+def _check_base(folder: ModelFolder, entry: LockEntry) -> None:
+    scan = scan_stored(folder.info(entry.name)[0], entry.name, transposed=entry.transposed)
+    difference = compare(entry, scan.mask)
+    if not difference.equal:
+        raise MaskError(
+            f"{folder.path}: {entry.name}: the base no longer has its locked mask {difference.reason}"
+        )
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
+Owners = tuple[tuple[str, StoredMatrix], ...]
+"""The sites and matrices that one stored tensor holds, in stored order: one, or one for each expert."""
 
 
-def _check_names(folder: ModelFolder, locked: dict[str, LockEntry]) -> None:
-    for name in locked:
-        if name not in folder:
-            raise UsageError(
-                f"{folder.path} has no tensor {name}, which is locked: it is not the base of this adapter, "
-                f"or its {LOCK_NAME} is that of another model"
-            )
+@dataclass(frozen=True)
+class FoldPlan:
+    """Which stored tensors folding changes, and how.
 
-
-def _check_base(folder: ModelFolder, locked: dict[str, LockEntry]) -> None:
-    load_scanner()
-
-    def check(entry: LockEntry) -> None:
-        shard, info = folder.info(entry.name)
-        scan = scan_file(shard.path, info.start, info.shape, info.dtype, transposed=entry.transposed)
-        difference = compare(entry, scan.mask)
-        if not difference.equal:
-            raise MaskError(
-                f"{folder.path}: {entry.name}: the base no longer has its locked mask {difference.reason}"
-            )
-
-    for _ in in_order(check, locked.values()):
-        pass
-
-
-def _write(folder: ModelFolder, fold: FoldPlan, work: Workspace, tick: Tick) -> dict[str, FoldCounts]:
-    """Write every shard that is not finished yet; what folding met, by tensor in the order of the files.
-
-    Shards are written side by side, each by its share of the threads, and reach the disk on threads of their
-    own, so that no core waits for it.
+    Attributes:
+        adapter: the adapter folder.
+        owners: by stored tensor.
+        vanish: what to do with non-zeros that would become zero.
     """
-    jobs = min(thread_count(), len(folder.shards))
-    with ThreadPoolExecutor(2, thread_name_prefix="fsync") as syncing:
 
-        def write(shard: Shard) -> tuple[dict[str, FoldCounts], Future[None] | None]:
-            known = work.finished(shard.name)
-            if known is not None:
-                return {name: FoldCounts(*both) for name, both in known["folded"].items()}, None
-            place = within(work.folder, shard.name)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            counts = _sum(rewrite(shard, place, fold.changes(shard)), tick)
-            facts = {name: [each.vanished, each.changed] for name, each in counts.items()}
-            return counts, syncing.submit(work.finish, shard.name, folded=facts)
+    adapter: AdapterFolder
+    owners: Mapping[str, Owners]
+    vanish: Vanish
 
-        done = list(in_order(write, folder.shards, jobs))
-        for _, synced in done:
-            if synced is not None:
-                synced.result()
-    return {name: each for counts, _ in done for name, each in counts.items()}
+    @classmethod
+    def make(cls, adapter: AdapterFolder, base: ModelFolder, vanish: Vanish) -> "FoldPlan":
+        """Check the adapter's matrices against the base's tensors.
+
+        Raises:
+            UsageError: the base has no such tensor.
+            FormatError: a matrix of another shape or type; rows or experts that are missing or there twice.
+        """
+        by_tensor: dict[str, list[tuple[str, StoredMatrix]]] = {}
+        for site, matrices in adapter.matrices.items():
+            for matrix in matrices:
+                by_tensor.setdefault(matrix.tensor, []).append((site, matrix))
+        owners = {
+            name: tuple(sorted(group, key=lambda owner: owner[1].expert or 0))
+            for name, group in by_tensor.items()
+        }
+        for name, group in owners.items():
+            site = group[0][0]
+            if fault := _fault(base.info(name)[1], group, adapter.shape(site)):
+                raise FormatError(f"{adapter.path / CONFIG}: sites.{site}: {name}: {fault}")
+        return cls(adapter, owners, vanish)
+
+    def write(self, folder: ModelFolder, work: Workspace, tick: Tick) -> dict[str, FoldCounts]:
+        """Write every shard that is not finished yet; what folding met, by tensor in the order of the files.
+
+        Shards are written side by side, each by its share of the threads, and reach the disk on threads of their
+        own, so that no core waits for it.
+        """
+        with ThreadPoolExecutor(2, thread_name_prefix="fsync") as syncing:
+
+            def write(shard: Shard) -> tuple[dict[str, FoldCounts], Future[None] | None]:
+                known = work.finished(shard.name)
+                if known is not None:
+                    return {name: FoldCounts(*both) for name, both in known["folded"].items()}, None
+                target = within(work.folder, shard.name)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                counts: dict[str, FoldCounts] = {}
+                for tensor, nbytes, met in rewrite(shard, target, self.changes(shard)):
+                    counts.setdefault(tensor, FoldCounts()).add(met)
+                    tick(tensor, nbytes)
+                facts = {name: [each.vanished, each.changed] for name, each in counts.items()}
+                return counts, syncing.submit(work.finish, shard.name, folded=facts)
+
+            done = list(in_order(write, folder.shards, min(thread_count(), len(folder.shards))))
+            for _, synced in done:
+                if synced is not None:
+                    synced.result()
+        return {name: each for counts, _ in done for name, each in counts.items()}
+
+    def changes(self, shard: Shard) -> "Iterator[Change[Folded]]":
+        """Every span of a shard that folding changes, in the order of their offsets."""
+        for info in shard.header.tensors.values():
+            owners = self.owners.get(info.name, ())
+            size = info.nbytes // max(1, len(owners))
+            for index, (site, matrix) in enumerate(owners):
+                yield from self._matrix(shard, info, site, matrix, info.start + index * size)
+
+    def _matrix(
+        self, shard: Shard, info: TensorInfo, site: str, matrix: StoredMatrix, offset: int
+    ) -> "Iterator[Change[Folded]]":
+        rows, columns = info.shape[-2:]
+        row_bytes = columns * FLOATING[info.dtype].itemsize
+        fold = StoredFold(
+            self.adapter.method,
+            self.adapter.factors(site, matrix.expert),
+            info.dtype,
+            self.vanish,
+            f"{info.name} ({shard.name})",
+            matrix.start,
+        )
+        step = max(1, SPAN // max(1, row_bytes))
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            make = partial(_fold, fold, info, columns, matrix.transposed, start)
+            yield Change(offset + start * row_bytes, offset + stop * row_bytes, make)
 
 
-def _sum(spans: Iterable[Folded], tick: Tick) -> dict[str, FoldCounts]:
-    counts: dict[str, FoldCounts] = {}
-    for span in spans:
-        counts.setdefault(span.tensor, FoldCounts()).add(span.counts)
-        tick(span.tensor, span.nbytes)
-    return counts
+Folded = tuple[str, int, FoldCounts]
+"""A span that was folded: its tensor, how many bytes of it, and what that met."""
+
+
+def _fold(
+    fold: StoredFold,
+    info: TensorInfo,
+    columns: int,
+    transposed: bool,
+    start: int,
+    before: Bytes,
+    after: Bytes,
+) -> Folded:
+    stored, out = (data.view(FLOATING[info.dtype]).reshape(-1, columns) for data in (before, after))
+    if transposed:  # stored rows are the site's columns
+        counts = fold.columns(start, start + stored.shape[0]).rows(stored.T, out.T, 0)
+    else:
+        counts = fold.rows(stored, out, start)
+    return info.name, before.size, counts
+
+
+def _fault(info: TensorInfo, owners: Owners, shape: tuple[int, ...]) -> str | None:
+    """Why a stored tensor cannot be what an adapter says it is; `shape` is the first site's."""
+    site, matrix = owners[0]
+    if info.dtype not in FLOATING:
+        return f"is stored as {info.dtype}; folded are {', '.join(FLOATING)}"
+    if len(info.shape) != (3 if matrix.whole else 2):
+        return (
+            f"has shape {list(info.shape)} in the base, which is no {'stack' if matrix.whole else 'matrix'}"
+        )
+    rows, columns = reversed(info.shape[-2:]) if matrix.transposed else info.shape[-2:]
+    if matrix.whole:
+        experts = [each.expert for _, each in owners]
+        if experts != list(range(info.shape[0])) or any(other != site for other, _ in owners):
+            return f"has {info.shape[0]} experts in the base, which are not the adapter's"
+    elif len(owners) > 1:
+        return f"is part of {owners[0][0]} and of {owners[1][0]}"
+    for _, each in owners:
+        if not 0 <= each.start <= each.stop <= shape[-2] or each.stop - each.start != rows:
+            return f"has {rows} rows in the base, the adapter takes it for {each.start} to {each.stop}"
+        if each.transposed != matrix.transposed or each.whole != matrix.whole:
+            return "is stored in one way for one expert and in another for the next"
+        if each.expert is not None and not (len(shape) == 3 and 0 <= each.expert < shape[0]):
+            return f"is expert {each.expert} of a site of shape {list(shape)}"
+    if columns != shape[-1]:
+        return f"has {columns} inputs in the base, {shape[-1]} in the adapter's lock"
+    return None
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Every byte on disk compared with the lock or with the base.
+
+    Attributes:
+        locked: the entries that masks are compared with, by tensor.
+        counts: by folded tensor, what folding met; every other tensor must have the base's bytes.
+        vanish: under `allow`, a mask may have lost the values that underflowed to zero, and no other.
+        tick: told of each tensor that is proven.
+        entries: the lock of what was written, by tensor; of one that is stored twice, both copies are scanned.
+        mask_equal: by tensor, whether its mask is the lock's.
+        digests: SHA-256 by weight file.
+    """
+
+    locked: Mapping[str, LockEntry]
+    counts: Mapping[str, FoldCounts]
+    vanish: Vanish
+    tick: Tick
+    entries: dict[str, LockEntry] = field(default_factory=dict[str, LockEntry])
+    mask_equal: dict[str, bool] = field(default_factory=dict[str, bool])
+    digests: dict[str, str] = field(default_factory=dict[str, str])
+
+    def read_back(self, base: ModelFolder, written: Path) -> None:
+        """Prove a folder that was written, on all cores.
+
+        Raises:
+            FormatError: a file or a tensor that was copied is not the base's.
+            MaskError: a mask is not the lock's; names the tensor.
+        """
+
+        def tasks() -> Iterator[Callable[[], None]]:
+            for shard in base.shards:
+                copy = _reopen(shard, written / shard.name)
+                yield partial(self._hash, copy)
+                for start, stop in self._copied(shard):
+                    yield partial(_compare, shard, copy, start, stop)
+                for name in shard.header.tensors:
+                    if name in self.locked:
+                        yield partial(self._prove, shard, copy, self.locked[name])
+
+        # Hashing a file takes as long as many a mask: the others do not wait for it.
+        for _ in in_order(lambda task: task(), tasks(), ahead=1024):
+            pass
+
+    def take_over(self, base: ModelFolder, written: Path) -> None:
+        """The lock where nothing is read back: the locked entries, less the values that underflowed to zero.
+
+        Raises:
+            MaskError: a mask lost more than those values, or gained some.
+        """
+        for shard in base.shards:
+            for name in shard.header.tensors.keys() & self.locked.keys():
+                met = self.counts.get(name)
+                if self.vanish == "allow" and met is not None and met.vanished:
+                    self._prove(shard, Shard.open(written / shard.name, shard.name), self.locked[name])
+                else:
+                    self.entries[name] = self.locked[name]
+        self.mask_equal.clear()
+
+    def _hash(self, copy: Shard) -> None:
+        self.digests[copy.name] = provenance.file_sha256(copy.path)
+
+    def _copied(self, shard: Shard) -> Iterator[tuple[int, int]]:
+        """Runs of bytes that belong to no folded tensor."""
+        start = shard.header.data_start
+        gaps = [(info.start, info.end) for info in shard.header.tensors.values() if info.name in self.counts]
+        for stop, after in [*gaps, (shard.header.data_end, 0)]:
+            yield from ((at, min(at + _RUN, stop)) for at in range(start, stop, _RUN))
+            start = after
+
+    def _prove(self, shard: Shard, copy: Shard, entry: LockEntry) -> None:
+        mask = _scanned_mask(copy, entry)
+        equal = mask.digest == entry.mask and mask.shape == entry.shape
+        if not equal:
+            met = self.counts.get(entry.name) if self.vanish == "allow" else None
+            if met is None or not _only_underflowed(_scanned_mask(shard, entry), mask, met):
+                raise MaskError(f"{entry.name}: read back from disk, its mask is not the lock's")
+        pattern = entry.parsed_pattern()
+        if pattern is not None and (broken := scan_bits(mask, pattern)).count:
+            raise MaskError(f"{entry.name}: read back from disk: {broken.describe(pattern)}")
+        self.mask_equal[entry.name] = equal
+        self.entries[entry.name] = (
+            entry if equal else make_entry(entry.name, entry.kind, mask, pattern, entry.transposed)
+        )
+        self.tick(entry.name, copy.info(entry.name).nbytes)
+
+
+def _reopen(shard: Shard, path: Path) -> Shard:
+    """A file that was written, its header compared with the base's by our reader and by the safetensors library."""
+    from safetensors import SafetensorError, safe_open
+
+    copy = Shard.open(path, shard.name)
+    if copy.header.raw != shard.header.raw:
+        raise FormatError(f"{shard.name}: read back, its header is not that of the base")
+    try:
+        with safe_open(str(path), framework="np") as file:
+            if set(file.keys()) != set(shard.header.tensors):
+                raise FormatError(f"{shard.name}: read back, its tensors are not those of the base")
+    except SafetensorError as error:
+        raise FormatError(f"{shard.name}: cannot be read back: {error}") from error
+    return copy
+
+
+def _compare(shard: Shard, copy: Shard, start: int, stop: int) -> None:
+    ours, theirs = np.empty(_BLOCK, np.uint8), np.empty(_BLOCK, np.uint8)
+    with open(shard.path, "rb", buffering=0) as base, open(copy.path, "rb", buffering=0) as file:
+        base.seek(start)
+        file.seek(start)
+        while start < stop:
+            count = min(_BLOCK, stop - start)
+            if base.readinto(theirs[:count].data) != count or file.readinto(ours[:count].data) != count:
+                raise FormatError(f"{shard.name}: ended while it was read back")
+            different = ours[:count] != theirs[:count]
+            if different.any():
+                offset = start + int(different.argmax())
+                tensors = shard.header.tensors.values()
+                tensor = next(info.name for info in tensors if info.start <= offset < info.end)
+                raise FormatError(f"{shard.name}: read back, {tensor} differs from the base")
+            start += count
+
+
+def _scanned_mask(shard: Shard, entry: LockEntry) -> PackedMask:
+    scan = scan_stored(shard, entry.name, transposed=entry.transposed)
+    if scan.first_non_finite is not None:
+        raise MaskError(f"{entry.name}: read back from disk, it holds NaN or infinity")
+    return scan.mask
+
+
+def _only_underflowed(before: PackedMask, now: PackedMask, counts: FoldCounts) -> bool:
+    """Whether a mask is the base's less the values that folded to zero: no position gained, so many lost."""
+    found = compare_masks(before, now, limit=1)
+    return found.lost_zeros == 0 and found.new_zeros == counts.vanished

@@ -11,7 +11,7 @@ from spp_fx.passes.base import Pass, PassReport
 from spp_fx.passes.pipeline import parse_pipeline, print_pass, run_pipeline
 from spp_fx.storage.folder import ModelFolder
 from spp_fx.storage.links import links_option
-from spp_fx.verbs.load import Calibration, calibration_tokens
+from spp_fx.verbs.load import Calibration, draw_windows
 
 After = Callable[[str, PassReport, str], None]
 """Called with a pass's spelling, its report, and the program as text after it."""
@@ -42,9 +42,8 @@ def optimize(
     source = load_model if weights else meta_model
     program = trace(source(model, trust_remote_code=trust_remote_code))
     if calibration is not None:
-        program.calibration = calibration_tokens(
-            model, program, calibration, trust_remote_code=trust_remote_code, say=say
-        )
+        drawn = draw_windows(model, program, calibration, trust_remote_code=trust_remote_code, say=say)
+        program.calibration = drawn.tokens
 
     def show(item: Pass, report: PassReport) -> None:
         after(print_pass(item), report, print_program(program))

@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor
 
 from spp_fx.errors import FormatError, MaskError, UsageError
+from spp_fx.exporters.manifest import open_model
 from spp_fx.graph.binding import assemble, take_apart
 from spp_fx.graph.program import Program
 from spp_fx.parallel import in_order
@@ -32,6 +33,7 @@ from spp_fx.pruning.recipe import MatrixReport, Recipe, check_patterns, patterns
 from spp_fx.pruning.walk import FileStates
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry, make_entry
 from spp_fx.sparsity.pattern import Pattern, parse_pattern, scan_bits
+from spp_fx.sparsity.scan import scan_stored
 from spp_fx.storage.folder import OWN_FILES, ModelFolder
 from spp_fx.storage.links import links_option
 from spp_fx.storage.safetensors import Shard, TensorInfo, dtype_name, torch_dtype
@@ -39,7 +41,7 @@ from spp_fx.storage.workspace import Workspace, check_output, workspace
 from spp_fx.storage.writer import copy_others, rewrite_shard, write_safetensors, write_shards
 from spp_fx.verbs.load import Calibration, draw_windows
 from spp_fx.verify import provenance
-from spp_fx.verify.model_sites import Survey, choose, scan_tensor, survey, tensors_of
+from spp_fx.verify.model_sites import ModelSites, choose, find_sites, tensors_of
 
 
 class LayerStore:
@@ -92,7 +94,7 @@ def _file(layer: int) -> str:
 class FolderWeights:
     """Tensors read from a folder when a layer is about to run, and let go after it."""
 
-    found: Survey
+    found: ModelSites
 
     @property
     def folder(self) -> ModelFolder:
@@ -127,22 +129,22 @@ class FolderWeights:
 
     def stored(self, program: Program, name: str) -> Tensor:
         parameter = program.get_parameter(name).data
-        dtypes = {self.folder.info(piece.tensor)[1].dtype for piece in self.found.pieces[name]}
+        dtypes = {self.folder.info(matrix.tensor)[1].dtype for matrix in self.found.matrices[name]}
         if {torch_dtype(dtype) for dtype in dtypes} == {parameter.dtype}:
             return parameter
         return self._read(name, parameter).to(parameter.device)
 
     def parts(self, program: Program, site: str) -> list[Part]:
-        return [(piece.expert, piece.start, piece.stop) for piece in self.found.pieces[site]]
+        return [(matrix.expert, matrix.start, matrix.stop) for matrix in self.found.matrices[site]]
 
     def _source(self, program: Program, name: str) -> str | None:
         """The name under which the folder holds a tensor: its own, or another's that shares it."""
         first = program.tied.get(name, name)
         group = [name, first, *(other for other, owner in program.tied.items() if owner == first)]
-        return next((each for each in group if each in self.found.pieces), None)
+        return next((each for each in group if each in self.found.matrices), None)
 
     def _read(self, name: str, like: Tensor) -> Tensor:
-        return assemble(self.found.pieces[name], tuple(like.shape), self.folder.read)
+        return assemble(self.found.matrices[name], tuple(like.shape), self.folder.read)
 
 
 def _current(program: Program, name: str) -> Tensor:
@@ -163,9 +165,9 @@ class Pruned:
         out: the folder written.
         pattern: what every pruned weight holds now, unless a ratio says otherwise.
         lock: the masks, as written to `sparsity.lock.json`.
-        refused: sites left dense, each with its reason.
+        refused: sites that were skipped and stay dense, each with its reason.
         reports: what was done to each matrix, by the tensor that holds it; a stack stored whole has several.
-        calibration: how many windows of how many tokens were looked at, if any.
+        calibration: how many windows of how many tokens were used, if any.
         skipped_rows: of the calibration data, those with nothing in them; None without such data.
     """
 
@@ -251,7 +253,7 @@ def prune(
         skip: names of sites that stay dense.
         device: where layers run; a GPU if torch sees one.
         fresh: begin anew, whatever an interrupted run left.
-        allow_links: follow symbolic links that leave a folder; see `checkpoint.links`.
+        allow_links: follow symbolic links that leave a folder; see `links.check_link`.
         say: called with what the reader should know while it runs.
         options: of the criterion, by the names of its fields.
 
@@ -268,7 +270,8 @@ def prune(
     check_output(out, force, [model], say)
     provenance.load(model)  # a damaged history is refused before the work
     where = _device(device)
-    found = survey(model, trust_remote_code=trust_remote_code, runnable=calibration is not None)
+    folder = open_model(model)
+    found = find_sites(folder, trust_remote_code=trust_remote_code, runnable=calibration is not None)
     for note in found.notes:
         say(note)
     matched, refused = choose(found, Match(targets=tuple(targets), dense=True))
@@ -315,7 +318,7 @@ def _all_options() -> dict[str, None]:
     return {option.name: None for criterion in CRITERIA.values() for option in fields(criterion)}
 
 
-def _record(found: Survey, folder: Path, settings: Mapping[str, Any], tokens: Tensor | None) -> None:
+def _record(found: ModelSites, folder: Path, settings: Mapping[str, Any], tokens: Tensor | None) -> None:
     """Add this step to the model's history, with the digests of what lies on the disk now."""
     inputs = {"model": found.folder.fingerprint()}
     if tokens is not None:
@@ -332,7 +335,7 @@ def _record(found: Survey, folder: Path, settings: Mapping[str, Any], tokens: Te
     )
 
 
-def _plan(found: Survey, patterns: Mapping[str, Pattern], recipe: Recipe) -> dict[str, Any]:
+def _plan(found: ModelSites, patterns: Mapping[str, Pattern], recipe: Recipe) -> dict[str, Any]:
     """What the pruned weights depend on."""
     return {
         "verb": "prune",
@@ -356,10 +359,10 @@ def _calibration_plan(tokens: Tensor, device: torch.device) -> dict[str, Any]:
 
 
 def _stream(
-    found: Survey, patterns: Mapping[str, Pattern], recipe: Recipe, work: Workspace, tick: Tick
+    found: ModelSites, patterns: Mapping[str, Pattern], recipe: Recipe, work: Workspace, tick: Tick
 ) -> dict[str, list[MatrixReport]]:
     """Prune by the weights alone, one stored tensor in memory; returns the reports by stored tensor."""
-    site_of = {piece.tensor: (site, piece) for site in patterns for piece in found.pieces[site]}
+    site_of = {matrix.tensor: (site, matrix) for site in patterns for matrix in found.matrices[site]}
     done, total = 0, sum(name in site_of for shard in found.folder.shards for name in shard.header.tensors)
 
     def write(shard: Shard, target: Path) -> dict[str, Any]:
@@ -369,13 +372,13 @@ def _stream(
             nonlocal done
             if info.name not in site_of:
                 return None
-            site, piece = site_of[info.name]
+            site, matrix = site_of[info.name]
             weight = shard.read(info.name)
-            canonical = weight.transpose(-1, -2) if piece.transposed else weight
-            matrices = list(canonical) if canonical.ndim == 3 else [canonical]
+            canonical = weight.transpose(-1, -2) if matrix.transposed else weight
+            blocks = list(canonical) if canonical.ndim == 3 else [canonical]
             reports[info.name] = [
-                prune_matrix(matrix, None, patterns[site], recipe, info.name, i if piece.whole else None)
-                for i, matrix in enumerate(matrices)
+                prune_matrix(values, None, patterns[site], recipe, info.name, i if matrix.whole else None)
+                for i, values in enumerate(blocks)
             ]
             done += 1
             tick(done, total, info.name)
@@ -392,7 +395,7 @@ def _stream(
 
 
 def _walk(
-    found: Survey,
+    found: ModelSites,
     patterns: Mapping[str, Pattern],
     recipe: Recipe,
     tokens: Tensor,
@@ -407,7 +410,7 @@ def _walk(
         tensors = {
             stored: part
             for name, tensor in result.tensors.items()
-            for stored, part in take_apart(found.pieces[name], tensor)
+            for stored, part in take_apart(found.matrices[name], tensor)
         }
         store.finish(index, tensors, result.reports)
 
@@ -432,27 +435,29 @@ def _walk(
     for report in store.reports():
         by_site.setdefault(report.site, []).append(report)
     return {
-        piece.tensor: [
-            r for r in by_site[site] if piece.whole or (r.expert, r.start) == (piece.expert, piece.start)
+        matrix.tensor: [
+            r for r in by_site[site] if matrix.whole or (r.expert, r.start) == (matrix.expert, matrix.start)
         ]
         for site in patterns
-        for piece in found.pieces[site]
+        for matrix in found.matrices[site]
     }
 
 
-def _lock_folder(folder: ModelFolder, found: Survey, patterns: Mapping[str, Pattern]) -> Lock:
+def _lock_folder(folder: ModelFolder, found: ModelSites, patterns: Mapping[str, Pattern]) -> Lock:
     """The lock of a folder just written, from its own bytes; every mask must hold its pattern."""
     entries: list[LockEntry] = []
     for site, pattern in patterns.items():
-        for piece in tensors_of(found.pieces[site]).values():
-            mask = scan_tensor(folder, piece.tensor, transposed=piece.transposed).mask
+        for matrix in tensors_of(found.matrices[site]).values():
+            mask = scan_stored(
+                folder.info(matrix.tensor)[0], matrix.tensor, transposed=matrix.transposed
+            ).mask
             violations = scan_bits(mask, pattern)
             if violations.count:
                 raise MaskError(
-                    f"{piece.tensor}: read back, it does not hold: {violations.describe(pattern)}"
+                    f"{matrix.tensor}: read back, it does not hold: {violations.describe(pattern)}"
                 )
             kind = found.program.sites[site].kind
-            entries.append(make_entry(piece.tensor, kind, mask, pattern, piece.transposed))
+            entries.append(make_entry(matrix.tensor, kind, mask, pattern, matrix.transposed))
     return Lock.of(entries)
 
 

@@ -109,7 +109,7 @@ def train(
     """Train an adapter folder on a file or dataset and write the factors back into it, whole or not at all.
 
     `eval_data` is read as `data` is; of instructions and chats the perplexity is that of the whole text, see
-    `rows.held_out`. Rows with nothing in them are skipped, and `say` is told.
+    `samples.held_out`. Rows with nothing in them are skipped, and `say` reports them.
 
     Checkpoints (`checkpoint-N`) go into the adapter folder; a run that was stopped goes on with `resume`,
     to the same factors it would have reached. With a `teacher` (the dense model, say) its distribution is

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from spp_fx.errors import FormatError, MaskError, UsageError
-from spp_fx.exporters import FORMATS, Decoded, Format, Say, find_format
 from spp_fx.exporters.checks import NOT_IN_TORCH, LibraryReader
-from spp_fx.exporters.compressed_tensors import LegacyFolder
+from spp_fx.exporters.format import FORMATS, Decoded, Format, Say, find_format
+from spp_fx.exporters.legacy import LegacyFolder
 from spp_fx.exporters.manifest import MANIFEST, TENSOR_FILES, Manifest, is_legacy, read_manifest
 from spp_fx.exporters.plain import write_plain_config
 from spp_fx.parallel import Tick, no_tick
@@ -63,14 +63,14 @@ def unpack(
     tick: Tick = no_tick,
     say: Say = lambda line: None,
 ) -> Unpacked:
-    """Write the model folder that an export was made from; read back, compared, held to the lock.
+    """Write the model folder that an export was made from; read it back, compare it, check it against the lock.
 
     sparse-bitmask and safetensors give the weight files back byte for byte; other formats give one
     model.safetensors, each tensor as the export decodes it. A folder of compressed-tensors' legacy
     sparse-24-bitmask is decoded too, its config.json without what says that it is compressed.
 
     Raises:
-        UsageError: no export, a format that cannot give a model back, or an output that exists.
+        UsageError: not an export, a format that cannot give a model back, or an output that exists.
         FormatError: a damaged file.
         MaskError: what was read back does not hold the lock. Nothing is written.
     """
@@ -78,10 +78,16 @@ def unpack(
     if (export / MANIFEST).is_file():
         manifest = read_manifest(export)
         chosen = find_format(manifest.format)
-        decode = _decoder(export, chosen)
+        if chosen.decode is None:
+            able = ", ".join(sorted(f.name for f in FORMATS.values() if f.decode is not None))
+            raise UsageError(
+                f"{export}: {chosen.name} is a program of its own, in which weights may be renamed, split and "
+                f"folded: it does not give the model's files back; {able} do. Export the model in one of these"
+            )
         with atomic_folder(out, force, sources=[export]) as temporary:
             _copy_others(export, manifest, temporary)
-            checks = _from_export(export, manifest, chosen, decode(export, manifest), temporary, tick)
+            decoded = chosen.decode(export, manifest)
+            checks = _from_export(export, manifest, chosen, decoded, temporary, tick)
             _keep_history(export, temporary, exact=chosen.restore is not None)
         return Unpacked(out, chosen.name, chosen.restore is not None, checks)
     if (export / "config.json").is_file() and is_legacy(folder := ModelFolder.open(export)):
@@ -91,16 +97,6 @@ def unpack(
         return Unpacked(out, "compressed-tensors", False, checks)
     reason = "is no export folder" if export.exists() else "there is no such folder"
     raise UsageError(f"{export}: {reason}; give a folder that 'spp-fx export' wrote")
-
-
-def _decoder(export: Path, format: Format) -> Callable[[Path, Manifest], Decoded]:
-    if format.decode is not None:
-        return format.decode
-    able = ", ".join(sorted(f.name for f in FORMATS.values() if f.decode is not None))
-    raise UsageError(
-        f"{export}: {format.name} is a program of its own, in which weights may be renamed, split and folded: "
-        f"it does not give the model's files back; {able} do. Export the model in one of these"
-    )
 
 
 def _keep_history(export: Path, target: Path, *, exact: bool) -> None:
@@ -118,15 +114,15 @@ def _keep_history(export: Path, target: Path, *, exact: bool) -> None:
 
 
 def _copy_others(export: Path, manifest: Manifest, target: Path) -> None:
-    """Configuration, tokenizer and whatever else is no weight; the lock, unless export had to make it."""
+    """Configuration, tokenizer and every other file without weights; the lock, unless export had to make it."""
     skipped = {MANIFEST, PROVENANCE} | (
         {LOCK_NAME} if manifest.requirements.get("model_has_lock") == 0 else set()
     )
     for name in manifest.files:
         if name not in skipped and not name.endswith((*TENSOR_FILES, ".safetensors.index.json")):
-            place = within(target, name)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            copy_file(within(export, name), place)
+            path = within(target, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            copy_file(within(export, name), path)
 
 
 def _from_export(
@@ -139,7 +135,7 @@ def _from_export(
         dtypes = {name: sites.get(name) or dtype_name(decoded.read(name).dtype) for name in decoded.shapes}
         _write(target, decoded.shapes, dtypes, decoded.read, tick)
     equal = _compare(target, decoded.shapes, decoded.read)
-    return {"tensors_equal": equal, "masks_equal": _hold(target, export / LOCK_NAME)}
+    return {"tensors_equal": equal, "masks_equal": _check_masks(target, export / LOCK_NAME)}
 
 
 def _from_legacy(legacy: LegacyFolder, target: Path, tick: Tick, say: Say) -> dict[str, int]:
@@ -150,34 +146,33 @@ def _from_legacy(legacy: LegacyFolder, target: Path, tick: Tick, say: Say) -> di
     _write(target, legacy.shapes, legacy.dtypes, legacy.read, tick)
     lock = legacy.folder.path / LOCK_NAME
     checks = {"tensors_equal": _compare(target, legacy.shapes, legacy.read)}
-    return checks | ({"masks_equal": _hold(target, lock)} if lock.is_file() else {})
+    return checks | ({"masks_equal": _check_masks(target, lock)} if lock.is_file() else {})
 
 
-def _hold(target: Path, lock: Path) -> int:
-    """Hold what was written to a lock; returns how many masks are equal."""
+def _check_masks(target: Path, lock: Path) -> int:
+    """Check what was written against a lock; returns how many masks are equal."""
     verdict = verify(target, lock=lock)
-    for site in verdict.sites:
-        if not site.ok:
-            raise MaskError(f"{site.name}: read back from the unpacked model: {site.reason}")
+    if not verdict.ok:
+        raise MaskError(f"read back from the unpacked model: {verdict.failures[0]}")
     return len(verdict.sites)
 
 
 def _compare(target: Path, names: Iterable[str], read: Callable[[str], Tensor]) -> int:
-    """Hold written tensors, as the safetensors library reads them, to what was decoded; returns how many."""
+    """Compare written tensors, as the safetensors library reads them, with what was decoded; returns how many."""
     model, library, count = ModelFolder.open(target), LibraryReader(), 0
     for name in names:
         shard, info = model.info(name)
         if info.dtype in NOT_IN_TORCH:
             continue
-        written, decoded = library.read(shard.path, name), read(name)
-        if written.dtype != decoded.dtype or not torch.equal(_bytes(written), _bytes(decoded)):
+        written, decoded = (
+            tensor.contiguous().reshape(-1) for tensor in (library.read(shard.path, name), read(name))
+        )
+        if written.dtype != decoded.dtype or not torch.equal(
+            written.view(torch.uint8), decoded.view(torch.uint8)
+        ):
             raise FormatError(f"{shard.path}: {name}: read back, it is not what the export decodes to")
         count += 1
     return count
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _write(

@@ -1,29 +1,26 @@
 """verify: an artifact against its lock, a pattern, or another artifact, site by site."""
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from spp_fx.adapters.adapter_folder import is_adapter
 from spp_fx.errors import SppFxError
 from spp_fx.exporters.manifest import MANIFEST
 from spp_fx.parallel import Tick, in_order, no_tick, thread_count
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, load_lock
-from spp_fx.sparsity.mask import digest_masks
-from spp_fx.sparsity.scan import Scan, Weights, load_scanner
+from spp_fx.storage.folder import is_adapter
 from spp_fx.storage.links import links_option
 from spp_fx.verify.artifact import Artifact, open_artifact
-from spp_fx.verify.checks import Other, Question, judge, look, other_of, plan
-from spp_fx.verify.policy import Check, Coverage, Demands, check_request, nothing_to_hold_to
+from spp_fx.verify.checks import SiteCheck, check_site, plan_checks
+from spp_fx.verify.policy import Check, Coverage, Requirements, nothing_to_check
 from spp_fx.verify.verdict import Finding, SiteVerdict, Verified
 
-_GROUP = 16  # two decoder layers: enough masks for the lanes of a vector, few against the sites of a model
 MASK_BYTES = 256 << 20
-"""Memory of the masks that all jobs hold together, unless one alone is larger."""
+"""Freed memory worth keeping: a mask of each job, whose pages the next one takes over."""
 
-__all__ = ["MASK_BYTES", "Check", "SiteVerdict", "Verified", "check_request", "gate", "verify"]
+_NEEDS_ORIGIN = ("mask-changed", "pattern-broken", "non-finite")
+"""Findings for which it matters which step wrote the file."""
 
 
 @links_option
@@ -42,175 +39,119 @@ def verify(
     allow_links: bool = False,
     tick: Tick = no_tick,
 ) -> Verified:
-    """Hold every site of an artifact to a lock (by default the one beside it), a pattern, another artifact.
+    """Check every site of an artifact against a lock (by default the one beside it), a pattern, another artifact.
 
-    A lock is asked of the sites that it names; `pattern` and `against` of every site of the artifact. What
-    cannot be read is raised here; `gate` makes it part of the verdict.
+    A lock is checked for the sites that it names; `pattern` and `against` for every site of the artifact. What
+    cannot be read is raised here; `run_check` makes it part of the verdict.
 
     Args:
         rules: (names, pattern) of sites that hold another pattern; the first that names a site counts.
         require: names of sites that must be sparse.
         allow_dense: names of sites that need not be.
-        coverage: 'all' asks that every site of the model is in the lock, or sparse where there is no lock, and
-            that no weight is left unread.
-        trust_remote_code: run code that a model folder brings, where sites have to be found; never done unasked.
-        jobs: sites that are looked at at once; by default the CPUs at hand, at most 8, and one where weights
+        coverage: 'all' requires that every site of the model is in the lock, or sparse where there is no lock,
+            and that no weight is left unread.
+        trust_remote_code: run code that a model folder brings, where sites have to be found; never run unasked.
+        jobs: sites that are scanned at once; by default the CPUs at hand, at most 8, and one where weights
             have to be decoded.
-        allow_links: follow symbolic links that leave a folder; see `checkpoint.links`.
+        allow_links: follow symbolic links that leave a folder; see `links.check_link`.
         tick: called with a site's name and its number of weights when it is done.
 
     Raises:
-        UsageError: the artifact is of no known kind, or there is nothing to hold it to.
+        UsageError: the artifact is of no known kind, or there is nothing to check it against.
         FormatError: a file is damaged.
         SppFxError: the lock is that of another model.
         OSError: a file cannot be read.
     """
-    demands = Demands.of(pattern, rules=rules, require=require, allow_dense=allow_dense, coverage=coverage)
+    requirements = Requirements.of(
+        pattern, rules=rules, require=require, allow_dense=allow_dense, coverage=coverage
+    )
     check = Check(
         Path(path),
-        demands,
+        requirements,
         None if lock is None else Path(lock),
         None if against is None else Path(against),
         trust_remote_code,
     )
-    return _verify(check, jobs, tick, damaged=None)
+    return _verify(check, jobs, tick, damage_is_raised=True)
 
 
-def gate(check: Check, *, jobs: int | None = None, tick: Tick = no_tick) -> Verified:
-    """As `verify`, but damage is a verdict as well: what cannot be read does not hold.
+def run_check(check: Check, *, jobs: int | None = None, tick: Tick = no_tick) -> Verified:
+    """As `verify`, but damage is a verdict as well: what cannot be read fails.
 
-    A site that cannot be read is one that fails, and the others are looked at; where the artifact as a
-    whole cannot be, that is its fault and no site is named.
+    A site that cannot be read fails, and the others are still checked; where the artifact as a whole cannot be
+    read, that is its fault and no site is named.
 
     Raises:
-        UsageError: the request itself is wrong, see `check_request`; a file that is lost is damage.
+        UsageError: the check itself is wrong, see `Check.validate`; a file that is lost is damage.
     """
-    check_request(check)
+    check.validate()
     try:
-        return _verify(check, jobs, tick, damaged=_damaged)
+        return _verify(check, jobs, tick, damage_is_raised=False)
     except (SppFxError, OSError) as error:
-        return Verified(check.path, _kind_of(check.path), (), (_damage(error),), error=error)
+        return Verified(check.path, _kind_of_damaged(check.path), (), (_damage(error),), error=error)
 
 
-_Damaged = Callable[[Question, Exception], SiteVerdict]
-
-
-def _verify(check: Check, jobs: int | None, tick: Tick, *, damaged: _Damaged | None) -> Verified:
-    """The verdict; sites that cannot be read are raised, or become what `damaged` makes of them."""
+def _verify(check: Check, jobs: int | None, tick: Tick, *, damage_is_raised: bool) -> Verified:
     artifact = open_artifact(check.path, trust_remote_code=check.trust_remote_code)
     lock = load_lock(check.lock) if check.lock else artifact.lock
-    opened = (
+    against = (
         open_artifact(check.against, trust_remote_code=check.trust_remote_code) if check.against else None
     )
-    if lock is None and opened is None and not check.demands.any and not artifact.problems:
-        raise nothing_to_hold_to(check.path)
-    if lock:
-        _check_some_are_there(check, artifact, lock)
-    asked = plan(artifact, lock, check.demands, against=opened)
-    if not asked.questions and not asked.faults:
+    if lock is None and against is None and not check.requirements.any and not artifact.problems:
+        raise nothing_to_check(check.path)
+    if lock and lock.sites and not any(entry.name in artifact.names for entry in lock.sites):
+        raise SppFxError(
+            f"{check.lock or LOCK_NAME} is the lock of another model: {artifact.path} has none of its "
+            f"{len(lock.sites)} sites (first: {lock.sites[0].name})"
+        )
+    plan = plan_checks(artifact, lock, check.requirements, against)
+    if not plan.checks and not plan.faults:
         raise SppFxError(f"{check.path}: it has no weight that could be verified")
-    other = other_of(opened, asked.questions) if opened else None
-    sites = _judge_all(artifact, asked.questions, other, jobs, tick, damaged)
+    origin = _origin_of_files(artifact)
+
+    def checked(site: SiteCheck) -> SiteVerdict:
+        try:
+            return check_site(artifact, site, against)
+        except (SppFxError, OSError) as error:
+            if damage_is_raised:
+                raise
+            shape = site.entry.shape if site.entry else ()
+            pattern = None if site.expected_pattern is None else str(site.expected_pattern)
+            return SiteVerdict(site.name, shape, pattern=pattern, findings=(_damage(error),))
+
+    if jobs is None:
+        jobs = min(thread_count(), len(plan.checks)) if _is_streamed(artifact, against) else 1
+    sites: list[SiteVerdict] = []
+    for site in in_order(checked, plan.checks, jobs):
+        if site.file and any(finding.rule in _NEEDS_ORIGIN for finding in site.findings):
+            site = replace(site, origin=origin(site.file))
+        sites.append(site)
+        tick(site.name, site.numel)
     faults = [Finding("artifact-damaged", problem) for problem in artifact.problems]
-    if lock and (stranger := _other_shapes(check, lock, sites)):
-        if damaged is None:
-            raise SppFxError(stranger)
-        faults.append(Finding("artifact-damaged", stranger))
+    if lock and (fault := _wrong_shapes(check, lock, sites)):
+        if damage_is_raised:
+            raise SppFxError(fault)
+        faults.append(Finding("artifact-damaged", fault))
     return Verified(
         check.path,
         artifact.kind,
         tuple(sites),
-        (*faults, *asked.faults),
-        asked.allowed_dense,
-        asked.left_out,
-        asked.unread,
-        notes=tuple(dict.fromkeys((*artifact.notes, *(opened.notes if opened else ())))),
+        (*faults, *plan.faults),
+        plan.allowed_dense,
+        plan.left_out,
+        plan.unread,
+        notes=tuple(dict.fromkeys((*artifact.notes, *(against.notes if against else ())))),
     )
 
 
-def _judge_all(
-    artifact: Artifact,
-    questions: tuple[Question, ...],
-    other: Other | None,
-    jobs: int | None,
-    tick: Tick,
-    damaged: _Damaged | None,
-) -> list[SiteVerdict]:
-    """Every question's verdict, in order, however many are worked on at once."""
-
-    def looked(question: Question) -> Scan | Exception | None:
-        try:
-            return look(artifact, question)
-        except (SppFxError, OSError) as error:
-            return error
-
-    def answer(question: Question, scan: Scan | Exception | None) -> SiteVerdict:
-        try:
-            if isinstance(scan, Exception):
-                raise scan
-            return judge(artifact, question, scan, other)
-        except (SppFxError, OSError) as error:
-            if damaged is None:
-                raise
-            return damaged(question, error)
-
-    def answers(group: list[Question]) -> list[SiteVerdict]:
-        scans = [looked(question) for question in group]
-        digest_masks([scan.mask for scan in scans if isinstance(scan, Scan)])
-        return [answer(question, scan) for question, scan in zip(group, scans, strict=True)]
-
-    streams = _streams(artifact, other)
-    if jobs is None:
-        jobs = min(thread_count(), len(questions)) if streams else 1
-    load_scanner()  # before there are threads that would each begin to
-    groups = _groups(questions, artifact.weights, jobs if streams else None)
-    origin = _historian(artifact)
-    sites: list[SiteVerdict] = []
-    for site in (site for group in in_order(answers, groups, jobs) for site in group):
-        sites.append(replace(site, origin=origin(site.file)) if _has_an_origin(site) else site)
-        tick(site.name, site.numel)
-    return sites
-
-
-def _groups(questions: Sequence[Question], weights: Weights, jobs: int | None) -> Iterator[list[Question]]:
-    """Neighbouring sites that one job looks at, so that their masks are hashed side by side.
-
-    Args:
-        jobs: each gets about as many groups, so that none waits for the last, and holds its part of
-            `MASK_BYTES`, by the sizes that the artifact has, whatever a lock says; None makes every site one of
-            its own, as are those of unknown size.
-    """
-    rounds = max(1, math.ceil(len(questions) / (_GROUP * (jobs or 1))))
-    most = math.ceil(len(questions) / (rounds * (jobs or 1)))
-    group: list[Question] = []
-    held = 0
-    for question in questions:
-        size = MASK_BYTES
-        if jobs and weights.shape and question.name in weights.names:
-            size = math.prod(weights.shape(question.name)) // 8
-        if group and (len(group) == most or held + size > MASK_BYTES // (jobs or 1)):
-            yield group
-            group, held = [], 0
-        group.append(question)
-        held += size
-    if group:
-        yield group
-
-
-def _streams(artifact: Artifact, other: Other | None) -> bool:
-    """Whether a look at a weight holds its mask alone; where it is decoded first, one at a time is in memory."""
-    kinds = {artifact.kind} | ({other.artifact.kind} if other else set())
+def _is_streamed(artifact: Artifact, against: Artifact | None) -> bool:
+    """Whether a scan holds the mask alone; where a weight is decoded first, one at a time is in memory."""
+    kinds = {artifact.kind} | ({against.kind} if against else set[str]())
     return kinds <= {"model", "adapter", "safetensors"}
 
 
-def _has_an_origin(site: SiteVerdict) -> bool:
-    """Whether it matters which step wrote the site's file: something in it is not as it was."""
-    changed = ("mask-changed", "pattern-broken", "non-finite")
-    return bool(site.file) and any(finding.rule in changed for finding in site.findings)
-
-
-def _historian(artifact: Artifact) -> Callable[[str], str | None]:
-    """Which step a file is from; each file is looked into once."""
+def _origin_of_files(artifact: Artifact) -> Callable[[str], str | None]:
+    """Which step wrote a file; each file is read once."""
     folder = artifact.path if artifact.path.is_dir() else artifact.path.parent
 
     @cache
@@ -222,20 +163,12 @@ def _historian(artifact: Artifact) -> Callable[[str], str | None]:
     return origin
 
 
-def _damaged(question: Question, error: Exception) -> SiteVerdict:
-    shape = question.entry.shape if question.entry else ()
-    pattern = question.pattern or (question.entry.parsed_pattern() if question.entry else None)
-    return SiteVerdict(
-        question.name, shape, pattern=None if pattern is None else str(pattern), findings=(_damage(error),)
-    )
-
-
 def _damage(error: Exception) -> Finding:
     return Finding("artifact-damaged", str(error))
 
 
-def _kind_of(path: Path) -> str:
-    """The kind of an artifact that cannot be opened, as far as the files say that are there."""
+def _kind_of_damaged(path: Path) -> str:
+    """The kind of an artifact that cannot be opened, as far as its files tell."""
     if path.suffix in (".onnx", ".safetensors"):
         return path.suffix.removeprefix(".")
     if (path / MANIFEST).is_file():
@@ -243,23 +176,14 @@ def _kind_of(path: Path) -> str:
     return "adapter" if is_adapter(path) else "model"
 
 
-def _check_some_are_there(check: Check, artifact: Artifact, lock: Lock) -> None:
-    missing = [entry.name for entry in lock.sites if entry.name not in artifact.names]
-    if missing and len(missing) == len(lock.sites):
-        raise SppFxError(
-            f"{check.lock or LOCK_NAME} is the lock of another model: {artifact.path} has none of its "
-            f"{len(missing)} sites (first: {missing[0]})"
-        )
-
-
-def _other_shapes(check: Check, lock: Lock, sites: Iterable[SiteVerdict]) -> str | None:
+def _wrong_shapes(check: Check, lock: Lock, sites: Iterable[SiteVerdict]) -> str | None:
     """What is wrong where not one site has the shape that the lock says."""
     entries = lock.by_name()
     locked = [site for site in sites if site.name in entries]
-    wrong = [site for site in locked if entries[site.name].shape != site.shape]
-    if not wrong or len(wrong) < len(locked):
+    if not locked or any(entries[site.name].shape == site.shape for site in locked):
         return None
+    first = locked[0]
     return (
-        f"{check.lock or LOCK_NAME} is the lock of another model: {wrong[0].name} has shape "
-        f"{list(wrong[0].shape)} in {check.path}, {list(entries[wrong[0].name].shape)} in the lock"
+        f"{check.lock or LOCK_NAME} is the lock of another model: {first.name} has shape "
+        f"{list(first.shape)} in {check.path}, {list(entries[first.name].shape)} in the lock"
     )

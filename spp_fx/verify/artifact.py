@@ -1,135 +1,20 @@
-"""Anything that verify reads, as named weights whose zeros can be scanned."""
+"""What verify reads: model, adapter and export folders, .safetensors and .onnx files, as named weights."""
 
-import re
-from collections import Counter
-from collections.abc import Container, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
-from spp_fx.adapters.adapter_folder import AdapterFolder, is_adapter
 from spp_fx.errors import FormatError, UsageError
-from spp_fx.exporters.manifest import COMPACT, MANIFEST, Manifest, is_legacy, read_manifest, sparsity_configs
+from spp_fx.exporters.manifest import COMPACT, MANIFEST, is_legacy, open_model, read_manifest
 from spp_fx.sparsity.lock import Lock, lock_beside
-from spp_fx.sparsity.scan import Scan, Weights, is_matrix, scan_file
-from spp_fx.storage.folder import INDEX_NAME, WEIGHTS_NAME, ModelFolder
+from spp_fx.sparsity.scan import Scan, scan_file, scan_stored
+from spp_fx.storage.folder import INDEX_NAME, WEIGHTS_NAME, ModelFolder, is_adapter
 from spp_fx.storage.safetensors import Shard
 from spp_fx.storage.strict_json import read_object
-
-if TYPE_CHECKING:
-    from spp_fx.verify.model_sites import Expected
-
-
-def open_model(path: Path, *, weights: bool = True, any_config: bool = False) -> ModelFolder:
-    """Open a model folder whose tensors are the model's own.
-
-    Args:
-        weights: whether it must hold any.
-        any_config: take a folder of plain weights whose config.json has a sparsity_config, too.
-
-    Raises:
-        UsageError: an export in a form that transformers cannot load.
-        FormatError: a file is damaged, or the weights are compressed.
-    """
-    if (path / MANIFEST).is_file() and (form := read_manifest(path).format) != "safetensors":
-        raise UsageError(f"{path}: is an export ({form}); give the model folder that it was made from")
-    folder = ModelFolder.open(path, weights=weights)
-    _check_plain(folder, any_config)
-    return folder
-
-
-def _check_plain(folder: ModelFolder, any_config: bool) -> None:
-    """FormatError if the weights are compressed-tensors', which transformers fills with random numbers."""
-    packed = [name for name in folder.names if name.endswith((".bitmask", ".compressed"))]
-    if packed:
-        raise FormatError(
-            f"{folder.path}: its weights are compressed (first: {packed[0]}); servers and transformers load "
-            f"such a model with random weights. Write the plain folder with 'spp-fx unpack {folder.path}'"
-        )
-    if sparsity_configs(folder.config) and not any_config:
-        raise FormatError(
-            f"{folder.path}: config.json has a sparsity_config, which servers refuse or misread; "
-            f"write the plain folder with 'spp-fx unpack {folder.path}'"
-        )
-
-
-_PARTS = ("bias", "blocks", "inv", "scale", "scales", "zeros")
-"""Last words of what lies beside a stack, or is a part of a quantised one."""
-
-
-@dataclass(frozen=True)
-class ByNames:
-    """The tensors of a file by what their names say; vectors are in none of these.
-
-    Attributes:
-        sites: matrices and stacks of them that pruning would look at.
-        left_out: embeddings and heads, each with that reason.
-        unread: every other matrix, with what is known of it.
-    """
-
-    sites: tuple[str, ...]
-    left_out: dict[str, str]
-    unread: dict[str, str]
-
-
-def by_names(shapes: Mapping[str, tuple[int, ...]]) -> ByNames:
-    """Sort stored tensors by their names and shapes."""
-    sites: list[str] = []
-    left_out: dict[str, str] = {}
-    unread: dict[str, str] = {}
-    for name, shape in shapes.items():
-        if not is_matrix(shape):
-            continue
-        if (reason := _no_linear(name)) is not None:
-            left_out[name] = reason
-        elif (reason := _unclear(name, shape)) is not None:
-            unread[name] = reason
-        else:
-            sites.append(name)
-    return ByNames(tuple(sites), left_out, unread)
-
-
-def is_site(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a stored tensor is a matrix, or a stack of them, that pruning would look at.
-
-    Stacks of experts are parameters of their own in many models and need not be called a weight.
-    """
-    return bool(by_names({name: shape}).sites)
-
-
-def _no_linear(name: str) -> str | None:
-    """What a matrix is instead of a linear, if its name says so."""
-    modules = name.removesuffix(".weight").split(".")
-    if "lm_head" in modules[-2:]:
-        return "is the head, by its name"
-    if modules[-1] in ("wte", "wpe") or modules[-1].startswith("embed") or modules[-1].endswith("embeddings"):
-        return "is an embedding, by its name"
-    return None
-
-
-def _unclear(name: str, shape: tuple[int, ...]) -> str | None:
-    """Why a matrix may or may not be a linear's weight."""
-    words = _words(name)
-    last = name.removesuffix(".weight").rpartition(".")[2]
-    if any(word.rstrip("0123456789").endswith("norm") for word in _words(last)):
-        return "is a norm, by its name, and a matrix, by its shape"
-    if len(shape) == 3 and words[-1] in _PARTS:
-        return "is a part of a stack, by its name, and not the weight itself"
-    if len(shape) > 2 and any(re.fullmatch(r"conv[123]?d?", word) for word in words):
-        return "is the kernel of a convolution, by its name"
-    if len(shape) > 3:
-        return f"has {len(shape)} dimensions, a mask has two or three"
-    if len(shape) == 2 and not name.endswith("weight"):
-        return "is not called a weight"
-    return None
-
-
-def _words(name: str) -> list[str]:
-    """`layers.0.input_layernorm.weight` -> layers, 0, input, layernorm, weight."""
-    return re.split(r"[._]", name)
-
+from spp_fx.verify.named_sites import Sites, sites_by_name
 
 # Tracing, formats and torch are imported where an artifact needs them: a model folder with its lock does not.
 
@@ -141,22 +26,34 @@ class Artifact:
     Attributes:
         path: what was opened.
         kind: model, adapter, safetensors, onnx, cusparselt, compressed-tensors, ...
+        names: its weights.
+        scan: scans a weight, given its name and whether it is stored (in, out).
+        file: the name of the file that holds a weight.
+        find_sites: finds the weights that should be sparse where no lock says so; it may trace the model.
+        lock: the lock beside it.
+        shape: of a weight, known without scanning it; None where every weight is a matrix of unknown shape.
+        guessed: the sites go by names alone, so that how they are stored is not known.
         problems: why it must not be released, whatever its sites hold; each says how to mend it.
-        part: one of several files of a model: it need not hold the sites of another artifact.
+        part: it is one of several files of a model, and need not hold the sites of another artifact.
         notes: what is odd about it and does not change its weights; see `ModelFolder.notes`.
     """
 
     path: Path
     kind: str
-    weights: Weights
+    names: frozenset[str]
+    scan: Callable[[str, bool], Scan]
+    file: Callable[[str], str]
+    find_sites: Callable[[], Sites]
     lock: Lock | None
+    shape: Callable[[str], tuple[int, ...]] | None = None
+    guessed: bool = False
     problems: tuple[str, ...] = ()
     part: bool = False
     notes: tuple[str, ...] = ()
 
-    @property
-    def names(self) -> frozenset[str]:
-        return self.weights.names
+    @cached_property
+    def sites(self) -> Sites:
+        return self.find_sites()
 
 
 def open_artifact(path: Path, *, trust_remote_code: bool = False) -> Artifact:
@@ -179,7 +76,7 @@ def open_artifact(path: Path, *, trust_remote_code: bool = False) -> Artifact:
         return _adapter(path, trust_remote_code)
     if (path / "config.json").is_file():
         folder = ModelFolder.open(path)
-        return _legacy(folder) if is_legacy(folder) else _model(path, trust_remote_code)
+        return _legacy(folder) if is_legacy(folder) else _model(open_model(path), trust_remote_code)
     what = (
         "does not exist"
         if not path.exists()
@@ -188,61 +85,55 @@ def open_artifact(path: Path, *, trust_remote_code: bool = False) -> Artifact:
     raise UsageError(f"{path} {what}")
 
 
-def _model(path: Path, trust_remote_code: bool) -> Artifact:
-    folder = open_model(path)
+def _model(folder: ModelFolder, trust_remote_code: bool) -> Artifact:
+    def find_sites() -> Sites:
+        from spp_fx.verify import model_sites
 
-    def scan(name: str, transposed: bool) -> Scan:
-        shard, info = folder.info(name)
-        return scan_file(shard.path, info.start, info.shape, info.dtype, transposed=transposed)
+        found = model_sites.find_sites(folder, trust_remote_code=trust_remote_code)
+        return model_sites.matched_sites(found)
 
-    def file(name: str) -> str:
-        return folder.info(name)[0].name
-
-    @cache
-    def expected() -> "Expected":
-        from spp_fx.verify.model_sites import expected_of, survey
-
-        return expected_of(survey(path, trust_remote_code=trust_remote_code))
-
-    weights = Weights(
+    return Artifact(
+        folder.path,
+        "model",
         frozenset(folder.names),
-        scan,
-        file,
-        sites=lambda: expected().sites,
-        refused=lambda: expected().refused,
-        left_out=lambda: expected().left_out,
-        unread=lambda: expected().unread,
+        lambda name, transposed: scan_stored(folder.info(name)[0], name, transposed=transposed),
+        lambda name: folder.info(name)[0].name,
+        find_sites,
+        lock_beside(folder.path),
         shape=lambda name: folder.info(name)[1].shape,
+        notes=folder.notes,
     )
-    return Artifact(path, "model", weights, lock_beside(path), notes=folder.notes)
 
 
 def _legacy(folder: ModelFolder) -> Artifact:
     """compressed-tensors' dropped format, its weights under the names that the model gives them."""
-    from spp_fx.exporters.compressed_tensors import LegacyFolder
+    from spp_fx.exporters.legacy import LegacyFolder
     from spp_fx.sparsity.scan import scan_tensor
 
     legacy = LegacyFolder.open(folder)
 
-    def scan(name: str, transposed: bool) -> Scan:
-        return scan_tensor(legacy.read(name), transposed=transposed)
+    def find_sites() -> Sites:
+        others = {name: shape for name, shape in legacy.shapes.items() if name not in legacy.packed}
+        return sites_by_name(others).with_sites(dict.fromkeys(legacy.packed, False))
 
-    named = by_names({name: shape for name, shape in legacy.shapes.items() if name not in legacy.packed})
-    weights = Weights(
+    return Artifact(
+        folder.path,
+        "compressed-tensors",
         frozenset(legacy.shapes),
-        scan,
+        lambda name, transposed: scan_tensor(legacy.read(name), transposed=transposed),
         legacy.file,
-        sites=lambda: dict.fromkeys([*legacy.packed, *named.sites], False),
-        left_out=lambda: named.left_out,
-        unread=lambda: named.unread,
-        guessed=True,
+        find_sites,
+        lock_beside(folder.path),
         shape=legacy.shapes.__getitem__,
+        guessed=True,
+        problems=(legacy.problem(),),
     )
-    return Artifact(folder.path, "compressed-tensors", weights, lock_beside(folder.path), (legacy.problem(),))
 
 
 def _adapter(path: Path, trust_remote_code: bool) -> Artifact:
-    """An adapter stands for the masks of its own base, which is looked at; its factors are checked here."""
+    """An adapter stands for the masks of its own base, whose weights are scanned; its factors are checked here."""
+    from spp_fx.adapters.adapter_folder import AdapterFolder
+
     adapter = AdapterFolder.open(path)
     for name, info in adapter.shard.header.tensors.items():
         row = (1, prod(info.shape))
@@ -250,51 +141,38 @@ def _adapter(path: Path, trust_remote_code: bool) -> Artifact:
             raise FormatError(
                 f"{adapter.shard.path}: the factor {name} holds NaN or infinity; train it again"
             )
-    base = adapter.find_base()
-    adapter.check_base(open_model(base))
-    model = _model(base, trust_remote_code)
-    return Artifact(path, "adapter", model.weights, adapter.lock, notes=model.notes)
+    base = open_model(adapter.find_base())
+    adapter.check_base(base)
+    return replace(_model(base, trust_remote_code), path=path, kind="adapter", lock=adapter.lock)
 
 
 def _safetensors(path: Path, trust_remote_code: bool) -> Artifact:
     refuse_part_of_export(path)
     shard = Shard.open(path)
-
-    def scan(name: str, transposed: bool) -> Scan:
-        info = shard.info(name)
-        return scan_file(path, info.start, info.shape, info.dtype, transposed=transposed)
-
     shapes = {name: info.shape for name, info in shard.header.tensors.items()}
     of_model, part = (path.parent / "config.json").is_file(), _is_part(path)
 
-    @cache
-    def expected() -> "Expected":
-        from spp_fx.verify.model_sites import Expected, expected_sites
-
+    def find_sites() -> Sites:
         if not of_model:
-            named = by_names(shapes)
-            return Expected(dict.fromkeys(named.sites, False), {}, named.left_out, named.unread)
+            return sites_by_name(shapes)
         if part:  # what no file of the model holds is asked of the folder
-            whole = _model(path.parent, trust_remote_code).weights
-            sites = {name: turned for name, turned in whole.sites().items() if name in shapes}
-            refused, left_out, unread = (
-                _within(table(), shapes) for table in (whole.refused, whole.left_out, whole.unread)
-            )
-            return Expected(sites, refused, left_out, unread)
-        return expected_sites(path.parent, shapes, trust_remote_code=trust_remote_code)
+            return _model(open_model(path.parent), trust_remote_code).sites.within(shapes)
+        from spp_fx.verify.model_sites import sites_by_config
 
-    weights = Weights(
+        return sites_by_config(path.parent, shapes, trust_remote_code=trust_remote_code)
+
+    return Artifact(
+        path,
+        "safetensors",
         frozenset(shapes),
-        scan,
+        lambda name, transposed: scan_stored(shard, name, transposed=transposed),
         lambda _: path.name,
-        sites=lambda: expected().sites,
-        refused=lambda: expected().refused,
-        left_out=lambda: expected().left_out,
-        unread=lambda: expected().unread,
-        guessed=not of_model,
+        find_sites,
+        _lock_of_shard(shard),
         shape=shapes.__getitem__,
+        guessed=not of_model,
+        part=part,
     )
-    return Artifact(path, "safetensors", weights, _lock_of_shard(shard), part=part)
 
 
 def _is_part(path: Path) -> bool:
@@ -319,8 +197,7 @@ def refuse_part_of_export(path: Path) -> None:
 def _lock_of_shard(shard: Shard) -> Lock | None:
     """The lock beside a file, less the sites that the folder's index places in other shards."""
     lock = lock_beside(shard.path.parent)
-    index = shard.path.parent / INDEX_NAME
-    if lock is None or not index.is_file():
+    if lock is None or not (shard.path.parent / INDEX_NAME).is_file():
         return lock
     elsewhere = {
         name
@@ -332,82 +209,51 @@ def _lock_of_shard(shard: Shard) -> Lock | None:
 
 
 def _export(path: Path, trust_remote_code: bool) -> Artifact:
-    from spp_fx.exporters import find_format
+    from spp_fx.exporters.format import find_format
 
     manifest = read_manifest(path)
     format = find_format(manifest.format)
     weights = format.read(path, manifest)
 
-    @cache
-    def expected() -> "Expected":
+    def find_sites() -> Sites:
         """The manifest's sites, and every other weight of the model that could be one."""
-        from spp_fx.verify.model_sites import Expected, expected_sites
+        from spp_fx.verify.model_sites import sites_by_config, sites_of_graph
 
-        if format.decode:
-            shapes = format.decode(path, manifest).shapes
-            others = expected_sites(path, shapes, trust_remote_code=trust_remote_code)
-        else:
-            others = _in_graph(path, manifest, weights, trust_remote_code)
-        sites = others.sites | dict(weights.sites())
-        return Expected(
-            sites, others.refused, _without(others.left_out, sites), _without(others.unread, sites)
-        )
+        if format.decode is None:
+            return sites_of_graph(path, manifest, weights, trust_remote_code=trust_remote_code)
+        shapes = format.decode(path, manifest).shapes
+        sites = sites_by_config(path, shapes, trust_remote_code=trust_remote_code)
+        return sites.with_sites(weights.sites())
 
-    asked = replace(
-        weights,
-        sites=lambda: expected().sites,
-        refused=lambda: expected().refused,
-        left_out=lambda: expected().left_out,
-        unread=lambda: expected().unread,
+    return Artifact(
+        path,
+        manifest.format,
+        weights.names,
+        weights.scan,
+        weights.file,
+        find_sites,
+        lock_beside(path),
+        shape=weights.shape,
+        guessed=weights.guessed,
     )
-    return Artifact(path, manifest.format, asked, lock_beside(path))
-
-
-def _without(reasons: Mapping[str, str], names: Container[str]) -> dict[str, str]:
-    return {name: reason for name, reason in reasons.items() if name not in names}
-
-
-def _in_graph(path: Path, manifest: Manifest, weights: Weights, trust_remote_code: bool) -> "Expected":
-    """The sites of a program, which holds them as the loaded model does, but for parts that its manifest names.
-
-    What the graph holds besides is known by the model's names for it, or by what the graph does with it.
-    """
-    from spp_fx.verify.model_sites import Expected, loaded_program
-
-    rows: Counter[str] = Counter()
-    for record in manifest.tensors:
-        rows[record.part.initializer if record.part else record.name] += prod(record.shape[:-1])
-    sites: dict[str, bool] = {}
-    refused: dict[str, str] = {}
-    program, dense = loaded_program(path, len(weights.names), trust_remote_code=trust_remote_code)
-    for name in program.matched:
-        site = program.sites[name]
-        if name not in rows:
-            sites[name] = site.transposed
-        elif rows[name] < (all_rows := prod(site.shape[:-1])):
-            refused[name] = (
-                f"{MANIFEST} names {rows[name]} of its {all_rows} rows, the others cannot be told apart"
-            )
-    known = sites.keys() | rows.keys()
-    # A graph holds what its outputs depend on: of the model's matrices those that it has, and its own.
-    roles = {name: why.reason for name, why in program.left_out.items() if why.known} | dense
-    unclear = {name: why.reason for name, why in program.left_out.items() if not why.known}
-    known = sites.keys() | rows.keys()
-    left_out = _without({**weights.left_out(), **_within(roles, weights.names)}, known)
-    refused |= _without(weights.refused(), known | left_out.keys())
-    unread = {**weights.unread(), **_within(unclear, weights.names)}
-    return Expected(sites, refused, left_out, _without(unread, known | left_out.keys() | refused.keys()))
-
-
-def _within(reasons: Mapping[str, str], names: Container[str]) -> dict[str, str]:
-    return {name: reason for name, reason in reasons.items() if name in names}
 
 
 def _onnx(path: Path, trust_remote_code: bool) -> Artifact:
-    from spp_fx.exporters.onnx.weights import FORMATS, GRAPH, read_graph
+    from spp_fx.exporters.onnx.graph_weights import FORMATS, GRAPH, read_graph
 
     folder = path.parent
     in_export = path.name == GRAPH and path.is_file() and (folder / MANIFEST).is_file()
     if in_export and read_manifest(folder, check_files=False).format in FORMATS:
         return replace(_export(folder, trust_remote_code), path=path, kind="onnx")
-    return Artifact(path, "onnx", read_graph(path), lock_beside(path.parent))
+    weights = read_graph(path)
+    return Artifact(
+        path,
+        "onnx",
+        weights.names,
+        weights.scan,
+        weights.file,
+        lambda: Sites(weights.sites(), weights.refused(), weights.left_out(), weights.unread()),
+        lock_beside(folder),
+        shape=weights.shape,
+        guessed=weights.guessed,
+    )

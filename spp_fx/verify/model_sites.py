@@ -1,12 +1,15 @@
 """The sites of a model folder, found by tracing on the meta device, and where they are stored."""
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spp_fx.adapters.adapter_folder import Piece
+from spp_fx.adapters.adapter_folder import StoredMatrix
 from spp_fx.errors import FormatError, SppFxError, UsageError
+from spp_fx.exporters.manifest import MANIFEST, Manifest
 from spp_fx.graph.binding import NOT_STORED, Binding, Parameter, bind
 from spp_fx.graph.model import hollow, hollow_model, meta_model
 from spp_fx.graph.outline import outline
@@ -18,36 +21,28 @@ from spp_fx.passes.match import Match
 from spp_fx.passes.pipeline import run_pipeline
 from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.pattern import Pattern, detect_pattern
-from spp_fx.sparsity.scan import Scan, is_matrix, scan_file
+from spp_fx.sparsity.scan import Weights, is_matrix, scan_stored
 from spp_fx.storage.folder import ModelFolder
-from spp_fx.verify.artifact import open_model
+from spp_fx.verify.named_sites import Sites
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-_COUNTS = frozenset(
-    (
-        "decoder_layers",
-        "encoder_layers",
-        "n_layer",
-        "n_layers",
-        "num_decoder_layers",
-        "num_hidden_layers",
-        "num_layers",
-    )
-)
-"""What configurations call the number of layers, in the file and in the tables nested in it."""
+_LAYER_COUNTS = frozenset(
+    ("decoder_layers", "encoder_layers", "n_layer", "n_layers", "num_decoder_layers", "num_hidden_layers", "num_layers")
+)  # fmt: skip
+"""The keys of config.json, and of the tables nested in it, that give a number of layers."""
 
 
 def check_layer_count(folder: ModelFolder, stored: int) -> None:
-    """FormatError if config.json speaks of more layers than there are stored tensors, of which each has several."""
+    """FormatError if config.json has more layers than there are stored tensors: each layer has several."""
     tables: list[dict[str, Any]] = [folder.config]
     while tables:
         for key, value in tables.pop().items():
             if isinstance(value, dict):
                 tables.append(value)
-            elif key in _COUNTS and isinstance(value, int | float) and value > stored:
+            elif key in _LAYER_COUNTS and isinstance(value, int | float) and value > stored:
                 raise FormatError(
                     f"{folder.path / 'config.json'}: {key} is {value:.15g}, and only {stored} tensors are stored; "
                     "it is damaged, or not that of these weights"
@@ -55,11 +50,11 @@ def check_layer_count(folder: ModelFolder, stored: int) -> None:
 
 
 @dataclass(frozen=True)
-class Survey:
-    """A model folder with its canonical program on the meta device and the place of each weight.
+class ModelSites:
+    """A model folder with its canonical program on the meta device, and where each weight is stored.
 
     Attributes:
-        binding: the stored tensors of every parameter.
+        binding: the stored matrices of every parameter.
         left_out: matrices that are not sites because of what the model does with them, each with that reason;
             by the names of stored tensors, as `unread`, or of parameters that have none.
         unread: all other matrices that are not sites, with what is known of each: parameters that no linear
@@ -73,8 +68,8 @@ class Survey:
     unread: dict[str, str]
 
     @property
-    def pieces(self) -> dict[str, tuple[Piece, ...]]:
-        return self.binding.pieces
+    def matrices(self) -> dict[str, tuple[StoredMatrix, ...]]:
+        return self.binding.matrices
 
     @property
     def others(self) -> dict[str, str]:
@@ -100,46 +95,50 @@ class Survey:
     def _missing(self) -> list[str]:
         """Parameters of which nothing is stored, under none of their names."""
         first = self.program.tied
-        stored = {first.get(name, name) for name in self.pieces}
-        names = (name for name, _ in self.program.named_parameters())
+        stored = {first.get(name, name) for name in self.matrices}
         return [
             name
-            for name in names
+            for name, _ in self.program.named_parameters()
             if self.binding.refused.get(name) == NOT_STORED and first.get(name, name) not in stored
         ]
 
 
-def survey(
-    path: Path,
-    *,
-    weights: bool = True,
-    trust_remote_code: bool = False,
-    runnable: bool = False,
-    any_config: bool = False,
-) -> Survey:
-    """Open a model folder, find the sites of its model without weights, and the stored tensors of each.
+def find_sites(folder: ModelFolder, *, trust_remote_code: bool = False, runnable: bool = False) -> ModelSites:
+    """Find the sites of a folder's model without its weights, and the stored matrices of each.
 
-    A model that cannot be traced is told by its modules (see `outline`), unless it has to be runnable.
+    A model that cannot be traced is described by its modules (see `outline`), unless it has to be runnable.
 
     Args:
+        folder: as `open_model` gives it.
         runnable: give the program real constants and buffers, so that it runs once its parameters are filled in.
-        weights, any_config: as for `open_model`.
     """
-    folder = open_model(path, weights=weights, any_config=any_config)
     if not folder.config:
-        raise UsageError(f"{path}: config.json is missing or empty; a model folder needs it")
+        raise UsageError(f"{folder.path}: config.json is missing or empty; a model folder needs it")
     if folder.shards:
         check_layer_count(folder, len(folder.names))
     make = hollow_model if runnable else meta_model
-    model = make(path, trust_remote_code=trust_remote_code)
-    program = _program_of(model, runnable=runnable)
+    model = make(folder.path, trust_remote_code=trust_remote_code)
     stored = {name: folder.info(name)[1].shape for name in folder.names}
-    binding = _bind(model, program, stored)
-    return Survey(folder, program, binding, *_others(program, binding, stored))
+    return _model_sites(folder, model, stored, runnable=runnable)
+
+
+def _model_sites(
+    folder: ModelFolder,
+    model: "PreTrainedModel",
+    stored: Mapping[str, tuple[int, ...]],
+    *,
+    runnable: bool = False,
+) -> ModelSites:
+    program = _program_of(model, runnable=runnable)
+    binding = Binding({}, {}, {})
+    if stored:
+        parameters = {name: Parameter(name, tuple(value.shape)) for name, value in model.state_dict().items()}
+        binding = bind(model, parameters | program.sites, stored)
+    return ModelSites(folder, program, binding, *_other_matrices(program, binding, stored))
 
 
 def _program_of(model: "PreTrainedModel", *, runnable: bool = False) -> Program:
-    """The program of a model without weights, with its sites."""
+    """The canonical program of a model without weights."""
     try:
         program = hollow(trace(model))
     except SppFxError as error:
@@ -150,20 +149,13 @@ def _program_of(model: "PreTrainedModel", *, runnable: bool = False) -> Program:
     return program
 
 
-def _bind(model: "PreTrainedModel", program: Program, stored: Mapping[str, tuple[int, ...]]) -> Binding:
-    if not stored:
-        return Binding({}, {}, {})
-    parameters = {name: Parameter(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
-    return bind(model, parameters | program.sites, stored)
-
-
-def _others(
+def _other_matrices(
     program: Program, binding: Binding, stored: Mapping[str, tuple[int, ...]]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Matrices that are not sites: `Survey.left_out` and `Survey.unread`."""
+    """Matrices that are not sites: `ModelSites.left_out` and `ModelSites.unread`."""
     left_out: dict[str, str] = {}
     unread: dict[str, str] = {}
-    owners = {tensor: name for name, pieces in binding.pieces.items() for tensor in tensors_of(pieces)}
+    owners = {tensor: name for name, matrices in binding.matrices.items() for tensor in tensors_of(matrices)}
     buffers = dict(program.named_buffers(remove_duplicate=False))
     for tensor, shape in stored.items():
         owner = owners.get(tensor)
@@ -182,16 +174,14 @@ def _others(
         else:
             unread[tensor] = "nothing in the model tells what it does"
     first = program.tied
-    held = {
-        first.get(name, name) for name in binding.pieces
-    }  # under one name of a shared parameter, or another
+    held = {first.get(name, name) for name in binding.matrices}  # under any name of a shared parameter
     for name, why in program.left_out.items():
         if name not in first and name not in held and is_matrix(program.get_parameter(name).shape):
             (left_out if why.known else unread)[name] = why.reason
     return left_out, unread
 
 
-def choose(found: Survey, match: Match) -> tuple[list[str], dict[str, str]]:
+def choose(found: ModelSites, match: Match) -> tuple[list[str], dict[str, str]]:
     """Run `match` and keep the sites whose stored tensors can be rewritten; all others with reasons.
 
     Raises:
@@ -201,74 +191,51 @@ def choose(found: Survey, match: Match) -> tuple[list[str], dict[str, str]]:
         reasons = "; ".join(sorted(set(found.others.values()))) or "it has no matrices"
         raise UsageError(f"{found.folder.path}: the model has no linear that could be treated: {reasons}")
     (report,) = run_pipeline(found.program, [match])
-    refused = dict(report.refused)
+    skipped = dict(report.skipped)
     for name in list(found.program.matched):
-        reason = found.binding.refused.get(name) or _unusable(found, name)
+        reason = found.binding.refused.get(name) or _not_floating(found, name)
         if reason is not None:
-            refused[name] = reason
+            skipped[name] = reason
             del found.program.matched[name]
     if not found.program.matched:
-        raise UsageError(f"no site can be treated: {'; '.join(sorted(set(refused.values())))}")
-    return list(found.program.matched), refused
+        raise UsageError(f"no site can be treated: {'; '.join(sorted(set(skipped.values())))}")
+    return list(found.program.matched), skipped
 
 
-def _unusable(found: Survey, site: str) -> str | None:
-    for piece in found.pieces[site] if found.folder.shards else ():
-        dtype = found.folder.info(piece.tensor)[1].dtype
+def _not_floating(found: ModelSites, site: str) -> str | None:
+    for matrix in found.matrices[site] if found.folder.shards else ():
+        dtype = found.folder.info(matrix.tensor)[1].dtype
         if dtype not in ("F64", "F32", "F16", "BF16"):
             return f"is stored as {dtype}, which is not a plain floating type"
     return None
 
 
-@dataclass(frozen=True)
-class Expected:
-    """The weights that should be sparse in a model, whatever their dtype, whether they are there or not.
+def matched_sites(found: ModelSites) -> Sites:
+    """The stored tensors of the sites that `match` would take, whatever their dtype, and each that has none.
 
-    Attributes:
-        sites: stored tensor -> stored (in, out)? A site of which nothing is stored is under its own name.
-        refused: sites that are stored in a way that cannot be looked at, and why.
-        left_out, unread: all other matrices, as in `Survey`; also sites that `match` leaves alone.
+    Sites that `match` does not take are left out.
     """
-
-    sites: dict[str, bool]
-    refused: dict[str, str]
-    left_out: dict[str, str]
-    unread: dict[str, str]
-
-
-def expected_of(found: Survey) -> Expected:
-    """The stored tensors of the sites that `match` would take, and each of them that has none."""
-    return _expected(found.program, found.binding, found.left_out, found.unread)
-
-
-def _expected(
-    program: Program, binding: Binding, left_out: Mapping[str, str], unread: Mapping[str, str]
-) -> Expected:
-    left_out = dict(left_out) | {
+    program, binding = found.program, found.binding
+    left_out = found.left_out | {
         tensor: reason
         for name, reason in _match_all(program).items()
-        for tensor in (tensors_of(binding.pieces[name]) if name in binding.pieces else ())
+        for tensor in tensors_of(binding.matrices.get(name, ()))
     }
     owner = {name: program.tied.get(name, name) for name in program.sites}
-    stored = {owner[name] for name in program.matched if name in binding.pieces}
-    sites: dict[str, bool] = {}
-    refused: dict[str, str] = {}
+    stored = {owner[name] for name in program.matched if name in binding.matrices}
+    transposed: dict[str, bool] = {}
+    unreadable: dict[str, str] = {}
     for name in program.matched:
-        if name in binding.pieces:
-            pieces = tensors_of(binding.pieces[name])
-            sites |= {tensor: piece.transposed for tensor, piece in pieces.items()}
+        if name in binding.matrices:
+            matrices = tensors_of(binding.matrices[name])
+            transposed |= {tensor: matrix.transposed for tensor, matrix in matrices.items()}
         elif owner[name] in stored:
             continue  # shared with another site, under whose name it is stored
         elif (reason := binding.refused.get(name, NOT_STORED)) == NOT_STORED:
-            sites[name] = program.sites[name].transposed
+            transposed[name] = program.sites[name].transposed
         else:
-            refused[name] = reason
-    return Expected(
-        sites,
-        refused,
-        {name: reason for name, reason in left_out.items() if name not in sites},
-        {name: reason for name, reason in unread.items() if name not in sites},
-    )
+            unreadable[name] = reason
+    return Sites(transposed, unreadable, _without(left_out, transposed), _without(found.unread, transposed))
 
 
 def _match_all(program: Program) -> dict[str, str]:
@@ -279,62 +246,87 @@ def _match_all(program: Program) -> dict[str, str]:
         (report,) = run_pipeline(program, [Match(dense=True)])
     except UsageError:  # none is
         return dict.fromkeys(program.sites, "is not taken unless it is named")
-    return report.refused
+    return report.skipped
 
 
-def expected_sites(
+def sites_by_config(
     path: Path, shapes: Mapping[str, tuple[int, ...]], *, trust_remote_code: bool = False
-) -> Expected:
-    """The weights that should be sparse in whatever was made of a model, by its configuration alone.
+) -> Sites:
+    """The sites of whatever was made of a model, by its configuration alone.
 
     Args:
         path: a folder with the model's config.json.
         shapes: of the stored tensors, by name.
     """
-    check_layer_count(ModelFolder.open(path, weights=False), len(shapes))
+    folder = ModelFolder.open(path, weights=False)
+    check_layer_count(folder, len(shapes))
     model = meta_model(path, as_stored=False, trust_remote_code=trust_remote_code)
-    program = _program_of(model)
-    binding = _bind(model, program, shapes)
-    return _expected(program, binding, *_others(program, binding, shapes))
+    return matched_sites(_model_sites(folder, model, shapes))
 
 
-def loaded_program(
-    path: Path, stored: int, *, trust_remote_code: bool = False
-) -> tuple[Program, dict[str, str]]:
-    """The program of a model by its configuration alone, matched, and why sites of it are not.
+def sites_of_graph(
+    path: Path, manifest: Manifest, weights: Weights, *, trust_remote_code: bool = False
+) -> Sites:
+    """The sites of an exported graph, which holds them as the loaded model does, but for parts in its manifest.
+
+    What the graph holds besides is known by the model's names for it, or by what the graph does with it.
 
     Args:
-        path: a folder with the model's config.json.
-        stored: how many tensors there are, which bounds the number of layers.
+        path: the export folder, with the model's config.json.
+        weights: those of the graph.
     """
-    check_layer_count(ModelFolder.open(path, weights=False), stored)
+    rows: Counter[str] = Counter()
+    for record in manifest.tensors:
+        rows[record.part.initializer if record.part else record.name] += prod(record.shape[:-1])
+    check_layer_count(ModelFolder.open(path, weights=False), len(weights.names))
     program = _program_of(meta_model(path, as_stored=False, trust_remote_code=trust_remote_code))
-    return program, _match_all(program)
+    not_matched = _match_all(program)
+    transposed: dict[str, bool] = {}
+    unreadable: dict[str, str] = {}
+    for name in program.matched:
+        site = program.sites[name]
+        if name not in rows:
+            transposed[name] = site.transposed
+        elif rows[name] < (all_rows := prod(site.shape[:-1])):
+            unreadable[name] = (
+                f"{MANIFEST} names {rows[name]} of its {all_rows} rows, the others cannot be told apart"
+            )
+    # A graph holds what its outputs depend on: of the model's matrices those that it has, and its own.
+    known = transposed.keys() | rows.keys()
+    roles = {name: why.reason for name, why in program.left_out.items() if why.known} | not_matched
+    unclear = {name: why.reason for name, why in program.left_out.items() if not why.known}
+    left_out = _without({**weights.left_out(), **_within(roles, weights.names)}, known)
+    unreadable |= _without(weights.refused(), known | left_out.keys())
+    unread = {**weights.unread(), **_within(unclear, weights.names)}
+    unread = _without(unread, known | left_out.keys() | unreadable.keys())
+    return Sites(transposed, unreadable, left_out, unread).with_sites(weights.sites())
 
 
-def scan_tensor(folder: ModelFolder, tensor: str, *, transposed: bool) -> Scan:
-    """The fast look at one stored tensor."""
-    shard, info = folder.info(tensor)
-    return scan_file(shard.path, info.start, info.shape, info.dtype, transposed=transposed)
+def _without(reasons: Mapping[str, str], names: Container[str]) -> dict[str, str]:
+    return {name: reason for name, reason in reasons.items() if name not in names}
 
 
-def tensors_of(pieces: Iterable[Piece]) -> dict[str, Piece]:
-    """The stored tensors of pieces, each once (a stack stored whole counts once)."""
-    return {piece.tensor: piece for piece in pieces}
+def _within(reasons: Mapping[str, str], names: Container[str]) -> dict[str, str]:
+    return {name: reason for name, reason in reasons.items() if name in names}
 
 
-def observe(
-    found: Survey, sites: Iterable[str], tick: Tick = no_tick
+def tensors_of(matrices: Iterable[StoredMatrix]) -> dict[str, StoredMatrix]:
+    """The stored tensors of matrices, each once (a stack stored whole counts once)."""
+    return {matrix.tensor: matrix for matrix in matrices}
+
+
+def scan_sites(
+    found: ModelSites, sites: Iterable[str], tick: Tick = no_tick
 ) -> dict[str, tuple[PackedMask, Pattern | None]]:
-    """Look at the stored tensors of sites: mask and pattern by tensor; the program learns the patterns.
+    """Scan the stored tensors of sites: mask and pattern by tensor; the program learns the patterns.
 
     A site that is made of several tensors is dense if one of them is, and holds a pattern if all do.
     """
     seen: dict[str, tuple[PackedMask, Pattern | None]] = {}
     for site in sites:
         patterns: list[Pattern | None] = []
-        for tensor, piece in tensors_of(found.pieces[site]).items():
-            mask = scan_tensor(found.folder, tensor, transposed=piece.transposed).mask
+        for tensor, matrix in tensors_of(found.matrices[site]).items():
+            mask = scan_stored(found.folder.info(tensor)[0], tensor, transposed=matrix.transposed).mask
             seen[tensor] = (mask, detect_pattern(mask))
             patterns.append(seen[tensor][1])
             tick(tensor, found.folder.info(tensor)[1].nbytes)

@@ -1,9 +1,8 @@
 """`sparsity.provenance.json`: which steps made a folder, and what each of them wrote.
 
-Beside the lock, which says what must hold, lies what was done: oldest first, one record a step. A step
-takes over the history of its input and adds itself. Nothing in it depends on the place or the time, so the
-same input gives the same bytes. When a mask no longer holds, `blame` tells a file that was changed later
-from one that was written that way.
+The lock states what must hold; this file records what was done: oldest first, one record a step. A step copies the
+history of its input and adds itself. Paths and times are not recorded, so the same input gives the same bytes. When
+a mask no longer holds, `blame` distinguishes a file that was changed later from one that was written that way.
 """
 
 import hashlib
@@ -28,7 +27,7 @@ StepName = Literal["prune", "lock", "inject", "merge", "export", "unpack"]
 Setting = str | int | float | bool | None | list[str]
 
 _WEIGHTS = (".safetensors", ".onnx", ".onnx.data")
-_TRAINED = "adapter_model.safetensors"  # every training run writes it anew: no digest of it would last
+_TRAINED = "adapter_model.safetensors"  # every training run rewrites it, so that no digest of it would last
 _MAX_BYTES = 16 << 20
 _MAX_STEPS = 1000
 
@@ -99,7 +98,7 @@ def load(folder: Path) -> Provenance | None:
         FormatError: the file is not what it should be; names it and the fault.
         SppFxError: it cannot be read.
     """
-    if not os.path.lexists(folder / PROVENANCE):  # a broken one is no absent one
+    if not os.path.lexists(folder / PROVENANCE):  # a dangling link is not the same as no file
         return None
     path = within(folder, PROVENANCE)
     if regular_file_size(path) > _MAX_BYTES:
@@ -144,7 +143,7 @@ def extended(
             tool_version=VERSION,
             inputs=dict(inputs),
             settings=dict(settings),
-            lock=_lock_digest(folder / LOCK_NAME if lock is None else lock),
+            lock=_lock_digest(lock or folder / LOCK_NAME),
             files={
                 name: FileRecord(bytes=(folder / name).stat().st_size, sha256=digests.get(name))
                 for name in files
@@ -166,7 +165,7 @@ def record(
 ) -> None:
     """Write the history of `folder_in`, and this step after it, into a folder that is being written.
 
-    Call it when everything else is in place: the lock, and the weight files whose sizes it takes down.
+    Call it last: it records the digest of the lock and the sizes of the weight files.
 
     Args:
         folder_in: the input whose history goes on; None where there is none.
@@ -186,7 +185,7 @@ def record(
 def blame(folder: Path, file: str) -> str | None:
     """Whose fault a failing weight file is, in a sentence for an error message.
 
-    Reads the whole file once: ask once a file, not once a site.
+    Reads the whole file: call it once a file, not once a site.
 
     Args:
         folder: the folder that was verified.
@@ -253,11 +252,14 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _lock_digest(lock: Path) -> str | None:
-    if not lock.is_file():
-        return None
-    with lock.open("rb") as file:
+def file_blake2b(path: Path) -> str:
+    """BLAKE2b-256 of a file, 64 hexadecimal digits."""
+    with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
+
+
+def _lock_digest(lock: Path) -> str | None:
+    return file_blake2b(lock) if lock.is_file() else None
 
 
 _MEND = "remove it, then the history starts again with the next step"

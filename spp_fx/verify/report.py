@@ -1,7 +1,7 @@
-"""Verdicts in the words of other tools: JUnit, SARIF, GitHub annotations and step summaries.
+"""Reports of verify for other tools: JUnit, SARIF, GitHub annotations and step summaries.
 
-https://docs.oasis-open.org/sarif/sarif/v2.1.0/sarif-v2.1.0.html. Weights have no lines, so a result names its
-file, and tensor, row and column as logical locations.
+https://docs.oasis-open.org/sarif/sarif/v2.1.0/sarif-v2.1.0.html. In SARIF a weight
+has no lines: a result names its file, and tensor, row and column as logical locations.
 """
 
 import hashlib
@@ -110,17 +110,16 @@ def _unwritten(target: Path, why: str) -> SppFxError:
 def check_targets(
     reports: Mapping[str, tuple[Path, str]], artifacts: Iterable[Path], files: Mapping[str, Path]
 ) -> None:
-    """Refuse report files that would take the place of something that is read.
+    """Raise for report files that would overwrite something that is read.
 
     Args:
-        reports: by option, the file to write and the suffix that such reports have. In the folder of an artifact
-            one is only written under that suffix, which nothing that belongs to an artifact has: the folder may
-            be the current one, where reports usually go.
-        artifacts: files and folders that are judged or compared with.
+        reports: by option, the file to write and the suffix of such reports. In the folder of an artifact, which
+            may be the current one, a report must have that suffix: no file of an artifact has it.
+        artifacts: files and folders that are verified or compared with.
         files: other files that are read, by what they are.
 
     Raises:
-        UsageError: names the option and what is in its place.
+        UsageError: names the option and what it would overwrite.
     """
     written: dict[Path, str] = {}
     for option, (target, suffix) in reports.items():
@@ -131,22 +130,22 @@ def check_targets(
                 if form in _forms(file):
                     raise UsageError(f"{option} {target}: is the {what}; give another file")
             for artifact in artifacts:
-                if form in _forms(artifact) or (target.suffix != suffix and _is_part(form, artifact)):
+                if form in _forms(artifact) or (target.suffix != suffix and _would_be_part(form, artifact)):
                     raise UsageError(
                         f"{option} {target}: is or would be a part of the artifact {artifact}; "
                         f"give a file elsewhere, or one that is called *{suffix}"
                     )
 
 
-def _is_part(report: Path, artifact: Path) -> bool:
-    """Whether a file lies in an artifact's folder, or beside a lone file where something is already."""
+def _would_be_part(report: Path, artifact: Path) -> bool:
+    """Whether a file lies in an artifact's folder, or replaces a file beside a single-file artifact."""
     if artifact.is_dir():
         return any(report.is_relative_to(form) for form in _forms(artifact))
     return os.path.lexists(report) and any(report.parent == form.parent for form in _forms(artifact))
 
 
 def _forms(path: Path) -> Sequence[Path]:
-    """A path as it is spelt, and with its links followed."""
+    """A path as it was given, and with its links followed."""
     return tuple(dict.fromkeys((Path(os.path.abspath(path)), path.resolve())))
 
 
@@ -313,7 +312,7 @@ def _result(verdict: Verified, site: SiteVerdict | None, finding: Finding, root:
         artifact["uriBaseId"] = _SOURCE_ROOT
     location: dict[str, Any] = {"physicalLocation": {"artifactLocation": artifact}}
     if site is not None:
-        location["logicalLocations"] = _logical(site.name, finding.place)
+        location["logicalLocations"] = _logical(site.name, finding.position)
     about = verdict.kind if site is None else site.name
     origin = f" ({site.origin})" if site is not None and site.origin else ""
     return {
@@ -325,16 +324,16 @@ def _result(verdict: Verified, site: SiteVerdict | None, finding: Finding, root:
     }
 
 
-def _logical(name: str, place: str | None) -> list[dict[str, str]]:
+def _logical(name: str, position: str | None) -> list[dict[str, str]]:
     tensor = escaped(name)
     found = {"name": tensor, "fullyQualifiedName": tensor, "kind": "variable"}
-    if place is None:
+    if position is None:
         return [found]
-    return [found, {"name": place, "fullyQualifiedName": f"{tensor}: {place}", "kind": "element"}]
+    return [found, {"name": position, "fullyQualifiedName": f"{tensor}: {position}", "kind": "element"}]
 
 
 def _identity(artifact: str, site: SiteVerdict | None, finding: Finding) -> str:
     """The same for the same finding in every run: it knows neither the shard nor the numbers in the message."""
     what = finding.message if site is None else site.name
-    text = "\0".join((artifact, finding.rule, what, finding.place or ""))
+    text = "\0".join((artifact, finding.rule, what, finding.position or ""))
     return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()

@@ -11,9 +11,9 @@ from spp_fx.errors import escaped
 RULES = {
     "mask-changed": "A mask is not the one that the lock or the other artifact has.",
     "pattern-broken": "A weight has more non-zeros than its sparsity pattern allows.",
-    "dense-site": "A weight that must be sparse is dense, or the lock does not speak of it.",
+    "dense-site": "A weight that must be sparse is dense, or the lock does not name it.",
     "missing-weight": "A weight that must be there is missing.",
-    "unread-weight": "A weight was not looked at, because nobody knows what it is for or how to read it.",
+    "unread-weight": "A weight was not checked, because its role or its form is unknown.",
     "non-finite": "A weight holds NaN or infinity.",
     "artifact-damaged": "A file cannot be read, is not what it claims to be, or must not be released.",
 }
@@ -27,12 +27,12 @@ class Finding:
     Attributes:
         rule: a key of `RULES`.
         message: what is wrong, with row and column where there is one, and how to mend it.
-        place: 'row 17, column 66' where one element or group is at fault.
+        position: 'row 17, column 66' where one element or group is at fault.
     """
 
     rule: str
     message: str
-    place: str | None = None
+    position: str | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class SiteVerdict:
         lost_zeros, new_zeros: positions that changed; None where only a digest is known.
         mask_equal: None where there was nothing to compare with.
         file: name of the file that holds it; empty where there is none.
-        pattern: what it was held to; None where no pattern was.
+        pattern: that it was checked for; None without one.
         findings: why it is not ok; none where it is.
         origin: which step is to blame, in a sentence, where the artifact's history tells.
     """
@@ -90,14 +90,14 @@ class Verified:
 
     Attributes:
         path: the artifact, as it was named.
-        kind: model, adapter, safetensors, onnx, cusparselt, ...; `unknown` where it could not be told.
-        sites: those of which something was asked, by name.
-        faults: why the artifact as a whole must not be released, whatever its sites hold.
-        allowed_dense: sites of which nothing was asked because they may be dense.
+        kind: model, adapter, safetensors, onnx, cusparselt, ..., or `unknown`.
+        sites: those that were checked, by name.
+        faults: why the artifact must not be released, whatever its sites hold.
+        allowed_dense: sites that were not checked because they may be dense.
         left_out: matrices that are not sites because of what the model does with them, each with that reason.
-        unread: all other matrices of which nothing was asked, each with the reason.
+        unread: all other matrices that were not checked, each with the reason.
         notes: what is odd about its files and changes nothing.
-        error: what kept its sites from being looked at at all; a fault says the same in words.
+        error: why no site could be checked; a fault says the same in words.
     """
 
     path: Path
@@ -121,7 +121,7 @@ class Verified:
 
     @property
     def pattern(self) -> str | None:
-        """What every site was held to, None where that differs or there was none."""
+        """The pattern that every site was checked for; None where they differ or there was none."""
         patterns = {site.pattern for site in self.sites}
         return patterns.pop() if len(patterns) == 1 else None
 
@@ -129,6 +129,11 @@ class Verified:
     def failed(self) -> tuple[SiteVerdict, ...]:
         """The sites that do not hold."""
         return tuple(site for site in self.sites if not site.ok)
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """Everything that does not hold, in words: what is wrong with the whole, then site by site."""
+        return (*self.problems, *(f"{site.name}: {site.reason}" for site in self.failed))
 
     @property
     def sparsity(self) -> float:
@@ -175,7 +180,7 @@ def findings_of(verdict: Verified) -> list[tuple[SiteVerdict | None, Finding]]:
 
 
 SHOWN = 20
-"""Problems and failing sites told in full; the rest are counted."""
+"""Problems and failing sites that are listed; the rest are counted."""
 
 
 def lines(verdict: Verified, *, one_of_many: bool = False) -> Iterator[str]:

@@ -13,6 +13,7 @@ from spp_fx.adapters.ops import passes, rows, spp_linear, spp_weight
 from spp_fx.adapters.ops.dropout import apply_dropout
 from spp_fx.errors import UsageError
 from tests.adapters.layers import EXECUTIONS, OPS, SCALE, Layer, make_layer, run
+from tests.effort import covering
 
 EXACT = 1e-12  # float64, relative: a few roundings of sums of some ten terms
 M, N, R = 12, 10, 3  # blocks of 4 rows
@@ -26,9 +27,9 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
     monkeypatch.setattr(passes, "TILE_ELEMENTS", max(1, elements // 2))
 
 
-@pytest.fixture(params=BLOCKS.values(), ids=BLOCKS.keys())
+@pytest.fixture(params=BLOCKS)
 def blocks(request, monkeypatch):
-    small_blocks(monkeypatch, request.param)
+    small_blocks(monkeypatch, BLOCKS[request.param])
 
 
 def effective(weight: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
@@ -68,9 +69,13 @@ def test_rows_of_the_factors_give_rows_of_the_update():
             assert torch.equal(part, whole[start:stop])
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("rows", [(1,), (5,), (2, 3), (1, 1)], ids=str)
-@pytest.mark.parametrize("execution", EXECUTIONS)
+@covering(
+    execution=EXECUTIONS,
+    rows=[(1,), (5,), (2, 3), (1, 1)],
+    dropout=[0.0, 0.4],
+    blocks=BLOCKS,
+    indirect=["blocks"],
+)
 def test_every_execution_is_the_definition(execution, rows, dropout, blocks):
     for bias in (True, False):
         layer = make_layer(M, N, R, rows, bias=bias)
@@ -79,8 +84,7 @@ def test_every_execution_is_the_definition(execution, rows, dropout, blocks):
         torch.testing.assert_close(got, expected(layer, seed, dropout), rtol=EXACT, atol=EXACT)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("execution", EXECUTIONS)
+@covering(execution=EXECUTIONS, dropout=[0.0, 0.4], blocks=BLOCKS, indirect=["blocks"])
 def test_the_gradients_of_every_execution_are_those_of_the_definition(execution, dropout, blocks):
     for bias in (True, False):
         layer = make_layer(M, N, R, (2, 3), bias=bias)
@@ -92,9 +96,7 @@ def test_the_gradients_of_every_execution_are_those_of_the_definition(execution,
             torch.testing.assert_close(a, b, rtol=EXACT, atol=EXACT)
 
 
-@pytest.mark.parametrize("shape", [(4, 3, 2), (6, 2, 1), (3, 4, 3), (1, 1, 1)], ids=str)
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("execution", OPS)
+@covering(execution=OPS, dropout=[0.0, 0.4], shape=[(4, 3, 2), (6, 2, 1), (3, 4, 3), (1, 1, 1)])
 def test_gradcheck(execution, shape, dropout, monkeypatch):
     small_blocks(monkeypatch, 2 * shape[1])
     layer = make_layer(*shape, (2,))
@@ -175,9 +177,7 @@ def near(value: Tensor, exact: Tensor) -> bool:
     return bool((value.double() - exact).norm() <= 1e-2 * exact.norm())
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("execution", OPS)
+@covering(execution=OPS, bias=[True, False], dropout=[0.0, 0.4])
 def test_opcheck(execution, bias, dropout):
     layer = make_layer(4, 6, 2, (3,), bias=bias)
     seed = torch.tensor(7) if dropout else None

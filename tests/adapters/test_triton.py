@@ -5,6 +5,7 @@ import torch
 
 from spp_fx.adapters.ops import passes
 from tests.adapters.adapted import SHAPES, make, ranges
+from tests.effort import covering
 
 pytest.importorskip("triton", reason="triton is not installed")
 from spp_fx.adapters.ops import triton_passes
@@ -13,9 +14,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
 
-@pytest.mark.parametrize("storage", ["dense", "2:4", "bitmask"])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@covering(shape=SHAPES, dtype=TOLERANCE, storage=["dense", "2:4", "bitmask"])
 def test_both_passes_are_those_of_torch(shape, dtype, storage):
     adapted, here = make(*shape, dtype, storage), make(*shape, dtype, storage, DEVICE)
     m, n, r = shape

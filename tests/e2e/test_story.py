@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spp_fx import runtime
 from spp_fx.cli import run
-from spp_fx.exporters.onnx.check import OnnxModel
+from spp_fx.exporters.onnx.onnxruntime_check import OnnxModel
 from spp_fx.verbs.load import load_program
 from tests.command import command
 from tests.exporters.onnx_files import greedy

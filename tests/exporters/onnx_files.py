@@ -1,7 +1,6 @@
 """Small .onnx files with one weight, written by the encoders of the formats."""
 
 from copy import deepcopy
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +10,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 from spp_fx.exporters.format import ExportSettings, find_format
 from spp_fx.exporters.manifest import Part
-from spp_fx.exporters.onnx.check import OnnxModel
-from spp_fx.exporters.onnx.data import TYPES, DataFile, save
-from spp_fx.exporters.onnx.encoding import Encoded, Encoding
-from spp_fx.exporters.onnx.graph import GraphParameter
-from spp_fx.exporters.onnx.parameters import SparseParameter
-from spp_fx.exporters.onnx.sparse import SparseInitializers
-from spp_fx.exporters.onnx.weights import GraphWeights
+from spp_fx.exporters.onnx import model_writer
+from spp_fx.exporters.onnx.encodings import Encoded, Encoding, SparseInitializers
+from spp_fx.exporters.onnx.graph_export import GraphParameter
+from spp_fx.exporters.onnx.graph_parameters import SparseParameter
+from spp_fx.exporters.onnx.graph_weights import GraphWeights
+from spp_fx.exporters.onnx.onnxruntime_check import OnnxModel
+from spp_fx.exporters.onnx.tensor_data import TYPES, save
 from spp_fx.parallel import no_tick
 from spp_fx.sparsity.lock import make_entry
 from spp_fx.sparsity.pattern import parse_pattern
@@ -51,7 +50,8 @@ def sites_of(weight: torch.Tensor, pattern: str, transposed: bool = False) -> Sp
     entry = make_entry(
         "W", "linear", pack_mask(weight, transposed=transposed), parse_pattern(pattern), transposed
     )
-    return SparseParameter(((entry, Part(initializer="W")),), True, transposed)
+    parameter = GraphParameter("W", tuple(weight.shape), TYPES[weight.dtype])
+    return SparseParameter(parameter, ((entry, Part(initializer="W")),), True, transposed)
 
 
 def write_weight(
@@ -66,10 +66,9 @@ def write_weight(
 ) -> Encoded:
     """Put `weight` as W into a model (by default `matmul_model`) and write it."""
     proto = model or matmul_model(weight.shape[-1], weight.shape[-2], TYPES[weight.dtype])
-    parameter = GraphParameter("W", tuple(weight.shape), TYPES[weight.dtype])
     data_path = path.with_name(path.name + ".data")
-    with DataFile(data_path) as data:
-        done = encoding.encode(parameter, sites_of(weight, pattern, transposed), weight, data)
+    with data_path.open("xb") as file:
+        done = encoding.encode(sites_of(weight, pattern, transposed), weight, file)
     proto.graph.initializer.extend([*done.tensors, *encoding.constants()])
     if done.sparse is not None:
         proto.graph.sparse_initializer.append(done.sparse)
@@ -112,8 +111,7 @@ def replace(proto, name: str, array: np.ndarray) -> None:
 
 def write_graph(source, graph, folder, format, monkeypatch, say=lambda line: None):
     """What export does with a source whose graph is there already; returns its checks."""
-    module = import_module("spp_fx.exporters.onnx.writer")  # the package has a function of that name
-    monkeypatch.setattr(module, "build_graph", lambda model, with_past: deepcopy(graph))
+    monkeypatch.setattr(model_writer, "build_graph", lambda model, with_past: deepcopy(graph))
     folder.mkdir()
     return find_format(format).write(source, folder, ExportSettings(), no_tick, say)
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spp_fx.exporters import semi_structured
+from spp_fx.sparsity import packing
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, make_entry
 from spp_fx.sparsity.pattern import detect_pattern
 from spp_fx.sparsity.scan import pack_mask
@@ -21,7 +21,7 @@ INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def without_kernels() -> Generator[None, None, None]:
     """The torch code, which defines what compiled loops do."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(semi_structured, "_kernels", lambda: None)
+        patch.setattr(packing, "_compiled", lambda: None)
         yield
 
 

@@ -12,8 +12,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from spp_fx.errors import FormatError, MaskError, PatternError
-from spp_fx.exporters import ExportSettings, cusparselt_layout, packed_writer
+from spp_fx.exporters import cusparselt_layout
 from spp_fx.exporters import format as source
+from spp_fx.exporters import packed as packed_exports
+from spp_fx.exporters.format import ExportSettings
 from spp_fx.sparsity.lock import Lock
 from spp_fx.verbs.export import Exported, export
 from spp_fx.verbs.verify import verify
@@ -122,13 +124,13 @@ def test_a_fault_in_a_copied_tensor_is_found(tmp_path, monkeypatch):
 
 def test_each_site_is_packed_once(tmp_path, monkeypatch):
     packed: list[int] = []
-    right = packed_writer.pack_rows
+    right = packed_exports.pack_rows
 
     def counted(rows, values, positions, first_row, *rest, **options):
         packed.append(len(rows))
         return right(rows, values, positions, first_row, *rest, **options)
 
-    monkeypatch.setattr(packed_writer, "pack_rows", counted)
+    monkeypatch.setattr(packed_exports, "pack_rows", counted)
     ticked: list[str] = []
     model = make_wide(tmp_path / "m")
     done = export(

@@ -13,7 +13,7 @@ from spp_fx.errors import FormatError, PatternError, UsageError
 from spp_fx.exporters import cusparselt_layout
 from spp_fx.exporters.cusparselt_layout import Sm, from_neutral, pack, refusal
 from spp_fx.exporters.cusparselt_reader import neutral_form, unpack
-from spp_fx.exporters.semi_structured import Packed24, pack_2_4
+from spp_fx.sparsity.packing import Packed24, pack_2_4
 from tests.effort import examples
 from tests.exporters.packing import without_kernels
 

@@ -8,10 +8,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from spp_fx.errors import UsageError
-from spp_fx.exporters import ExportSettings, find_format, packed_writer
+from spp_fx.exporters import packed
 from spp_fx.exporters.cusparselt_layout import Sm
 from spp_fx.exporters.cusparselt_reader import neutral_form, unpack
-from spp_fx.exporters.semi_structured import pack_2_4
+from spp_fx.exporters.format import ExportSettings, find_format
+from spp_fx.sparsity.packing import pack_2_4
 from spp_fx.verbs.export import Exported, export
 from tests.effort import examples
 from tests.exporters.packing import bare_folder, bits_of, random_sparse, without_kernels
@@ -116,7 +117,7 @@ def test_decode_gives_back_what_the_model_stores(
     tmp_path_factory, monkeypatch, sm, dtypes, seed, shape, kernels, bands
 ):
     folder = tmp_path_factory.mktemp("law")
-    monkeypatch.setattr(packed_writer, "BAND_BYTES", 1 if bands else 1 << 21)
+    monkeypatch.setattr(packed, "BAND_BYTES", 1 if bands else 1 << 21)
     sites = {f"{i}.weight": random_sparse(*shape, dtype, seed + i) for i, dtype in enumerate(dtypes)}
     if kernels:
         done = exported(folder, sites, sm, frozenset({"0.weight"}))

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from spp_fx.errors import FormatError, MaskError, PatternError
-from spp_fx.exporters import ExportSettings, cutlass_layout, find_format
+from spp_fx.exporters import cutlass_layout
+from spp_fx.exporters.format import ExportSettings, find_format
 from spp_fx.exporters.manifest import read_manifest
 from spp_fx.storage.safetensors import Shard
 from spp_fx.verbs.export import Exported, export

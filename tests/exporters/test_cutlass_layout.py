@@ -17,7 +17,7 @@ from spp_fx.errors import FormatError, PatternError, UsageError
 from spp_fx.exporters import cutlass_layout
 from spp_fx.exporters.cutlass_layout import FORMS, from_neutral, pack, refusal
 from spp_fx.exporters.cutlass_reader import neutral_form, unpack
-from spp_fx.exporters.semi_structured import clear_negative_zeros, pack_1_2, pack_2_4
+from spp_fx.sparsity.packing import clear_negative_zeros, pack_1_2, pack_2_4
 from tests.effort import examples
 from tests.exporters.packing import bits_of, random_sparse, without_kernels
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spp_fx.errors import PatternError
-from spp_fx.exporters.onnx.nm_codes import code_for, encode
+from spp_fx.exporters.onnx.encodings import code_for, encode_groups
 from spp_fx.sparsity.pattern import NM
 from tests.effort import examples
 
@@ -44,7 +44,7 @@ def test_a_weight_comes_back_bit_for_bit(pattern, groups, width, seed, sparse_gr
         kept = int(rng.integers(0, pattern.kept + 1)) if sparse_groups else pattern.kept
         row[rng.permutation(pattern.group)[kept:]] = 0
     code = code_for(pattern, weight.size)
-    values, codes, cleared = encode(code, weight.reshape(-1), 1 << (8 * width - 1))
+    values, codes, cleared = encode_groups(code, weight.reshape(-1), 1 << (8 * width - 1))
     assert cleared == 0
     assert (values.shape, codes.shape) == (
         (weight.size // code.entries, code.kept),
@@ -80,7 +80,7 @@ def test_a_run_never_crosses_the_end_of_the_weight():
 def test_negative_zeros_are_kept_where_a_position_is_free_and_counted_where_none_is():
     minus = np.uint16(0x8000)
     weight = np.array([1, minus, 0, 0, 1, 2, minus, minus], dtype=np.uint16)
-    values, codes, cleared = encode(code_for(NM(2, 4), 8), weight, 0x8000)
+    values, codes, cleared = encode_groups(code_for(NM(2, 4), 8), weight, 0x8000)
     assert cleared == 2
     np.testing.assert_array_equal(
         together(code_for(NM(2, 4), 8), values, codes),
@@ -92,4 +92,4 @@ def test_a_group_with_too_many_is_refused_with_its_place():
     weight = np.zeros(64, dtype=np.uint16)
     weight[41:44] = 7
     with pytest.raises(PatternError, match="4 elements from 40 on keep 3, 2:4 allows 2"):
-        encode(code_for(NM(2, 4), 64), weight, 0x8000)
+        encode_groups(code_for(NM(2, 4), 64), weight, 0x8000)

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spp_fx.errors import FormatError, MaskError, UsageError
-from spp_fx.exporters.onnx import packed, parameters
-from spp_fx.exporters.onnx.weights import read_graph
+from spp_fx.exporters.onnx import encodings, graph_parameters
+from spp_fx.exporters.onnx.graph_weights import read_graph
 from spp_fx.sparsity.lock import load_lock
 from spp_fx.verbs.export import export
 from spp_fx.verbs.verify import verify
@@ -72,14 +72,16 @@ def test_the_lock_is_the_models_own(exported):
     assert names == set(load_lock(exported / "sparse" / LOCK).by_name())
 
 
-@pytest.mark.parametrize("artifact", ["onnx", "onnx/model.onnx"])
-def test_it_verifies_against_the_models_lock_and_the_model(exported, artifact):
-    path = exported / artifact
+def test_it_verifies_against_the_models_lock_and_the_model(exported, case):
+    folder, model = exported / "onnx", exported / "sparse"
+    paths = [folder, folder / "model.onnx"]
+    if list(CASES).index(case) % 2:  # each way to compare meets both forms of the export
+        paths.reverse()
     for verdict in (
-        verify(path),
-        verify(path, lock=exported / "sparse" / LOCK),
-        verify(path, against=exported / "sparse"),
-        verify(exported / "sparse", against=path),
+        verify(paths[0]),
+        verify(paths[1], lock=model / LOCK),
+        verify(paths[0], against=model),
+        verify(model, against=paths[1]),
     ):
         assert verdict.ok, next(site.reason for site in verdict.sites if not site.ok)
         assert all(site.mask_equal is True for site in verdict.sites)
@@ -99,30 +101,32 @@ def test_a_graph_without_its_manifest_keeps_its_own_names(exported, case, tmp_pa
 def test_a_weight_that_was_written_wrong_is_found(tmp_path, monkeypatch):
     make_model("llama").save_pretrained(tmp_path / "dense")
     must("prune", tmp_path / "dense", "-o", tmp_path / "sparse")
-    right = packed.encode
+    right = encodings.encode_groups
 
     def wrong(*args):
         values, codes, cleared = right(*args)
         values[-1, -1] ^= 1  # the last bit of one number
         return values, codes, cleared
 
-    monkeypatch.setattr(packed, "encode", wrong)
+    monkeypatch.setattr(encodings, "encode_groups", wrong)
     with pytest.raises(MaskError, match="decoded from the export, it is not the model's weight"):
         export(tmp_path / "sparse", tmp_path / "onnx", "onnx-packed")
     assert not (tmp_path / "onnx").exists()
 
 
 def test_a_site_of_the_lock_that_the_graph_has_not_is_found(tmp_path, monkeypatch):
-    model, right = sparse_model("gpt2-without-prefix", tmp_path), parameters.bind
+    model, right = sparse_model("gpt2-without-prefix", tmp_path), graph_parameters.bind
 
     def other_names(*args):
         binding = right(*args)
-        for name, pieces in binding.pieces.items():
+        for name, matrices in binding.matrices.items():
             if name.endswith("1.mlp.c_proj.weight"):
-                binding.pieces[name] = tuple(replace(piece, tensor=piece.tensor + "x") for piece in pieces)
+                binding.matrices[name] = tuple(
+                    replace(matrix, tensor=matrix.tensor + "x") for matrix in matrices
+                )
         return binding
 
-    monkeypatch.setattr(parameters, "bind", other_names)
+    monkeypatch.setattr(graph_parameters, "bind", other_names)
     with pytest.raises(MaskError, match=r"0 more of the lock's 8 sites .* the graph reads no parameter"):
         export(model, tmp_path / "onnx", "onnx")
 

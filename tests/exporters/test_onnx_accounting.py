@@ -15,11 +15,11 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from spp_fx.errors import FormatError
 from spp_fx.exporters.manifest import Part, TensorRecord, write_manifest
-from spp_fx.exporters.onnx.weights import GRAPH, read_graph
+from spp_fx.exporters.onnx.graph_weights import GRAPH, read_graph
 from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.scan import Weights, pack_mask
-from spp_fx.verbs.verify import Check, gate, verify
-from spp_fx.verify.policy import Demands
+from spp_fx.verbs.verify import Check, run_check, verify
+from spp_fx.verify.policy import Requirements
 from spp_fx.version import VERSION
 from tests.effort import examples
 
@@ -540,7 +540,7 @@ def test_a_weight_that_cannot_be_looked_at_fails_and_is_named(tmp_path, piece):
     assert named(read_graph(tmp_path / "m.onnx")) == {
         "sites": {"w1"}, "refused": {"w0"}, "left out": set(), "unread": set()
     }  # fmt: skip
-    (failed,) = gate(Check(tmp_path / "m.onnx", Demands.of("2:4"))).failed
+    (failed,) = run_check(Check(tmp_path / "m.onnx", Requirements.of("2:4"))).failed
     assert failed.name == "w0"
     operator = {
         "n_bits": "MatMulNBits", "unknown": "Mystery", "summed_twice": "Einsum", "kernel": "Conv",
@@ -685,7 +685,7 @@ def test_every_weight_of_any_graph_is_in_exactly_one_place(tmp_path, pieces):
         if expected == "sites":
             assert weights.scan(name, weights.sites()[name]).mask == mask_of(piece, kind, at)
     holds = all(kind == "2:4" for piece, kind in names.values() if piece in READ)
-    verdict = gate(Check(tmp_path / "m.onnx", Demands.of("2:4")))
+    verdict = run_check(Check(tmp_path / "m.onnx", Requirements.of("2:4")))
     assert verdict.ok == (holds and not any(piece in REFUSED for piece, _ in names.values()))
 
 
@@ -802,7 +802,7 @@ def test_what_would_grow_without_bound_is_refused(tmp_path, op, inputs, attribut
     if op == "Range":
         made = graph.op("Reshape", [made, graph.put("shape", np.array([2, -1]))], "shaped")
     graph.op("MatMul", ["x", graph.op("Neg", [made], "negative")], "y")
-    (failed,) = gate(Check(graph.write(tmp_path / "m.onnx"), Demands.of("2:4"))).failed
+    (failed,) = run_check(Check(graph.write(tmp_path / "m.onnx"), Requirements.of("2:4"))).failed
     assert op in (failed.reason or "")
 
 

@@ -10,8 +10,8 @@ from onnx import numpy_helper
 from transformers import AutoModelForCausalLM
 
 from spp_fx.errors import FormatError, SppFxError
-from spp_fx.exporters.onnx import data
-from spp_fx.exporters.onnx.check import check_standard, compare_logits, logits_of, run_onnx
+from spp_fx.exporters.onnx import tensor_data
+from spp_fx.exporters.onnx.onnxruntime_check import OnnxModel, check_standard, compare_logits, logits_of
 from spp_fx.verbs.export import ExportSettings, export
 from tests.command import must
 from tests.families import VOCABULARY, make_model
@@ -28,7 +28,7 @@ def root(tmp_path_factory):
     assert done.checks["standard_checker"] == "passed"
     assert done.checks["argmax_agreement"] == 1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "SINGLE_FILE_LIMIT", 0)
+        patch.setattr(tensor_data, "SINGLE_FILE_LIMIT", 0)
         export(root / "sparse", root / "external", "onnx", settings)
     assert (root / "external" / "model.onnx.data").is_file()
     return root
@@ -58,9 +58,9 @@ def test_a_sparse_graph_computes_the_models_logits(root, model, kind):
     assert found.positions == 1 + (14 - 2 * 2) + (48 - 2 * 5) + 33
 
 
-def test_run_onnx_returns_the_logits(root):
+def test_a_file_is_called_like_a_model(root):
     ids = np.arange(10, dtype=np.int64).reshape(2, 5)
-    logits = run_onnx(root / "inline" / "model.onnx", ids, np.ones_like(ids))
+    logits = OnnxModel(root / "inline" / "model.onnx").logits(ids, np.ones_like(ids))
     assert (logits.shape, logits.dtype) == ((2, 5, VOCABULARY), np.float32)
 
 

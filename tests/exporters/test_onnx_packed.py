@@ -7,9 +7,8 @@ import torch
 from onnx.reference import ReferenceEvaluator
 
 from spp_fx.errors import FormatError
-from spp_fx.exporters.onnx.data import TYPES
-from spp_fx.exporters.onnx.graph import GraphParameter
-from spp_fx.exporters.onnx.packed import Packing
+from spp_fx.exporters.onnx.encodings import PackedCodes
+from spp_fx.exporters.onnx.tensor_data import TYPES
 from tests.exporters.onnx_files import (
     bits,
     matmul_model,
@@ -41,7 +40,7 @@ def pruned(pattern: str, shape: tuple[int, ...], dtype=torch.float32, seed: int 
 @pytest.mark.parametrize("level", ["ORT_DISABLE_ALL", "ORT_ENABLE_BASIC"])
 def test_onnxruntime_and_the_reader_unpack_it(tmp_path, pattern, level):
     weight = pruned(pattern, (32, int(pattern.split(":")[1]) * 6))
-    write_weight(tmp_path / "m.onnx", weight, Packing(), pattern)
+    write_weight(tmp_path / "m.onnx", weight, PackedCodes(), pattern)
     np.testing.assert_array_equal(product(tmp_path / "m.onnx", weight.shape[1], level), weight.numpy().T)
     assert bits(read_back(tmp_path / "m.onnx")) == bits(weight)
 
@@ -51,7 +50,7 @@ def test_every_type_passes_the_checker_and_comes_back(tmp_path, dtype):
     weight = pruned("2:4", (16, 32), dtype)
     weight[0, 0:4] = torch.tensor([torch.finfo(dtype).smallest_normal / 2, 0, -0.0, 0])  # subnormal, -0.0
     done = write_weight(
-        tmp_path / "m.onnx", weight, Packing(), model=matmul_model(32, 16, TYPES[dtype], opset=21)
+        tmp_path / "m.onnx", weight, PackedCodes(), model=matmul_model(32, 16, TYPES[dtype], opset=21)
     )
     assert done.negative_zeros == 0
     onnx.checker.check_model(str(tmp_path / "m.onnx"), full_check=True)
@@ -61,7 +60,7 @@ def test_every_type_passes_the_checker_and_comes_back(tmp_path, dtype):
 
 def test_the_standards_own_evaluator_agrees(tmp_path):
     weight = pruned("4:8", (16, 32))
-    write_weight(tmp_path / "m.onnx", weight, Packing(), "4:8")
+    write_weight(tmp_path / "m.onnx", weight, PackedCodes(), "4:8")
     (result,) = ReferenceEvaluator(str(tmp_path / "m.onnx")).run(None, {"X": np.eye(32, dtype=np.float32)})
     np.testing.assert_array_equal(result, weight.numpy().T)
 
@@ -69,7 +68,7 @@ def test_the_standards_own_evaluator_agrees(tmp_path):
 def test_openvino_agrees(tmp_path):
     openvino = pytest.importorskip("openvino", reason="the extra 'openvino' is not installed")
     weight = pruned("2:4", (16, 32))
-    write_weight(tmp_path / "m.onnx", weight, Packing())
+    write_weight(tmp_path / "m.onnx", weight, PackedCodes())
     model = openvino.Core().compile_model(
         str(tmp_path / "m.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
     )
@@ -80,7 +79,7 @@ def test_openvino_agrees(tmp_path):
 def test_onnxruntime_folds_it_away(tmp_path):
     import onnxruntime
 
-    write_weight(tmp_path / "m.onnx", two_of_four((32, 64)), Packing())
+    write_weight(tmp_path / "m.onnx", two_of_four((32, 64)), PackedCodes())
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.optimized_model_filepath = str(tmp_path / "folded.onnx")
@@ -90,10 +89,10 @@ def test_onnxruntime_folds_it_away(tmp_path):
 
 def test_storage_the_other_way_round_and_stacks(tmp_path):
     stored = pruned("2:4", (64, 32)).T.contiguous()  # (in, out)
-    write_weight(tmp_path / "t.onnx", stored, Packing(), transposed=True)
+    write_weight(tmp_path / "t.onnx", stored, PackedCodes(), transposed=True)
     assert bits(read_back(tmp_path / "t.onnx")) == bits(stored)
     stack = pruned("2:4", (3, 8, 16))
-    write_weight(tmp_path / "s.onnx", stack, Packing())
+    write_weight(tmp_path / "s.onnx", stack, PackedCodes())
     assert bits(read_back(tmp_path / "s.onnx")) == bits(stack)
 
 
@@ -103,10 +102,9 @@ def test_storage_the_other_way_round_and_stacks(tmp_path):
 )
 def test_the_size_is_known_before(dtype, pattern, share):
     weight = pruned(pattern, (64, 64), dtype)
-    parameter = GraphParameter("W", (64, 64), TYPES[dtype])
     sites = sites_of(weight, pattern)
-    assert Packing().refusal(parameter, sites) is None
-    assert Packing().size(parameter, sites) == share * weight.nbytes
+    assert PackedCodes().why_dense(sites) is None
+    assert PackedCodes().size(sites) == share * weight.nbytes
 
 
 @pytest.mark.parametrize(
@@ -119,12 +117,11 @@ def test_the_size_is_known_before(dtype, pattern, share):
 )
 def test_what_stays_dense_says_why(pattern, message):
     weight = torch.zeros(32, 32, dtype=torch.float16)
-    parameter = GraphParameter("W", (32, 32), TYPES[torch.float16])
     if pattern == "15:16":  # three groups of int8: no two codes share a byte
-        weight, parameter = weight[:3, :16], GraphParameter("W", (3, 16), onnx.TensorProto.INT8)
-    refusal = Packing().refusal(parameter, sites_of(weight, pattern))
-    assert refusal is not None
-    assert message in refusal
+        weight = weight[:3, :16].to(torch.int8)
+    reason = PackedCodes().why_dense(sites_of(weight, pattern))
+    assert reason is not None
+    assert message in reason
 
 
 def edit(name, change):
@@ -214,7 +211,7 @@ TABLE = "spp_fx.positions.2_4x2"
 )
 def test_a_packing_that_lies_is_refused(tmp_path, damage, message):
     path = tmp_path / "m.onnx"
-    write_weight(path, pruned("2:4", (16, 32)), Packing())
+    write_weight(path, pruned("2:4", (16, 32)), PackedCodes())
     proto = onnx.load(path)
     damage(proto)
     path.write_bytes(proto.SerializeToString())

@@ -6,12 +6,13 @@ import pytest
 from onnx import TensorProto, numpy_helper
 
 from spp_fx.errors import FormatError, UsageError
-from spp_fx.exporters.onnx.reader import load_model, load_sparse_masks
+from spp_fx.exporters.onnx.onnx_file import OnnxFile
 from tests.exporters.onnx_files import two_of_four, write_sparse
 
 
 def read(path):
-    return {entry.name: entry for entry in load_sparse_masks(path)}
+    file = OnnxFile(path)
+    return {name: file.read(name) for name in (*file.dense, *file.sparse)}
 
 
 def written(tmp_path, change=lambda sparse: None, external=False):
@@ -171,9 +172,9 @@ def test_indices_as_coordinates_are_read_as_well(tmp_path):
 
     path = written(tmp_path, as_coordinates)
     onnx.checker.check_model(str(path))
-    np.testing.assert_array_equal(read(path)["W"].dense(), weight)
+    np.testing.assert_array_equal(read(path)["W"], weight)
 
 
 def test_a_missing_file_is_a_wrong_request(tmp_path):
     with pytest.raises(UsageError, match=r"nothere\.onnx: there is no such file"):
-        load_model(tmp_path / "nothere.onnx")
+        OnnxFile(tmp_path / "nothere.onnx")

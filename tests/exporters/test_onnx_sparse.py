@@ -6,12 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from onnx import helper
 
-from spp_fx.exporters.onnx import sparse
-from spp_fx.exporters.onnx.data import TYPES
-from spp_fx.exporters.onnx.graph import GraphParameter
-from spp_fx.exporters.onnx.reader import OnnxFile, load_sparse_masks
-from spp_fx.exporters.onnx.sparse import SparseInitializers, index_type_for, take_apart
+from spp_fx.exporters.onnx import encodings
+from spp_fx.exporters.onnx.encodings import SparseInitializers, index_type_for, nonzeros
+from spp_fx.exporters.onnx.onnx_file import OnnxFile
 from tests.effort import examples
 from tests.exporters.onnx_files import bits, product, read_back, sites_of, two_of_four, write_sparse
 
@@ -32,9 +31,11 @@ def test_onnxruntime_and_the_reader_see_the_weight_bit_for_bit(tmp_path, shape, 
         onnx.checker.check_model(str(path))
     np.testing.assert_array_equal(product(path, shape[1]), weight.float().numpy().T)
     assert bits(read_back(path)) == bits(weight)
-    (entry,) = load_sparse_masks(path)
-    assert (entry.index_dtype, entry.shape) == (index_type, shape)
-    np.testing.assert_array_equal(entry.mask(), (weight != 0).numpy())
+    file = OnnxFile(path)
+    assert helper.tensor_dtype_to_np_dtype(file.sparse["W"].indices.data_type) == index_type
+    values, positions = file.read_sparse("W")
+    np.testing.assert_array_equal(positions, np.flatnonzero(weight.float()))
+    assert (values != 0).all()
 
 
 def test_external_data_holds_the_large_tensors_only(tmp_path):
@@ -58,7 +59,7 @@ def test_values_and_positions_are_the_weight(rows, columns, dtype, density, seed
     raw = rng.integers(0, 256, (rows, columns, dtype.itemsize), dtype=np.uint8)  # any bits, NaN payloads too
     raw[rng.random((rows, columns)) >= density] = 0
     weight = torch.from_numpy(raw.view(f"u{dtype.itemsize}").reshape(rows, columns).copy()).view(dtype)
-    values, positions = take_apart(weight, "int32")
+    values, positions = nonzeros(weight, "int32")
     flat = np.zeros(rows * columns, dtype=values.dtype)
     flat[positions] = values
     assert flat.tobytes() == raw.tobytes()
@@ -72,8 +73,8 @@ def test_a_zero_of_negative_sign_keeps_it(tmp_path):
     weight[3, 5] = torch.finfo(torch.float32).smallest_normal / 4
     write_sparse(tmp_path / "m.onnx", weight)
     assert bits(read_back(tmp_path / "m.onnx")) == bits(weight)
-    (entry,) = load_sparse_masks(tmp_path / "m.onnx")
-    np.testing.assert_array_equal(entry.mask(), (weight != 0).numpy())
+    values, _ = OnnxFile(tmp_path / "m.onnx").read_sparse("W")
+    assert len(values) == (weight != 0).sum() + 1
 
 
 def test_an_all_zero_weight_is_sparse_with_no_values(tmp_path):
@@ -85,12 +86,11 @@ def test_an_all_zero_weight_is_sparse_with_no_values(tmp_path):
 
 def test_what_cannot_be_sparse_says_why(monkeypatch):
     full = torch.ones(8, 16)
-    parameter = GraphParameter("W", (8, 16), TYPES[torch.float32])
-    encoding = SparseInitializers("smallest")
-    assert encoding.refusal(parameter, sites_of(full, "50%")) == "it holds no zero"
-    assert encoding.refusal(parameter, sites_of(two_of_four((8, 16)), "2:4")) is None
-    monkeypatch.setattr(sparse, "TENSOR_LIMIT", 512)
-    assert "it takes 512 bytes" in str(encoding.refusal(parameter, sites_of(two_of_four((8, 16)), "2:4")))
+    encoding, sites = SparseInitializers("smallest"), sites_of(two_of_four((8, 16)), "2:4")
+    assert encoding.why_dense(sites_of(full, "50%")) == "it holds no zero"
+    assert encoding.why_dense(sites) is None
+    monkeypatch.setattr(encodings, "TENSOR_LIMIT", 512)
+    assert "it takes 512 bytes" in str(encoding.why_dense(sites))
 
 
 @pytest.mark.parametrize(
@@ -113,5 +113,4 @@ def test_the_smallest_index_type_holds_the_last_position(numel, index_type):
 )
 def test_the_size_is_known_before(dtype, indices, ratio):
     weight = two_of_four((256, 256), dtype)
-    parameter = GraphParameter("W", (256, 256), TYPES[dtype])
-    assert SparseInitializers(indices).size(parameter, sites_of(weight, "2:4")) == ratio * weight.nbytes
+    assert SparseInitializers(indices).size(sites_of(weight, "2:4")) == ratio * weight.nbytes

@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from spp_fx.errors import FormatError
 from spp_fx.exporters.format import Source
-from spp_fx.exporters.onnx.check import compare_logits, logits_of
-from spp_fx.exporters.onnx.graph import build_graph
-from spp_fx.exporters.onnx.parameters import find_parameters
-from spp_fx.exporters.onnx.weights import GraphWeights
+from spp_fx.exporters.onnx import model_writer
+from spp_fx.exporters.onnx.graph_parameters import find_parameters
+from spp_fx.exporters.onnx.graph_weights import GraphWeights
+from spp_fx.exporters.onnx.onnxruntime_check import compare_logits, logits_of
 from spp_fx.graph.model import hollow_model
 from spp_fx.storage.folder import ModelFolder
 from spp_fx.verbs.export import export, open_source
@@ -83,7 +83,7 @@ def base(tmp_path_factory):
     """A Llama folder, its source, its hollow model and the graph of that."""
     folder = sparse_folder(tmp_path_factory.mktemp("stored") / "sparse", "llama")
     model = hollow_model(folder)
-    return open_source(folder), model, build_graph(model)
+    return open_source(folder), model, model_writer.build_graph(model, with_past=False)
 
 
 def changed(base, tmp_path, change):

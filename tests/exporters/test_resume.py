@@ -4,10 +4,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from spp_fx.errors import SppFxError
-from spp_fx.exporters import packed_writer, plain, sparse_bitmask
-from spp_fx.storage import writer as parts
+from spp_fx.exporters import packed, plain, sparse_bitmask
 from spp_fx.verbs.export import export
 from tests.command import listing
 from tests.soak.jobs import make_models
@@ -49,7 +49,12 @@ def stopped_export(model: Path, out: Path, form: str, count: int, owner: object,
 
 @pytest.mark.parametrize(
     ("form", "owner", "name"),
-    [("safetensors", plain, "rewrite_shard"), ("sparse-bitmask", sparse_bitmask, "write_shard")],
+    [
+        ("safetensors", plain, "rewrite_shard"),
+        ("sparse-bitmask", sparse_bitmask, "write_shard"),
+        ("cutlass", packed, "_fill_file"),
+        ("cusparselt", packed, "_fill_file"),
+    ],
 )
 def test_finished_files_are_not_written_again(form, owner, name, model, tmp_path, monkeypatch):
     whole = export(model, tmp_path / "whole", form).to_json()
@@ -62,35 +67,32 @@ def test_finished_files_are_not_written_again(form, owner, name, model, tmp_path
     assert listing(tmp_path / "out") == listing(tmp_path / "whole")
     assert again["sites"] == whole["sites"]
     assert again["checks"] == whole["checks"]
-
-
-@pytest.mark.parametrize("form", ["cutlass", "cusparselt"])
-@pytest.mark.parametrize("count", [1, 5, 13])
-def test_a_packed_file_goes_on_where_it_was_durable(form, count, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(parts, "PART_BYTES", 1)  # after every tensor
-    whole = export(model, tmp_path / "whole", form).to_json()
-    stopped_export(model, tmp_path / "out", form, count, packed_writer, "pack_site")
-    with monkeypatch.context() as patch:
-        calls = stop_after(99, patch, packed_writer, "pack_site")
-        again = export(model, tmp_path / "out", form).to_json()
-    assert calls == [14 - count]
-    assert listing(tmp_path / "out") == listing(tmp_path / "whole")
-    assert again["sites"] == whole["sites"]
     assert not (tmp_path / ".out.work").exists()
 
 
-@pytest.mark.parametrize("spoil", ["waiting.bin", "out/model.safetensors"])
-def test_a_packed_file_whose_work_was_lost_begins_anew(spoil, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(parts, "PART_BYTES", 1)
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_file_that_was_cut_off_or_lost_is_written_again(count, model, tmp_path, monkeypatch):
+    """What was being written is no file yet, and what is not as the journal says is written again."""
     export(model, tmp_path / "whole", "cutlass")
-    stopped_export(model, tmp_path / "out", "cutlass", 5, packed_writer, "pack_site")
-    (spoiled,) = (tmp_path / ".out.work").glob(spoil if "/" not in spoil else "out/*.safetensors")
-    spoiled.write_bytes(b"")
+    stopped_export(model, tmp_path / "out", "cutlass", count, packed, "pack_site")
+    for finished in (tmp_path / ".out.work" / "out").glob("*.safetensors"):
+        finished.write_bytes(b"")
     with monkeypatch.context() as patch:
-        calls = stop_after(99, patch, packed_writer, "pack_site")
+        calls = stop_after(99, patch, packed, "pack_site")
         export(model, tmp_path / "out", "cutlass")
     assert calls == [14]
     assert listing(tmp_path / "out") == listing(tmp_path / "whole")
+
+
+def test_packed_files_mirror_those_of_the_model(model, tmp_path):
+    """Each file holds the tensors of one of the model's, and what is counted survives a second run."""
+    out = export(model, tmp_path / "out", "cutlass").out
+    shards = sorted(model.glob("*.safetensors"))
+    names = [f"packed-{index:05}-of-{len(shards):05}.safetensors" for index in range(1, len(shards) + 1)]
+    assert sorted(path.name for path in out.glob("*.safetensors")) == names
+    for name, shard in zip(names, shards, strict=True):
+        stored = {tensor.removesuffix(".packed").removesuffix(".meta") for tensor in load_file(out / name)}
+        assert stored == load_file(shard).keys()
 
 
 def test_other_options_begin_anew(model, tmp_path, monkeypatch):

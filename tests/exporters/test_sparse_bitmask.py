@@ -16,16 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spp_fx.errors import FormatError, MaskError, SppFxError
-from spp_fx.exporters import (
-    ExportSettings,
-    Source,
-    _bitmask_numpy,
-    raw_file,
-    sparse_bitmask,
-    sparse_bitmask_reader,
-)
+from spp_fx.exporters import sparse_bitmask
+from spp_fx.exporters.format import ExportSettings, Source
 from spp_fx.exporters.manifest import read_manifest
-from spp_fx.exporters.sparse_bitmask_reader import CompactShard
+from spp_fx.exporters.sparse_bitmask import CompactShard
 from spp_fx.sparsity.lock import Lock, load_lock, make_entry
 from spp_fx.sparsity.scan import scan_tensor
 from spp_fx.storage.folder import ModelFolder
@@ -35,6 +29,7 @@ from spp_fx.verbs.unpack import unpack
 from spp_fx.verbs.verify import verify
 from tests.command import listing
 from tests.effort import examples
+from tests.exporters.packing import without_kernels
 from tests.exporters.test_cusparselt import model_folder
 
 SITE = "model.layers.0.mlp.up_proj.weight"
@@ -101,7 +96,7 @@ def test_any_weight_comes_back_bit_for_bit(tmp_path_factory, seed, shape, dtype,
     tensors = {"a.weight": weight(seed, shape, dtype, keep), "b.bias": torch.arange(3)}
     out = compact(folder, tensors, ["a.weight"])
     manifest = read_manifest(out)
-    decoded = sparse_bitmask_reader.decode(out, manifest).read("a.weight")
+    decoded = sparse_bitmask.decode(out, manifest).read("a.weight")
     assert (decoded.dtype, tuple(decoded.shape)) == (dtype, shape)
     assert bits(decoded) == bits(tensors["a.weight"])
     (record,) = manifest.tensors
@@ -110,7 +105,7 @@ def test_any_weight_comes_back_bit_for_bit(tmp_path_factory, seed, shape, dtype,
     assert stored < 2000 + sum(tensor.nbytes for tensor in tensors.values()), "no site grows"
 
     (folder / "back").mkdir()
-    sparse_bitmask_reader.restore(out, manifest, folder / "back", lambda *_: None)
+    sparse_bitmask.restore(out, manifest, folder / "back", lambda *_: None)
     original = (folder / "m" / "model.safetensors").read_bytes()
     assert (folder / "back" / "model.safetensors").read_bytes() == original
 
@@ -118,21 +113,19 @@ def test_any_weight_comes_back_bit_for_bit(tmp_path_factory, seed, shape, dtype,
 def test_spans_meet_where_they_should(tmp_path, monkeypatch):
     """Weights of many spans, by threads; with the numpy kernels the very same bytes."""
     monkeypatch.setattr(sparse_bitmask, "SPAN", 1 << 10)
-    monkeypatch.setattr(sparse_bitmask_reader, "SPAN", 1 << 10)
     tensors = {
         "a.weight": weight(1, (331, 77), torch.bfloat16, "half"),
         "b.weight": weight(2, (100, 129), torch.float32, "few"),
     }
     out = compact(tmp_path / "x", tensors, list(tensors))
     for name, tensor in tensors.items():
-        assert bits(sparse_bitmask_reader.decode(out, read_manifest(out)).read(name)) == bits(tensor)
+        assert bits(sparse_bitmask.decode(out, read_manifest(out)).read(name)) == bits(tensor)
     written = (out / "sparse" / "model.safetensors").read_bytes()
-    for module in (sparse_bitmask, sparse_bitmask_reader):
-        monkeypatch.setattr(module, "kernels", lambda: _bitmask_numpy.KERNELS)
-    other = compact(tmp_path / "y", tensors, list(tensors))
-    assert (other / "sparse" / "model.safetensors").read_bytes() == written
-    for name, tensor in tensors.items():
-        assert bits(sparse_bitmask_reader.decode(other, read_manifest(other)).read(name)) == bits(tensor)
+    with without_kernels():
+        other = compact(tmp_path / "y", tensors, list(tensors))
+        assert (other / "sparse" / "model.safetensors").read_bytes() == written
+        for name, tensor in tensors.items():
+            assert bits(sparse_bitmask.decode(other, read_manifest(other)).read(name)) == bits(tensor)
 
 
 def test_packing_and_restoring_take_the_memory_of_a_mask_and_a_few_spans(tmp_path, monkeypatch):
@@ -146,16 +139,18 @@ def test_packing_and_restoring_take_the_memory_of_a_mask_and_a_few_spans(tmp_pat
         Source(ModelFolder.open(tmp_path), lock, False),
         tmp_path / "sparse" / "model.safetensors",
     )
-    for module in (raw_file, sparse_bitmask, sparse_bitmask_reader):
-        monkeypatch.setattr(module, "SPAN", 1 << 16)
+    monkeypatch.setattr(sparse_bitmask, "SPAN", 1 << 16)
 
     def pack():
         sparse_bitmask.write_shard(source, source.folder.shards[0], target, lambda *_: None)
 
     def back():
         shard = CompactShard.open(target, target.name)
-        blocks = (block for name in shard.tensors for block in shard.blocks(name))
-        raw_file.write_raw(tmp_path / "back.safetensors", shard.header, blocks)
+        with (tmp_path / "back.safetensors").open("wb") as file:
+            file.write(shard.header)
+            for name in shard.tensors:
+                for block in shard.blocks(name):
+                    file.write(block.data)
 
     for action in (pack, back):
         tracemalloc.start()
@@ -181,15 +176,15 @@ def test_zeros_of_negative_sign_are_values_and_still_zeros(tmp_path):
     out = compact(tmp_path, {"a.weight": tensor}, ["a.weight"])
     manifest = read_manifest(out)
     assert manifest.tensors[0].details["values"] == 9
-    assert sparse_bitmask_reader.read(out, manifest).scan("a.weight", False).mask.nnz == 1
-    assert sparse_bitmask_reader.decode(out, manifest).read("a.weight").signbit().sum() == 8
+    assert sparse_bitmask.read(out, manifest).scan("a.weight", False).mask.nnz == 1
+    assert sparse_bitmask.decode(out, manifest).read("a.weight").signbit().sum() == 8
 
 
 def test_a_site_whose_parts_have_the_name_of_a_tensor_stays_dense(tmp_path):
     tensors = {"a": torch.eye(64), "a.values": torch.ones(3)}
     out = compact(tmp_path, tensors, ["a"])
     assert "tensor of the name a.values" in read_manifest(out).tensors[0].reason
-    assert bits(sparse_bitmask_reader.decode(out, read_manifest(out)).read("a")) == bits(tensors["a"])
+    assert bits(sparse_bitmask.decode(out, read_manifest(out)).read("a")) == bits(tensors["a"])
 
 
 @pytest.fixture(scope="module")
@@ -275,14 +270,14 @@ def test_weights_that_are_not_finite_are_refused(sharded, tmp_path, has_lock):
 
 
 def test_what_is_written_wrong_is_found(sharded, tmp_path, monkeypatch):
-    right = sparse_bitmask.kernels().compress
+    right = sparse_bitmask.compress
 
-    def wrong(elements, values):
-        count = right(elements, values)
-        values[count - 1] ^= 1
-        return count
+    def wrong(elements, bits):
+        values = right(elements, bits)
+        values[-1] ^= 1
+        return values
 
-    monkeypatch.setattr(sparse_bitmask, "kernels", lambda: type("", (), {"compress": staticmethod(wrong)}))
+    monkeypatch.setattr(sparse_bitmask, "compress", wrong)
     with pytest.raises(FormatError, match=r"weight: elements .* are not the model's"):
         export(sharded, tmp_path / "out", "sparse-bitmask")
     assert not (tmp_path / "out").exists()

@@ -12,15 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from spp_fx.exporters import ExportSettings
+from spp_fx.exporters.format import ExportSettings
 from spp_fx.exporters.manifest import Part, TensorRecord, write_manifest
-from spp_fx.exporters.onnx.data import TYPES, DataFile, save
-from spp_fx.exporters.onnx.dense import DenseConstants
-from spp_fx.exporters.onnx.encoding import Encoding
-from spp_fx.exporters.onnx.graph import GraphParameter
-from spp_fx.exporters.onnx.packed import Packing
-from spp_fx.exporters.onnx.parameters import SparseParameter
-from spp_fx.exporters.onnx.sparse import SparseInitializers
+from spp_fx.exporters.onnx.encodings import DenseConstants, Encoding, PackedCodes, SparseInitializers
+from spp_fx.exporters.onnx.graph_export import GraphParameter
+from spp_fx.exporters.onnx.graph_parameters import SparseParameter
+from spp_fx.exporters.onnx.tensor_data import TYPES, save
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, make_entry
 from spp_fx.sparsity.pattern import parse_pattern
 from spp_fx.sparsity.scan import pack_mask
@@ -280,18 +277,18 @@ def _write_graph(path: Path, format: str, *, external: bool) -> tuple[Lock, list
     proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     encodings: dict[str, Encoding] = {
         "onnx": SparseInitializers("smallest"),
-        "onnx-packed": Packing(),
+        "onnx-packed": PackedCodes(),
         "onnx-dense": DenseConstants(proto),
     }
     names = list(encodings) if format == "mixed" else [format] * 3
     lock, records, chains = _lock(weights), [], []
     data_path = path.with_name("model.onnx.data")
-    with DataFile(data_path) as data:
+    with data_path.open("xb") as file:
         for entry, choice in zip(lock.sites, names, strict=True):
             weight = weights[entry.name]
-            sites = SparseParameter(((entry, Part(initializer=entry.name)),), True, False)
             parameter = GraphParameter(entry.name, tuple(weight.shape), TYPES[weight.dtype])
-            done = encodings[choice].encode(parameter, sites, weight, data)
+            sites = SparseParameter(parameter, ((entry, Part(initializer=entry.name)),), True, False)
+            done = encodings[choice].encode(sites, weight, file)
             proto.graph.initializer.extend(done.tensors)
             if done.sparse is not None:
                 proto.graph.sparse_initializer.append(done.sparse)

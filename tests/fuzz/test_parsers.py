@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from spp_fx.adapters.adapter_folder import AdapterFolder
 from spp_fx.errors import FormatError, SppFxError, printable
 from spp_fx.exporters.manifest import MANIFEST, read_manifest
-from spp_fx.exporters.onnx.reader import OnnxFile
+from spp_fx.exporters.onnx.onnx_file import OnnxFile
 from spp_fx.sparsity.lock import Lock, load_lock
 from spp_fx.storage.folder import find_weights, within
 from spp_fx.storage.safetensors import read_header

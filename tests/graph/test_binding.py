@@ -15,7 +15,7 @@ def test_a_checkpoint_with_the_models_own_names_binds_to_itself(family):
     model, program = sparse(family)
     binding = bind(model, program.sites, shapes(model))
     assert binding.refused == {}
-    assert {name: [p.tensor for p in pieces] for name, pieces in binding.pieces.items()} == {
+    assert {name: [p.tensor for p in matrices] for name, matrices in binding.matrices.items()} == {
         name: [name] for name in program.sites
     }
 
@@ -23,8 +23,13 @@ def test_a_checkpoint_with_the_models_own_names_binds_to_itself(family):
 def test_a_missing_prefix_is_found():
     model, program = sparse("gpt2")
     stored = {name.removeprefix("transformer."): shape for name, shape in shapes(model).items()}
-    (piece,) = bind(model, program.sites, stored).pieces["transformer.h.0.mlp.c_fc.weight"]
-    assert (piece.tensor, piece.transposed, piece.start, piece.stop) == ("h.0.mlp.c_fc.weight", True, 0, 128)
+    (matrix,) = bind(model, program.sites, stored).matrices["transformer.h.0.mlp.c_fc.weight"]
+    assert (matrix.tensor, matrix.transposed, matrix.start, matrix.stop) == (
+        "h.0.mlp.c_fc.weight",
+        True,
+        0,
+        128,
+    )
 
 
 def test_experts_stored_one_by_one_tile_the_stack():
@@ -37,7 +42,7 @@ def test_experts_stored_one_by_one_tile_the_stack():
             stored |= {f"{base}.w1.weight": (64, 32), f"{base}.w3.weight": (64, 32)}
             stored |= {f"{base}.w2.weight": (32, 64)}
     binding = bind(model, program.sites, stored)
-    found = {(p.expert, p.start, p.stop, p.tensor.split(".")[-2]) for p in binding.pieces[name]}
+    found = {(p.expert, p.start, p.stop, p.tensor.split(".")[-2]) for p in binding.matrices[name]}
     assert found == {(e, s, s + 64, w) for e in range(4) for s, w in ((0, "w1"), (64, "w3"))}
 
 

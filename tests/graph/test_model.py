@@ -213,7 +213,7 @@ def test_a_program_is_tied_as_its_model(scale, tied, reason, tmp_path):
     assert program.tied == ({HEAD: tied} if tied else {})
     _, matched = run_pipeline(program, [Canonicalize(), Match(dense=True)])
     assert (program.sites[HEAD].tied_to, program.sites[HEAD].is_head) == (tied, True)
-    assert reason in matched.refused[HEAD]
+    assert reason in matched.skipped[HEAD]
 
 
 def test_a_head_of_its_own_is_kept_beside_the_embedding(tmp_path):

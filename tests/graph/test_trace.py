@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from spp_fx.errors import SppFxError, UsageError
-from spp_fx.exporters.onnx.trace import cached_signature
+from spp_fx.exporters.onnx.graph_export import cached_signature
 from spp_fx.graph.model import load_model, meta_model
 from spp_fx.graph.printer import print_program
 from spp_fx.graph.program import Program

@@ -46,7 +46,7 @@ def test_the_program_computes_what_the_model_computes(family):
     model, program = sparse(family)
     (report,) = run_pipeline(program, [Causal()])
     assert len(report.changed) == (0 if family in WITHOUT_SDPA else 2)
-    assert not report.refused
+    assert not report.skipped
     ids = batch(3, 17)
     torch.testing.assert_close(program(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-6)
     for left in (True, False):
@@ -119,8 +119,8 @@ def test_a_mask_that_something_else_reads_is_left_with_the_reason():
     module.recompile()
     (report,) = run_pipeline(program, [Causal()])
     assert not report.changed
-    assert set(report.refused) == {"model.layers.0.self_attn", "model.layers.1.self_attn"}
-    assert all(f"{read.name} in model.layers.0.self_attn reads" in why for why in report.refused.values())
+    assert set(report.skipped) == {"model.layers.0.self_attn", "model.layers.1.self_attn"}
+    assert all(f"{read.name} in model.layers.0.self_attn reads" in why for why in report.skipped.values())
 
 
 def test_a_mask_of_the_tokens_themselves_is_left_with_the_reason():
@@ -139,7 +139,7 @@ def test_a_mask_of_the_tokens_themselves_is_left_with_the_reason():
     module.recompile()
     (report,) = run_pipeline(program, [Causal()])
     assert not report.changed
-    assert all("depends on input_ids" in why for why in report.refused.values())
+    assert all("depends on input_ids" in why for why in report.skipped.values())
 
 
 @pytest.mark.parametrize("several", [False, True], ids=["view", "one of several"])
@@ -160,7 +160,7 @@ def test_a_write_through_a_view_is_seen(several):
     module.recompile()
     (report,) = run_pipeline(program, [Causal()])
     assert not report.changed
-    assert all(f"{write.name} writes into" in why for why in report.refused.values())
+    assert all(f"{write.name} writes into" in why for why in report.skipped.values())
 
 
 def test_who_exports_gets_the_masked_graph():
@@ -190,7 +190,7 @@ def test_running_it_again_changes_nothing():
     run_pipeline(program, [Causal()])
     (report,) = run_pipeline(program, [Causal()])
     assert not report.changed
-    assert not report.refused
+    assert not report.skipped
 
 
 def test_a_lost_mask_is_noticed():

@@ -12,7 +12,7 @@ from tests.passes.programs import adapted, canonical
 def matched(program, **options):
     item = Match(**options)
     (report,) = run_pipeline(program, [item])
-    return set(program.matched), report.refused
+    return set(program.matched), report.skipped
 
 
 def test_without_targets_every_linear_of_the_layers_is_taken():

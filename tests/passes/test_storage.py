@@ -14,6 +14,7 @@ from spp_fx.passes.pipeline import run_pipeline
 from spp_fx.passes.verify_masks import Verify
 from spp_fx.pruning.select import keep
 from spp_fx.sparsity.pattern import parse_pattern
+from tests.effort import covering
 from tests.families import batch
 from tests.passes.programs import adapted, canonical, loss_of
 
@@ -37,9 +38,11 @@ def backend(request, monkeypatch):
         pytest.skip("numba is not installed")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("columns", [4, 12, 16, 100])
-@pytest.mark.parametrize("pattern", ["2:4", "1:4", "50%", "0%", "90%"])
+@covering(
+    pattern=["2:4", "1:4", "50%", "0%", "90%"],
+    columns=[4, 12, 16, 100],
+    dtype=[torch.bfloat16, torch.float16, torch.float32, torch.float64],
+)
 def test_rows_come_back_to_the_bit(backend, pattern, columns, dtype):
     weight = pruned(10, columns, pattern, dtype) if pattern != "0%" else torch.ones(10, columns, dtype=dtype)
     weight[2] = 0
@@ -83,14 +86,13 @@ def test_opcheck_and_gradcheck(packing, dropout):
     assert torch.autograd.gradcheck(OPS[packing], args)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "falcon"])
+@covering(1, family=["llama", "llama-tied", "gpt2", "falcon"], dropout=[0.0, 0.3])
 def test_training_packed_is_training_to_the_bit(family, dropout):
     dense = adapted(canonical(family), dropout=dropout)
     packed = adapted(canonical(family), kernel=None, dropout=dropout)
     (report,) = run_pipeline(packed, [Lower(storage="packed")])
     assert packed.packings == dict.fromkeys(packed.adapters, "2:4")
-    assert not report.refused
+    assert not report.skipped
     assert not any(name in dict(packed.named_parameters()) for name in packed.adapters)
     ids = batch()
     for program in (dense, packed):
@@ -133,7 +135,7 @@ def test_stacks_of_experts_stay_dense_with_the_reason():
         name for name, site in program.sites.items() if site.kind == "experts" and name in program.adapters
     }
     assert stacks
-    assert {name for name, reason in report.refused.items() if "experts" in reason} == stacks
+    assert {name for name, reason in report.skipped.items() if "experts" in reason} == stacks
     assert program.packings.keys() == program.adapters.keys() - stacks
 
 

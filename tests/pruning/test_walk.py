@@ -143,7 +143,7 @@ def test_sites_outside_of_layers_are_refused_with_the_reason():
     program = ready()
     run_pipeline(program, [Match(targets=("lm_head", "q_proj"), dense=True)])
     (report,) = run_pipeline(program, [Prune(Wanda())])
-    assert "outside of the decoder layers" in report.refused["lm_head.weight"]
+    assert "outside of the decoder layers" in report.skipped["lm_head.weight"]
     assert set(program.matched) == {f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)}
 
 
@@ -155,7 +155,7 @@ def test_ratios_and_skips_are_per_site():
     assert str(program.matched["model.layers.0.mlp.down_proj.weight"]) == "4:8"
     assert str(program.matched["model.layers.0.self_attn.k_proj.weight"]) == "75%"
     assert str(program.matched["model.layers.1.self_attn.q_proj.weight"]) == "2:4"
-    assert report.refused["model.layers.0.self_attn.v_proj.weight"] == "is to be skipped"
+    assert report.skipped["model.layers.0.self_attn.v_proj.weight"] == "is to be skipped"
 
 
 @pytest.mark.parametrize(

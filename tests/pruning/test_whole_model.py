@@ -12,8 +12,9 @@ from spp_fx.passes.canonicalize import Canonicalize
 from spp_fx.passes.match import Match
 from spp_fx.passes.pipeline import run_pipeline
 from spp_fx.pruning.criteria.wanda import Wanda
-from spp_fx.verbs.load import Calibration, calibration_tokens
+from spp_fx.verbs.load import draw_windows
 from spp_fx.verbs.prune import prune
+from spp_fx.verbs.settings import Calibration
 from tests.pruning import plain
 from tests.real_data import data_folder
 
@@ -26,7 +27,7 @@ def story():
     data = data_folder()
     calibration = Calibration(data / "tinystories" / "train.txt", SAMPLES, LENGTH)
     program = trace(data / "story-656k")
-    return data / "story-656k", calibration, calibration_tokens(data / "story-656k", program, calibration)
+    return data / "story-656k", calibration, draw_windows(data / "story-656k", program, calibration).tokens
 
 
 def both(story, tmp_path: Path, method: str, pattern: str, *, repair: bool = False):

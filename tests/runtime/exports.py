@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from spp_fx.exporters import ExportSettings
+from spp_fx.exporters.format import ExportSettings
 from spp_fx.verbs.export import export
 from tests.families import make_model, prune_2_4
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 import spp_fx.runtime
 from spp_fx.errors import FormatError, PatternError, UsageError
-from spp_fx.exporters import FORMATS
+from spp_fx.exporters.format import FORMATS
 from spp_fx.exporters.manifest import MANIFEST, sha256
 from spp_fx.runtime import PackWarning, load, loader, trust
 from spp_fx.runtime.loader import decode, load_with

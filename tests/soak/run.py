@@ -41,7 +41,8 @@ def fork_server() -> ForkServerContext:
     """Processes that begin with everything imported: nearly all their time is work on files."""
     context = get_context("forkserver")
     verbs = [f"spp_fx.verbs.{verb}" for verb in ("merge", "prune", "export", "verify")]
-    context.set_forkserver_preload([*verbs, "spp_fx.exporters.builtin", "spp_fx.cli", "tests.soak.run"])
+    formats = [f"spp_fx.exporters.{module}" for module in ("cutlass", "sparse_bitmask", "plain")]
+    context.set_forkserver_preload([*verbs, *formats, "spp_fx.cli", "tests.soak.run"])
     return context
 
 

@@ -6,8 +6,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from spp_fx.errors import FormatError, SppFxError, UsageError
-from spp_fx.exporters import ExportSettings
-from spp_fx.exporters.onnx.reader import OnnxFile
+from spp_fx.exporters.format import ExportSettings
+from spp_fx.exporters.onnx.onnx_file import OnnxFile
 from spp_fx.verbs.export import export
 from spp_fx.verbs.verify import verify
 from tests.command import must

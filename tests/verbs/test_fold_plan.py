@@ -1,4 +1,4 @@
-"""An adapter whose pieces are not the base's tensors is refused before anything is written."""
+"""An adapter whose matrices are not the base's tensors is refused before anything is written."""
 
 import json
 
@@ -14,7 +14,7 @@ Q, K, UP = (
 
 
 @pytest.mark.parametrize(
-    ("site", "piece", "message"),
+    ("site", "matrix", "message"),
     [
         (Q, {"start": 4}, "the adapter takes it for 4 to"),
         (Q, {"start": -4}, "the adapter takes it for -4 to"),
@@ -26,10 +26,10 @@ Q, K, UP = (
         (Q, {"tensor": "model.layers.9.self_attn.q_proj.weight"}, "holds no entry for"),
     ],
 )
-def test_a_piece_that_cannot_be_is_named(world, site, piece, message):
+def test_a_stored_matrix_that_cannot_be_is_named(world, site, matrix, message):
     path = world / "adapter" / "adapter_config.json"
     config = json.loads(path.read_text())
-    config["sites"][site][0] |= piece
+    config["sites"][site][0] |= matrix
     path.write_text(json.dumps(config))
     result = command("merge", world / "adapter", "-o", world / "new", "-q")
     assert result.code == 1

@@ -6,7 +6,7 @@ import pytest
 
 from spp_fx.errors import FormatError
 from spp_fx.storage.folder import ModelFolder
-from spp_fx.verify import model_sites as survey
+from spp_fx.verify import model_sites
 from spp_fx.verify.model_sites import check_layer_count
 from tests.command import command, one_line
 
@@ -68,8 +68,8 @@ def test_a_configuration_alone_may_have_any_size(world, monkeypatch):
     def model(*_: object, **__: object) -> None:
         raise Reached
 
-    monkeypatch.setattr(survey, "meta_model", model)
+    monkeypatch.setattr(model_sites, "meta_model", model)
     (world / "dense" / "model.safetensors").unlink()
     claim(world / "dense", num_hidden_layers=MANY)
     with pytest.raises(Reached):
-        survey.survey(world / "dense", weights=False)
+        model_sites.find_sites(ModelFolder.open(world / "dense", weights=False))

@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spp_fx.errors import UsageError
+from spp_fx.exporters.manifest import open_model
 from spp_fx.sparsity.lock import load_lock
 from spp_fx.sparsity.pattern import NM
 from spp_fx.verbs.lock import lock, make_lock
-from spp_fx.verify.model_sites import survey, tensors_of
+from spp_fx.verify.model_sites import find_sites, tensors_of
 from tests.command import command, listing, must, one_line, rewrite
 from tests.families import make_model, prune_2_4
 
@@ -67,21 +68,21 @@ def test_the_lock_of_a_model_is_the_one_that_prune_wrote(made, tmp_path, name):
 )
 def test_every_weight_is_looked_at_in_its_own_orientation(tmp_path, family, kinds):
     make_model(family).save_pretrained(tmp_path)
-    found = survey(tmp_path)
-    pieces = tensors_of(piece for pieces in found.pieces.values() for piece in pieces)
+    found = find_sites(open_model(tmp_path))
+    matrices = tensors_of(matrix for matrices in found.matrices.values() for matrix in matrices)
     values = load_file(tmp_path / "model.safetensors")
-    for name, piece in pieces.items():
-        prune_2_4(values[name], transposed=piece.transposed)
+    for name, matrix in matrices.items():
+        prune_2_4(values[name], transposed=matrix.transposed)
     change(tmp_path / "model.safetensors", values)
     made = make_lock(found, pattern=NM(2, 4))
     assert {entry.kind for entry in made.lock.sites} == kinds
-    assert all(entry.transposed == pieces[entry.name].transposed for entry in made.lock.sites)
+    assert all(entry.transposed == matrices[entry.name].transposed for entry in made.lock.sites)
     assert make_lock(found).lock.by_name().items() >= made.lock.by_name().items()
 
 
 def test_a_tied_head_is_not_locked_as_a_weight_of_its_own(tmp_path):
     make_model("llama-tied").save_pretrained(tmp_path)
-    left_out = make_lock(survey(tmp_path)).left_out
+    left_out = make_lock(find_sites(open_model(tmp_path))).left_out
     assert left_out["lm_head.weight"] == "tied to the embedding model.embed_tokens.weight"
 
 
@@ -90,13 +91,15 @@ def test_a_sparse_head_is_locked_although_no_pass_would_train_it(made, tmp_path)
     head = load_file(folder / "model.safetensors")["lm_head.weight"]
     prune_2_4(head)
     change(folder / "model.safetensors", {"lm_head.weight": head})
-    assert make_lock(survey(folder)).lock.entry("lm_head.weight") is not None
+    assert make_lock(find_sites(open_model(folder))).lock.entry("lm_head.weight") is not None
 
 
 def test_export_makes_the_same_lock_for_a_model_without_one(made, tmp_path):
     folder = unlocked(made, tmp_path)
     must("export", folder, "-o", tmp_path / "out", "--format", "safetensors", "-q")
-    assert (tmp_path / "out" / "sparsity.lock.json").read_text() == make_lock(survey(folder)).lock.dumps()
+    assert (tmp_path / "out" / "sparsity.lock.json").read_text() == make_lock(
+        find_sites(open_model(folder))
+    ).lock.dumps()
 
 
 def test_another_place_leaves_the_model_folder_as_it_is(made, tmp_path):

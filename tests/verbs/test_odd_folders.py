@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from spp_fx.errors import FormatError, UsageError
-from spp_fx.exporters.onnx.sparse import SparseInitializers
+from spp_fx.exporters.onnx.encodings import SparseInitializers
 from spp_fx.graph import model as ir_model
 from spp_fx.graph.model import load_model
 from spp_fx.sparsity.lock import load_lock

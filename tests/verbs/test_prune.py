@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from spp_fx.graph.trace import trace
 from spp_fx.verbs import prune as workflow
-from spp_fx.verbs.load import Calibration, calibration_tokens
+from spp_fx.verbs.load import Calibration, draw_windows
 from tests.command import command, listing, must
 from tests.verbs.conftest import save_with_tokenizer
 
@@ -104,8 +104,7 @@ def uninterrupted(deep, text_file, tmp_path_factory):
 
 
 def done_layers(store: Path) -> int:
-    journal = store / "journal.jsonl"
-    return journal.read_text().count('"layer-') if journal.is_file() else 0
+    return (store / "journal.jsonl").read_text().count('"layer-')
 
 
 def test_a_killed_run_goes_on_and_writes_the_same_bytes(deep, text_file, tmp_path, uninterrupted):
@@ -225,7 +224,7 @@ def test_two_processes_do_not_work_on_one_output(deep, text_file, tmp_path):
 def test_seeds_draw_windows(deep, text_file):
     model, program = deep / "dense", trace(deep / "dense")
     first, again, other = (
-        calibration_tokens(model, program, Calibration(text_file, 8, 32, seed)) for seed in (0, 0, 1)
+        draw_windows(model, program, Calibration(text_file, 8, 32, seed)).tokens for seed in (0, 0, 1)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -234,7 +233,7 @@ def test_seeds_draw_windows(deep, text_file):
     # More windows than the text fills: they overlap, begin apart, and that is said.
     said: list[str] = []
     count = len(text_file.read_text()) // 64
-    many = calibration_tokens(model, program, Calibration(text_file, count, 64), say=said.append)
+    many = draw_windows(model, program, Calibration(text_file, count, 64), say=said.append).tokens
     assert many.shape == (count, 64)
     assert "overlap" in said[0]
 

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.command import command, must, one_line
+from tests.effort import covering
 
 LINE = [
     "train",
@@ -121,12 +122,11 @@ TEXT = [{"text": "a b c d e f g h i j " * 4}]
 TEMPLATE = "{% for m in messages %}{{ m['role'][0] }} {{ m['content'] }} </s> {% endfor %}"
 
 
-@pytest.mark.parametrize("form", ["json", "jsonl"])
-@pytest.mark.parametrize(
-    "records", [ALPACA, CHAT, [{"text": "a b c d e f g h i j " * 4}]], ids=["alpaca", "chat", "text"]
+@covering(
+    form=["json", "jsonl"], kind=["alpaca", "chat", "text"], options=["", "--packing", "--loss-on answer"]
 )
-@pytest.mark.parametrize("more", [[], ["--packing"], ["--loss-on", "answer"]], ids=str)
-def test_records_are_learned_from(here, form, records, more):
+def test_records_are_learned_from(here, form, kind, options):
+    records, more = {"alpaca": ALPACA, "chat": CHAT, "text": TEXT}[kind], options.split()
     path = here / f"data.{form}"
     path.write_text(json.dumps(records) if form == "json" else "\n".join(map(json.dumps, records)))
     config = here / "sparse" / "tokenizer_config.json"

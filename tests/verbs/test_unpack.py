@@ -9,7 +9,7 @@ import torch
 
 import spp_fx
 from spp_fx.errors import FormatError, MaskError, UsageError
-from spp_fx.exporters import FORMATS, find_format
+from spp_fx.exporters.format import FORMATS, find_format
 from spp_fx.storage.safetensors import Shard
 from spp_fx.verbs import unpack as module
 from spp_fx.verify.verdict import Finding

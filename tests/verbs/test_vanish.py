@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spp_fx.adapters import make_method
-from spp_fx.adapters.adapter_folder import Piece, write_adapter
+from spp_fx.adapters.adapter_folder import StoredMatrix, write_adapter
 from spp_fx.sparsity.lock import Lock, make_entry
 from spp_fx.sparsity.pattern import NM
 from spp_fx.sparsity.scan import pack_mask
@@ -86,7 +86,7 @@ def make_case(root: Path, kind: Type, weight: np.ndarray, alpha: np.ndarray, bet
         fingerprint=ModelFolder.open(base).fingerprint(),
         method=make_method("spp", rank=RANK, scale=SCALE, dropout=0.0),
         seed=0,
-        pieces={SITE: [Piece(SITE, False, None, 0, ROWS)]},
+        matrices={SITE: [StoredMatrix(SITE, False, None, 0, ROWS)]},
         factors={
             f"{SITE}.spp_alpha": torch.from_numpy(alpha.astype(np.float32)),
             f"{SITE}.spp_beta": torch.from_numpy(beta.astype(np.float32)),

@@ -1,11 +1,17 @@
-"""onnx, onnx-packed, onnx-dense: a whole model as one graph, with or without a key/value cache."""
+"""onnx, onnx-packed, onnx-dense: a whole model as one graph, with or without a key/value cache.
+
+The way of a weight through an export, and through verify of an .onnx file:
+
+    model_writer -> graph_export, graph_parameters -> encodings -> tensor_data
+    graph_weights -> products -> constants -> graph_values -> onnx_file
+
+The writer reads back through `graph_weights` and runs the file with `onnxruntime_check`.
+"""
 
 from spp_fx.exporters.format import Format, register
-from spp_fx.exporters.onnx.dense import DenseConstants
-from spp_fx.exporters.onnx.packed import Packing
-from spp_fx.exporters.onnx.sparse import SparseInitializers
-from spp_fx.exporters.onnx.weights import GRAPH, read, read_graph
-from spp_fx.exporters.onnx.writer import MakeEncoding, writer
+from spp_fx.exporters.onnx.encodings import DenseConstants, PackedCodes, SparseInitializers
+from spp_fx.exporters.onnx.graph_weights import GRAPH, read, read_graph
+from spp_fx.exporters.onnx.model_writer import MakeEncoding, writer
 
 __all__ = ["FORMATS", "GRAPH", "read", "read_graph"]
 
@@ -17,6 +23,6 @@ def _format(name: str, make: MakeEncoding, *options: str) -> Format:
 
 FORMATS = (
     _format("onnx", lambda settings, _: SparseInitializers(settings.indices), "indices"),
-    _format("onnx-packed", lambda _, __: Packing()),
+    _format("onnx-packed", lambda _, __: PackedCodes()),
     _format("onnx-dense", lambda _, proto: DenseConstants(proto)),
 )

@@ -1,7 +1,8 @@
-"""The layout-neutral 2:4 form: unpack(pack(w)) is w bit for bit, positions keep their laws, misfits named."""
+"""The codec: unpack(pack(w)) is w bit for bit, compiled or not; misfits are named."""
 
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -15,10 +16,13 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 from spp_fx.errors import FormatError, PatternError, UsageError
-from spp_fx.exporters import semi_structured
-from spp_fx.exporters.semi_structured import (
+from spp_fx.sparsity import packing
+from spp_fx.sparsity.packing import (
     Packed24,
     clear_negative_zeros,
+    compress,
+    count_ones,
+    expand,
     pack_1_2,
     pack_2_4,
     pack_rows,
@@ -173,7 +177,7 @@ def test_a_transposed_view_packs_like_its_copy():
 def test_rows_worked_on_in_chunks_give_the_same(monkeypatch: pytest.MonkeyPatch):
     weight = random_2_4(23, 20, torch.float16)
     whole = pack_2_4(weight)
-    monkeypatch.setattr(semi_structured, "_CHUNK_ENTRIES", 3 * 20)
+    monkeypatch.setattr(packing, "_CHUNK_ENTRIES", 3 * 20)
     packed = pack_2_4(weight)
     assert torch.equal(packed.values, whole.values)
     assert torch.equal(packed.positions, whole.positions)
@@ -364,3 +368,40 @@ def test_faults_are_named_with_and_without_compiled_loops():
             pytest.raises(FormatError, match="row 35, columns 16-19 have the position nibble 0x0"),
         ):
             unpack_2_4(packed, 24, first_row=2)
+
+
+def drawn(seed: int, count: int, width: int, density: float) -> np.ndarray:
+    """Random elements with zeros, zeros of negative sign, subnormals and the largest number among them."""
+    generator = np.random.default_rng(seed)
+    sign = 1 << (8 * width - 1)
+    special = np.array([sign, 1, sign | 1, 2 * sign - 1, 7], dtype=f"<u{width}")
+    elements = special[generator.integers(0, special.size, count)]
+    elements[generator.random(count) >= density] = 0
+    return elements
+
+
+@pytest.mark.parametrize("context", [nullcontext, without_kernels])
+@examples(25)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    count=st.integers(0, 300),
+    width=st.sampled_from([1, 2, 4, 8]),
+    density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+)
+def test_compress_keeps_what_has_a_bit_and_expand_puts_it_back(context, seed, count, width, density):
+    elements = drawn(seed, count, width, density)
+    bits = np.full(-(-count // 8), 0xAA, dtype=np.uint8)
+    with context():
+        values = compress(elements, bits)
+    kept = [element for element in elements.tolist() if element != 0]
+    assert values.tolist() == kept
+    assert bits.tolist() == np.packbits(elements != 0, bitorder="little").tolist()
+    assert count_ones(bits) == len(kept)
+    again = np.full_like(elements, 0x55)
+    with context():
+        expand(bits, values.copy(), again)
+    assert again.tolist() == elements.tolist()
+
+
+def test_loops_are_compiled_where_numba_is_installed():
+    assert packing.kernels(torch.zeros(1)) is not None

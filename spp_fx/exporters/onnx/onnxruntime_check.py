@@ -1,7 +1,14 @@
-"""Run a written .onnx file through onnxruntime on the CPU and compare its logits with a reference."""
+"""onnxruntime on the CPU: open a graph, run a file, compare its logits; and what it needs where bfloat16 occurs.
+
+onnxruntime has the type bfloat16 but, apart from Cast, no CPU operators for it. A model that computes in another
+type may still round to bfloat16 somewhere, as Falcon does with its alibi biases. Its operators on bfloat16 become
+float32 operators between casts: what torch does on a CPU, to the bit for elementwise operators. A model that is
+bfloat16 as a whole keeps its operators, for runtimes that have the type; its float32 twin shows that graph and
+weights are right.
+"""
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +17,16 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
-from onnx import TensorProto
+from onnx import (
+    AttributeProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    ValueInfoProto,
+    helper,
+    numpy_helper,
+)
 from onnxruntime import (
     InferenceSession,
     SessionOptions,  # pyright: ignore[reportAttributeAccessIssue]
@@ -20,14 +36,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spp_fx.errors import SppFxError
-from spp_fx.exporters.onnx.bfloat16 import widen
-from spp_fx.exporters.onnx.reader import SparseInitializer, load_model, load_sparse_masks, read_tensors
+from spp_fx.exporters.onnx.onnx_file import OnnxFile, load_model
 
 # Largest allowed difference of a logit, as a share of the logits' spread. fp32 differs by the order of
 # summation only (about 1e-6 a layer stack); fp16 and bf16 round every activation to 2^-11 and 2^-8.
 TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 
 _BATCHES = ((1, 1), (2, 7), (3, 16), (1, 33))
+BFLOAT16, FLOAT = TensorProto.BFLOAT16, TensorProto.FLOAT
 _ORT_ERRORS: tuple[type[Exception], ...] = (
     ort_errors.Fail,
     ort_errors.InvalidArgument,
@@ -141,20 +157,6 @@ def positions_of(attention_mask: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]
     return np.where(attention_mask == 0, 1, positions)
 
 
-def run_onnx(
-    path: Path, input_ids: npt.NDArray[np.int64], attention_mask: npt.NDArray[np.int64]
-) -> npt.NDArray[Any]:
-    """The logits (batch, sequence, vocabulary) of the file, in the type it computes them in.
-
-    Args:
-        input_ids, attention_mask: (batch, sequence) int64.
-
-    Raises:
-        FormatError: the file is no ONNX model. SppFxError: onnxruntime cannot load or run it.
-    """
-    return OnnxModel(path).logits(input_ids, attention_mask)
-
-
 def logits_of(model: PreTrainedModel, *, count_positions: bool) -> Callable[[Tensor, Tensor], Tensor]:
     """A model as a reference for `compare_logits`.
 
@@ -237,57 +239,43 @@ def compare_logits(
 
 
 def check_standard(path: Path) -> None:
-    """Hold the file to the ONNX standard with onnx.checker, in memory bounded by the largest tensor.
+    """Check the file against the ONNX standard with onnx.checker, in memory bounded by the largest tensor.
 
-    The checker cannot follow sparse indices into external data. Where there are any, each sparse tensor is
+    The checker cannot follow sparse indices into external data. If there are any, each sparse tensor is
     checked by itself with its data filled in, and the graph with its external weights as inputs.
 
     Raises:
         FormatError: data that is missing, truncated or inconsistent. SppFxError: the checker's objection;
             the indices of sparse tensors have to be int64 to pass.
     """
-    entries = load_sparse_masks(path)
-    external = False
-    graph_only = load_model(path)
-    for tensor in graph_only.graph.initializer:
-        if tensor.data_location == TensorProto.EXTERNAL:
-            external = True
-            graph_only.graph.input.append(
-                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
-            )
-    for sparse in graph_only.graph.sparse_initializer:
-        external |= TensorProto.EXTERNAL in (sparse.values.data_location, sparse.indices.data_location)
+    file = OnnxFile(path)
+    graph = file.proto.graph
+    stored = [*graph.initializer, *(part for s in graph.sparse_initializer for part in (s.values, s.indices))]
     try:
-        if not external:
+        if all(tensor.data_location != TensorProto.EXTERNAL for tensor in stored):
             onnx.checker.check_model(str(path))
             return
-        kept = [t for t in graph_only.graph.initializer if t.data_location != TensorProto.EXTERNAL]
-        del graph_only.graph.initializer[:]
-        graph_only.graph.initializer.extend(kept)
-        del graph_only.graph.sparse_initializer[:]
-        for entry in entries:
-            if isinstance(entry, SparseInitializer):
-                name = entry.name
-                sparse = _inline(entry)
-                onnx.checker.check_sparse_tensor(sparse)
-                graph_only.graph.input.append(
-                    onnx.helper.make_tensor_value_info(name, sparse.values.data_type, entry.shape)
+        for tensor in list(graph.initializer):
+            if tensor.data_location == TensorProto.EXTERNAL:
+                graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+                graph.initializer.remove(tensor)
+        for name, sparse in file.sparse.items():
+            values, indices = file.read_sparse(name)
+            onnx.checker.check_sparse_tensor(
+                onnx.SparseTensorProto(
+                    values=numpy_helper.from_array(values, name),
+                    indices=numpy_helper.from_array(indices),
+                    dims=sparse.dims,
                 )
-        onnx.checker.check_model(graph_only)
+            )
+            graph.input.append(helper.make_tensor_value_info(name, sparse.values.data_type, sparse.dims))
+        del graph.sparse_initializer[:]
+        onnx.checker.check_model(file.proto)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise SppFxError(f"{path}: not valid by the ONNX standard: {_reason(error)}") from error
 
 
-def _inline(entry: SparseInitializer) -> onnx.SparseTensorProto:
-    indices = entry.indices.astype(entry.index_dtype)
-    return onnx.SparseTensorProto(
-        values=onnx.numpy_helper.from_array(entry.values, entry.name),
-        indices=onnx.numpy_helper.from_array(indices),
-        dims=entry.shape,
-    )
-
-
-def why_not_opened(model: onnx.ModelProto) -> str | None:
+def why_not_opened(model: ModelProto) -> str | None:
     """Why onnxruntime on the CPU cannot open a graph, naming the operator that it stops at; None where it can.
 
     Args:
@@ -300,20 +288,20 @@ def why_not_opened(model: onnx.ModelProto) -> str | None:
     return None
 
 
-def float32_twin(path: Path) -> onnx.ModelProto:
+def float32_twin(path: Path) -> ModelProto:
     """The model with every bfloat16 tensor, constant and cast made float32, all initializers dense.
 
     Widening is exact for the weights, so the twin shows that graph and weights are right; only activations are
     rounded less than in the original.
     """
-    model = load_model(path)
-    tensors = list(read_tensors(path))
-    del model.graph.initializer[:]
-    del model.graph.sparse_initializer[:]
-    for name, array in tensors:
-        model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
-    widen(model)
-    return model
+    file = OnnxFile(path)
+    arrays = {name: file.read(name) for name in (*file.dense, *file.sparse)}
+    del file.proto.graph.initializer[:]
+    del file.proto.graph.sparse_initializer[:]
+    for name, array in arrays.items():
+        file.proto.graph.initializer.append(numpy_helper.from_array(array, name))
+    widen(file.proto.graph)
+    return file.proto
 
 
 def _inputs(
@@ -352,3 +340,101 @@ def _options() -> Any:
 def _reason(error: Exception) -> str:
     text = str(error).strip().splitlines()
     return text[0] if text else type(error).__name__
+
+
+# bfloat16
+
+
+def compute_in_float32(model: ModelProto, given: Iterable[ValueInfoProto]) -> None:
+    """Let every operator on bfloat16 work in float32 between casts; the values between them stay bfloat16.
+
+    Args:
+        model: changed in place; inputs, outputs and constants keep their types.
+        given: the values that the graph reads and does not hold yet, such as its parameters.
+    """
+    typed = ModelProto()
+    typed.CopyFrom(model)
+    typed.graph.input.extend(given)
+    inferred = onnx.shape_inference.infer_shapes(typed)
+    _between_casts(model.graph, inferred.graph, {})
+
+
+def _between_casts(graph: GraphProto, inferred: GraphProto, outer: Mapping[str, int]) -> None:
+    types = dict(outer) | _types(inferred)
+    nodes: list[NodeProto] = []
+    wide: dict[str, str] = {}  # a bfloat16 value -> the same in float32
+    for node, twin in zip(list(graph.node), inferred.node, strict=True):
+        bodies = list(zip(_bodies(node), _bodies(twin), strict=True))
+        for body, inferred_body in bodies:
+            _between_casts(body, inferred_body, types)
+        narrow = {name for name in (*node.input, *node.output) if types.get(name) == BFLOAT16}
+        if bodies or node.op_type in ("Cast", "Identity") or not narrow:
+            nodes.append(node)
+            continue
+        for at, name in enumerate(node.input):
+            if name in narrow:
+                if name not in wide:
+                    wide[name] = f"{name}.float32"
+                    nodes.append(_cast(name, wide[name], FLOAT))
+                node.input[at] = wide[name]
+        _widen_attributes(node)
+        rounded = {at: name for at, name in enumerate(node.output) if name in narrow}
+        for at, name in rounded.items():
+            node.output[at] = f"{name}.unrounded"
+        nodes.append(node)
+        nodes += [_cast(f"{name}.unrounded", name, BFLOAT16) for name in rounded.values()]
+    changed = GraphProto(node=nodes)
+    del graph.node[:]
+    graph.node.extend(changed.node)
+
+
+def _cast(source: str, target: str, to: int) -> NodeProto:
+    return helper.make_node("Cast", [source], [target], name=f"{target}.Cast", to=to)
+
+
+def _types(graph: GraphProto) -> dict[str, int]:
+    """Element types of the values of a graph, as far as they are known."""
+    values = {
+        value.name: value.type.tensor_type.elem_type
+        for value in [*graph.input, *graph.value_info, *graph.output]
+        if value.type.HasField("tensor_type")
+    }
+    return values | {tensor.name: tensor.data_type for tensor in graph.initializer}
+
+
+def _bodies(node: NodeProto) -> Iterator[GraphProto]:
+    for attribute in node.attribute:
+        if attribute.type == AttributeProto.GRAPH:
+            yield attribute.g
+        elif attribute.type == AttributeProto.GRAPHS:
+            yield from attribute.graphs
+
+
+def _widen_attributes(node: NodeProto) -> None:
+    """Let a node make float32 where its attributes say bfloat16."""
+    for attribute in node.attribute:
+        says_type = attribute.name == "dtype" or (node.op_type == "Cast" and attribute.name == "to")
+        if says_type and attribute.i == BFLOAT16:
+            attribute.i = FLOAT
+        elif attribute.type == AttributeProto.TENSOR:
+            _widen_tensor(attribute.t)
+
+
+def _widen_tensor(tensor: TensorProto) -> None:
+    """The same numbers in float32. The tensor's data must be in the graph."""
+    if tensor.data_type == BFLOAT16:
+        wide = numpy_helper.to_array(tensor).astype(np.float32)
+        tensor.CopyFrom(numpy_helper.from_array(wide, tensor.name))
+
+
+def widen(graph: GraphProto) -> None:
+    """Make every bfloat16 tensor, constant and cast of a graph float32, in place, which is exact."""
+    for tensor in graph.initializer:
+        _widen_tensor(tensor)
+    for node in graph.node:
+        _widen_attributes(node)
+        for body in _bodies(node):
+            widen(body)
+    for value in [*graph.input, *graph.output, *graph.value_info]:
+        if value.type.tensor_type.elem_type == BFLOAT16:
+            value.type.tensor_type.elem_type = FLOAT

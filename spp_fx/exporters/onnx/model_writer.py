@@ -1,13 +1,11 @@
 """Writing a whole model as one ONNX graph, in the memory of a few tensors.
 
-The graph is made of a model without weights; then parameter after parameter is read from the model folder,
-put into the form that the format has for it, and appended to the data file. Before that, onnxruntime opens the
-graph with its weights as inputs: a file that it cannot run is not written. Everything is read back and held to
-the model bit for bit, by code that shares nothing with the writer. Where the model is small, the file is run as
-well and its logits are compared.
+The graph is exported from a model without weights. Before anything is written, onnxruntime opens it with its
+weights as inputs: a graph that it cannot run is an error. Then each parameter is read from the model folder,
+encoded as the format wants and appended to the data file. Everything is read back and compared with the model bit
+for bit, by code that shares nothing with the writer. A small model's file is run and its logits are compared.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +18,19 @@ from spp_fx.errors import MaskError, SppFxError
 from spp_fx.exporters.checks import lost_signs
 from spp_fx.exporters.format import ROUNDED, ExportSettings, Say, Source, Tick
 from spp_fx.exporters.manifest import Part, TensorRecord, site_sizes
-from spp_fx.exporters.onnx.bfloat16 import widen
-from spp_fx.exporters.onnx.check import check_standard, compare_logits, logits_of, why_not_opened
-from spp_fx.exporters.onnx.data import DataFile, save, tensor_bytes
-from spp_fx.exporters.onnx.encoding import Encoded, Encoding, dense
-from spp_fx.exporters.onnx.graph import Graph, GraphParameter, build_graph
-from spp_fx.exporters.onnx.parameters import GraphParameters, SparseParameter, dtype_of, find_parameters
-from spp_fx.exporters.onnx.trace import takes_positions
-from spp_fx.exporters.onnx.weights import GRAPH, GraphWeights
+from spp_fx.exporters.onnx.encodings import Encoded, Encoding, dense
+from spp_fx.exporters.onnx.graph_export import Graph, build_graph, takes_positions
+from spp_fx.exporters.onnx.graph_parameters import GraphParameters, find_parameters
+from spp_fx.exporters.onnx.graph_weights import GRAPH, GraphWeights
+from spp_fx.exporters.onnx.onnxruntime_check import (
+    check_standard,
+    compare_logits,
+    compute_in_float32,
+    logits_of,
+    why_not_opened,
+    widen,
+)
+from spp_fx.exporters.onnx.tensor_data import save, tensor_bytes
 from spp_fx.graph.model import check_causal, hollow_model, load_model
 from spp_fx.storage.safetensors import dtype_name, torch_dtype
 
@@ -41,7 +44,11 @@ MakeEncoding = Callable[[ExportSettings, onnx.ModelProto], Encoding]
 
 @dataclass(frozen=True)
 class _Export:
-    """What one export is about."""
+    """The parts of one export.
+
+    Attributes:
+        unencoded: parameters with sites that stay dense -> why.
+    """
 
     format: str
     source: Source
@@ -49,10 +56,11 @@ class _Export:
     graph: Graph
     parameters: GraphParameters
     encoding: Encoding
+    unencoded: dict[str, str]
 
 
 def writer(name: str, make: MakeEncoding) -> Callable[..., dict[str, Any]]:
-    """The `write` of a format: what `make` gives for the settings and the graph puts the weights into it."""
+    """The `write` of a format: the encoding that `make` returns puts the weights into the graph."""
 
     def write(source: Source, target: Path, settings: ExportSettings, tick: Tick, say: Say) -> dict[str, Any]:
         check_causal(source.folder.path, f"an export to {name}")
@@ -60,27 +68,34 @@ def writer(name: str, make: MakeEncoding) -> Callable[..., dict[str, Any]]:
             source.folder.path, dtype=_dtype(source), trust_remote_code=source.trust_remote_code
         ).eval()
         graph = build_graph(model, with_past=settings.with_past)
+        if not graph.bfloat16:
+            compute_in_float32(graph.proto, [parameter.value_info for parameter in graph.parameters])
         parameters = find_parameters(source, model, graph)
-        export = _Export(name, source, settings, graph, parameters, make(settings, graph.proto))
+        encoding = make(settings, graph.proto)
+        reasons = {each: encoding.why_dense(sites) for each, sites in parameters.sparse.items()}
+        unencoded = {each: reason for each, reason in reasons.items() if reason is not None}
+        export = _Export(name, source, settings, graph, parameters, encoding, unencoded)
         twin = _runs_as_twin(export)
         for line in [*_announce(export, twin), *parameters.left_out]:
             say(line)
         encoded = _write_graph(export, target, tick)
         source.copy_small_files(target)
-        _finish(export, target, encoded)
+        _write_manifest(export, target, encoded)
         checks: dict[str, Any] = {"weights_equal": _compare_weights(export, target, encoded)}
         if name == "onnx":
-            checks["standard_checker"] = _standard(target, settings)
+            checks["standard_checker"] = "not run: it takes int64 indices only"
+            if settings.indices == "int64":
+                check_standard(target / GRAPH)
+                checks["standard_checker"] = "passed"
         return checks | _compare_logits(export, target, twin)
 
     return write
 
 
 def _dtype(source: Source) -> torch.dtype | None:
-    """What the model is made in: as `runtime.load` and from_pretrained(dtype="auto") have it."""
-    if source.rounded_to is not None or source.folder.config.get(
-        "dtype", source.folder.config.get("torch_dtype")
-    ):
+    """The dtype of the model: the one that `runtime.load` and from_pretrained(dtype="auto") choose."""
+    config = source.folder.config
+    if source.rounded_to is not None or config.get("dtype", config.get("torch_dtype")):
         return source.rounded_to
     infos = (source.folder.info(name)[1] for name in source.folder.names)
     return next((torch_dtype(info.dtype) for info in infos if info.dtype in ROUNDED), None)
@@ -97,7 +112,7 @@ def _runs_as_twin(export: _Export) -> bool:
     if reason is None:
         return False
     if export.graph.bfloat16:
-        widen(outline)
+        widen(outline.graph)
         reason = why_not_opened(outline)
         if reason is None:
             return True
@@ -108,51 +123,47 @@ def _runs_as_twin(export: _Export) -> bool:
 
 
 def _outline(export: _Export) -> onnx.ModelProto:
-    """The graph that is to be written, the numbers of its parameters as inputs."""
+    """The graph that is to be written, with the numbers of its parameters as inputs."""
     outline = onnx.ModelProto()
     outline.CopyFrom(export.graph.proto)
     nodes: list[onnx.NodeProto] = []
     for parameter in export.graph.parameters:
         sites = export.parameters.sparse.get(parameter.name)
-        if sites is None or export.encoding.refusal(parameter, sites) is not None:
+        if sites is None or parameter.name in export.unencoded:
             outline.graph.input.append(parameter.value_info)
             continue
-        inputs, unpacking = export.encoding.outline(parameter, sites)
+        inputs, unpacking = export.encoding.outline(sites)
         outline.graph.input.extend(inputs)
         nodes += unpacking
     outline.graph.initializer.extend(export.encoding.constants())
-    _put_before(outline.graph, nodes)
+    _prepend(outline.graph, nodes)
     return outline
 
 
-def _put_before(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
+def _prepend(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
     own = list(graph.node)
     del graph.node[:]
     graph.node.extend([*nodes, *own])
 
 
 def _announce(export: _Export, twin: bool) -> Iterator[str]:
-    """What has to be known before anything is written: what the sites will take, and what they become."""
-    dense_bytes = now = grown = refusals = 0
+    """What the user has to know before anything is written: the size of the sites, and how they change."""
     sparse, source = export.parameters.sparse, export.source
+    dense_bytes = now = grown = 0
     dtypes: set[tuple[str, str]] = set()
-    for parameter in export.graph.parameters:
-        if parameter.name in sparse:
-            sites = sparse[parameter.name]
-            whole = _dense_bytes(parameter)
-            refused = export.encoding.refusal(parameter, sites) is not None
-            size = whole if refused else export.encoding.size(parameter, sites)
-            dense_bytes, now, grown = dense_bytes + whole, now + size, grown + (size > whole)
-            refusals += refused
-            own = dtype_name(dtype_of(parameter))
-            dtypes |= {(source.dtype(entry.name), own) for entry, _ in sites.entries}
+    for name, sites in sparse.items():
+        before = sites.parameter.nbytes
+        after = before if name in export.unencoded else export.encoding.size(sites)
+        dense_bytes, now, grown = dense_bytes + before, now + after, grown + (after > before)
+        own = dtype_name(sites.parameter.torch_dtype)
+        dtypes |= {(source.dtype(entry.name), own) for entry, _ in sites.entries}
     if now != dense_bytes:
         share = f"{abs(now / max(1, dense_bytes) - 1):.0%} {'LARGER' if now > dense_bytes else 'smaller'}"
         most = "take" if all(each.whole for each in sparse.values()) else "take at most"
         line = f"{export.format}: the sparse weights {most} {now / 1e6:.2f} MB where dense they take"
         grow = f" ({grown} of {len(sparse)} weights grow; onnx-packed does not)" if grown else ""
         yield f"{line} {dense_bytes / 1e6:.2f}, {share}{grow}"
-    if refusals == len(sparse):
+    if len(export.unencoded) == len(sparse):
         yield f"warning: {export.format} can take no weight: all of them stay dense"
     for stored, own in sorted(dtypes):
         if stored != own:
@@ -161,92 +172,68 @@ def _announce(export: _Export, twin: bool) -> Iterator[str]:
         yield "warning: onnxruntime has no bfloat16 on a CPU, there the graph does not run; --dtype float16 does"
 
 
-def _dense_bytes(parameter: GraphParameter) -> int:
-    return math.prod(parameter.shape) * dtype_of(parameter).itemsize
-
-
 def _write_graph(export: _Export, target: Path, tick: Tick) -> dict[str, Encoded]:
-    """Write the graph with all of its numbers; returns how each parameter with sites is held."""
-    proto = export.graph.proto
+    """Write the graph with all of its numbers; returns how each parameter with sites is encoded."""
+    proto, sparse = export.graph.proto, export.parameters.sparse
     data_path = target / f"{GRAPH}.data"
     encoded: dict[str, Encoded] = {}
     nodes: list[onnx.NodeProto] = []
-    with DataFile(data_path) as data:
+    with data_path.open("xb") as file:
         for parameter in export.graph.parameters:
-            weight = export.parameters.read(parameter)
-            done = _encode(export, parameter, weight, data)
+            name, weight = parameter.name, export.parameters.read(parameter)
+            if name not in sparse or name in export.unencoded:
+                done = dense(name, weight, file, export.unencoded.get(name))
+            else:
+                done = export.encoding.encode(sparse[name], weight, file)
             proto.graph.initializer.extend(done.tensors)
             if done.sparse is not None:
                 proto.graph.sparse_initializer.append(done.sparse)
             nodes += done.nodes
-            if parameter.name in export.parameters.sparse:
-                encoded[parameter.name] = done
-            tick(parameter.name, weight.nbytes)
+            if name in sparse:
+                encoded[name] = done
+            tick(name, weight.nbytes)
             del weight  # before the next one is read
     proto.graph.initializer.extend(export.encoding.constants())
-    _put_before(proto.graph, nodes)
+    _prepend(proto.graph, nodes)
     save(proto, target / GRAPH, data_path)
     return encoded
 
 
-def _encode(export: _Export, parameter: GraphParameter, weight: Any, data: DataFile) -> Encoded:
-    sites = export.parameters.sparse.get(parameter.name)
-    if sites is None:
-        return dense(parameter, weight, data, None)
-    reason = export.encoding.refusal(parameter, sites)
-    if reason is not None:
-        return dense(parameter, weight, data, reason)
-    return export.encoding.encode(parameter, sites, weight, data)
-
-
-def _finish(export: _Export, target: Path, encoded: dict[str, Encoded]) -> None:
-    by_name = {parameter.name: parameter for parameter in export.graph.parameters}
-    records = {
-        record.name: record
-        for name, done in encoded.items()
-        for record in _records(export, by_name[name], export.parameters.sparse[name], done)
-    }
-    dense_bytes = sum(_dense_bytes(by_name[name]) for name in encoded)
+def _write_manifest(export: _Export, target: Path, encoded: dict[str, Encoded]) -> None:
+    source, sparse = export.source, export.parameters.sparse
+    records: dict[str, TensorRecord] = {}
+    for name, done in encoded.items():
+        for entry, part in sparse[name].entries:
+            part = part.model_copy(update={"swapped": done.swapped})
+            records[entry.name] = TensorRecord(
+                name=entry.name,
+                shape=list(entry.shape),
+                dtype=dtype_name(sparse[name].parameter.torch_dtype),
+                layout=done.layout,
+                reason=done.reason,
+                transposed=entry.transposed,
+                negative_zeros=done.negative_zeros,  # of the whole parameter
+                details={"nnz": entry.nnz} | done.details,
+                part=None if part == Part(initializer=entry.name) else part,
+            )
+    dense_bytes = sum(sparse[name].parameter.nbytes for name in encoded)
     shared = sum(tensor_bytes(tensor) for tensor in export.encoding.constants())
     sites_bytes = sum(done.nbytes for done in encoded.values()) + shared
     requirements: dict[str, int | str] = {"with_past": "yes" if export.settings.with_past else "no"}
     if export.format == "onnx":
         requirements["indices"] = export.settings.indices
-    export.source.finish(
+    source.finish(
         target,
         export.format,
-        export.source.lock,
-        [records[entry.name] for entry in export.source.lock.sites],
+        source.lock,
+        [records[entry.name] for entry in source.lock.sites],
         requirements=requirements,
         sizes=site_sizes(dense_bytes, sites_bytes, target.glob(f"{GRAPH}*")),
     )
 
 
-def _records(
-    export: _Export, parameter: GraphParameter, sites: SparseParameter, done: Encoded
-) -> list[TensorRecord]:
-    """A record for each site of a parameter; zeros that lost their sign are those of the whole parameter."""
-    records: list[TensorRecord] = []
-    for entry, part in sites.entries:
-        place = part.model_copy(update={"swapped": done.swapped})
-        records.append(
-            TensorRecord(
-                name=entry.name,
-                shape=list(entry.shape),
-                dtype=dtype_name(dtype_of(parameter)),
-                layout=done.layout,
-                reason=done.reason,
-                transposed=entry.transposed,
-                negative_zeros=done.negative_zeros,
-                details={"nnz": entry.nnz} | done.details,
-                part=None if place == Part(initializer=entry.name) else place,
-            )
-        )
-    return records
-
-
 def _compare_weights(export: _Export, target: Path, encoded: dict[str, Encoded]) -> int:
-    """Hold every parameter, as read from the files just written, to the model's; returns how many were equal.
+    """Compare every parameter, as read from the files just written, with the model's; returns their number.
 
     Raises:
         MaskError: one differs by more than the signs of zeros that had no place.
@@ -257,18 +244,10 @@ def _compare_weights(export: _Export, target: Path, encoded: dict[str, Encoded])
         found = written.read(parameter.name)
         if done is not None and done.swapped:
             found = found.transpose(-1, -2)
-        expected = export.parameters.read(parameter)
-        lost = lost_signs(found, expected)
+        lost = lost_signs(found, export.parameters.read(parameter))
         if lost != (done.negative_zeros if done else 0):
             raise MaskError(f"{parameter.name}: decoded from the export, it is not the model's weight")
     return len(export.graph.parameters)
-
-
-def _standard(target: Path, settings: ExportSettings) -> str:
-    if settings.indices != "int64":
-        return "not run: it takes int64 indices only"
-    check_standard(target / GRAPH)
-    return "passed"
 
 
 def _compare_logits(export: _Export, target: Path, twin: bool) -> dict[str, Any]:

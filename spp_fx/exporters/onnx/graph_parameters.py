@@ -1,19 +1,17 @@
-"""The numbers of a graph's parameters, read from the model folder one by one, and the sites among them."""
+"""The numbers of a graph's parameters, read from the model folder one by one, and the sites in them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spp_fx.errors import FormatError, MaskError
 from spp_fx.exporters.format import Source, rounded
 from spp_fx.exporters.manifest import Part
-from spp_fx.exporters.onnx.data import TORCH_TYPES
-from spp_fx.exporters.onnx.graph import Graph, GraphParameter
-from spp_fx.graph.binding import Parameter, Piece, assemble, bind, find_targets
+from spp_fx.exporters.onnx.graph_export import Graph, GraphParameter
+from spp_fx.graph.binding import Parameter, StoredMatrix, assemble, bind, find_targets
 from spp_fx.graph.model import load_model
 from spp_fx.sparsity.lock import LockEntry
 
@@ -23,11 +21,13 @@ class SparseParameter:
     """A parameter that holds sites: one, or those that it stacks.
 
     Attributes:
-        entries: the lock's entries, each with its place in the parameter.
+        parameter: of the graph.
+        entries: the lock's entries, each with its part of the parameter.
         whole: every row of the parameter belongs to one of them.
         transposed: the parameter is stored (in, out).
     """
 
+    parameter: GraphParameter
     entries: tuple[tuple[LockEntry, Part], ...]
     whole: bool
     transposed: bool
@@ -39,24 +39,49 @@ class SparseParameter:
 
     @property
     def pattern(self) -> str | None:
-        """The pattern of all sites, None where they differ or rows belong to none."""
+        """The pattern of all sites, None if they differ or rows belong to none."""
         patterns = {entry.pattern for entry, _ in self.entries}
         return patterns.pop() if len(patterns) == 1 and self.whole else None
 
 
 @dataclass(frozen=True)
 class GraphParameters:
-    """Where the numbers of a graph come from.
+    """Where the numbers of a graph are.
 
     Attributes:
-        read: a parameter's numbers, in the shape and dtype of the graph.
+        source: the folder, its lock, and the dtype to round to.
         sparse: the parameters that hold sites, by name.
-        left_out: what is stored and not in the graph, and why the graph does without, a line for each reason.
+        left_out: a line for each reason why stored tensors are not in the graph.
     """
 
-    read: Callable[[GraphParameter], Tensor]
+    source: Source
     sparse: dict[str, SparseParameter]
     left_out: tuple[str, ...]
+    _matrices: Mapping[str, tuple[StoredMatrix, ...]]
+    _loaded: Mapping[str, Tensor]
+
+    def read(self, parameter: GraphParameter) -> Tensor:
+        """A parameter's numbers, in the shape and dtype of the graph.
+
+        Raises:
+            FormatError: they are of a quantized type that has no meaning without its scales.
+            MaskError: a value is too large for the dtype.
+        """
+        name, dtype, folder = parameter.name, parameter.torch_dtype, self.source.folder
+        if name in self._matrices:
+            value = assemble(self._matrices[name], parameter.shape, folder.read)
+        else:
+            value = self._loaded[name]
+        if value.dtype == dtype:
+            return value
+        if not dtype.is_floating_point:
+            return value.to(dtype)
+        if not value.is_floating_point() or value.itemsize < 2:
+            raise FormatError(
+                f"{folder.path.name}: {name} is stored as {value.dtype}, which means nothing without its scales; "
+                "decompress the model first"
+            )
+        return rounded(name, value, dtype, keep=name in self.sparse)
 
 
 def find_parameters(source: Source, model: PreTrainedModel, graph: Graph) -> GraphParameters:
@@ -64,12 +89,12 @@ def find_parameters(source: Source, model: PreTrainedModel, graph: Graph) -> Gra
 
     Args:
         source: the folder, its lock, and the dtype to round to.
-        model: the folder's model, as `graph` was made of; a stored tensor is rounded to its parameter's dtype,
-            as transformers does when it loads.
+        model: the folder's model that `graph` was exported from; a stored tensor is rounded to its parameter's
+            dtype, as transformers does when it loads.
 
     Raises:
-        FormatError: the folder holds nothing for a parameter, numbers that need scales, or a floating tensor
-            that neither transformers nor the graph reads.
+        FormatError: the folder holds nothing for a parameter, or a floating tensor that neither transformers
+            nor the graph reads.
         MaskError: a site of the lock is in no parameter of the graph.
     """
     folder = source.folder
@@ -80,35 +105,56 @@ def find_parameters(source: Source, model: PreTrainedModel, graph: Graph) -> Gra
     aliases: dict[int, list[str]] = {}
     for name, tensor in state.items():
         aliases.setdefault(id(tensor), []).append(name)
-    pieces: dict[str, tuple[Piece, ...]] = {}
+    matrices: dict[str, tuple[StoredMatrix, ...]] = {}
     loaded: dict[str, Tensor] = {}
     for parameter in graph.parameters:
         names = aliases[id(state[parameter.name])]
-        found = next((binding.pieces[name] for name in names if name in binding.pieces), None)
+        found = next((binding.matrices[name] for name in names if name in binding.matrices), None)
         if found is not None:
-            pieces[parameter.name] = found
+            matrices[parameter.name] = found
         elif not loaded:
-            # Stored in a way that only transformers can undo: it has to, for the whole model at once. It says
-            # itself what is missing.
+            # Only transformers can convert how it is stored, for the whole model at once. It also reports
+            # what is missing.
             loaded = load_model(folder.path, trust_remote_code=source.trust_remote_code).state_dict()
+    return GraphParameters(source, _sparse_parameters(source, graph, matrices), left_out, matrices, loaded)
 
-    sparse = _sites(source, pieces)
 
-    def read(parameter: GraphParameter) -> Tensor:
-        if parameter.name in pieces:
-            value = assemble(pieces[parameter.name], parameter.shape, folder.read)
-        else:
-            value = loaded[parameter.name]
-        return _converted(parameter, value, folder.path.name, keep=parameter.name in sparse)
-
-    return GraphParameters(read, sparse, left_out)
+def _sparse_parameters(
+    source: Source, graph: Graph, matrices: Mapping[str, tuple[StoredMatrix, ...]]
+) -> dict[str, SparseParameter]:
+    entries = source.lock.by_name()
+    found: set[str] = set()
+    sparse: dict[str, SparseParameter] = {}
+    for parameter in graph.parameters:
+        parts: dict[str, tuple[LockEntry, Part]] = {}
+        stored = matrices.get(parameter.name, ())
+        locked = [matrix for matrix in stored if matrix.tensor in entries]
+        for matrix in locked:
+            entry, part = entries[matrix.tensor], Part(initializer=parameter.name)
+            if matrix.expert is not None and not matrix.whole:
+                part = Part(
+                    initializer=parameter.name, expert=matrix.expert, start=matrix.start, stop=matrix.stop
+                )
+            parts[entry.name] = (entry, part)
+        if parts:
+            found.update(parts)
+            transposed = entries[locked[0].tensor].transposed
+            whole = len(locked) == len(stored)
+            sparse[parameter.name] = SparseParameter(parameter, tuple(parts.values()), whole, transposed)
+    missing = [name for name in entries if name not in found]
+    if missing:
+        raise MaskError(
+            f"{missing[0]} and {len(missing) - 1} more of the lock's {len(entries)} sites cannot be exported to "
+            "onnx: the graph reads no parameter that is stored under that name"
+        )
+    return sparse
 
 
 def _left_out(source: Source, model: PreTrainedModel, graph: Graph) -> tuple[str, ...]:
     """Account for every stored floating tensor: the graph reads it, or there is a reason why not.
 
-    The graph computes what transformers computes of the folder. So it may lack what transformers does not load
-    or what the logits do not depend on; a tensor that neither reads is a sign of weights that belong to another
+    The graph computes what transformers computes from the folder. It may lack what transformers does not load
+    and what the logits do not depend on. A tensor that neither reads shows that the weights belong to another
     config.json.
     """
     folder, state = source.folder, model.state_dict(keep_vars=True)
@@ -116,7 +162,7 @@ def _left_out(source: Source, model: PreTrainedModel, graph: Graph) -> tuple[str
     reached = {id(state[name]) for name in graph.reached}
     lost: list[str] = []
     idle: list[str] = []
-    unloaded: dict[str, list[str]] = {}  # a name that the model has not -> the stored tensors
+    unloaded: dict[str, list[str]] = {}  # a name that the model does not have -> the stored tensors
     for name, (target, _) in find_targets(model, folder.names).items():
         if not folder.info(name)[1].dtype.startswith(("F", "BF")):
             continue
@@ -150,7 +196,7 @@ def _left_out(source: Source, model: PreTrainedModel, graph: Graph) -> tuple[str
 
 
 def _unexpected(model: PreTrainedModel, names: Iterable[str]) -> set[str]:
-    """Of names that a model has not, those that transformers reports and does not ignore on purpose."""
+    """Of names that a model does not have, those that transformers reports and does not ignore on purpose."""
     computed = {name for name, _ in model.named_buffers()}
     found = SimpleNamespace(missing_keys=set[str](), unexpected_keys=set(names) - computed)
     model._adjust_missing_and_unexpected_keys(found)  # type: ignore[arg-type]
@@ -172,52 +218,3 @@ def _beyond_layers(model: PreTrainedModel, name: str) -> bool:
 def _named(names: list[str]) -> str:
     """The first few of some tensors, and how many there are."""
     return f"{len(names)} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-
-
-def _converted(parameter: GraphParameter, value: Tensor, where: str, *, keep: bool) -> Tensor:
-    dtype = TORCH_TYPES[parameter.dtype]
-    if value.dtype == dtype:
-        return value
-    if not dtype.is_floating_point:
-        return value.to(dtype)
-    if not value.is_floating_point() or value.itemsize < 2:
-        raise FormatError(
-            f"{where}: {parameter.name} is stored as {value.dtype}, which means nothing without its scales; "
-            "decompress the model first"
-        )
-    return rounded(parameter.name, value, dtype, keep=keep)
-
-
-def _sites(source: Source, pieces: dict[str, tuple[Piece, ...]]) -> dict[str, SparseParameter]:
-    entries = source.lock.by_name()
-    placed: set[str] = set()
-    sparse: dict[str, SparseParameter] = {}
-    for name, parts in pieces.items():
-        found: dict[str, tuple[LockEntry, Part]] = {}
-        locked = 0
-        for piece in parts:
-            entry = entries.get(piece.tensor)
-            if entry is None:
-                continue
-            locked += 1
-            stacked = piece.expert is not None and not piece.whole
-            part = Part(initializer=name)
-            if stacked:
-                part = Part(initializer=name, expert=piece.expert, start=piece.start, stop=piece.stop)
-            found[entry.name] = (entry, part)
-        if found:
-            placed.update(found)
-            transposed = next(iter(found.values()))[0].transposed
-            sparse[name] = SparseParameter(tuple(found.values()), locked == len(parts), transposed)
-    missing = [name for name in entries if name not in placed]
-    if missing:
-        raise MaskError(
-            f"{missing[0]} and {len(missing) - 1} more of the lock's {len(entries)} sites cannot be exported to "
-            "onnx: the graph reads no parameter that is stored under that name"
-        )
-    return sparse
-
-
-def dtype_of(parameter: GraphParameter) -> torch.dtype:
-    """The torch dtype of a parameter in the graph."""
-    return TORCH_TYPES[parameter.dtype]

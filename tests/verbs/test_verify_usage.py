@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import pytest
 
 from spp_fx.verbs import verify as verify_module
-from spp_fx.verify.policy import Check, check_request
+from spp_fx.verify.policy import Check
 from tests.command import command, one_line
 
 
@@ -55,7 +55,7 @@ def test_a_wrong_request_is_told_before_the_first_artifact_is_judged(world, monk
     monkeypatch.chdir(world)
     policy('path = "merged"', WRONG[name])
     judged: list[Path] = []
-    monkeypatch.setattr(verify_module, "gate", lambda check, **_: judged.append(check.path))
+    monkeypatch.setattr(verify_module, "run_check", lambda check, **_: judged.append(check.path))
     result = command("verify", "--json", "--junit", "r.xml", "-q")
     assert result.code == 2
     assert result.out == ""
@@ -72,6 +72,6 @@ def test_an_empty_name_of_a_lock_is_no_absent_lock(world):
 
 def test_a_folder_that_lost_its_configuration_may_be_judged(world):
     (world / "sparse" / "config.json").unlink()
-    check_request(Check(world / "sparse"))
+    Check(world / "sparse").validate()
     result = command("verify", world / "sparse", "--json")
     assert (result.code, result.json["kind"]) == (1, "model")

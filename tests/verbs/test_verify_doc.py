@@ -24,7 +24,7 @@ def test_the_policy_of_the_page_is_one(tmp_path):
         (tmp_path / name).mkdir(parents=True)
     first, *exports = Policy.load(tmp_path / "spp-fx.toml").checks()
     assert (first.lock, first.against) == (tmp_path / "models/my-model.lock.json", tmp_path / "models/base")
-    assert str(first.demands.pattern_of("model.layers.0.mlp.down_proj.weight")) == "4:8"
+    assert str(first.requirements.pattern_of("model.layers.0.mlp.down_proj.weight")) == "4:8"
     assert [check.path.name for check in exports] == ["one", "two"]
 
 

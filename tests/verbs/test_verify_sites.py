@@ -3,22 +3,26 @@
 import json
 import re
 import shutil
+import weakref
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from spp_fx.exporters.onnx.weights import GRAPH
+from spp_fx.exporters.onnx.graph_weights import GRAPH
 from spp_fx.sparsity.lock import Lock, LockEntry, load_lock, make_entry
+from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.pattern import NM
-from spp_fx.verbs import verify as verify_module
-from spp_fx.verbs.verify import Check, gate, verify
-from spp_fx.verify.artifact import is_site, open_artifact
+from spp_fx.sparsity.scan import Scan, scan_stored
+from spp_fx.verbs.verify import Check, run_check, verify
+from spp_fx.verify import artifact as artifact_module
+from spp_fx.verify.artifact import open_artifact
+from spp_fx.verify.named_sites import is_site
+from spp_fx.verify.policy import Requirements
 from tests.command import must, rewrite
 from tests.families import make_model, prune_2_4
-from tests.handmade import Raw, lock_of, save, sparse
+from tests.handmade import lock_of, save, sparse
 
 Q, UP, DOWN = (
     f"model.layers.0.{word}.weight" for word in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
@@ -56,7 +60,7 @@ def test_a_dense_site_of_another_dtype_is_not_the_same_as_a_sparse_one(world):
 def test_a_site_without_a_zero_that_could_be_read_fails(world):
     folder = unlocked(world / "sparse")
     as_dtype(folder, Q, torch.complex64)
-    verdict = gate(Check(folder, verify_module.Demands.of("2:4")))
+    verdict = run_check(Check(folder, Requirements.of("2:4")))
     assert failures(verdict) == {Q: "artifact-damaged"}
     assert "C64" in (verdict.failed[0].reason or "")
 
@@ -85,7 +89,7 @@ def test_a_model_without_any_site_fails_site_by_site(world):
 def test_a_site_of_another_shape_than_the_model_has_fails_and_can_be_allowed(world):
     folder = unlocked(world / "sparse")
     rewrite(folder / "model.safetensors", lambda v: v.update({UP: v[UP][:-4].contiguous()}))
-    (site,) = gate(Check(folder, verify_module.Demands.of("2:4"))).failed
+    (site,) = run_check(Check(folder, Requirements.of("2:4"))).failed
     assert (site.name, site.findings[0].rule) == (UP, "artifact-damaged")
     assert "the model wants [64, 32]" in (site.reason or "")
     assert verify(folder, pattern="2:4", allow_dense=["model.layers.0.mlp.up_proj"]).ok
@@ -106,7 +110,7 @@ def test_an_expert_that_is_missing_fails_its_stack(tmp_path):
     rewrite(
         path, lambda values: values.pop(next(name for name in values if "layers.1" in name and "w2" in name))
     )
-    (site,) = gate(Check(tmp_path / "sparse", verify_module.Demands.of("2:4"))).failed
+    (site,) = run_check(Check(tmp_path / "sparse", Requirements.of("2:4"))).failed
     assert site.findings[0].rule == "artifact-damaged"
     assert "layers.1" in site.name
 
@@ -216,7 +220,7 @@ def relock(folder: Path, change) -> None:
 
     def entry(old: LockEntry) -> LockEntry:
         pattern, transposed = change(old)
-        mask = artifact.weights.scan(old.name, transposed).mask
+        mask = artifact.scan(old.name, transposed).mask
         return make_entry(old.name, old.kind, mask, pattern, transposed)
 
     (folder / "sparsity.lock.json").write_text(Lock.of(map(entry, artifact.lock.sites)).dumps())
@@ -253,32 +257,23 @@ def test_a_lock_without_a_pattern_does_not_cover_a_dense_site(world):
     assert verify(folder, coverage="all", allow_dense=["up_proj"]).ok
 
 
-def test_sites_are_looked_at_together_by_their_own_size_and_not_by_the_locks(tmp_path, monkeypatch):
-    tensors = {f"layers.{number}.weight": sparse(32, 64, seed=number) for number in range(8)}
-    save(tmp_path / "w.safetensors", tensors)
-    small = {name: Raw("F32", np.ones((1, 8), dtype="<u4")) for name in tensors}
-    monkeypatch.setattr(verify_module, "MASK_BYTES", 3 * 32 * 64 // 8)
-    sizes: list[int] = []
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_no_mask_lives_longer_than_the_check_of_its_site(tmp_path, monkeypatch, jobs):
+    """What verify holds is a mask a job, whatever the number of sites."""
+    masks: list[weakref.ref[PackedMask]] = []
 
-    def digests(masks) -> None:
-        sizes.append(len(masks))
+    def scan(shard, name, *, transposed) -> Scan:
+        found = scan_stored(shard, name, transposed=transposed)
+        masks.append(weakref.ref(found.mask))
+        assert sum(mask() is not None for mask in masks) <= jobs
+        return found
 
-    monkeypatch.setattr(verify_module, "digest_masks", digests)
-    lock = tmp_path / "small.json"
-    lock.write_text(lock_of(small).dumps())
-    gate(Check(tmp_path / "w.safetensors", lock=lock), jobs=1)
-    assert sizes == [3, 3, 2]
-
-
-@pytest.mark.parametrize(
-    ("sites", "jobs", "expected"), [(8, 2, [4, 4]), (33, 2, [9, 9, 9, 6]), (5, 4, [2, 2, 1]), (3, 1, [3])]
-)
-def test_jobs_get_about_as_many_sites(tmp_path, monkeypatch, sites, jobs, expected):
-    save(tmp_path / "w.safetensors", {f"layers.{n}.weight": sparse(32, 64, seed=n) for n in range(sites)})
-    sizes: list[int] = []
-    monkeypatch.setattr(verify_module, "digest_masks", lambda masks: sizes.append(len(masks)))
-    assert verify(tmp_path / "w.safetensors", pattern="2:4", jobs=jobs).ok
-    assert sorted(sizes, reverse=True) == expected
+    monkeypatch.setattr(artifact_module, "scan_stored", scan)
+    save(tmp_path / "w.safetensors", {f"layers.{n}.weight": sparse(32, 64, seed=n) for n in range(9)})
+    verdict = verify(tmp_path / "w.safetensors", pattern="2:4", jobs=jobs)
+    assert verdict.ok
+    assert len(masks) == 9
+    assert not any(mask() for mask in masks)
 
 
 def test_the_file_of_a_graphs_weight_is_the_one_that_holds_its_numbers(world):

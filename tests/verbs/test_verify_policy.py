@@ -87,7 +87,7 @@ def test_paths_are_relative_to_the_policy(repository, monkeypatch):
 def test_a_glob_names_several_artifacts_each_once(repository):
     write(ONE + '[[verify.artifact]]\npath = "models/*"\npattern = "1:4"\n')
     checks = Policy.find().checks()
-    assert [(str(check.path), str(check.demands.pattern)) for check in checks] == [
+    assert [(str(check.path), str(check.requirements.pattern)) for check in checks] == [
         ("models/good", "None"),
         ("models/bad", "1:4"),
     ]
@@ -100,11 +100,11 @@ def test_keys_of_an_artifact_replace_the_defaults(repository):
         '[[verify.artifact.rule]]\nsites = ["down_proj"]\npattern = "4:8"\n'
     )
     (check,) = Policy.find().checks()
-    demands = check.demands
-    assert (str(demands.pattern), demands.require, demands.coverage) == ("50%", (), "all")
-    assert demands.allow_dense == ("lm_head",)
-    assert str(demands.pattern_of(NAMES[1])) == "4:8"
-    other = Policy.find().check(Path("models/bad")).demands
+    requirements = check.requirements
+    assert (str(requirements.pattern), requirements.require, requirements.coverage) == ("50%", (), "all")
+    assert requirements.allow_dense == ("lm_head",)
+    assert str(requirements.pattern_of(NAMES[1])) == "4:8"
+    other = Policy.find().check(Path("models/bad")).requirements
     assert (str(other.pattern), other.require, other.rules) == ("2:4", ("up_proj",), ())
 
 
@@ -112,15 +112,15 @@ def test_options_replace_keys_and_a_pattern_is_asked_of_every_site(repository):
     write(ONE + 'allow_dense = ["a"]\n[[verify.artifact.rule]]\nsites = ["down_proj"]\npattern = "4:8"\n')
     lock = Path("other.json")
     (check,) = Policy.find().checks(Overrides(pattern="1:4", lock=lock, allow_dense=("b",)))
-    assert str(check.demands.pattern_of(NAMES[1])) == "1:4"
-    assert (check.lock, check.demands.allow_dense) == (lock, ("b",))
+    assert str(check.requirements.pattern_of(NAMES[1])) == "1:4"
+    assert (check.lock, check.requirements.allow_dense) == (lock, ("b",))
 
 
 def test_the_entry_of_a_path_counts_however_it_is_spelt(repository):
     write(ONE + 'coverage = "all"\n')
     for path in ("models/good", "./models/../models/good", repository / "models" / "good"):
         check = Policy.find().check(Path(path))
-        assert check.demands.coverage == "all"
+        assert check.requirements.coverage == "all"
         assert check.path == Path(path)
 
 
@@ -217,10 +217,10 @@ def test_an_empty_pattern_is_no_absent_pattern(repository, name):
 @pytest.mark.parametrize("glob", ["models/*", "models/**"])
 def test_an_entry_that_spells_a_path_out_goes_before_a_glob_above_it(repository, glob):
     write(f'[[verify.artifact]]\npath = "{glob}"\n' + ONE + 'pattern = "1:4"\n')
-    asked = {str(check.path): str(check.demands.pattern) for check in Policy.find().checks()}
+    asked = {str(check.path): str(check.requirements.pattern) for check in Policy.find().checks()}
     assert asked["models/good"] == "1:4"
     assert asked["models/bad"] == "None"
-    assert str(Policy.find().check(Path("models/good")).demands.pattern) == "1:4"
+    assert str(Policy.find().check(Path("models/good")).requirements.pattern) == "1:4"
 
 
 def test_an_artifact_under_two_names_is_refused(repository):

@@ -14,8 +14,8 @@ from torch.sparse._semi_structured_conversions import sparse_semi_structured_fro
 
 from spp_fx.errors import FormatError
 from spp_fx.exporters.cusparselt_layout import pack
-from spp_fx.exporters.semi_structured import pack_2_4
-from spp_fx.runtime.library import CuSparseLt, Cutlass, version_text
+from spp_fx.runtime.cuda_library import CuSparseLt, Cutlass, version_text
+from spp_fx.sparsity.packing import pack_2_4
 from tests.families import prune_2_4
 
 CPU = torch.device("cpu")
@@ -137,7 +137,7 @@ def test_the_capability_of_the_gpu_is_one_number(monkeypatch):
 def test_packing_anew_asks_for_nothing_that_the_oldest_torch_lacks(monkeypatch):
     """torch 2.11 has no `alg_id` here."""
     monkeypatch.setattr(
-        "spp_fx.runtime.library.to_sparse_semi_structured",
+        "spp_fx.runtime.cuda_library.to_sparse_semi_structured",
         lambda original_tensor, transposed=False: original_tensor,
     )
     dense = weight(torch.float16)

@@ -1,34 +1,39 @@
-"""Compiled loops that pack and unpack 2:4 rows and put metadata in order.
+"""The loops of packing, compiled by numba: 2:4 rows, bit masks, and the order of metadata in packs.
 
-Elements travel as unsigned integers of their width. A kernel that can meet a fault counts it and goes on:
-the torch code, which defines what a kernel must do, is then run to name the place. Rows are taken as slices
-and conditions are integers, not booleans joined by `and` and `or`: LLVM then works on vectors.
+Elements are unsigned integers of their width. A kernel that meets a fault counts it and goes on; the torch
+code that defines the kernel then runs and names the fault. Rows are taken as slices, and conditions are
+integers instead of booleans joined by `and` and `or`: LLVM then uses vectors.
 """
 
 # Kernels are a language of their own: their parameters have no Python types.
 # pyright: reportMissingParameterType=false
 
+import sys
+
 import numpy as np
 
 from spp_fx.sparsity._compile import compiled
+
+if sys.byteorder != "little":
+    raise ImportError("the compiled kernels read elements as little-endian")
 
 EMPTY_GROUP = np.uint8(0xE)
 _ONE, _TWO, _THREE, _LOW = np.uint8(1), np.uint8(2), np.uint8(3), np.uint8(0xF)
 
 
 @compiled
-def _join(nibbles, places):
-    """Nibbles (groups,) as bytes, the first in the low half; a last one without a neighbour stands by 0xE."""
+def _join(nibbles, positions):
+    """Nibbles (groups,) as bytes, the first in the low half; the last of an odd number is joined with 0xE."""
     pairs = nibbles.shape[0] // 2
     for byte in range(pairs):
-        places[byte] = nibbles[2 * byte] | (nibbles[2 * byte + 1] << 4)
+        positions[byte] = nibbles[2 * byte] | (nibbles[2 * byte + 1] << 4)
     if nibbles.shape[0] % 2:
-        places[pairs] = nibbles[2 * pairs] | (EMPTY_GROUP << 4)
+        positions[pairs] = nibbles[2 * pairs] | (EMPTY_GROUP << 4)
 
 
 @compiled
 def pack_2_4(rows, values, positions):
-    """`semi_structured.pack_2_4` of rows (r, k); returns how many groups hold more than two entries."""
+    """`packing.pack_2_4` of rows (r, k); returns how many groups hold more than two entries."""
     faults = 0
     nibbles = np.empty(rows.shape[1] // 4, dtype=np.uint8)
     for i in range(rows.shape[0]):
@@ -48,24 +53,8 @@ def pack_2_4(rows, values, positions):
 
 
 @compiled
-def pack_1_2(rows, values, positions):
-    """`semi_structured.pack_1_2` of rows (r, k); returns how many pairs hold two entries."""
-    faults = 0
-    nibbles = np.empty(rows.shape[1] // 2, dtype=np.uint8)
-    for i in range(rows.shape[0]):
-        row, kept = rows[i], values[i]
-        for pair in range(row.shape[0] // 2):
-            first, second = row[2 * pair], row[2 * pair + 1]
-            kept[pair] = first if first != 0 else second
-            nibbles[pair] = 0x4 if first != 0 else 0xE
-            faults += (first != 0) & (second != 0)
-        _join(nibbles, positions[i])
-    return faults
-
-
-@compiled
 def clear_negative_zeros(rows, group):
-    """`semi_structured.clear_negative_zeros` in rows (r, k) themselves; returns how many were cleared."""
+    """`packing.clear_negative_zeros` in rows (r, k) themselves; returns how many were cleared."""
     count = 0
     zero = rows.dtype.type(0)
     sign = rows.dtype.type(1 << (8 * rows.itemsize - 1))
@@ -86,16 +75,16 @@ def clear_negative_zeros(rows, group):
 
 @compiled
 def unpack_2_4(values, positions, dense):
-    """`semi_structured.unpack_2_4` into dense (r, k); returns how many nibbles are none."""
+    """`packing.unpack_2_4` into dense (r, k); returns how many nibbles are invalid."""
     faults = 0
     groups = dense.shape[1] // 4
     nibbles = np.empty(groups + groups % 2, dtype=np.uint8)
     zero = dense.dtype.type(0)
     for i in range(dense.shape[0]):
-        kept, row, places = values[i], dense[i], positions[i]
-        for byte in range(places.shape[0]):
-            nibbles[2 * byte] = places[byte] & _LOW
-            nibbles[2 * byte + 1] = places[byte] >> 4
+        kept, row, packed = values[i], dense[i], positions[i]
+        for byte in range(packed.shape[0]):
+            nibbles[2 * byte] = packed[byte] & _LOW
+            nibbles[2 * byte + 1] = packed[byte] >> 4
         for group in range(nibbles.shape[0]):
             faults += np.int64((nibbles[group] & _THREE) >= (nibbles[group] >> _TWO))
         if groups % 2:
@@ -111,8 +100,43 @@ def unpack_2_4(values, positions, dense):
 
 
 @compiled
+def compress(elements, values):
+    """Put the elements that are not zero at the start of `values`, which is as long; returns how many.
+
+    Every element is written and the index moves on only where it is kept: there is no branch to mispredict.
+    """
+    count = 0
+    for index in range(elements.size):
+        element = elements[index]
+        values[count] = element
+        count += element != 0
+    return count
+
+
+@compiled
+def expand(bits, values, elements):
+    """`packing.expand`: a byte of the mask at a time, without a branch while eight more values are left."""
+    taken = 0
+    whole = elements.size // 8
+    byte = 0
+    while byte < whole and taken + 8 <= values.size:
+        ones = np.intp(bits[byte])
+        for bit in range(8):
+            one = (ones >> bit) & 1
+            elements[8 * byte + bit] = values[taken] * one
+            taken += one
+        byte += 1
+    for index in range(8 * byte, elements.size):
+        if (bits[index // 8] >> (index % 8)) & 1:
+            elements[index] = values[taken]
+            taken += 1
+        else:
+            elements[index] = 0
+
+
+@compiled
 def fill_tiles(units, meta):
-    """`cutlass_layout.fill_tiles`: units (rows, 4 C) into meta [C, R, 2, t, 8, units of 8 lines]."""
+    """`cutlass.fill_tiles`: units (rows, 4 C) into meta [C, R, 2, t, 8, units of 8 lines]."""
     panels, bands, _, tiles, _, width = meta.shape
     lines = width // 2
     for band in range(bands):
@@ -132,7 +156,7 @@ def fill_tiles(units, meta):
 
 @compiled
 def fill_sm90(positions, meta):
-    """`cusparselt_layout.fill_sm90`: positions (rows, k/8) into meta [R, C, 4, 8, 8]."""
+    """`cusparselt.fill_sm90`: positions (rows, k/8) into meta [R, C, 4, 8, 8]."""
     for block in range(meta.shape[0]):
         for sixteen in range(4):
             for r in range(8):
@@ -149,10 +173,10 @@ def fill_sm90(positions, meta):
 
 @compiled
 def gather_nibbles(meta, rows, groups, positions):
-    """`packed_reader.gather`: positions[i] from the nibbles of `meta` that stand at rows[i] + groups."""
+    """`packed.gather`: positions[i] from the nibbles of `meta` at rows[i] + groups."""
     nibbles = np.empty(groups.shape[0], dtype=np.uint8)
     for i in range(rows.shape[0]):
         for j in range(groups.shape[0]):
-            place = rows[i] + groups[j]
-            nibbles[j] = (meta[place >> 1] >> ((place & 1) << 2)) & 0xF
+            at = rows[i] + groups[j]
+            nibbles[j] = (meta[at >> 1] >> ((at & 1) << 2)) & 0xF
         _join(nibbles, positions[i])

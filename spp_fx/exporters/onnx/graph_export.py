@@ -1,0 +1,464 @@
+"""A causal language model as one ONNX graph without its weights, which are named as in the checkpoint.
+
+The optimizer of torch.onnx folds `Transpose(weight)` into new constants, merges equal weights and renames them,
+so that they no longer match a checkpoint or a mask. Here the graph is exported as it stands and simplified with
+every weight pinned: each parameter that the outputs depend on stays one initializer, named and oriented as in
+the model; tied parameters share the one of the first name. The numbers are never read, so a model larger than
+the memory can be exported.
+
+Inputs and outputs have Optimum's names and axes, so that a runtime for its exports runs these as well. Where a
+model's layers attend to a window only, the cache keeps everything and the mask does the windowing: the result is
+the same, and the inputs of all layers have one form.
+"""
+
+import contextlib
+import inspect
+import logging
+import math
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+import torch
+from onnxscript import opset18, optimizer
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+from transformers import DynamicCache, PreTrainedModel
+
+from spp_fx.errors import SppFxError
+from spp_fx.exporters.onnx.tensor_data import TORCH_TYPES
+from spp_fx.graph.trace import export_as
+
+OPSET = 18
+BATCH, SEQUENCE, PAST, TOTAL = (
+    "batch_size",
+    "sequence_length",
+    "past_sequence_length",
+    "past_sequence_length + sequence_length",
+)
+Axes = Mapping[int, str]
+
+
+@dataclass(frozen=True)
+class GraphParameter:
+    """A parameter or persistent buffer that the graph reads.
+
+    Attributes:
+        name: its first name in the model, and its name in the graph.
+        shape: as the model has it.
+        dtype: ONNX data type.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return TORCH_TYPES[self.dtype]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.torch_dtype.itemsize
+
+    @property
+    def value_info(self) -> onnx.ValueInfoProto:
+        """The parameter as an input of a graph."""
+        return onnx.helper.make_tensor_value_info(self.name, self.dtype, self.shape)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """An ONNX graph, and the parameters that are still to be put into it.
+
+    Attributes:
+        proto: the model with the exporter's small constants (shapes, axes, computed buffers) and none of its
+            parameters. It contains no stack traces or file names of the exporting machine.
+        parameters: what is missing, in the graph's order.
+        reached: names of the parameters and persistent buffers that the outputs depend on according to
+            torch.export: those of `parameters`, unless torch.onnx lost one.
+        bfloat16: whether most of the model's weights are bfloat16.
+    """
+
+    proto: onnx.ModelProto
+    parameters: tuple[GraphParameter, ...]
+    reached: frozenset[str]
+    bfloat16: bool
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A model exported by torch, and the names of its inputs and outputs.
+
+    Attributes:
+        program: the exported program.
+        args: the example that it was exported with, for torch.onnx.
+        inputs: the dynamic axes of each input by its name, in order.
+        outputs: the same of each output.
+    """
+
+    program: ExportedProgram
+    args: tuple[Any, ...]
+    inputs: dict[str, Axes]
+    outputs: dict[str, Axes]
+
+
+def build_graph(model: PreTrainedModel, *, with_past: bool = False) -> Graph:
+    """Export a model with a dynamic batch and sequence length.
+
+    Args:
+        model: a causal language model in eval mode on the CPU, float32, float16 or bfloat16; its parameters
+            are never read (see `graph.model.hollow_model`), its buffers are real.
+        with_past: with a key/value cache, see `cached_signature`.
+
+    Raises:
+        SppFxError: the model is in training mode, cannot be traced, an operator has no ONNX form, or a
+            dimension would come out fixed.
+    """
+    if model.training:
+        raise SppFxError("the model is in training mode: dropout would be exported; call eval() first")
+    names = _first_names(model)
+    with _quiet():
+        signature = (cached_signature if with_past else plain_signature)(model)
+        try:
+            program = torch.onnx.export(
+                signature.program,
+                signature.args,
+                dynamo=True,
+                optimize=False,
+                external_data=False,
+                verbose=False,
+                opset_version=OPSET,
+                input_names=list(signature.inputs),
+                output_names=list(signature.outputs),
+                custom_translation_table=_translations(),
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise SppFxError(f"the model has no ONNX form: {_root_cause(error)}") from error
+        assert program is not None
+        _simplify(program.model, _name_parameters(program.model.graph, names))
+        _name_axes(program.model.graph, signature)
+        parameters = _take_out_parameters(program.model.graph, names)
+        proto = ir.to_proto(program.model)
+    _strip(proto)
+    sizes: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        sizes[parameter.dtype] += parameter.numel()
+    bfloat16 = sizes.most_common(1)[0][0] == torch.bfloat16
+    return Graph(proto, parameters, _reached(signature.program, model, names), bfloat16)
+
+
+# The two signatures
+
+
+def plain_signature(model: PreTrainedModel) -> Signature:
+    """`(input_ids, attention_mask) -> logits`, all (batch, sequence, ...).
+
+    Raises:
+        SppFxError: the model cannot be traced.
+    """
+    call = model.forward
+
+    def forward(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return call(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+
+    axes = {0: BATCH, 1: SEQUENCE}
+    program, args = _trace(model, forward)
+    return Signature(program, args, {"input_ids": axes, "attention_mask": axes}, {"logits": axes})
+
+
+def cached_signature(model: PreTrainedModel) -> Signature:
+    """`(input_ids, attention_mask, position_ids, past) -> (logits, present)`.
+
+    `past_key_values.N.key` and `.value` are (batch, heads, past, width), `present.N.*` the same with the new
+    tokens behind; past may have length 0. `attention_mask` covers past and new tokens, `position_ids` the new
+    ones. A model without positions, or that counts them from the mask, has no input `position_ids`.
+
+    Raises:
+        SppFxError: the model cannot be traced, or caches something else than keys and values.
+    """
+    call = model.forward
+    cached = _cache_layers(model)
+
+    def run(
+        input_ids: Tensor, attention_mask: Tensor, past: list[list[Tensor]], **positions: Tensor
+    ) -> list[Tensor]:
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(past):
+            cache.update(keys, values, layer)
+        out = call(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            use_cache=True,
+            **positions,
+        )
+        layers: Any = cache.layers
+        return [out.logits, *(side for layer in layers for side in (layer.keys, layer.values))]
+
+    def run_with_positions(
+        input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[list[Tensor]]
+    ) -> list[Tensor]:
+        return run(input_ids, attention_mask, past, position_ids=position_ids)
+
+    batch, length, before = 2, 8, 5
+    new_tokens, all_tokens = {0: BATCH, 1: SEQUENCE}, {0: BATCH, 1: TOTAL}
+    past_axes, present_axes = {0: BATCH, 2: PAST}, {0: BATCH, 2: TOTAL}
+    inputs: dict[str, Axes] = {"input_ids": new_tokens, "attention_mask": all_tokens}
+    args: list[Any] = [
+        torch.ones(batch, length, dtype=torch.int64),
+        torch.ones(batch, before + length, dtype=torch.int64),
+    ]
+    counted = takes_positions(model)
+    if counted:
+        inputs["position_ids"] = new_tokens
+        args.append(torch.arange(before, before + length).repeat(batch, 1))
+    dynamic: list[Any] = [_dynamic(axes) for axes in inputs.values()]
+    outputs: dict[str, Axes] = {"logits": new_tokens}
+    for layer in range(len(cached)):
+        for side in ("key", "value"):
+            inputs[f"past_key_values.{layer}.{side}"] = past_axes
+            outputs[f"present.{layer}.{side}"] = present_axes
+    args.append(
+        [
+            [torch.zeros(batch, heads, before, width, dtype=model.dtype) for heads, width in sides]
+            for sides in cached
+        ]
+    )
+    dynamic.append([[_dynamic(past_axes), _dynamic(past_axes)] for _ in cached])
+    program = export_as(model, run_with_positions if counted else run, tuple(args), tuple(dynamic))
+    return Signature(program, tuple(args), inputs, outputs)
+
+
+def takes_positions(model: PreTrainedModel) -> bool:
+    """Whether a model has an input for the positions of its tokens."""
+    return "position_ids" in inspect.signature(type(model).forward).parameters
+
+
+def _cache_layers(model: PreTrainedModel) -> list[list[tuple[int, int]]]:
+    """Heads and width of the keys and of the values that each layer caches, found by tracing a call.
+
+    Raises:
+        SppFxError: a layer caches something else than keys and values, such as a state of fixed size.
+    """
+    call = model.forward
+    kinds: list[str] = []
+
+    def forward(input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
+        out = call(input_ids=input_ids, attention_mask=attention_mask, use_cache=True)
+        layers = getattr(getattr(out, "past_key_values", None), "layers", [])
+        kinds[:] = [type(layer).__name__ for layer in layers]
+        sides = [getattr(layer, side, None) for layer in layers for side in ("keys", "values")]
+        found = [side for side in sides if isinstance(side, Tensor) and side.ndim == 4]
+        return found if layers and len(found) == len(sides) else [out.logits]
+
+    program, _ = _trace(model, forward)
+    unknown = set(kinds) - {"DynamicLayer", "DynamicSlidingWindowLayer"}
+    if not kinds or unknown:
+        what = ", ".join(sorted(unknown)) or "no list of layers"
+        raise SppFxError(
+            f"{type(model).__name__} keeps {what} while it generates, not keys and values alone: its cache has "
+            "no form under Optimum's names; export it without --with-past"
+        )
+    outputs = program.graph_module.graph.output_node().args[0]
+    assert isinstance(outputs, tuple | list)
+    shapes = [tuple(node.meta["val"].shape) for node in outputs]  # type: ignore[union-attr]
+    sizes = [(int(shape[1]), int(shape[3])) for shape in shapes]
+    return [sizes[at : at + 2] for at in range(0, len(sizes), 2)]
+
+
+def _trace(model: PreTrainedModel, forward: Callable[..., Any]) -> tuple[ExportedProgram, tuple[Any, ...]]:
+    """Export a function of input_ids and attention_mask; also returns its example arguments."""
+    ids = torch.ones(2, 8, dtype=torch.int64)  # no 0 or 1: torch.export would make those constants
+    axes = _dynamic({0: BATCH, 1: SEQUENCE})
+    return export_as(model, forward, (ids, torch.ones_like(ids)), (axes, axes)), (ids, ids)
+
+
+def _dynamic(axes: Axes) -> dict[int, Any]:
+    return dict.fromkeys(axes, Dim.DYNAMIC)
+
+
+# The parameters of a graph
+
+
+def _first_names(model: PreTrainedModel) -> dict[int, str]:
+    """Parameters and persistent buffers: id -> first name."""
+    stored = model.state_dict(keep_vars=True)
+    names: dict[int, str] = {}
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(tensor), name)
+    for name, tensor in model.named_buffers(remove_duplicate=False):
+        if name in stored:
+            names.setdefault(id(tensor), name)
+    return names
+
+
+def _reached(program: ExportedProgram, model: PreTrainedModel, names: Mapping[int, str]) -> frozenset[str]:
+    """First names of the parameters and persistent buffers that a program's outputs depend on."""
+    state = model.state_dict(keep_vars=True)
+    signature = program.graph_signature
+    inputs = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    nodes = [program.graph.output_node()]
+    seen = set(nodes)
+    for node in nodes:
+        new = [each for each in node.all_input_nodes if each not in seen]
+        seen.update(new)
+        nodes += new
+    found = (inputs[node.name] for node in seen if node.name in inputs)
+    return frozenset(names[id(state[name])] for name in found if name in state)
+
+
+def _name_parameters(graph: ir.Graph, names: Mapping[int, str]) -> set[str]:
+    """Give each parameter's initializer its first name and merge those of one parameter; returns the names."""
+    kept: dict[str, ir.Value] = {}
+    for value in list(graph.initializers.values()):
+        name = names.get(id(getattr(value.const_value, "raw", None)))
+        if name is None:
+            continue
+        if name in kept:
+            value.replace_all_uses_with(kept[name])
+            del graph.initializers[str(value.name)]
+            continue
+        kept[name] = value
+        if value.name != name:
+            value.name = name
+    return set(kept)
+
+
+def _take_out_parameters(graph: ir.Graph, names: Mapping[int, str]) -> tuple[GraphParameter, ...]:
+    """Remove the parameters' initializers, so that nothing reads numbers that are not there."""
+    found: list[GraphParameter] = []
+    for name, value in list(graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is not None and id(getattr(tensor, "raw", None)) in names:
+            shape: tuple[int, ...] = tensor.shape.numpy()  # type: ignore[union-attr]
+            found.append(GraphParameter(name, shape, int(tensor.dtype)))
+            del graph.initializers[name]
+    return tuple(found)
+
+
+# Translation and simplification
+
+
+@contextlib.contextmanager
+def _quiet() -> Generator[None]:
+    """Keep stdout clean and the exporter's warnings about its own internals out of the log."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    loggers.append(logging.getLogger("torch.onnx._internal.exporter._registration"))
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _root_cause(error: BaseException) -> str:
+    """The first line of the error that caused all others."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """ONNX forms of operators that torch.onnx has none for: the grouped matmul of fused experts."""
+    table: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.aten._grouped_mm.default: _grouped_mm}
+    if hasattr(torch.ops.transformers, "grouped_mm_fallback"):
+        table[torch.ops.transformers.grouped_mm_fallback.default] = _grouped_mm
+    return table
+
+
+def _grouped_mm(rows: Any, weight: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
+    """Rows sorted by expert times each expert's matrix, unrolled over the experts.
+
+    rows (S, in), weight (E, in, out), offs (E,): the end of each expert's rows. Rows past the last end are
+    zero in the result, as in transformers' own loop.
+    """
+    if offs is None or bias is not None or out_dtype is not None or len(rows.shape) != 2:
+        raise SppFxError("this form of aten._grouped_mm has no ONNX translation")
+    op: Any = opset18  # its signatures are typed for concrete tensors, not for values of a graph
+    axis = op.Constant(value_ints=[0])
+    ends = op.Cast(offs, to=onnx.TensorProto.INT64)
+    start = axis
+    parts: list[Any] = []
+    for expert in range(int(weight.shape[0])):
+        end = op.Gather(ends, op.Constant(value_ints=[expert]), axis=0)
+        matrix = op.Gather(weight, op.Constant(value_int=expert), axis=0)
+        parts.append(op.MatMul(op.Slice(rows, start, end, axis), matrix))
+        start = end
+    width = op.Shape(weight, start=2)
+    rest = op.Sub(op.Shape(rows, end=1), start)
+    zero = op.CastLike(op.Constant(value_float=0.0), rows)
+    parts.append(op.Expand(zero, op.Concat(rest, width, axis=0)))
+    return op.Concat(*parts, axis=0)
+
+
+def _simplify(model: ir.Model, parameters: set[str]) -> None:
+    """Fold shape arithmetic and repeated nodes, but no node that reads a weight or buffer."""
+    pinned = parameters | set(model.graph.initializers)
+
+    def should_fold(node: ir.Node) -> bool | None:
+        return False if any(value is not None and value.name in pinned for value in node.inputs) else None
+
+    common_passes.InlinePass()(model)
+    for _ in range(2):
+        optimizer.fold_constants_ir(model, should_fold=should_fold)
+        common_passes.RemoveUnusedNodesPass()(model)
+    ir.passes.Sequential(
+        common_passes.CommonSubexpressionEliminationPass(),
+        common_passes.RemoveUnusedNodesPass(),
+        common_passes.RemoveUnusedFunctionsPass(),
+        common_passes.RemoveUnusedOpsetsPass(),
+        common_passes.OutputFixPass(),
+        common_passes.NameFixPass(),
+    )(model)
+
+
+def _name_axes(graph: ir.Graph, signature: Signature) -> None:
+    """Name the dynamic dimensions; equal dimensions have one name."""
+    named = [(value, signature.inputs) for value in graph.inputs]
+    for value, names in [*named, *((value, signature.outputs) for value in graph.outputs)]:
+        axes, shape = names[str(value.name)], value.shape
+        if shape is None or any(isinstance(shape[axis], int) for axis in axes):
+            raise SppFxError(
+                f"{value.name} came out as {shape}: {' and '.join(axes.values())} must stay dynamic, "
+                "but the model's code fixes one of them"
+            )
+        value.shape = ir.Shape([axes.get(axis, size) for axis, size in enumerate(shape)])
+
+
+def _strip(model: onnx.ModelProto) -> None:
+    """Remove what ties the file to one run: stack traces, tool names, the tracer's symbol names."""
+    model.producer_name, model.producer_version = "spp-fx", ""
+    del model.metadata_props[:]
+    graph = model.graph
+    graph.name = "main"
+    graph.doc_string = ""
+    del graph.metadata_props[:]
+    del graph.value_info[:]
+    nodes = list(graph.node)
+    for node in nodes:
+        del node.metadata_props[:]
+        node.doc_string = ""
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                del attribute.g.metadata_props[:]
+                del attribute.g.value_info[:]
+                nodes.extend(attribute.g.node)
+    for entry in [*graph.input, *graph.output, *graph.initializer]:
+        del entry.metadata_props[:]
+        entry.doc_string = ""

@@ -1,0 +1,237 @@
+"""The weights of an ONNX graph as verify examines them: under the graph's names, or under the model's.
+
+A graph names weights as the loaded model does, and holds a stack of experts as one tensor. A checkpoint may store
+them otherwise: without the model's prefix, or each expert on its own. Then the export's manifest states which part
+of the graph each stored tensor is, and the weights have the stored names.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from onnx import SparseTensorProto, TensorProto
+from torch import Tensor
+
+from spp_fx.errors import FormatError
+from spp_fx.exporters.format import Weights
+from spp_fx.exporters.manifest import MANIFEST, Manifest, Part, read_manifest
+from spp_fx.exporters.onnx.constants import Unfoldable, fold
+from spp_fx.exporters.onnx.graph_values import sources_of
+from spp_fx.exporters.onnx.onnx_file import Array, OnnxFile, PackedWeight
+from spp_fx.exporters.onnx.products import Factor, Factors
+from spp_fx.sparsity.scan import Scan, scan_tensor
+
+GRAPH = "model.onnx"
+FORMATS = ("onnx", "onnx-packed", "onnx-dense")
+
+
+@dataclass(frozen=True)
+class GraphWeights:
+    """Every weight of a graph, dense, sparse, packed or computed from constants."""
+
+    file: OnnxFile
+
+    @classmethod
+    def open(cls, path: Path) -> "GraphWeights":
+        return cls(OnnxFile(path))
+
+    @cached_property
+    def factors(self) -> Factors:
+        """What the products of the graph do with its weights.
+
+        Raises:
+            FormatError: the graph is damaged.
+        """
+        return Factors(self.file)
+
+    @property
+    def names(self) -> list[str]:
+        parts = self.file.packed_parts
+        stored = [name for name in (*self.file.dense, *self.file.sparse) if self.file.is_weight(name)]
+        return [*self.file.packed, *(name for name in stored if name not in parts)]
+
+    def file_of(self, name: str) -> str:
+        """The file that holds a weight's numbers: the graph's, or one beside it as the graph names it."""
+        holds = self.file.dense.get(name) or self.file.sparse.get(name) or self.file.packed.get(name)
+        if holds is None:  # a site that is computed: most of it is in its largest tensor
+            sources = sources_of(self.factors.sites[name].base)
+            largest = max(sources, key=lambda each: math.prod(each.shape), default=None)
+            holds = largest and largest.holds
+        if isinstance(holds, PackedWeight):
+            holds = self.file.dense[holds.values]
+        if isinstance(holds, SparseTensorProto):
+            holds = holds.values
+        if holds is None or holds.data_location != TensorProto.EXTERNAL:
+            return self.file.path.name
+        location = {each.key: each.value for each in holds.external_data}.get("location", "")
+        return PurePosixPath(location).as_posix()
+
+    def read(self, name: str) -> Tensor:
+        """A weight's numbers, in the shape that the graph has it in."""
+        return _tensor(self.file.read(name))
+
+    def scan(self, name: str, transposed: bool) -> Scan:
+        """Scan a weight; a factor of a product is transposed if the product says so.
+
+        Raises:
+            FormatError: it is damaged, or not a matrix or a stack of such; names it and the file.
+        """
+        factor, where = self.factors.sites.get(name), f"{name} ({self.file.path})"
+        try:
+            if factor is None:
+                return scan_tensor(self.read(name), transposed=transposed)
+            return scan_tensor(_tensor(_read_factor(factor, self.file)), transposed=factor.transposed)
+        except (FormatError, TypeError, Unfoldable) as error:  # TypeError: torch lacks some types of numpy
+            if isinstance(error, FormatError) and str(error).startswith(where):
+                raise
+            raise FormatError(f"{where}: {error}") from error
+
+
+def read(folder: Path, manifest: Manifest) -> Weights:
+    """The weights of an export's graph, under the names that the model's files have for them.
+
+    Factors of products that the manifest does not name are `unread`, or `refused` if they cannot be read, under
+    the graph's names, which are the loaded model's.
+
+    Raises:
+        FormatError: the graph is damaged, or lacks a tensor that the manifest names.
+    """
+    graph = GraphWeights.open(folder / GRAPH)
+    known = set(graph.names)
+    parts: dict[str, Part] = {}
+    where: dict[str, str] = {}
+    for at, record in enumerate(manifest.tensors):
+        part = record.part or Part(initializer=record.name)
+        where[record.name] = f"{folder / MANIFEST}: tensors.{at}.part"
+        if part.initializer not in known:
+            raise FormatError(f"{where[record.name]}.initializer: {GRAPH} holds no {part.initializer}")
+        parts[record.name] = part
+
+    def scan(name: str, transposed: bool) -> Scan:
+        if name not in parts:
+            return scan_tensor(graph.read(name), transposed=transposed)
+        weight = _cut(graph.read(parts[name].initializer), parts[name], where[name])
+        return scan_tensor(weight, transposed=transposed)
+
+    taken = {part.initializer for part in parts.values()}
+
+    def others(of: Mapping[str, str]) -> Mapping[str, str]:
+        return {name: reason for name, reason in of.items() if name not in taken}
+
+    def unread() -> Mapping[str, str]:
+        """What the manifest does not name; the model's configuration may know whether it is a site."""
+        reason = f"a product multiplies by it, {MANIFEST} does not name it"
+        sites = {
+            name: reason
+            for name, factor in graph.factors.sites.items()
+            if not ({each.name for each in factor.tensors} or {name}) <= taken
+        }
+        return others(sites | graph.factors.unread)
+
+    sites = {record.name: record.transposed for record in manifest.tensors}
+    return Weights(
+        frozenset(parts) | (known - taken),
+        scan,
+        lambda name: graph.file_of(parts[name].initializer if name in parts else name),
+        lambda: sites,
+        refused=lambda: others(graph.factors.refused),
+        left_out=lambda: others(graph.factors.left_out),
+        unread=unread,
+    )
+
+
+def read_graph(path: Path) -> Weights:
+    """The weights of an .onnx file; one in its export folder is read as `read` does.
+
+    Raises:
+        UsageError: there is no such file.
+        FormatError: it is damaged.
+    """
+    if path.name == GRAPH and path.is_file() and (path.parent / MANIFEST).is_file():
+        manifest = read_manifest(path.parent)
+        if manifest.format in FORMATS:
+            return read(path.parent, manifest)
+    graph = GraphWeights.open(path)
+    found = graph.factors
+    sparse = [name for name in (*graph.file.sparse, *graph.file.packed) if name not in found.refused]
+    sites = dict.fromkeys(sparse, False) | {name: each.transposed for name, each in found.sites.items()}
+    return Weights(
+        frozenset(graph.names) | sites.keys(),
+        graph.scan,
+        graph.file_of,
+        lambda: sites,
+        refused=lambda: found.refused,
+        left_out=lambda: found.left_out,
+        unread=lambda: {name: reason for name, reason in found.unread.items() if name not in sites},
+        guessed=True,
+    )
+
+
+def _read_factor(factor: Factor, file: OnnxFile) -> Array:
+    """The numbers of a site, (out, in), or with `transposed` (in, out); of three dimensions for a stack.
+
+    Raises:
+        FormatError, Unfoldable: they cannot be read or computed.
+    """
+    array = fold(factor.base, file)
+    if factor.zero is not None:
+        array = _shifted(array, fold(factor.zero, file), factor.zero_axis)
+    if array.ndim < -factor.axis or array.ndim < 2:
+        raise FormatError(f"has shape {list(array.shape)}, a product wants a matrix of it")
+    if factor.transposed and array.ndim <= 3:
+        return array
+    array = np.moveaxis(array, factor.axis, -1)
+    if factor.matrix:
+        array = array.reshape(-1, array.shape[-1])
+    while array.ndim > 3 and 1 in array.shape[:-2]:
+        array = array.squeeze(array.shape.index(1))
+    if array.ndim > 3:
+        array = array.reshape(-1, *array.shape[-2:])
+    return array.swapaxes(-1, -2) if factor.transposed else array
+
+
+def _shifted(array: Array, zero: Array, axis: int | None) -> Array:
+    """Quantised numbers less the one that stands for zero."""
+    shape = list(zero.shape)
+    if zero.size == 1:
+        zero = zero.reshape(())
+    elif zero.ndim == 1 and axis is not None and array.ndim >= -axis:
+        zero = zero.reshape([-1 if at == axis else 1 for at in range(-array.ndim, 0)])
+    try:
+        if np.broadcast_shapes(array.shape, zero.shape) == array.shape:
+            return array.astype(np.int32) - zero.astype(np.int32)
+    except ValueError:
+        pass
+    raise FormatError(f"its zero point of shape {shape} does not fit {list(array.shape)}")
+
+
+def _cut(weight: Tensor, part: Part, where: str) -> Tensor:
+    """The rows of one expert of a stack; the weight itself if the part is all of it."""
+    if part.swapped:
+        weight = weight.transpose(-1, -2)
+    if part.expert is None:
+        return weight
+    shape = list(weight.shape)
+    if len(shape) != 3 or part.expert >= shape[0] or not part.start < part.stop <= shape[1]:
+        raise FormatError(f"{where}: expert {part.expert}, rows {part.start} to {part.stop} of shape {shape}")
+    return weight[part.expert, part.start : part.stop]
+
+
+def _tensor(array: Array) -> Tensor:
+    """A torch tensor of an array. Types of ml_dtypes are viewed, or widened if torch lacks them."""
+    kind = array.dtype.name
+    if kind in ("int4", "uint4", "int2", "uint2"):
+        return torch.from_numpy(array.astype(np.int8))
+    if kind.startswith(("float4_", "float6_")):
+        return torch.from_numpy(array.astype(np.float32))
+    if not array.flags.writeable or any(step < 0 for step in array.strides):  # the bytes of a protobuf
+        array = array.copy()
+    if kind == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    if kind.startswith("float8_") and isinstance(dtype := getattr(torch, kind, None), torch.dtype):
+        return torch.from_numpy(array.view(np.uint8)).view(dtype)
+    return torch.from_numpy(array)

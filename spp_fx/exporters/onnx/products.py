@@ -1,0 +1,578 @@
+"""Every product of a graph with a constant factor: which weight that is, and along which dimension it sums."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from onnx import TensorProto
+
+from spp_fx.errors import FormatError
+from spp_fx.exporters.onnx.constants import (
+    ELEMENTWISE,
+    FLOATS,
+    LOOKUPS,
+    MOVED,
+    Flow,
+    State,
+    Unfoldable,
+    chain_of,
+    fold,
+)
+from spp_fx.exporters.onnx.graph_values import (
+    QUANTIZE,
+    GraphValues,
+    Node,
+    Stored,
+    Value,
+    resolved,
+    sources_of,
+)
+from spp_fx.exporters.onnx.onnx_file import OnnxFile, PackedWeight
+
+NO_SITE = ("lm_head", "wte", "wpe", "word_embeddings")
+"""Modules whose matrices are not sites, as are those that begin with embed, in graphs without a manifest."""
+_ROUTERS = ("router", "gate")
+"""Modules whose matrices are not sites if the largest of their results are chosen."""
+_WEIGHT_TYPES = frozenset(
+    number
+    for name, number in TensorProto.DataType.items()
+    if name.startswith(("FLOAT", "BFLOAT"))
+    or name in ("DOUBLE", "INT8", "UINT8", "INT4", "UINT4", "INT2", "UINT2")
+)
+_FOLLOWED = ELEMENTWISE | MOVED | LOOKUPS
+_MULTIPLIES = ("Mul", "Div", "PRelu")
+_SUMS = frozenset({
+    "AveragePool", "CumSum", "GlobalAveragePool", "GlobalLpPool", "LpPool", "ReduceL1", "ReduceL2",
+    "ReduceLogSum", "ReduceLogSumExp", "ReduceMean", "ReduceSum", "ReduceSumSquare",
+})  # fmt: skip
+_INDICES = (TensorProto.BOOL, TensorProto.INT64, TensorProto.STRING)
+"""Types of tables and masks, which are never weights."""
+_SMALL = 1 << 16
+"""Elements up to which a value is computed to find its shape; what is larger is a weight."""
+
+
+@dataclass(frozen=True)
+class Operand:
+    """An input of a product.
+
+    Attributes:
+        index: which input.
+        axis: the dimension that the product sums over.
+        zero: which input is its zero point.
+        transpose: the attribute that swaps its dimensions first.
+    """
+
+    index: int
+    axis: int
+    zero: int | None = None
+    transpose: str | None = None
+
+
+_LEFT, _RIGHT = -1, -2
+_GEMM = (Operand(0, _LEFT, transpose="transA"), Operand(1, _RIGHT, transpose="transB"))
+PRODUCTS: Mapping[str, tuple[Operand, ...]] = {
+    "MatMul": (Operand(0, _LEFT), Operand(1, _RIGHT)),
+    **dict.fromkeys(("Gemm", "com.microsoft.FusedMatMul", "com.microsoft.FusedGemm"), _GEMM),
+    "MatMulInteger": (Operand(0, _LEFT, 2), Operand(1, _RIGHT, 3)),
+    "QLinearMatMul": (Operand(0, _LEFT, 2), Operand(3, _RIGHT, 5)),
+    **dict.fromkeys(("RNN", "LSTM", "GRU"), (Operand(1, -1), Operand(2, -1))),
+    "com.microsoft.QGemm": (Operand(0, _LEFT, 2, "transA"), Operand(3, _RIGHT, 5, "transB")),
+    "com.microsoft.DynamicQuantizeMatMul": (Operand(0, _LEFT), Operand(1, _RIGHT, 3)),
+    "com.microsoft.MatMulIntegerToFloat": (Operand(0, _LEFT, 4), Operand(1, _RIGHT, 5)),
+}
+_CONVOLUTIONS = {"Conv": (1, None), "ConvTranspose": (1, None), "ConvInteger": (1, 3), "QLinearConv": (3, 5)}
+"""Where the weight of a convolution is, and its zero point."""
+_NO_WEIGHT: Mapping[str, tuple[int, ...]] = {
+    "com.microsoft.MatMulNBits": (2, 3, 4, 5),
+    "com.microsoft.MatMulBnb4": (2,),
+    "com.microsoft.RotaryEmbedding": (2, 3),
+    "com.microsoft.GroupQueryAttention": (7, 8),
+    "com.microsoft.EmbedLayerNormalization": (2, 3, 4),
+    "com.microsoft.GatherBlockQuantized": (0, 2, 3),
+}
+"""Inputs of onnxruntime's own operators that are scales, tables of positions or embeddings."""
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """A weight as one product reads it.
+
+    Attributes:
+        base: the constant, and `axis`, negative, its dimension that the product sums over.
+        zero: the value that stands for zero; of one dimension, it lies along `zero_axis`.
+        matrix: all other dimensions are rows of one matrix.
+    """
+
+    base: Value
+    axis: int
+    zero: Value | None = None
+    zero_axis: int | None = None
+    matrix: bool = False
+
+    @property
+    def transposed(self) -> bool:
+        """Whether its last two dimensions are (in, out)."""
+        return self.axis == -2 and not self.matrix
+
+    @property
+    def tensors(self) -> frozenset[Stored]:
+        """The tensors of two dimensions or more whose numbers it has."""
+        return frozenset(each for each in sources_of(self.base, data_only=True) if len(each.shape) > 1)
+
+
+class Factors:
+    """All stored tensors of a file by what its products do with them: each weight is in exactly one of four.
+
+    Attributes:
+        sites: name -> the factor that it is.
+        refused: factors of products that cannot be read, each with the reason.
+        left_out: matrices that no product sums over, embeddings, and by their names heads and routers.
+        unread: all other weights.
+    """
+
+    def __init__(self, file: OnnxFile) -> None:
+        self.file = file
+        self.sites: dict[str, Factor] = {}
+        self.refused: dict[str, str] = {}
+        self.left_out: dict[str, str] = {}
+        self.unread: dict[str, str] = {}
+        self.values = GraphValues(file)
+        self.flow = Flow(self.values)
+        self._uses = _Uses(self.values, self.flow)
+        self._found: dict[tuple[Any, ...], tuple[Factor, list[Node]]] = {}
+        self._combined: dict[Stored, list[Node]] = {}
+        self._reasons: dict[str, dict[Stored, str]] = {}  # by what is done with the tensors
+        self._walked: dict[str, set[int]] = {}
+        for node in self.values.nodes:
+            self._visit(node)
+        for stored, nodes in self._combined.items():
+            if reason := self._uses.why_weight(nodes):
+                self._reasons.setdefault("combined", {})[stored] = reason
+        self._account(self._name())
+
+    # What each node does with its constants
+
+    def _visit(self, node: Node) -> None:
+        op = node.op
+        if op in QUANTIZE:
+            self._note("scale", node.inputs[1:], "")
+        if self.flow.of_node(node) == State.CONSTANT:
+            if not node.standard:
+                self._refuse(node, node.inputs, "reads it in a form that is not known here")
+            return
+        if op in PRODUCTS:
+            self._product(node, PRODUCTS[op])
+        elif op == "Einsum":
+            self._einsum(node)
+        elif op in _CONVOLUTIONS:
+            self._convolution(node)
+        elif not node.standard:
+            aside = _NO_WEIGHT.get(op, ())
+            weights = [each for at, each in enumerate(node.inputs) if at not in aside]
+            self._refuse(node, weights, "reads it in a form that is not known here")
+            tables = [node.input(at) for at in aside]
+            scales = op in ("com.microsoft.MatMulNBits", "com.microsoft.MatMulBnb4")
+            self._note("scale" if scales else "lookup", tables, f"{op} looks up rows of it")
+        elif op in LOOKUPS and self.flow.looks_up(node):
+            self._combine(node, node.inputs[:1])
+            self._note("lookup", node.inputs[:1], "its rows are looked up, as those of an embedding are")
+        elif op in LOOKUPS or op in ELEMENTWISE or op in MOVED:
+            if self.flow.of_node(node) == State.ACTIVE:
+                what = "combines it with activations element by element"
+                self._combine(node, node.data_inputs())
+                self._note("left", node.data_inputs(), f"only {node.op} reads it, which {what}")
+        elif op not in ("If", "Shape", "Size", "Constant"):
+            self._note("read", node.inputs, f"{node.op} reads it, which is not followed")
+
+    def _product(self, node: Node, operands: Iterable[Operand]) -> None:
+        used: set[int | None] = set()
+        for each in operands:
+            value, zero = node.input(each.index), node.input(each.zero)
+            used |= {each.index, each.zero}
+            self._note("scale", [zero], "")
+            if value is None:
+                continue
+            turned = each.transpose is not None and node.number(each.transpose, 0) != 0
+            if any(node.number(name, 0) for name in ("transBatchA", "transBatchB")):
+                self._refuse(node, [value], "transposes it with its batch")
+                continue
+            axis = -3 - each.axis if turned else each.axis
+            self._operand(node, value, axis, zero, -3 - axis)
+        rest = [value for at, value in enumerate(node.inputs) if at not in used]
+        self._note("left", rest, f"only {node.op} reads it, as a bias, a state or a scale")
+
+    def _einsum(self, node: Node) -> None:
+        equation = node.attribute("equation", b"")
+        text = equation.decode(errors="replace").replace(" ", "") if isinstance(equation, bytes) else ""
+        inputs, arrow, output = text.partition("->")
+        terms = inputs.split(",")
+        if not arrow:
+            output = "".join(each for each in inputs if inputs.count(each) == 1 and each.isalpha())
+        for at, value in enumerate(node.inputs):
+            if value is None or not self.flow.is_weight(value):
+                continue
+            term = terms[at] if at < len(terms) else ""
+            others = "".join(terms[:at] + terms[at + 1 :])
+            summed = [each for each in term if each not in output]
+            plain = len(set(term)) == len(term) and term.isalpha() and len(terms) == len(node.inputs)
+            if plain and not summed:
+                self._note("left", [value], "only Einsum reads it, which sums over none of its dimensions")
+            elif plain and len(summed) == 1 and summed[0] in others and len(term) > 1:
+                self._operand(node, value, term.index(summed[0]) - len(term), None, None)
+            else:
+                self._refuse(
+                    node, [value], f"sums over it as {text[:80]!r} says, which is not one plain product"
+                )
+
+    def _convolution(self, node: Node) -> None:
+        index, zero_index = _CONVOLUTIONS[node.op]
+        weight, zero = node.input(index), node.input(zero_index)
+        self._note("scale", [zero], "")
+        self._note("read", node.inputs[:1], f"{node.op} reads it as what it convolves")
+        if weight is None or not self.flow.is_weight(weight):
+            return
+        shape, groups = self.flow.shape(weight), node.number("group", 1)
+        turned = node.op == "ConvTranspose"
+        if shape is not None and len(shape) > 2 and not turned and shape[1] == 1 and groups > 1:
+            self._note(
+                "left", [weight], f"{node.op} convolves each channel by itself, it sums over none of them"
+            )
+        elif shape is None or len(shape) < 3 or any(size != 1 for size in shape[2:]):
+            self._refuse(node, [weight], "has a kernel larger than 1, its weight is not one matrix")
+        elif turned and groups != 1:
+            self._refuse(node, [weight], "has groups, its weight is not one matrix")
+        else:
+            self._operand(node, weight, (0 if turned else 1) - len(shape), zero, -len(shape), matrix=True)
+
+    def _operand(
+        self,
+        node: Node,
+        value: Value,
+        axis: int,
+        zero: Value | None,
+        zero_axis: int | None,
+        *,
+        matrix: bool = False,
+    ) -> None:
+        state = self.flow.state(value)
+        if not self.flow.is_weight(value):
+            return
+        if zero is not None and self.flow.state(zero) != State.CONSTANT:
+            self._refuse(node, [value], "takes its zero point when it runs")
+            return
+        if zero is not None and self._is_zero(zero):
+            zero = None
+        try:
+            bases = [] if zero is not None else list(self.flow.bases(value, axis))
+        except Unfoldable as reason:
+            bases = []
+            if state == State.CARRIES:
+                self._refuse(node, [value], f"multiplies by it, but {reason}")
+                return
+        if not bases and state == State.CARRIES:
+            self._refuse(node, [value], "multiplies by it in a form that only the run decides")
+            return
+        for base, at, size in bases or [(resolved(value), axis, None)]:
+            self._factor(node, Factor(base, at, zero, zero_axis, matrix), size)
+
+    def _factor(self, node: Node, factor: Factor, size: int | None) -> None:
+        """Keep a factor, unless it is a vector, or what it sums over is one number."""
+        try:
+            chain_of(factor.base)
+            shape = self.flow.shape(factor.base) or self._computed_shape(factor.base)
+        except Unfoldable as reason:
+            self._refuse(node, [factor.base], f"multiplies by it, but it {reason}")
+            return
+        if shape is not None:
+            if len(shape) < max(2, -factor.axis):
+                return  # a vector
+            size = shape[factor.axis]
+        if size == 1:
+            self._note(
+                "left", [factor.base], f"{node.op} sums over a dimension of size 1 of it, an outer product"
+            )
+            return
+        key = (id(factor.base), factor.axis, factor.zero and id(resolved(factor.zero)))
+        stored = factor.base.stored
+        if stored is not None:  # the same tensor has one value at each call of a function
+            key = (stored, *key[1:])
+        self._found.setdefault(key, (factor, []))[1].append(node)
+
+    def _computed_shape(self, value: Value) -> tuple[int, ...] | None:
+        """The shape of a value that has to be computed; None if that is much work, which is left for later.
+
+        Raises:
+            Unfoldable: it cannot be computed.
+        """
+        chain_of(value)
+        if sum(max(0, math.prod(each.shape)) for each in sources_of(value)) > _SMALL:
+            return None
+        try:
+            return fold(value, self.file).shape
+        except FormatError:
+            return None  # reported when the weight is read
+
+    def _is_zero(self, zero: Value) -> bool:
+        try:
+            return not fold(zero, self.file).any()
+        except Unfoldable:
+            return False
+
+    def _combine(self, node: Node, values: Iterable[Value | None]) -> None:
+        for value in values:
+            if value is None or not self.flow.is_weight(value):
+                continue
+            for stored in sources_of(value, data_only=True):
+                if _may_weigh(stored) and node not in (known := self._combined.setdefault(stored, [])):
+                    known.append(node)
+
+    # Names and reasons
+
+    def _note(self, kind: str, values: Iterable[Value | None], reason: str) -> None:
+        """Keep for the tensors behind values what is done with them; the first reason of a kind counts."""
+        walked = self._walked.setdefault(kind, set())
+        reasons = self._reasons.setdefault(kind, {})
+        stack = [resolved(each) for each in values if each is not None]
+        while stack:
+            value = stack.pop()
+            if id(value) in walked:
+                continue
+            walked.add(id(value))
+            if value.stored is not None:
+                reasons.setdefault(value.stored, reason)
+            elif value.maker is not None and self.flow.is_weight(value):
+                whole = kind in ("read", "scale")
+                inputs = value.maker.inputs if whole else value.maker.data_inputs()
+                stack += [resolved(each) for each in inputs if each is not None]
+                stack += [resolved(each) for branch in value.maker.branches for each in branch]
+
+    def _refuse(self, node: Node, values: Iterable[Value | None], what: str) -> None:
+        advice = "" if node.standard else "; verify the model before it was quantised or optimised"
+        for value in values:
+            if value is None or not self.flow.is_weight(value):
+                continue
+            if id(resolved(value)) in self._walked.get("refused", ()):
+                continue
+            reason = f"{node.label} {what}{advice}"
+            self._note("refused", [value], reason)
+            if resolved(value).stored is None and self.flow.state(value) == State.CONSTANT:
+                self._refuse_computed(value, reason)
+
+    def _refuse_computed(self, value: Value, reason: str) -> None:
+        """Refuse a matrix under its own name if none of the tensors that it is computed from is one."""
+        sources = list(sources_of(value))
+        if any(_may_weigh(each) for each in sources) or all(math.prod(each.shape) <= 1 for each in sources):
+            return
+        try:
+            shape = self._computed_shape(value)
+        except Unfoldable:
+            shape = None
+        if shape is None or _is_matrix(shape):
+            self.refused.setdefault(resolved(value).name, reason)
+
+    def _name(self) -> dict[str, list[Node]]:
+        """Give each factor the name of the tensor that it is, or of its own value; returns its products."""
+        named: dict[str, list[Node]] = {}
+        found = sorted(self._found.values(), key=lambda each: each[0].base.stored is None)
+        for factor, products in found:
+            base, node = factor.base, products[0]
+            matrices = factor.tensors
+            name = next(iter(matrices)).name if len(matrices) == 1 else base.name
+            if name in self.sites:
+                name = f"{name}/{node.outputs[0].name if node.outputs else node.label}"
+            while name in self.sites:
+                name += "'"
+            self.sites[name] = factor
+            named[name] = products
+        return named
+
+    def _account(self, products: Mapping[str, list[Node]]) -> None:
+        """Put each weight into one of the four."""
+        refused, read = self._reasons.get("refused", {}), self._reasons.get("read", {})
+        unread = read | self._reasons.get("combined", {})
+        lookup = self._reasons.get("lookup", {})
+        left = self._reasons.get("left", {}) | lookup
+        part = self.file.packed_parts
+        # A chain adds no reasons for its own parts: such a reason comes from another reader.
+        part -= {each.name for each in (*refused, *unread, *left)}
+        for stored, reason in refused.items():
+            if _may_weigh(stored):
+                self.refused[stored.name] = reason
+        for name in self.refused:
+            self.sites.pop(name, None)
+        explained = set(self._reasons.get("scale", {})) - read.keys()
+        for name, factor in list(self.sites.items()):
+            sources, data = set(sources_of(factor.base)), set(sources_of(factor.base, data_only=True))
+            explained |= sources
+            stored = factor.base.stored
+            kept_sparse = stored is not None and (
+                isinstance(stored.holds, PackedWeight) or name in self.file.sparse
+            )
+            known = all(each.data_type in FLOATS for each in data) or not data.isdisjoint(lookup)
+            routes = _module(name) in _ROUTERS and all(map(self._uses.chooses, products[name]))
+            if (_is_no_site(name) or routes) and not kept_sparse and known:
+                self.left_out[name] = "its name is that of a head, an embedding or a router"
+                del self.sites[name]
+        done = self.sites.keys() | self.refused.keys() | self.left_out.keys() | part
+        for stored in self.values.stored.values():
+            name = stored.name
+            if name in done or stored in explained or not _is_matrix(stored.shape):
+                continue
+            if stored.data_type not in _WEIGHT_TYPES:
+                continue
+            if stored in left and stored not in unread:
+                self.left_out[name] = left[stored]
+            else:
+                self.unread[name] = unread.get(stored, "no product of the graph reads it")
+
+
+class _Uses:
+    """What becomes of values further on in the graph."""
+
+    def __init__(self, values: GraphValues, flow: Flow) -> None:
+        self.flow = flow
+        self._readers: dict[int, list[Node]] = {}  # of each value, by its id
+        for node in values.nodes:
+            given = [*node.inputs, *(each for branch in node.branches for each in branch)]
+            for value in {id(resolved(each)): each for each in given if each is not None}:
+                self._readers.setdefault(value, []).append(node)
+
+    def _after(self, value: Value) -> Iterator[tuple[Node, list[Value]]]:
+        """The readers of a value, each with its results that have the value's numbers in them."""
+        for node in self._readers.get(id(resolved(value)), ()):
+            results: list[Value] = []
+            if node.op == "If":
+                for branch in node.branches:
+                    pairs = zip(node.outputs, branch, strict=False)
+                    results += [output for output, each in pairs if _is(each, value)]
+            elif node.op in _FOLLOWED and any(_is(each, value) for each in node.data_inputs()):
+                results = node.outputs
+            yield node, results
+
+    def _reached(self, starts: Iterable[Value]) -> dict[int, Value]:
+        """The values that have numbers of others in them, through elementwise and moving operators."""
+        reached: dict[int, Value] = {}
+        stack = [resolved(each) for each in starts]
+        while stack:
+            value = stack.pop()
+            if id(value) not in reached:
+                reached[id(value)] = value
+                stack += [resolved(each) for _, results in self._after(value) for each in results]
+        return reached
+
+    def chooses(self, node: Node) -> bool:
+        """Whether the largest or smallest of a product's results are chosen."""
+        reached = self._reached(node.outputs).values()
+        return any(
+            reader.op in ("TopK", "ArgMax", "ArgMin") for each in reached for reader, _ in self._after(each)
+        )
+
+    def why_weight(self, nodes: Sequence[Node]) -> str | None:
+        """Why a matrix that nodes combine with activations may be the weight of a product; None if it is not.
+
+        A product that has it in both operands (rotary tables in queries and keys) does not use it as a weight,
+        nor does one that has it on its left alone (positions that are added to what is multiplied next).
+        """
+        reached = self._reached(output for node in nodes for output in node.outputs)
+        for value in reached.values():
+            for node, _ in self._after(value):
+                if self._weighs(node, reached):
+                    return f"{nodes[0].op} combines it with activations before {node.label} multiplies by it"
+        terms = [each for node in nodes if node.op in _MULTIPLIES for each in node.outputs]
+        direct = [each for node in nodes if self._is_kept(node) for each in node.outputs]
+        for value in self._direct(direct).values():  # multiplied only later
+            for node, _ in self._after(value):
+                others = [each for each in node.inputs if each and id(resolved(each)) not in reached]
+                if node.op in _MULTIPLIES and any(self.flow.state(each) == State.ACTIVE for each in others):
+                    terms += node.outputs
+        for value in self._reached(terms).values():
+            for node, _ in self._after(value):
+                if self._adds_up(node, value):
+                    return f"activations are multiplied with it and {node.label} sums over the result"
+        return None
+
+    def _weighs(self, node: Node, reached: Mapping[int, Value]) -> bool:
+        """Whether a product's weight is among the values, and what it multiplies is not."""
+        if node.op in _CONVOLUTIONS:
+            weights: Sequence[int] = (_CONVOLUTIONS[node.op][0],)
+        elif node.op == "Einsum":
+            weights = range(1, len(node.inputs))
+        else:
+            weights = [each.index for each in PRODUCTS.get(node.op, ()) if each.index]
+        inside = [each is not None and id(resolved(each)) in reached for each in node.inputs]
+        return any(inside[at] for at in weights if at < len(inside)) and not inside[0]
+
+    def _adds_up(self, node: Node, value: Value) -> bool:
+        """Whether a node sums over a value: a reduction, or a product with one number or a vector of constants."""
+        if node.op in _SUMS:
+            return any(_is(each, value) for each in node.data_inputs()[:1])
+        if node.op in ("Loop", "Scan"):
+            return True  # their bodies are not followed
+        if node.op not in ("MatMul", "Gemm", "Einsum", "com.microsoft.FusedMatMul"):
+            return False
+        others = [each for each in node.inputs[:2] if each and not _is(each, value)]
+        if not others:
+            return node.op == "Einsum"
+        shapes = [self.flow.shape(each) for each in others if self.flow.is_weight(each)]
+        return any(shape is not None and not _is_matrix(shape) for shape in shapes)
+
+    def _is_kept(self, node: Node) -> bool:
+        """Whether a node's results are still the matrix: joined to something, or all its rows in a fixed order."""
+        if node.op == "Concat":
+            return True
+        return node.op in LOOKUPS and len(node.inputs) > 1 and not _depends_on_inputs(node.inputs[1])
+
+    def _direct(self, starts: Iterable[Value]) -> dict[int, Value]:
+        """The values that others become when they are moved, or changed elementwise without activations."""
+        found: dict[int, Value] = {}
+        stack = [resolved(each) for each in starts]
+        while stack:
+            value = stack.pop()
+            if id(value) in found:
+                continue
+            found[id(value)] = value
+            for node, results in self._after(value):
+                others = [each for each in node.data_inputs() if each and not _is(each, value)]
+                if node.op == "Concat" or all(self.flow.state(each) != State.ACTIVE for each in others):
+                    stack += [resolved(each) for each in results]
+        return found
+
+
+def _is(one: Value | None, other: Value) -> bool:
+    return one is not None and resolved(one) is resolved(other)
+
+
+def _depends_on_inputs(index: Value | None) -> bool:
+    """Whether an index depends on inputs of the graph, as tokens do, and not on shapes alone."""
+    seen: set[int] = set()
+    stack = [index]
+    while stack:
+        value = stack.pop()
+        if value is None or id(value := resolved(value)) in seen or value.stored is not None:
+            continue
+        seen.add(id(value))
+        if value.maker is None:
+            return True
+        if value.maker.op not in ("Shape", "Size"):
+            stack += value.maker.inputs
+    return False
+
+
+def _is_no_site(name: str) -> bool:
+    """Whether a name is that of an embedding or the head: the name of its own module, not of one around it."""
+    return _module(name) in NO_SITE or _module(name).startswith("embed")
+
+
+def _module(name: str) -> str:
+    """The last module of a name."""
+    words = name.split(".")
+    return words[-2] if len(words) > 1 and words[-1] == "weight" else words[-1]
+
+
+def _is_matrix(shape: Sequence[int]) -> bool:
+    return sum(size not in (0, 1) for size in shape) > 1
+
+
+def _may_weigh(stored: Stored) -> bool:
+    return _is_matrix(stored.shape) and stored.data_type not in _INDICES
