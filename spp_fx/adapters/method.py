@@ -9,7 +9,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import cache
 from importlib import import_module
 from math import isfinite, lcm, prod, sqrt
@@ -193,16 +193,6 @@ class Method(ABC):
     def parameters(self) -> dict[str, Any]:
         """The options, as the adapter's configuration stores them."""
         return {each.name: getattr(self, each.name) for each in fields(self)}
-
-
-def option(default: Any, text: str, check: Callable[[Any], str | None] | None = None) -> Any:
-    """A field of a method: an int, float, bool or str.
-
-    Args:
-        text: its help on the command line.
-        check: says what a value must be, if it is not that.
-    """
-    return field(default=default, metadata={"help": text, "check": check})
 
 
 def at_least_one(value: float) -> str | None:

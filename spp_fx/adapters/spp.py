@@ -17,11 +17,11 @@ from spp_fx.adapters.method import (
     at_least_one,
     compiled,
     finite_factor,
-    option,
     probability,
     register,
     work_dtype,
 )
+from spp_fx.options import option
 
 if TYPE_CHECKING:
     import torch
