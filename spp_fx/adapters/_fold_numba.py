@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from spp_fx.sparsity._compile import compiled
+from spp_fx.compiled import compiled
 
 
 def _bitcast(argument: Any, result: Any, target: ir.Type) -> Callable[..., Any]:

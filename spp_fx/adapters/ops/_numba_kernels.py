@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from spp_fx.sparsity._compile import compiled
+from spp_fx.compiled import compiled
 
 DENSE, TWO_OF_FOUR, BITMASK = 0, 1, 2
 I16, I32, F32 = ir.IntType(16), ir.IntType(32), ir.FloatType()
