@@ -34,8 +34,8 @@ from spp_fx.verbs.settings import (
 from spp_fx.version import VERSION
 
 if TYPE_CHECKING:
-    from spp_fx.verify.policy import Check
-    from spp_fx.verify.verdict import Verified
+    from spp_fx.verification.policy import Check
+    from spp_fx.verification.verdict import Verified
 
 FOLDER = click.Path(path_type=Path)
 LISTED = 5
@@ -193,7 +193,7 @@ def prune_command(
     """
     from spp_fx.memory import return_large_blocks
     from spp_fx.verbs.prune import prune
-    from spp_fx.verify.verdict import grouped
+    from spp_fx.verification.verdict import grouped
 
     return_large_blocks()
     folder = model_folder(model)
@@ -259,7 +259,7 @@ def inject_command(
     spp-fx inject llama-7b --dry-run --json
     """
     from spp_fx.verbs.inject import inject
-    from spp_fx.verify.verdict import grouped
+    from spp_fx.verification.verdict import grouped
 
     folder = model_folder(model)
     target = None if dry_run else out or default_out(model, settings.method)
@@ -413,8 +413,8 @@ def verify_command(
     spp-fx verify exported --against my-model --json
     spp-fx verify --policy spp-fx.toml --github --sarif report.sarif
     """
-    from spp_fx.verify.policy import Overrides, Policy
-    from spp_fx.verify.report import check_targets
+    from spp_fx.verification.policy import Overrides, Policy
+    from spp_fx.verification.report import check_targets
 
     asked: dict[str, Any] = vars(settings) | {"trust_remote_code": trust_remote_code}
     given = Overrides(**{each.name: asked[each.name] for each in fields(Overrides)})
@@ -459,8 +459,8 @@ def _show_verdicts(output: Output, verdicts: "Sequence[Verified]", *, listed: bo
 
     In words, an artifact that cannot be opened is one line on stderr, as the failure of every command is.
     """
-    from spp_fx.verify.report import Root, annotations
-    from spp_fx.verify.verdict import all_to_json, lines
+    from spp_fx.verification.report import Root, annotations
+    from spp_fx.verification.verdict import all_to_json, lines
 
     def show() -> None:
         for verdict in verdicts:
@@ -477,7 +477,7 @@ def _show_verdicts(output: Output, verdicts: "Sequence[Verified]", *, listed: bo
 
 
 def _write_reports(verdicts: "Sequence[Verified]", settings: VerifySettings) -> None:
-    from spp_fx.verify import report
+    from spp_fx.verification import report
 
     root, writes = report.Root.current(), list[Callable[[], None]]()
     step_summary = os.environ.get("GITHUB_STEP_SUMMARY") if settings.github else None
@@ -619,7 +619,7 @@ def inspect_command(output: Output, model: str, trust_remote_code: bool) -> None
     spp-fx inspect my-sparse
     """
     from spp_fx.verbs.inspect import inspect
-    from spp_fx.verify.verdict import grouped
+    from spp_fx.verification.verdict import grouped
 
     with output.bytes_bar("reading weights") as tick:
         done = inspect(model_folder(model), trust_remote_code=trust_remote_code, tick=tick)

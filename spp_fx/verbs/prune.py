@@ -40,8 +40,8 @@ from spp_fx.storage.safetensors import Shard, TensorInfo, dtype_name, torch_dtyp
 from spp_fx.storage.workspace import Workspace, check_output, workspace
 from spp_fx.storage.writer import copy_others, rewrite_shard, write_safetensors, write_shards
 from spp_fx.verbs.load import Calibration, draw_windows
-from spp_fx.verify import provenance
-from spp_fx.verify.model_sites import ModelSites, choose, find_sites, tensors_of
+from spp_fx.verification import provenance
+from spp_fx.verification.model_sites import ModelSites, choose, find_sites, tensors_of
 
 
 class LayerStore:
