@@ -35,8 +35,8 @@ from common.llama import Shape, write_llama
 from common.process import run_spp_fx
 from common.report import publish
 
+from spp_fx.sparsity.kernels import element_type
 from spp_fx.sparsity.lock import LOCK_NAME, load_lock
-from spp_fx.sparsity.scan import element_type
 from spp_fx.storage.folder import ModelFolder
 from spp_fx.storage.safetensors import Shard, TensorInfo, torch_dtype
 from spp_fx.storage.writer import write_safetensors

@@ -27,6 +27,9 @@ _failed: dict[str, Exception] = {}
 _tracebacks: dict[str, Any] = {}
 enabled = "SPP_FX_EXPORT_ALWAYS" not in os.environ
 
+WHERE = ("_name_or_path", "name_or_path", "_commit_hash")
+"""Attributes that say where a model came from."""
+
 
 class _Unknown(Exception):
     """The result may depend on something that the key does not hold."""
@@ -109,7 +112,11 @@ def _model(model: nn.Module) -> Any:
             raise _Unknown
         if not type(module).__module__.startswith(("transformers.", "torch.")):
             raise _Unknown
-        flags = {key: value for key, value in own.items() if isinstance(value, bool | int | float | str)}
+        flags = {
+            key: value
+            for key, value in own.items()
+            if isinstance(value, bool | int | float | str) and key not in WHERE
+        }
         modules.append([name, f"{type(module).__module__}.{type(module).__qualname__}", flags])
     first: dict[int, str] = {}
     tensors = [
@@ -120,7 +127,8 @@ def _model(model: nn.Module) -> Any:
         )
     ]
     implementations = [getattr(config, f"_{part}_implementation", None) for part in ("attn", "experts")]
-    return [config.to_dict(), implementations, modules, tensors]
+    settings = {key: value for key, value in config.to_dict().items() if key not in WHERE}
+    return [settings, implementations, modules, tensors]
 
 
 def _call(function: Callable[..., Any], model: nn.Module) -> Any:

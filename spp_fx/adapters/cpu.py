@@ -26,7 +26,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-from spp_fx.sparsity._compile import compiled
+from spp_fx.compiled import compiled
 
 if TYPE_CHECKING:
     import torch

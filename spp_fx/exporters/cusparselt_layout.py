@@ -130,7 +130,7 @@ def from_neutral(neutral: Packed24, sm: Sm) -> Tensor:
 
 
 def fill(positions: Tensor, meta: Tensor, first_row: int, shape: tuple[int, int], sm: Sm) -> None:
-    """Put the positions of some rows where they belong in the metadata of a pack.
+    """Write the positions of some rows into the metadata of a pack.
 
     Args:
         positions: (r, k/8) uint8, contiguous; r a multiple of `BLOCK[sm]`.
@@ -158,7 +158,7 @@ def fill_sm90(positions: Tensor, meta: Tensor) -> None:
 
     A byte of positions holds two groups of one row, a byte of metadata one group of two rows: the bytes of
     rows r and r + 8 become the bytes of the even and the odd group by swapping two nibbles. Group
-    4 d + 2 h + odd (its byte is 2 d + h) stands at 4 h + 2 odd + d.
+    4 d + 2 h + odd (its byte is 2 d + h) is at 4 h + 2 odd + d.
 
     Args:
         positions: (64 R, 4 C) uint8, contiguous.

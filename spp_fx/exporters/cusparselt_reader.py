@@ -25,7 +25,7 @@ CUSPARSELT, NEUTRAL = "cusparselt", "neutral"
 _UNIT_OF_ROW = np.array([8 * (row % 8) + {0: 0, 8: 1, 16: 4, 24: 5}[row // 8 * 8] for row in range(32)])
 _UNIT_OF_HALF = np.array([0, 2])
 
-# sm90: where each of the eight groups of 32 columns stands in the 8 bytes of a row.
+# sm90: which of the 8 bytes of a row holds each of the eight groups of 32 columns.
 _BYTE_OF_GROUP = np.array([[0, 4, 1, 5, 2, 6, 3, 7].index(group) for group in range(8)])
 
 

@@ -34,7 +34,7 @@ class Form:
     Attributes:
         group: columns that share half as many slots: 4 (2:4) or 2 (1:2).
         meta: dtype of a unit.
-        columns: of the weight that a unit stands for.
+        columns: of the weight that a unit describes.
         rows: that the order of units is made of: a tile is this many rows of two units.
         multiples: of rows and columns that PyTorch's class takes.
     """
@@ -105,7 +105,7 @@ def from_neutral(neutral: Packed24) -> tuple[Tensor, Tensor]:
 
 
 def fill(positions: Tensor, meta: Tensor, first_row: int) -> None:
-    """Put the positions of some rows where they belong in `meta`.
+    """Write the positions of some rows into `meta`.
 
     Args:
         positions: (r, bytes) uint8 of `Packed24`, contiguous; r a multiple of 32 (of 16 where meta is int32).
@@ -122,9 +122,9 @@ def fill(positions: Tensor, meta: Tensor, first_row: int) -> None:
 
 
 def fill_tiles(units: Tensor, meta: Tensor) -> None:
-    """Put units of metadata where they belong in tiles of 8 l rows and two units.
+    """Write units of metadata into tiles of 8 l rows and two units.
 
-    In a tile, for each r of 0..7, stand the units of rows r, r + 8, ... beside one another: two lines of the
+    In a tile, for each r of 0..7, the units of rows r, r + 8, ... are beside one another: two lines of the
     first column, the same two lines of the second column, then (l = 4) the same of lines 2 and 3:
     (r, 0) (r+8, 0) (r, 1) (r+8, 1) (r+16, 0) (r+24, 0) (r+16, 1) (r+24, 1).
 

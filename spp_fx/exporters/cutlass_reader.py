@@ -35,10 +35,10 @@ def nibble_indices(m: int, groups: int, meta: torch.dtype) -> tuple[Indices, Ind
     nibbles = 2 * meta.itemsize
     height, apart = (32, 4) if meta == torch.int16 else (16, 2)
     row, group = np.arange(m), np.arange(groups)
-    # Rows r, r + 8, ... of a tile come to stand together.
+    # Rows r, r + 8, ... of a tile are put together.
     row = row // height * height + row % 8 * apart + row % height // 8
     # Column-major, two columns interleaved: unit (row, column) at column // 2 * 2 m + 2 row + column % 2, once
-    # the top right and the bottom left of every 2 x 2 units have changed places: then an odd row adds 1 in
+    # the top right and the bottom left of every 2 x 2 units are swapped: then an odd row adds 1 in
     # them, and an odd column 2.
     column = group // nibbles
     below = 2 * (row - row % 2) + row % 2

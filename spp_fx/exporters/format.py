@@ -34,9 +34,9 @@ from spp_fx.exporters.manifest import MANIFEST, Manifest, TensorRecord, write_ma
 from spp_fx.parallel import Tick
 from spp_fx.registry import Registry
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry
-from spp_fx.sparsity.scan import Scan, Weights, scan_file, scan_tensor
+from spp_fx.sparsity.scan import Scan, Weights, scan_tensor
 from spp_fx.storage.folder import ModelFolder
-from spp_fx.storage.safetensors import Shard, dtype_name, stored_nbytes
+from spp_fx.storage.safetensors import dtype_name, stored_nbytes
 from spp_fx.storage.workspace import Workspace
 from spp_fx.storage.writer import TensorSpec, copy_file, header_bytes, layout, new_file, write_all
 from spp_fx.version import VERSION
@@ -46,12 +46,12 @@ ROUND_TO = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torc
 ROUNDED = ("F64", "F32", "F16", "BF16")
 """What `--dtype` rounds; integers and the types of quantized weights stay byte for byte."""
 _CHUNK = 1 << 20
-"""Elements rounded at a time: what is made on the way stays in cache, and is no second weight in memory."""
+"""Elements rounded at a time: temporaries stay in cache, and memory never holds the weight twice."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model folder to export, and the masks that the export is held to.
+    """A model folder to export, and the masks that the export must have.
 
     Attributes:
         folder: the model's folder.
@@ -59,7 +59,7 @@ class Source:
         trust_remote_code: whether the folder's own model code may run.
         rounded_to: what `ROUNDED` tensors are rounded to, None to keep their own.
         work: the workspace that the export is written in: it knows which files an earlier run finished. A
-            format that does not ask writes everything again.
+            format that does not use it writes everything again.
     """
 
     folder: ModelFolder
@@ -105,7 +105,7 @@ class Source:
         return sum(int(((b != 0) & (b.to(self.rounded_to) == 0)).sum()) for b in blocks)
 
     def copy_small_files(self, target: Path) -> None:
-        """Configuration, tokenizer and whatever else is no weight; config.json says the dtype rounded to."""
+        """Copy configuration, tokenizer and every other file without weights; config.json gets the dtype rounded to."""
         for name in self.folder.other_files():
             if name.as_posix() not in (LOCK_NAME, MANIFEST):  # those of another step
                 (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -145,9 +145,9 @@ def rounded(name: str, value: Tensor, dtype: torch.dtype, *, keep: bool) -> Tens
         MaskError: a finite value becomes infinite; `name` says whose.
     """
     result = torch.empty(value.shape, dtype=dtype)
-    pieces = zip(result.view(-1).split(_CHUNK), value.reshape(-1).split(_CHUNK), strict=True)
-    for part, piece in pieces:
-        part.copy_(_rounded(name, piece, dtype, keep))
+    chunks = zip(result.view(-1).split(_CHUNK), value.reshape(-1).split(_CHUNK), strict=True)
+    for part, chunk in chunks:
+        part.copy_(_rounded(name, chunk, dtype, keep))
     return result
 
 
@@ -168,12 +168,6 @@ def _say_dtype(path: Path, dtype: str) -> None:
     config = json.loads(path.read_bytes())
     config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
     path.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def scan_stored(shard: Shard, name: str, *, transposed: bool) -> Scan:
-    """The fast look at one tensor of a file."""
-    info = shard.info(name)
-    return scan_file(shard.path, info.start, info.shape, info.dtype, transposed=transposed)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Folders of compressed-tensors' legacy format sparse-24-bitmask, and what config.json says of sparsity.
+"""compressed-tensors' dropped format sparse-24-bitmask, and the sparsity_config of a config.json.
 
 Up to compressed-tensors 0.14 a 2:4 weight `L.weight` of shape (m, k) could be stored as
 
@@ -6,24 +6,71 @@ Up to compressed-tensors 0.14 a 2:4 weight `L.weight` of shape (m, k) could be s
 |--------------|----------------|--------------|--------------------------------------------------------------|
 | L.shape      | [2, 1] or [2]  | int64        | m, k                                                         |
 | L.compressed | [m, k/2]       | the weight's | two entries of each four, row-major; also a zero if need be  |
-| L.bitmask    | [m, ceil(k/8)] | uint8        | where they stand, row by row, LSB first                      |
+| L.bitmask    | [m, ceil(k/8)] | uint8        | where they are, row by row, LSB first                        |
 
 Later releases dropped the decoder: the names of such a file are none of the model's, so transformers fills the
 weights with random numbers and says no more than a warning.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from spp_fx.errors import FormatError
-from spp_fx.exporters.manifest import layers, sparsity_configs
 from spp_fx.storage.folder import ModelFolder
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SPARSE_24 = "sparse-24-bitmask"
 PARTS = ("compressed", "bitmask", "shape")
+_NESTED = ("quantization_config", "compression_config")
+"""Objects of config.json that may hold a sparsity_config, as config.json itself may."""
+
+
+def sparsity_configs(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Every sparsity_config of a config.json, by its key."""
+    found = {"sparsity_config": config["sparsity_config"]} if config.get("sparsity_config") else {}
+    for key in _NESTED:
+        nested = config.get(key)
+        if isinstance(nested, dict) and nested.get("sparsity_config"):
+            found[f"{key}.sparsity_config"] = nested["sparsity_config"]
+    return found
+
+
+def without_sparsity(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """config.json without any sparsity_config, and what was taken out.
+
+    What is left of a quantization_config goes too where it is compressed-tensors' and quantizes nothing: a
+    reader would look for what it announces.
+    """
+    plain, removed = dict(config), list(sparsity_configs(config))
+    plain.pop("sparsity_config", None)
+    for key in _NESTED:
+        nested = config.get(key)
+        if not isinstance(nested, dict) or "sparsity_config" not in nested:
+            continue
+        rest = {name: value for name, value in nested.items() if name != "sparsity_config"}
+        quantizes = rest.get("config_groups") or rest.get("kv_cache_scheme")
+        if quantizes or rest.get("quant_method", "compressed-tensors") != "compressed-tensors":
+            plain[key] = rest
+        else:
+            del plain[key]
+            removed.append(f"{key}, which says nothing else")
+    return plain, removed
+
+
+def is_legacy(folder: ModelFolder) -> bool:
+    """Whether a folder holds compressed weights, or its config.json says so."""
+    return bool(layers(folder)) or bool(sparsity_configs(folder.config))
+
+
+def layers(folder: ModelFolder) -> list[str]:
+    """The names L of compressed weights in a folder, sorted."""
+    suffixes = (".compressed", ".bitmask")
+    return sorted({name.rpartition(".")[0] for name in folder.names if name.endswith(suffixes)})
 
 
 @dataclass(frozen=True)
@@ -63,12 +110,14 @@ class LegacyFolder:
         """The file that holds a tensor of the model, or the values of a compressed one."""
         return self.folder.info(self._stored(name))[0].name
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str) -> "Tensor":
         """A tensor as the model has it.
 
         Raises:
             FormatError: values and bitmask do not belong together; names the file, the tensor and the row.
         """
+        import torch
+
         if name not in self.packed:
             return self.folder.read(name)
         layer = name.removesuffix(".weight")
@@ -94,12 +143,12 @@ class LegacyFolder:
         return torch.from_numpy(weight).view(values.dtype).reshape(m, k)
 
     def problem(self) -> str:
-        """Why the folder is no release, and how to mend it."""
+        """Why the folder should not be released, and how to mend it."""
         mend = f"write the plain folder with 'spp-fx unpack {self.folder.path}'"
         if not self.packed:
-            places = " and ".join(sparsity_configs(self.folder.config))
+            keys = " and ".join(sparsity_configs(self.folder.config))
             return (
-                f"config.json has a {places}, but the weights are plain: servers refuse or misread it; {mend}"
+                f"config.json has a {keys}, but the weights are plain: servers refuse or misread it; {mend}"
             )
         return (
             f"{len(self.packed)} weights are compressed in the dropped format {SPARSE_24}: transformers 5 with "

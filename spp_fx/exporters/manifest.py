@@ -1,69 +1,22 @@
-"""export.json: what an export folder holds, what it is tied to, and the digest of every file; stale sparsity_config."""
+"""export.json: what an export folder holds, what it is tied to, and the digest of every file."""
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from spp_fx.errors import FormatError, UsageError
+from spp_fx.exporters.legacy import sparsity_configs
 from spp_fx.sparsity.lock import LOCK_NAME, load_lock
 from spp_fx.storage.folder import ModelFolder, within
 from spp_fx.storage.safetensors import stored_nbytes
 from spp_fx.storage.strict_json import read_object
 
-PLACES = ("quantization_config", "compression_config")
-"""Objects of config.json that may hold a sparsity_config; config.json itself may, too."""
-
-
-def sparsity_configs(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Every sparsity_config of a config.json, by where it stands."""
-    found = {"sparsity_config": config["sparsity_config"]} if config.get("sparsity_config") else {}
-    for place in PLACES:
-        nested = config.get(place)
-        if isinstance(nested, dict) and nested.get("sparsity_config"):
-            found[f"{place}.sparsity_config"] = nested["sparsity_config"]
-    return found
-
-
-def without_sparsity(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """config.json without any sparsity_config, and what was taken out.
-
-    What is left of a quantization_config goes too where it is compressed-tensors' and quantizes nothing: a
-    reader would look for what it announces.
-    """
-    plain, removed = dict(config), list(sparsity_configs(config))
-    plain.pop("sparsity_config", None)
-    for place in PLACES:
-        nested = config.get(place)
-        if not isinstance(nested, dict) or "sparsity_config" not in nested:
-            continue
-        rest = {key: value for key, value in nested.items() if key != "sparsity_config"}
-        quantizes = rest.get("config_groups") or rest.get("kv_cache_scheme")
-        if quantizes or rest.get("quant_method", "compressed-tensors") != "compressed-tensors":
-            plain[place] = rest
-        else:
-            del plain[place]
-            removed.append(f"{place}, which says nothing else")
-    return plain, removed
-
-
-def is_legacy(folder: ModelFolder) -> bool:
-    """Whether a folder holds compressed weights, or its config.json says so."""
-    return bool(layers(folder)) or bool(sparsity_configs(folder.config))
-
-
-def layers(folder: ModelFolder) -> list[str]:
-    """The names L of compressed weights in a folder, sorted."""
-    suffixes = (".compressed", ".bitmask")
-    return sorted({name.rpartition(".")[0] for name in folder.names if name.endswith(suffixes)})
-
-
 MANIFEST = "export.json"
 SCHEMA_VERSION = 1
-CHUNK = 1 << 22
 COMPACT = "sparse"
 """The folder of an export whose weight files are compact: values and bit masks, no weights."""
 TENSOR_FILES = (".safetensors", ".onnx", ".onnx.data")
@@ -73,7 +26,7 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class Part(BaseModel):
-    """The place of a site in a graph that holds it under another name, or as a part of a stack.
+    """Where a graph holds a site that has another name there, or is a part of a stack.
 
     Attributes:
         initializer: name in the graph.
@@ -156,11 +109,8 @@ def site_sizes(dense_bytes: int, sites_bytes: int, files: Iterable[Path]) -> dic
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file as 64 hex digits."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_manifest(folder: Path, **fields: Any) -> Manifest:
@@ -215,7 +165,7 @@ def _check_files(folder: Path, path: Path, files: dict[str, str]) -> None:
             raise FormatError(
                 f"{folder / name}: is missing, or no file; {MANIFEST} names it. Get the export again"
             )
-    # Before anything is read: what holds weights, and is not among the files, would be believed unseen.
+    # Before anything is read: a file of weights that is not named would be trusted without a digest.
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()
         if (name == LOCK_NAME or name.endswith(TENSOR_FILES)) and name not in files and not file.is_dir():

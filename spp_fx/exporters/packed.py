@@ -30,14 +30,13 @@ from spp_fx.exporters.format import (
     Tick,
     Weights,
     new_tensor_file,
-    scan_stored,
 )
 from spp_fx.exporters.manifest import MANIFEST, Manifest, TensorRecord, read_manifest, site_sizes
 from spp_fx.parallel import in_order
 from spp_fx.sparsity.lock import LockEntry
 from spp_fx.sparsity.packing import Packed24, for_row_chunks, kernels, pack_rows, unpack_1_2, unpack_2_4
 from spp_fx.sparsity.pattern import NM, implies, scan_bits
-from spp_fx.sparsity.scan import Scan, scan_tensor
+from spp_fx.sparsity.scan import Scan, scan_stored, scan_tensor
 from spp_fx.storage.folder import within
 from spp_fx.storage.output import check_space
 from spp_fx.storage.safetensors import BITS, Shard, stored_nbytes, torch_dtype

@@ -14,18 +14,17 @@ from spp_fx.exporters.format import (
     Tick,
     Weights,
     register,
-    scan_stored,
 )
-from spp_fx.exporters.manifest import MANIFEST, Manifest, site_sizes, without_sparsity
+from spp_fx.exporters.legacy import without_sparsity
+from spp_fx.exporters.manifest import MANIFEST, Manifest, site_sizes
 from spp_fx.sparsity.lock import LOCK_NAME
-from spp_fx.sparsity.scan import Scan
+from spp_fx.sparsity.scan import Scan, scan_stored
 from spp_fx.storage.folder import ModelFolder, within
 from spp_fx.storage.safetensors import Shard
 from spp_fx.storage.writer import copy_file, copy_others, rewrite_shard, write_shards
 
 
 def write(source: Source, target: Path, settings: ExportSettings, tick: Tick, say: Say) -> dict[str, Any]:
-    """Plain dense safetensors for servers: the folder as it is, with lock and manifest."""
     del settings
 
     def copy(shard: Shard, file: Path) -> dict[str, Any]:
@@ -77,10 +76,10 @@ def restore(folder: Path, manifest: Manifest, target: Path, tick: Tick) -> None:
     del manifest
     model = ModelFolder.open(folder)
     for name in [shard.name for shard in model.shards] + ([model.index] if model.index else []):
-        place = within(target, name)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        copy_file(within(folder, name), place)
-        tick(name, place.stat().st_size)
+        copy = within(target, name)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy_file(within(folder, name), copy)
+        tick(name, copy.stat().st_size)
 
 
 FORMAT = register(Format("safetensors", write, read, decode=decode, restore=restore, mends_config=True))

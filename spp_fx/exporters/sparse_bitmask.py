@@ -38,13 +38,12 @@ from spp_fx.exporters.format import (
     Weights,
     new_tensor_file,
     register,
-    scan_stored,
 )
 from spp_fx.exporters.manifest import COMPACT, MANIFEST, Manifest, TensorRecord, site_sizes, write_manifest
 from spp_fx.parallel import in_order
 from spp_fx.sparsity.lock import LOCK_NAME, LockEntry
 from spp_fx.sparsity.packing import compress, count_ones, expand
-from spp_fx.sparsity.scan import Scan, scan_tensor
+from spp_fx.sparsity.scan import Scan, scan_stored, scan_tensor
 from spp_fx.storage.folder import ModelFolder, within
 from spp_fx.storage.safetensors import BITS, Shard, TensorInfo, stored_nbytes, torch_dtype, torch_shape
 from spp_fx.storage.strict_json import parse_object, shown

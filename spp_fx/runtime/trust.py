@@ -2,8 +2,8 @@
 
 Two looks, on the GPU that is to be trusted. Unit vectors first: each product is one column of the weight,
 1 w and zeros, which no accumulation order can round, so for 16-bit types it must be the weight to the bit,
-and one misplaced entry shows. Then random inputs of some token counts, padded ones among them, held to
-the error bound of an inner product (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., eq. 3.5):
+and one misplaced entry shows. Then random inputs of some token counts, padded ones among them, checked
+against the error bound of an inner product (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., eq. 3.5):
 
     |y - x w| <= u |x w| + n 2^-23 |x| |w|
 
@@ -11,9 +11,9 @@ with n terms, u the spacing of the output type (a library may truncate where PyT
 accumulation in float32 without rounding to nearest. Products of two 16-bit numbers are exact in float32.
 float32 weights run on tensor cores as TF32, ten bits of mantissa: each operand is off by up to 2^-10.
 
-A pack is tied to the GPU and to the library, whose layout is not documented. So it is not believed: the
-first weight of each shape is compared with the dense product (`product`), and what was found holds for that
-shape as long as the process lives.
+A pack is tied to the GPU and to the library, whose layout is not documented, so it is untrusted until checked:
+the first weight of each shape is compared with the dense product (`product_fault`), and the result holds for
+that shape as long as the process lives.
 """
 
 import warnings
@@ -108,7 +108,7 @@ Form = Literal["packed", "repacked", "dense"]
 
 
 class PackWarning(UserWarning):
-    """A weight does not run from the pack that the export holds; says which, why, and what runs instead."""
+    """A weight does not run from the pack that the export holds; names it, the reason, and what runs instead."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`sparsity.lock.json`: the mask that every later step is held to, and whether another mask equals it.
+"""`sparsity.lock.json`: the mask of every site, which each later step is checked against; the comparison of masks.
 
 One object a site: name, kind, canonical shape, pattern, non-zero count, mask digest and locator. The
 file is sorted and holds one site a line, so that a change of one mask is a change of one line.
@@ -26,14 +26,18 @@ from pydantic import (
 )
 
 from spp_fx.errors import FormatError, MaskError, UsageError
+from spp_fx.sparsity.kernels import popcount
 from spp_fx.sparsity.mask import LOCATOR_DIGITS, PackedMask, flip, locator, propose_flips
 from spp_fx.sparsity.pattern import Pattern, parse_pattern
 
 LOCK_NAME = "sparsity.lock.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had another digest
+
+Position = tuple[int, int]
 
 _MAX_BYTES = 64 << 20
 _MAX_NUMEL = 1 << 60
+_BLOCK = 1 << 20
 
 _Name = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f\x7f]+$")]
 _Kind = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
@@ -46,17 +50,6 @@ class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
 
-def _check_pattern(text: str | None) -> None:
-    if text is None:
-        return
-    try:
-        canonical = str(parse_pattern(text))
-    except UsageError as error:
-        raise ValueError(str(error)) from error
-    if canonical != text:
-        raise ValueError(f"pattern {text!r} is written {canonical!r}")
-
-
 class LockEntry(_Strict):
     """The mask of one site.
 
@@ -67,7 +60,7 @@ class LockEntry(_Strict):
         pattern: the pattern the site must hold; None for a dense site.
         nnz: non-zero elements.
         mask: `PackedMask.digest`.
-        locator: `locate.locator` of the mask.
+        locator: `mask.locator` of the mask.
         transposed: the tensor is stored (in, out).
     """
 
@@ -82,7 +75,12 @@ class LockEntry(_Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> "LockEntry":
-        _check_pattern(self.pattern)
+        try:
+            canonical = str(self.parsed_pattern()) if self.pattern is not None else None
+        except UsageError as error:
+            raise ValueError(str(error)) from error
+        if canonical != self.pattern:
+            raise ValueError(f"pattern {self.pattern!r} is written {canonical!r}")
         numel = math.prod(self.shape)
         if numel > _MAX_NUMEL:
             raise ValueError(f"shape {self.shape} has more than 2**60 elements")
@@ -112,6 +110,8 @@ class Lock(_Strict):
     @field_validator("format_version")
     @classmethod
     def _known_version(cls, version: int) -> int:
+        if version == 1:
+            raise ValueError("version 1 is no longer read; make a new lock with 'spp-fx lock MODEL --force'")
         if version != FORMAT_VERSION:
             raise ValueError(f"version {version} is unknown, this release reads {FORMAT_VERSION}")
         return version
@@ -228,7 +228,7 @@ def load_lock(path: str | os.PathLike[str]) -> Lock:
 
 
 def lock_beside(folder: Path) -> Lock | None:
-    """The lock in a folder, None if it has none; one that cannot be read is not none.
+    """The lock in a folder, or None; one that cannot be read is an error.
 
     Raises:
         what `load_lock` raises.
@@ -257,14 +257,9 @@ def _first_fault(error: ValidationError) -> str:
     return f"{where.lstrip('.')}: {text}"[:400] if where else text[:400]
 
 
-_BLOCK = 1 << 20
-
-Position = tuple[int, int]
-
-
 @dataclass(frozen=True)
 class Comparison:
-    """A mask held against the lock.
+    """A mask compared with its lock entry.
 
     Attributes:
         equal: the digests are equal.
@@ -284,7 +279,7 @@ class Comparison:
 
 
 def compare(entry: LockEntry, mask: PackedMask) -> Comparison:
-    """Hold a mask against its lock entry; on a mismatch name the flipped positions if that can be proven."""
+    """Compare a mask with its lock entry; on a mismatch, name the flipped positions if that can be proven."""
     if entry.shape != mask.shape:
         return Comparison(
             False, located=False, reason=f"shape {mask.shape}, the lock has shape {entry.shape}"
@@ -299,13 +294,17 @@ def compare(entry: LockEntry, mask: PackedMask) -> Comparison:
             located=False,
             reason=f"too many positions changed to name them from the lock ({change:+d} non-zeros)",
         )
-    lost_zeros, new_zeros = _split(mask, np.asarray(flips, dtype=np.int64))
+    indices = np.asarray(flips)
+    is_one = mask.bits[indices // 8] >> (indices % 8).astype(np.uint8) & 1
+    lost_zeros, new_zeros = (
+        [divmod(index, mask.columns) for index in indices[is_one == bit].tolist()] for bit in (1, 0)
+    )
     return Comparison(False, lost_zeros, new_zeros)
 
 
 @dataclass(frozen=True)
 class MaskDifference:
-    """Two masks held against each other, exactly.
+    """The exact difference of two masks.
 
     Attributes:
         lost_zeros: how many positions are zero in the first and non-zero in the second.
@@ -350,16 +349,8 @@ def _note(ones: NDArray[np.uint8], base: int, found: list[int], limit: int) -> i
     """Count the ones and append their linear indices to `found` until it holds `limit`."""
     room = limit - len(found)
     if room > 0:
-        places = np.flatnonzero(ones)[:room]  # every such byte holds at least one
-        for place in places.tolist():
-            byte = int(ones[place])
-            found.extend(base + 8 * place + bit for bit in range(8) if byte >> bit & 1)
+        for index in np.flatnonzero(ones)[:room].tolist():  # every such byte holds at least one
+            byte = int(ones[index])
+            found.extend(base + 8 * index + bit for bit in range(8) if byte >> bit & 1)
         del found[limit:]
-    return int(np.bitwise_count(ones).sum(dtype=np.int64))
-
-
-def _split(mask: PackedMask, indices: NDArray[np.int64]) -> tuple[list[Position], list[Position]]:
-    ones = mask.bits[indices // 8] >> (indices % 8).astype(np.uint8) & 1
-    lost = [divmod(int(i), mask.columns) for i in indices[ones == 1]]
-    new = [divmod(int(i), mask.columns) for i in indices[ones == 0]]
-    return lost, new
+    return popcount(ones)

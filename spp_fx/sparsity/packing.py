@@ -22,7 +22,6 @@ The torch and numpy code here is the definition. On a CPU with numba, `packing_k
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -31,6 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from spp_fx.compiled import optional_module
 from spp_fx.errors import FormatError, PatternError, UsageError
 from spp_fx.parallel import in_order
 
@@ -53,13 +53,8 @@ _CHUNK_ENTRIES = 1 << 19
 EMPTY_GROUP = 0xE
 
 
-@cache
 def _compiled() -> ModuleType | None:
-    try:
-        from spp_fx.sparsity import packing_kernels
-    except ImportError:
-        return None
-    return packing_kernels
+    return optional_module("spp_fx.sparsity.packing_kernels")
 
 
 def kernels(data: Tensor) -> ModuleType | None:

@@ -12,7 +12,7 @@ import sys
 
 import numpy as np
 
-from spp_fx.sparsity._compile import compiled
+from spp_fx.compiled import compiled
 
 if sys.byteorder != "little":
     raise ImportError("the compiled kernels read elements as little-endian")

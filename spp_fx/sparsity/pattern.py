@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from spp_fx.errors import PatternError, UsageError
 from spp_fx.parallel import thread_count
-from spp_fx.sparsity._backend import backend
+from spp_fx.sparsity.kernels import count_over, first_over
 from spp_fx.sparsity.mask import PackedMask
 
 MAX_GROUP = 64
@@ -182,7 +182,7 @@ def _count_blocks(mask: PackedMask, pattern: NM) -> Iterator[tuple[int, int]]:
 
     def count(start: int) -> tuple[int, int]:
         bits = mask.bits[start * pattern.group // 8 :]
-        return start, backend().count_over(bits, min(step, groups - start), pattern.group, pattern.kept)
+        return start, count_over(bits, min(step, groups - start), pattern.group, pattern.kept)
 
     if len(starts) <= 1:
         yield from map(count, starts)
@@ -195,7 +195,7 @@ def _first_group(mask: PackedMask, pattern: NM, start: int) -> Group:
     """The first violation at or after group `start` (which begins on a byte); there must be one."""
     bits = mask.bits[start * pattern.group // 8 :]
     groups = mask.numel // pattern.group - start
-    index = start + backend().first_over(bits, groups, pattern.group, pattern.kept)
+    index = start + first_over(bits, groups, pattern.group, pattern.kept)
     per_row = mask.columns // pattern.group
     row, column = index // per_row, index % per_row * pattern.group
     return Group(row, column, column + pattern.group, _ones(mask, index * pattern.group, pattern.group))

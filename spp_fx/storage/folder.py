@@ -12,9 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, cast
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
 from spp_fx.errors import FormatError, SppFxError, UsageError
 from spp_fx.storage.links import check_link, resolved
 from spp_fx.storage.safetensors import BLOCK_BYTES, Shard, TensorInfo, read_header
@@ -579,6 +576,9 @@ def resolve_model(name: str) -> Path:
         return path
     if not HUB_ID.fullmatch(name):
         raise UsageError(f"{name}: there is no such folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
     try:
         return Path(snapshot_download(name, allow_patterns=list(WANTED)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -1,16 +1,16 @@
-"""safetensors files, read: their dtypes, the header checked in full, tensors whole or in blocks of rows.
+"""Reading safetensors files: dtypes, the header checked in full, tensors whole or in blocks of rows.
 
-torch is imported when one of its dtypes is asked for: headers are read and bytes copied without it.
+torch is imported only for its dtypes and tensors: headers are read and bytes compared without it.
 
 Format: an unsigned 64-bit little-endian length, that many bytes of JSON starting with '{' and padded with
 spaces, then the tensors' bytes without gaps (https://github.com/huggingface/safetensors#format).
 """
 
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
-from io import FileIO
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
 
@@ -102,12 +102,18 @@ def torch_shape(dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:-1], shape[-1] // 2)
 
 
+BLOCK_BYTES = 64 * 2**20
+"""Default size of a row block, in bytes."""
+
 MAX_HEADER_BYTES = 100_000_000
 """The reference implementation's limit on the JSON part, in bytes."""
 
 MAX_DIMS = 64
 _MAX_DIM = 2**63 - 1
 _PREFIX = struct.Struct("<Q")
+_FLOATING = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_COMPARED_BYTES = 4 * 2**20
+_READ_BYTES = 2**30  # one read call: some systems refuse or cut 2 GiB
 _GIT_LFS = b"version https://git-lfs.github.com/spec/"[: _PREFIX.size]
 
 
@@ -252,7 +258,7 @@ def stored_nbytes(dtype: str, shape: tuple[int, ...], where: str) -> int:
     """Bytes that a tensor takes in a file.
 
     Args:
-        dtype: a name of `dtypes.BITS`.
+        dtype: a name of `BITS`.
         shape: non-negative dimensions.
         where: file and tensor, put before every message.
 
@@ -313,17 +319,9 @@ def _check_coverage(infos: list[TensorInfo], data_start: int, size: int, path: P
 def _is_unicode(text: str) -> bool:
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError:  # a lone surrogate
+    except UnicodeEncodeError:  # an unpaired surrogate
         return False
     return True
-
-
-BLOCK_BYTES = 64 * 2**20
-"""Default size of a row block, in bytes."""
-
-_FLOATING = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
-_COMPARED_BYTES = 4 * 2**20
-_READ_BYTES = 2**30  # one read call: some systems refuse or cut 2 GiB
 
 
 @dataclass(frozen=True)
@@ -357,7 +355,7 @@ class Shard:
         return info
 
     def read(self, name: str) -> "torch.Tensor":
-        """The whole tensor, in memory of its own (the file may change or vanish afterwards).
+        """The whole tensor, in memory of its own (the file may change or be removed afterwards).
 
         Raises:
             UsageError: no such tensor.
@@ -476,20 +474,19 @@ class Shard:
         where = f"{self.path}: tensor {shown(info.name)}"
         try:
             with open(self.path, "rb", buffering=0) as file:
-                file.seek(offset)
-                whole = _fill(file, target)
+                whole = read_at(file.fileno(), offset, target) == len(target)
         except OSError as error:
             raise SppFxError(f"{where}: cannot be read ({error.strerror})") from error
         if not whole:
             raise FormatError(f"{where}: the file shrank after its header was read; get it again")
 
 
-def _fill(file: FileIO, target: memoryview) -> bool:
-    """Read until `target` is full; false when the file ends before."""
+def read_at(descriptor: int, position: int, target: memoryview) -> int:
+    """Fill `target` from a position of an open file; returns how many bytes that are: fewer at the file's end alone."""
     done = 0
     while done < len(target):
-        count = file.readinto(target[done : done + _READ_BYTES])
+        count = os.preadv(descriptor, [target[done : done + _READ_BYTES]], position + done)
         if not count:
-            return False
+            break
         done += count
-    return True
+    return done

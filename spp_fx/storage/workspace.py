@@ -47,14 +47,12 @@ class Entry:
     """A file that is durable.
 
     Attributes:
-        size: of the file in bytes; of a part, how many of its first bytes are durable.
+        size: of the file in bytes.
         facts: what its writer wants to know of it when it goes on.
-        part: the file is still being written.
     """
 
     size: int
     facts: dict[str, Any] = field(default_factory=dict[str, Any])
-    part: bool = False
 
 
 class Journal:
@@ -93,8 +91,7 @@ class Journal:
 
     def enter(self, name: str, entry: Entry) -> None:
         """Say that a file is durable. Thread-safe; on the disk when it returns."""
-        content = {"file": name, "size": entry.size, "part": entry.part, "facts": entry.facts}
-        self._write(content)
+        self._write({"file": name, "size": entry.size, "facts": entry.facts})
 
     def set_mark(self, mark: int) -> None:
         """Write a mark. On the disk when it returns."""
@@ -120,8 +117,8 @@ class Journal:
         except ValueError:
             return False
         match content:
-            case {"file": str(name), "size": int(size), "part": bool(part), "facts": dict(facts)}:
-                self.entries[name] = Entry(size, cast("dict[str, Any]", facts), part)
+            case {"file": str(name), "size": int(size), "facts": dict(facts)}:
+                self.entries[name] = Entry(size, cast("dict[str, Any]", facts))
             case {"mark": int(mark)}:
                 self.mark = mark
             case _:
@@ -320,23 +317,9 @@ class Workspace:
         """As `finish`, for a file of `store`."""
         self._enter(name, synced, facts)
 
-    def part(self, name: str) -> tuple[int, dict[str, Any]] | None:
-        """How many bytes of an unfinished file of the output are there, and the facts; None to begin anew.
-
-        The file has just these bytes when the block begins.
-        """
-        entry = self.journal.entries.get(f"{OUT}/{name}")
-        return None if entry is None or not entry.part else (entry.size, entry.facts)
-
-    def keep_part(self, name: str, size: int, **facts: Any) -> None:
-        """Say that the first `size` bytes of a file of the output are durable; its writer has fsynced it."""
-        fsync_folder((self.folder / name).parent)
-        self.journal.enter(f"{OUT}/{name}", Entry(size, _plain(facts), part=True))
-
     def _known(self, path: str) -> dict[str, Any] | None:
         entry = self.journal.entries.get(path)
-        whole = entry is not None and not entry.part and _size(self.store / path) == entry.size
-        return entry.facts if entry is not None and whole else None
+        return entry.facts if entry is not None and _size(self.store / path) == entry.size else None
 
     def _enter(self, path: str, synced: bool, facts: Mapping[str, Any]) -> None:
         file = self.store / path
@@ -486,7 +469,7 @@ def _prepare(job: _Job, fresh: bool) -> None:
 
 
 def _restore(work: Workspace) -> int:
-    """Hold `out/` to the journal: what is not in it goes, a part is cut to what is durable of it.
+    """Make `out/` what the journal says: files that are not in it, or not of the size that it says, are removed.
 
     Returns:
         How many bytes of the output are there.
@@ -497,13 +480,11 @@ def _restore(work: Workspace) -> int:
     work.folder.mkdir(exist_ok=True)
     for path in _files(work.folder):
         name = path.relative_to(work.store).as_posix()
-        entry, size = entries.get(name), _size(path)
-        if entry is None or size is None or size < entry.size or (size > entry.size and not entry.part):
+        entry = entries.get(name)
+        if entry is None or _size(path) != entry.size:
             path.unlink()
-            continue
-        if size > entry.size:
-            os.truncate(path, entry.size)
-        found += entry.size
+        else:
+            found += entry.size
     for name in [name for name, entry in entries.items() if _size(work.store / name) != entry.size]:
         del entries[name]
     return found
@@ -511,8 +492,7 @@ def _restore(work: Workspace) -> int:
 
 def _place(job: _Job, work: Workspace, force: bool) -> Path | None:
     """Make all durable and give it its name; returns where the replaced folder lies, if there was one."""
-    whole = {name for name, entry in work.journal.entries.items() if not entry.part}
-    fsync_tree(work.folder, frozenset(work.store / name for name in whole))
+    fsync_tree(work.folder, frozenset(work.store / name for name in work.journal.entries))
     try:
         check_target(job.target, force, job.sources)
         work.journal.set_mark(os.lstat(work.folder).st_ino)

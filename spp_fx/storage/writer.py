@@ -1,8 +1,4 @@
-"""Writing safetensors files and model folders as a stream, one tensor or one block of rows in memory at a time.
-
-Spans are independent of one another, so that reading, changing and writing overlap on every core: each is
-read, changed and written by one thread, at the place where it was.
-"""
+"""Writing safetensors files and model folders as a stream, one tensor or one block of rows in memory at a time."""
 
 import errno
 import json
@@ -13,7 +9,6 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
@@ -23,7 +18,6 @@ from numpy.typing import NDArray
 from spp_fx.errors import FormatError, UsageError, WriteError
 from spp_fx.parallel import in_order
 from spp_fx.storage.folder import ModelFolder, within
-from spp_fx.storage.output import check_space
 from spp_fx.storage.safetensors import (
     BITS,
     LAYOUT_RANK,
@@ -31,6 +25,7 @@ from spp_fx.storage.safetensors import (
     Header,
     Shard,
     TensorInfo,
+    read_at,
     read_header,
     stored_nbytes,
     torch_dtype,
@@ -43,39 +38,34 @@ if TYPE_CHECKING:
     import torch
 
 
+Bytes = NDArray[np.uint8]
+Made = TypeVar("Made")
+
 Content: TypeAlias = "torch.Tensor | Iterable[torch.Tensor]"
 """A tensor, or its consecutive blocks of rows along the first dimension."""
 
 TensorSpec = tuple[str, str, tuple[int, ...]]
 """Name, safetensors dtype ('BF16') and stored shape of a tensor to be written."""
 
-_COPY_BYTES = 8 * 2**20
+SPAN = 1 << 20
+"""Bytes that a change should cover: with its result they stay in a core's own cache."""
+
+_COPY = 64 << 20  # bytes of one copy in `rewrite`: large against a system call, small against a file
+_COPY_BYTES = 8 * 2**20  # bytes of one copy by hand
 _NO_FAST_COPY = frozenset(
     {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.ETXTBSY}
 )
 
 
-@dataclass(frozen=True)
-class Rewritten:
-    """What `rewrite_shard` did: the names it replaced, in file order, and bytes of either kind written."""
-
-    path: Path
-    replaced: tuple[str, ...]
-    replaced_bytes: int
-    copied_bytes: int
-
-
-def rewrite_shard(
-    source: Shard, target: Path, replace: "Callable[[TensorInfo], Content | None]"
-) -> Rewritten:
+def rewrite_shard(source: Shard, target: Path, replace: "Callable[[TensorInfo], Content | None]") -> None:
     """Write a shard with the header of `source` byte for byte, and some of its tensors replaced.
 
     Args:
         source: the shard to start from; it is not modified.
         target: a file that does not exist yet.
         replace: called once for each tensor in file order. None copies the stored bytes (the tensor is
-            never decoded); a tensor, or an iterable of row blocks made one at a time, takes their place. It
-            reads what it needs from `source` itself.
+            never decoded); otherwise a tensor, or an iterable of row blocks made one at a time, that replaces it.
+            It reads what it needs from `source` itself.
 
     Raises:
         UsageError: `target` exists.
@@ -84,25 +74,17 @@ def rewrite_shard(
 
     On any error `target` is removed.
     """
-    replaced: list[str] = []
-    replaced_bytes = copied_bytes = 0
     with new_file(target) as out, open(source.path, "rb", buffering=0) as original:
         write_all(out, memoryview(source.header.raw))
-        start = stop = source.header.data_start  # the run of bytes still to be copied
+        done = source.header.data_start  # all bytes before are written
         for info in source.header.tensors.values():
             content = replace(info)
-            if content is None:
-                stop = info.end
-                continue
-            _append(original, out, start, stop, source.path)
-            copied_bytes += stop - start
-            write_content(out, content, info.dtype, info.shape, f"{target}: tensor {shown(info.name)}")
-            replaced.append(info.name)
-            replaced_bytes += info.nbytes
-            start = stop = info.end
-        _append(original, out, start, stop, source.path)
-        copied_bytes += stop - start
-    return Rewritten(target, tuple(replaced), replaced_bytes, copied_bytes)
+            if content is not None:
+                copy_bytes(original, out, done, info.start, source.path)
+                out.seek(info.start)
+                write_content(out, content, info.dtype, info.shape, f"{target}: tensor {shown(info.name)}")
+                done = info.end
+        copy_bytes(original, out, done, source.header.data_end, source.path)
 
 
 def write_safetensors(
@@ -148,7 +130,7 @@ def copy_file(source: Path, target: Path) -> None:
         SppFxError: either file cannot be read or written.
     """
     with new_file(target) as out, open(source, "rb", buffering=0) as original:
-        _append(original, out, 0, os.fstat(original.fileno()).st_size, source)
+        copy_bytes(original, out, 0, os.fstat(original.fileno()).st_size, source)
 
 
 @contextmanager
@@ -197,10 +179,17 @@ def write_all(out: FileIO, data: memoryview) -> None:
         done += out.write(data[done:])
 
 
-def copy_bytes(source: FileIO, out: FileIO, start: int, stop: int, path: Path) -> None:
-    """Copy bytes start <= i < stop of `source` to the same place of `out`; inside the kernel where it can.
+def write_at(descriptor: int, position: int, data: memoryview) -> None:
+    """Write all of `data` at a position of an open file."""
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], position + done)
 
-    Neither file's position counts or moves, so that several threads may copy at once.
+
+def copy_bytes(source: FileIO, out: FileIO, start: int, stop: int, path: Path) -> None:
+    """Copy bytes start <= i < stop of `source` to the same position of `out`; inside the kernel where it can.
+
+    The position of neither file counts or moves, so that several threads may copy at once.
 
     Args:
         path: of `source`, for errors.
@@ -208,37 +197,24 @@ def copy_bytes(source: FileIO, out: FileIO, start: int, stop: int, path: Path) -
     Raises:
         FormatError: `source` ends before.
     """
-    _copy(source, out, start, start, stop - start, path)
-
-
-def _append(source: FileIO, out: FileIO, start: int, stop: int, path: Path) -> None:
-    """Append bytes start <= i < stop of `source` to `out`."""
-    _copy(source, out, start, out.tell(), stop - start, path)
-    out.seek(stop - start, os.SEEK_CUR)
-
-
-def _copy(source: FileIO, out: FileIO, start: int, to: int, count: int, path: Path) -> None:
     fast = hasattr(os, "copy_file_range")
-    done = 0
-    while done < count:
+    while start < stop:
         copied = 0
         if fast:
             try:
-                copied = os.copy_file_range(
-                    source.fileno(), out.fileno(), count - done, start + done, to + done
-                )
+                copied = os.copy_file_range(source.fileno(), out.fileno(), stop - start, start, start)
             except OSError as error:
                 if error.errno not in _NO_FAST_COPY:
                     raise
-            fast = copied > 0  # refused, or a file system that answers 0 before the end: copy by hand
+            fast = copied > 0  # not supported, or a file system that answers 0 before the end: copy by hand
         if not copied:
             with naming(path):
-                data = os.pread(source.fileno(), min(_COPY_BYTES, count - done), start + done)
+                data = os.pread(source.fileno(), min(_COPY_BYTES, stop - start), start)
             if not data:
                 raise FormatError(f"{path}: shrank while it was copied; get it again")
-            while copied < len(data):
-                copied += os.pwrite(out.fileno(), data[copied:], to + done + copied)
-        done += copied
+            write_at(out.fileno(), start, memoryview(data))
+            copied = len(data)
+        start += copied
 
 
 def write_content(out: FileIO, content: Content, dtype: str, shape: tuple[int, ...], where: str) -> None:
@@ -304,7 +280,7 @@ def header_bytes(ordered: list[TensorSpec], metadata: Mapping[str, str], target:
     """Length and header of a file of these tensors in this order, to the first tensor's first byte.
 
     Raises:
-        FormatError: a name is no Unicode text, or the header is longer than the format allows.
+        FormatError: a name is not Unicode text, or the header is longer than the format allows.
     """
     entries: dict[str, object] = {}
     if metadata:
@@ -324,18 +300,9 @@ def header_bytes(ordered: list[TensorSpec], metadata: Mapping[str, str], target:
     return struct.pack("<Q", len(text)) + text
 
 
-Bytes = NDArray[np.uint8]
-Made = TypeVar("Made")
-
-SPAN = 1 << 20
-"""Bytes that a change should be asked for at once: with its result they stay in a core's own cache."""
-
-_COPY = 64 << 20  # bytes of one copy: large against a system call, small against a file
-
-
 @dataclass(frozen=True)
 class Change(Generic[Made]):
-    """Bytes start <= i < stop of a file, and what fills the buffer that takes their place.
+    """Bytes start <= i < stop of a file, and what replaces them.
 
     Attributes:
         make: called with the stored bytes and a buffer of the same length, on any thread; what it returns
@@ -350,11 +317,13 @@ class Change(Generic[Made]):
 def rewrite(source: Shard, target: Path, changes: Iterable[Change[Made]]) -> Iterator[Made]:
     """Write a shard again with the same header and the same offsets.
 
+    Spans are independent: each is read, changed and written by one thread, so that these overlap on every core.
+
     Args:
         source: the shard to start from; it is not modified.
         target: a file that does not exist yet. It is whole when the iterator is exhausted, not yet fsynced;
             on an error, or when the iterator is closed early, it is removed.
-        changes: in the order of their places, without overlaps; bytes between them are copied.
+        changes: in the order of the file, without overlaps; bytes between them are copied.
 
     Yields:
         What each change made, in order.
@@ -369,16 +338,17 @@ def rewrite(source: Shard, target: Path, changes: Iterable[Change[Made]]) -> Ite
         _reserve(out.fileno(), size)
         buffers = threading.local()
 
-        def run(span: "_Span[Made]") -> Made | None:
+        def run(span: tuple[int, int, Change[Made] | None]) -> Made | None:
             start, stop, change = span
             if change is None:
                 copy_bytes(original, out, start, stop, source.path)
                 return None
             before, after = _buffers(buffers, stop - start)
             with naming(source.path):
-                _fill(original.fileno(), before, start, source.path)
+                if read_at(original.fileno(), start, before.data) < before.size:
+                    raise FormatError(f"{source.path}: shrank while it was read; get it again")
             made = change.make(before, after)
-            _drain(out.fileno(), after, start)
+            write_at(out.fileno(), start, after.data)
             return made
 
         for made in in_order(run, _cover(changes, size)):
@@ -386,10 +356,7 @@ def rewrite(source: Shard, target: Path, changes: Iterable[Change[Made]]) -> Ite
                 yield made
 
 
-_Span: TypeAlias = "tuple[int, int, Change[Made] | None]"
-
-
-def _cover(changes: Iterable[Change[Made]], size: int) -> "Iterator[_Span[Made]]":
+def _cover(changes: Iterable[Change[Made]], size: int) -> Iterator[tuple[int, int, Change[Made] | None]]:
     """Spans that make up the whole file: the changes, and copies of what lies between them."""
     done = 0
     for change in changes:
@@ -420,106 +387,6 @@ def _buffers(held: threading.local, count: int) -> tuple[Bytes, Bytes]:
     if pair is None or pair[0].size < count:
         held.pair = pair = (np.empty(count, np.uint8), np.empty(count, np.uint8))
     return pair[0][:count], pair[1][:count]
-
-
-def _fill(file: int, buffer: Bytes, start: int, path: Path) -> None:
-    view, done = buffer.data, 0
-    while done < len(view):
-        count = os.preadv(file, [view[done:]], start + done)
-        if not count:
-            raise FormatError(f"{path}: shrank while it was read; get it again")
-        done += count
-
-
-def _drain(file: int, buffer: Bytes, start: int) -> None:
-    view, done = buffer.data, 0
-    while done < len(view):
-        done += os.pwrite(file, view[done:], start + done)
-
-
-PART_BYTES = 256 * 2**20
-"""Bytes after which what is written is made durable: a second or two of work is the most that is lost."""
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What a writer knows that its file does not say.
-
-    Attributes:
-        facts: makes durable what it depends on, and gives it as JSON.
-        recall: called with the names of the tensors that are written, in order, and the facts of that
-            moment; says whether it can go on from there.
-    """
-
-    facts: Callable[[], dict[str, Any]]
-    recall: Callable[[list[str], dict[str, Any]], bool]
-
-
-def write_in_parts(
-    work: Workspace,
-    name: str,
-    specs: Iterable[TensorSpec],
-    produce: Callable[[str], Content],
-    metadata: Mapping[str, str],
-    memory: Memory,
-) -> dict[str, Any]:
-    """As `write_safetensors`, but a run that was killed goes on after the tensors that were durable.
-
-    Args:
-        work: where the file is written.
-        name: its path in `work.folder`.
-        specs, produce, metadata: as for `write_safetensors`; `produce` is called for what is not there yet.
-        memory: of the caller.
-
-    Returns:
-        The facts of the finished file.
-
-    Raises:
-        FormatError: as `write_safetensors`.
-        SppFxError: the disk has no room for the whole file; says both numbers.
-        OSError: the disk is full or refuses to be written.
-    """
-    if (facts := work.finished(name)) is not None:
-        return facts
-    path = work.folder / name
-    ordered = layout(specs, path)
-    raw = header_bytes(ordered, metadata, path)
-    sizes = (stored_nbytes(dtype, shape, shown(tensor)) for tensor, dtype, shape in ordered)
-    ends = list(accumulate(sizes, initial=len(raw)))
-    done = _written(work, name, raw, ends, [tensor for tensor, _, _ in ordered], memory)
-    if done == 0:
-        path.unlink(missing_ok=True)
-    start = ends[done] if done else 0
-    check_space(path, path.parent, ends[-1] - start)
-    with open(path, "r+b" if done else "xb", buffering=0) as out:
-        if not done:
-            write_all(out, memoryview(raw))
-        out.seek(ends[done])
-        for (tensor, dtype, shape), end in zip(ordered[done:], ends[done + 1 :], strict=True):
-            write_content(out, produce(tensor), dtype, shape, f"{path}: tensor {shown(tensor)}")
-            if end - start >= PART_BYTES and end < ends[-1]:
-                os.fsync(out.fileno())
-                work.keep_part(name, end, **memory.facts())
-                start = end
-        os.fsync(out.fileno())
-    work.finish(name, synced=True, **memory.facts())
-    return work.finished(name) or {}
-
-
-def _written(
-    work: Workspace, name: str, raw: bytes, ends: list[int], tensors: list[str], memory: Memory
-) -> int:
-    """How many tensors an earlier run left whole; 0 where the file is not the one to be written."""
-    part = work.part(name)
-    if part is None or part[0] not in ends or _first_bytes(work.folder / name, len(raw)) != raw:
-        return 0
-    done = ends.index(part[0])
-    return done if memory.recall(tensors[:done], part[1]) else 0
-
-
-def _first_bytes(path: Path, count: int) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(count)
 
 
 def copy_others(source: ModelFolder, target: Path, skip: Collection[str] = ()) -> None:

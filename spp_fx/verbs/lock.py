@@ -12,9 +12,10 @@ from spp_fx.errors import FormatError, MaskError, PatternError, UsageError
 from spp_fx.exporters.manifest import open_model
 from spp_fx.graph.names import is_target
 from spp_fx.parallel import Tick, in_order, no_tick
+from spp_fx.sparsity.kernels import element_type
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry, load_lock, make_entry
 from spp_fx.sparsity.pattern import Pattern, detect_pattern, parse_pattern, scan_bits
-from spp_fx.sparsity.scan import element_type, scan_stored
+from spp_fx.sparsity.scan import scan_stored
 from spp_fx.storage.folder import peft_adapter
 from spp_fx.storage.links import links_option
 from spp_fx.storage.output import atomic_file

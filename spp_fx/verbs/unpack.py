@@ -11,8 +11,8 @@ from torch import Tensor
 from spp_fx.errors import FormatError, MaskError, UsageError
 from spp_fx.exporters.checks import NOT_IN_TORCH, LibraryReader
 from spp_fx.exporters.format import FORMATS, Decoded, Format, Say, find_format
-from spp_fx.exporters.legacy import LegacyFolder
-from spp_fx.exporters.manifest import MANIFEST, TENSOR_FILES, Manifest, is_legacy, read_manifest
+from spp_fx.exporters.legacy import LegacyFolder, is_legacy
+from spp_fx.exporters.manifest import MANIFEST, TENSOR_FILES, Manifest, read_manifest
 from spp_fx.exporters.plain import write_plain_config
 from spp_fx.parallel import Tick, no_tick
 from spp_fx.sparsity.lock import LOCK_NAME

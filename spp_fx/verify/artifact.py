@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import cast
 
 from spp_fx.errors import FormatError, UsageError
-from spp_fx.exporters.manifest import COMPACT, MANIFEST, is_legacy, open_model, read_manifest
+from spp_fx.exporters.legacy import is_legacy
+from spp_fx.exporters.manifest import COMPACT, MANIFEST, open_model, read_manifest
 from spp_fx.sparsity.lock import Lock, lock_beside
 from spp_fx.sparsity.scan import Scan, scan_file, scan_stored
 from spp_fx.storage.folder import INDEX_NAME, WEIGHTS_NAME, ModelFolder, is_adapter

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.command import save_tokenizer
+from tests.effort import nightly
 from tests.families import make_model
 
 pytestmark = pytest.mark.slow
@@ -43,7 +44,11 @@ def run(script: str, *options: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "benchmarks").glob("*.py")))
+TESTED_BELOW = ("gpu_runtime.py",)
+SCRIPTS = sorted(path.name for path in (ROOT / "benchmarks").glob("*.py"))
+
+
+@pytest.mark.parametrize("script", [nightly(name) if name in TESTED_BELOW else name for name in SCRIPTS])
 def test_it_runs(script, tmp_path):
     options = TINY[script]
     if "MODEL" in options:

@@ -93,7 +93,7 @@ def product(path: Path, columns: int, level: str = "ORT_ENABLE_ALL") -> np.ndarr
 
 
 def read_back(path: Path, name: str = "W") -> torch.Tensor:
-    return GraphWeights.open(path).read(name)
+    return GraphWeights(path).read(name)
 
 
 def bits(tensor: torch.Tensor) -> bytes:

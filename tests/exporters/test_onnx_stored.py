@@ -72,7 +72,7 @@ def test_the_graph_has_the_head_that_transformers_loads(case, tmp_path):
     path = tmp_path / "out" / "model.onnx"
     found = compare_logits(path, logits_of(real, count_positions=False), VOCABULARY, tolerance=1e-5)
     assert found.argmax_agreement == 1
-    written = GraphWeights.open(path)
+    written = GraphWeights(path)
     embedding = real.get_input_embeddings().weight
     assert torch.equal(written.read(EMBEDDING[family]), embedding)
     assert (HEAD in written.names) == (real.lm_head.weight is not embedding)

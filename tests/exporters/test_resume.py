@@ -1,15 +1,22 @@
 """Exports that were stopped go on where their files were durable, and end with the same bytes."""
 
+import re
 import shutil
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
-from spp_fx.errors import SppFxError
+from spp_fx.errors import FormatError, SppFxError
 from spp_fx.exporters import packed, plain, sparse_bitmask
+from spp_fx.exporters.format import Source
+from spp_fx.exporters.manifest import read_manifest
+from spp_fx.exporters.packed import open_files
 from spp_fx.verbs.export import export
-from tests.command import listing
+from spp_fx.verbs.unpack import unpack
+from tests.command import listing, tensors
+from tests.exporters.packing import bare_folder
 from tests.soak.jobs import make_models
 
 
@@ -85,7 +92,7 @@ def test_a_file_that_was_cut_off_or_lost_is_written_again(count, model, tmp_path
 
 
 def test_packed_files_mirror_those_of_the_model(model, tmp_path):
-    """Each file holds the tensors of one of the model's, and what is counted survives a second run."""
+    """Each file holds the tensors of one of the model's, and together they give the model back."""
     out = export(model, tmp_path / "out", "cutlass").out
     shards = sorted(model.glob("*.safetensors"))
     names = [f"packed-{index:05}-of-{len(shards):05}.safetensors" for index in range(1, len(shards) + 1)]
@@ -93,6 +100,31 @@ def test_packed_files_mirror_those_of_the_model(model, tmp_path):
     for name, shard in zip(names, shards, strict=True):
         stored = {tensor.removesuffix(".packed").removesuffix(".meta") for tensor in load_file(out / name)}
         assert stored == load_file(shard).keys()
+    unpack(out, tmp_path / "back")
+    ours, theirs = tensors(tmp_path / "back"), tensors(model)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_lost_signs_are_counted_by_a_run_that_finds_the_file_finished(tmp_path):
+    weight = torch.zeros(32, 64, dtype=torch.bfloat16)
+    weight[:, ::4], weight[:, 1::4], weight[5, 2] = 1, 2, -0.0
+    model = bare_folder(tmp_path / "m", {"a.weight": weight}, {}, frozenset())
+    stopped_export(model, tmp_path / "out", "cutlass", 0, Source, "copy_small_files")
+    with pytest.MonkeyPatch.context() as patch:
+        calls = stop_after(99, patch, packed, "pack_site")
+        done = export(model, tmp_path / "out", "cutlass")
+    assert calls == [0]
+    assert done.manifest.tensors[0].negative_zeros == done.checks["signs_of_zeros_lost"] == 1
+
+
+def test_a_tensor_in_two_packed_files_is_refused(model, tmp_path):
+    out = export(model, tmp_path / "out", "cutlass").out
+    first, second = sorted(out.glob("*.safetensors"))[:2]
+    name = next(iter(load_file(first)))
+    save_file(load_file(second) | {name: load_file(first)[name]}, second, {"format": "pt"})
+    with pytest.raises(FormatError, match=rf"{second.name}: {re.escape(name)}: is in .*{first.name} too"):
+        open_files(out, read_manifest(out, check_files=False))
 
 
 def test_other_options_begin_anew(model, tmp_path, monkeypatch):

@@ -203,6 +203,16 @@ def test_packs_are_used_as_they_are_stored(packed, wide):
     assert torch.equal(logits(loaded), logits(reference(wide)))
 
 
+def test_packs_are_found_in_every_file_of_an_export(tmp_path):
+    plain = reference(save_sparse(tmp_path / "one", wide_model()))
+    plain.save_pretrained(tmp_path / "model", max_shard_size="200KB")
+    out = exported(tmp_path / "model", "cusparselt", sm=80)
+    assert len(list(out.glob("packed-*-of-*.safetensors"))) > 1
+    loaded = with_library(out, Right())
+    assert {each.form for each in loaded.spp_fx_sites.values()} == {"packed"}
+    assert torch.equal(logits(loaded), logits(plain))
+
+
 @pytest.mark.parametrize(("library", "form"), [(WrongOrder(), "repacked"), (Refuses(), "dense")])
 def test_packs_that_are_not_trusted_do_not_run(packed, wide, library, form):
     with pytest.warns(PackWarning) as caught:

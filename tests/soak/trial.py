@@ -42,6 +42,7 @@ class Trials:
         expected: the files of an undisturbed run, with their digests.
         work: seconds that it works.
         whole: seconds that it takes as `python -m spp_fx`, None where no run is started so.
+        timed: some are killed after a time; without, all are at a call, the same one on every machine.
     """
 
     job: Job
@@ -51,9 +52,12 @@ class Trials:
     work: float
     whole: float | None
     tally: Tally
+    timed: bool = True
 
     @classmethod
-    def of(cls, job: Job, folder: Path, server: ForkServerContext, *, python: bool = False) -> "Trials":
+    def of(
+        cls, job: Job, folder: Path, server: ForkServerContext, *, python: bool = False, timed: bool = True
+    ) -> "Trials":
         """Measure an undisturbed run of a command."""
         folder.mkdir(parents=True)
         tally = Tally(job.name)
@@ -70,7 +74,7 @@ class Trials:
             whole = real.seconds
             shutil.rmtree(out)
         tally.undisturbed_s = round(ended.seconds, 3)
-        return cls(job, folder, server, expected, ended.seconds, whole, tally)
+        return cls(job, folder, server, expected, ended.seconds, whole, tally, timed)
 
     def until(self, kills: int, random_: random.Random) -> Tally:
         """Trials until so many runs were killed."""
@@ -110,7 +114,7 @@ class Trials:
         if self.whole is not None:
             after = random_.uniform(0, self.whole)
             return run_python(words, self._store, after), f"after {after:.3f} s of python"
-        if random_.random() < 0.5:
+        if self.timed and random_.random() < 0.5:
             after = random_.uniform(0, self.work)
             return run_forked(self.server, words, self._store, after), f"after {after:.3f} s of work"
         # Half of them among the last calls, where names are given and things removed.

@@ -121,7 +121,7 @@ def test_a_lock_is_written_one_site_a_line_sorted_and_stable():
     text = Lock.of(entries).dumps()
     assert text == Lock.of(reversed(entries)).dumps()
     lines = text.splitlines()
-    assert lines[:4][:3] == ["{", '  "format_version": 1,', '  "pattern": "50%",']
+    assert lines[:4][:3] == ["{", '  "format_version": 2,', '  "pattern": "50%",']
     assert lines[4].startswith('    {"name": "a.\\"weight\\"\\u2028", "kind": "linear", "shape": [2, 2, 4], ')
     assert lines[4].endswith(', "transposed": true},')
     assert "transposed" not in lines[5]
@@ -164,7 +164,7 @@ def test_an_unsorted_lock_is_read(tmp_path):
 
 def spoiled(**changes) -> str:
     site = {**json.loads(entry_of(random_mask(0, (2, 4)), pattern="2:4").line()), **changes}
-    return json.dumps({"format_version": 1, "pattern": site["pattern"], "sites": [site]})
+    return json.dumps({"format_version": 2, "pattern": site["pattern"], "sites": [site]})
 
 
 good = spoiled()
@@ -180,10 +180,11 @@ good = spoiled()
         ("\xff", "not JSON"),
         ("[" * 100_000, "nested too deep"),
         (good.replace('"w"', '"w", "x": ' + "[" * 100_000), "nested too deep"),
-        (good.replace('"format_version": 1', '"format_version": 2'), "version 2 is unknown"),
-        (good.replace('"format_version": 1', '"format_version": true'), "format_version"),
-        (good.replace('"format_version": 1, ', ""), "no format_version"),
-        (good.replace('"format_version": 1', '"format_version": 1, "extra": 1'), "extra"),
+        (good.replace('"format_version": 2', '"format_version": 3'), "version 3 is unknown"),
+        (good.replace('"format_version": 2', '"format_version": 1'), "'spp-fx lock MODEL --force'"),
+        (good.replace('"format_version": 2', '"format_version": true'), "format_version"),
+        (good.replace('"format_version": 2, ', ""), "no format_version"),
+        (good.replace('"format_version": 2', '"format_version": 2, "extra": 1'), "extra"),
         (good.replace('"name": "w"', '"name": "w", "name": "v"'), "twice"),
         (good.replace('"pattern": "2:4", "sites"', '"pattern": "4:8", "sites"'), "its sites say '2:4'"),
         (good.replace('"pattern": "2:4", "sites"', '"pattern": null, "sites"'), "its sites say '2:4'"),
@@ -223,7 +224,7 @@ def test_a_file_that_is_no_lock_is_refused_with_its_fault(tmp_path, text, fault)
 def test_a_duplicated_site_in_a_file_is_refused():
     site = entry_of(random_mask(0, (2, 4))).line()
     with pytest.raises(FormatError, match="'w' appears twice"):
-        Lock.loads(f'{{"format_version": 1, "pattern": "50%", "sites": [{site}, {site}]}}')
+        Lock.loads(f'{{"format_version": 2, "pattern": "50%", "sites": [{site}, {site}]}}')
 
 
 def test_an_enormous_file_is_refused_unread(tmp_path):

@@ -184,10 +184,8 @@ def test_six_bit_floats_are_copied_but_not_decoded(tmp_path: Path) -> None:
 def test_rewriting_nothing_copies_every_byte(tmp_path: Path) -> None:
     save_file(everything(), tmp_path / "m.safetensors", {"z": "1", "format": "pt", "a": "2"})
     shard = Shard.open(tmp_path / "m.safetensors")
-    done = rewrite_shard(shard, tmp_path / "n.safetensors", lambda _: None)
+    rewrite_shard(shard, tmp_path / "n.safetensors", lambda _: None)
     assert (tmp_path / "n.safetensors").read_bytes() == (tmp_path / "m.safetensors").read_bytes()
-    assert done.replaced == ()
-    assert done.copied_bytes == shard.header.data_end - shard.header.data_start
 
 
 @pytest.mark.parametrize("kernel_copy", ["whole", "absent", "refused", "answers zero", "in small steps"])
@@ -224,11 +222,9 @@ def test_rewriting_replaces_some_and_keeps_the_rest(
             return (block + 1 for block in source.row_blocks(info.name, 40))
         return None
 
-    done = rewrite_shard(source, tmp_path / "n.safetensors", replace)
-    after = {name: t + 1 if name in done.replaced else t for name, t in before.items()}
-    assert done.replaced == ("t0", "t1", "t5", "t6")
+    rewrite_shard(source, tmp_path / "n.safetensors", replace)
+    after = {name: t + 1 if name in ("t0", "t1", "t5", "t6") else t for name, t in before.items()}
     assert asked == list(source.header.tensors)
-    assert done.replaced_bytes + done.copied_bytes == sum(t.nbytes for t in before.values())
     assert_library_reads(tmp_path / "n.safetensors", after)
     assert Shard.open(tmp_path / "n.safetensors").header.raw == source.header.raw
 

@@ -191,6 +191,42 @@ def test_a_journal_that_was_cut_is_written_on_as_whole_lines(runs: Runs) -> None
     assert [json.loads(line)["file"] for line in lines] == ["out/a", "out/b"]
 
 
+def test_a_file_is_finished_when_its_journal_line_is_on_the_disk(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal, synced = runs.store / "journal.jsonl", list[str]()
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        real(descriptor)
+        if os.readlink(f"/proc/self/fd/{descriptor}") == str(journal):
+            synced.append(journal.read_text())
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with workspace(runs.target, PLAN) as work:
+        (work.folder / "a").write_text("first")
+        work.finish("a")
+        assert synced[-1] == journal.read_text() != ""
+
+
+def test_a_journal_line_that_fails_is_taken_back(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal, real = runs.store / "journal.jsonl", os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if os.readlink(f"/proc/self/fd/{descriptor}") == str(journal) and '"out/b"' in journal.read_text():
+            refuse()
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(SppFxError, match="Read-only file system"):
+            runs()
+    assert [json.loads(line)["file"] for line in journal.read_text().splitlines()] == ["out/a"]
+    runs()
+    assert runs.written == ["b"]
+    assert runs.is_whole()
+
+
 def test_a_journal_that_cannot_be_opened_costs_nothing(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KeyboardInterrupt):
         runs(KeyboardInterrupt())
@@ -214,24 +250,6 @@ def test_facts_come_back(runs: Runs) -> None:
     with workspace(runs.target, PLAN) as work:
         assert work.finished("a") == {"letters": 5}
         assert work.finished("c") is None
-
-
-def test_a_part_is_cut_to_what_is_durable_of_it(runs: Runs) -> None:
-    def write(work: Workspace) -> None:
-        (work.folder / "big").write_bytes(b"12345678")
-        work.keep_part("big", 8, next=2)
-        with open(work.folder / "big", "ab") as file:
-            file.write(b"90")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt), workspace(runs.target, PLAN) as work:
-        write(work)
-    with workspace(runs.target, PLAN) as work:
-        assert work.part("big") == (8, {"next": 2})
-        assert work.finished("big") is None
-        assert (work.folder / "big").read_bytes() == b"12345678"
-        work.finish("big")
-        assert work.part("big") is None
 
 
 def test_files_are_finished_from_many_threads(tmp_path: Path) -> None:

@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spp_fx.errors import FormatError
-from spp_fx.exporters.legacy import LegacyFolder
-from spp_fx.exporters.manifest import is_legacy, without_sparsity
+from spp_fx.exporters.legacy import LegacyFolder, is_legacy, without_sparsity
 from spp_fx.storage.folder import ModelFolder
 from spp_fx.verbs.unpack import unpack
 from spp_fx.verbs.verify import verify

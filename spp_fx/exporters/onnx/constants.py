@@ -249,19 +249,20 @@ def _evaluate(node: Node, given: Sequence[Array | None]) -> list[Array]:
     proto = NodeProto(op_type=node.op, input=names, output=outputs, attribute=node.proto.attribute)
     feeds = {name: array for name, array in zip(names, given, strict=True) if array is not None}
     made = [name for name in outputs if name]
-    ends = ([helper.make_empty_tensor_value_info(name) for name in each] for each in (feeds, made))
-    graph = helper.make_graph([proto], "one node", *ends)
+    inputs = [helper.make_empty_tensor_value_info(name) for name in feeds]
+    results = [helper.make_empty_tensor_value_info(name) for name in made]
+    graph = helper.make_graph([proto], "one node", inputs, results)
     try:
         with np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            results = list(ReferenceEvaluator(graph, {"": opset}).run(None, feeds))
+            arrays = list(ReferenceEvaluator(graph, {"": opset}).run(None, feeds))
     except _EVALUATION_ERRORS as error:
         told = f"{type(error).__name__}: {error}"[:200]
         raise Unfoldable(f"is computed by {node.label}, which onnx cannot evaluate: {told}") from error
-    arrays = dict(zip(made, map(np.asarray, results), strict=False))
-    if any(array.dtype.hasobject for array in arrays.values()):
+    by_name = dict(zip(made, map(np.asarray, arrays), strict=False))
+    if any(array.dtype.hasobject for array in by_name.values()):
         raise Unfoldable(f"is computed by {node.label}, which makes no numbers")
-    return [arrays.get(name, np.zeros(0)) for name in outputs]
+    return [by_name.get(name, np.zeros(0)) for name in outputs]
 
 
 class State(IntEnum):

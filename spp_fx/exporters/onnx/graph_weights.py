@@ -7,7 +7,6 @@ of the graph each stored tensor is, and the weights have the stored names.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
@@ -29,15 +28,11 @@ GRAPH = "model.onnx"
 FORMATS = ("onnx", "onnx-packed", "onnx-dense")
 
 
-@dataclass(frozen=True)
 class GraphWeights:
-    """Every weight of a graph, dense, sparse, packed or computed from constants."""
+    """Every weight of an .onnx file: dense, sparse, packed or computed from constants."""
 
-    file: OnnxFile
-
-    @classmethod
-    def open(cls, path: Path) -> "GraphWeights":
-        return cls(OnnxFile(path))
+    def __init__(self, path: Path) -> None:
+        self.file = OnnxFile(path)
 
     @cached_property
     def factors(self) -> Factors:
@@ -100,7 +95,7 @@ def read(folder: Path, manifest: Manifest) -> Weights:
     Raises:
         FormatError: the graph is damaged, or lacks a tensor that the manifest names.
     """
-    graph = GraphWeights.open(folder / GRAPH)
+    graph = GraphWeights(folder / GRAPH)
     known = set(graph.names)
     parts: dict[str, Part] = {}
     where: dict[str, str] = {}
@@ -155,7 +150,7 @@ def read_graph(path: Path) -> Weights:
         manifest = read_manifest(path.parent)
         if manifest.format in FORMATS:
             return read(path.parent, manifest)
-    graph = GraphWeights.open(path)
+    graph = GraphWeights(path)
     found = graph.factors
     sparse = [name for name in (*graph.file.sparse, *graph.file.packed) if name not in found.refused]
     sites = dict.fromkeys(sparse, False) | {name: each.transposed for name, each in found.sites.items()}

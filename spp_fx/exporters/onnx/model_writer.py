@@ -238,7 +238,7 @@ def _compare_weights(export: _Export, target: Path, encoded: dict[str, Encoded])
     Raises:
         MaskError: one differs by more than the signs of zeros that had no place.
     """
-    written = GraphWeights.open(target / GRAPH)
+    written = GraphWeights(target / GRAPH)
     for parameter in export.graph.parameters:
         done = encoded.get(parameter.name)
         found = written.read(parameter.name)

@@ -142,7 +142,9 @@ class Factors:
         self._uses = _Uses(self.values, self.flow)
         self._found: dict[tuple[Any, ...], tuple[Factor, list[Node]]] = {}
         self._combined: dict[Stored, list[Node]] = {}
-        self._reasons: dict[str, dict[Stored, str]] = {}  # by what is done with the tensors
+        # Reasons by kind: "scale"; "lookup"; "left", no product sums over it; "read", by an operator that is not
+        # followed; "combined" with activations before a product; "refused".
+        self._reasons: dict[str, dict[Stored, str]] = {}
         self._walked: dict[str, set[int]] = {}
         for node in self.values.nodes:
             self._visit(node)
@@ -277,7 +279,7 @@ class Factors:
             self._factor(node, Factor(base, at, zero, zero_axis, matrix), size)
 
     def _factor(self, node: Node, factor: Factor, size: int | None) -> None:
-        """Keep a factor, unless it is a vector, or what it sums over is one number."""
+        """Keep a factor, unless it is a vector or the dimension that is summed over has size 1."""
         try:
             chain_of(factor.base)
             shape = self.flow.shape(factor.base) or self._computed_shape(factor.base)
@@ -330,7 +332,7 @@ class Factors:
     # Names and reasons
 
     def _note(self, kind: str, values: Iterable[Value | None], reason: str) -> None:
-        """Keep for the tensors behind values what is done with them; the first reason of a kind counts."""
+        """Record a reason for the tensors that values are computed from; the first of a kind counts."""
         walked = self._walked.setdefault(kind, set())
         reasons = self._reasons.setdefault(kind, {})
         stack = [resolved(each) for each in values if each is not None]
@@ -439,7 +441,7 @@ class _Uses:
                 self._readers.setdefault(value, []).append(node)
 
     def _after(self, value: Value) -> Iterator[tuple[Node, list[Value]]]:
-        """The readers of a value, each with its results that have the value's numbers in them."""
+        """The readers of a value, each with the results that contain the value's numbers."""
         for node in self._readers.get(id(resolved(value)), ()):
             results: list[Value] = []
             if node.op == "If":
@@ -451,7 +453,7 @@ class _Uses:
             yield node, results
 
     def _reached(self, starts: Iterable[Value]) -> dict[int, Value]:
-        """The values that have numbers of others in them, through elementwise and moving operators."""
+        """The values that contain numbers of others, through elementwise and moving operators."""
         reached: dict[int, Value] = {}
         stack = [resolved(each) for each in starts]
         while stack:
@@ -493,7 +495,7 @@ class _Uses:
         return None
 
     def _weighs(self, node: Node, reached: Mapping[int, Value]) -> bool:
-        """Whether a product's weight is among the values, and what it multiplies is not."""
+        """Whether a product's weight is among the values, and its left operand is not."""
         if node.op in _CONVOLUTIONS:
             weights: Sequence[int] = (_CONVOLUTIONS[node.op][0],)
         elif node.op == "Einsum":
@@ -504,7 +506,7 @@ class _Uses:
         return any(inside[at] for at in weights if at < len(inside)) and not inside[0]
 
     def _adds_up(self, node: Node, value: Value) -> bool:
-        """Whether a node sums over a value: a reduction, or a product with one number or a vector of constants."""
+        """Whether a node sums over a value: a reduction, or a product with a constant number or vector."""
         if node.op in _SUMS:
             return any(_is(each, value) for each in node.data_inputs()[:1])
         if node.op in ("Loop", "Scan"):

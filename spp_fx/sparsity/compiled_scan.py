@@ -1,0 +1,123 @@
+"""`kernels.scan_elements` as machine code, which llvmlite makes from LLVM assembly in some 20 ms.
+
+A comparison of 64 lanes whose result is read as a 64-bit integer is one or two instructions on AVX-512 and a few
+more on other CPUs, so one definition serves every CPU. numba cannot express it, and importing numba
+takes longer than reading a gigabyte.
+"""
+
+import ctypes
+import sys
+from typing import Any
+
+import numpy as np
+from llvmlite import binding
+from numpy.typing import NDArray
+
+from spp_fx.sparsity.kernels import ElementType, ScanElements, scan_elements
+
+# 64 elements of W bits become one mask word in each turn. `found` receives how many are non-zero and how many are
+# non-finite: those whose magnitude is `start` to `start + span - 1`, by one unsigned comparison that wraps around.
+_ASSEMBLY = """
+define void @scan(ptr %elements, i64 %words, ptr %rule, ptr %mask, ptr %found) {
+entry:
+  %rule.values = load <3 x iW>, ptr %rule, align 1
+  %magnitude = shufflevector <3 x iW> %rule.values, <3 x iW> poison, <64 x i32> zeroinitializer
+  %start = shufflevector <3 x iW> %rule.values, <3 x iW> poison, <64 x i32> splat (i32 1)
+  %span = shufflevector <3 x iW> %rule.values, <3 x iW> poison, <64 x i32> splat (i32 2)
+  br label %turn
+
+turn:
+  %i = phi i64 [0, %entry], [%i.next, %turn]
+  %nonzeros = phi i64 [0, %entry], [%nonzeros.next, %turn]
+  %nonfinites = phi i64 [0, %entry], [%nonfinites.next, %turn]
+
+  %from = getelementptr <64 x iW>, ptr %elements, i64 %i
+  %values = load <64 x iW>, ptr %from, align 1
+  %magnitudes = and <64 x iW> %values, %magnitude
+  %is.nonzero = icmp ne <64 x iW> %magnitudes, zeroinitializer
+  %word = bitcast <64 x i1> %is.nonzero to i64
+  %to = getelementptr i64, ptr %mask, i64 %i
+  store i64 %word, ptr %to, align 1
+  %ones = call i64 @llvm.ctpop.i64(i64 %word)
+  %nonzeros.next = add i64 %nonzeros, %ones
+
+  %past = sub <64 x iW> %magnitudes, %start
+  %is.nonfinite = icmp ult <64 x iW> %past, %span
+  %nonfinite = bitcast <64 x i1> %is.nonfinite to i64
+  %more = call i64 @llvm.ctpop.i64(i64 %nonfinite)
+  %nonfinites.next = add i64 %nonfinites, %more
+
+  %i.next = add i64 %i, 1
+  %again = icmp ult i64 %i.next, %words
+  br i1 %again, label %turn, label %end
+
+end:
+  store i64 %nonzeros.next, ptr %found, align 8
+  %second = getelementptr i64, ptr %found, i64 1
+  store i64 %nonfinites.next, ptr %second, align 8
+  ret void
+}
+
+declare i64 @llvm.ctpop.i64(i64)
+"""
+
+if sys.byteorder != "little":
+    raise ImportError("mask words are written as little-endian")
+try:
+    binding.check_jit_execution()
+except OSError as error:  # SELinux and the like let no process run code that it made
+    raise ImportError(str(error)) from error
+
+_SCAN = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * 3])
+_WORD = 64  # elements of one mask word
+
+
+def compile_scan(itemsize: int) -> ScanElements:
+    """`scan_elements` for elements of 1, 2, 4 or 8 bytes; a call lets other threads run."""
+    engine = _compile(_ASSEMBLY.replace("iW", f"i{8 * itemsize}"))
+    machine_code = _SCAN(engine.get_function_address("scan"))
+
+    def scan(elements: NDArray[Any], kind: ElementType, out: NDArray[np.uint8]) -> tuple[int, int]:
+        words = elements.size // _WORD
+        if elements.itemsize != itemsize or not elements.flags.c_contiguous or not out.flags.c_contiguous:
+            raise ValueError(f"needs contiguous arrays and elements of {itemsize} bytes")
+        if out.size < (elements.size + 7) // 8 or not out.flags.writeable:
+            raise ValueError(f"a mask of {out.size} writable bytes is too small for {elements.size} elements")
+        rule = (kind.magnitude, kind.non_finite_from, kind.non_finite_span)
+        packed = b"".join(value.to_bytes(itemsize, "little") for value in rule)
+        found = (ctypes.c_int64 * 2)()
+        if words:
+            machine_code(_address(elements), words, packed, _address(out), found)
+        if elements.size % _WORD == 0:
+            return found[0], found[1]
+        rest = scan_elements(elements[words * _WORD :], kind, out[words * _WORD // 8 :])
+        return found[0] + rest[0], found[1] + rest[1]
+
+    scan.__dict__["engine"] = engine  # owns the memory of the machine code
+    return scan
+
+
+def _address(array: NDArray[Any]) -> int:
+    return array.__array_interface__["data"][0]
+
+
+def _compile(assembly: str) -> Any:
+    """The engine that holds the machine code of a module for the CPU at hand."""
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    try:
+        features = binding.get_host_cpu_features().flatten()
+    except RuntimeError:  # LLVM cannot read this CPU's features: code for its name alone is right
+        features = ""
+    triple = binding.get_process_triple()
+    machine = binding.Target.from_triple(triple).create_target_machine(
+        cpu=binding.get_host_cpu_name(),
+        features=features,
+        opt=3,
+        reloc="static" if triple.startswith("x86") else "default",
+        codemodel="jitdefault",  # code that may lie anywhere in memory
+        jit=True,
+    )
+    engine = binding.create_mcjit_compiler(binding.parse_assembly(assembly), machine)
+    engine.finalize_object()
+    return engine
