@@ -10,8 +10,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from functools import cache
-from importlib import import_module
 from math import isfinite, lcm, prod, sqrt
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
@@ -256,14 +254,3 @@ def recording() -> Generator[None]:
     included = torch._C._dispatch_tls_local_include_set()
     with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
         yield
-
-
-@cache
-def compiled(name: Literal["cpu", "gpu"]) -> Any:
-    """The kernels of this folder for a device, None where their compiler (numba, triton) is not installed."""
-    try:
-        return import_module(f"spp_fx.adapters.{name}")
-    except ImportError as error:
-        if (error.name or "").startswith("spp_fx"):
-            raise
-        return None

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spp_fx.adapters.method import compiled
+from spp_fx.compiled import optional_module
 
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _LOCAL = threading.local()
@@ -187,7 +187,7 @@ def unpack_bitmask(values: Tensor, bits: Tensor, out: Tensor) -> Tensor:
 
 
 def _kernels(out: Tensor) -> Any:
-    return compiled("cpu") if out.device.type == "cpu" else None
+    return optional_module("spp_fx.adapters.cpu") if out.device.type == "cpu" else None
 
 
 def _integers(tensor: Tensor) -> Any:

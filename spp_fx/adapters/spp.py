@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import gcd, sqrt
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from spp_fx.adapters.method import (
     Factors,
@@ -15,12 +15,12 @@ from spp_fx.adapters.method import (
     Method,
     TrainingDefaults,
     at_least_one,
-    compiled,
     finite_factor,
     probability,
     register,
     work_dtype,
 )
+from spp_fx.compiled import optional_module
 from spp_fx.options import option
 
 if TYPE_CHECKING:
@@ -82,10 +82,11 @@ class SPP(Method):
         grads["spp_alpha"] += torch.bmm(column, product).squeeze(1)
 
     def kernels(self, device: str) -> Kernels | None:
-        return compiled("gpu") if device == "cuda" else compiled("cpu") if device == "cpu" else None
+        modules = {"cpu": "spp_fx.adapters.cpu", "cuda": "spp_fx.adapters.gpu"}
+        return cast("Kernels | None", optional_module(modules[device])) if device in modules else None
 
     def fold_kernel(self, factors: Mapping[str, Any], dtype: str) -> FoldKernel | None:
-        if (cpu := compiled("cpu")) is None:
+        if (cpu := optional_module("spp_fx.adapters.cpu")) is None:
             return None
         kernel = {"BF16": cpu.fold_bfloat16, "F16": cpu.fold_float16}.get(dtype, cpu.fold_wide)
         alpha, scaled = factors["spp_alpha"], self.scale * factors["spp_beta"][:, 0]
