@@ -17,19 +17,21 @@ from spp_fx.version import VERSION
 if TYPE_CHECKING:
     from spp_fx import runtime
     from spp_fx.errors import SppFxError
+    from spp_fx.exporters.export_settings import ExportSettings
     from spp_fx.graph.printer import print_program
     from spp_fx.graph.program import Program
     from spp_fx.graph.trace import trace
     from spp_fx.passes.pipeline import parse_pipeline, print_pipeline, run_pipeline
     from spp_fx.verbs.evaluate import evaluate
-    from spp_fx.verbs.export import ExportSettings, export
+    from spp_fx.verbs.export import export
     from spp_fx.verbs.inject import inject
     from spp_fx.verbs.inspect import inspect
-    from spp_fx.verbs.load import Calibration, load_program
+    from spp_fx.verbs.load import load_program
     from spp_fx.verbs.lock import lock
     from spp_fx.verbs.merge import merge
     from spp_fx.verbs.prune import prune
-    from spp_fx.verbs.train import TrainSettings, train
+    from spp_fx.verbs.settings import Calibration, TrainSettings
+    from spp_fx.verbs.train import train
     from spp_fx.verbs.unpack import unpack
     from spp_fx.verbs.verify import verify
 
@@ -37,11 +39,11 @@ __version__ = VERSION
 
 # Imported on first use: torch and transformers take seconds that `spp-fx --help` need not wait for.
 _HOMES = {
-    "Calibration": "spp_fx.verbs.load",
-    "ExportSettings": "spp_fx.verbs.export",
+    "Calibration": "spp_fx.verbs.settings",
+    "ExportSettings": "spp_fx.exporters.export_settings",
     "Program": "spp_fx.graph.program",
     "SppFxError": "spp_fx.errors",
-    "TrainSettings": "spp_fx.verbs.train",
+    "TrainSettings": "spp_fx.verbs.settings",
     "evaluate": "spp_fx.verbs.evaluate",
     "export": "spp_fx.verbs.export",
     "inject": "spp_fx.verbs.inject",

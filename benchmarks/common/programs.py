@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, fx, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from spp_fx.adapters.spp import SPP
 from spp_fx.graph.program import ADAPTER, Program, leaf
 from spp_fx.graph.trace import trace
 from spp_fx.passes.canonicalize import Canonicalize
@@ -41,7 +42,7 @@ def small_llama(layers: int, dtype: torch.dtype) -> PreTrainedModel:
 def abstract_program(model: PreTrainedModel, rank: int) -> Program:
     """The program with SPP adapters that are not lowered yet."""
     program = trace(model)
-    run_pipeline(program, [Canonicalize(), Causal(), Match(), Inject(options={"rank": rank, "scale": SCALE})])
+    run_pipeline(program, [Canonicalize(), Causal(), Match(), Inject(SPP(rank=rank, scale=SCALE))])
     return program.train()
 
 

@@ -9,7 +9,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from math import isfinite, lcm, prod, sqrt
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
@@ -191,16 +191,6 @@ class Method(ABC):
     def parameters(self) -> dict[str, Any]:
         """The options, as the adapter's configuration stores them."""
         return {each.name: getattr(self, each.name) for each in fields(self)}
-
-
-def option(default: Any, text: str, check: Callable[[Any], str | None] | None = None) -> Any:
-    """A field of a method: an int, float, bool or str.
-
-    Args:
-        text: its help on the command line.
-        check: says what a value must be, if it is not that.
-    """
-    return field(default=default, metadata={"help": text, "check": check})
 
 
 def at_least_one(value: float) -> str | None:

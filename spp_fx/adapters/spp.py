@@ -16,12 +16,12 @@ from spp_fx.adapters.method import (
     TrainingDefaults,
     at_least_one,
     finite_factor,
-    option,
     probability,
     register,
     work_dtype,
 )
 from spp_fx.compiled import optional_module
+from spp_fx.options import option
 
 if TYPE_CHECKING:
     import torch

@@ -11,10 +11,10 @@ from spp_fx.adapters.method import (
     TrainingDefaults,
     at_least_one,
     finite_factor,
-    option,
     probability,
     register,
 )
+from spp_fx.options import option
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from io import FileIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from spp_fx.adapters.fold import round_once
 from spp_fx.errors import MaskError
+from spp_fx.exporters.export_settings import ExportSettings
 from spp_fx.exporters.manifest import MANIFEST, Manifest, TensorRecord, write_manifest
 from spp_fx.parallel import Tick
 from spp_fx.registry import Registry
@@ -219,26 +220,6 @@ def new_tensor_file(
 
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class ExportSettings:
-    """Options of the formats; each format names those it takes.
-
-    Attributes:
-        sm: GPU generation that weights are packed for, such as 80 or 90.
-        dtype: float32, float16 or bfloat16 to round the weights to; None keeps theirs.
-        indices: index type of sparse initializers.
-        with_past: an ONNX graph with a key/value cache as inputs and outputs.
-        compare_logits: whether the written graph is run and its logits compared with the model's; None where
-            the model is small enough.
-    """
-
-    sm: int = 80
-    dtype: str | None = None
-    indices: Literal["smallest", "int64"] = "smallest"
-    with_past: bool = False
-    compare_logits: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import is_peft_available
 
 from spp_fx.errors import FormatError, SppFxError, UsageError
@@ -39,6 +39,17 @@ _SHAPES = re.compile(r"ckpt: torch\.Size\((.*?)\) vs model: ?torch\.Size\((.*?)\
 _LOGGER = logging.getLogger("transformers.modeling_utils")
 
 Json = Mapping[str, Any]
+
+
+def _classes(*tables: str) -> frozenset[str]:
+    """The names of the classes in tables of transformers' auto classes."""
+    found = (names for table in tables for names in getattr(modeling_auto, table, {}).values())
+    return frozenset(name for names in found for name in ((names,) if isinstance(names, str) else names))
+
+
+CAUSAL = _classes("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
+"""Names of the classes that AutoModelForCausalLM makes."""
+_HEADLESS = _classes("MODEL_MAPPING_NAMES")
 
 
 class Readable:
@@ -162,7 +173,7 @@ def lacking(folder: str | Path) -> str:
     """Why tensors of a causal language model may be missing, by config.json."""
     config = read_json(Path(folder) / "config.json")
     named = _architectures(config)
-    if named and named[0] not in _names("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES") and "auto_map" not in config:
+    if named and named[0] not in CAUSAL and "auto_map" not in config:
         return f"{holds(config)}, which is not a causal language model"
     return "it is damaged, or config.json is not its own"
 
@@ -266,21 +277,12 @@ def _architectures(config: Json) -> list[str]:
     )
 
 
-def _names(mapping: str) -> set[str]:
-    """The classes of one of transformers' tables of auto classes."""
-    found: set[str] = set()
-    for names in cast(Mapping[str, Any], getattr(modeling_auto, mapping, {})).values():
-        found |= {names} if isinstance(names, str) else set(names)
-    return found
-
-
-def _other_tasks() -> set[str]:
+def _other_tasks() -> frozenset[str]:
     """Classes that stand for another task than text that goes on; those of pictures and text may do that too."""
-    tables = [name for name in dir(modeling_auto) if re.fullmatch(r"MODEL_FOR_\w+_MAPPING_NAMES", name)]
+    tables = {name for name in dir(modeling_auto) if re.fullmatch(r"MODEL_FOR_\w+_MAPPING_NAMES", name)}
     text = {"MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"}
     text |= {name for name in tables if "MULTIMODAL_LM" in name or "VISION_2_SEQ" in name}
-    others = set[str]().union(*(_names(name) for name in tables if name not in text))
-    return others - set[str]().union(*(_names(name) for name in text))
+    return _classes(*(tables - text)) - _classes(*text)
 
 
 class _Report(logging.Handler):
@@ -302,7 +304,7 @@ class _Report(logging.Handler):
         _LOGGER.propagate = False
 
     def stop(self, *, show: bool) -> str:
-        """What was logged; where nothing failed, it goes on to where it would have gone."""
+        """What was logged; where nothing failed, it is passed on to the handlers that it was kept from."""
         _LOGGER.removeHandler(self)
         level, _LOGGER.propagate = self.before
         _LOGGER.setLevel(level)
@@ -312,15 +314,6 @@ class _Report(logging.Handler):
         return re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(record.getMessage() for record in self.kept))
 
 
-def _classes(mapping: Mapping[str, str | Sequence[str]]) -> frozenset[str]:
-    return frozenset(
-        name for names in mapping.values() for name in ((names,) if isinstance(names, str) else names)
-    )
-
-
-CAUSAL = _classes(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-"""Names of the classes that AutoModelForCausalLM makes."""
-_HEADLESS = _classes(MODEL_MAPPING_NAMES)
 _ADAPTER = "adapter_config.json"
 
 

@@ -1,7 +1,6 @@
-"""A model that cannot be traced, as a program without graphs: its modules tell which weights are linears."""
+"""A model that cannot be traced, as a program without graphs: the types of its modules give the sites."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import NoReturn
 
 from torch import Tensor, fx, nn
@@ -9,9 +8,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from spp_fx.errors import SppFxError
-from spp_fx.graph.names import layer_of
-from spp_fx.graph.program import ROUTES, Kind, LeftOut, Program, Site, leaf
-from spp_fx.graph.trace import head_of, loss_of, tied_parameters
+from spp_fx.graph.program import ROUTES, Kind, LeftOut, Program, opaque
+from spp_fx.graph.trace import head_of, tied_parameters
 
 _ROUTER_WORDS = frozenset(("gate", "router"))
 
@@ -26,9 +24,8 @@ def outline(model: PreTrainedModel, reason: str) -> Program:
         model: on any device; its parameters are shared.
         reason: why it cannot be traced; calling the program raises it.
     """
-    program = Program(
-        _root(model, reason), model.config, loss_of(model), tied_parameters(model), head_of(model)
-    )
+    root = _root(model, reason)
+    program = Program(root, model.config, model.loss_function, tied_parameters(model), head_of(model))
     program.untraced = reason
     modules = dict(model.named_modules(remove_duplicate=False))
     embeddings = {f"{path}.weight" for path, module in modules.items() if isinstance(module, nn.Embedding)}
@@ -47,9 +44,10 @@ def outline(model: PreTrainedModel, reason: str) -> Program:
                 program.left_out[name] = LeftOut(reason, known=False)
             else:
                 transposed = kind == "conv1d" or (kind == "experts" and bool(module.is_transposed))
-                program.sites[name] = _site(program, name, parameter, kind, transposed, embeddings)
-                if _is_router(modules, path):
-                    program.sites[name] = replace(program.sites[name], role=ROUTES)
+                role = ROUTES if _is_router(modules, path) else None
+                program.sites[name] = program.make_site(
+                    name, kind, transposed=transposed, embeddings=embeddings, role=role
+                )
     return program
 
 
@@ -65,7 +63,7 @@ def _root(model: PreTrainedModel, reason: str) -> fx.GraphModule:
     return root
 
 
-@leaf
+@opaque
 def _untraced(input_ids: Tensor, attention_mask: Tensor, reason: str) -> NoReturn:
     raise SppFxError(reason)
 
@@ -84,25 +82,6 @@ def _unknown(module: nn.Module) -> str:
     if isinstance(module, nn.modules.conv._ConvNd):
         return "is the kernel of a convolution"
     return f"is a parameter of {type(module).__name__}, and only a trace tells what it does"
-
-
-def _site(
-    program: Program, name: str, parameter: Tensor, kind: Kind, transposed: bool, embeddings: set[str]
-) -> Site:
-    shape = tuple(parameter.shape)
-    first = program.tied.get(name, name)
-    group = {name, first} | {other for other, owner in program.tied.items() if owner == first}
-    return Site(
-        name=name,
-        kind=kind,
-        shape=(*shape[:-2], shape[-1], shape[-2]) if transposed else shape,
-        dtype=parameter.dtype,
-        transposed=transposed,
-        layer=layer_of(name),
-        uses=1,
-        tied_to=next(iter(sorted(group & embeddings)), None),
-        is_head=program.head in group,
-    )
 
 
 def _is_router(modules: Mapping[str, nn.Module], path: str) -> bool:

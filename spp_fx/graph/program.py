@@ -1,6 +1,6 @@
 """The traced model and its sites: the weights that passes may treat."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Literal, TypeVar, cast
@@ -14,13 +14,14 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from spp_fx.adapters.method import Method
 from spp_fx.errors import UsageError
+from spp_fx.graph.names import layer_of
 from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.pattern import Pattern
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def leaf(function: F) -> F:
+def opaque(function: F) -> F:
     """Make every fx tracer take a call as one node instead of looking inside.
 
     A pickled graph module is traced again where it is read, from generated code; `fx.wrap` sees only calls
@@ -124,6 +125,16 @@ class Use:
     node: fx.Node
 
 
+def child_path(path: str, node: fx.Node) -> str:
+    """The path in the program of the module, parameter or buffer that a node of the graph at `path` names."""
+    return f"{path}.{node.target}".lstrip(".")
+
+
+def is_size(node: fx.Node) -> bool:
+    """Whether a node of a traced graph computes a number, such as a size, and not a tensor."""
+    return isinstance(node.meta.get("val"), int | torch.SymInt)
+
+
 class Program(nn.Module):
     """A causal language model as nested fx graphs; called like the Hugging Face model it was traced from.
 
@@ -141,8 +152,8 @@ class Program(nn.Module):
         matched: the sites that later passes treat, with their patterns; filled by `match`.
         adapters: the method that each injected site carries; filled by `inject`.
         units: paths of the decoder layers' graph modules, in order; filled by `partition`.
-        packings: how the weight of a site is packed, if it is; see `passes.storage`.
-        masks: the mask that each injected site had when its adapter came; held to by `verify`.
+        packings: how the weight of a site is packed, if it is; see `passes.frozen_weights`.
+        masks: the mask that each injected site had before injection; `verify` compares with it.
         untraced: why there are no graphs and nothing can be computed; see `outline`.
         tied: parameters that share another's storage: name -> the first name.
         head: name of the weight that makes the logits, if the model has one.
@@ -157,7 +168,7 @@ class Program(nn.Module):
         self,
         root: fx.GraphModule,
         config: PretrainedConfig,
-        loss_function: Callable[..., Tensor],
+        loss_function: Callable[..., Any],
         tied: dict[str, str],
         head: str | None,
     ) -> None:
@@ -281,6 +292,15 @@ class Program(nn.Module):
             if path and isinstance(module, fx.GraphModule):
                 yield path, module
 
+    def calls(self) -> dict[str, list[Use]]:
+        """The nodes that call each module, or hand it to an op that does, by the module's path."""
+        found: dict[str, list[Use]] = {}
+        for path, module in self.graphs():
+            for node in module.graph.nodes:
+                if node.op in ("call_module", "get_attr"):
+                    found.setdefault(child_path(path, node), []).append(Use(path, module, node))
+        return found
+
     def uses(self, mark: str = SITE) -> dict[str, list[Use]]:
         """The nodes that carry a mark, by the site that it names, in one walk of the tree."""
         found: dict[str, list[Use]] = {}
@@ -289,6 +309,31 @@ class Program(nn.Module):
                 if mark in node.meta:
                     found.setdefault(node.meta[mark], []).append(Use(path, module, node))
         return found
+
+    def names_of(self, parameter: str) -> list[str]:
+        """Every name of a parameter, which is several if it is tied, in the order of the model."""
+        first = self.tied.get(parameter, parameter)
+        return [first, *(other for other, owner in self.tied.items() if owner == first)]
+
+    def make_site(
+        self, name: str, kind: Kind, *, transposed: bool, embeddings: Collection[str], uses: int = 1,
+        role: str | None = None,
+    ) -> Site:  # fmt: skip
+        """The site of a parameter; `embeddings` are the parameters whose rows are looked up."""
+        weight, names = self.get_parameter(name), self.names_of(name)
+        shape = tuple(weight.shape)
+        return Site(
+            name=name,
+            kind=kind,
+            shape=(*shape[:-2], shape[-1], shape[-2]) if transposed else shape,
+            dtype=weight.dtype,
+            transposed=transposed,
+            layer=layer_of(name),
+            uses=uses,
+            tied_to=min((other for other in names if other in embeddings), default=None),
+            is_head=self.head in names,
+            role=role,
+        )
 
     def weight(self, site: str) -> nn.Parameter:
         """The parameter of a site as it is stored, which may be (in, out)."""

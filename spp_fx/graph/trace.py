@@ -163,13 +163,7 @@ def trace(model: PreTrainedModel | str | Path) -> Program:
     _training_dropout(model, exported)
     root = _tree(exported, model)
     _open_dropout(root)
-    program = Program(
-        root,
-        model.config,
-        loss_of(model),
-        tied=tied_parameters(model),
-        head=head_of(model),
-    )
+    program = Program(root, model.config, model.loss_function, tied_parameters(model), head_of(model))
     program.loss_type = model.loss_type
     _rehearse(program, model)
     return program.train(model.training)
@@ -272,32 +266,29 @@ _ADVICE = re.compile(
 )
 _NOT_A_MODEL = (*torch.__path__, str(Path(__file__).parents[1]), contextlib.__file__, "<")
 _LONGEST_REASON = 600
-_PLACE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in \S+')
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in \S+')
 
 
 def _reason(error: BaseException) -> str:
     """What an error of torch.export says: the reason, the suggested fix and the model's line, in one line."""
     said: list[str] = []
-    place = ""
+    where = ""
     lines = iter(str(error).splitlines())
     for line in map(str.strip, lines):
-        if found := _PLACE.match(line):
-            place = f"{_short(found['file'])}:{found['line']}, {next(lines, '').strip()}"
+        if found := _FRAME.match(line):
+            where = f"{_short(found['file'])}:{found['line']}, {next(lines, '').strip()}"
         elif line and not _ADVICE.match(line):
             words = re.sub(r"\s*For more information, run with TORCH_LOGS=\S+", "", line)
             words = words.removeprefix("- ").rstrip(".!")
             if words not in said:
                 said.append(words)
-    place = place or _place(error)
+    if not where:
+        # The innermost line of Python that is neither torch's nor ours is the model's.
+        frames = traceback.extract_tb(error.__traceback__)
+        theirs = [frame for frame in frames if not frame.filename.startswith(_NOT_A_MODEL)]
+        where = f"{_short(theirs[-1].filename)}:{theirs[-1].lineno}, {theirs[-1].line}" if theirs else ""
     text = "; ".join(said).replace(":; ", ": ")[:_LONGEST_REASON] or type(error).__name__
-    return f"{text} (at {place})" if place else text
-
-
-def _place(error: BaseException) -> str:
-    """The innermost line of Python that is neither torch's nor ours: the model's."""
-    frames = traceback.extract_tb(error.__traceback__)
-    theirs = [f for f in frames if not f.filename.startswith(_NOT_A_MODEL)]
-    return f"{_short(theirs[-1].filename)}:{theirs[-1].lineno}, {theirs[-1].line}" if theirs else ""
+    return f"{text} (at {where})" if where else text
 
 
 def _short(file: str) -> str:
@@ -385,10 +376,13 @@ def _open_dropout(root: fx.GraphModule) -> None:
 
 
 def _tree(exported: ExportedProgram, model: PreTrainedModel) -> fx.GraphModule:
-    """Unflatten without copying a weight: on meta tensors, then with the model's own put in place."""
+    """Unflatten without copying a weight: on meta tensors, which the model's own then replace."""
     metas: dict[int, Tensor] = {}
     for name, tensor in exported.state_dict.items():
-        exported.state_dict[name] = metas.setdefault(id(tensor), _to_meta(tensor))
+        meta = tensor.detach().to("meta")
+        if isinstance(tensor, nn.Parameter):
+            meta = nn.Parameter(meta, tensor.requires_grad)
+        exported.state_dict[name] = metas.setdefault(id(tensor), meta)
     hide_keywords(exported)
     try:
         with _quiet():
@@ -415,11 +409,6 @@ def _tree(exported: ExportedProgram, model: PreTrainedModel) -> fx.GraphModule:
             n for n in module._buffers if f"{prefix}.{n}".lstrip(".") not in stored
         }
     return root
-
-
-def _to_meta(tensor: Tensor) -> Tensor:
-    meta = tensor.detach().to("meta")
-    return nn.Parameter(meta, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
 
 
 def _with_generated_code(module: nn.Module) -> fx.GraphModule:
@@ -489,11 +478,6 @@ def _rehearse(program: Program, model: PreTrainedModel) -> None:
                 f"{type(model).__name__} cannot be traced: the program makes logits of shape "
                 f"{tuple(logits.shape)} for {batch} rows of {sequence} tokens"
             )
-
-
-def loss_of(model: PreTrainedModel) -> Callable[..., Tensor]:
-    """The loss that transformers gives a model of its kind."""
-    return cast(Callable[..., Tensor], model.loss_function)
 
 
 def tied_parameters(model: PreTrainedModel) -> dict[str, str]:

@@ -1,9 +1,11 @@
-"""A model kept as it was: what a forward may write to is noted before it runs and put back after it."""
+"""A model kept as it was: what a forward may write to is saved before it runs and restored after it."""
 
+import operator
 import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import partial
 from types import ModuleType
 from typing import Any, cast
 
@@ -14,15 +16,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 @contextmanager
 def untouched(model: nn.Module) -> Generator[None, None, None]:
-    """Put everything that hangs on a model's attributes back as it was, also after an error.
+    """Restore everything that is reached from a model's attributes, also after an error.
 
-    Noted are the attributes of every submodule (tables of parameters, buffers, submodules and hooks among
+    Saved are the attributes of every submodule (tables of parameters, buffers, submodules and hooks among
     them), of configurations and other objects that they hold, and dicts, lists, sets and deques at any
     depth: each keeps its identity and gets its items back. Tensors that are neither parameters nor buffers
-    get their bytes back; those of parameters and buffers stand under the care of torch.export, which
-    computes on stand-ins, so that noting a model takes no memory for weights.
+    get their bytes back; torch.export computes on stand-ins of parameters and buffers, so that saving a
+    model takes no memory for weights.
     """
-    restores = _notes(model)
+    restores = _saved(model)
     try:
         yield
     finally:
@@ -30,12 +32,12 @@ def untouched(model: nn.Module) -> Generator[None, None, None]:
             restore()
 
 
-def _notes(model: nn.Module) -> list[Callable[[], None]]:
-    """For each object that is reached from a model, once, what puts its contents back."""
+def _saved(model: nn.Module) -> list[Callable[[], object]]:
+    """For each object that is reached from a model, once, what restores its contents."""
     storages = {_storage_key(t) for t in (*model.parameters(), *model.buffers()) if _has_bytes(t)}
-    seen: dict[int, Any] = {}  # holds what it names: an id is an object's own only while that lives
+    seen: dict[int, Any] = {}  # holds the objects: an id is an object's own only while that lives
     waiting: list[Any] = [model]
-    restores: list[Callable[[], None]] = []
+    restores: list[Callable[[], object]] = []
     while waiting:
         value = waiting.pop()
         if id(value) in seen:
@@ -44,25 +46,49 @@ def _notes(model: nn.Module) -> list[Callable[[], None]]:
         if isinstance(value, Tensor):
             if _has_bytes(value) and (key := _storage_key(value)) not in storages:
                 storages.add(key)
-                restores.append(_restore_bytes(value))
+                storage = value.untyped_storage()
+                restores.append(partial(storage.copy_, storage.clone()))
             continue
         if isinstance(value, dict):
             waiting.extend(cast("dict[Any, Any]", value).values())
-            restores.append(_restore_dict(cast("dict[Any, Any]", value)))
-        elif isinstance(value, list | deque):
+        elif isinstance(value, list | deque | tuple | frozenset):
             waiting.extend(cast("list[Any]", value))
-            restores.append(_restore_sequence(cast("list[Any]", value)))
-        elif isinstance(value, set):
-            restores.append(_restore_set(cast("set[Any]", value)))
-        elif isinstance(value, tuple | frozenset):
-            waiting.extend(cast("tuple[Any, ...]", value))
+        if isinstance(value, dict | list | deque | set):
+            restores.append(_restore_items(value))
         if _has_own_attributes(value):
             waiting.append(vars(value))
     return restores
 
 
+def _restore_items(value: Any) -> Callable[[], None]:
+    """What puts the items of a dict, list, deque or set back, where they are others by then."""
+
+    def items() -> list[Any]:
+        return list(value.items() if isinstance(value, dict) else value)
+
+    def same(first: Any, second: Any) -> bool:
+        return all(map(operator.is_, first, second)) if isinstance(value, dict) else first is second
+
+    def restore() -> None:
+        now = items()
+        if len(now) == len(kept) and all(map(same, now, kept)):
+            return
+        # The plain methods of dicts: subclasses (transformers' ModelOutput) forbid theirs.
+        plain: Any = OrderedDict if isinstance(value, OrderedDict) else dict
+        if not isinstance(value, dict):
+            value.clear()
+            (value.update if isinstance(value, set) else value.extend)(kept)
+            return
+        plain.clear(value)
+        for key, item in kept:
+            plain.__setitem__(value, key, item)
+
+    kept = items()
+    return restore
+
+
 def _has_own_attributes(value: Any) -> bool:
-    """Whether an object may keep what a forward tells it: not a class or function, nor one of Python's or torch's."""
+    """Whether a forward may write to an object's attributes: not those of classes, functions, Python or torch."""
     if not hasattr(value, "__dict__") or isinstance(value, type | ModuleType) or hasattr(value, "__code__"):
         return False
     home = type(value).__module__.partition(".")[0]
@@ -80,51 +106,3 @@ def _has_bytes(tensor: Tensor) -> bool:
 
 def _storage_key(tensor: Tensor) -> tuple[torch.device, int]:
     return tensor.device, tensor.untyped_storage().data_ptr()
-
-
-def _restore_bytes(tensor: Tensor) -> Callable[[], None]:
-    storage = tensor.untyped_storage()
-    kept = storage.clone()
-
-    def restore() -> None:
-        storage.copy_(kept)
-
-    return restore
-
-
-def _restore_dict(value: dict[Any, Any]) -> Callable[[], None]:
-    kept = list(value.items())
-    # The plain methods: subclasses (transformers' ModelOutput) forbid theirs.
-    plain: Any = OrderedDict if isinstance(value, OrderedDict) else dict
-
-    def restore() -> None:
-        now = list(value.items())
-        if len(now) == len(kept) and all(a is c and b is d for (a, b), (c, d) in zip(now, kept, strict=True)):
-            return
-        plain.clear(value)
-        for key, item in kept:
-            plain.__setitem__(value, key, item)
-
-    return restore
-
-
-def _restore_sequence(value: list[Any]) -> Callable[[], None]:
-    kept = list(value)
-
-    def restore() -> None:
-        if len(value) != len(kept) or any(a is not b for a, b in zip(value, kept, strict=True)):
-            value.clear()
-            value.extend(kept)
-
-    return restore
-
-
-def _restore_set(value: set[Any]) -> Callable[[], None]:
-    kept = set(value)
-
-    def restore() -> None:
-        if value != kept:
-            value.clear()
-            value.update(kept)
-
-    return restore

@@ -1,9 +1,8 @@
 """What a pass is: a named, typed rewrite or check of a program that reports what it did, site by site."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from spp_fx.graph.program import Program
 from spp_fx.registry import Registry, naming
@@ -26,16 +25,11 @@ class PassReport:
 class Pass(ABC):
     """A frozen dataclass whose fields are its options; `name{field=value,...}` is its spelling.
 
-    A pass that is given the name of something with options of its own (a criterion, a method) has a field
-    `options`, a mapping of them; they are spelt like the pass's own fields.
+    A field made by `choice` holds one of a registry's classes, such as an adapter method. It is spelt by its name,
+    and its own fields count as options of the pass: `inject{method=spp,rank=8}`.
     """
 
     name: ClassVar[str]
-
-    @classmethod
-    def chosen(cls, given: Mapping[str, Any]) -> type | None:
-        """The dataclass whose fields `options` may hold, by the other fields that are given."""
-        return None
 
     def requires(self, program: Program) -> None:  # noqa: B027 - most passes take any program
         """Raise PreconditionError unless the program is fit for this pass."""

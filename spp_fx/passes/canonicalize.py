@@ -21,9 +21,7 @@ import torch
 from torch import fx, nn
 
 from spp_fx.errors import PostconditionError, PreconditionError
-from spp_fx.graph.names import layer_of
-from spp_fx.graph.program import ROUTES, SITE, Kind, LeftOut, Program, Site
-from spp_fx.graph.roles import (
+from spp_fx.graph.flow import (
     CASTS,
     EXPANDS,
     KEEPS,
@@ -31,17 +29,17 @@ from spp_fx.graph.roles import (
     PARTS,
     REDUCTIONS,
     RESHAPES,
-    SCALES,
     SUMS,
     SWAPS,
     Flow,
-    Place,
     Read,
+    Value,
     dimensions_of,
     is_elementwise,
-    role,
     sizes,
 )
+from spp_fx.graph.program import ROUTES, SITE, Kind, LeftOut, Program, child_path
+from spp_fx.graph.roles import SCALES, role
 from spp_fx.passes.base import Pass, PassReport, register
 
 aten = torch.ops.aten
@@ -79,14 +77,14 @@ FOLLOWED = (
 class Contraction:
     """A node that multiplies an activation with a weight, reached from the weight through `chain`."""
 
-    place: Place
+    value: Value
     position: int
     transposed: bool
     chain: tuple[fx.Node, ...]
 
     @property
     def node(self) -> fx.Node:
-        return self.place.node
+        return self.value.node
 
 
 @register("canonicalize")
@@ -105,24 +103,29 @@ class Canonicalize(Pass):
     def apply(self, program: Program) -> PassReport:
         report = PassReport()
         flow = Flow(program)
-        places = _places(program)
-        embedded = {name for name, each in places.items() if any(_is_embedded(flow, p) for p in each)}
+        values = _parameter_values(program)
+        embedded = {name for name, each in values.items() if any(_is_embedded(flow, p) for p in each)}
         found: dict[str, list[Contraction]] = {}
         left_out: dict[str, LeftOut] = {}
         for name, weight in _matrices(program).items():
             if name in program.sites:
                 continue
-            uses = _uses(flow, places.get(name, []), weight)
+            uses = _uses(flow, values.get(name, []), weight)
             if isinstance(uses, LeftOut):
                 left_out[name] = uses
             else:
                 found[name] = uses
-        made = {name: _site(program, flow, name, uses, embedded) for name, uses in found.items()}
+        # All roles before any rewrite: they follow the graph as it was traced.
         for name, uses in found.items():
-            program.sites[name] = made[name]
+            kind, results = _kind(uses[0]), [use.value for use in uses]
+            program.sites[name] = site = program.make_site(
+                name, kind, transposed=uses[0].transposed, embeddings=embedded, uses=len(uses),
+                role=None if kind == "experts" else role(flow, results),
+            )  # fmt: skip
+            report.changed[name] = f"{site.kind} {'x'.join(map(str, site.shape))}"
+        for name, uses in found.items():
             for contraction in uses:
-                _rewrite(flow.graph(contraction.place), contraction, name)
-            report.changed[name] = f"{made[name].kind} {'x'.join(map(str, made[name].shape))}"
+                _rewrite(flow.graph(contraction.value), contraction, name)
         program.left_out = _with_aliases(program, left_out)
         report.skipped.update((name, why.reason) for name, why in program.left_out.items())
         for _, module in program.graphs():
@@ -151,13 +154,12 @@ def _matrices(program: Program) -> dict[str, nn.Parameter]:
     }
 
 
-def _places(program: Program) -> dict[str, list[Place]]:
+def _parameter_values(program: Program) -> dict[str, list[Value]]:
     """The nodes that read each parameter."""
-    found: dict[str, list[Place]] = {}
+    found: dict[str, list[Value]] = {}
     for path, module in program.graphs():
-        for node in module.graph.nodes:
-            if node.op == "get_attr":
-                found.setdefault(_name(f"{path}.{node.target}".lstrip(".")), []).append(Place(path, node))
+        for node in module.graph.find_nodes(op="get_attr"):
+            found.setdefault(_name(child_path(path, node)), []).append(Value(path, node))
     return found
 
 
@@ -166,24 +168,24 @@ def _name(path: str) -> str:
     return re.sub(r"@\d+", "", path)
 
 
-def _is_embedded(flow: Flow, place: Place) -> bool:
-    return any(read.node.target in ROWS for read in flow.readers(place))
+def _is_embedded(flow: Flow, value: Value) -> bool:
+    return any(read.node.target in ROWS for read in flow.readers(value))
 
 
-def _uses(flow: Flow, places: list[Place], weight: nn.Parameter) -> list[Contraction] | LeftOut:
+def _uses(flow: Flow, values: list[Value], weight: nn.Parameter) -> list[Contraction] | LeftOut:
     """The contractions of a weight, or why it is not a site."""
-    reads = [read for place in places for read in flow.readers(place) if read.node.target not in ROWS]
+    reads = [read for value in values for read in flow.readers(value) if read.node.target not in ROWS]
     if not reads:
-        return _without_reads(flow, places)
+        return _without_reads(flow, values)
     contractions: list[Contraction] = []
     for read in reads:
         reached = _follow(read, weight) if weight.ndim in (2, 3) else None
         if not isinstance(reached, Contraction):
-            return _table(flow, places) or LeftOut(reached or _used_by(flow, read, places), known=False)
+            return _table(flow, values) or LeftOut(reached or _used_by(flow, read, values), known=False)
         contractions.append(reached)
     cast = next((link for c in contractions for link in c.chain if _casts(link, weight)), None)
     if cast is not None:
-        if role(flow, [c.place for c in contractions]) == ROUTES:
+        if role(flow, [c.value for c in contractions]) == ROUTES:
             return LeftOut(f"{ROUTES}, in another dtype than it is stored in", known=True)
         return LeftOut(f"is cast from {weight.dtype} by {cast.target} before it is used", known=False)
     if len({(c.transposed, _kind(c)) for c in contractions}) > 1:
@@ -191,8 +193,8 @@ def _uses(flow: Flow, places: list[Place], weight: nn.Parameter) -> list[Contrac
     return contractions
 
 
-def _without_reads(flow: Flow, places: list[Place]) -> LeftOut:
-    if places and any(_is_embedded(flow, place) for place in places):
+def _without_reads(flow: Flow, values: list[Value]) -> LeftOut:
+    if values and any(_is_embedded(flow, value) for value in values):
         return LeftOut("is an embedding: its rows are looked up", known=True)
     return LeftOut("is not read when the model is called with tokens", known=False)
 
@@ -225,7 +227,9 @@ def _follow(read: Read, weight: nn.Parameter) -> Contraction | str | None:
     if user.target is aten.addmm.default and user.kwargs:
         return "is used by an addmm with factors"
     last = contractions[user.target][positions[0]]
-    return Contraction(Place(read.path, user), positions[0], transposed=last == swapped, chain=tuple(chain))
+    return Contraction(
+        Value(read.result.path, user), positions[0], transposed=last == swapped, chain=tuple(chain)
+    )
 
 
 def _casts(link: fx.Node, weight: nn.Parameter) -> bool:
@@ -233,43 +237,41 @@ def _casts(link: fx.Node, weight: nn.Parameter) -> bool:
     return link.target in CASTS and any(dtype != weight.dtype for dtype in dtypes)
 
 
-def _results(flow: Flow, places: list[Place]) -> list[Read]:
+def _results(flow: Flow, values: list[Value]) -> list[Read]:
     """The reads of a parameter, and of what is made of it and other constants alone, by ops that read other values."""
     found: list[Read] = []
-    waiting, seen = list(places), set(places)
+    waiting, seen = list(values), set(values)
     while waiting:
         for read in flow.readers(waiting.pop()):
-            if not flow.constant(read.place):
+            if not flow.constant(read.result):
                 found.append(read)
-            elif read.place not in seen:
-                seen.add(read.place)
-                waiting.append(read.place)
+            elif read.result not in seen:
+                seen.add(read.result)
+                waiting.append(read.result)
     return found
 
 
-def _table(flow: Flow, places: list[Place]) -> LeftOut | None:
+def _table(flow: Flow, values: list[Value]) -> LeftOut | None:
     """Why a parameter is a table and not the weight of a linear, if all uses of it show that."""
     looked_up = False
-    for read in _results(flow, places):
-        values = [read]
+    for read in _results(flow, values):
         if read.node.target in ROWS:
             looked_up = True
             continue
-        if read.node.target in LOOKUPS and read.node.args[0] is read.operand:
-            looked_up = True
-            values = list(_moved(flow, read.place))
-        if not all(is_elementwise(each.node) and not _is_summed(flow, each) for each in values):
+        is_lookup = read.node.target in LOOKUPS and read.node.args[0] is read.operand
+        looked_up |= is_lookup
+        ends = list(_moved(flow, read.result)) if is_lookup else [read]
+        if not all(is_elementwise(each.node) and not _is_summed(flow, each) for each in ends):
             return None
-    if looked_up:
-        return LeftOut("is a table: its rows are looked up", known=True)
-    return LeftOut("is a table: it is only added or multiplied elementwise", known=True)
+    what = "its rows are looked up" if looked_up else "it is only added or multiplied elementwise"
+    return LeftOut(f"is a table: {what}", known=True)
 
 
-def _moved(flow: Flow, place: Place) -> Iterator[Read]:
+def _moved(flow: Flow, value: Value) -> Iterator[Read]:
     """The ops that read a value, past those that only move it or cast it."""
-    for read in flow.readers(place):
+    for read in flow.readers(value):
         if read.node.target in (*RESHAPES, *SWAPS, *KEEPS, *CASTS, *EXPANDS):
-            yield from _moved(flow, read.place)
+            yield from _moved(flow, read.result)
         else:
             yield read
 
@@ -287,13 +289,13 @@ def _is_summed(flow: Flow, read: Read) -> bool:
     spread = len(own) > 1 and _is_spread(flow, read, own)
     scaled = read.node.target in PRODUCTS
     linear = scaled and spread
-    waiting, seen = [(read.place, dimensions_of(read, own))], set[tuple[Place, frozenset[int]]]()
+    waiting, seen = [(read.result, dimensions_of(read, own))], set[tuple[Value, frozenset[int]]]()
     while waiting:
-        place, dims = waiting.pop()
-        if (place, dims) in seen:
+        value, dims = waiting.pop()
+        if (value, dims) in seen:
             continue
-        seen.add((place, dims))
-        for each in flow.readers(place):
+        seen.add((value, dims))
+        for each in flow.readers(value):
             target = each.node.target
             if each.node.op == "output" or not isinstance(
                 each.node.meta.get("val"), torch.Tensor | list | tuple
@@ -317,7 +319,7 @@ def _is_summed(flow: Flow, read: Read) -> bool:
             else:
                 follow = linear
             if follow and (onward or not dims):
-                waiting.append((each.place, onward))
+                waiting.append((each.result, onward))
     return False
 
 
@@ -326,18 +328,20 @@ def _is_spread(flow: Flow, read: Read, dims: frozenset[int]) -> bool:
     shapes = [
         sizes(other) or ()
         for other in read.node.all_input_nodes
-        if other is not read.operand and not flow.constant(read.of(other))
+        if other is not read.operand and not flow.constant(read.other(other))
     ]
     return bool(shapes) and any(all(len(s) < -d or s[d] == 1 for s in shapes) for d in dims)
 
 
 def _is_alone(flow: Flow, read: Read) -> bool:
     """Whether an op reads one value and constants."""
-    return all(other is read.operand or flow.constant(read.of(other)) for other in read.node.all_input_nodes)
+    return all(
+        other is read.operand or flow.constant(read.other(other)) for other in read.node.all_input_nodes
+    )
 
 
-def _used_by(flow: Flow, first: Read, places: list[Place]) -> str:
-    users = list(dict.fromkeys(str(read.node.target) for read in _results(flow, places)))
+def _used_by(flow: Flow, first: Read, values: list[Value]) -> str:
+    users = list(dict.fromkeys(str(read.node.target) for read in _results(flow, values)))
     if str(first.node.target) in users:
         return f"is used by {', '.join(users)}, which is not a linear"
     return f"reaches {', '.join(users) or 'no op'} through {first.node.target}, which cannot be followed"
@@ -348,19 +352,12 @@ def _with_aliases(program: Program, left_out: dict[str, LeftOut]) -> dict[str, L
     result: dict[str, LeftOut] = {}
     for name, why in left_out.items():
         others = [
-            o for o in _same(program, name) if o in program.sites or (o in left_out and left_out[o].known)
+            o for o in program.names_of(name) if o in program.sites or (o in left_out and left_out[o].known)
         ]
         if not why.known and others:
             why = LeftOut(f"is the same tensor as {others[0]}", known=True)
         result[name] = why
     return result
-
-
-def _same(program: Program, name: str) -> list[str]:
-    """The other names of a tied parameter."""
-    first = program.tied.get(name, name)
-    group = [first, *(other for other, owner in program.tied.items() if owner == first)]
-    return [other for other in group if other != name]
 
 
 def _swaps_last_two(node: fx.Node, ndim: int) -> bool:
@@ -375,27 +372,6 @@ def _swaps_last_two(node: fx.Node, ndim: int) -> bool:
 def _kind(contraction: Contraction) -> Kind:
     kind = KINDS.get(contraction.node.target, "experts")
     return "linear" if kind == "conv1d" and not contraction.transposed else kind
-
-
-def _site(program: Program, flow: Flow, name: str, uses: list[Contraction], embedded: set[str]) -> Site:
-    weight = program.get_parameter(name)
-    contraction = uses[0]
-    shape = tuple(weight.shape)
-    if contraction.transposed:
-        shape = (*shape[:-2], shape[-1], shape[-2])
-    group = {name, *_same(program, name)}
-    return Site(
-        name=name,
-        kind=_kind(contraction),
-        shape=shape,
-        dtype=weight.dtype,
-        transposed=contraction.transposed,
-        layer=layer_of(name),
-        uses=len(uses),
-        tied_to=next(iter(sorted(group & embedded)), None),
-        is_head=program.head in group,
-        role=None if len(shape) == 3 else role(flow, [use.place for use in uses]),
-    )
 
 
 def _rewrite(module: fx.GraphModule, contraction: Contraction, name: str) -> None:

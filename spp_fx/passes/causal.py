@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from spp_fx.errors import PostconditionError
-from spp_fx.graph.program import Program, Use, leaf
+from spp_fx.graph.program import Program, Use, child_path, is_size, opaque
 from spp_fx.graph.trace import ATTENTION
 from spp_fx.passes.base import Pass, PassReport, register
 
@@ -39,13 +39,13 @@ class Causal(Pass):
 
     def apply(self, program: Program) -> PassReport:
         report = PassReport()
-        callers = _callers(program)
+        callers = program.calls()
         sources: dict[fx.Node, Use] = {}
-        for use in _attention(program):
-            mask = _mask(use.node)
-            if mask is not None:
-                source = _source(Use(use.path, use.module, mask), callers)
-                sources.setdefault(source.node, source)
+        for path, module in program.graphs():
+            for node in module.graph.find_nodes(op="call_function", target=ATTENTION):
+                if (mask := _mask(node)) is not None:
+                    source = _source(Use(path, module, mask), callers)
+                    sources.setdefault(source.node, source)
         for source in sources.values():
             readers = list(_readers(source))
             reason = _obstacle(source, readers, callers)
@@ -61,12 +61,12 @@ class Causal(Pass):
 
     def ensures(self, program: Program) -> None:
         for path, module in program.graphs():
-            for node in module.graph.nodes:
-                if node.target is attention and _mask(node) is None:
+            for node in module.graph.find_nodes(op="call_function", target=attention):
+                if _mask(node) is None:
                     raise PostconditionError(f"causal: attention in {path} lost its mask")
 
 
-@leaf
+@opaque
 def attention(
     query: Tensor,
     key: Tensor,
@@ -121,33 +121,17 @@ def is_causal_mask(mask: Tensor, length: int) -> bool:
     return bool(torch.where(seen, mask == 0, hidden).all())
 
 
-def _attention(program: Program) -> Iterator[Use]:
-    for path, module in program.graphs():
-        for node in module.graph.nodes:
-            if node.target == ATTENTION:
-                yield Use(path, module, node)
-
-
 def _mask(node: fx.Node) -> fx.Node | None:
     mask = node.args[MASK_ARGUMENT] if len(node.args) > MASK_ARGUMENT else node.kwargs.get("attn_mask")
     return mask if isinstance(mask, fx.Node) else None
 
 
-def _callers(program: Program) -> dict[str, Use]:
-    """The node that calls each graph module, by the module's path."""
-    return {
-        f"{path}.{node.target}".lstrip("."): Use(path, module, node)
-        for path, module in program.graphs()
-        for node in module.graph.nodes
-        if node.op == "call_module"
-    }
-
-
-def _source(use: Use, callers: dict[str, Use]) -> Use:
+def _source(use: Use, callers: dict[str, list[Use]]) -> Use:
     """The node that makes a value, found upwards through the arguments of module calls."""
     while use.node.op == "placeholder" and use.path in callers:
-        caller = callers[use.path]
-        argument = caller.node.args[_placeholders(use.module).index(use.node)]
+        caller = callers[use.path][-1]
+        position = use.module.graph.find_nodes(op="placeholder").index(use.node)
+        argument = caller.node.args[position] if caller.node.op == "call_module" else None
         if not isinstance(argument, fx.Node):
             return use
         use = Use(caller.path, caller.module, argument)
@@ -161,13 +145,12 @@ def _readers(source: Use) -> Iterator[Use]:
         if not isinstance(child, fx.GraphModule):
             yield Use(source.path, source.module, node)
             continue
-        path = f"{source.path}.{node.target}".lstrip(".")
-        for placeholder, argument in zip(_placeholders(child), node.args, strict=False):
+        for placeholder, argument in zip(child.graph.find_nodes(op="placeholder"), node.args, strict=False):
             if argument is source.node:
-                yield from _readers(Use(path, child, placeholder))
+                yield from _readers(Use(child_path(source.path, node), child, placeholder))
 
 
-def _obstacle(source: Use, readers: list[Use], callers: dict[str, Use]) -> str | None:
+def _obstacle(source: Use, readers: list[Use], callers: dict[str, list[Use]]) -> str | None:
     """Why a mask cannot be left out, or None."""
     for use in readers:
         if use.node.target != ATTENTION or _uses_as_more_than_mask(use.node):
@@ -179,11 +162,11 @@ def _obstacle(source: Use, readers: list[Use], callers: dict[str, Use]) -> str |
     write = _write_through_a_view(source, nodes)
     if write is not None:
         return f"{write.name} writes into what the mask is made of"
-    if all(_is_size(node) for node in inputs):
+    if all(is_size(node) for node in inputs):
         return "the mask does not depend on the attention mask"
     for node in inputs:
         origin = _source(Use(source.path, source.module, node), callers)
-        if not _is_size(node) and not (origin.path == "" and origin.node.target == "attention_mask"):
+        if not is_size(node) and not (origin.path == "" and origin.node.target == "attention_mask"):
             return f"the mask depends on {origin.node.name}"
     return None
 
@@ -200,7 +183,7 @@ def _slice(source: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
     waiting = [source]
     while waiting:
         node = waiting.pop()
-        if node.op == "placeholder" or _is_size(node):
+        if node.op == "placeholder" or is_size(node):
             inputs[node] = None
         elif node not in inside:
             inside.add(node)
@@ -225,10 +208,6 @@ def _write_through_a_view(source: Use, nodes: list[fx.Node]) -> fx.Node | None:
     return None
 
 
-def _is_size(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), int | torch.SymInt)
-
-
 def _is_random(node: fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
@@ -245,7 +224,7 @@ def _outline(source: Use) -> None:
     for node in nodes:
         copies[node] = inner.node_copy(node, copies.__getitem__)
     inner.output(copies[source.node])
-    position = next(i for i, node in enumerate(inputs) if not _is_size(node))
+    position = next(i for i, node in enumerate(inputs) if not is_size(node))
     name = _free_name(owner, "causal_mask")
     owner.add_module(name, MaskUnlessCausal(fx.GraphModule(nn.Module(), inner, class_name="Graph"), position))
     with graph.inserting_after(source.node):
@@ -263,7 +242,3 @@ def _free_name(owner: nn.Module, wanted: str) -> str:
     while hasattr(owner, name):
         name, number = f"{wanted}_{number}", number + 1
     return name
-
-
-def _placeholders(module: fx.GraphModule) -> list[fx.Node]:
-    return [node for node in module.graph.nodes if node.op == "placeholder"]

@@ -2,17 +2,18 @@
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
 
-from spp_fx.adapters.method import METHODS, Method, initial_factor, make_method
+from spp_fx.adapters.method import METHODS, Method, initial_factor
 from spp_fx.adapters.op import DROPOUT, DROPOUT_SEED, op_options, ops_of
 from spp_fx.errors import PostconditionError, PreconditionError, UsageError
 from spp_fx.graph.program import ADAPTER, SITE, Program, Use, factor_attribute
 from spp_fx.graph.rewrite import operand_chain, replace_node
+from spp_fx.options import choice
 from spp_fx.passes.base import Pass, PassReport, register
 from spp_fx.sparsity.scan import pack_mask
 
@@ -25,21 +26,15 @@ class Inject(Pass):
     """Turn every matched linear node into an adapter node; freeze everything but the new factors.
 
     Args:
-        method: name of the adapter method.
+        method: the adapter method.
         seed: of the factors' start.
         masks: keep each site's mask, a bit a weight, for `verify`.
-        options: the method's own, by the names of its fields.
     """
 
     name: ClassVar[str]
-    method: str = "spp"
+    method: Method = choice(METHODS, "spp")
     seed: int = 0
     masks: bool = True
-    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
-
-    @classmethod
-    def chosen(cls, given: Mapping[str, Any]) -> type[Method]:
-        return METHODS.find(given.get("method", cls.method))
 
     def requires(self, program: Program) -> None:
         if not program.matched:
@@ -48,7 +43,7 @@ class Inject(Pass):
             raise PreconditionError("inject: the program has adapters already; fold them first")
 
     def apply(self, program: Program) -> PassReport:
-        method = make_method(self.method, **self.options)
+        method = self.method
         taken, skipped = adaptable(method, {name: program.sites[name].shape for name in program.matched})
         program.requires_grad_(False)
         report = PassReport(skipped=skipped)

@@ -1,4 +1,4 @@
-"""match: choose the sites that later passes treat, and say of each other one why not."""
+"""match: choose the sites that later passes treat, with the reason for every other one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ class Match(Pass):
             raise UsageError(f"no site is named {', '.join(unknown)}; the model has: {', '.join(words)}")
         dense: list[str] = []
         for name, site in program.sites.items():
-            reason = _refusal(site, self.targets)
+            reason = _reason(site, self.targets)
             if reason is None:
                 pattern, known = _pattern(program, site)
                 if pattern is not None or self.dense or not known:
@@ -61,7 +61,7 @@ class Match(Pass):
         return report
 
 
-def _refusal(site: Site, targets: Sequence[str]) -> str | None:
+def _reason(site: Site, targets: Sequence[str]) -> str | None:
     if targets and not any(is_target(site.name, target) for target in targets):
         return "not among the targets"
     if site.tied_to is not None:

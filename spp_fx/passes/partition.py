@@ -8,7 +8,7 @@ from torch import fx
 from torch.utils.checkpoint import checkpoint
 
 from spp_fx.errors import PostconditionError, PreconditionError
-from spp_fx.graph.program import Program, Use, leaf
+from spp_fx.graph.program import Program, Use, opaque
 from spp_fx.passes.base import Pass, PassReport, register
 
 
@@ -42,7 +42,7 @@ class Partition(Pass):
     def ensures(self, program: Program) -> None:
         if not program.units:
             raise PostconditionError("partition: no site lies in a layer, so there is no unit")
-        calls = unit_calls(program)
+        calls = program.calls()
         for path in program.units:
             if len(calls.get(path, [])) != 1:
                 raise PostconditionError(f"partition: {path} is not called exactly once")
@@ -64,33 +64,21 @@ class Checkpoint(Pass):
 
     def apply(self, program: Program) -> PassReport:
         report = PassReport()
-        for path, uses in unit_calls(program).items():
-            for use in uses:
+        calls = program.calls()
+        for path in program.units:
+            for use in calls[path]:
                 _checkpoint(use)
                 use.module.recompile()
             report.changed[path] = "runs again in backward"
         return report
 
 
-@leaf
+@opaque
 def run_checkpointed(module: torch.nn.Module, *args: Any) -> Any:
     """A unit's output; while training, with nothing kept but its inputs."""
     if module.training and torch.is_grad_enabled():
         return checkpoint(module, *args, use_reentrant=False)
     return module(*args)
-
-
-def unit_calls(program: Program) -> dict[str, list[Use]]:
-    """The nodes that call each unit."""
-    found: dict[str, list[Use]] = {}
-    units = set(program.units)
-    for path, module in program.graphs():
-        for node in module.graph.nodes:
-            if node.op in ("call_module", "get_attr"):
-                target = f"{path}.{node.target}".lstrip(".")
-                if target in units:
-                    found.setdefault(target, []).append(Use(path, module, node))
-    return found
 
 
 def _checkpoint(use: Use) -> None:

@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, Field, fields
-from types import NoneType, UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from dataclasses import fields
+from typing import Any
 
 from spp_fx.errors import PreconditionError, SppFxError, UsageError
 from spp_fx.graph.program import Program
+from spp_fx.options import check_options, default_of, parse_values
 from spp_fx.passes.base import Pass, PassReport, find_pass
+from spp_fx.registry import Registry
 
 ITEM = re.compile(r"\s*([a-z][a-z0-9_-]*)\s*(?:\{([^{}]*)\})?\s*(,|$)")
 RESERVED = set("{},=")
@@ -46,10 +47,21 @@ def print_pipeline(passes: Sequence[Pass]) -> str:
 
 def print_pass(item: Pass) -> str:
     """The spelling of one pass."""
-    given = {f.name: getattr(item, f.name) for f in fields(item) if getattr(item, f.name) != _default(f)}
-    given |= given.pop("options", {})
-    parts = [f"{name}={_print_value(value)}" for name, value in given.items()]
+    parts = _print_options(item)
     return item.name + ("{" + ",".join(parts) + "}" if parts else "")
+
+
+def _print_options(item: Any) -> list[str]:
+    """The options of a pass, or of the method that it holds, but for those at their defaults."""
+    parts: list[str] = []
+    for field in fields(item):
+        value, default = getattr(item, field.name), default_of(field)
+        if "choices" in field.metadata:
+            parts += [f"{field.name}={value.name}"] if value.name != default.name else []
+            parts += _print_options(value)
+        elif value != default:
+            parts.append(f"{field.name}={_print_value(value)}")
+    return parts
 
 
 def run_pipeline(
@@ -85,60 +97,45 @@ def run_pipeline(
 
 def _parse_pass(name: str, body: str) -> Pass:
     cls, given = find_pass(name), _split(name, body)
-    own = _fields(cls)
-    own.pop("options", None)
-    values = {key: _parse_value(name, key, own[key], given[key]) for key in given if key in own}
-    others = [key for key in given if key not in own]
-    chosen = cls.chosen(values) if others else None
-    types = _fields(chosen) if chosen else {}
-    if unknown := [key for key in others if key not in types]:
-        known = ", ".join(sorted(own.keys() | types.keys())) or "none"
-        raise UsageError(f"{name}: unknown option '{unknown[0]}'; known: {known}")
-    options = {key: _parse_value(name, key, types[key], given[key]) for key in others}
+    own = {field.name: field for field in fields(cls)}
+    choice = next((field for field in own.values() if "choices" in field.metadata), None)
+    others = {key: text for key, text in given.items() if key not in own}
     try:
-        return cls(**values, **({"options": options} if options else {}))
+        if choice is None and others:
+            raise UsageError(
+                f"{name}: unknown option '{next(iter(others))}'; known: {', '.join(sorted(own)) or 'none'}"
+            )
+        values = parse_values(
+            cls, {key: text for key, text in given.items() if own.get(key) not in (None, choice)}
+        )
+        if choice is not None:  # what is not an option of the pass is one of the method that was chosen
+            registry: Registry[type[Any]] = choice.metadata["choices"]
+            chosen: str = given[choice.name] if choice.name in given else default_of(choice).name
+            check_options(registry, chosen, others)
+            values[choice.name] = registry.find(chosen)(**parse_values(registry.find(chosen), others))
+        return cls(**values)
     except SppFxError:
         raise
     except (TypeError, ValueError) as error:
         raise UsageError(f"{name}: {error}") from error
 
 
-def _split(name: str, body: str) -> dict[str, list[str]]:
-    """What stands between the braces: the words given for each option."""
-    given: dict[str, list[str]] = {}
+def _split(name: str, body: str) -> dict[str, str]:
+    """The options between braces: name -> text."""
+    options: dict[str, str] = {}
     current: str | None = None
-    for part in filter(None, (each.strip() for each in body.split(","))):
+    for part in filter(None, map(str.strip, body.split(","))):
         key, equals, value = part.partition("=")
         if equals:
             current = key.strip()
-            if current in given:
+            if current in options:
                 raise UsageError(f"{name}: option '{current}' is given twice")
-            given[current] = [value.strip()]
+            options[current] = value.strip()
         elif current is None:
             raise UsageError(f"{name}: '{part}' is not an option; write option=value")
         else:
-            given[current].append(part)
-    return given
-
-
-def _fields(cls: type) -> dict[str, Any]:
-    """The types of a dataclass's fields, by name."""
-    types = get_type_hints(cls)
-    return {field.name: types[field.name] for field in fields(cls)}
-
-
-def _parse_value(name: str, key: str, kind: Any, values: list[str]) -> Any:
-    if get_origin(kind) is tuple and get_args(kind) == (str, ...):
-        return tuple(values)
-    text = ",".join(values)
-    if get_origin(kind) is UnionType:  # an option that may be left to what it is for
-        (kind,) = (each for each in get_args(kind) if each is not NoneType)
-    try:
-        if kind is bool:
-            return {"true": True, "false": False}[text.lower()]
-        return kind(text)
-    except (KeyError, ValueError) as error:
-        raise UsageError(f"{name}: option {key} takes {kind.__name__}, got '{text}'") from error
+            options[current] += f",{part}"
+    return options
 
 
 def _print_value(value: Any) -> str:
@@ -153,7 +150,3 @@ def _print_value(value: Any) -> str:
     if any(RESERVED & set(word) for word in words):
         raise UsageError(f"pipeline: '{text}' holds one of the characters {{ }} , = and cannot be spelt")
     return text
-
-
-def _default(field: Field[Any]) -> Any:
-    return field.default_factory() if field.default_factory is not MISSING else field.default

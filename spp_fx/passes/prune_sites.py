@@ -1,15 +1,15 @@
 """prune: zeros by a criterion, decoder layer by decoder layer where it looks at inputs."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from spp_fx.errors import PostconditionError, PreconditionError
 from spp_fx.graph.program import Program
+from spp_fx.options import choice
 from spp_fx.passes.base import Pass, PassReport, register
-from spp_fx.pruning.criterion import CRITERIA, make_criterion
+from spp_fx.pruning.criterion import CRITERIA, Criterion
 from spp_fx.pruning.layerwise import InPlace, LayerResult, outside_of_layers, prune_layers
 from spp_fx.pruning.recipe import MatrixReport, Recipe, check_patterns, patterns_of, prune_matrix
 from spp_fx.pruning.walk import MemoryStates
@@ -25,25 +25,19 @@ class Prune(Pass):
     Criteria that look at inputs, and repairs, need `program.calibration` and units.
 
     Args:
-        method: name of a criterion.
+        method: the criterion.
         pattern: N:M or a share of zeros.
         repair: of the mask: dsnot, or none.
         ratios: `NAME@PATTERN`, other patterns for the sites of that name.
         skip: names of sites that stay dense.
-        options: the criterion's own, by the names of its fields.
     """
 
     name: ClassVar[str]
-    method: str = "magnitude"
+    method: Criterion = choice(CRITERIA, "magnitude")
     pattern: str = "2:4"
     repair: str = ""
     ratios: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
-    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
-
-    @classmethod
-    def chosen(cls, given: Mapping[str, Any]) -> type:
-        return CRITERIA.find(given.get("method", cls.method))
 
     def requires(self, program: Program) -> None:
         parse_pattern(self.pattern)
@@ -56,7 +50,7 @@ class Prune(Pass):
             raise PreconditionError("prune: the program has no weights")
         if calibrated and program.calibration is None:
             raise PreconditionError(
-                f"prune: {self.repair or self.method} looks at inputs: give the text to calibrate on (--calib)"
+                f"prune: {self.repair or self.method.name} looks at inputs: give the text to calibrate on (--calib)"
             )
         if calibrated and not program.units:
             raise PreconditionError("prune: calibration walks layer by layer; run partition first")
@@ -88,7 +82,7 @@ class Prune(Pass):
                 raise PostconditionError(f"prune: {name} does not hold: {found.describe(pattern)}")
 
     def _recipe(self) -> Recipe:
-        return Recipe(make_criterion(self.method, **self.options), self.repair or None)
+        return Recipe(self.method, self.repair or None)
 
 
 def _walk(program: Program, patterns: dict[str, Pattern], recipe: Recipe) -> list[MatrixReport]:

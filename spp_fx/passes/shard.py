@@ -1,4 +1,4 @@
-"""shard: every process holds its part of the frozen weights, and all the trained ones (FSDP2, unit by unit)."""
+"""shard: each process holds a part of the frozen weights and all trained ones (FSDP2, unit by unit)."""
 
 import os
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ SPLITS_INTEGERS = (2, 12)
 @register("shard")
 @dataclass(frozen=True)
 class Shard(Pass):
-    """Split frozen weights between processes; a unit's are gathered while it runs, and let go after it.
+    """Split frozen weights between processes; a unit's are gathered while it runs, and freed after it.
 
     Factors stay whole in every process: they are a thousandth of the model, and DistributedDataParallel
     sums their gradients. Nothing else has a gradient, so nothing else is ever sent but what is gathered.
@@ -66,7 +66,7 @@ class Shard(Pass):
         program.move_constants(program.device, device)
         adapters = program.uses(ADAPTER) if self.storage == "packed" else {}
         for path in program.units:
-            inside = {name: uses for name, uses in adapters.items() if name.startswith(f"{path}.")}
+            inside = {name: uses for name, uses in adapters.items() if program.sites[name].layer == path}
             _pack(program, inside, device, report)
             fully_shard(program.get_submodule(path), mesh=mesh, ignored_params=trained)
             report.changed[path] = f"split between {mesh.size()} processes"

@@ -1,4 +1,4 @@
-"""verify: every mask of a program is what it was, and every pattern holds."""
+"""verify: masks are equal to those before injection, and patterns hold."""
 
 from dataclasses import dataclass
 from typing import ClassVar

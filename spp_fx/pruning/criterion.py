@@ -1,12 +1,12 @@
 """What a pruning criterion is: a score of entries, and optionally new values for those that are kept."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from spp_fx.errors import UsageError
+from spp_fx.options import check_options
 from spp_fx.pruning.select import keep, row_blocks
 from spp_fx.pruning.statistics import Inputs
 from spp_fx.registry import Registry, naming
@@ -69,16 +69,6 @@ register = naming(CRITERIA)
 
 
 def make_criterion(name: str, **options: Any) -> Criterion:
-    """A criterion by name; options that are None are left at their defaults.
-
-    Raises:
-        UsageError: nothing of that name is known, or it has no such option.
-    """
-    criterion = CRITERIA.find(name)
-    given = {key: value for key, value in options.items() if value is not None}
-    known = sorted(field.name for field in fields(criterion))
-    if unknown := sorted(given.keys() - set(known)):
-        raise UsageError(
-            f"{name} has no option {unknown[0].replace('_', '-')}; it has: {', '.join(known) or 'none'}"
-        )
-    return criterion(**given)
+    """A criterion by name with its options; UsageError for an unknown name, or an option that it does not have."""
+    check_options(CRITERIA, name, options)
+    return CRITERIA.find(name)(**options)

@@ -1,4 +1,4 @@
-"""Pruning a program decoder layer by decoder layer, each calibrated on what the pruned ones before it give."""
+"""Pruning layer by layer, each calibrated on the outputs of the pruned layers before it."""
 
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
@@ -33,11 +33,11 @@ class Weights(Protocol):
     """Where the tensors of a program come from when a layer is about to run."""
 
     def fill(self, program: Program, names: Iterable[str], device: torch.device) -> None:
-        """Put these parameters and buffers in place."""
+        """Give these parameters and buffers their values."""
         ...
 
     def empty(self, program: Program, names: Iterable[str]) -> None:
-        """Let them go again."""
+        """Free them again."""
         ...
 
     def stored(self, program: Program, name: str) -> Tensor:
@@ -84,14 +84,14 @@ class LayerResult:
 def outside_of_layers(program: Program, sites: Iterable[str]) -> dict[str, str]:
     """The sites that a walk over the layers does not calibrate, with reasons."""
     reasons: dict[str, str] = {}
+    uses = program.uses()
     for name in sites:
-        units = {unit for unit in program.units if name.startswith(f"{unit}.")}
-        used_in = {use.path for use in program.uses().get(name, [])}
-        if not units:
+        layer = program.sites[name].layer
+        if layer not in program.units:
             reasons[name] = (
                 "lies outside of the decoder layers, where nothing is calibrated; magnitude takes it"
             )
-        elif any(not f"{path}.".startswith(f"{next(iter(units))}.") for path in used_in):
+        elif any(not f"{use.path}.".startswith(f"{layer}.") for use in uses.get(name, [])):
             reasons[name] = "is shared by several layers, so there is no one layer to calibrate it in"
     return reasons
 
@@ -159,17 +159,18 @@ class _Run:
     def layer(self, index: int, shared: Shared, finish: Callable[[int, LayerResult], None]) -> None:
         """See the inputs of a layer, prune it, and save what it gives the next."""
         layer, last = self.walk.layers[index], len(self.walk.layers) - 1
-        patterns = {n: pattern for n, pattern in self.patterns.items() if n.startswith(f"{layer.path}.")}
+        sites = self.walk.program.sites
+        patterns = {n: pattern for n, pattern in self.patterns.items() if sites[n].layer == layer.path}
         with self._in_place(self.walk.layer_tensors(index)):
-            result = self._prune(layer, patterns, self._look(index, shared, patterns))
+            result = self._prune(layer, patterns, self._observe(index, shared, patterns))
             for i in range(self.samples if index < last else 0):
                 self.states.save(index + 1, i, self.walk.run(index, self._load(index, i), shared))
-                self._tell(index, self.samples + i + 1, "outputs")
+                self._progress(index, self.samples + i + 1, "outputs")
             if index < last:
                 self.states.finish(index + 1)
             finish(index, result)
 
-    def _look(self, index: int, shared: Shared, sites: Iterable[str]) -> InputsBySite:
+    def _observe(self, index: int, shared: Shared, sites: Iterable[str]) -> InputsBySite:
         program, hessian = self.walk.program, self.recipe.criterion.hessian
         observer = Observer(
             {name: program.sites[name] for name in sites},
@@ -179,7 +180,7 @@ class _Run:
         )
         for i in range(self.samples):
             self.walk.observe(index, self._load(index, i), shared, observer)
-            self._tell(index, i + 1, "inputs")
+            self._progress(index, i + 1, "inputs")
         return observer.inputs
 
     def _prune(self, layer: Layer, patterns: Mapping[str, Pattern], seen: InputsBySite) -> LayerResult:
@@ -207,7 +208,7 @@ class _Run:
         values = self.states.load(index, sample)
         return [value.to(self.device) if isinstance(value, Tensor) else value for value in values]
 
-    def _tell(self, index: int, done: int, what: str) -> None:
+    def _progress(self, index: int, done: int, what: str) -> None:
         total = 2 * self.samples * len(self.walk.layers) - self.samples
         self.tick(2 * self.samples * index + done, total, f"{self.walk.layers[index].path}: {what}")
 
@@ -239,7 +240,7 @@ class _Edited:
         return stored.transpose(-1, -2) if self._program.sites[site].transposed else stored
 
     def put_back(self) -> None:
-        """Let the program compute with them."""
+        """Copy them into the program."""
         for name, tensor in self.tensors.items():
             parameter = self._program.get_parameter(name).data
             if parameter.data_ptr() != tensor.data_ptr():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from spp_fx.graph.program import SITE, Program
+from spp_fx.graph.program import SITE, Program, child_path, is_size
 from spp_fx.sparsity.pattern import NM
 
 aten = torch.ops.aten
@@ -104,7 +104,7 @@ def _producers(program: Program, name: str, value: Value, values: list[Value]) -
         if SITE in each.node.meta:
             found.append(each)
         elif _is_pointwise(each.node):
-            waiting.extend(v for v in each.inputs if not _is_size(v.node))
+            waiting.extend(v for v in each.inputs if not is_size(v.node))
     if reasons:
         return RESIDUAL if RESIDUAL in reasons else reasons[0]
     for each in region:
@@ -128,7 +128,7 @@ def _producers(program: Program, name: str, value: Value, values: list[Value]) -
 
 def _parameter(value: Value) -> str | None:
     """The name of the parameter that a value is."""
-    return f"{value.path}.{value.node.target}".lstrip(".") if value.node.op == "get_attr" else None
+    return child_path(value.path, value.node) if value.node.op == "get_attr" else None
 
 
 def _odd(program: Program, value: Value, columns: int) -> str | None:
@@ -167,10 +167,6 @@ def _columns(node: Any) -> int | None:
     return value.shape[-1] if isinstance(value, Tensor) else None
 
 
-def _is_size(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), int | torch.SymInt)
-
-
 class _Inliner:
     """The values of a layer with its nested graphs taken apart."""
 
@@ -178,7 +174,7 @@ class _Inliner:
         self.values: list[Value] = []
         module = program.get_submodule(unit)
         assert isinstance(module, fx.GraphModule)
-        entering = [self._new(node, unit, {}) for node in module.graph.nodes if node.op == "placeholder"]
+        entering = [self._new(node, unit, {}) for node in module.graph.find_nodes(op="placeholder")]
         for value in _flat(self._inline(unit, module, entering)):
             value.leaves = True
 

@@ -17,7 +17,14 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from spp_fx.errors import PreconditionError
-from spp_fx.graph.program import SITE, Program, Use
+from spp_fx.graph.program import SITE, Program, Use, child_path
+
+SIZE = torch.ops.aten.sym_size.int
+
+Observe = Callable[[fx.Node, tuple[Any, ...]], None]
+"""Called with each node that contracts a site, and its arguments, before it runs."""
+Shared = dict[str, Any]
+"""Values by the names of their nodes: those that are the same for every sample."""
 
 
 class States(Protocol):
@@ -134,14 +141,6 @@ def _read(file: Any, form: dict[str, Any]) -> Any:
     return data.view(dtype).view(form["shape"])
 
 
-SIZE = torch.ops.aten.sym_size.int
-
-Observe = Callable[[fx.Node, tuple[Any, ...]], None]
-"""Called with each node that contracts a site, and its arguments, before it runs."""
-Shared = dict[str, Any]
-"""Values by the names of their nodes: those that are the same for every sample."""
-
-
 class Interpreter(fx.Interpreter):
     """Runs a graph node by node, graphs that it calls as well, and shows the nodes that contract sites."""
 
@@ -189,7 +188,11 @@ class Walk:
         owner, self._way = _way_in(program)
         self._owner = owner
         nodes = list(owner.module.graph.nodes)
-        calls = [i for i, node in enumerate(nodes) if _unit(owner.path, node) in program.units]
+        calls = [
+            i
+            for i, node in enumerate(nodes)
+            if node.op == "call_module" and child_path(owner.path, node) in program.units
+        ]
         self._prefix = nodes[: calls[0]]
         later = set(nodes[calls[0] : calls[-1] + 1])
         self._shared = {
@@ -197,12 +200,12 @@ class Walk:
         }
         stops = [*calls[1:], calls[-1] + 1]
         self.layers = tuple(
-            Layer(_unit(owner.path, nodes[start]), tuple(nodes[start:stop]), ())
+            Layer(
+                child_path(owner.path, nodes[start]),
+                tuple(nodes[start:stop]),
+                self._reads(nodes, start, calls[-1]),
+            )
             for start, stop in zip(calls, stops, strict=True)
-        )
-        self.layers = tuple(
-            Layer(layer.path, layer.nodes, self._reads(nodes, start, calls[-1]))
-            for layer, start in zip(self.layers, calls, strict=True)
         )
 
     def enter(self, tokens: Tensor) -> tuple[list[Any], Shared]:
@@ -258,33 +261,24 @@ class Walk:
 
 def _way_in(program: Program) -> tuple[Use, list[Use]]:
     """The graph that calls the units (with its first call), and the calls that lead to it from the root."""
-    owners: dict[str, Use] = {}
-    callers: dict[str, Use] = {}
-    for path, module in program.graphs():
-        for node in module.graph.nodes:
-            if node.op == "call_module":
-                callers[_unit(path, node)] = Use(path, module, node)
-            if _unit(path, node) in program.units:
-                if node.op != "call_module":
-                    raise PreconditionError("calibration needs layers that are not checkpointed")
-                owners.setdefault(path, Use(path, module, node))
-    if len(owners) != 1:
-        raise PreconditionError(f"the decoder layers are called by {len(owners)} graphs, expected one")
-    (owner,) = owners.values()
+    calls = program.calls()
+    first: dict[str, Use] = {}
+    for use in (use for unit in program.units for use in calls.get(unit, [])):
+        if use.node.op != "call_module":
+            raise PreconditionError("calibration needs layers that are not checkpointed")
+        first.setdefault(use.path, use)
+    if len(first) != 1:
+        raise PreconditionError(f"the decoder layers are called by {len(first)} graphs, expected one")
+    (owner,) = first.values()
     way: list[Use] = []
     path = owner.path
     while path:
-        if path not in callers:
-            raise PreconditionError(
-                f"{path or 'the root'}: the graph of the layers is not called by a module"
-            )
-        way.insert(0, callers[path])
-        path = callers[path].path
+        callers = [use for use in calls.get(path, []) if use.node.op == "call_module"]
+        if not callers:
+            raise PreconditionError(f"{path}: the graph of the layers is not called by a module")
+        way.insert(0, callers[-1])
+        path = callers[-1].path
     return owner, way
-
-
-def _unit(path: str, node: fx.Node) -> str:
-    return f"{path}.{node.target}".lstrip(".") if node.op in ("call_module", "get_attr") else ""
 
 
 def _before(node: fx.Node) -> list[fx.Node]:
@@ -294,8 +288,7 @@ def _before(node: fx.Node) -> list[fx.Node]:
 
 def _started(module: fx.GraphModule, arguments: Sequence[Any]) -> Interpreter:
     interpreter = Interpreter(module)
-    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-    interpreter.env = dict(zip(placeholders, arguments, strict=True))
+    interpreter.env = dict(zip(module.graph.find_nodes(op="placeholder"), arguments, strict=True))
     return interpreter
 
 
@@ -316,7 +309,7 @@ def _untainted(way: Sequence[Use], owner: Use, prefix: Sequence[fx.Node]) -> set
 
 
 def _tainted(module: fx.GraphModule, nodes: Sequence[fx.Node], arguments: Sequence[bool]) -> set[fx.Node]:
-    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    placeholders = module.graph.find_nodes(op="placeholder")
     found = {node for node, flag in zip(placeholders, arguments, strict=True) if flag}
     count = -1
     while count != len(found):  # what is written in place taints what was made before
@@ -356,7 +349,7 @@ def _tensors(path: str, module: fx.GraphModule, nodes: Iterable[fx.Node]) -> lis
 def _of_node(path: str, module: fx.GraphModule, node: fx.Node) -> Iterator[str]:
     if node.op not in ("call_module", "get_attr"):
         return
-    full = f"{path}.{node.target}".lstrip(".")
+    full = child_path(path, node)
     owner, _, attribute = str(node.target).rpartition(".")
     held: Any = module.get_submodule(owner)
     value = getattr(held, attribute)

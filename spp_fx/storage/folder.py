@@ -576,6 +576,7 @@ def resolve_model(name: str) -> Path:
         return path
     if not HUB_ID.fullmatch(name):
         raise UsageError(f"{name}: there is no such folder")
+    # It takes a third of a second to import, which a local folder need not wait for.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

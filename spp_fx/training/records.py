@@ -98,7 +98,7 @@ class Skipped:
         return Skipped(self.count + later.count, self.rows, self.first or later.first)
 
     def line(self, data: str | Path) -> str | None:
-        """What the reader should know, in one line; None where no row was skipped."""
+        """One line for the user; None where no row was skipped."""
         if self.first is None:
             return None
         return (

@@ -101,7 +101,7 @@ def checkpoints(folder: Path) -> list[Path]:
 def is_whole(checkpoint: Path) -> bool:
     """Whether a checkpoint was written to its end: the Trainer writes its own state last.
 
-    The length of every safetensors file is held to its header, so one that was cut is told too.
+    The length of every safetensors file is checked against its header, which finds one that was cut short.
     """
     try:
         json.loads((checkpoint / "trainer_state.json").read_text())

@@ -15,8 +15,8 @@ from spp_fx.storage.links import links_option
 from spp_fx.storage.workspace import check_output, workspace
 from spp_fx.verbs.lock import make_lock, nothing_sparse
 from spp_fx.verbs.verify import verify
-from spp_fx.verify import provenance
-from spp_fx.verify.model_sites import find_sites
+from spp_fx.verification import provenance
+from spp_fx.verification.model_sites import find_sites
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.pattern import Pattern
 from spp_fx.storage.links import links_option
 from spp_fx.storage.output import atomic_folder
-from spp_fx.verify import provenance
-from spp_fx.verify.model_sites import ModelSites, choose, find_sites, scan_sites
+from spp_fx.verification import provenance
+from spp_fx.verification.model_sites import ModelSites, choose, find_sites, scan_sites
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from spp_fx.passes.pipeline import run_pipeline
 from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.pattern import Pattern
 from spp_fx.storage.links import links_option
-from spp_fx.verify.model_sites import ModelSites, find_sites, scan_sites
+from spp_fx.verification.model_sites import ModelSites, find_sites, scan_sites
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from spp_fx.storage.folder import is_adapter
 from spp_fx.training.records import Skipped, read_samples
 from spp_fx.training.samples import check_vocabulary, token_stream
 from spp_fx.training.trainer import load_factors
+from spp_fx.verbs.settings import Calibration
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def load_program(
     adapter.check_base(open_model(model))
     check_causal(model)
     program = trace(load_model(model, trust_remote_code=trust_remote_code))
-    settings, storage = adapter.method.parameters(), "packed" if packed else "dense"
+    storage = "packed" if packed else "dense"
     run_pipeline(
         program,
         [
@@ -80,7 +81,7 @@ def load_program(
             Causal(),
             Match(targets=tuple(adapter.matrices)),
             # check_base has checked the fingerprint of the base, and nothing here writes to it.
-            Inject(adapter.method.name, seed=adapter.config.seed, masks=False, options=settings),
+            Inject(adapter.method, seed=adapter.config.seed, masks=False),
             # Shard packs by itself, one layer at a time.
             Lower(kernel="fused", storage="dense" if shard else storage),
         ],
@@ -130,30 +131,6 @@ def window_length(program: Program, asked: int | None, default: int = 512) -> in
     if most and asked > most:
         raise UsageError(f"--seq-len {asked} is more than the model's {most} positions")
     return asked
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """Text that shows what the weights multiply.
-
-    Attributes:
-        data: a text file, .json or .jsonl records, or the name of a dataset; instructions and chats are taken
-            as the text that the model would see.
-        samples: windows drawn from it.
-        seq_len: tokens of each; None is 2048, or what the model has.
-        seed: of the draw.
-        strict: rows with nothing in them are an error; else they are skipped.
-    """
-
-    data: str | Path
-    samples: int = 128
-    seq_len: int | None = None
-    seed: int = 0
-    strict: bool = False
-
-    def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise UsageError(f"--samples must be at least 1, got {self.samples}")
 
 
 @dataclass(frozen=True)

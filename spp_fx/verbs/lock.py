@@ -20,11 +20,11 @@ from spp_fx.storage.folder import peft_adapter
 from spp_fx.storage.links import links_option
 from spp_fx.storage.output import atomic_file
 from spp_fx.storage.safetensors import Shard
-from spp_fx.verify import provenance
-from spp_fx.verify.named_sites import is_site
+from spp_fx.verification import provenance
+from spp_fx.verification.named_sites import is_site
 
 if TYPE_CHECKING:
-    from spp_fx.verify.model_sites import ModelSites
+    from spp_fx.verification.model_sites import ModelSites
 
 _HAVE_OWN_LOCK = {"export.json": "an export", "adapter_config.json": "an adapter"}
 """Folders whose lock is a part of them, by the file that marks them."""
@@ -143,7 +143,7 @@ def lock(
         if is_file:
             found, made = None, _lock_file(model, required, targets, tick)
         else:
-            from spp_fx.verify.model_sites import find_sites
+            from spp_fx.verification.model_sites import find_sites
 
             found = find_sites(open_model(model), trust_remote_code=trust_remote_code)
             for note in found.notes:
@@ -180,7 +180,7 @@ def make_lock(
     """
     from spp_fx.passes.match import Match
     from spp_fx.passes.pipeline import run_pipeline
-    from spp_fx.verify.model_sites import tensors_of
+    from spp_fx.verification.model_sites import tensors_of
 
     if not found.program.sites:
         return Made(Lock.of([]), found.others)

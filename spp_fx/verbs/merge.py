@@ -27,7 +27,7 @@ from spp_fx.storage.links import links_option
 from spp_fx.storage.safetensors import Shard, TensorInfo
 from spp_fx.storage.workspace import Workspace, workspace
 from spp_fx.storage.writer import SPAN, Bytes, Change, copy_others, rewrite
-from spp_fx.verify import provenance
+from spp_fx.verification import provenance
 
 _BLOCK = 4 << 20  # bytes that are compared at a time
 _RUN = 64 << 20  # bytes of the base that one task compares

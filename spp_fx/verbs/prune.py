@@ -40,8 +40,8 @@ from spp_fx.storage.safetensors import Shard, TensorInfo, dtype_name, torch_dtyp
 from spp_fx.storage.workspace import Workspace, check_output, workspace
 from spp_fx.storage.writer import copy_others, rewrite_shard, write_safetensors, write_shards
 from spp_fx.verbs.load import Calibration, draw_windows
-from spp_fx.verify import provenance
-from spp_fx.verify.model_sites import ModelSites, choose, find_sites, tensors_of
+from spp_fx.verification import provenance
+from spp_fx.verification.model_sites import ModelSites, choose, find_sites, tensors_of
 
 
 class LayerStore:
@@ -225,7 +225,6 @@ def prune(
     pattern: str,
     calibration: Calibration | None = None,
     repair: str | None = None,
-    options: Mapping[str, Any] | None = None,
     targets: Sequence[str] = (),
     ratios: Sequence[str] = (),
     skip: Sequence[str] = (),
@@ -236,6 +235,7 @@ def prune(
     allow_links: bool = False,
     tick: Tick = silent,
     say: Callable[[str], None] = lambda line: None,
+    **options: Any,
 ) -> Pruned:
     """Prune every matched site of a model folder and write the lock beside the weights.
 
@@ -248,7 +248,6 @@ def prune(
         method: name of a criterion.
         pattern: N:M or a share of zeros.
         repair: `dsnot`, or none.
-        options: the criterion's own, by the names of its fields; None leaves one at its default.
         targets: sites to take; see `Match`.
         ratios: `NAME@PATTERN`: other patterns for the sites of that name; the last that fits counts.
         skip: names of sites that stay dense.
@@ -256,6 +255,7 @@ def prune(
         fresh: begin anew, whatever an interrupted run left.
         allow_links: follow symbolic links that leave a folder; see `links.check_link`.
         say: called with what the reader should know while it runs.
+        options: of the criterion, by the names of its fields.
 
     Raises:
         UsageError: an option is wrong, the text too short, or the output exists.
@@ -263,7 +263,7 @@ def prune(
         MaskError: what was read back is not what was meant to be written.
     """
     model, out, wanted = Path(model), Path(out).absolute(), parse_pattern(pattern)
-    criterion = make_criterion(method, **options or {})
+    criterion = make_criterion(method, **options)
     recipe = Recipe(criterion, repair)
     if recipe.calibrated and calibration is None:
         raise UsageError(f"{repair or method} looks at inputs: give the text to calibrate on, --calib FILE")
@@ -305,7 +305,7 @@ def prune(
         lock = _lock_folder(ModelFolder.open(work.folder), found, patterns)
         (work.folder / LOCK_NAME).write_text(lock.dumps())
         settings = {
-            "method": method, "pattern": str(wanted), "repair": repair, **_all_options(), **(options or {}),
+            "method": method, "pattern": str(wanted), "repair": repair, **_all_options(), **options,
             "targets": list(targets), "ratios": list(ratios), "skip": list(skip),
         }  # fmt: skip
         _record(found, work.folder, settings, tokens)

@@ -33,68 +33,12 @@ from spp_fx.training.samples import (
 from spp_fx.training.state import checkpoints, is_whole
 from spp_fx.training.trainer import AdapterTrainer, CutEachEpoch, EarlyStop
 from spp_fx.verbs.load import Loaded, load_program, load_tokenizer, window_length
+from spp_fx.verbs.settings import TrainSettings
 
 POSITIVE = (
     "steps", "epochs", "lr", "batch_size", "accumulate", "save_steps", "eval_steps", "early_stop", "logging_steps",
 )  # fmt: skip
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """How to train.
-
-    Attributes:
-        steps, epochs: one of the two ends training; both None means 3 epochs.
-        lr: peak learning rate; None leaves it to the method, see `Method.defaults`.
-        batch_size: rows per forward and device.
-        accumulate: forwards per optimizer step.
-        seq_len: tokens per row at most; None for 512 or the model's positions if fewer.
-        loss_on: `all`, or `answer` to leave prompts out of the loss.
-        packing: put short samples of instruction and chat data into one row (text always fills its rows).
-        schedule: of the learning rate, by transformers' names.
-        warmup: steps, or below 1 a share of all steps.
-        clip: largest norm of the gradient; 0 for no limit.
-        bf16: run under bfloat16 autocast.
-        packed: keep the frozen weights packed.
-        gradient_checkpointing: let each decoder layer forget its activations.
-        shard: split the frozen weights over the processes: `world`, or `node` to keep all of them in each node.
-        save_steps: steps between checkpoints; None for none.
-        eval_steps: steps between evaluations; None for none but before and after.
-        early_stop: end after so many evaluations that did not better the best, and take the best factors.
-        logging_steps: steps between reports of the loss.
-        report_to: where transformers reports to (`tensorboard`, `wandb`, ...).
-        resume: go on from the newest whole checkpoint of the adapter folder.
-        force: start anew where checkpoints of an earlier run lie, and delete them.
-        seed: of the order of rows and of dropout, 0 to 2**32 - 1.
-        strict: rows of the data with nothing to learn are an error; else they are skipped and counted.
-    """
-
-    steps: int | None = None
-    epochs: float | None = None
-    lr: float | None = None
-    batch_size: int = 16
-    accumulate: int = 1
-    seq_len: int | None = None
-    loss_on: str = "all"
-    packing: bool = False
-    weight_decay: float = 1e-3
-    schedule: str = "linear"
-    warmup: float = 0.03
-    clip: float = 1.0
-    bf16: bool = False
-    packed: bool = False
-    gradient_checkpointing: bool = False
-    shard: str | None = None
-    save_steps: int | None = None
-    eval_steps: int | None = None
-    early_stop: int | None = None
-    logging_steps: int = 10
-    report_to: tuple[str, ...] = ()
-    resume: bool = False
-    force: bool = False
-    seed: int = 0
-    strict: bool = False
 
 
 @dataclass(frozen=True)

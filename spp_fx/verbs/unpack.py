@@ -22,8 +22,8 @@ from spp_fx.storage.output import atomic_folder
 from spp_fx.storage.safetensors import dtype_name
 from spp_fx.storage.writer import copy_file, write_safetensors
 from spp_fx.verbs.verify import verify
-from spp_fx.verify import provenance
-from spp_fx.verify.provenance import PROVENANCE
+from spp_fx.verification import provenance
+from spp_fx.verification.provenance import PROVENANCE
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from spp_fx.parallel import Tick, in_order, no_tick, thread_count
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, load_lock
 from spp_fx.storage.folder import is_adapter
 from spp_fx.storage.links import links_option
-from spp_fx.verify.artifact import Artifact, open_artifact
-from spp_fx.verify.checks import SiteCheck, check_site, plan_checks
-from spp_fx.verify.policy import Check, Coverage, Requirements, nothing_to_check
-from spp_fx.verify.verdict import Finding, SiteVerdict, Verified
+from spp_fx.verification.artifact import Artifact, open_artifact
+from spp_fx.verification.checks import SiteCheck, check_site, plan_checks
+from spp_fx.verification.policy import Check, Coverage, Requirements, nothing_to_check
+from spp_fx.verification.verdict import Finding, SiteVerdict, Verified
 
 MASK_BYTES = 256 << 20
 """Freed memory worth keeping: a mask of each job, whose pages the next one takes over."""
@@ -156,7 +156,7 @@ def _origin_of_files(artifact: Artifact) -> Callable[[str], str | None]:
 
     @cache
     def origin(file: str) -> str | None:
-        from spp_fx.verify.provenance import blame
+        from spp_fx.verification.provenance import blame
 
         return blame(folder, file)
 

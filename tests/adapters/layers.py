@@ -122,7 +122,7 @@ def lowered(layer: Layer, dropout: float):
     bias = None if layer.bias is None else layer.bias.detach()
     program = linear_program(layer.weight.detach(), bias)
     options = layer.method.parameters() | ({"dropout": 0.5} if dropout else {})
-    inject = Inject(layer.method.name, options=options)
+    inject = Inject(make_method(layer.method.name, **options))
     passes = [Canonicalize(), Match(targets=("layer",), dense=True), inject, Lower(kernel="reference")]
     run_pipeline(program, passes)
     module = program.get_submodule("layer")

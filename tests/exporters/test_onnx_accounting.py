@@ -19,7 +19,7 @@ from spp_fx.exporters.onnx.graph_weights import GRAPH, read_graph
 from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.scan import Weights, pack_mask
 from spp_fx.verbs.verify import Check, run_check, verify
-from spp_fx.verify.policy import Requirements
+from spp_fx.verification.policy import Requirements
 from spp_fx.version import VERSION
 from tests.effort import examples
 

@@ -13,12 +13,6 @@ from spp_fx.errors import FormatError, SppFxError, UsageError
 from spp_fx.exporters.manifest import MANIFEST, sha256
 from spp_fx.sparsity.lock import LOCK_NAME, load_lock
 from spp_fx.verbs.verify import verify
-from tests.fuzz import seeds
-
-
-@pytest.fixture(scope="module")
-def artifacts(tmp_path_factory) -> dict[str, seeds.Seed]:
-    return seeds.build(tmp_path_factory.mktemp("found") / "seeds", graphs=False)
 
 
 @pytest.fixture

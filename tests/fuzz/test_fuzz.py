@@ -5,14 +5,9 @@ import json
 import pytest
 
 from tests.effort import NIGHTLY, SEED
-from tests.fuzz import cases, runner, seeds
+from tests.fuzz import cases, runner
 
 CASES = 3000 if NIGHTLY else 60
-
-
-@pytest.fixture(scope="module")
-def artifacts(tmp_path_factory) -> dict[str, seeds.Seed]:
-    return seeds.build(tmp_path_factory.mktemp("fuzz") / "seeds", graphs=False)
 
 
 def test_no_damage_crashes_hangs_or_passes_for_sound(artifacts):

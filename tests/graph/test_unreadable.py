@@ -1,8 +1,8 @@
 """Folders that transformers cannot load: one line that says what, where and how to mend it; nothing is asked."""
 
+import io
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -29,8 +29,6 @@ from spp_fx.training.samples import pad_token
 from spp_fx.verbs.load import load_tokenizer
 from tests.command import command, one_line, save_tokenizer
 from tests.families import make_model
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +230,8 @@ def test_a_row_is_never_filled_with_a_token_that_the_model_lacks(folder):
 
 
 @pytest.mark.parametrize("verb", ["eval {} --data {}", "prune {} -o {}-out", "inspect {}"])
-def test_code_of_a_folder_never_runs_whatever_stdin_answers(folder, tmp_path, verb):
+def test_code_of_a_folder_never_runs_whatever_stdin_answers(folder, tmp_path, monkeypatch, verb):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 100))
     (tmp_path / "text.txt").write_text("a b c")
     (folder / "modeling_mine.py").write_text(
         f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: ...\nM = T = C\n"
@@ -245,15 +244,9 @@ def test_code_of_a_folder_never_runs_whatever_stdin_answers(folder, tmp_path, ve
         auto_map={"AutoTokenizer": ["modeling_mine.T", None]},
     )
     words = verb.format(folder, tmp_path / "text.txt").split()
-    done = subprocess.run(
-        [sys.executable, "-m", "spp_fx", *words, "-q"],
-        input="y\n" * 100,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    assert done.returncode == 1
-    assert "--trust-remote-code" in one_line(done.stderr)
+    done = command(*words, "-q")
+    assert done.code == 1
+    assert "--trust-remote-code" in one_line(done.err)
     assert not (tmp_path / "ran").exists()
 
 

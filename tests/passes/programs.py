@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from spp_fx.adapters.method import make_method
 from spp_fx.graph.program import Program
 from spp_fx.graph.trace import trace
 from spp_fx.passes.canonicalize import Canonicalize
@@ -51,7 +52,7 @@ def adapted(
     program: Program, kernel: str | None = "fused", method: str = "spp", seed: int = 0, **options: Any
 ) -> Program:
     """A canonical program given adapters of rank 4, lowered to a kernel, unless that is None."""
-    run_pipeline(program, [Match(), Inject(method, seed, options={"rank": 4} | options)])
+    run_pipeline(program, [Match(), Inject(make_method(method, **{"rank": 4} | options), seed=seed)])
     if kernel is not None:
         run_pipeline(program, [Lower(kernel=kernel)])
     return program

@@ -5,6 +5,7 @@ import torch
 from torch import fx, nn
 from transformers import PretrainedConfig
 
+from spp_fx.adapters.spp import SPP
 from spp_fx.errors import MaskError, PostconditionError, PreconditionError, UsageError
 from spp_fx.graph.program import ADAPTER, Program
 from spp_fx.passes.canonicalize import Canonicalize
@@ -44,9 +45,7 @@ def fill_factors(program: Program, value: float = 0.25) -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_a_weight_used_twice_in_one_graph_folds_once(kernel, dropout):
     program = shared_weight_program()
-    run_pipeline(
-        program, [Canonicalize(), Match(targets=("layer",)), Inject(options={"rank": 4, "dropout": dropout})]
-    )
+    run_pipeline(program, [Canonicalize(), Match(targets=("layer",)), Inject(SPP(rank=4, dropout=dropout))])
     program.eval()
     if kernel:
         run_pipeline(program, [Lower(kernel=kernel)])

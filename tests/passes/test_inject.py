@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from spp_fx.adapters.spp import SPP
 from spp_fx.errors import PreconditionError, UsageError
 from spp_fx.passes.inject_adapters import Inject
 from spp_fx.passes.match import Match
@@ -49,13 +50,13 @@ def test_new_adapters_change_nothing(family, dropout):
 
 def test_injecting_twice_is_refused():
     with pytest.raises(PreconditionError, match="has adapters already"):
-        run_pipeline(adapted(canonical("llama")), [Inject(options={"rank": 4})])
+        run_pipeline(adapted(canonical("llama")), [Inject(SPP(rank=4))])
 
 
 def test_factors_start_the_same_whatever_the_targets():
     every = factors(adapted(canonical("llama"), None))
     program = canonical("llama")
-    run_pipeline(program, [Match(targets=("v_proj", "q_proj")), Inject(options={"rank": 4})])
+    run_pipeline(program, [Match(targets=("v_proj", "q_proj")), Inject(SPP(rank=4))])
     some = factors(program)
     assert len(some) == 8
     assert all(torch.equal(value, every[name]) for name, value in some.items())

@@ -9,14 +9,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spp_fx.adapters.method import Method
+from spp_fx.adapters.spp import SPP
 from spp_fx.errors import PostconditionError, PreconditionError, UsageError
 from spp_fx.passes.base import PASSES, Pass, PassReport, register
 from spp_fx.passes.canonicalize import Canonicalize
 from spp_fx.passes.inject_adapters import Inject
 from spp_fx.passes.match import Match
 from spp_fx.passes.pipeline import parse_pipeline, print_pipeline, run_pipeline
-from spp_fx.passes.prune_sites import Prune
-from spp_fx.pruning.criterion import CRITERIA
+from spp_fx.pruning.criteria.magnitude import Magnitude
+from spp_fx.pruning.criteria.ria import Ria
+from spp_fx.pruning.criteria.sparsegpt import SparseGpt
+from spp_fx.pruning.criteria.wanda import Wanda
+from spp_fx.pruning.criterion import Criterion
 from tests.adapters.layers import linear_program
 
 WORD = st.text(string.ascii_letters + string.digits + "_.*?[]:%-", min_size=1, max_size=12)
@@ -29,28 +34,17 @@ VALUES = {
     int | None: st.none() | st.integers(),
     bool | None: st.none() | st.booleans(),
     tuple[str, ...]: st.lists(WORD, max_size=3).map(tuple),
+    Method: st.builds(
+        SPP, rank=st.integers(1, 512), scale=st.floats(0.1, 8), dropout=st.floats(0, 1, exclude_max=True)
+    ),
+    Criterion: st.sampled_from([Magnitude(), Wanda(), Ria(permute=True)])
+    | st.builds(SparseGpt, damp=st.floats(0, 8), block_size=st.integers(1, 512)),
 }
 
 
-def options_of(cls: type) -> dict[str, st.SearchStrategy]:
-    types = get_type_hints(cls)
-    return {field.name: VALUES[types[field.name]] for field in fields(cls) if field.name != "options"}
-
-
 def passes_of(cls: type[Pass]) -> st.SearchStrategy[Pass]:
-    own, plain = options_of(cls), st.builds(cls, **options_of(cls))
-    if cls is not Prune:
-        return plain
-    return plain | st.sampled_from(sorted(CRITERIA)).flatmap(
-        lambda name: st.builds(
-            Prune,
-            **own
-            | {
-                "method": st.just(name),
-                "options": st.fixed_dictionaries({}, optional=options_of(CRITERIA[name])),
-            },
-        )
-    )
+    types = get_type_hints(cls)
+    return st.builds(cls, **{field.name: VALUES[types[field.name]] for field in fields(cls)})
 
 
 @pytest.fixture
@@ -82,7 +76,7 @@ def test_parsing_a_printed_pipeline_gives_the_pipeline(passes):
 def test_a_comma_without_an_option_continues_the_list_before_it():
     assert parse_pipeline("match{targets=q_proj,v_proj,dense=true},inject{rank=8}") == [
         Match(targets=("q_proj", "v_proj"), dense=True),
-        Inject(options={"rank": 8}),
+        Inject(SPP(rank=8)),
     ]
 
 
@@ -94,7 +88,7 @@ def test_blanks_between_words_mean_nothing():
 
 
 def test_options_at_their_defaults_are_not_printed():
-    assert print_pipeline([Match(), Inject(options={"rank": 8})]) == "match,inject{rank=8}"
+    assert print_pipeline([Match(), Inject(SPP(scale=2.0, rank=8))]) == "match,inject{rank=8}"
 
 
 @pytest.mark.parametrize(
@@ -116,9 +110,9 @@ def test_options_at_their_defaults_are_not_printed():
         ("match{q_proj}", "match: 'q_proj' is not an option"),
         (
             "prune{method=wanda,damp=1}",
-            "prune: unknown option 'damp'; known: method, pattern, ratios, repair, skip",
+            "wanda has no option damp; it has: none; sparsegpt has it",
         ),
-        ("prune{damp=1,method=ria}", "prune: unknown option 'damp'; known: method, pattern, permute, ratios"),
+        ("prune{damp=1,method=ria}", "ria has no option damp; it has: permute; sparsegpt has it"),
         ("prune{method=sparsegpt,damp=much}", "prune: option damp takes float, got 'much'"),
         ("prune{method=nosuch,damp=1}", "unknown pruning method 'nosuch'; known: .*wanda"),
         ("inject{rank=many}", "inject: option rank takes int, got 'many'"),
@@ -126,6 +120,8 @@ def test_options_at_their_defaults_are_not_printed():
         ("inject{rank=}", "inject: option rank takes int, got ''"),
         ("inject{scale=two}", "inject: option scale takes float, got 'two'"),
         ("match{dense=perhaps}", "match: option dense takes bool, got 'perhaps'"),
+        ("inject{nosuch=2}", "spp has no option nosuch; it has: dropout, rank, scale$"),
+        ("inject{method=nosuch}", "unknown adapter method 'nosuch'; known: .*spp"),
         ("inject{rank=1,rank=2}", "inject: option 'rank' is given twice"),
     ],
 )

@@ -45,7 +45,7 @@ def test_through_the_verb_layer_by_layer(tmp_path):
     def pruned(method, options):
         out = tmp_path / f"{method}{len(list(tmp_path.iterdir()))}"
         done = prune(
-            tmp_path / "dense", out, method=method, pattern="2:4", options=options,
+            tmp_path / "dense", out, method=method, pattern="2:4", **options,
             calibration=Calibration(text, 4, 32),
         )  # fmt: skip
         assert done.calibration is not None

@@ -7,6 +7,7 @@ from spp_fx.passes.match import Match
 from spp_fx.passes.partition import Partition
 from spp_fx.passes.pipeline import run_pipeline
 from spp_fx.passes.prune_sites import Prune
+from spp_fx.pruning.criteria.ria import Ria
 from spp_fx.pruning.permute import Producers, best_order, producers
 from spp_fx.sparsity.pattern import parse_pattern
 from tests.families import batch
@@ -102,7 +103,7 @@ def test_pruning_with_permutation_keeps_the_function_of_what_is_kept():
     before = loss_of(program, ids).item()
     run_pipeline(program, [Match(targets=("down_proj",), dense=True), Partition()])
     dense = {name: program.weight(name).detach().clone() for name in program.matched}
-    (report,) = run_pipeline(program, [Prune(method="ria", options={"permute": True})])
+    (report,) = run_pipeline(program, [Prune(Ria(permute=True))])
     for name, weight in dense.items():
         note = report.changed[name]
         assert "inputs reordered, and with them the rows of" in note, note

@@ -9,8 +9,12 @@ from spp_fx.errors import PatternError, PreconditionError, UsageError
 from spp_fx.passes.causal import Causal
 from spp_fx.passes.match import Match
 from spp_fx.passes.partition import Partition
-from spp_fx.passes.pipeline import parse_pipeline, run_pipeline
+from spp_fx.passes.pipeline import parse_pipeline, print_pipeline, run_pipeline
 from spp_fx.passes.prune_sites import Prune
+from spp_fx.pruning.criteria.magnitude import Magnitude
+from spp_fx.pruning.criteria.ria import Ria
+from spp_fx.pruning.criteria.sparsegpt import SparseGpt
+from spp_fx.pruning.criteria.wanda import Wanda
 from spp_fx.pruning.statistics import Inputs, output_energy
 from spp_fx.pruning.walk import FileStates, MemoryStates, Walk
 from tests.families import FAMILIES, batch
@@ -49,7 +53,7 @@ def test_every_matrix_sees_the_inputs_it_multiplies(family):
     program.calibration = batch(8, 12)
     run_pipeline(program, [Match(dense=True), Partition(), Causal()])
     before = copy.deepcopy(program.state_dict())
-    (report,) = run_pipeline(program, [Prune(method="wanda", pattern="2:4")])
+    (report,) = run_pipeline(program, [Prune(Wanda(), pattern="2:4")])
     assert set(report.changed) == set(program.matched)
     for name, note in report.changed.items():
         assert note.startswith("2:4, 5")
@@ -82,7 +86,7 @@ def test_experts_are_pruned_each_by_the_tokens_it_sees():
         for row in program.calibration:
             model.eval()(row[None])
     hook.remove()
-    run_pipeline(program, [Prune(method="wanda", pattern="50%")])
+    run_pipeline(program, [Prune(Wanda(), pattern="50%")])
     for expert in range(4):
         x = torch.cat(seen[expert])
         score = dense[expert].abs() * (x**2).sum(0).sqrt()
@@ -95,7 +99,7 @@ def test_an_expert_that_saw_no_token_is_pruned_by_magnitude_and_says_so():
     _, program = sparse("mixtral")
     program.calibration = batch(1, 2)
     run_pipeline(program, [Match(targets=("experts.down_proj",), dense=True), Partition()])
-    (report,) = run_pipeline(program, [Prune(method="sparsegpt", pattern="2:4", options={"damp": 0.1})])
+    (report,) = run_pipeline(program, [Prune(SparseGpt(damp=0.1), pattern="2:4")])
     assert "saw no token: pruned by magnitude" in " ".join(report.changed.values())
 
 
@@ -112,25 +116,25 @@ def test_inputs_that_are_not_finite_are_refused_by_name():
     with pytest.raises(
         PatternError, match=r"layers\.1\.self_attn\.\w+\.weight: its inputs are NaN .* sample 1"
     ):
-        run_pipeline(program, [Prune(method="wanda")])
+        run_pipeline(program, [Prune(Wanda())])
 
 
 def test_a_weight_that_is_not_finite_is_refused_by_name():
     program = ready()
     program.weight("model.layers.0.self_attn.q_proj.weight").data[0, 0] = torch.inf
     with pytest.raises(PatternError, match=r"(its inputs are|holds) NaN or inf"):
-        run_pipeline(program, [Prune(method="magnitude")])
+        run_pipeline(program, [Prune(Magnitude())])
 
 
 def test_a_hessian_that_is_not_positive_definite_is_refused_with_the_way_out():
     with pytest.raises(PatternError, match=r"layers\.0.*not positive definite with damp 0; raise --damp"):
-        run_pipeline(ready(), [Prune(method="sparsegpt", options={"damp": 0.0})])
+        run_pipeline(ready(), [Prune(SparseGpt(damp=0.0))])
 
 
 def test_dead_inputs_are_told():
     program = ready()
     program.get_parameter("model.layers.0.input_layernorm.weight").data[5:8] = 0
-    (report,) = run_pipeline(program, [Prune(method="sparsegpt", options={"damp": 0.1})])
+    (report,) = run_pipeline(program, [Prune(SparseGpt(damp=0.1))])
     assert "3 of its 32 inputs were always 0" in report.changed["model.layers.0.self_attn.q_proj.weight"]
     assert bool((program.weight("model.layers.0.self_attn.q_proj.weight")[:, 5:8] == 0).all())
 
@@ -138,7 +142,7 @@ def test_dead_inputs_are_told():
 def test_sites_outside_of_layers_are_refused_with_the_reason():
     program = ready()
     run_pipeline(program, [Match(targets=("lm_head", "q_proj"), dense=True)])
-    (report,) = run_pipeline(program, [Prune(method="wanda")])
+    (report,) = run_pipeline(program, [Prune(Wanda())])
     assert "outside of the decoder layers" in report.skipped["lm_head.weight"]
     assert set(program.matched) == {f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)}
 
@@ -146,7 +150,7 @@ def test_sites_outside_of_layers_are_refused_with_the_reason():
 def test_ratios_and_skips_are_per_site():
     program = ready()
     ratios = ("down_proj@1:4", "model.layers.0.*@4:8", "k_proj@75%")
-    (report,) = run_pipeline(program, [Prune(method="ria", ratios=ratios, skip=("v_proj",))])
+    (report,) = run_pipeline(program, [Prune(Ria(), ratios=ratios, skip=("v_proj",))])
     assert str(program.matched["model.layers.1.mlp.down_proj.weight"]) == "1:4"
     assert str(program.matched["model.layers.0.mlp.down_proj.weight"]) == "4:8"
     assert str(program.matched["model.layers.0.self_attn.k_proj.weight"]) == "75%"
@@ -157,17 +161,18 @@ def test_ratios_and_skips_are_per_site():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "wand"}, "unknown pruning method 'wand'"),
-        ({"method": "wanda", "options": {"damp": 0.5}}, "wanda has no option damp"),
-        ({"repair": "fsnot"}, "unknown repair"),
-        ({"pattern": "2to4"}, "is not a sparsity pattern"),
-        ({"method": "sparsegpt", "options": {"block_size": 0}}, "at least 1"),
-        ({"method": "sparsegpt", "options": {"damp": -1.0}}, "at least 0"),
+        ("method=wand", "unknown pruning method 'wand'"),
+        ("method=wanda,damp=0.5", "wanda has no option damp; it has: none; sparsegpt has it"),
+        ("method=sparsegpt,colour=red", "sparsegpt has no option colour; it has: block-size, damp$"),
+        ("repair=fsnot", "unknown repair"),
+        ("pattern=2to4", "is not a sparsity pattern"),
+        ("method=sparsegpt,block_size=0", "at least 1"),
+        ("method=sparsegpt,damp=-1.0", "at least 0"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_runs(options, message):
     with pytest.raises(UsageError, match=message):
-        run_pipeline(sparse("llama")[1], [Prune(**options)])
+        run_pipeline(sparse("llama")[1], parse_pipeline(f"prune{{{options}}}"))
 
 
 @pytest.mark.parametrize(
@@ -190,17 +195,18 @@ def test_what_a_pass_needs_is_said():
         run_pipeline(program, [Prune()])
     run_pipeline(program, [Match(dense=True)])
     with pytest.raises(PreconditionError, match="give the text to calibrate on"):
-        run_pipeline(program, [Prune(method="wanda")])
+        run_pipeline(program, [Prune(Wanda())])
     program.calibration = batch(2, 12)
     with pytest.raises(PreconditionError, match="run partition first"):
-        run_pipeline(program, [Prune(method="wanda")])
+        run_pipeline(program, [Prune(Wanda())])
     with pytest.raises(PatternError, match="no multiple of the group of 2:5"):
         run_pipeline(program, [Prune(pattern="2:5")])
 
 
 def test_spelling():
     (item,) = parse_pipeline("prune{method=sparsegpt,ratios=down_proj@4:8,q_proj@50%,damp=0.1}")
-    assert item == Prune(method="sparsegpt", ratios=("down_proj@4:8", "q_proj@50%"), options={"damp": 0.1})
+    assert print_pipeline([item]) == "prune{method=sparsegpt,damp=0.1,ratios=down_proj@4:8,q_proj@50%}"
+    assert item == Prune(SparseGpt(damp=0.1), ratios=("down_proj@4:8", "q_proj@50%"))
 
 
 def test_statistics_are_those_of_the_tokens():

@@ -11,8 +11,10 @@ from spp_fx.graph.trace import trace
 from spp_fx.passes.canonicalize import Canonicalize
 from spp_fx.passes.match import Match
 from spp_fx.passes.pipeline import run_pipeline
-from spp_fx.verbs.load import Calibration, draw_windows
+from spp_fx.pruning.criteria.wanda import Wanda
+from spp_fx.verbs.load import draw_windows
 from spp_fx.verbs.prune import prune
+from spp_fx.verbs.settings import Calibration
 from tests.pruning import plain
 from tests.real_data import data_folder
 
@@ -76,7 +78,7 @@ def test_a_program_in_memory_is_pruned_as_a_folder_is(story, tmp_path):
     prune(model, tmp_path / "out", method="wanda", pattern="2:4", calibration=calibration, repair="dsnot")
     program = trace(model)
     program.calibration = tokens
-    passes = [Canonicalize(), Match(dense=True), Partition(), Causal(), Prune(method="wanda", repair="dsnot")]
+    passes = [Canonicalize(), Match(dense=True), Partition(), Causal(), Prune(Wanda(), repair="dsnot")]
     run_pipeline(program, passes)
     for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
         assert torch.equal(tensor, program.get_parameter(name))

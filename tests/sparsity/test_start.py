@@ -10,7 +10,7 @@ from spp_fx.sparsity.pattern import parse_pattern
 from tests.handmade import lock_of, save_model, sparse
 
 HEAVY = {
-    "torch", "numba", "transformers", "onnx", "rich", "yaml", "huggingface_hub", "spp_fx.cli.train",
+    "torch", "numba", "transformers", "onnx", "rich", "yaml", "huggingface_hub",
 }  # fmt: skip
 CODE = """
 import sys

@@ -252,6 +252,21 @@ def test_facts_come_back(runs: Runs) -> None:
         assert work.finished("c") is None
 
 
+def test_a_finished_file_of_another_size_is_removed_and_written_again(tmp_path: Path) -> None:
+    def write(work: Workspace) -> None:
+        (work.folder / "big").write_bytes(b"12345678")
+        work.finish("big")
+        (work.folder / "big").write_bytes(b"1234567890")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), workspace(tmp_path / "out", PLAN) as work:
+        write(work)
+    with workspace(tmp_path / "out", PLAN) as work:
+        assert work.finished("big") is None
+        assert not (work.folder / "big").exists()
+        (work.folder / "big").write_bytes(b"12")
+
+
 def test_files_are_finished_from_many_threads(tmp_path: Path) -> None:
     with workspace(tmp_path / "out", PLAN) as work:
 

@@ -1,5 +1,6 @@
 """Every matrix of an artifact is judged or named: nothing says ok of a weight that it never looked at."""
 
+import io
 import json
 import subprocess
 import sys
@@ -417,17 +418,14 @@ def remote(folder: Path, marker: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [["verify", "--pattern", "2:4"], ["inspect"], ["lock", "--force"]])
-def test_nothing_runs_a_folders_code_whatever_stands_on_stdin(world, words, tmp_path):
+def test_nothing_runs_a_folders_code_whatever_stands_on_stdin(world, words, tmp_path, monkeypatch):
     remote(world / "sparse", tmp_path / "ran")
     verb, *options = words
-    result = subprocess.run(
-        [sys.executable, "-m", "spp_fx", verb, world / "sparse", *options],
-        input="y\n" * 20, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
-        env={"PATH": "", "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-    assert result.returncode != 0
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 20))
+    result = command(verb, world / "sparse", *options)
+    assert result.code != 0
     assert not (tmp_path / "ran").exists()
-    assert "--trust-remote-code" in one_line(result.stderr)
+    assert "--trust-remote-code" in one_line(result.err)
 
 
 def test_a_model_with_code_of_its_own_is_verified_where_it_is_trusted(world, tmp_path, monkeypatch):

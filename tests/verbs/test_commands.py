@@ -1,16 +1,28 @@
 """What the commands print: help, JSON, reports, defaults."""
 
+import inspect
 import json
 import shutil
 import subprocess
 import sys
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
 
-from spp_fx.cli.base import MODULES
+import spp_fx
+from spp_fx.adapters.method import METHODS
+from spp_fx.adapters.spp import SPP
+from spp_fx.cli import cli
+from spp_fx.verbs.settings import (
+    EvaluateSettings,
+    InjectSettings,
+    LockSettings,
+    MergeSettings,
+    PruneSettings,
+)
 from tests.command import command
 
 # Table 1 of the SPP paper: hidden, intermediate, layers, heads, key-value heads -> parameters, per mille.
@@ -50,11 +62,42 @@ def dry_run(folder: Path, hidden: int, intermediate: int, layers: int, heads: in
     return command("inject", folder, "--dry-run", "--json").json
 
 
-@pytest.mark.parametrize("name", sorted(MODULES))
+@pytest.mark.parametrize("name", sorted(cli.commands))
 def test_every_help_text_shows_an_example(name):
     ran = command(name, "--help")
     assert ran.code == 0
     assert f"spp-fx {name}" in ran.out.split("\n\n", 1)[1]
+
+
+@pytest.mark.parametrize(
+    ("verb", "settings"),
+    [
+        ("prune", PruneSettings),
+        ("inject", InjectSettings),
+        ("merge", MergeSettings),
+        ("lock", LockSettings),
+        ("evaluate", EvaluateSettings),
+    ],
+)
+def test_the_options_of_a_verb_are_its_keyword_arguments(verb, settings):
+    parameters = inspect.signature(getattr(spp_fx, verb)).parameters
+    for each in fields(settings):
+        default = parameters[each.name].default
+        assert each.default is MISSING or default in (each.default, inspect.Parameter.empty), each.name
+
+
+def test_the_options_of_a_method_reach_the_command_line(monkeypatch):
+    @dataclass(frozen=True)
+    class Mirror(SPP):
+        power: int = field(default=2, metadata={"help": "of the mirror"})
+
+    monkeypatch.setitem(METHODS, "mirror", Mirror)
+    shown = " ".join(command("inject", "--help").out.split())
+    assert "--power INTEGER mirror: of the mirror [default: 2]" in shown
+    refused = command("inject", "nowhere", "--power", "3")
+    assert refused.code == 2
+    assert "spp has no option power" in refused.err
+    assert "mirror has it" in refused.err
 
 
 def test_the_package_runs_as_a_module():

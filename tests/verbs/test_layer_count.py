@@ -6,8 +6,8 @@ import pytest
 
 from spp_fx.errors import FormatError
 from spp_fx.storage.folder import ModelFolder
-from spp_fx.verify import model_sites
-from spp_fx.verify.model_sites import check_layer_count
+from spp_fx.verification import model_sites
+from spp_fx.verification.model_sites import check_layer_count
 from tests.command import command, one_line
 
 MANY = 10_000_000

@@ -12,7 +12,7 @@ from spp_fx.exporters.manifest import open_model
 from spp_fx.sparsity.lock import load_lock
 from spp_fx.sparsity.pattern import NM
 from spp_fx.verbs.lock import lock, make_lock
-from spp_fx.verify.model_sites import find_sites, tensors_of
+from spp_fx.verification.model_sites import find_sites, tensors_of
 from tests.command import command, listing, must, one_line, rewrite
 from tests.families import make_model, prune_2_4
 

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from spp_fx.errors import FormatError
-from spp_fx.verify.provenance import PROVENANCE, blame, load, record
+from spp_fx.verification.provenance import PROVENANCE, blame, load, record
 from spp_fx.version import VERSION
 from tests.command import command, listing, must, one_line
 

@@ -153,7 +153,7 @@ def test_an_error_on_the_way_keeps_what_is_done(deep, text_file, tmp_path, monke
     monkeypatch.setattr(workflow, "prune_layers", stop)
     with pytest.raises(KeyboardInterrupt):
         workflow.prune(
-            deep / "dense", out, method="sparsegpt", pattern="2:4", options={"damp": 0.1},
+            deep / "dense", out, method="sparsegpt", pattern="2:4", damp=0.1,
             calibration=workflow.Calibration(text_file, 8, 32),
         )  # fmt: skip
     monkeypatch.undo()

@@ -12,7 +12,7 @@ from spp_fx.errors import FormatError, MaskError, UsageError
 from spp_fx.exporters.format import FORMATS, find_format
 from spp_fx.storage.safetensors import Shard
 from spp_fx.verbs import unpack as module
-from spp_fx.verify.verdict import Finding
+from spp_fx.verification.verdict import Finding
 from tests.command import command, listing, must, one_line, tensors
 
 

@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from spp_fx.verify.policy import ArtifactTable, Policy, VerifyTable
-from spp_fx.verify.verdict import RULES
+from spp_fx.verification.policy import ArtifactTable, Policy, VerifyTable
+from spp_fx.verification.verdict import RULES
 from tests.command import must
 from tests.handmade import save, sparse
 

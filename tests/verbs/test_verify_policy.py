@@ -9,7 +9,7 @@ import pytest
 
 from spp_fx.errors import UsageError
 from spp_fx.sparsity.pattern import NM
-from spp_fx.verify.policy import Overrides, Policy
+from spp_fx.verification.policy import Overrides, Policy
 from tests.command import command, must, one_line
 from tests.handmade import lock_of, save, save_model, sparse
 

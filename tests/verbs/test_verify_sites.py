@@ -16,10 +16,10 @@ from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.pattern import NM
 from spp_fx.sparsity.scan import Scan, scan_stored
 from spp_fx.verbs.verify import Check, run_check, verify
-from spp_fx.verify import artifact as artifact_module
-from spp_fx.verify.artifact import open_artifact
-from spp_fx.verify.named_sites import is_site
-from spp_fx.verify.policy import Requirements
+from spp_fx.verification import artifact as artifact_module
+from spp_fx.verification.artifact import open_artifact
+from spp_fx.verification.named_sites import is_site
+from spp_fx.verification.policy import Requirements
 from tests.command import must, rewrite
 from tests.families import make_model, prune_2_4
 from tests.handmade import lock_of, save, sparse

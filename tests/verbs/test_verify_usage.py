@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import pytest
 
 from spp_fx.verbs import verify as verify_module
-from spp_fx.verify.policy import Check
+from spp_fx.verification.policy import Check
 from tests.command import command, one_line
 
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from spp_fx.adapters.method import FactorSpec, Method, at_least_one, option, register
+from spp_fx.adapters.method import FactorSpec, Method, at_least_one, register
+from spp_fx.options import option
 
 
 @register("grouped")

@@ -2,8 +2,8 @@
 
 from xml.etree import ElementTree
 
-from spp_fx.verify.report import junit
-from spp_fx.verify.verdict import RULES
+from spp_fx.verification.report import junit
+from spp_fx.verification.verdict import RULES
 
 
 def test_counts_are_those_of_the_cases(verdicts, root):

@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 
 from spp_fx.errors import SppFxError, UsageError, escaped
 from spp_fx.storage.output import atomic_file
-from spp_fx.verify.verdict import RULES, SHOWN, Finding, SiteVerdict, Verified, conclusion, findings_of
+from spp_fx.verification.verdict import RULES, SHOWN, Finding, SiteVerdict, Verified, conclusion, findings_of
 from spp_fx.version import VERSION
 
 

@@ -23,7 +23,7 @@ from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.pattern import Pattern, detect_pattern
 from spp_fx.sparsity.scan import Weights, is_matrix, scan_stored
 from spp_fx.storage.folder import ModelFolder
-from spp_fx.verify.named_sites import Sites
+from spp_fx.verification.named_sites import Sites
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

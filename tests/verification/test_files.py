@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from spp_fx.errors import SppFxError
-from spp_fx.verify.report import append_report, write_all, write_report
+from spp_fx.verification.report import append_report, write_all, write_report
 from tests.command import command, one_line
 from tests.handmade import save, sparse
 

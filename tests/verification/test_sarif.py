@@ -7,8 +7,8 @@ from urllib.parse import unquote
 
 import pytest
 
-from spp_fx.verify.report import Root, sarif
-from spp_fx.verify.verdict import RULES, Finding, SiteVerdict, Verified
+from spp_fx.verification.report import Root, sarif
+from spp_fx.verification.verdict import RULES, Finding, SiteVerdict, Verified
 
 KEYS = {
     "log": {"$schema", "version", "runs"},

@@ -37,7 +37,7 @@ from spp_fx.graph.names import is_glob, is_target
 from spp_fx.sparsity.lock import LOCK_NAME
 from spp_fx.sparsity.pattern import Pattern, parse_pattern
 from spp_fx.storage.strict_json import regular_file_size
-from spp_fx.verify.artifact import open_artifact, refuse_part_of_export
+from spp_fx.verification.artifact import open_artifact, refuse_part_of_export
 
 POLICY_NAME = "spp-fx.toml"
 _MAX_BYTES = 1 << 20

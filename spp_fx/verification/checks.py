@@ -10,9 +10,9 @@ from spp_fx.sparsity.lock import Lock, LockEntry, Position, compare, compare_mas
 from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.pattern import Pattern, detect_pattern, scan_bits
 from spp_fx.sparsity.scan import is_matrix
-from spp_fx.verify.artifact import Artifact
-from spp_fx.verify.policy import Requirements, named
-from spp_fx.verify.verdict import Finding, SiteVerdict
+from spp_fx.verification.artifact import Artifact
+from spp_fx.verification.policy import Requirements, named
+from spp_fx.verification.verdict import Finding, SiteVerdict
 
 _SHOWN = 3  # changed positions named in each direction
 

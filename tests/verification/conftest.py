@@ -2,8 +2,8 @@
 
 import pytest
 
-from spp_fx.verify.report import Root
-from spp_fx.verify.verdict import RULES, Finding, SiteVerdict, Verified
+from spp_fx.verification.report import Root
+from spp_fx.verification.verdict import RULES, Finding, SiteVerdict, Verified
 
 HOSTILE = 'a\nb<&">\x1b[31m]]>\x00%0A::error::|`*\ud800\ufffe'
 

@@ -15,7 +15,7 @@ from spp_fx.sparsity.scan import Scan, scan_file, scan_stored
 from spp_fx.storage.folder import INDEX_NAME, WEIGHTS_NAME, ModelFolder, is_adapter
 from spp_fx.storage.safetensors import Shard
 from spp_fx.storage.strict_json import read_object
-from spp_fx.verify.named_sites import Sites, sites_by_name
+from spp_fx.verification.named_sites import Sites, sites_by_name
 
 # Tracing, formats and torch are imported where an artifact needs them: a model folder with its lock does not.
 
@@ -88,7 +88,7 @@ def open_artifact(path: Path, *, trust_remote_code: bool = False) -> Artifact:
 
 def _model(folder: ModelFolder, trust_remote_code: bool) -> Artifact:
     def find_sites() -> Sites:
-        from spp_fx.verify import model_sites
+        from spp_fx.verification import model_sites
 
         found = model_sites.find_sites(folder, trust_remote_code=trust_remote_code)
         return model_sites.matched_sites(found)
@@ -158,7 +158,7 @@ def _safetensors(path: Path, trust_remote_code: bool) -> Artifact:
             return sites_by_name(shapes)
         if part:  # what no file of the model holds is asked of the folder
             return _model(open_model(path.parent), trust_remote_code).sites.within(shapes)
-        from spp_fx.verify.model_sites import sites_by_config
+        from spp_fx.verification.model_sites import sites_by_config
 
         return sites_by_config(path.parent, shapes, trust_remote_code=trust_remote_code)
 
@@ -218,7 +218,7 @@ def _export(path: Path, trust_remote_code: bool) -> Artifact:
 
     def find_sites() -> Sites:
         """The manifest's sites, and every other weight of the model that could be one."""
-        from spp_fx.verify.model_sites import sites_by_config, sites_of_graph
+        from spp_fx.verification.model_sites import sites_by_config, sites_of_graph
 
         if format.decode is None:
             return sites_of_graph(path, manifest, weights, trust_remote_code=trust_remote_code)

@@ -2,9 +2,9 @@
 
 import re
 
-from spp_fx.verify.report import annotations, summary
-from spp_fx.verify.verdict import RULES, Finding, Verified
-from tests.verify.conftest import site
+from spp_fx.verification.report import annotations, summary
+from spp_fx.verification.verdict import RULES, Finding, Verified
+from tests.verification.conftest import site
 
 
 def test_an_annotation_names_file_and_site(verdicts, root):

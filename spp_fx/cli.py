@@ -1,0 +1,746 @@
+"""The command line: options come from the settings of the verbs, the work is done by the verbs."""
+
+import gc
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from spp_fx.command import HELP, command
+from spp_fx.console import Output, megabytes, shape, table
+from spp_fx.errors import SppFxError, UsageError, escaped
+from spp_fx.exporters.export_settings import ExportSettings
+from spp_fx.registry import Registry
+from spp_fx.verbs.settings import (
+    Calibration,
+    EvaluateSettings,
+    InjectSettings,
+    LockSettings,
+    MergeSettings,
+    OptimizeSettings,
+    PruneSettings,
+    TrainData,
+    TrainSettings,
+    VerifySettings,
+)
+from spp_fx.version import VERSION
+
+if TYPE_CHECKING:
+    from spp_fx.verification.policy import Check
+    from spp_fx.verification.verdict import Verified
+
+FOLDER = click.Path(path_type=Path)
+LISTED = 5
+"""Names of one kind that lock shows."""
+
+MODEL = click.Argument(["model"], default=".")
+ADAPTER = click.Argument(["adapter"], type=FOLDER, default=Path())
+FRESH = click.Option(
+    ["--fresh"], is_flag=True, help="Begin again, whatever an interrupted run on the same output left."
+)
+REMOTE_CODE = click.Option(
+    ["--trust-remote-code"],
+    is_flag=True,
+    help="Run code that the model folder brings. Off: such models are refused.",
+)
+
+
+def main() -> None:
+    """Entry point: runs the command and turns errors into one clear line and an exit code."""
+    code = run(sys.argv[1:])
+    # The interpreter would look for garbage among all that is still alive. What must be finished is by now: no
+    # file, process or folder is left to a finaliser.
+    gc.freeze()
+    sys.exit(code)
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command line; returns 0 if it holds, 1 if it does not or failed, 2 for wrong usage."""
+    # A terminated run removes its temporary folder like an interrupted one.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    debug = "--debug" in arguments
+    try:
+        code = cli.main(args=arguments, prog_name="spp-fx", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt) as error:
+        click.echo("spp-fx: interrupted; nothing is left half written", err=True)
+        _show_notes(error)
+        return 130
+    except SystemExit as error:
+        _show_notes(error)
+        raise
+    except SppFxError as error:
+        return _failed(str(error), error.exit_code, debug)
+    except OSError as error:
+        return _failed(str(error), 1, debug)
+    except Exception as error:  # noqa: BLE001 - the last net: a bug is reported in one line, its trace with --debug
+        _show_notes(error)
+        return _failed(f"internal error: {type(error).__name__}: {error} (--debug shows where)", 1, debug)
+    return code if isinstance(code, int) else 0
+
+
+def _show_notes(error: BaseException) -> None:
+    """What is left of the work, even with -q: hidden files may be of any size."""
+    cause: BaseException | None = error
+    while cause is not None:
+        for note in getattr(cause, "__notes__", ()):
+            click.echo(f"spp-fx: {note}", err=True)
+        cause = cause.__cause__
+
+
+def _failed(message: str, code: int, debug: bool) -> int:
+    if debug:
+        traceback.print_exc()
+    click.echo(f"spp-fx: {message}", err=True)
+    return code
+
+
+@click.group(**HELP)
+@click.version_option(VERSION, prog_name="spp-fx")
+def cli() -> None:
+    """Train pruned language models without moving a zero, fold, prove, export.
+
+    \b
+    spp-fx prune my-model -o my-sparse --method magnitude --pattern 2:4
+    spp-fx inject my-sparse
+    spp-fx train my-sparse-spp --data text.txt --steps 300
+    spp-fx merge my-sparse-spp --verify-sparsity
+    spp-fx verify my-sparse-spp-merged --pattern 2:4
+    spp-fx export my-sparse-spp-merged --format cusparselt
+    """
+
+
+verb = partial(command, cli)
+"""The decorator of a verb's function."""
+
+
+def out_option(text: str) -> click.Option:
+    return click.Option(["out", "-o", "--out"], type=FOLDER, help=text)
+
+
+def force_option(text: str = "Replace the output if it exists.") -> click.Option:
+    return click.Option(["--force"], is_flag=True, help=text)
+
+
+def model_folder(name: str) -> Path:
+    from spp_fx.storage.folder import resolve_model
+
+    return resolve_model(name)
+
+
+def default_out(model: str, suffix: str) -> Path:
+    """MODEL-suffix beside a model folder; in the current folder where MODEL is a hub id."""
+    path = Path(model)
+    return beside(path, suffix) if path.exists() else Path.cwd() / f"{path.name}-{suffix}"
+
+
+def beside(folder: Path, suffix: str) -> Path:
+    """FOLDER-suffix beside a folder."""
+    folder = folder.resolve()
+    return folder.parent / f"{folder.name}-{suffix}"
+
+
+def criteria() -> Registry[Any]:
+    from spp_fx.pruning.criterion import CRITERIA
+
+    return CRITERIA
+
+
+def methods() -> Registry[Any]:
+    from spp_fx.adapters.method import METHODS
+
+    return METHODS
+
+
+@verb(
+    "prune",
+    MODEL,
+    out_option("Folder to write. Default: MODEL-PATTERN."),
+    force_option(),
+    FRESH,
+    REMOTE_CODE,
+    registry=criteria,
+)
+def prune_command(
+    output: Output,
+    model: str,
+    settings: PruneSettings,
+    calibration: Calibration | None,
+    method_options: dict[str, Any],
+    out: Path | None,
+    **options: Any,
+) -> None:
+    """Make a dense MODEL folder sparse and lock its masks.
+
+    Methods that look at a text walk the decoder layers one by one, with the weights of one in memory. A run
+    that was stopped goes on at the layer where it was when the same command is given again.
+
+    \b
+    spp-fx prune my-model -o my-sparse --pattern 2:4
+    spp-fx prune my-model -o my-sparse --method wanda --pattern 2:4 --calib text.txt
+    spp-fx prune my-model --method sparsegpt --pattern 50% --calib text.txt --skip 'model.layers.0.*'
+    spp-fx prune my-model --method wanda --repair dsnot --calib text.txt --ratio down_proj@4:8
+    """
+    from spp_fx.memory import return_large_blocks
+    from spp_fx.verbs.prune import prune
+    from spp_fx.verification.verdict import grouped
+
+    return_large_blocks()
+    folder = model_folder(model)
+    target = out or default_out(model, settings.pattern.replace(":", "of").replace("%", "pct"))
+    with output.steps_bar("pruning") as bar:
+        done = prune(
+            folder, target, **vars(settings), **method_options, **options,
+            calibration=calibration, tick=bar.update, say=output.say,
+        )  # fmt: skip
+    content = done.to_json()
+
+    def show() -> None:
+        sites = content["sites"]
+        if calibration is not None:
+            headings = ("weight", "pattern", "zeros", "output error: mask alone", "in the end")
+            errors = [
+                ["" if s[key] is None else f"{s[key]:.4%}" for key in ("error_before", "error_after")]
+                for s in sites
+            ]
+            rows = [
+                (s["name"], s["pattern"], f"{s['sparsity']:.2%}", *e)
+                for s, e in zip(sites, errors, strict=True)
+            ]
+            table("", headings, rows)
+        zeros = 1 - sum(site["nnz"] for site in sites) / sum(prod(site["shape"]) for site in sites)
+        patterns = ", ".join(dict.fromkeys(site["pattern"] for site in sites))
+        click.echo(f"{done.out}: {len(sites)} weights hold {patterns}, {zeros:.1%} of them zeros")
+        notes: dict[str, list[str]] = {}
+        for site in sites:
+            for note in site["notes"]:
+                notes.setdefault(note, []).append(site["name"])
+        for note, names in notes.items():
+            click.echo(f"  {_and_more(names)}: {note}")
+        for line in grouped(done.refused):
+            click.echo(f"  left dense: {line}")
+
+    output.result(content, show)
+
+
+def _and_more(names: Sequence[str]) -> str:
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
+
+
+@verb(
+    "inject", MODEL, out_option("Folder to write. Default: MODEL-spp."), force_option(),
+    click.Option(["--dry-run"], is_flag=True, help="Only say what would be trained; config.json alone will do."),
+    REMOTE_CODE, registry=methods,
+)  # fmt: skip
+def inject_command(
+    output: Output,
+    model: str,
+    settings: InjectSettings,
+    method_options: dict[str, Any],
+    out: Path | None,
+    dry_run: bool,
+    **options: Any,
+) -> None:
+    """Make an adapter folder for a pruned MODEL folder, with a lock of its masks.
+
+    \b
+    spp-fx inject my-sparse
+    spp-fx inject my-sparse --rank 8 --targets q_proj,v_proj -o small-adapter
+    spp-fx inject llama-7b --dry-run --json
+    """
+    from spp_fx.verbs.inject import inject
+    from spp_fx.verification.verdict import grouped
+
+    folder = model_folder(model)
+    target = None if dry_run else out or default_out(model, settings.method)
+    with output.bytes_bar("reading masks") as tick:
+        done = inject(
+            folder, target, **vars(settings), **method_options, **options, tick=tick, say=output.say
+        )
+    content = done.to_json()
+
+    def show() -> None:
+        if done.out is None:
+            rows = [
+                (
+                    s["name"],
+                    s["kind"],
+                    shape(s["shape"]),
+                    s["pattern"] or "-",
+                    f"{s['trainable_parameters']:,}",
+                )
+                for s in content["sites"]
+            ]
+            table("", ("site", "kind", "shape", "pattern", "trainable"), rows)
+        click.echo(
+            f"{'would train' if done.out is None else f'{done.out}:'} {done.trainable:,} parameters over "
+            f"{len(done.sites)} weights, {done.per_mille:.2f} per mille of {done.total:,}"
+        )
+        for line in grouped(done.refused):
+            click.echo(f"  not taken: {line}")
+
+    output.result(content, show)
+
+
+def read_config(context: click.Context, parameter: click.Parameter, path: Path | None) -> None:
+    """Options from a YAML file as defaults; what the command line says goes before them."""
+    if path is None:
+        return
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{path}: cannot be read as YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: must hold options, one 'name: value' a line")
+    known = {"config": parameter} | {
+        name.lstrip("-").replace("-", "_"): each
+        for each in context.command.params
+        for name in (str(each.name), *each.opts)
+        if each is not parameter and len(name.lstrip("-")) > 1
+    }
+    del known["config"]
+    options: dict[str, Any] = {str(name).replace("-", "_"): value for name, value in content.items()}
+    if unknown := sorted(options.keys() - known.keys()):
+        raise UsageError(f"{path}: unknown option '{unknown[0]}'; known: {', '.join(sorted(known))}")
+    given = {str(known[name].name): value for name, value in options.items()}
+    context.default_map = {**(context.default_map or {}), **given}
+
+
+@verb(
+    "train", ADAPTER,
+    click.Option(
+        ["--config"], type=FOLDER, is_eager=True, expose_value=False, callback=read_config,
+        help="YAML file with any of these options, 'seq-len: 512'; the command line goes before it.",
+    ),
+    REMOTE_CODE,
+)  # fmt: skip
+def train_command(
+    output: Output, adapter: Path, texts: TrainData, settings: TrainSettings, **options: Any
+) -> None:
+    """Train an ADAPTER folder on text, instructions or chats; zeros of the base never move.
+
+    Factors trained before are trained on. With --teacher the loss is the divergence from the teacher.
+
+    \b
+    spp-fx train my-sparse-spp --data text.txt --eval-data held-out.txt --steps 300
+    spp-fx train my-sparse-spp --data alpaca.json --loss-on answer --packing --bf16 --epochs 3
+    spp-fx train my-sparse-spp --config run.yaml --save-steps 100
+    spp-fx train my-sparse-spp --config run.yaml --save-steps 100 --resume
+    torchrun --nproc-per-node 8 -m spp_fx train my-sparse-spp --config run.yaml --shard world --packed
+    """
+    from spp_fx.training.distributed import leave
+    from spp_fx.training.trainer import ProgressCallback
+    from spp_fx.verbs.train import train
+
+    with output.steps_bar("training") as bar:
+        done = train(
+            adapter, texts.data, settings, eval_data=texts.eval_data,
+            teacher=model_folder(texts.teacher) if texts.teacher else None,
+            base=texts.base, callbacks=[ProgressCallback(bar.update)], say=output.say, **options,
+        )  # fmt: skip
+    leave()
+
+    def show() -> None:
+        rows = settings.batch_size * settings.accumulate * done.processes
+        click.echo(
+            f"{done.adapter}: {done.steps} steps of {rows} x {done.seq_len} tokens in {done.seconds:.0f} s, "
+            f"learning rate {done.lr:.3g}, loss {done.loss:.3f} on average, {done.losses[-1]:.3f} at the end"
+        )
+        if done.before and done.after:
+            click.echo(f"perplexity {done.before.perplexity:.2f} -> {done.after.perplexity:.2f}")
+
+    output.result(done.to_json(), show)
+
+
+@verb("merge", ADAPTER, out_option("Folder to write. Default: ADAPTER-merged."), force_option(), FRESH)
+def merge_command(
+    output: Output, adapter: Path, settings: MergeSettings, out: Path | None, **options: Any
+) -> None:
+    """Fold an ADAPTER into its base model and prove that every mask is what it was.
+
+    \b
+    spp-fx merge my-sparse-spp --verify-sparsity
+    cd my-sparse-spp && spp-fx merge --verify-sparsity -o ../merged
+    """
+    from spp_fx.verbs.merge import merge
+
+    with output.bytes_bar("folding") as tick:
+        done = merge(
+            adapter, out or beside(adapter, "merged"), **vars(settings), **options, tick=tick, say=output.say
+        )
+    data = done.to_json()
+
+    def show() -> None:
+        summary = data["summary"]
+        proof = f"{summary['masks_equal']} of {summary['sites']} masks equal to the lock, read back from disk"
+        click.echo(f"{done.out}: {summary['sites']} weights folded, {summary['untouched']} copied")
+        click.echo(f"  {proof if settings.verify_sparsity else 'masks NOT verified'}")
+        if summary["vanished"]:
+            click.echo(f"  {summary['vanished']} values folded to zero (--vanish {settings.vanish})")
+
+    output.result(data, show)
+
+
+@verb("verify", click.Argument(["artifact"], type=FOLDER, required=False), REMOTE_CODE)
+def verify_command(
+    output: Output, artifact: Path | None, settings: VerifySettings, trust_remote_code: bool
+) -> int:
+    """Check an ARTIFACT against its lock, a pattern or another artifact; exit 1 if it is not as it should be.
+
+    ARTIFACT is a model, adapter or export folder, a .safetensors or an .onnx file. Without one, all artifacts
+    of the policy file are checked, or the current folder if there is no policy.
+
+    \b
+    Exit codes: 0 everything holds
+                1 something does not hold, cannot be read, or a report could not be written
+                2 the command or the policy is wrong; nothing was checked
+
+    \b
+    spp-fx verify my-model --pattern 2:4
+    spp-fx verify my-model --lock sparsity.lock.json --coverage all --junit report.xml
+    spp-fx verify exported --against my-model --json
+    spp-fx verify --policy spp-fx.toml --github --sarif report.sarif
+    """
+    from spp_fx.verification.policy import Overrides, Policy
+    from spp_fx.verification.report import check_targets
+
+    asked: dict[str, Any] = vars(settings) | {"trust_remote_code": trust_remote_code}
+    given = Overrides(**{each.name: asked[each.name] for each in fields(Overrides)})
+    rules = Policy.find(settings.policy)
+    if rules.path is not None:
+        output.say(f"policy: {rules.path}")
+    listed = artifact is None and rules.path is not None
+    checks = rules.checks(given) if listed else [rules.check(artifact or Path(), given)]
+    options = (("--junit", settings.junit, ".xml"), ("--sarif", settings.sarif, ".sarif"))
+    reports = {option: (path, suffix) for option, path, suffix in options if path is not None}
+    artifacts = [path for check in checks for path in (check.path, check.against) if path is not None]
+    locks = {f"lock of {check.path}": check.lock for check in checks if check.lock is not None}
+    check_targets(reports, artifacts, locks | ({"policy": rules.path} if rules.path else {}))
+    verdicts = _verify(output, checks, settings.jobs)
+    if click.get_current_context().params["debug"]:
+        for verdict in verdicts:
+            if verdict.error is not None:
+                traceback.print_exception(verdict.error)
+    _show_verdicts(output, verdicts, listed=listed, github=settings.github)
+    _write_reports(verdicts, settings)
+    return 0 if all(verdict.ok for verdict in verdicts) else 1
+
+
+def _verify(output: Output, checks: "Sequence[Check]", jobs: int | None) -> "list[Verified]":
+    from spp_fx.memory import keep_freed_memory
+    from spp_fx.verbs.verify import MASK_BYTES, run_check
+
+    keep_freed_memory(MASK_BYTES)
+    for check in checks:  # a wrong one must not throw away what was found out before it
+        check.validate()
+    verdicts: list[Verified] = []
+    for check in checks:
+        with output.bytes_bar(f"verifying {check.path}") as tick:
+            verdicts.append(run_check(check, jobs=jobs, tick=tick))
+    for note in dict.fromkeys(note for verdict in verdicts for note in verdict.notes):
+        output.say(note)
+    return verdicts
+
+
+def _show_verdicts(output: Output, verdicts: "Sequence[Verified]", *, listed: bool, github: bool) -> None:
+    """One artifact's verdict in the form of `to_json`; those of a policy as a list.
+
+    In words, an artifact that cannot be opened is one line on stderr, as the failure of every command is.
+    """
+    from spp_fx.verification.report import Root, annotations
+    from spp_fx.verification.verdict import all_to_json, lines
+
+    def show() -> None:
+        for verdict in verdicts:
+            if not listed and verdict.error is not None:
+                click.echo("spp-fx: " + escaped(verdict.problems[0]), err=True)
+                continue
+            for line in lines(verdict, one_of_many=len(verdicts) > 1):
+                click.echo(line)
+
+    output.result(all_to_json(verdicts) if listed else verdicts[0].to_json(), show)
+    if github:
+        for line in annotations(verdicts, Root.current()):
+            click.echo(line, err=output.as_json)
+
+
+def _write_reports(verdicts: "Sequence[Verified]", settings: VerifySettings) -> None:
+    from spp_fx.verification import report
+
+    root, writes = report.Root.current(), list[Callable[[], None]]()
+    step_summary = os.environ.get("GITHUB_STEP_SUMMARY") if settings.github else None
+    if junit := settings.junit:
+        writes.append(lambda: report.write_report(junit, report.junit(verdicts, root)))
+    if sarif := settings.sarif:
+        writes.append(lambda: report.write_report(sarif, report.sarif(verdicts, root)))
+    if step_summary:
+        writes.append(lambda: report.append_report(Path(step_summary), report.summary(verdicts, root)))
+    report.write_all(writes)
+
+
+@verb(
+    "export", MODEL, out_option("Folder to write. Default: MODEL-FORMAT."), force_option(), FRESH,
+    click.Option(["format_", "--format"], required=True, metavar="NAME", help="The format to write, see above."),
+    REMOTE_CODE,
+)  # fmt: skip
+def export_command(
+    output: Output, model: str, format_: str, settings: ExportSettings, out: Path | None, **options: Any
+) -> None:
+    """Write a sparse MODEL folder in the form a runtime takes; checked from disk before it says ok.
+
+    \b
+    cusparselt      2:4 packed for cuSPARSELt
+    cutlass         2:4 packed for PyTorch's CUTLASS kernels
+    onnx            ONNX, sparse initializers
+    onnx-packed     ONNX, N:M weights packed, unpacked by standard operators
+    onnx-dense      ONNX, dense constants that keep the pattern (TensorRT --sparsity=enable)
+    safetensors     the plain folder that servers load
+    sparse-bitmask  values and bitmasks: compact, any pattern, given back bit for bit by 'spp-fx unpack'
+
+    \b
+    spp-fx export my-merged --format cusparselt --sm 90 --dtype bfloat16
+    spp-fx export my-merged --format onnx-packed --with-past
+    spp-fx export my-merged --format safetensors
+    """
+    from spp_fx.verbs.export import export
+
+    folder, target = model_folder(model), out or default_out(model, format_)
+    with output.bytes_bar("exporting") as tick:
+        done = export(folder, target, format_, settings, **options, tick=tick, say=output.say)
+    data = done.to_json()
+
+    def show() -> None:
+        size = sum(file["bytes"] for file in data["files"])
+        click.echo(f"{done.out}: {data['format']}, {len(data['sites'])} sparse weights, {megabytes(size)}")
+        dense, sites = (data["sizes"].get(f"{each}_bytes", 0) for each in ("dense", "sites"))
+        if dense:
+            click.echo(f"  they take {megabytes(sites)}, {sites / dense:.4g} of what they take dense")
+        checks = {key.replace("_", " "): value for key, value in data["checks"].items()}
+        counts = [f"{value} {key}" for key, value in checks.items() if isinstance(value, int) and value]
+        click.echo(f"  checked: {', '.join(counts)}")
+        for key, value in checks.items():
+            if not isinstance(value, int):
+                click.echo(f"  {key}: {f'{value:.3g}' if isinstance(value, float) else value}")
+        for reason, names in done.reasons().items():
+            click.echo(f"  {len(names)} weights ({names[0]}, ...): {reason}")
+
+    output.result(data, show)
+
+
+@verb(
+    "unpack", click.Argument(["export"], type=FOLDER, default=Path()),
+    out_option("Folder to write. Default: EXPORT-unpacked."), force_option(),
+)  # fmt: skip
+def unpack_command(output: Output, export: Path, out: Path | None, force: bool) -> None:
+    """Write the plain model folder that an EXPORT was made from; read back before it says ok.
+
+    sparse-bitmask and safetensors give the weight files back byte for byte, packed formats one
+    model.safetensors. A legacy compressed-tensors folder (sparse-24-bitmask) is made plain, too.
+
+    \b
+    spp-fx unpack my-merged-sparse-bitmask -o my-merged
+    spp-fx unpack legacy-model -o plain-model
+    """
+    from spp_fx.verbs.unpack import unpack
+
+    with output.bytes_bar("unpacking") as tick:
+        done = unpack(export, out or beside(export, "unpacked"), force, tick=tick, say=output.say)
+    data = done.to_json()
+
+    def show() -> None:
+        size = sum(file["bytes"] for file in data["files"])
+        how = "weight files byte for byte as they were" if done.exact else "one model.safetensors"
+        click.echo(f"{done.out}: unpacked from {done.format}, {megabytes(size)}, {how}")
+        for key, value in done.checks.items():
+            click.echo(f"  checked, {key.replace('_', ' ')}: {value}")
+
+    output.result(data, show)
+
+
+@verb(
+    "lock", MODEL, out_option("Lock file to write. Default: MODEL/sparsity.lock.json."),
+    force_option("Replace the lock if it exists."), REMOTE_CODE,
+)  # fmt: skip
+def lock_command(
+    output: Output, model: str, settings: LockSettings, out: Path | None, **options: Any
+) -> None:
+    """Write the lock of a sparse MODEL that has none: pattern and mask of every sparse weight.
+
+    MODEL is a model folder, whoever pruned it, or a single .safetensors file. Without --pattern dense
+    weights are left out, each with its reason; with it every weight that would be taken must hold it.
+
+    \b
+    spp-fx lock my-sparse --pattern 2:4
+    spp-fx lock my-sparse -o locks/my-sparse.lock.json
+    spp-fx lock my-sparse --force --json
+    """
+    from spp_fx.sparsity.lock import LOCK_NAME
+    from spp_fx.verbs.lock import lock
+
+    # A model of the hub lies in a cache, where nobody would look for its lock.
+    target = out or (None if Path(model).exists() else Path(LOCK_NAME))
+    with output.bytes_bar("locking") as tick:
+        done = lock(model_folder(model), target, **vars(settings), **options, tick=tick, say=output.say)
+
+    def show() -> None:
+        patterns = ", ".join(f"{count} of {pattern}" for pattern, count in done.patterns.items())
+        click.echo(f"{done.out}: {len(done.lock.sites)} weights locked: {patterns}")
+        for what, names in (done.replaced or {}).items():
+            for name in names[:LISTED]:
+                click.echo(f"  {what}: {name}")
+            if len(names) > LISTED:
+                click.echo(f"  {what}: {len(names) - LISTED} more; --json lists all")
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in done.left_out.items():
+            by_reason.setdefault(reason, []).append(name)
+        for reason, names in by_reason.items():
+            click.echo(f"  not locked: {_and_more(names)}: {reason}")
+
+    output.result(done.to_json(), show)
+
+
+@verb("inspect", MODEL, REMOTE_CODE)
+def inspect_command(output: Output, model: str, trust_remote_code: bool) -> None:
+    """Show the sites of a MODEL folder, their patterns, and which inject would take.
+
+    \b
+    spp-fx inspect my-sparse
+    """
+    from spp_fx.verbs.inspect import inspect
+    from spp_fx.verification.verdict import grouped
+
+    with output.bytes_bar("reading weights") as tick:
+        done = inspect(model_folder(model), trust_remote_code=trust_remote_code, tick=tick)
+    for note in done.notes:
+        output.say(note)
+
+    def show() -> None:
+        rows = [
+            (
+                view.site.name,
+                view.site.kind,
+                shape(view.site.shape),
+                "-" if view.sparsity is None else f"{view.sparsity:.1%}",
+                str(view.pattern or "-"),
+                "yes" if view.matched else f"no: {view.reason}",
+            )
+            for view in done.sites
+        ]
+        table("", ("site", "kind", "shape", "zeros", "pattern", "matched"), rows, left=2)
+        for line in grouped(done.others):
+            click.echo(f"  not a site: {line}")
+        taken = sum(view.matched for view in done.sites)
+        click.echo(f"{done.model_type}: {done.total:,} parameters, {len(done.sites)} sites, {taken} matched")
+
+    output.result(done.to_json(), show)
+
+
+@verb("eval", MODEL, REMOTE_CODE)
+def eval_command(output: Output, model: str, settings: EvaluateSettings, trust_remote_code: bool) -> None:
+    """Perplexity of a text under a MODEL folder, or an adapter folder over its base.
+
+    Data is read as train reads it. Instructions and chats are measured as the whole text that the model would
+    see, the prompt like the answer, as --loss-on all learns it.
+
+    \b
+    spp-fx eval my-merged --data held-out.txt
+    spp-fx eval my-merged --data alpaca.json
+    """
+    from spp_fx.verbs.evaluate import evaluate
+
+    with output.steps_bar("evaluating") as bar:
+        windows = 0
+
+        def tick(what: str, count: int) -> None:
+            nonlocal windows
+            windows += count
+            bar.update(windows, item=what)
+
+        folder = model_folder(model)
+        done = evaluate(
+            folder, **vars(settings), trust_remote_code=trust_remote_code, tick=tick, say=output.say
+        )
+
+    def show() -> None:
+        result = done.result
+        click.echo(
+            f"perplexity {result.perplexity:.2f} over {result.tokens:,} tokens "
+            f"({result.windows} windows of {done.seq_len})"
+        )
+
+    output.result(done.to_json(), show)
+
+
+@verb("opt", MODEL, REMOTE_CODE)
+def opt_command(
+    output: Output,
+    model: str,
+    settings: OptimizeSettings,
+    calibration: Calibration | None,
+    trust_remote_code: bool,
+) -> None:
+    """Run a PIPELINE of passes over a MODEL's program and say what each did, site by site.
+
+    \b
+    spp-fx opt my-sparse -p 'canonicalize,match,inject{rank=8},lower{kernel=fused}' --print-after-all
+    spp-fx opt my-model --calib text.txt -p 'canonicalize,match{dense=true},partition,prune{method=wanda}'
+    """
+    from spp_fx.verbs.opt import optimize
+
+    reports: list[dict[str, Any]] = []
+
+    def after(spelling: str, report: Any, program: str) -> None:
+        entry = {"pass": spelling, "changed": report.changed, "refused": report.skipped}
+        reports.append(entry | ({"program": program} if settings.print_after_all else {}))
+        if output.as_json:
+            return
+        click.echo(f"// {spelling}: {len(report.changed)} sites, {len(report.skipped)} refused")
+        for name, reason in report.skipped.items():
+            click.echo(f"//   {name}: {reason}")
+        if settings.print_after_all:
+            click.echo(program)
+
+    optimize(
+        model_folder(model), settings.pipeline, after=after, calibration=calibration,
+        trust_remote_code=trust_remote_code, say=output.say,
+    )  # fmt: skip
+    output.result({"passes": reports}, lambda: None)
+
+
+@verb("demo", out_option("Leave everything there. Default: a temporary folder."))
+def demo_command(output: Output, out: Path | None) -> None:
+    """End to end on a small model, offline: train it, prune, recover, merge, verify, export.
+
+    \b
+    spp-fx demo
+    spp-fx demo -o demo-files
+    """
+    from spp_fx.verbs.demo import demo
+
+    done = demo(out, output)
+
+    def show() -> None:
+        rows = [
+            ("perplexity, dense", f"{done.dense:.2f}"),
+            ("perplexity, pruned to 2:4", f"{done.pruned:.2f}"),
+            ("perplexity, recovered and merged", f"{done.recovered:.2f}"),
+            ("perplexity, ONNX file in onnxruntime", f"{done.onnx:.2f}"),
+            ("recovered of what pruning lost", f"{done.share_recovered:.1%}"),
+            ("masks equal", f"{done.masks_equal} of {done.sites}"),
+            *((f"size, {name}", megabytes(size)) for name, size in done.sizes.items()),
+        ]
+        table("", ("", ""), rows)
+
+    output.result(done.to_json(), show)

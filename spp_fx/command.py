@@ -1,0 +1,184 @@
+"""Commands of click whose options are the fields of dataclasses."""
+
+import inspect
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, Field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import click
+from click.core import ParameterSource
+
+from spp_fx.console import Output
+from spp_fx.errors import UsageError
+from spp_fx.options import check_options, default_of, value_type
+from spp_fx.registry import Registry
+
+HELP: dict[str, Any] = {"context_settings": {"help_option_names": ["-h", "--help"]}}
+COMMON = (
+    click.Option(["as_json", "--json"], is_flag=True, help="Print the result as JSON."),
+    click.Option(["quiet", "-q", "--quiet"], is_flag=True, help="No progress and no log on stderr."),
+    click.Option(["--debug"], is_flag=True, help="Show the trace of an error."),
+    click.Option(
+        ["--allow-links"], is_flag=True, help="Follow symbolic links that leave a folder. Off: refused."
+    ),
+)
+
+
+class Command(click.Command):
+    """A command, some of whose options may belong to what `--method` chooses from a registry."""
+
+    fixed: Sequence[click.Parameter] = ()
+    registry: Callable[[], Registry[Any]] | None = None
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if self.registry is not None:
+            at = next(i for i, each in enumerate(self.fixed) if each.name == "method")
+            chosen: Any = self.fixed[at].default
+            for word, following in zip(args, [*args[1:], ""], strict=True):
+                chosen = following if word == "--method" else chosen
+                chosen = word.partition("=")[2] if word.startswith("--method=") else chosen
+            own = {name for each in self.fixed for name in (*each.opts, each.name)}
+            added = _choice_options(self.registry(), chosen)
+            if taken := [each.opts[0] for each in added if own.intersection([*each.opts, each.name])]:
+                raise UsageError(
+                    f"{chosen}: its option {taken[0]} has the name of an option of '{self.name}'"
+                )
+            ctx.meta["method options"] = [each.name for each in added]
+            self.params = [*self.fixed[: at + 1], *added, *self.fixed[at + 1 :]]
+        return super().parse_args(ctx, args)
+
+
+def command(
+    group: click.Group,
+    name: str,
+    *params: click.Parameter,
+    registry: Callable[[], Registry[Any]] | None = None,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A command of a group with the options that every one has; its function gets an `Output` first.
+
+    A parameter of the function that is annotated with a dataclass gets an instance, made of options that are its
+    fields; with `X | None` it gets None where the first field, which must have no default, is not given.
+
+    Args:
+        params: of all other parameters.
+        registry: what `--method` chooses from; `method_options` then gets the options given that are the method's.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        settings: dict[str, tuple[type[Any], bool]] = {}
+        for key, hint in get_type_hints(function).items():
+            for each in (hint, *get_args(hint)):
+                if is_dataclass(each):
+                    settings[key] = each, each is hint  # type: ignore[assignment]
+
+        def callback(as_json: bool, quiet: bool, debug: bool, allow_links: bool, **values: Any) -> Any:
+            from spp_fx.storage.links import links_allowed
+
+            context = click.get_current_context()
+            if registry is not None:
+                options = {key: values.pop(key) for key in context.meta["method options"]}
+                source = context.get_parameter_source
+                given = {key: options[key] for key in options if source(key) is not ParameterSource.DEFAULT}
+                check_options(registry(), values["method"], given)
+                values["method_options"] = given
+            for key, (cls, required) in settings.items():
+                own = {each.name: values.pop(each.name) for each in fields(cls)}
+                values[key] = _collect(cls, own) if required or next(iter(own.values())) else None
+            _silence_libraries(debug)
+            with links_allowed(allow_links):
+                return function(Output(as_json=as_json, quiet=quiet), **values)
+
+        arguments = [each for each in params if isinstance(each, click.Argument)]
+        options = [each for each in params if isinstance(each, click.Option)]
+        derived = [o for cls, required in settings.values() for o in _click_options(cls, required=required)]
+        help_text = inspect.cleandoc(function.__doc__ or "")
+        made = Command(
+            name,
+            callback=callback,
+            params=[*arguments, *COMMON, *options, *derived],
+            help=help_text,
+            short_help=help_text.splitlines()[0],
+            **HELP,
+        )
+        made.fixed, made.registry = made.params, registry
+        group.add_command(made)
+        return function
+
+    return decorate
+
+
+def _silence_libraries(debug: bool) -> None:
+    """Warnings and progress bars of other libraries would drown ours."""
+    if debug:
+        return
+    warnings.simplefilter("ignore")
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    # Read when these libraries are imported, which commands that need neither do not wait for.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if "transformers" in sys.modules:  # called from a program that has it
+        from transformers import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+
+
+def _click_options(cls: type[Any], *, required: bool = True) -> list[click.Option]:
+    """The options of a dataclass; with `required` false, fields without a default need not be given either."""
+    hints = get_type_hints(cls)
+    return [_click_option(each, hints[each.name], each.metadata["help"], required) for each in fields(cls)]
+
+
+def _choice_options(registry: Registry[Any], chosen: str) -> list[click.Option]:
+    """The options of all classes of a registry; those of one name are as the chosen class has it."""
+    registry.find(chosen)
+    owners: dict[str, list[str]] = {}
+    for name in [chosen, *sorted(set(registry) - {chosen})]:
+        for each in fields(registry[name]):
+            owners.setdefault(each.name, []).append(name)
+    found: list[click.Option] = []
+    for key, names in owners.items():
+        cls = registry[names[0]]
+        each = next(each for each in fields(cls) if each.name == key)
+        text = each.metadata.get("help", "")
+        if len(names) < len(registry):
+            text = f"{', '.join(sorted(names))}: {text}"
+        found.append(_click_option(each, get_type_hints(cls)[key], text))
+    return found
+
+
+def _collect(cls: type[Any], values: dict[str, Any]) -> Any:
+    """An instance of a dataclass of its options' values, which are taken out of `values`."""
+    found = {each.name: values.pop(each.name) for each in fields(cls)}
+    for each in fields(cls):
+        if each.metadata["split"]:
+            found[each.name] = tuple(word for text in found[each.name] for word in text.split(",") if word)
+    return cls(**found)
+
+
+def _click_option(each: Field[Any], hint: Any, text: str, required: bool = True) -> click.Option:
+    metadata, kind, default = each.metadata, value_type(hint), default_of(each)
+    flag = metadata.get("flag") or each.name.replace("_", "-")
+    names = [each.name, f"--{flag}", *filter(None, [metadata.get("short")])]
+    if kind is bool:
+        if default is False:
+            return click.Option(names, is_flag=True, help=text)
+        names = [each.name, f"--{flag}/--no-{flag}"]
+        return click.Option(names, default=default, show_default=default is not None, help=text)
+    settings: dict[str, Any] = {"help": text, "metavar": metadata.get("metavar")}
+    if get_origin(kind) is tuple:
+        return click.Option(names, multiple=True, **settings)
+    if get_origin(kind) is Literal:
+        kind = click.Choice(get_args(kind))
+    elif kind is Path:
+        kind = click.Path(path_type=Path)
+    elif metadata.get("least") is not None:
+        kind = click.IntRange(min=metadata["least"])
+    if default is MISSING:
+        return click.Option(names, type=kind, required=required, **settings)
+    return click.Option(names, type=kind, default=default, show_default=True, **settings)

@@ -1,0 +1,191 @@
+"""What each verb can be told: the fields are keyword arguments in Python, and options on the command line."""
+
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Literal
+
+from spp_fx.errors import UsageError
+from spp_fx.options import option
+
+TARGETS = (
+    "Sites to take: last words of module names or globs, comma-separated or repeated (q_proj,v_proj or "
+    "'model.layers.0.*'). Default: every linear of the decoder layers."
+)
+STRICT = "Refuse rows that hold nothing, such as an empty answer. Default: skip and count them."
+NAMES = "last word of a module's name or a glob; repeatable"
+
+
+@dataclass(frozen=True)
+class PruneSettings:
+    """How to prune."""
+
+    method: str = option("magnitude", "magnitude; wanda, ria or sparsegpt, which need a text (--calib).")
+    pattern: str = option("2:4", "N:M (N kept of every M inputs) or a share of zeros, 50%.")
+    repair: str | None = option(
+        None, "dsnot: swap pruned weights for kept ones until outputs keep their mean."
+    )
+    ratios: tuple[str, ...] = option(
+        (),
+        "Another pattern for some sites: down_proj@4:8, 'model.layers.0.*@30%'. The last that fits counts.",
+        flag="ratio",
+        metavar="NAME@PATTERN",
+    )
+    skip: tuple[str, ...] = option((), "Sites that stay dense, named as for --targets.", split=True)
+    targets: tuple[str, ...] = option((), TARGETS, split=True)
+    device: str | None = option(None, "Where layers run. Default: cuda where there is one, else cpu.")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Text that shows what the weights multiply; instructions and chats count as the text that the model sees."""
+
+    data: str | Path = option(
+        MISSING,
+        "Text to calibrate on: a file, .jsonl records, or the name of a dataset on the hub.",
+        flag="calib",
+    )
+    samples: int = option(128, "Windows drawn from the text.")
+    seq_len: int | None = option(None, "Tokens per window. Default: 2048, or what the model has.")
+    seed: int = option(0, "Of the draw of windows.")
+    strict: bool = option(
+        False,
+        "Refuse rows of --calib that hold nothing, such as an empty answer. Default: skip and count them.",
+        flag="strict-data",
+    )
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise UsageError(f"--samples must be at least 1, got {self.samples}")
+
+
+@dataclass(frozen=True)
+class InjectSettings:
+    """How to make an adapter."""
+
+    method: str = option("spp", "Adapter method.")
+    seed: int = option(0, "Of the factors' initial values.")
+    targets: tuple[str, ...] = option((), TARGETS, split=True)
+    skip: tuple[str, ...] = option((), "Sites that get no adapter, named as for --targets.", split=True)
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """What to train on, and against what to measure."""
+
+    data: str = option(
+        MISSING,
+        "Text file (lines '<|endoftext|>' part documents); .json or .jsonl with text, with instruction, input and "
+        "output (or prompt and completion, question and answer), or with messages or conversations; or the name of a "
+        "dataset on the hub.",
+    )
+    eval_data: str | None = option(
+        None,
+        "Text whose perplexity is measured before and after, read as --data is; of instructions and chats the whole "
+        "text counts, prompts too.",
+    )
+    teacher: str | None = option(None, "Model folder whose predictions are learned, such as the dense model.")
+    base: Path | None = option(None, "Base model, if it is not where the adapter says.")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to train. `steps` or `epochs` ends training; `seed` is 0 to 2**32 - 1."""
+
+    steps: int | None = option(None, "Optimizer steps.")
+    epochs: float | None = option(None, "Passes over the data. Default: 3, unless --steps is given.")
+    lr: float | None = option(
+        None, "Peak learning rate. Default: the method's; for spp 4e-3 * sqrt(4096 / inputs)."
+    )
+    batch_size: int = option(16, "Rows per forward and device.")
+    accumulate: int = option(1, "Forwards per optimizer step.")
+    seq_len: int | None = option(None, "Tokens per row at most. Default: 512, or what the model has.")
+    loss_on: str = option("all", "all, or answer: leave prompts out of the loss.")
+    packing: bool = option(False, "Put several short instructions or chats into one row.")
+    weight_decay: float = option(1e-3, "Of AdamW.")
+    schedule: str = option("linear", "Of the learning rate: linear, cosine, ... as transformers names them.")
+    warmup: float = option(0.03, "Steps, or below 1 a share of all steps.")
+    clip: float = option(1.0, "Largest norm of the gradient; 0: none.")
+    bf16: bool = option(False, "Compute under bfloat16 autocast.")
+    packed: bool = option(False, "Keep the frozen weights packed: 0.56 of their memory at 2:4 in bf16.")
+    gradient_checkpointing: bool = option(False, "Less memory: layers run again in backward.")
+    shard: str | None = option(
+        None, "Under torchrun: split the frozen weights over the processes of the world, or of a node."
+    )
+    save_steps: int | None = option(None, "Steps between checkpoints. Default: none.")
+    eval_steps: int | None = option(None, "Steps between evaluations on --eval-data. Default: none.")
+    early_stop: int | None = option(
+        None, "End after so many evaluations without a better one; keep the best factors."
+    )
+    logging_steps: int = option(10, "Steps between reports of the loss.")
+    report_to: tuple[str, ...] = option((), "tensorboard, wandb, ... as transformers names them.")
+    resume: bool = option(False, "Continue from the newest whole checkpoint in ADAPTER.")
+    force: bool = option(False, "Start again, deleting the checkpoints of an earlier run.")
+    seed: int = option(0, "Of data order and dropout.")
+    strict: bool = option(False, STRICT, flag="strict-data")
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """How to merge."""
+
+    verify_sparsity: bool = option(
+        True, "Read the output back from disk and check every mask against the lock."
+    )
+    base: Path | None = option(None, "Base model, if it is not where the adapter says.")
+    vanish: Literal["keep", "error", "allow"] = option(
+        "keep",
+        "A non-zero that folds to zero: keep the smallest normal number, fail, or allow the zero.",
+    )
+
+
+@dataclass(frozen=True)
+class VerifySettings:
+    """What to check, and where to report it."""
+
+    pattern: str | None = option(None, "Pattern that every site must hold, such as 2:4.")
+    lock: Path | None = option(None, "Lock file. Default: sparsity.lock.json of the artifact.")
+    against: Path | None = option(None, "Another artifact whose masks must be the same.")
+    require: tuple[str, ...] = option((), f"Sites that must be sparse: {NAMES}.", metavar="NAME")
+    allow_dense: tuple[str, ...] = option((), f"Sites that need not be: {NAMES}.", metavar="NAME")
+    coverage: Literal["lock", "all"] | None = option(
+        None,
+        "all: every site of the model must be in the lock, or sparse where there is none; nothing is left unread.",
+    )
+    policy: Path | None = option(None, "Policy file. Default: spp-fx.toml of the current folder, if any.")
+    jobs: int | None = option(None, "Sites checked at once. Default: the CPUs, at most 8.", least=1)
+    junit: Path | None = option(None, "Also write a JUnit report.")
+    sarif: Path | None = option(None, "Also write a SARIF 2.1.0 report.")
+    github: bool = option(
+        False, "Also print GitHub annotations, and write the step's summary if there is one."
+    )
+
+
+@dataclass(frozen=True)
+class LockSettings:
+    """What to lock."""
+
+    pattern: str | None = option(
+        None, "Pattern that every site must hold, such as 2:4. Default: what each one holds."
+    )
+    targets: tuple[str, ...] = option((), TARGETS, split=True)
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """What to measure."""
+
+    data: str = option(
+        MISSING,
+        "Text file, .json or .jsonl records (text, instructions, chats), or the name of a dataset on the hub.",
+    )
+    strict: bool = option(False, STRICT, flag="strict-data")
+    seq_len: int | None = option(None, "Tokens per window. Default: 512, or what the model has.")
+    base: Path | None = option(None, "Base model of an adapter, if it is not where the adapter says.")
+
+
+@dataclass(frozen=True)
+class OptimizeSettings:
+    """Which passes to run."""
+
+    pipeline: str = option(MISSING, "canonicalize,match{targets=q_proj},inject{rank=8},...", short="-p")
+    print_after_all: bool = option(False, "Print the program after every pass.")
