@@ -35,12 +35,14 @@ def test_training_lowers_the_perplexity_and_the_same_seed_gives_the_same_bytes(a
 
 def test_a_resumed_run_ends_with_the_bytes_of_an_undisturbed_one(adapter, text_file, tmp_path):
     start = factors(adapter)
-    assert train(adapter, text_file, "--save-steps", 10).code == 0
+    assert train(adapter, text_file, "--save-steps", 12).code == 0
     whole = factors(adapter)
-    # As if it had been killed after step 10: the newer checkpoint and the result are gone.
-    shutil.rmtree(adapter / "checkpoint-20")
+    assert {path.name for path in adapter.glob("checkpoint-*")} == {"checkpoint-12", "checkpoint-24"}
+    # As if it had been killed while it wrote the second checkpoint: that one is cut, and there is no result.
+    cut = adapter / "checkpoint-24" / "optimizer.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-1])
     (adapter / "adapter_model.safetensors").write_bytes(start)
-    assert train(adapter, text_file, "--save-steps", 10, "--resume").code == 0
+    assert train(adapter, text_file, "--save-steps", 12, "--resume").code == 0
     assert factors(adapter) == whole
 
 
