@@ -1,6 +1,5 @@
 """The whole way on a real model, checked with plain torch and not with the project's own code."""
 
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from blake3 import blake3
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -46,8 +46,8 @@ def way(tmp_path_factory) -> Path:
 
 
 def digest(weight: torch.Tensor) -> str:
-    """BLAKE2b-256 over the shape as int64 and the row-major mask packed LSB first."""
-    state = hashlib.blake2b(np.array(weight.shape, dtype="<i8").tobytes(), digest_size=32)
+    """BLAKE3 over the shape as int64 and the row-major mask packed LSB first."""
+    state = blake3(np.array(weight.shape, dtype="<i8").tobytes())
     state.update(np.packbits((weight != 0).numpy().ravel(), bitorder="little").tobytes())
     return state.hexdigest()
 

@@ -100,7 +100,7 @@ def test_a_file_and_memory_give_the_same_scan(tmp_path_factory, seed, shape, tra
 @pytest.mark.parametrize("at", [0, 63, 64, 700, 1999])
 def test_a_non_finite_is_named_wherever_it_stands(tmp_path, monkeypatch, at):
     """In the first word or a later one, in a later piece, among the last elements, which fill no word."""
-    monkeypatch.setattr(scan_module, "_PIECE", 1 << 10)
+    monkeypatch.setattr(scan_module, "_CHUNK", 1 << 10)
     weight = torch.ones(4, 500, dtype=torch.bfloat16)
     weight.view(-1)[at] = float("nan")
     path = tmp_path / "weights"

@@ -14,15 +14,18 @@ from spp_fx.storage.safetensors import Shard
 from spp_fx.verbs import unpack as module
 from spp_fx.verification.verdict import Finding
 from tests.command import command, listing, must, one_line, tensors
+from tests.worlds import made_once
 
 
 @pytest.fixture(scope="module")
-def exports(made):
+def exports(made, tmp_path_factory):
     """The merged model of the small world, in the forms that give its files back byte for byte."""
-    folder = made.parent / "exports"
-    for name in ("sparse-bitmask", "safetensors"):
-        must("export", made / "merged", "-o", folder / name, "--format", name)
-    return folder
+
+    def make(folder):
+        for name in ("sparse-bitmask", "safetensors"):
+            must("export", made / "merged", "-o", folder / name, "--format", name)
+
+    return made_once(tmp_path_factory, "exports", make)
 
 
 @pytest.mark.parametrize("name", ["sparse-bitmask", "safetensors"])
