@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: demo test test-slow nightly install check bench soak fuzz clean help
 
 help:
-	@echo "make demo     the whole way on a small model, a few minutes on two cores"
+	@echo "make demo     prune, train, merge, verify and export a small model, a few minutes on two cores"
 	@echo "make test     the test suite"
 	@echo "make test-slow its long runs: benchmarks, several processes, kills"
 	@echo "make nightly  every combination, many more examples, every trace made anew: some hours"

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from spp_fx.errors import FormatError, MaskError, PatternError, UsageError
-from spp_fx.exporters.checks import check_copied, lost_signs
 from spp_fx.exporters.format import (
     ROUNDED,
     Decoded,
@@ -32,6 +31,7 @@ from spp_fx.exporters.format import (
     new_tensor_file,
 )
 from spp_fx.exporters.manifest import MANIFEST, Manifest, TensorRecord, read_manifest, site_sizes
+from spp_fx.exporters.read_back import check_copied, lost_signs
 from spp_fx.parallel import in_order
 from spp_fx.sparsity.lock import LockEntry
 from spp_fx.sparsity.packing import Packed24, for_row_chunks, kernels, pack_rows, unpack_1_2, unpack_2_4

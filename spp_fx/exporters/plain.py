@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from spp_fx.exporters.checks import check_copied
 from spp_fx.exporters.format import (
     Decoded,
     ExportSettings,
@@ -17,6 +16,7 @@ from spp_fx.exporters.format import (
 )
 from spp_fx.exporters.legacy import without_sparsity
 from spp_fx.exporters.manifest import MANIFEST, Manifest, site_sizes
+from spp_fx.exporters.read_back import check_copied
 from spp_fx.sparsity.lock import LOCK_NAME
 from spp_fx.sparsity.scan import Scan, scan_stored
 from spp_fx.storage.folder import ModelFolder, within

@@ -26,7 +26,6 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from spp_fx.errors import FormatError
-from spp_fx.exporters.checks import LibraryReader, check_copied
 from spp_fx.exporters.format import (
     Decoded,
     ExportSettings,
@@ -40,6 +39,7 @@ from spp_fx.exporters.format import (
     register,
 )
 from spp_fx.exporters.manifest import COMPACT, MANIFEST, Manifest, TensorRecord, site_sizes, write_manifest
+from spp_fx.exporters.read_back import LibraryReader, check_copied
 from spp_fx.parallel import in_order
 from spp_fx.sparsity.lock import LOCK_NAME, LockEntry
 from spp_fx.sparsity.packing import compress, count_ones, expand

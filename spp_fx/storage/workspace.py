@@ -152,8 +152,8 @@ def write_plan(store: Path, plan: Mapping[str, Any]) -> None:
     fsync_folder(store)
 
 
-def strangers(store: Path) -> list[str]:
-    """What makes a folder without a plan look like no store at all."""
+def foreign_entries(store: Path) -> list[str]:
+    """Entries of a folder without a plan that no run of spp-fx makes: the folder is not a store."""
     return [] if (store / _PLAN).is_file() else sorted({*os.listdir(store)} - _OWN)
 
 
@@ -456,7 +456,7 @@ def _check_inputs(job: _Job) -> None:
 def _prepare(job: _Job, fresh: bool) -> None:
     """A store with the plan of this run, emptied if it had another."""
     known = read_plan(job.store)
-    if known is None and (odd := strangers(job.store)):
+    if known is None and (odd := foreign_entries(job.store)):
         raise UsageError(f"{job.store}: holds {odd[0]}, which no run of spp-fx left; move it away")
     if known == job.plan and not fresh:
         return
@@ -506,7 +506,7 @@ def _leave(job: _Job, work: Workspace | None, keep: bool) -> str | None:
     if work is None:
         if (job.store / JOURNAL).is_file():
             return f"{job.store} keeps {EARLIER}"
-        if not strangers(job.store):
+        if not foreign_entries(job.store):
             remove(job.store)
     elif is_placed(job.store, work.journal):
         remove_placed(job.store)

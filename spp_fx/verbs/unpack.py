@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from spp_fx.errors import FormatError, MaskError, UsageError
-from spp_fx.exporters.checks import NOT_IN_TORCH, LibraryReader
 from spp_fx.exporters.format import FORMATS, Decoded, Format, Say, find_format
 from spp_fx.exporters.legacy import LegacyFolder, is_legacy
 from spp_fx.exporters.manifest import MANIFEST, TENSOR_FILES, Manifest, read_manifest
 from spp_fx.exporters.plain import write_plain_config
+from spp_fx.exporters.read_back import NOT_IN_TORCH, LibraryReader
 from spp_fx.parallel import Tick, no_tick
 from spp_fx.sparsity.lock import LOCK_NAME
 from spp_fx.storage.folder import WEIGHTS_NAME, ModelFolder, within

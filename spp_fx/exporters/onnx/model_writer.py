@@ -15,7 +15,6 @@ import onnx
 import torch
 
 from spp_fx.errors import MaskError, SppFxError
-from spp_fx.exporters.checks import lost_signs
 from spp_fx.exporters.format import ROUNDED, ExportSettings, Say, Source, Tick
 from spp_fx.exporters.manifest import Part, TensorRecord, site_sizes
 from spp_fx.exporters.onnx.encodings import Encoded, Encoding, dense
@@ -31,6 +30,7 @@ from spp_fx.exporters.onnx.onnxruntime_check import (
     widen,
 )
 from spp_fx.exporters.onnx.tensor_data import save, tensor_bytes
+from spp_fx.exporters.read_back import lost_signs
 from spp_fx.graph.model import check_causal, hollow_model, load_model
 from spp_fx.storage.safetensors import dtype_name, torch_dtype
 
