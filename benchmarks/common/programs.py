@@ -7,7 +7,7 @@ from torch import Tensor, fx, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from spp_fx.adapters.spp import SPP
-from spp_fx.graph.program import ADAPTER, Program, leaf
+from spp_fx.graph.program import ADAPTER, Program, opaque
 from spp_fx.graph.trace import trace
 from spp_fx.passes.canonicalize import Canonicalize
 from spp_fx.passes.causal import Causal
@@ -52,7 +52,7 @@ def run_by(program: Program, way: Way, *, low_rank: bool) -> None:
     The factors are SPP's own, alpha (r, n) and beta (m, 1), or of a low-rank update, (m, r) and (r, n).
     """
 
-    @leaf
+    @opaque
     def run(x: Tensor, weight: Tensor, first: Tensor, second: Tensor) -> Tensor:
         return way(x.flatten(0, -2), weight, first, second, SCALE).view(*x.shape[:-1], weight.shape[0])
 

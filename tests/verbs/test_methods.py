@@ -1,5 +1,6 @@
 """Every adapter method end to end: inject, train, merge, verify; one of them is another package's."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -60,20 +61,25 @@ def test_a_method_trains_merges_and_verifies(folder, method, way, text_file, tmp
 def test_two_processes_train_a_method_as_one_does(folder, method, text_file, tmp_path):
     for name in ("one", "two"):
         shutil.copytree(folder / "adapter", tmp_path / name)
-    must("train", tmp_path / "one", "--data", text_file, *LINE.split())
+    words = ["--data", text_file, *LINE.split(), "--logging-steps", "1", "--json"]
+    one = must("train", tmp_path / "one", *words).json
     line = [
         sys.executable,
         "-m",
         *["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "spp_fx", "train"],
     ]
     result = subprocess.run(
-        [*line, tmp_path / "two", "--data", text_file, *LINE.replace("8", "4").split()],
+        [*line, tmp_path / "two", *words, "--batch-size", "4"],
         env=os.environ | {"PYTHONPATH": f"{ROOT}:{OUTSIDE}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=900,
     )
     assert result.returncode == 0, result.stderr[-6000:]
-    one = tensors(tmp_path / "one")
-    for name, value in tensors(tmp_path / "two").items():
-        torch.testing.assert_close(value, one[name], rtol=0.1, atol=0.02)  # AdamW: about a step of 0.02
+    two = json.loads(result.stdout)
+    # AdamW turns the rounding of a gradient near zero into a step, so the curves are compared and not the factors.
+    assert len(two["losses"]) == 4
+    torch.testing.assert_close(torch.tensor(two["losses"]), torch.tensor(one["losses"]), rtol=0, atol=5e-4)
+    start = tensors(folder / "adapter")
+    moved = [name for name, value in tensors(tmp_path / "two").items() if not torch.equal(value, start[name])]
+    assert len(moved) >= len(start) // 2
