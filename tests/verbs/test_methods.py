@@ -79,7 +79,7 @@ def test_two_processes_train_a_method_as_one_does(folder, method, text_file, tmp
     two = json.loads(result.stdout)
     # AdamW turns the rounding of a gradient near zero into a step, so the curves are compared and not the factors.
     assert len(two["losses"]) == 4
-    torch.testing.assert_close(torch.tensor(two["losses"]), torch.tensor(one["losses"]), rtol=0, atol=5e-4)
+    torch.testing.assert_close(torch.tensor(two["losses"]), torch.tensor(one["losses"]), rtol=2e-4, atol=0)
     start = tensors(folder / "adapter")
     moved = [name for name, value in tensors(tmp_path / "two").items() if not torch.equal(value, start[name])]
     assert len(moved) >= len(start) // 2
