@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -24,8 +24,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True)
-class StoredMatrix:
+CONFIG = "adapter_config.json"
+FACTORS = "adapter_model.safetensors"
+FORMAT_VERSION = 1
+
+
+class StoredMatrix(BaseModel):
     """One stored matrix of a site.
 
     Attributes:
@@ -36,23 +40,7 @@ class StoredMatrix:
         whole: whether the stored tensor is the whole stack, of which this is one matrix.
     """
 
-    tensor: str
-    transposed: bool
-    expert: int | None
-    start: int
-    stop: int
-    whole: bool = False
-
-
-CONFIG = "adapter_config.json"
-FACTORS = "adapter_model.safetensors"
-FORMAT_VERSION = 1
-
-
-class StoredMatrixModel(BaseModel):
-    """A `StoredMatrix` as JSON."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, defer_build=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
 
     tensor: str
     transposed: bool
@@ -80,7 +68,7 @@ class AdapterConfig(BaseModel):
     bias: Literal["none"]
     inference_mode: bool
     seed: int
-    sites: dict[str, list[StoredMatrixModel]]
+    sites: dict[str, list[StoredMatrix]]
 
 
 @dataclass(frozen=True)
@@ -119,10 +107,7 @@ class AdapterFolder:
             method = make_method(config.method, **config.method_parameters)
         except (TypeError, UsageError) as error:
             raise FormatError(f"{path / CONFIG}: {error}") from error
-        matrices = {
-            site: tuple(StoredMatrix(**matrix.model_dump()) for matrix in stored)
-            for site, stored in config.sites.items()
-        }
+        matrices = {site: tuple(stored) for site, stored in config.sites.items()}
         folder = cls(path, config, method, matrices, load_lock(path / LOCK_NAME), Shard.open(path / FACTORS))
         folder._check()
         return folder
@@ -236,10 +221,7 @@ def write_adapter(
         bias="none",
         inference_mode=True,
         seed=seed,
-        sites={
-            site: [StoredMatrixModel(**asdict(matrix)) for matrix in stored]
-            for site, stored in matrices.items()
-        },
+        sites={site: list(stored) for site, stored in matrices.items()},
     )
     (folder / CONFIG).write_text(config.model_dump_json(indent=2) + "\n")
     (folder / LOCK_NAME).write_text(lock.dumps())
