@@ -66,9 +66,13 @@ def run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     try:
         code = cli.main(args=arguments, prog_name="spp-fx", standalone_mode=False)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return error.exit_code
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        hint = f" (see '{context.command_path} --help')" if context else ""
+        return _failed(error.format_message().rstrip(".") + hint, error.exit_code, debug)
     except (click.Abort, KeyboardInterrupt) as error:
         click.echo("spp-fx: interrupted; no partial output was left", err=True)
         _show_notes(error)

@@ -225,7 +225,7 @@ def patterns_of(
         rules.append((target, parse_pattern(text)))
     for target, _ in rules:
         if not any(is_target(name, target) for name in (*names, *skipped)):
-            raise UsageError(f"'{target}' matches no site that is to be pruned")
+            raise UsageError(f"'{target}' names no site to prune")
     patterns = {
         name: next((p for target, p in reversed(rules) if is_target(name, target)), default) for name in names
     }

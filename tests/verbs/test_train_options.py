@@ -150,7 +150,7 @@ def test_records_are_learned_from(here, form, kind, options):
     )
     if "text" in records[0] and more == ["--loss-on", "answer"]:
         assert result.code == 2
-        assert "no answers" in one_line(result.err)
+        assert "without answers" in one_line(result.err)
         return
     if "text" in records[0]:
         assert result.code == 2, "forty letters do not fill a window of 64"
