@@ -151,8 +151,8 @@ def draw_windows(
 ) -> Drawn:
     """Draw windows of a text at random.
 
-    They do not overlap, unless the text is too short for that; then they start at different tokens. `say` is called
-    in that case, and for skipped rows.
+    Windows do not overlap unless the text is too short; then they begin at different tokens. `say`
+    reports this, and rows that are skipped.
 
     Raises:
         UsageError: the text is too short, or cannot be used.
@@ -168,7 +168,7 @@ def draw_windows(
     windows, starts = len(tokens) // length, len(tokens) - length + 1
     if starts < samples:
         raise UsageError(
-            f"{data}: is too short: {len(tokens)} tokens do not have {samples} windows of {length}; use more text, "
+            f"{data}: is too short: its {len(tokens)} tokens do not give {samples} windows of {length}; use more text, "
             "fewer --samples or a smaller --seq-len"
         )
     check_vocabulary(tokens, program.vocabulary, data)

@@ -41,6 +41,7 @@ class Merged:
         out, base: the merged model folder and that of the base model.
         counts: of each folded tensor.
         mask_equal: whether the mask of a folded tensor, read back from disk, is the lock's; None if not read.
+        vanish: what was done with values that folded to zero.
         untouched: how many tensors were copied.
         nbytes: size of the weights written.
     """
@@ -49,6 +50,7 @@ class Merged:
     base: Path
     counts: dict[str, FoldCounts]
     mask_equal: dict[str, bool | None]
+    vanish: Vanish
     untouched: int
     nbytes: int
 
@@ -76,6 +78,16 @@ class Merged:
                 "bytes": self.nbytes,
             },
         }
+
+    def lines(self) -> Iterator[str]:
+        summary = self.to_json()["summary"]
+        yield f"{self.out}: {summary['sites']} weights folded, {summary['untouched']} copied"
+        if None in self.mask_equal.values():
+            yield "  masks NOT verified"
+        else:
+            yield f"  {summary['masks_equal']} of {summary['sites']} masks equal to the lock, read back from disk"
+        if summary["vanished"]:
+            yield f"  {summary['vanished']} values folded to zero (--vanish {self.vanish})"
 
 
 @links_option
@@ -157,7 +169,8 @@ def merge(
             digests=proof.digests,
         )
     mask_equal = {name: proof.mask_equal.get(name) for name in counts}
-    return Merged(out, base, counts, mask_equal, len(folder.names) - len(counts), folder.stored_bytes)
+    untouched = len(folder.names) - len(counts)
+    return Merged(out, base, counts, mask_equal, vanish, untouched, folder.stored_bytes)
 
 
 def _locked(adapter: AdapterFolder, base: ModelFolder) -> dict[str, LockEntry]:
