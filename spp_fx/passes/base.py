@@ -2,8 +2,9 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
 
+from spp_fx.errors import UsageError
 from spp_fx.graph.program import Program
 from spp_fx.registry import Registry, naming
 
@@ -31,6 +32,13 @@ class Pass(ABC):
 
     name: ClassVar[str]
 
+    def __post_init__(self) -> None:
+        for key, hint in get_type_hints(type(self)).items():
+            if get_origin(hint) is Literal and getattr(self, key) not in get_args(hint):
+                *known, last = get_args(hint)
+                words = f"{', '.join(known)} or {last}"
+                raise UsageError(f"{self.name}: {key} takes {words}, got '{getattr(self, key)}'")
+
     def requires(self, program: Program) -> None:  # noqa: B027 - most passes take any program
         """Raise PreconditionError unless the program is fit for this pass."""
 
@@ -44,8 +52,3 @@ class Pass(ABC):
 
 PASSES = Registry[type[Pass]]("pass", "spp_fx.passes", package="spp_fx.passes")
 register = naming(PASSES)
-
-
-def find_pass(name: str) -> type[Pass]:
-    """A pass by name; UsageError lists what is known."""
-    return PASSES.find(name)
