@@ -16,12 +16,11 @@ from spp_fx.adapters.method import (
     Kernels,
     Method,
     TrainingDefaults,
-    at_least_one,
     register,
     work_dtype,
 )
 from spp_fx.compiled import optional_module
-from spp_fx.options import option
+from spp_fx.options import at_least_one, option
 
 if TYPE_CHECKING:
     import torch

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from spp_fx.adapters.method import DROPOUT, SCALE, FactorSpec, Method, at_least_one, register
-from spp_fx.options import option
+from spp_fx.adapters.method import DROPOUT, SCALE, FactorSpec, Method, register
+from spp_fx.options import at_least_one, option
 
 if TYPE_CHECKING:
     from torch import Tensor

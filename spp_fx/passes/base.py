@@ -2,10 +2,10 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, get_args, get_origin, get_type_hints
+from typing import ClassVar
 
-from spp_fx.errors import UsageError
 from spp_fx.graph.program import Program
+from spp_fx.options import check_values
 from spp_fx.registry import Registry, naming
 
 
@@ -33,11 +33,7 @@ class Pass(ABC):
     name: ClassVar[str]
 
     def __post_init__(self) -> None:
-        for key, hint in get_type_hints(type(self)).items():
-            if get_origin(hint) is Literal and getattr(self, key) not in get_args(hint):
-                *known, last = get_args(hint)
-                words = f"{', '.join(known)} or {last}"
-                raise UsageError(f"{self.name}: {key} takes {words}, got '{getattr(self, key)}'")
+        check_values(self, self.name)
 
     def requires(self, program: Program) -> None:  # noqa: B027 - most passes take any program
         """Raise PreconditionError unless the program is fit for this pass."""

@@ -25,7 +25,7 @@ POINTWISE = frozenset(
         "maximum", "dropout", "to", "_to_copy", "contiguous", "clone", "alias", "detach",
     )
 )  # fmt: skip
-"""Operations whose result at a place depends on their operands at that place alone."""
+"""Elementwise operations."""
 RESHAPES = frozenset((aten.view, aten.reshape, aten._unsafe_view))
 """Operations that keep every row where they keep the last dimension."""
 
