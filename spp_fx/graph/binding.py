@@ -144,10 +144,18 @@ def _plain(slot: Slot, tensor: str, stored: Mapping[str, tuple[int, ...]]) -> tu
     if shape != expected:
         return f"is stored as {tensor} of shape {list(shape)}, the model expects {list(expected)}"
     if len(slot.shape) != 3:
-        return (StoredMatrix(tensor, slot.transposed, None, 0, _rows(slot)),)
-    return tuple(
-        StoredMatrix(tensor, slot.transposed, expert, 0, _rows(slot), whole=True)
-        for expert in range(slot.shape[0])
+        return (_whole_matrix(slot, tensor, None),)
+    return tuple(_whole_matrix(slot, tensor, expert) for expert in range(slot.shape[0]))
+
+
+def _whole_matrix(slot: Slot, tensor: str, expert: int | None) -> StoredMatrix:
+    return StoredMatrix(
+        tensor=tensor,
+        transposed=slot.transposed,
+        expert=expert,
+        start=0,
+        stop=_rows(slot),
+        whole=expert is not None,
     )
 
 
@@ -175,8 +183,18 @@ def _converted(
             if match is None or int(match[1]) >= slot.shape[0] or columns != slot.shape[-1]:
                 return f"its stored tensor {tensor} of shape {list(stored[tensor])} does not fit"
             expert = int(match[1])
-            matrices.append(StoredMatrix(tensor, False, expert, start[expert], start[expert] + rows))
+            first = start[expert]
             start[expert] += rows
+            matrices.append(
+                StoredMatrix(
+                    tensor=tensor,
+                    transposed=False,
+                    expert=expert,
+                    start=first,
+                    stop=start[expert],
+                    whole=False,
+                )
+            )
     if start != [_rows(slot)] * slot.shape[0]:
         return "its stored tensors do not fill it"
     return tuple(matrices)
