@@ -414,7 +414,6 @@ def verify_command(
     spp-fx verify --policy spp-fx.toml --github --sarif report.sarif
     """
     from spp_fx.verification.policy import Overrides, Policy
-    from spp_fx.verification.report import check_targets
 
     asked: dict[str, Any] = vars(settings) | {"trust_remote_code": trust_remote_code}
     given = Overrides(**{each.name: asked[each.name] for each in fields(Overrides)})
@@ -425,16 +424,20 @@ def verify_command(
     checks = rules.checks(given) if listed else [rules.check(artifact or Path(), given)]
     options = (("--junit", settings.junit, ".xml"), ("--sarif", settings.sarif, ".sarif"))
     reports = {option: (path, suffix) for option, path, suffix in options if path is not None}
-    artifacts = [path for check in checks for path in (check.path, check.against) if path is not None]
-    locks = {f"lock of {check.path}": check.lock for check in checks if check.lock is not None}
-    check_targets(reports, artifacts, locks | ({"policy": rules.path} if rules.path else {}))
+    if reports:
+        from spp_fx.verification.report import check_targets
+
+        artifacts = [path for check in checks for path in (check.path, check.against) if path is not None]
+        locks = {f"lock of {check.path}": check.lock for check in checks if check.lock is not None}
+        check_targets(reports, artifacts, locks | ({"policy": rules.path} if rules.path else {}))
     verdicts = _verify(output, checks, settings.jobs)
     if click.get_current_context().params["debug"]:
         for verdict in verdicts:
             if verdict.error is not None:
                 traceback.print_exception(verdict.error)
     _show_verdicts(output, verdicts, listed=listed, github=settings.github)
-    _write_reports(verdicts, settings)
+    if reports or settings.github:
+        _write_reports(verdicts, settings)
     return 0 if all(verdict.ok for verdict in verdicts) else 1
 
 
@@ -459,7 +462,6 @@ def _show_verdicts(output: Output, verdicts: "Sequence[Verified]", *, listed: bo
 
     In words, an artifact that cannot be opened is one line on stderr, as the failure of every command is.
     """
-    from spp_fx.verification.report import Root, annotations
     from spp_fx.verification.verdict import all_to_json, lines
 
     def show() -> None:
@@ -472,6 +474,8 @@ def _show_verdicts(output: Output, verdicts: "Sequence[Verified]", *, listed: bo
 
     output.result(all_to_json(verdicts) if listed else verdicts[0].to_json(), show)
     if github:
+        from spp_fx.verification.report import Root, annotations
+
         for line in annotations(verdicts, Root.current()):
             click.echo(line, err=output.as_json)
 
@@ -587,7 +591,8 @@ def lock_command(
     spp-fx lock my-sparse --force --json
     """
     from spp_fx.sparsity.lock import LOCK_NAME
-    from spp_fx.verbs.lock import lock
+    from spp_fx.verbs.write_lock import lock
+    from spp_fx.verification.verdict import grouped
 
     # A model of the hub lies in a cache, where nobody would look for its lock.
     target = out or (None if Path(model).exists() else Path(LOCK_NAME))
@@ -602,11 +607,8 @@ def lock_command(
                 click.echo(f"  {what}: {name}")
             if len(names) > LISTED:
                 click.echo(f"  {what}: {len(names) - LISTED} more; --json lists all")
-        by_reason: dict[str, list[str]] = {}
-        for name, reason in done.left_out.items():
-            by_reason.setdefault(reason, []).append(name)
-        for reason, names in by_reason.items():
-            click.echo(f"  not locked: {_and_more(names)}: {reason}")
+        for line in grouped(done.left_out):
+            click.echo(f"  not locked: {line}")
 
     output.result(done.to_json(), show)
 

@@ -1,4 +1,4 @@
-"""`kernels.scan_elements` as machine code, which llvmlite makes from LLVM assembly in some 20 ms.
+"""`kernels.scan_elements` as machine code, which llvmlite compiles from LLVM assembly in about 20 ms.
 
 A comparison of 64 lanes whose result is read as a 64-bit integer is one or two instructions on AVX-512 and a few
 more on other CPUs, so one definition serves every CPU. numba cannot express it, and importing numba
@@ -65,7 +65,7 @@ if sys.byteorder != "little":
     raise ImportError("mask words are written as little-endian")
 try:
     binding.check_jit_execution()
-except OSError as error:  # SELinux and the like let no process run code that it made
+except OSError as error:  # SELinux, for one, can forbid a process to run code that it made
     raise ImportError(str(error)) from error
 
 _SCAN = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * 3])
@@ -102,7 +102,7 @@ def _address(array: NDArray[Any]) -> int:
 
 
 def _compile(assembly: str) -> Any:
-    """The engine that holds the machine code of a module for the CPU at hand."""
+    """The engine that holds the machine code of a module, for this CPU."""
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     try:

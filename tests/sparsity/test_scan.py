@@ -223,9 +223,12 @@ def test_violations_are_groups_with_too_many_non_zeros(seed, shape, experts, pat
     assert found.count == len(over)
     if len(over):
         row, group = over[0].tolist()
-        assert found.first == (row, group * nm.group, (group + 1) * nm.group, counts[row, group])
+        expert = f"expert {row // shape[0]}, " if experts else ""
+        columns = f"columns {group * nm.group}-{(group + 1) * nm.group - 1}"
+        assert found.position == f"{expert}row {row % shape[0]}, {columns}"
+        assert found.nonzeros == counts[row, group]
     else:
-        assert found.first is None
+        assert found.position is None
 
 
 @pytest.mark.parametrize(("pattern", "columns"), [("2:4", 4096), ("3:5", 4095), ("40:63", 4095)])
@@ -236,7 +239,8 @@ def test_a_violation_far_into_a_large_mask_is_named(pattern, columns):
     ones[5998, : nm.group] = True
     found = scan_bits(PackedMask.from_bool(ones), nm)
     assert found.count == 2
-    assert found.first == (5321, 4 * nm.group, 5 * nm.group, nm.group)
+    assert found.position == f"row 5321, columns {4 * nm.group}-{5 * nm.group - 1}"
+    assert found.nonzeros == nm.group
 
 
 def test_a_violation_reads_as_a_sentence():
@@ -260,6 +264,6 @@ def test_an_unstructured_share_asks_for_whole_zeros_of_every_row(zeros, missing)
     pattern = parse_pattern("50%")
     assert isinstance(pattern, Unstructured)
     found = scan_bits(PackedMask.from_bool(ones), pattern)
-    assert (found.count, found.first) == (missing, None)
+    assert (found.count, found.position) == (missing, None)
     if missing:
         assert found.describe(pattern) == f"{missing} zeros are missing for 50%"

@@ -109,16 +109,16 @@ def test_a_lock_that_is_no_longer_the_steps_is_told(merged, change, word):
     assert blame(merged, "model.safetensors").endswith(f"; {LOCK} was {word} after merge")
 
 
-def test_without_a_digest_it_cannot_be_told_unless_the_size_differs(tmp_path):
+def test_without_a_digest_only_another_size_shows_a_change(tmp_path):
     folder = write(folder_with(tmp_path / "m"), digests={})
-    assert "cannot be told" in blame(folder, "model.safetensors")
+    assert "it is unknown whether the file changed" in blame(folder, "model.safetensors")
     (folder / "model.safetensors").write_bytes(b"longer weights")
     assert "it changed afterwards (14 bytes now, 7 then)" in blame(folder, "model.safetensors")
 
 
 def test_a_file_that_no_step_wrote_is_told(merged):
     (merged / "more.safetensors").write_bytes(b"x")
-    assert "none of the files that merge" in blame(merged, "more.safetensors")
+    assert "not one of the files that merge" in blame(merged, "more.safetensors")
 
 
 @pytest.mark.parametrize("name", ["nowhere.safetensors", "../merged/model.safetensors"])
@@ -153,7 +153,7 @@ def test_a_damaged_history_is_refused_and_said(merged, tmp_path, what):
         load(merged)
     with pytest.raises(FormatError):
         write(folder_with(tmp_path / "out"), past=merged)
-    assert "cannot be told" in blame(merged, "model.safetensors")
+    assert "the step at fault is unknown" in blame(merged, "model.safetensors")
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"\xff", b"[" * 100_000, b'{"steps": 1, "steps": 2}'])

@@ -174,7 +174,7 @@ def test_a_lock_is_not_given_for_several_artifacts(repository):
     write(BOTH)
     result = command("verify", "--lock", "models/good/sparsity.lock.json", "-q")
     assert result.code == 2
-    assert "--lock speaks of one artifact" in one_line(result.err)
+    assert "--lock takes one artifact" in one_line(result.err)
 
 
 def test_a_policy_that_is_no_file_is_refused(repository):
@@ -191,7 +191,7 @@ def test_a_pipe_is_no_policy_and_is_not_waited_for(repository):
 
 def test_a_policy_that_is_larger_than_any_is_not_read(repository):
     write("#" * (1 << 20) + "\n")
-    with pytest.raises(UsageError, match="which no policy is"):
+    with pytest.raises(UsageError, match="the limit is 1048576"):
         Policy.load(Path("spp-fx.toml"))
 
 

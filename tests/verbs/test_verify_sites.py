@@ -15,10 +15,10 @@ from spp_fx.sparsity.lock import Lock, LockEntry, load_lock, make_entry
 from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.pattern import NM
 from spp_fx.sparsity.scan import Scan, scan_stored
+from spp_fx.sparsity.weights import sites_by_name
 from spp_fx.verbs.verify import Check, run_check, verify
 from spp_fx.verification import artifact as artifact_module
 from spp_fx.verification.artifact import open_artifact
-from spp_fx.verification.named_sites import is_site
 from spp_fx.verification.policy import Requirements
 from tests.command import must, rewrite
 from tests.families import make_model, prune_2_4
@@ -182,8 +182,8 @@ NO_SITES = {
 
 
 def test_sites_of_a_file_are_told_by_name_and_shape():
-    assert all(is_site(name, shape) for name, shape in LONE.items())
-    assert not any(is_site(name, shape) for name, shape in NO_SITES.items())
+    assert sites_by_name(LONE).transposed.keys() == LONE.keys()
+    assert not sites_by_name(NO_SITES).transposed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn, torch.int8])
@@ -220,7 +220,7 @@ def relock(folder: Path, change) -> None:
 
     def entry(old: LockEntry) -> LockEntry:
         pattern, transposed = change(old)
-        mask = artifact.scan(old.name, transposed).mask
+        mask = artifact.weights.scan(old.name, transposed).mask
         return make_entry(old.name, old.kind, mask, pattern, transposed)
 
     (folder / "sparsity.lock.json").write_text(Lock.of(map(entry, artifact.lock.sites)).dumps())

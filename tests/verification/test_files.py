@@ -49,7 +49,7 @@ def test_the_step_summary_is_added_to(weights, tmp_path, monkeypatch):
     assert command("verify", weights, "--pattern", "2:4").code == 0
     assert page.read_text() == "before\n"
     assert command("verify", weights, "--pattern", "1:4", "--github").code == 1
-    assert page.read_text().startswith("before\n## spp-fx verify: 1 of 1 artifacts do not hold\n")
+    assert page.read_text().startswith("before\n## spp-fx verify: 1 of 1 artifacts failed\n")
 
 
 def test_paths_are_relative_to_the_checkout(weights, tmp_path, monkeypatch):

@@ -81,5 +81,5 @@ def test_a_pipe_is_no_report_and_is_not_waited_for(repository):
     result = command("verify", "models/a", "--junit", "pipe", "-q")
     assert result.code == 1
     assert result.out.startswith("ok: ")
-    assert "pipe: the report was not written: there is a pipe" in one_line(result.err)
+    assert "pipe: the report was not written: the path is a pipe" in one_line(result.err)
     assert "--force" not in result.err
