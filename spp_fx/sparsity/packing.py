@@ -284,7 +284,13 @@ def unpack_2_4(packed: Packed24, k: int, first_row: int = 0) -> Tensor:
         if compiled and not compiled.unpack_2_4(_array(kept), taken.contiguous().numpy(), _array(rows)):
             return
         r = stop - start
-        nibbles = _checked_nibbles(taken, k, first_row + start)
+        nibbles = _nibbles(taken, 4, first_row + start)
+        nibbles, padding = nibbles[:, : k // 4], nibbles[:, k // 4 :]
+        if bool((padding != EMPTY_GROUP).any()):  # any other value would leave the row's length in doubt
+            row = int((padding != EMPTY_GROUP).nonzero()[0, 0])
+            raise FormatError(
+                f"row {first_row + start + row} ends with the nibble 0x{int(padding[row, 0]):X}, padding is 0xE"
+            )
         groups = rows.zero_().view(r, k // 4, 4)
         groups.scatter_(-1, torch.stack((nibbles & 3, nibbles >> 2), -1).long(), kept.reshape(r, k // 4, 2))
 
@@ -298,40 +304,26 @@ def unpack_1_2(packed: Packed24, k: int, first_row: int = 0) -> Tensor:
     Raises:
         FormatError: shapes or dtypes do not fit k, or a nibble is neither 0x4 nor 0xE: names the first one.
     """
-    nibbles = _nibbles(packed.positions)
-    wrong = (nibbles != 0x4) & (nibbles != 0xE)
-    if bool(wrong.any()):
-        row, pair = (int(i) for i in wrong.nonzero()[0])
-        raise FormatError(
-            f"row {first_row + row}, columns {2 * pair}-{2 * pair + 1} have the position nibble "
-            f"0x{int(nibbles[row, pair]):X}, a pair has 0x4 or 0xE"
-        )
+    _nibbles(packed.positions, 2, first_row)
     # A float32 is two entries of 16 bits, kept or not together.
     halves = Packed24(packed.values.contiguous().view(torch.int16).view(torch.float16), packed.positions)
     return unpack_2_4(halves, 2 * k, first_row).view(torch.float32)
 
 
-def _checked_nibbles(positions: Tensor, k: int, first_row: int) -> Tensor:
-    """The nibbles (rows, k/4) of positions (rows, bytes); FormatError names the first that is wrong."""
-    nibbles = _nibbles(positions)
-    ascending = (nibbles & 3) < (nibbles >> 2)
-    if not bool(ascending.all()):
-        row, group = (int(i) for i in (~ascending).nonzero()[0])
+def _nibbles(positions: Tensor, size: int, first_row: int) -> Tensor:
+    """The nibbles (rows, 2 * bytes) of positions; FormatError names the first that no group of `size` has."""
+    nibbles = torch.stack((positions & 0xF, positions >> 4), dim=-1).flatten(1)
+    if size == 4:
+        wrong, form = (nibbles & 3) >= (nibbles >> 2), "idx0 | idx1 << 2 with idx0 < idx1"
+    else:
+        wrong, form = (nibbles != 0x4) & (nibbles != 0xE), "0x4 or 0xE"
+    if bool(wrong.any()):
+        row, group = (int(i) for i in wrong.nonzero()[0])
         raise FormatError(
-            f"row {first_row + row}, columns {4 * group}-{4 * group + 3} have the position nibble "
-            f"0x{int(nibbles[row, group]):X}, which is not idx0 | idx1 << 2 with idx0 < idx1"
+            f"row {first_row + row}, columns {size * group}-{size * (group + 1) - 1} have the position nibble "
+            f"0x{int(nibbles[row, group]):X}, which is not {form}"
         )
-    padding = nibbles[:, k // 4 :]  # of another value it would leave the row's length in doubt
-    if bool((padding != EMPTY_GROUP).any()):
-        row = int((padding != EMPTY_GROUP).nonzero()[0, 0])
-        raise FormatError(
-            f"row {first_row + row} ends with the nibble 0x{int(padding[row, 0]):X}, padding is 0xE"
-        )
-    return nibbles[:, : k // 4]
-
-
-def _nibbles(positions: Tensor) -> Tensor:
-    return torch.stack((positions & 0xF, positions >> 4), dim=-1).flatten(1)
+    return nibbles
 
 
 def _bits(matrix: Tensor) -> Tensor:

@@ -83,15 +83,9 @@ class Locked:
             "out": str(self.out),
             "pattern": self.lock.pattern,
             "sites": [
-                {
-                    "name": e.name,
-                    "kind": e.kind,
-                    "shape": list(e.shape),
-                    "pattern": e.pattern,
-                    "nnz": e.nnz,
-                    "sparsity": 1 - e.nnz / prod(e.shape),
-                }
-                for e in self.lock.sites
+                entry.model_dump(mode="json", include={"name", "kind", "shape", "pattern", "nnz"})
+                | {"sparsity": 1 - entry.nnz / prod(entry.shape)}
+                for entry in self.lock.sites
             ],
             "left_out": self.left_out,
             "replaced": self.replaced,

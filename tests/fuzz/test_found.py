@@ -146,7 +146,7 @@ def test_a_weight_file_of_an_export_that_is_a_pipe(damaged):
 
 def test_a_lock_that_is_a_pipe_is_not_waited_for(damaged, tmp_path):
     os.mkfifo(tmp_path / "lock.json")
-    with pytest.raises(UsageError, match="pipe or device"):
+    with pytest.raises(UsageError, match="is not a regular file"):
         verify(damaged("lone"), lock=tmp_path / "lock.json")
 
 

@@ -215,7 +215,7 @@ good = spoiled()
         (spoiled(transposed="yes"), "transposed"),
     ],
 )
-def test_a_file_that_is_no_lock_is_refused_with_its_fault(tmp_path, text, fault):
+def test_an_invalid_lock_is_an_error_that_names_the_fault(tmp_path, text, fault):
     path = tmp_path / "bad.lock.json"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(FormatError, match=rf"(?s)bad\.lock\.json: .*({fault})") as refusal:
