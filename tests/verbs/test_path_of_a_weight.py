@@ -11,8 +11,8 @@ from spp_fx.verbs.merge import merge
 from spp_fx.verbs.verify import verify
 
 PACKAGE = Path(__file__).parents[2] / "spp_fx"
-AROUND = ("parallel.py", "storage/links.py", "storage/strict_json.py")
-"""They run what they are given: a function over threads, a decorated verb, the validators of a file's model."""
+AROUND = ("options.py", "parallel.py", "storage/links.py", "storage/strict_json.py")
+"""They run what they are given: the check of an option, a function over threads, a verb, a file's validators."""
 
 
 @contextmanager
