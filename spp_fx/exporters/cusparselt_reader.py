@@ -12,10 +12,11 @@ from torch import Tensor
 
 from spp_fx.errors import FormatError, UsageError
 from spp_fx.exporters.cusparselt_layout import Sm, refusal
-from spp_fx.exporters.format import Decoded, Weights
+from spp_fx.exporters.format import Decoded
 from spp_fx.exporters.manifest import MANIFEST, Manifest, TensorRecord
 from spp_fx.exporters.packed import Indices, Layouts, PackedModel, Rows, decoded_rows, gather
 from spp_fx.sparsity.packing import Packed24, can_pack, unpack_2_4
+from spp_fx.sparsity.weights import Weights
 from spp_fx.storage.safetensors import Shard, torch_dtype
 
 CUSPARSELT, NEUTRAL = "cusparselt", "neutral"

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from spp_fx.errors import FormatError, UsageError
 from spp_fx.exporters.cutlass_layout import FORMS, refusal
-from spp_fx.exporters.format import Decoded, Weights
+from spp_fx.exporters.format import Decoded
 from spp_fx.exporters.manifest import Manifest, TensorRecord
 from spp_fx.exporters.packed import Indices, Layouts, PackedModel, Rows, decoded_rows, gather
 from spp_fx.sparsity.packing import Packed24
+from spp_fx.sparsity.weights import Weights
 from spp_fx.storage.safetensors import Shard, dtype_name, torch_dtype
 
 CUTLASS = "cutlass"

@@ -35,7 +35,8 @@ from spp_fx.exporters.manifest import MANIFEST, Manifest, TensorRecord, write_ma
 from spp_fx.parallel import Tick
 from spp_fx.registry import Registry
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry
-from spp_fx.sparsity.scan import Scan, Weights, scan_tensor
+from spp_fx.sparsity.scan import Scan, scan_tensor
+from spp_fx.sparsity.weights import Sites, Weights
 from spp_fx.storage.folder import ModelFolder
 from spp_fx.storage.safetensors import dtype_name, stored_nbytes
 from spp_fx.storage.workspace import Workspace
@@ -244,7 +245,7 @@ class Decoded:
         def scan(name: str, transposed: bool) -> Scan:
             return scan_tensor(self.read(name), transposed=transposed)
 
-        sites = {record.name: record.transposed for record in manifest.tensors}
+        sites = Sites({record.name: record.transposed for record in manifest.tensors})
         return Weights(frozenset(self.shapes), scan, lambda _: file, lambda: sites)
 
 

@@ -27,7 +27,6 @@ from spp_fx.exporters.format import (
     Source,
     TensorFile,
     Tick,
-    Weights,
     new_tensor_file,
 )
 from spp_fx.exporters.manifest import MANIFEST, Manifest, TensorRecord, read_manifest, site_sizes
@@ -37,6 +36,7 @@ from spp_fx.sparsity.lock import LockEntry
 from spp_fx.sparsity.packing import Packed24, for_row_chunks, kernels, pack_rows, unpack_1_2, unpack_2_4
 from spp_fx.sparsity.pattern import NM, implies, scan_bits
 from spp_fx.sparsity.scan import Scan, scan_stored, scan_tensor
+from spp_fx.sparsity.weights import Sites, Weights
 from spp_fx.storage.folder import within
 from spp_fx.storage.output import check_space
 from spp_fx.storage.safetensors import BITS, Shard, stored_nbytes, torch_dtype
@@ -449,7 +449,7 @@ class PackedModel:
                 return scan_stored(self.where[name], name, transposed=transposed)
             return scan_tensor(self.rows(name)(0, record.shape[0]))
 
-        sites = {name: record.transposed for name, record in self.records.items()}
+        sites = Sites({name: record.transposed for name, record in self.records.items()})
         names = frozenset(self.decoded().shapes)
         return Weights(names, scan, lambda name: self.file_of(name).name, lambda: sites)
 

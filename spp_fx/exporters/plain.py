@@ -11,7 +11,6 @@ from spp_fx.exporters.format import (
     Say,
     Source,
     Tick,
-    Weights,
     register,
 )
 from spp_fx.exporters.legacy import without_sparsity
@@ -19,6 +18,7 @@ from spp_fx.exporters.manifest import MANIFEST, Manifest, site_sizes
 from spp_fx.exporters.read_back import check_copied
 from spp_fx.sparsity.lock import LOCK_NAME
 from spp_fx.sparsity.scan import Scan, scan_stored
+from spp_fx.sparsity.weights import Sites, Weights
 from spp_fx.storage.folder import ModelFolder, within
 from spp_fx.storage.safetensors import Shard
 from spp_fx.storage.writer import copy_file, copy_others, rewrite_shard, write_shards
@@ -60,7 +60,7 @@ def read(folder: Path, manifest: Manifest) -> Weights:
     def scan(name: str, transposed: bool) -> Scan:
         return scan_stored(model.info(name)[0], name, transposed=transposed)
 
-    sites = {record.name: record.transposed for record in manifest.tensors}
+    sites = Sites({record.name: record.transposed for record in manifest.tensors})
     return Weights(frozenset(model.names), scan, lambda name: model.info(name)[0].name, lambda: sites)
 
 

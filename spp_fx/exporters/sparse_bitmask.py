@@ -34,16 +34,17 @@ from spp_fx.exporters.format import (
     Source,
     TensorFile,
     Tick,
-    Weights,
     new_tensor_file,
     register,
 )
 from spp_fx.exporters.manifest import COMPACT, MANIFEST, Manifest, TensorRecord, site_sizes, write_manifest
 from spp_fx.exporters.read_back import LibraryReader, check_copied
 from spp_fx.parallel import in_order
+from spp_fx.sparsity.kernels import popcount
 from spp_fx.sparsity.lock import LOCK_NAME, LockEntry
-from spp_fx.sparsity.packing import compress, count_ones, expand
+from spp_fx.sparsity.packing import compress, expand
 from spp_fx.sparsity.scan import Scan, scan_stored, scan_tensor
+from spp_fx.sparsity.weights import Sites, Weights
 from spp_fx.storage.folder import ModelFolder, within
 from spp_fx.storage.safetensors import BITS, Shard, TensorInfo, stored_nbytes, torch_dtype, torch_shape
 from spp_fx.storage.strict_json import parse_object, shown
@@ -330,7 +331,7 @@ class CompactShard:
         if numel % 8 and int(mask[-1]) >> numel % 8:
             raise FormatError(f"{where}: its bitmask has bits set past the last of {numel} elements")
         blocks = spans(numel, SPAN // itemsize)
-        counts = [count_ones(mask[start // 8 : -(-stop // 8)]) for start, stop in blocks]
+        counts = [popcount(mask[start // 8 : -(-stop // 8)]) for start, stop in blocks]
         starts = list(accumulate(counts, initial=0))
         if starts[-1] * itemsize != values_bytes:
             raise FormatError(
@@ -445,7 +446,7 @@ def read(folder: Path, manifest: Manifest) -> Weights:
             return scan_stored(shard.shard, name, transposed=transposed)
         return scan_tensor(shard.read(name), transposed=transposed)
 
-    sites = {record.name: record.transposed for record in manifest.tensors}
+    sites = Sites({record.name: record.transposed for record in manifest.tensors})
     return Weights(frozenset(where), scan, lambda name: where[name].shard.name, lambda: sites)
 
 
