@@ -89,6 +89,22 @@ def _parse(key: str, kind: Any, text: str) -> Any:
         raise ValueError(f"option {key} takes {takes}, got '{text}'") from None
 
 
+def check_values(options: Any) -> None:
+    """UsageError unless the fields of an instance of a registered class hold what they take."""
+    hints = get_type_hints(type(options))
+    for each in fields(options):
+        value, kind, check = (
+            getattr(options, each.name),
+            value_type(hints[each.name]),
+            each.metadata.get("check"),
+        )
+        fault = check(value) if check else None
+        if get_origin(kind) is Literal and value not in (each.default, *get_args(kind)):
+            fault = f"takes {', '.join(get_args(kind))}"
+        if fault:
+            raise UsageError(f"{options.name}: {each.name} {fault}, got {value}")
+
+
 def check_options(registry: Registry[Any], name: str, given: Iterable[str]) -> None:
     """UsageError for an option that the class of that name does not have; names the classes that have it."""
     known = _options(registry.find(name))
