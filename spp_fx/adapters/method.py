@@ -115,7 +115,7 @@ class Method(ABC):
     rows of the output's gradient (b, rows), for methods that never form G = grad_yᵀ x."""
 
     def __post_init__(self) -> None:
-        check_values(self)
+        check_values(self, self.name)
 
     @abstractmethod
     def factors(self, shape: tuple[int, ...]) -> dict[str, FactorSpec]:

@@ -272,7 +272,7 @@ class Format(ABC):
     program: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_values(self)
+        check_values(self, self.name)
 
     @abstractmethod
     def write(self, source: Source, folder: Path, tick: Tick, say: Say) -> dict[str, Any]:

@@ -88,9 +88,11 @@ def test_its_options_reach_the_command_line(installed, model, tmp_path):
 
 
 def test_a_value_that_an_option_does_not_take_is_refused(installed, model, tmp_path):
-    with pytest.raises(UsageError, match="coordinates: index takes int32, int64, got int8"):
+    with pytest.raises(UsageError, match="coordinates: index must be one of int32, int64, got int8"):
         spp_fx.export(model, tmp_path / "x", installed, index="int8")
-    with pytest.raises(UsageError, match="cutlass: dtype takes float32, float16, bfloat16, got float8"):
+    with pytest.raises(
+        UsageError, match="cutlass: dtype must be one of float32, float16, bfloat16, got float8"
+    ):
         spp_fx.export(model, tmp_path / "x", "cutlass", dtype="float8")
 
 
