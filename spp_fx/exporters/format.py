@@ -246,7 +246,9 @@ class Decoded:
             if shard is not None:
                 return scan_stored(shard, name, transposed=transposed)
             tensor = self.read(name)
-            if transposed and tensor.mT.is_contiguous():  # decoded by rows (out, in): no copy
+            if (
+                transposed and tensor.ndim > 1 and tensor.mT.is_contiguous()
+            ):  # decoded by rows (out, in): no copy
                 return scan_tensor(tensor.mT)
             return scan_tensor(tensor, transposed=transposed)
 
