@@ -18,8 +18,8 @@ from spp_fx.parallel import Tick, no_tick
 from spp_fx.sparsity.lock import LOCK_NAME
 from spp_fx.storage.folder import WEIGHTS_NAME, ModelFolder, within
 from spp_fx.storage.links import links_option
-from spp_fx.storage.output import atomic_folder
 from spp_fx.storage.safetensors import dtype_name
+from spp_fx.storage.workspace import workspace
 from spp_fx.storage.writer import copy_file, write_safetensors
 from spp_fx.verbs.verify import verify
 from spp_fx.verification import provenance
@@ -91,15 +91,15 @@ def unpack(
                 f"folded: it does not give the model's files back; {decoding_formats()} do. Export the model in "
                 "one of these"
             )
-        with atomic_folder(out, force, sources=[export]) as temporary:
-            _copy_others(export, manifest, temporary)
-            exact, checks = _from_export(export, manifest, chosen, temporary, tick)
-            _keep_history(export, temporary, exact=exact)
+        with workspace(out, {"verb": "unpack"}, force=force, sources=[export], say=say) as work:
+            _copy_others(export, manifest, work.folder)
+            exact, checks = _from_export(export, manifest, chosen, work.folder, tick)
+            _keep_history(export, work.folder, exact=exact)
         return Unpacked(out, chosen.name, exact, checks)
     if (export / "config.json").is_file() and is_legacy(folder := ModelFolder.open(export)):
-        with atomic_folder(out, force, sources=[export]) as temporary:
-            checks = _from_legacy(LegacyFolder.open(folder), temporary, tick, say)
-            _keep_history(export, temporary, exact=False)
+        with workspace(out, {"verb": "unpack"}, force=force, sources=[export], say=say) as work:
+            checks = _from_legacy(LegacyFolder.open(folder), work.folder, tick, say)
+            _keep_history(export, work.folder, exact=False)
         return Unpacked(out, "compressed-tensors", False, checks)
     reason = "is not an export folder" if export.exists() else "does not exist"
     raise UsageError(f"{export}: {reason}; give a folder that 'spp-fx export' wrote")

@@ -311,5 +311,5 @@ def test_ratios_and_skips_without_calibration(pristine, tmp_path):
     assert patterns["model.layers.0.mlp.down_proj.weight"] == "50%"
     assert patterns["model.layers.1.mlp.down_proj.weight"] == "1:4"
     assert patterns["model.layers.1.self_attn.q_proj.weight"] == "2:4"
-    assert result["refused"]["model.layers.0.self_attn.k_proj.weight"] == "is to be skipped"
+    assert result["refused"]["model.layers.0.self_attn.k_proj.weight"] == "is excluded by --skip"
     assert must("verify", tmp_path / "out", "--json").json["ok"]
