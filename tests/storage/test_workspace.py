@@ -433,6 +433,17 @@ def test_a_folder_of_somebody_else_is_not_touched(runs: Runs) -> None:
     assert (runs.store / "thesis.tex").read_text() == "years of work"
 
 
+@pytest.mark.parametrize("left", [[], ["lock"], ["journal.jsonl", "lock"]])
+def test_a_store_without_a_plan_is_removed_even_if_the_output_is_refused(runs: Runs, left: list[str]) -> None:
+    runs()
+    runs.store.mkdir()
+    for name in left:
+        (runs.store / name).touch()
+    with pytest.raises(UsageError, match="exists"):
+        runs()
+    assert runs.is_whole()
+
+
 def test_a_link_in_the_place_of_the_work_is_refused(runs: Runs, tmp_path: Path) -> None:
     runs.target.parent.mkdir()
     runs.store.symlink_to(tmp_path)

@@ -232,7 +232,7 @@ def test_resume_takes_the_newest_whole_checkpoint(world, monkeypatch, damage):
     path.write_bytes(b"")
     result = command(*TRAIN, "--resume")
     assert result.code == 2
-    assert "whole checkpoint" in one_line(result.err)
+    assert "no complete checkpoint" in one_line(result.err)
 
 
 def test_an_adapter_is_held_to_the_very_base_that_it_was_made_for(world):
