@@ -16,7 +16,6 @@ import click
 from spp_fx.command import HELP, command
 from spp_fx.console import Output
 from spp_fx.errors import SppFxError, UsageError, escaped
-from spp_fx.exporters.export_settings import ExportSettings
 from spp_fx.registry import Registry
 from spp_fx.verbs.settings import (
     Calibration,
@@ -155,6 +154,12 @@ def criteria() -> Registry[Any]:
     from spp_fx.pruning.criterion import CRITERIA
 
     return CRITERIA
+
+
+def formats() -> Registry[Any]:
+    from spp_fx.exporters.format import FORMATS
+
+    return FORMATS
 
 
 def methods() -> Registry[Any]:
@@ -407,11 +412,11 @@ def _verify(output: Output, checks: "Sequence[Check]", jobs: int | None) -> "lis
 
 @verb(
     "export", MODEL, out_option("Folder to write. Default: MODEL-FORMAT."), force_option(), FRESH,
-    click.Option(["format_", "--format"], required=True, metavar="NAME", help="The format to write, see above."),
-    REMOTE_CODE,
+    click.Option(["--format"], required=True, metavar="NAME", help="The format to write, see above."),
+    REMOTE_CODE, registry=formats, choice="format",
 )  # fmt: skip
 def export_command(
-    output: Output, model: str, format_: str, settings: ExportSettings, out: Path | None, **options: Any
+    output: Output, model: str, format: str, format_options: dict[str, Any], out: Path | None, **options: Any
 ) -> None:
     """Write a sparse MODEL folder in the form a runtime takes; checked from disk before it is reported as ok.
 
@@ -431,9 +436,9 @@ def export_command(
     """
     from spp_fx.verbs.export import export
 
-    folder, target = model_folder(model), out or default_out(model, format_)
+    folder, target = model_folder(model), out or default_out(model, format)
     with output.bytes_bar("exporting") as tick:
-        done = export(folder, target, format_, settings, **options, tick=tick, say=output.say)
+        done = export(folder, target, format, **format_options, **options, tick=tick, say=output.say)
     output.result(done)
 
 

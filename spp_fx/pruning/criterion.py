@@ -67,7 +67,7 @@ class Criterion:
         return None
 
 
-CRITERIA = Registry[type[Criterion]]("pruning method", "spp_fx.criteria", package="spp_fx.pruning.criteria")
+CRITERIA = Registry[type[Criterion]]("pruning method", "spp_fx.criteria")
 register = naming(CRITERIA)
 
 

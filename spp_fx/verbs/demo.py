@@ -28,7 +28,7 @@ from spp_fx.training.records import SEPARATOR
 from spp_fx.training.samples import held_out, training_rows
 from spp_fx.training.trainer import ProgressCallback
 from spp_fx.verbs.evaluate import evaluate
-from spp_fx.verbs.export import ExportSettings, export
+from spp_fx.verbs.export import export
 from spp_fx.verbs.inject import inject
 from spp_fx.verbs.load import load_tokenizer
 from spp_fx.verbs.merge import merge
@@ -118,7 +118,7 @@ def demo(out: Path | None, screen: Output) -> DemoResult:
         screen.say("$ spp-fx verify model-2of4-spp-merged --pattern 2:4 --against model-2of4")
         verdict = verify(merged, pattern="2:4", against=sparse)
         screen.say("$ spp-fx export model-2of4-spp-merged --format cusparselt --dtype bfloat16")
-        packed = export(merged, folder / "cusparselt", "cusparselt", ExportSettings(dtype="bfloat16"))
+        packed = export(merged, folder / "cusparselt", "cusparselt", dtype="bfloat16")
         screen.say("$ spp-fx export model-2of4-spp-merged --format onnx")
         graph = export(merged, folder / "onnx", "onnx", say=screen.say)
         screen.say("the ONNX file runs in onnxruntime")

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from spp_fx.exporters.onnx.encodings import DenseConstants, why_not_sparse
 from spp_fx.exporters.onnx.tensor_data import TYPES
-from spp_fx.verbs.export import ExportSettings, export
+from spp_fx.verbs.export import export
 from spp_fx.verbs.verify import verify
 from tests.command import must
 from tests.exporters.onnx_files import (
@@ -38,9 +38,7 @@ def exported(tmp_path_factory):
     config = LlamaConfig(**sizes, **heads, intermediate_size=24)
     AutoModelForCausalLM.from_config(config).save_pretrained(root / "model")
     must("prune", root / "model", "-o", root / "sparse")
-    return export(
-        root / "sparse", root / "out", "onnx-dense", ExportSettings(with_past=True, dtype="float16")
-    )
+    return export(root / "sparse", root / "out", "onnx-dense", with_past=True, dtype="float16")
 
 
 def sparse_factors(model: onnx.ModelProto) -> int:
@@ -159,6 +157,6 @@ def test_a_lone_file_is_held_to_the_models_own_names(exported, tmp_path):
 def test_float64_has_a_form_too(tmp_path):
     make_model("llama").double().save_pretrained(tmp_path / "dense")
     must("prune", tmp_path / "dense", "-o", tmp_path / "sparse")
-    done = export(tmp_path / "sparse", tmp_path / "out", "onnx-dense", ExportSettings(with_past=True))
+    done = export(tmp_path / "sparse", tmp_path / "out", "onnx-dense", with_past=True)
     assert done.checks["masks_equal"] == 14
     assert done.checks["computed_in"] == "float64"

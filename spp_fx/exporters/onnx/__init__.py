@@ -8,21 +8,43 @@ The way of a weight through an export, and through verify of an .onnx file:
 The writer reads back through `graph_weights` and runs the file with `onnxruntime_check`.
 """
 
-from spp_fx.exporters.format import Format, register
-from spp_fx.exporters.onnx.encodings import DenseConstants, PackedCodes, SparseInitializers
-from spp_fx.exporters.onnx.graph_weights import GRAPH, read, read_graph
-from spp_fx.exporters.onnx.model_writer import MakeEncoding, writer
+from dataclasses import dataclass
+from typing import Literal
 
-__all__ = ["FORMATS", "GRAPH", "read", "read_graph"]
+import onnx
 
-
-def _format(name: str, make: MakeEncoding, *options: str) -> Format:
-    common = {"dtype", "with_past", "compare_logits"}
-    return register(Format(name, writer(name, make), read, frozenset(common | set(options))))
+from spp_fx.exporters.format import register
+from spp_fx.exporters.onnx.encodings import DenseConstants, Encoding, PackedCodes, SparseInitializers
+from spp_fx.exporters.onnx.model_writer import OnnxFormat
+from spp_fx.options import option
 
 
-FORMATS = (
-    _format("onnx", lambda settings, _: SparseInitializers(settings.indices), "indices"),
-    _format("onnx-packed", lambda _, __: PackedCodes()),
-    _format("onnx-dense", lambda _, proto: DenseConstants(proto)),
-)
+@register("onnx")
+@dataclass(frozen=True)
+class Onnx(OnnxFormat):
+    """ONNX, sparse initializers."""
+
+    indices: Literal["smallest", "int64"] = option(
+        "smallest", "Index type: the smallest that onnxruntime takes, or the standard's own."
+    )
+
+    def encoding(self, proto: onnx.ModelProto) -> Encoding:
+        return SparseInitializers(self.indices)
+
+
+@register("onnx-packed")
+@dataclass(frozen=True)
+class OnnxPacked(OnnxFormat):
+    """ONNX, N:M weights packed, unpacked by standard operators."""
+
+    def encoding(self, proto: onnx.ModelProto) -> Encoding:
+        return PackedCodes()
+
+
+@register("onnx-dense")
+@dataclass(frozen=True)
+class OnnxDense(OnnxFormat):
+    """ONNX, dense constants that keep the pattern (TensorRT --sparsity=enable)."""
+
+    def encoding(self, proto: onnx.ModelProto) -> Encoding:
+        return DenseConstants(proto)

@@ -6,7 +6,8 @@ encoded as the format wants and appended to the data file. Everything is read ba
 for bit, by code that shares nothing with the writer. A small model's file is run and its logits are compared.
 """
 
-from collections.abc import Callable, Iterator
+from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,12 @@ import onnx
 import torch
 
 from spp_fx.errors import MaskError, SppFxError
-from spp_fx.exporters.format import ROUNDED, ExportSettings, Say, Source, Tick
-from spp_fx.exporters.manifest import Part, TensorRecord, site_sizes
-from spp_fx.exporters.onnx.encodings import Encoded, Encoding, dense
+from spp_fx.exporters.format import ROUNDED, Format, RoundTo, Say, Source, Tick
+from spp_fx.exporters.manifest import Manifest, Part, TensorRecord, site_sizes
+from spp_fx.exporters.onnx.encodings import Encoded, Encoding, SparseInitializers, dense
 from spp_fx.exporters.onnx.graph_export import Graph, build_graph, takes_positions
 from spp_fx.exporters.onnx.graph_parameters import GraphParameters, find_parameters
-from spp_fx.exporters.onnx.graph_weights import GRAPH, GraphWeights
+from spp_fx.exporters.onnx.graph_weights import GRAPH, GraphWeights, read
 from spp_fx.exporters.onnx.onnxruntime_check import (
     check_standard,
     compare_logits,
@@ -32,14 +33,14 @@ from spp_fx.exporters.onnx.onnxruntime_check import (
 from spp_fx.exporters.onnx.tensor_data import save, tensor_bytes
 from spp_fx.exporters.read_back import lost_signs
 from spp_fx.graph.model import check_causal, hollow_model, load_model
+from spp_fx.options import option
+from spp_fx.sparsity.weights import Weights
 from spp_fx.storage.safetensors import dtype_name, torch_dtype
 
 COMPARED_BELOW = 10**9
 """Bytes of a model whose logits are compared by default: it is in memory twice while they are."""
 
 NO_BFLOAT16 = "onnxruntime has no bfloat16 on a CPU"
-
-MakeEncoding = Callable[[ExportSettings, onnx.ModelProto], Encoding]
 
 
 @dataclass(frozen=True)
@@ -50,46 +51,60 @@ class _Export:
         unencoded: parameters with sites that stay dense -> why.
     """
 
-    format: str
+    format: "OnnxFormat"
     source: Source
-    settings: ExportSettings
     graph: Graph
     parameters: GraphParameters
     encoding: Encoding
     unencoded: dict[str, str]
 
 
-def writer(name: str, make: MakeEncoding) -> Callable[..., dict[str, Any]]:
-    """The `write` of a format: the encoding that `make` returns puts the weights into the graph."""
+@dataclass(frozen=True)
+class OnnxFormat(Format):
+    """An ONNX format: what it adds is how weights are put into the graph."""
 
-    def write(source: Source, target: Path, settings: ExportSettings, tick: Tick, say: Say) -> dict[str, Any]:
-        check_causal(source.folder.path, f"an export to {name}")
+    program = True
+    dtype: RoundTo | None = option(None, "Round the weights to this type.")
+    with_past: bool = option(False, "ONNX graph with a key/value cache, under Optimum's names.")
+    compare_logits: bool | None = option(
+        None,
+        "Run the written graph and compare its logits with the model's. Default: models below 1 GB.",
+    )
+
+    @abstractmethod
+    def encoding(self, proto: onnx.ModelProto) -> Encoding:
+        """How the weights of a graph are encoded."""
+
+    @classmethod
+    def read(cls, folder: Path, manifest: Manifest) -> Weights:
+        return read(folder, manifest)
+
+    def write(self, source: Source, folder: Path, tick: Tick, say: Say) -> dict[str, Any]:
+        check_causal(source.folder.path, f"an export to {self.name}")
         model = hollow_model(
             source.folder.path, dtype=_dtype(source), trust_remote_code=source.trust_remote_code
         ).eval()
-        graph = build_graph(model, with_past=settings.with_past)
+        graph = build_graph(model, with_past=self.with_past)
         if not graph.bfloat16:
             compute_in_float32(graph.proto, [parameter.value_info for parameter in graph.parameters])
         parameters = find_parameters(source, model, graph)
-        encoding = make(settings, graph.proto)
+        encoding = self.encoding(graph.proto)
         reasons = {each: encoding.why_dense(sites) for each, sites in parameters.sparse.items()}
         unencoded = {each: reason for each, reason in reasons.items() if reason is not None}
-        export = _Export(name, source, settings, graph, parameters, encoding, unencoded)
+        export = _Export(self, source, graph, parameters, encoding, unencoded)
         twin = _runs_as_twin(export)
         for line in [*_announce(export, twin), *parameters.left_out]:
             say(line)
-        encoded = _write_graph(export, target, tick)
-        source.copy_small_files(target)
-        _write_manifest(export, target, encoded)
-        checks: dict[str, Any] = {"weights_equal": _compare_weights(export, target, encoded)}
-        if name == "onnx":
+        encoded = _write_graph(export, folder, tick)
+        source.copy_small_files(folder)
+        _write_manifest(export, folder, encoded)
+        checks: dict[str, Any] = {"weights_equal": _compare_weights(export, folder, encoded)}
+        if isinstance(encoding, SparseInitializers):
             checks["standard_checker"] = "not run: it takes int64 indices only"
-            if settings.indices == "int64":
-                check_standard(target / GRAPH)
+            if encoding.indices == "int64":
+                check_standard(folder / GRAPH)
                 checks["standard_checker"] = "passed"
-        return checks | _compare_logits(export, target, twin)
-
-    return write
+        return checks | _compare_logits(export, folder, twin)
 
 
 def _dtype(source: Source) -> torch.dtype | None:
@@ -160,11 +175,11 @@ def _announce(export: _Export, twin: bool) -> Iterator[str]:
     if now != dense_bytes:
         share = f"{abs(now / max(1, dense_bytes) - 1):.0%} {'LARGER' if now > dense_bytes else 'smaller'}"
         most = "take" if all(each.whole for each in sparse.values()) else "take at most"
-        line = f"{export.format}: the sparse weights {most} {now / 1e6:.2f} MB where dense they take"
+        line = f"{export.format.name}: the sparse weights {most} {now / 1e6:.2f} MB where dense they take"
         grow = f" ({grown} of {len(sparse)} weights grow; onnx-packed does not)" if grown else ""
         yield f"{line} {dense_bytes / 1e6:.2f}, {share}{grow}"
     if len(export.unencoded) == len(sparse):
-        yield f"warning: {export.format} can take no weight: all of them stay dense"
+        yield f"warning: {export.format.name} can take no weight: all of them stay dense"
     for stored, own in sorted(dtypes):
         if stored != own:
             yield f"config.json has the model in {own}: weights stored as {stored} are rounded to it"
@@ -219,13 +234,12 @@ def _write_manifest(export: _Export, target: Path, encoded: dict[str, Encoded]) 
     dense_bytes = sum(sparse[name].parameter.nbytes for name in encoded)
     shared = sum(tensor_bytes(tensor) for tensor in export.encoding.constants())
     sites_bytes = sum(done.nbytes for done in encoded.values()) + shared
-    requirements: dict[str, int | str] = {"with_past": "yes" if export.settings.with_past else "no"}
-    if export.format == "onnx":
-        requirements["indices"] = export.settings.indices
+    requirements: dict[str, int | str] = {"with_past": "yes" if export.format.with_past else "no"}
+    if isinstance(export.encoding, SparseInitializers):
+        requirements["indices"] = export.encoding.indices
     source.finish(
         target,
-        export.format,
-        source.lock,
+        export.format.name,
         [records[entry.name] for entry in source.lock.sites],
         requirements=requirements,
         sizes=site_sizes(dense_bytes, sites_bytes, target.glob(f"{GRAPH}*")),
@@ -251,7 +265,7 @@ def _compare_weights(export: _Export, target: Path, encoded: dict[str, Encoded])
 
 
 def _compare_logits(export: _Export, target: Path, twin: bool) -> dict[str, Any]:
-    wanted = export.settings.compare_logits
+    wanted = export.format.compare_logits
     size = export.source.folder.stored_bytes
     unrun = f"not run: {NO_BFLOAT16}" if twin else "not run: its graph was opened without the weights"
     if wanted is False:
@@ -265,7 +279,7 @@ def _compare_logits(export: _Export, target: Path, twin: bool) -> dict[str, Any]
     text = real.config.get_text_config(decoder=True)
     found = compare_logits(
         target / GRAPH,
-        logits_of(real, count_positions=export.settings.with_past and takes_positions(real)),
+        logits_of(real, count_positions=export.format.with_past and takes_positions(real)),
         text.vocab_size,
         max_length=getattr(text, "max_position_embeddings", None),
         twin=twin,
