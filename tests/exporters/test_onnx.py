@@ -34,7 +34,7 @@ CASES = {
 
 
 def sparse_model(family: str, folder: Path) -> Path:
-    make_model(family.removesuffix("-without-prefix")).save_pretrained(folder / "dense")
+    make_model(family.removesuffix("-without-prefix"), one_layer=True).save_pretrained(folder / "dense")
     if family.endswith("-without-prefix"):
         path = folder / "dense" / "model.safetensors"
         values = {name.removeprefix("transformer."): value for name, value in load_file(path).items()}
@@ -99,7 +99,7 @@ def test_a_graph_without_its_manifest_keeps_its_own_names(exported, case, tmp_pa
 
 
 def test_a_weight_that_was_written_wrong_is_found(tmp_path, monkeypatch):
-    make_model("llama").save_pretrained(tmp_path / "dense")
+    make_model("llama", one_layer=True).save_pretrained(tmp_path / "dense")
     must("prune", tmp_path / "dense", "-o", tmp_path / "sparse")
     right = encodings.encode_groups
 
@@ -120,14 +120,14 @@ def test_a_site_of_the_lock_that_the_graph_has_not_is_found(tmp_path, monkeypatc
     def other_names(*args):
         binding = right(*args)
         for name, matrices in binding.matrices.items():
-            if name.endswith("1.mlp.c_proj.weight"):
+            if name.endswith("0.mlp.c_proj.weight"):
                 binding.matrices[name] = tuple(
                     replace(matrix, tensor=matrix.tensor + "x") for matrix in matrices
                 )
         return binding
 
     monkeypatch.setattr(graph_parameters, "bind", other_names)
-    with pytest.raises(MaskError, match=r"0 more of the lock's 8 sites .* the graph reads no parameter"):
+    with pytest.raises(MaskError, match=r"0 more of the lock's 4 sites .* the graph reads no parameter"):
         export(model, tmp_path / "onnx", "onnx")
 
 

@@ -2,7 +2,6 @@
 
 import io
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from transformers import (
     RobertaForSequenceClassification,
     WhisperConfig,
     WhisperForConditionalGeneration,
+    dynamic_module_utils,
 )
 
 from spp_fx.verbs.inspect import inspect
@@ -429,15 +429,11 @@ def test_nothing_runs_a_folders_code_whatever_stands_on_stdin(world, words, tmp_
 
 
 def test_a_model_with_code_of_its_own_is_verified_where_it_is_trusted(world, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
     remote(world / "sparse", tmp_path / "ran")
     assert command("verify", world / "sparse").code == 0, "its lock needs no code"
     assert not (tmp_path / "ran").exists()
-    script = (
-        "import sys; from spp_fx.cli import run; "
-        f"sys.exit(run(['verify', {str(world / 'sparse')!r}, '--pattern', '2:4', '--trust-remote-code']))"
-    )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert "all 14 sites hold 2:4" in result.stdout
+    result = must("verify", world / "sparse", "--pattern", "2:4", "--trust-remote-code")
+    assert "all 14 sites hold 2:4" in result.out
     assert (tmp_path / "ran").exists()
