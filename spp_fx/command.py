@@ -113,7 +113,7 @@ def command(
 
 
 def _silence_libraries(debug: bool) -> None:
-    """Warnings and progress bars of other libraries would drown ours."""
+    """Keep other libraries' warnings and progress bars out of the output."""
     if debug:
         return
     warnings.simplefilter("ignore")
@@ -177,8 +177,6 @@ def _click_option(each: Field[Any], hint: Any, text: str, required: bool = True)
         kind = click.Choice(get_args(kind))
     elif kind is Path:
         kind = click.Path(path_type=Path)
-    elif metadata.get("least") is not None:
-        kind = click.IntRange(min=metadata["least"])
     if default is MISSING:
         return click.Option(names, type=kind, required=required, **settings)
     return click.Option(names, type=kind, default=default, show_default=True, **settings)

@@ -11,9 +11,7 @@ class ExportSettings:
     """Options of the formats; each format names those it takes."""
 
     sm: int = option(
-        80,
-        "GPU that weights are packed for: 80 Ampere, 90 Hopper; others are packed when they are loaded.",
-        least=70,
+        80, "GPU that weights are packed for: 80 Ampere, 90 Hopper; others are packed when they are loaded."
     )
     dtype: Literal["float32", "float16", "bfloat16"] | None = option(None, "Round the weights to this type.")
     indices: Literal["smallest", "int64"] = option(

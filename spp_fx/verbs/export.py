@@ -1,11 +1,13 @@
 """export: a sparse model folder in the form that a runtime takes, checked from disk before it says ok."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from spp_fx.console import grouped, megabytes
 from spp_fx.errors import MaskError, UsageError
 from spp_fx.exporters.format import FORMATS, ROUND_TO, ExportSettings, Format, Say, Source, find_format
 from spp_fx.exporters.manifest import Manifest, add_file, open_model, read_manifest
@@ -27,14 +29,6 @@ class Exported:
     manifest: Manifest
     checks: dict[str, Any]
 
-    def reasons(self) -> dict[str, list[str]]:
-        """Why weights are not in the format's own layout: reason -> names."""
-        found: dict[str, list[str]] = {}
-        for tensor in self.manifest.tensors:
-            if tensor.reason is not None:
-                found.setdefault(tensor.reason, []).append(tensor.name)
-        return found
-
     def to_json(self) -> dict[str, Any]:
         files = sorted(p for p in self.out.rglob("*") if p.is_file())
         return {
@@ -50,6 +44,22 @@ class Exported:
             "files": [{"name": p.relative_to(self.out).as_posix(), "bytes": p.stat().st_size} for p in files],
             "checks": self.checks,
         }
+
+    def lines(self) -> Iterator[str]:
+        data = self.to_json()
+        size = sum(file["bytes"] for file in data["files"])
+        yield f"{self.out}: {data['format']}, {len(data['sites'])} sparse weights, {megabytes(size)}"
+        dense, sites = (data["sizes"].get(f"{each}_bytes", 0) for each in ("dense", "sites"))
+        if dense:
+            yield f"  they take {megabytes(sites)}, {sites / dense:.4g} of what they take dense"
+        checks = {key.replace("_", " "): value for key, value in self.checks.items()}
+        counts = [f"{value} {key}" for key, value in checks.items() if isinstance(value, int) and value]
+        yield f"  checked: {', '.join(counts)}"
+        for key, value in checks.items():
+            if not isinstance(value, int):
+                yield f"  {key}: {f'{value:.3g}' if isinstance(value, float) else value}"
+        reasons = {each.name: each.reason for each in self.manifest.tensors if each.reason is not None}
+        yield from (f"  {line}" for line in grouped(reasons))
 
 
 @links_option

@@ -1,6 +1,6 @@
 """unpack: the plain model folder back out of an export, or of a legacy compressed-tensors folder."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spp_fx.console import megabytes
 from spp_fx.errors import FormatError, MaskError, UsageError
 from spp_fx.exporters.format import FORMATS, Decoded, Format, Say, find_format
 from spp_fx.exporters.legacy import LegacyFolder, is_legacy
@@ -51,6 +52,13 @@ class Unpacked:
             "files": [{"name": p.relative_to(self.out).as_posix(), "bytes": p.stat().st_size} for p in files],
             "checks": self.checks,
         }
+
+    def lines(self) -> Iterator[str]:
+        size = sum(file["bytes"] for file in self.to_json()["files"])
+        how = "weight files byte for byte as they were" if self.exact else "one model.safetensors"
+        yield f"{self.out}: unpacked from {self.format}, {megabytes(size)}, {how}"
+        for key, value in self.checks.items():
+            yield f"  checked, {key.replace('_', ' ')}: {value}"
 
 
 @links_option
