@@ -42,6 +42,7 @@ REQUIRED = ("llama", "gpt2", "falcon", "mixtral")
 
 
 _TEXT = SMALL | {
+    "num_hidden_layers": 1,
     "intermediate_size": 64,
     "num_key_value_heads": 2,
     "head_dim": 8,
