@@ -18,6 +18,7 @@ from spp_fx.verbs.export import ExportSettings, export
 from spp_fx.verbs.verify import verify
 from tests.command import must
 from tests.exporters.onnx_files import (
+    axes,
     bits,
     matmul_model,
     product,
@@ -67,6 +68,16 @@ def test_the_pattern_lies_along_the_product(exported):
     assert sparse_factors(model) == 7
     weights = [tensor for tensor in model.graph.initializer if tensor.name.startswith("model.layers.")]
     assert {tensor.data_type for tensor in weights} == {TensorProto.FLOAT16}
+
+
+def test_a_cache_has_optimums_names(exported):
+    shapes = axes(onnx.load(exported.out / "model.onnx"))
+    total = "past_sequence_length + sequence_length"
+    assert list(shapes)[:4] == ["input_ids", "attention_mask", "position_ids", "past_key_values.0.key"]
+    assert shapes["attention_mask"] == ["batch_size", total]
+    assert shapes["past_key_values.0.value"] == ["batch_size", 2, "past_sequence_length", 8]
+    assert shapes["present.0.value"] == ["batch_size", 2, total, 8]
+    assert len(shapes) == 3 + 2 + 1 + 2
 
 
 @pytest.mark.parametrize("level", ["ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED"])

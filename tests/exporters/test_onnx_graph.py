@@ -8,12 +8,8 @@ from transformers import AutoModelForCausalLM, Lfm2Config
 
 from spp_fx.errors import SppFxError
 from spp_fx.exporters.onnx.graph_export import build_graph
+from tests.exporters.onnx_files import axes
 from tests.families import SMALL, VOCABULARY, make_model
-
-
-def axes(graph):
-    values = [*graph.proto.graph.input, *graph.proto.graph.output]
-    return {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
 
 
 @pytest.fixture(scope="module")
@@ -22,21 +18,11 @@ def llama():
 
 
 def test_batch_and_sequence_are_dynamic_and_named(llama):
-    assert axes(llama) == {
+    assert axes(llama.proto) == {
         "input_ids": ["batch_size", "sequence_length"],
         "attention_mask": ["batch_size", "sequence_length"],
         "logits": ["batch_size", "sequence_length", VOCABULARY],
     }
-
-
-def test_a_cache_has_optimums_names():
-    shapes = axes(build_graph(make_model("llama", one_layer=True), with_past=True))
-    total = "past_sequence_length + sequence_length"
-    assert list(shapes)[:4] == ["input_ids", "attention_mask", "position_ids", "past_key_values.0.key"]
-    assert shapes["attention_mask"] == ["batch_size", total]
-    assert shapes["past_key_values.0.value"] == ["batch_size", 2, "past_sequence_length", 8]
-    assert shapes["present.0.value"] == ["batch_size", 2, total, 8]
-    assert len(shapes) == 3 + 2 + 1 + 2
 
 
 def test_tied_weights_are_one_and_equal_weights_stay_apart(llama):
