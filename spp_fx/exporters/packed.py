@@ -232,7 +232,7 @@ def write_files(
                 lost = _fill_file(source, file, files[name], records, packing, tick)
             facts = {"negative_zeros": {site: count for site, count in lost.items() if count}}
             if work is not None:
-                work.finish(name, synced=True, **facts)
+                work.finish(name, **facts)
         for site, count in facts["negative_zeros"].items():
             records[site] = records[site].model_copy(update={"negative_zeros": count})
     return names

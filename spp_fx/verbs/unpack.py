@@ -19,8 +19,8 @@ from spp_fx.parallel import Tick, no_tick
 from spp_fx.sparsity.lock import LOCK_NAME
 from spp_fx.storage.folder import WEIGHTS_NAME, ModelFolder, within
 from spp_fx.storage.links import links_option
-from spp_fx.storage.output import atomic_folder
 from spp_fx.storage.safetensors import dtype_name
+from spp_fx.storage.workspace import workspace
 from spp_fx.storage.writer import copy_file, write_safetensors
 from spp_fx.verbs.verify import verify
 from spp_fx.verification import provenance
@@ -92,16 +92,16 @@ def unpack(
                 f"{export}: {chosen.name} is a program of its own, in which weights may be renamed, split and "
                 f"folded: it does not give the model's files back; {able} do. Export the model in one of these"
             )
-        with atomic_folder(out, force, sources=[export]) as temporary:
-            _copy_others(export, manifest, temporary)
+        with workspace(out, {"verb": "unpack"}, force=force, sources=[export], say=say) as work:
+            _copy_others(export, manifest, work.folder)
             decoded = chosen.decode(export, manifest)
-            checks = _from_export(export, manifest, chosen, decoded, temporary, tick)
-            _keep_history(export, temporary, exact=chosen.restore is not None)
+            checks = _from_export(export, manifest, chosen, decoded, work.folder, tick)
+            _keep_history(export, work.folder, exact=chosen.restore is not None)
         return Unpacked(out, chosen.name, chosen.restore is not None, checks)
     if (export / "config.json").is_file() and is_legacy(folder := ModelFolder.open(export)):
-        with atomic_folder(out, force, sources=[export]) as temporary:
-            checks = _from_legacy(LegacyFolder.open(folder), temporary, tick, say)
-            _keep_history(export, temporary, exact=False)
+        with workspace(out, {"verb": "unpack"}, force=force, sources=[export], say=say) as work:
+            checks = _from_legacy(LegacyFolder.open(folder), work.folder, tick, say)
+            _keep_history(export, work.folder, exact=False)
         return Unpacked(out, "compressed-tensors", False, checks)
     reason = "is no export folder" if export.exists() else "there is no such folder"
     raise UsageError(f"{export}: {reason}; give a folder that 'spp-fx export' wrote")
