@@ -2,7 +2,7 @@
 
 The way of a weight through an export, and through verify of an .onnx file:
 
-    model_writer -> graph_export, graph_parameters -> encodings -> tensor_data
+    model_writer -> graph_export, graph_parameters -> encodings -> graph_writer
     graph_weights -> products -> constants -> graph_values -> onnx_file
 
 The writer reads back through `graph_weights` and runs the file with `onnxruntime_check`.
@@ -22,7 +22,7 @@ def _format(name: str, make: MakeEncoding, *options: str) -> Format:
 
 
 FORMATS = (
-    _format("onnx", lambda settings, _: SparseInitializers(settings.indices), "indices"),
-    _format("onnx-packed", lambda _, __: PackedCodes()),
-    _format("onnx-dense", lambda _, proto: DenseConstants(proto)),
+    _format("onnx", lambda settings: SparseInitializers(settings.indices), "indices"),
+    _format("onnx-packed", lambda _: PackedCodes()),
+    _format("onnx-dense", lambda _: DenseConstants()),
 )

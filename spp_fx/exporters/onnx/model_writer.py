@@ -1,9 +1,8 @@
 """Writing a whole model as one ONNX graph, in the memory of a few tensors.
 
-The graph is exported from a model without weights. Before anything is written, onnxruntime opens it with its
-weights as inputs: a graph that it cannot run is an error. Then each parameter is read from the model folder,
-encoded as the format wants and appended to the data file. Everything is read back and compared with the model bit
-for bit, by code that shares nothing with the writer. A small model's file is run and its logits are compared.
+onnxruntime opens the graph, with its weights as inputs, before anything is written. Then the parameters are read
+from the model folder and written one by one. The written file is read back and compared with the model bit for bit,
+by code that shares nothing with the writer; that of a small model is also run, and its logits are compared.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,10 +16,11 @@ import torch
 from spp_fx.errors import MaskError, SppFxError
 from spp_fx.exporters.format import ROUNDED, ExportSettings, Say, Source, Tick
 from spp_fx.exporters.manifest import Part, TensorRecord, site_sizes
-from spp_fx.exporters.onnx.encodings import Encoded, Encoding, dense
-from spp_fx.exporters.onnx.graph_export import Graph, build_graph, takes_positions
-from spp_fx.exporters.onnx.graph_parameters import GraphParameters, find_parameters
+from spp_fx.exporters.onnx.encodings import Encoded, Encoding
+from spp_fx.exporters.onnx.graph_export import build_graph, takes_positions
+from spp_fx.exporters.onnx.graph_parameters import Graph, GraphParameter, GraphParameters, find_parameters
 from spp_fx.exporters.onnx.graph_weights import GRAPH, GraphWeights
+from spp_fx.exporters.onnx.graph_writer import graph_writer, prepend, tensor_bytes
 from spp_fx.exporters.onnx.onnxruntime_check import (
     check_standard,
     compare_logits,
@@ -29,7 +29,6 @@ from spp_fx.exporters.onnx.onnxruntime_check import (
     why_not_opened,
     widen,
 )
-from spp_fx.exporters.onnx.tensor_data import save, tensor_bytes
 from spp_fx.exporters.read_back import lost_signs
 from spp_fx.graph.model import check_causal, hollow_model, load_model
 from spp_fx.storage.safetensors import dtype_name, torch_dtype
@@ -39,7 +38,7 @@ COMPARED_BELOW = 10**9
 
 NO_BFLOAT16 = "onnxruntime has no bfloat16 on a CPU"
 
-MakeEncoding = Callable[[ExportSettings, onnx.ModelProto], Encoding]
+MakeEncoding = Callable[[ExportSettings], Encoding]
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,9 @@ class _Export:
     encoding: Encoding
     unencoded: dict[str, str]
 
+    def encodes(self, parameter: GraphParameter) -> bool:
+        return bool(parameter.entries) and parameter.name not in self.unencoded
+
 
 def writer(name: str, make: MakeEncoding) -> Callable[..., dict[str, Any]]:
     """The `write` of a format: the encoding that `make` returns puts the weights into the graph."""
@@ -71,8 +73,8 @@ def writer(name: str, make: MakeEncoding) -> Callable[..., dict[str, Any]]:
         if not graph.bfloat16:
             compute_in_float32(graph.proto, [parameter.value_info for parameter in graph.parameters])
         parameters = find_parameters(source, model, graph)
-        encoding = make(settings, graph.proto)
-        reasons = {each: encoding.why_dense(sites) for each, sites in parameters.sparse.items()}
+        encoding = make(settings)
+        reasons = {each.name: encoding.why_dense(each) for each in parameters.sparse}
         unencoded = {each: reason for each, reason in reasons.items() if reason is not None}
         export = _Export(name, source, settings, graph, parameters, encoding, unencoded)
         twin = _runs_as_twin(export)
@@ -127,23 +129,16 @@ def _outline(export: _Export) -> onnx.ModelProto:
     outline = onnx.ModelProto()
     outline.CopyFrom(export.graph.proto)
     nodes: list[onnx.NodeProto] = []
-    for parameter in export.graph.parameters:
-        sites = export.parameters.sparse.get(parameter.name)
-        if sites is None or parameter.name in export.unencoded:
+    for parameter in export.parameters.all:
+        if export.encodes(parameter):
+            inputs, unpacking = export.encoding.outline(parameter)
+            outline.graph.input.extend(inputs)
+            nodes += unpacking
+        else:
             outline.graph.input.append(parameter.value_info)
-            continue
-        inputs, unpacking = export.encoding.outline(sites)
-        outline.graph.input.extend(inputs)
-        nodes += unpacking
     outline.graph.initializer.extend(export.encoding.constants())
-    _prepend(outline.graph, nodes)
+    prepend(outline.graph, nodes)
     return outline
-
-
-def _prepend(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
-    own = list(graph.node)
-    del graph.node[:]
-    graph.node.extend([*nodes, *own])
 
 
 def _announce(export: _Export, twin: bool) -> Iterator[str]:
@@ -151,15 +146,15 @@ def _announce(export: _Export, twin: bool) -> Iterator[str]:
     sparse, source = export.parameters.sparse, export.source
     dense_bytes = now = grown = 0
     dtypes: set[tuple[str, str]] = set()
-    for name, sites in sparse.items():
-        before = sites.parameter.nbytes
-        after = before if name in export.unencoded else export.encoding.size(sites)
+    for parameter in sparse:
+        before = parameter.nbytes
+        after = export.encoding.size(parameter) if export.encodes(parameter) else before
         dense_bytes, now, grown = dense_bytes + before, now + after, grown + (after > before)
-        own = dtype_name(sites.parameter.torch_dtype)
-        dtypes |= {(source.dtype(entry.name), own) for entry, _ in sites.entries}
+        own = dtype_name(parameter.torch_dtype)
+        dtypes |= {(source.dtype(entry.name), own) for entry, _ in parameter.entries}
     if now != dense_bytes:
         share = f"{abs(now / max(1, dense_bytes) - 1):.0%} {'LARGER' if now > dense_bytes else 'smaller'}"
-        most = "take" if all(each.whole for each in sparse.values()) else "take at most"
+        most = "take" if all(each.whole for each in sparse) else "take at most"
         line = f"{export.format}: the sparse weights {most} {now / 1e6:.2f} MB where dense they take"
         grow = f" ({grown} of {len(sparse)} weights grow; onnx-packed does not)" if grown else ""
         yield f"{line} {dense_bytes / 1e6:.2f}, {share}{grow}"
@@ -174,41 +169,34 @@ def _announce(export: _Export, twin: bool) -> Iterator[str]:
 
 def _write_graph(export: _Export, target: Path, tick: Tick) -> dict[str, Encoded]:
     """Write the graph with all of its numbers; returns how each parameter with sites is encoded."""
-    proto, sparse = export.graph.proto, export.parameters.sparse
-    data_path = target / f"{GRAPH}.data"
+    proto = export.graph.proto
     encoded: dict[str, Encoded] = {}
-    nodes: list[onnx.NodeProto] = []
-    with data_path.open("xb") as file:
-        for parameter in export.graph.parameters:
+    with graph_writer(proto, target / GRAPH) as writer:
+        for parameter in export.parameters.all:
             name, weight = parameter.name, export.parameters.read(parameter)
-            if name not in sparse or name in export.unencoded:
-                done = dense(name, weight, file, export.unencoded.get(name))
+            if export.encodes(parameter):
+                done = export.encoding.encode(parameter, weight, writer)
             else:
-                done = export.encoding.encode(sparse[name], weight, file)
-            proto.graph.initializer.extend(done.tensors)
-            if done.sparse is not None:
-                proto.graph.sparse_initializer.append(done.sparse)
-            nodes += done.nodes
-            if name in sparse:
+                done = Encoded("dense", writer.add(name, weight), export.unencoded.get(name))
+            if parameter.entries:
                 encoded[name] = done
             tick(name, weight.nbytes)
             del weight  # before the next one is read
-    proto.graph.initializer.extend(export.encoding.constants())
-    _prepend(proto.graph, nodes)
-    save(proto, target / GRAPH, data_path)
+        proto.graph.initializer.extend(export.encoding.constants())
     return encoded
 
 
 def _write_manifest(export: _Export, target: Path, encoded: dict[str, Encoded]) -> None:
     source, sparse = export.source, export.parameters.sparse
     records: dict[str, TensorRecord] = {}
-    for name, done in encoded.items():
-        for entry, part in sparse[name].entries:
+    for parameter in sparse:
+        done = encoded[parameter.name]
+        for entry, part in parameter.entries:
             part = part.model_copy(update={"swapped": done.swapped})
             records[entry.name] = TensorRecord(
                 name=entry.name,
                 shape=list(entry.shape),
-                dtype=dtype_name(sparse[name].parameter.torch_dtype),
+                dtype=dtype_name(parameter.torch_dtype),
                 layout=done.layout,
                 reason=done.reason,
                 transposed=entry.transposed,
@@ -216,7 +204,7 @@ def _write_manifest(export: _Export, target: Path, encoded: dict[str, Encoded]) 
                 details={"nnz": entry.nnz} | done.details,
                 part=None if part == Part(initializer=entry.name) else part,
             )
-    dense_bytes = sum(sparse[name].parameter.nbytes for name in encoded)
+    dense_bytes = sum(parameter.nbytes for parameter in sparse)
     shared = sum(tensor_bytes(tensor) for tensor in export.encoding.constants())
     sites_bytes = sum(done.nbytes for done in encoded.values()) + shared
     requirements: dict[str, int | str] = {"with_past": "yes" if export.settings.with_past else "no"}
@@ -236,10 +224,10 @@ def _compare_weights(export: _Export, target: Path, encoded: dict[str, Encoded])
     """Compare every parameter, as read from the files just written, with the model's; returns their number.
 
     Raises:
-        MaskError: one differs by more than the signs of zeros that had no place.
+        MaskError: one differs by more than the signs of zeros that could not be kept.
     """
     written = GraphWeights(target / GRAPH)
-    for parameter in export.graph.parameters:
+    for parameter in export.parameters.all:
         done = encoded.get(parameter.name)
         found = written.read(parameter.name)
         if done is not None and done.swapped:
@@ -247,7 +235,7 @@ def _compare_weights(export: _Export, target: Path, encoded: dict[str, Encoded])
         lost = lost_signs(found, export.parameters.read(parameter))
         if lost != (done.negative_zeros if done else 0):
             raise MaskError(f"{parameter.name}: decoded from the export, it is not the model's weight")
-    return len(export.graph.parameters)
+    return len(export.parameters.all)
 
 
 def _compare_logits(export: _Export, target: Path, twin: bool) -> dict[str, Any]:
