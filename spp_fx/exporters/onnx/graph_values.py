@@ -348,51 +348,48 @@ class GraphValues:
                 inner = _Scope(prefix, scope.opsets, scope, scope.attributes)
                 inner.values |= {given.name: Value(given.name) for given in graph.input}
                 self._queue.append((graph, inner))
+                inputs, outputs = ([each.name for each in values] for values in (graph.input, graph.output))
                 if node.op == "If":
-                    self._link_branch(node, graph, inner)
+                    self._link_branch(node, outputs, inner)
                 elif node.op == "Loop":
-                    for given in list(graph.input)[:2]:  # the iteration number and the condition
-                        inner.values[given.name].rank = 0
-                    self._link_states(node.inputs[2:], list(graph.input)[2:], list(graph.output)[1:], inner)
+                    for name in inputs[:2]:  # the iteration number and the condition
+                        inner.values[name].rank = 0
+                    self._link_states(node.inputs[2:], inputs[2:], outputs[1:], inner)
                 elif node.op == "Scan":
-                    self._enter_scan(node, graph, inner)
+                    self._enter_scan(node, inputs, outputs, inner)
 
-    def _link_branch(self, node: Node, graph: GraphProto, inner: _Scope) -> None:
+    def _link_branch(self, node: Node, outputs: Sequence[str], inner: _Scope) -> None:
         branch: list[Value] = []
         node.branches.append(branch)
+        self._links.append(lambda: branch.extend(inner.find(name) or Value("") for name in outputs))
 
-        def link() -> None:
-            branch.extend(inner.find(output.name) or Value("") for output in graph.output)
-
-        self._links.append(link)
-
-    def _enter_scan(self, node: Node, graph: GraphProto, inner: _Scope) -> None:
+    def _enter_scan(self, node: Node, inputs: Sequence[str], outputs: Sequence[str], inner: _Scope) -> None:
         scanned = node.number("num_scan_inputs", 0)
         states = len(node.inputs) - scanned
         if not 0 <= states <= len(node.inputs):
             return
-        self._link_states(node.inputs[:states], graph.input, graph.output, inner)
+        self._link_states(node.inputs[:states], inputs[:states], outputs[:states], inner)
         axes = node.ints("scan_input_axes") or [0] * scanned
-        for given, value, axis in zip(list(graph.input)[states:], node.inputs[states:], axes, strict=False):
-            proto = helper.make_node("Gather", ["", ""], [given.name])
+        for name, value, axis in zip(inputs[states:], node.inputs[states:], axes, strict=False):
+            proto = helper.make_node("Gather", ["", ""], [name])
             slice_of = Node(proto, "Gather", node.opset, {"axis": axis}, [value, Value("", rank=0)])
-            inner.values[given.name] = Value(given.name, maker=slice_of)
-            slice_of.outputs.append(inner.values[given.name])
+            inner.values[name] = Value(name, maker=slice_of)
+            slice_of.outputs.append(inner.values[name])
             self.nodes.append(slice_of)
 
     def _link_states(
-        self, given: Sequence[Value | None], inputs: Sequence[Any], outputs: Sequence[Any], inner: _Scope
+        self, given: Sequence[Value | None], inputs: Sequence[str], outputs: Sequence[str], inner: _Scope
     ) -> None:
         """A state of a loop that its body passes on unchanged is the value that the loop was given."""
 
         def link() -> None:
             for state, outer, result in zip(inputs, given, outputs, strict=False):
-                value, end = inner.values.get(state.name), inner.find(result.name)
+                value, end = inner.values[state], inner.find(result)
                 for _ in range(_MAX_CALLS):
                     if end is None or end.maker is None or end.maker.op != "Identity" or not end.maker.inputs:
                         break
                     end = end.maker.inputs[0]
-                if value is not None and outer is not None and end is value and value.maker is None:
+                if outer is not None and end is value and value.maker is None:
                     value.alias_of = outer
 
         self._links.append(link)

@@ -98,6 +98,13 @@ class Factor:
         return [each for each in sources_of(self.base, data_only=True) if len(each.shape) > 1]
 
     @property
+    def name(self) -> str:
+        """The name of the tensor that it is, or of its own value."""
+        if self.scattered:
+            return self.base.name.removesuffix(".canonical")
+        return self.tensors[0].name if len(self.tensors) == 1 else self.base.name
+
+    @property
     def scattered(self) -> bool:
         """Whether it is computed from kept values and their positions, as onnx-packed does."""
         base = self.base
@@ -350,10 +357,7 @@ class Factors:
         named: dict[str, list[Node]] = {}
         found = sorted(self._found.values(), key=lambda each: not isinstance(each[0].base, Stored))
         for factor, products in found:
-            matrices, node = factor.tensors, products[0]
-            name = matrices[0].name if len(matrices) == 1 else factor.base.name
-            if factor.scattered:
-                name = factor.base.name.removesuffix(".canonical")
+            name, node = factor.name, products[0]
             if name in self.sites:
                 name = f"{name}/{node.outputs[0].name if node.outputs else node.label}"
             while name in self.sites:
