@@ -20,17 +20,16 @@ from common.report import publish
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import spp_fx
-from spp_fx.exporters.format import ExportSettings
 
-FORMATS: dict[str, tuple[str, ExportSettings]] = {
-    "cusparselt": ("cusparselt", ExportSettings()),
-    "cutlass": ("cutlass", ExportSettings()),
-    "sparse-bitmask": ("sparse-bitmask", ExportSettings()),
-    "onnx-packed": ("onnx-packed", ExportSettings(compare_logits=False)),
-    "onnx-dense": ("onnx-dense", ExportSettings(compare_logits=False)),
-    "onnx": ("onnx", ExportSettings(compare_logits=False)),
-    "onnx, int64 indices": ("onnx", ExportSettings(compare_logits=False, indices="int64")),
-    "safetensors": ("safetensors", ExportSettings()),
+FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    "cusparselt": ("cusparselt", {}),
+    "cutlass": ("cutlass", {}),
+    "sparse-bitmask": ("sparse-bitmask", {}),
+    "onnx-packed": ("onnx-packed", {"compare_logits": False}),
+    "onnx-dense": ("onnx-dense", {"compare_logits": False}),
+    "onnx": ("onnx", {"compare_logits": False}),
+    "onnx, int64 indices": ("onnx", {"compare_logits": False, "indices": "int64"}),
+    "safetensors": ("safetensors", {}),
 }
 ONLY_2_4 = ("cusparselt", "cutlass")
 
@@ -70,10 +69,10 @@ def measure(dense: Path, folder: Path, pattern: str) -> dict[str, Any]:
     spp_fx.prune(dense, model, method="magnitude", pattern=pattern)
     shares: dict[str, float] = {}
     whole: dict[str, float] = {}
-    for name, (format, settings) in FORMATS.items():
+    for name, (format, options) in FORMATS.items():
         if name in ONLY_2_4 and pattern != "2:4":
             continue
-        data = spp_fx.export(model, out, format, settings).to_json()
+        data = spp_fx.export(model, out, format, **options).to_json()
         shares[name] = round(data["sizes"]["sites_bytes"] / data["sizes"]["dense_bytes"], 4)
         whole[name] = round(sum(file["bytes"] for file in data["files"]) / folder_bytes(dense), 4)
         shutil.rmtree(out)

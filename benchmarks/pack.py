@@ -30,11 +30,10 @@ from unittest import mock
 import torch
 from common.report import publish
 
-from spp_fx.exporters import cusparselt, cusparselt_reader, cutlass, cutlass_reader, sparse_bitmask
-from spp_fx.exporters.format import ExportSettings, Source
-from spp_fx.exporters.manifest import TensorRecord
-from spp_fx.exporters.packed import Choose, Layouts, Packing, plan, write_files
-from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry, load_lock, make_entry
+from spp_fx.exporters import cusparselt, cutlass, sparse_bitmask
+from spp_fx.exporters.format import Source
+from spp_fx.exporters.packed import Choose, Layouts, plan, write_files
+from spp_fx.sparsity.lock import LOCK_NAME, Lock, load_lock, make_entry
 from spp_fx.sparsity.pattern import NM
 from spp_fx.sparsity.scan import pack_mask
 from spp_fx.storage.folder import ModelFolder
@@ -45,27 +44,19 @@ WEIGHTS = "model.safetensors"
 COLUMNS = 8192
 BLOCK_ROWS = 2048  # 32 MiB
 PATTERN = NM(2, 4)
-Pack = Callable[[TensorRecord], Packing]
 
 
 def pack_cusparselt(source: Source, out: Path, sm: int) -> None:
-    def choose(entry: LockEntry) -> tuple[str, str | None]:
-        return cusparselt.choose_layout(source, entry, sm)
-
-    layouts, packing = cusparselt_reader.layouts(sm), partial(cusparselt.packing, sm=sm)
-    write_packed(source, out, choose, layouts, packing)
+    write_packed(source, out, partial(cusparselt.choose_layout, sm=sm), cusparselt.layouts(sm))
 
 
 def pack_cutlass(source: Source, out: Path) -> None:
-    def choose(entry: LockEntry) -> tuple[str, str | None]:
-        return cutlass.choose_layout(source, entry)
-
-    write_packed(source, out, choose, cutlass_reader.LAYOUTS, cutlass.packing)
+    write_packed(source, out, cutlass.choose_layout, cutlass.LAYOUTS)
 
 
-def write_packed(source: Source, out: Path, choose: Choose, layouts: Layouts, packing: Pack) -> None:
+def write_packed(source: Source, out: Path, choose: Choose, layouts: Layouts) -> None:
     out.mkdir()
-    write_files(source, out, plan(source, choose, "takes 2:4 matrices"), layouts, packing, lambda *_: None)
+    write_files(source, out, plan(source, choose, "takes 2:4 matrices"), layouts, lambda *_: None)
 
 
 def pack_bitmask(source: Source, out: Path) -> None:
@@ -78,11 +69,11 @@ STREAMS: dict[str, Callable[[Source, Path], None]] = {
     "cutlass": pack_cutlass,
     "sparse-bitmask": pack_bitmask,
 }
-EXPORTS = {
-    "export-cusparselt-sm80": ("cusparselt", ExportSettings(sm=80)),
-    "export-cusparselt-sm90": ("cusparselt", ExportSettings(sm=90)),
-    "export-cutlass": ("cutlass", ExportSettings()),
-    "export-sparse-bitmask": ("sparse-bitmask", ExportSettings()),
+EXPORTS: dict[str, tuple[str, dict[str, int]]] = {
+    "export-cusparselt-sm80": ("cusparselt", {"sm": 80}),
+    "export-cusparselt-sm90": ("cusparselt", {"sm": 90}),
+    "export-cutlass": ("cutlass", {}),
+    "export-sparse-bitmask": ("sparse-bitmask", {}),
 }
 
 
@@ -137,8 +128,8 @@ def measure(model: Path, out: Path, only: list[str], repeats: int) -> dict[str, 
             runs[name] = lambda stream=STREAMS[name]: stream(source, out)
             runs[f"{name} without sync"] = lambda stream=STREAMS[name]: without_sync(stream, source, out)
         else:
-            format, settings = EXPORTS[name]
-            runs[name] = lambda format=format, settings=settings: export(model, out, format, settings)
+            format, options = EXPORTS[name]
+            runs[name] = lambda format=format, options=options: export(model, out, format, **options)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     peaks: dict[str, int] = {}
     for turn in range(repeats + 1):  # the first is to warm up

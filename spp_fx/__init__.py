@@ -17,7 +17,6 @@ from spp_fx.version import VERSION
 if TYPE_CHECKING:
     from spp_fx import runtime
     from spp_fx.errors import SppFxError
-    from spp_fx.exporters.export_settings import ExportSettings
     from spp_fx.graph.printer import print_program
     from spp_fx.graph.program import Program
     from spp_fx.graph.trace import trace
@@ -40,7 +39,6 @@ __version__ = VERSION
 # Imported on first use: torch and transformers take seconds that `spp-fx --help` need not wait for.
 _HOMES = {
     "Calibration": "spp_fx.verbs.settings",
-    "ExportSettings": "spp_fx.exporters.export_settings",
     "Program": "spp_fx.graph.program",
     "SppFxError": "spp_fx.errors",
     "TrainSettings": "spp_fx.verbs.settings",
@@ -64,7 +62,6 @@ _HOMES = {
 
 __all__ = [
     "Calibration",
-    "ExportSettings",
     "Program",
     "SppFxError",
     "TrainSettings",

@@ -8,16 +8,14 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from spp_fx.command import HELP, command
-from spp_fx.console import Output, megabytes, shape, table
+from spp_fx.console import Output
 from spp_fx.errors import SppFxError, UsageError, escaped
-from spp_fx.exporters.export_settings import ExportSettings
 from spp_fx.registry import Registry
 from spp_fx.verbs.settings import (
     Calibration,
@@ -43,37 +41,39 @@ LISTED = 5
 
 MODEL = click.Argument(["model"], default=".")
 ADAPTER = click.Argument(["adapter"], type=FOLDER, default=Path())
-FRESH = click.Option(
-    ["--fresh"], is_flag=True, help="Begin again, whatever an interrupted run on the same output left."
-)
+FRESH = click.Option(["--fresh"], is_flag=True, help="Start over, ignoring what an interrupted run left.")
 REMOTE_CODE = click.Option(
     ["--trust-remote-code"],
     is_flag=True,
-    help="Run code that the model folder brings. Off: such models are refused.",
+    help="Run code that comes with the model folder. Off: such models are refused.",
 )
 
 
 def main() -> None:
     """Entry point: runs the command and turns errors into one clear line and an exit code."""
     code = run(sys.argv[1:])
-    # The interpreter would look for garbage among all that is still alive. What must be finished is by now: no
-    # file, process or folder is left to a finaliser.
+    # The interpreter would collect garbage among all live objects before it exits. Nothing needs that: no
+    # file, process or folder is left to a finalizer.
     gc.freeze()
     sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:
     """Run a command line; returns 0 if it holds, 1 if it does not or failed, 2 for wrong usage."""
-    # A terminated run removes its temporary folder like an interrupted one.
+    # A terminated run cleans up its temporary folder as an interrupted one does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     debug = "--debug" in arguments
     try:
         code = cli.main(args=arguments, prog_name="spp-fx", standalone_mode=False)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return error.exit_code
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        hint = f" (see '{context.command_path} --help')" if context else ""
+        return _failed(error.format_message().rstrip(".") + hint, error.exit_code, debug)
     except (click.Abort, KeyboardInterrupt) as error:
-        click.echo("spp-fx: interrupted; nothing is left half written", err=True)
+        click.echo("spp-fx: interrupted; no partial output was left", err=True)
         _show_notes(error)
         return 130
     except SystemExit as error:
@@ -90,7 +90,7 @@ def run(arguments: list[str]) -> int:
 
 
 def _show_notes(error: BaseException) -> None:
-    """What is left of the work, even with -q: hidden files may be of any size."""
+    """Notes of an error, even with -q: they name hidden files, which may be large."""
     cause: BaseException | None = error
     while cause is not None:
         for note in getattr(cause, "__notes__", ()):
@@ -156,6 +156,12 @@ def criteria() -> Registry[Any]:
     return CRITERIA
 
 
+def formats() -> Registry[Any]:
+    from spp_fx.exporters.format import FORMATS
+
+    return FORMATS
+
+
 def methods() -> Registry[Any]:
     from spp_fx.adapters.method import METHODS
 
@@ -182,8 +188,8 @@ def prune_command(
 ) -> None:
     """Make a dense MODEL folder sparse and lock its masks.
 
-    Methods that look at a text walk the decoder layers one by one, with the weights of one in memory. A run
-    that was stopped goes on at the layer where it was when the same command is given again.
+    Calibrated methods walk the decoder layers one by one, with the weights of one in memory. An interrupted
+    run continues at its last layer when the same command is run again.
 
     \b
     spp-fx prune my-model -o my-sparse --pattern 2:4
@@ -193,7 +199,6 @@ def prune_command(
     """
     from spp_fx.memory import return_large_blocks
     from spp_fx.verbs.prune import prune
-    from spp_fx.verification.verdict import grouped
 
     return_large_blocks()
     folder = model_folder(model)
@@ -203,43 +208,12 @@ def prune_command(
             folder, target, **vars(settings), **method_options, **options,
             calibration=calibration, tick=bar.update, say=output.say,
         )  # fmt: skip
-    content = done.to_json()
-
-    def show() -> None:
-        sites = content["sites"]
-        if calibration is not None:
-            headings = ("weight", "pattern", "zeros", "output error: mask alone", "in the end")
-            errors = [
-                ["" if s[key] is None else f"{s[key]:.4%}" for key in ("error_before", "error_after")]
-                for s in sites
-            ]
-            rows = [
-                (s["name"], s["pattern"], f"{s['sparsity']:.2%}", *e)
-                for s, e in zip(sites, errors, strict=True)
-            ]
-            table("", headings, rows)
-        zeros = 1 - sum(site["nnz"] for site in sites) / sum(prod(site["shape"]) for site in sites)
-        patterns = ", ".join(dict.fromkeys(site["pattern"] for site in sites))
-        click.echo(f"{done.out}: {len(sites)} weights hold {patterns}, {zeros:.1%} of them zeros")
-        notes: dict[str, list[str]] = {}
-        for site in sites:
-            for note in site["notes"]:
-                notes.setdefault(note, []).append(site["name"])
-        for note, names in notes.items():
-            click.echo(f"  {_and_more(names)}: {note}")
-        for line in grouped(done.refused):
-            click.echo(f"  left dense: {line}")
-
-    output.result(content, show)
-
-
-def _and_more(names: Sequence[str]) -> str:
-    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
+    output.result(done)
 
 
 @verb(
     "inject", MODEL, out_option("Folder to write. Default: MODEL-spp."), force_option(),
-    click.Option(["--dry-run"], is_flag=True, help="Only say what would be trained; config.json alone will do."),
+    click.Option(["--dry-run"], is_flag=True, help="Only show what would be trained; config.json alone is enough."),
     REMOTE_CODE, registry=methods,
 )  # fmt: skip
 def inject_command(
@@ -259,7 +233,6 @@ def inject_command(
     spp-fx inject llama-7b --dry-run --json
     """
     from spp_fx.verbs.inject import inject
-    from spp_fx.verification.verdict import grouped
 
     folder = model_folder(model)
     target = None if dry_run else out or default_out(model, settings.method)
@@ -267,33 +240,11 @@ def inject_command(
         done = inject(
             folder, target, **vars(settings), **method_options, **options, tick=tick, say=output.say
         )
-    content = done.to_json()
-
-    def show() -> None:
-        if done.out is None:
-            rows = [
-                (
-                    s["name"],
-                    s["kind"],
-                    shape(s["shape"]),
-                    s["pattern"] or "-",
-                    f"{s['trainable_parameters']:,}",
-                )
-                for s in content["sites"]
-            ]
-            table("", ("site", "kind", "shape", "pattern", "trainable"), rows)
-        click.echo(
-            f"{'would train' if done.out is None else f'{done.out}:'} {done.trainable:,} parameters over "
-            f"{len(done.sites)} weights, {done.per_mille:.2f} per mille of {done.total:,}"
-        )
-        for line in grouped(done.refused):
-            click.echo(f"  not taken: {line}")
-
-    output.result(content, show)
+    output.result(done)
 
 
 def read_config(context: click.Context, parameter: click.Parameter, path: Path | None) -> None:
-    """Options from a YAML file as defaults; what the command line says goes before them."""
+    """Options from a YAML file as defaults, which the command line overrides."""
     if path is None:
         return
     import yaml
@@ -303,7 +254,7 @@ def read_config(context: click.Context, parameter: click.Parameter, path: Path |
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"{path}: cannot be read as YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict):
-        raise UsageError(f"{path}: must hold options, one 'name: value' a line")
+        raise UsageError(f"{path}: must be a mapping of options, one 'name: value' per line")
     known = {"config": parameter} | {
         name.lstrip("-").replace("-", "_"): each
         for each in context.command.params
@@ -322,16 +273,16 @@ def read_config(context: click.Context, parameter: click.Parameter, path: Path |
     "train", ADAPTER,
     click.Option(
         ["--config"], type=FOLDER, is_eager=True, expose_value=False, callback=read_config,
-        help="YAML file with any of these options, 'seq-len: 512'; the command line goes before it.",
+        help="YAML file with any of these options, 'seq-len: 512'; the command line overrides it.",
     ),
     REMOTE_CODE,
 )  # fmt: skip
 def train_command(
     output: Output, adapter: Path, texts: TrainData, settings: TrainSettings, **options: Any
 ) -> None:
-    """Train an ADAPTER folder on text, instructions or chats; zeros of the base never move.
+    """Train an ADAPTER folder on text, instructions or chats; zeros of the base stay zero.
 
-    Factors trained before are trained on. With --teacher the loss is the divergence from the teacher.
+    Training continues from the adapter's current factors. With --teacher the loss is the divergence from the teacher.
 
     \b
     spp-fx train my-sparse-spp --data text.txt --eval-data held-out.txt --steps 300
@@ -351,17 +302,7 @@ def train_command(
             base=texts.base, callbacks=[ProgressCallback(bar.update)], say=output.say, **options,
         )  # fmt: skip
     leave()
-
-    def show() -> None:
-        rows = settings.batch_size * settings.accumulate * done.processes
-        click.echo(
-            f"{done.adapter}: {done.steps} steps of {rows} x {done.seq_len} tokens in {done.seconds:.0f} s, "
-            f"learning rate {done.lr:.3g}, loss {done.loss:.3f} on average, {done.losses[-1]:.3f} at the end"
-        )
-        if done.before and done.after:
-            click.echo(f"perplexity {done.before.perplexity:.2f} -> {done.after.perplexity:.2f}")
-
-    output.result(done.to_json(), show)
+    output.result(done)
 
 
 @verb("merge", ADAPTER, out_option("Folder to write. Default: ADAPTER-merged."), force_option(), FRESH)
@@ -380,24 +321,14 @@ def merge_command(
         done = merge(
             adapter, out or beside(adapter, "merged"), **vars(settings), **options, tick=tick, say=output.say
         )
-    data = done.to_json()
-
-    def show() -> None:
-        summary = data["summary"]
-        proof = f"{summary['masks_equal']} of {summary['sites']} masks equal to the lock, read back from disk"
-        click.echo(f"{done.out}: {summary['sites']} weights folded, {summary['untouched']} copied")
-        click.echo(f"  {proof if settings.verify_sparsity else 'masks NOT verified'}")
-        if summary["vanished"]:
-            click.echo(f"  {summary['vanished']} values folded to zero (--vanish {settings.vanish})")
-
-    output.result(data, show)
+    output.result(done)
 
 
 @verb("verify", click.Argument(["artifact"], type=FOLDER, required=False), REMOTE_CODE)
 def verify_command(
     output: Output, artifact: Path | None, settings: VerifySettings, trust_remote_code: bool
 ) -> int:
-    """Check an ARTIFACT against its lock, a pattern or another artifact; exit 1 if it is not as it should be.
+    """Check an ARTIFACT against its lock, a pattern or another artifact; exit 1 if it fails.
 
     ARTIFACT is a model, adapter or export folder, a .safetensors or an .onnx file. Without one, all artifacts
     of the policy file are checked, or the current folder if there is no policy.
@@ -414,7 +345,18 @@ def verify_command(
     spp-fx verify --policy spp-fx.toml --github --sarif report.sarif
     """
     from spp_fx.verification.policy import Overrides, Policy
-    from spp_fx.verification.report import check_targets
+    from spp_fx.verification.report import (
+        Root,
+        annotations,
+        append_report,
+        check_targets,
+        junit,
+        sarif,
+        summary,
+        write_all,
+        write_report,
+    )  # fmt: skip
+    from spp_fx.verification.verdict import Verdicts
 
     asked: dict[str, Any] = vars(settings) | {"trust_remote_code": trust_remote_code}
     given = Overrides(**{each.name: asked[each.name] for each in fields(Overrides)})
@@ -429,13 +371,28 @@ def verify_command(
     locks = {f"lock of {check.path}": check.lock for check in checks if check.lock is not None}
     check_targets(reports, artifacts, locks | ({"policy": rules.path} if rules.path else {}))
     verdicts = _verify(output, checks, settings.jobs)
-    if click.get_current_context().params["debug"]:
-        for verdict in verdicts:
-            if verdict.error is not None:
+    for verdict in verdicts:
+        if verdict.error is not None:
+            if click.get_current_context().params["debug"]:
                 traceback.print_exception(verdict.error)
-    _show_verdicts(output, verdicts, listed=listed, github=settings.github)
-    _write_reports(verdicts, settings)
-    return 0 if all(verdict.ok for verdict in verdicts) else 1
+            if not listed and not output.as_json:  # nothing was checked: it fails as every command does
+                click.echo("spp-fx: " + escaped(verdict.problems[0]), err=True)
+    done = Verdicts(verdicts, listed)
+    output.result(done)
+    root = Root.current()
+    if settings.github:
+        for line in annotations(verdicts, root):
+            click.echo(line, err=output.as_json)
+    writes: list[Callable[[], None]] = []
+    step_summary = os.environ.get("GITHUB_STEP_SUMMARY") if settings.github else None
+    if path := settings.junit:
+        writes.append(partial(write_report, path, junit(verdicts, root)))
+    if path := settings.sarif:
+        writes.append(partial(write_report, path, sarif(verdicts, root)))
+    if step_summary:
+        writes.append(partial(append_report, Path(step_summary), summary(verdicts, root)))
+    write_all(writes)
+    return 0 if done.ok else 1
 
 
 def _verify(output: Output, checks: "Sequence[Check]", jobs: int | None) -> "list[Verified]":
@@ -443,7 +400,9 @@ def _verify(output: Output, checks: "Sequence[Check]", jobs: int | None) -> "lis
     from spp_fx.verbs.verify import MASK_BYTES, run_check
 
     keep_freed_memory(MASK_BYTES)
-    for check in checks:  # a wrong one must not throw away what was found out before it
+    for (
+        check
+    ) in checks:  # all of them before the first is run: a wrong one must not cost the others' verdicts
         check.validate()
     verdicts: list[Verified] = []
     for check in checks:
@@ -454,51 +413,15 @@ def _verify(output: Output, checks: "Sequence[Check]", jobs: int | None) -> "lis
     return verdicts
 
 
-def _show_verdicts(output: Output, verdicts: "Sequence[Verified]", *, listed: bool, github: bool) -> None:
-    """One artifact's verdict in the form of `to_json`; those of a policy as a list.
-
-    In words, an artifact that cannot be opened is one line on stderr, as the failure of every command is.
-    """
-    from spp_fx.verification.report import Root, annotations
-    from spp_fx.verification.verdict import all_to_json, lines
-
-    def show() -> None:
-        for verdict in verdicts:
-            if not listed and verdict.error is not None:
-                click.echo("spp-fx: " + escaped(verdict.problems[0]), err=True)
-                continue
-            for line in lines(verdict, one_of_many=len(verdicts) > 1):
-                click.echo(line)
-
-    output.result(all_to_json(verdicts) if listed else verdicts[0].to_json(), show)
-    if github:
-        for line in annotations(verdicts, Root.current()):
-            click.echo(line, err=output.as_json)
-
-
-def _write_reports(verdicts: "Sequence[Verified]", settings: VerifySettings) -> None:
-    from spp_fx.verification import report
-
-    root, writes = report.Root.current(), list[Callable[[], None]]()
-    step_summary = os.environ.get("GITHUB_STEP_SUMMARY") if settings.github else None
-    if junit := settings.junit:
-        writes.append(lambda: report.write_report(junit, report.junit(verdicts, root)))
-    if sarif := settings.sarif:
-        writes.append(lambda: report.write_report(sarif, report.sarif(verdicts, root)))
-    if step_summary:
-        writes.append(lambda: report.append_report(Path(step_summary), report.summary(verdicts, root)))
-    report.write_all(writes)
-
-
 @verb(
     "export", MODEL, out_option("Folder to write. Default: MODEL-FORMAT."), force_option(), FRESH,
-    click.Option(["format_", "--format"], required=True, metavar="NAME", help="The format to write, see above."),
-    REMOTE_CODE,
+    click.Option(["--format"], required=True, metavar="NAME", help="The format to write, see above."),
+    REMOTE_CODE, registry=formats, choice="format",
 )  # fmt: skip
 def export_command(
-    output: Output, model: str, format_: str, settings: ExportSettings, out: Path | None, **options: Any
+    output: Output, model: str, format: str, format_options: dict[str, Any], out: Path | None, **options: Any
 ) -> None:
-    """Write a sparse MODEL folder in the form a runtime takes; checked from disk before it says ok.
+    """Write a sparse MODEL folder in the form a runtime takes; checked from disk before it is reported as ok.
 
     \b
     cusparselt      2:4 packed for cuSPARSELt
@@ -516,27 +439,10 @@ def export_command(
     """
     from spp_fx.verbs.export import export
 
-    folder, target = model_folder(model), out or default_out(model, format_)
+    folder, target = model_folder(model), out or default_out(model, format)
     with output.bytes_bar("exporting") as tick:
-        done = export(folder, target, format_, settings, **options, tick=tick, say=output.say)
-    data = done.to_json()
-
-    def show() -> None:
-        size = sum(file["bytes"] for file in data["files"])
-        click.echo(f"{done.out}: {data['format']}, {len(data['sites'])} sparse weights, {megabytes(size)}")
-        dense, sites = (data["sizes"].get(f"{each}_bytes", 0) for each in ("dense", "sites"))
-        if dense:
-            click.echo(f"  they take {megabytes(sites)}, {sites / dense:.4g} of what they take dense")
-        checks = {key.replace("_", " "): value for key, value in data["checks"].items()}
-        counts = [f"{value} {key}" for key, value in checks.items() if isinstance(value, int) and value]
-        click.echo(f"  checked: {', '.join(counts)}")
-        for key, value in checks.items():
-            if not isinstance(value, int):
-                click.echo(f"  {key}: {f'{value:.3g}' if isinstance(value, float) else value}")
-        for reason, names in done.reasons().items():
-            click.echo(f"  {len(names)} weights ({names[0]}, ...): {reason}")
-
-    output.result(data, show)
+        done = export(folder, target, format, **format_options, **options, tick=tick, say=output.say)
+    output.result(done)
 
 
 @verb(
@@ -544,7 +450,7 @@ def export_command(
     out_option("Folder to write. Default: EXPORT-unpacked."), force_option(),
 )  # fmt: skip
 def unpack_command(output: Output, export: Path, out: Path | None, force: bool) -> None:
-    """Write the plain model folder that an EXPORT was made from; read back before it says ok.
+    """Write the plain model folder that an EXPORT was made from; read back before it is reported as ok.
 
     sparse-bitmask and safetensors give the weight files back byte for byte, packed formats one
     model.safetensors. A legacy compressed-tensors folder (sparse-24-bitmask) is made plain, too.
@@ -557,16 +463,7 @@ def unpack_command(output: Output, export: Path, out: Path | None, force: bool) 
 
     with output.bytes_bar("unpacking") as tick:
         done = unpack(export, out or beside(export, "unpacked"), force, tick=tick, say=output.say)
-    data = done.to_json()
-
-    def show() -> None:
-        size = sum(file["bytes"] for file in data["files"])
-        how = "weight files byte for byte as they were" if done.exact else "one model.safetensors"
-        click.echo(f"{done.out}: unpacked from {done.format}, {megabytes(size)}, {how}")
-        for key, value in done.checks.items():
-            click.echo(f"  checked, {key.replace('_', ' ')}: {value}")
-
-    output.result(data, show)
+    output.result(done)
 
 
 @verb(
@@ -578,8 +475,8 @@ def lock_command(
 ) -> None:
     """Write the lock of a sparse MODEL that has none: pattern and mask of every sparse weight.
 
-    MODEL is a model folder, whoever pruned it, or a single .safetensors file. Without --pattern dense
-    weights are left out, each with its reason; with it every weight that would be taken must hold it.
+    MODEL is a model folder, pruned by any tool, or a single .safetensors file. Without --pattern, dense
+    weights are left out, each with its reason; with it, every matched weight must hold the pattern.
 
     \b
     spp-fx lock my-sparse --pattern 2:4
@@ -593,22 +490,7 @@ def lock_command(
     target = out or (None if Path(model).exists() else Path(LOCK_NAME))
     with output.bytes_bar("locking") as tick:
         done = lock(model_folder(model), target, **vars(settings), **options, tick=tick, say=output.say)
-
-    def show() -> None:
-        patterns = ", ".join(f"{count} of {pattern}" for pattern, count in done.patterns.items())
-        click.echo(f"{done.out}: {len(done.lock.sites)} weights locked: {patterns}")
-        for what, names in (done.replaced or {}).items():
-            for name in names[:LISTED]:
-                click.echo(f"  {what}: {name}")
-            if len(names) > LISTED:
-                click.echo(f"  {what}: {len(names) - LISTED} more; --json lists all")
-        by_reason: dict[str, list[str]] = {}
-        for name, reason in done.left_out.items():
-            by_reason.setdefault(reason, []).append(name)
-        for reason, names in by_reason.items():
-            click.echo(f"  not locked: {_and_more(names)}: {reason}")
-
-    output.result(done.to_json(), show)
+    output.result(done)
 
 
 @verb("inspect", MODEL, REMOTE_CODE)
@@ -619,40 +501,21 @@ def inspect_command(output: Output, model: str, trust_remote_code: bool) -> None
     spp-fx inspect my-sparse
     """
     from spp_fx.verbs.inspect import inspect
-    from spp_fx.verification.verdict import grouped
 
     with output.bytes_bar("reading weights") as tick:
         done = inspect(model_folder(model), trust_remote_code=trust_remote_code, tick=tick)
     for note in done.notes:
         output.say(note)
 
-    def show() -> None:
-        rows = [
-            (
-                view.site.name,
-                view.site.kind,
-                shape(view.site.shape),
-                "-" if view.sparsity is None else f"{view.sparsity:.1%}",
-                str(view.pattern or "-"),
-                "yes" if view.matched else f"no: {view.reason}",
-            )
-            for view in done.sites
-        ]
-        table("", ("site", "kind", "shape", "zeros", "pattern", "matched"), rows, left=2)
-        for line in grouped(done.others):
-            click.echo(f"  not a site: {line}")
-        taken = sum(view.matched for view in done.sites)
-        click.echo(f"{done.model_type}: {done.total:,} parameters, {len(done.sites)} sites, {taken} matched")
-
-    output.result(done.to_json(), show)
+    output.result(done)
 
 
 @verb("eval", MODEL, REMOTE_CODE)
 def eval_command(output: Output, model: str, settings: EvaluateSettings, trust_remote_code: bool) -> None:
     """Perplexity of a text under a MODEL folder, or an adapter folder over its base.
 
-    Data is read as train reads it. Instructions and chats are measured as the whole text that the model would
-    see, the prompt like the answer, as --loss-on all learns it.
+    Data is read as in train. Instructions and chats are measured as the whole text that the model would
+    see, prompt and answer, as --loss-on all does.
 
     \b
     spp-fx eval my-merged --data held-out.txt
@@ -673,14 +536,7 @@ def eval_command(output: Output, model: str, settings: EvaluateSettings, trust_r
             folder, **vars(settings), trust_remote_code=trust_remote_code, tick=tick, say=output.say
         )
 
-    def show() -> None:
-        result = done.result
-        click.echo(
-            f"perplexity {result.perplexity:.2f} over {result.tokens:,} tokens "
-            f"({result.windows} windows of {done.seq_len})"
-        )
-
-    output.result(done.to_json(), show)
+    output.result(done)
 
 
 @verb("opt", MODEL, REMOTE_CODE)
@@ -691,7 +547,7 @@ def opt_command(
     calibration: Calibration | None,
     trust_remote_code: bool,
 ) -> None:
-    """Run a PIPELINE of passes over a MODEL's program and say what each did, site by site.
+    """Run a PIPELINE of passes over a MODEL's program and show what each did, site by site.
 
     \b
     spp-fx opt my-sparse -p 'canonicalize,match,inject{rank=8},lower{kernel=fused}' --print-after-all
@@ -699,24 +555,13 @@ def opt_command(
     """
     from spp_fx.verbs.opt import optimize
 
-    reports: list[dict[str, Any]] = []
-
-    def after(spelling: str, report: Any, program: str) -> None:
-        entry = {"pass": spelling, "changed": report.changed, "refused": report.skipped}
-        reports.append(entry | ({"program": program} if settings.print_after_all else {}))
-        if output.as_json:
-            return
-        click.echo(f"// {spelling}: {len(report.changed)} sites, {len(report.skipped)} refused")
-        for name, reason in report.skipped.items():
-            click.echo(f"//   {name}: {reason}")
-        if settings.print_after_all:
-            click.echo(program)
-
-    optimize(
-        model_folder(model), settings.pipeline, after=after, calibration=calibration,
+    done = optimize(
+        model_folder(model), settings.pipeline, print_after_all=settings.print_after_all, calibration=calibration,
+        after=lambda run: None if output.as_json else output.show(run.lines()),
         trust_remote_code=trust_remote_code, say=output.say,
     )  # fmt: skip
-    output.result({"passes": reports}, lambda: None)
+    if output.as_json:
+        output.result(done)
 
 
 @verb("demo", out_option("Leave everything there. Default: a temporary folder."))
@@ -729,18 +574,4 @@ def demo_command(output: Output, out: Path | None) -> None:
     """
     from spp_fx.verbs.demo import demo
 
-    done = demo(out, output)
-
-    def show() -> None:
-        rows = [
-            ("perplexity, dense", f"{done.dense:.2f}"),
-            ("perplexity, pruned to 2:4", f"{done.pruned:.2f}"),
-            ("perplexity, recovered and merged", f"{done.recovered:.2f}"),
-            ("perplexity, ONNX file in onnxruntime", f"{done.onnx:.2f}"),
-            ("recovered of what pruning lost", f"{done.share_recovered:.1%}"),
-            ("masks equal", f"{done.masks_equal} of {done.sites}"),
-            *((f"size, {name}", megabytes(size)) for name, size in done.sizes.items()),
-        ]
-        table("", ("", ""), rows)
-
-    output.result(done.to_json(), show)
+    output.result(demo(out, output))

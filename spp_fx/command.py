@@ -30,25 +30,27 @@ COMMON = (
 
 
 class Command(click.Command):
-    """A command, some of whose options may belong to what `--method` chooses from a registry."""
+    """A command, some of whose options may belong to what one of them, such as `--method`, chooses from a registry."""
 
     fixed: Sequence[click.Parameter] = ()
     registry: Callable[[], Registry[Any]] | None = None
+    choice = "method"
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if self.registry is not None:
-            at = next(i for i, each in enumerate(self.fixed) if each.name == "method")
-            chosen: Any = self.fixed[at].default
+            at = next(i for i, each in enumerate(self.fixed) if each.name == self.choice)
+            default = self.fixed[at].default
+            chosen = default if isinstance(default, str) else None
             for word, following in zip(args, [*args[1:], ""], strict=True):
-                chosen = following if word == "--method" else chosen
-                chosen = word.partition("=")[2] if word.startswith("--method=") else chosen
+                chosen = following if word == f"--{self.choice}" else chosen
+                chosen = word.partition("=")[2] if word.startswith(f"--{self.choice}=") else chosen
             own = {name for each in self.fixed for name in (*each.opts, each.name)}
             added = _choice_options(self.registry(), chosen)
             if taken := [each.opts[0] for each in added if own.intersection([*each.opts, each.name])]:
                 raise UsageError(
                     f"{chosen}: its option {taken[0]} has the name of an option of '{self.name}'"
                 )
-            ctx.meta["method options"] = [each.name for each in added]
+            ctx.meta["chosen options"] = [each.name for each in added]
             self.params = [*self.fixed[: at + 1], *added, *self.fixed[at + 1 :]]
         return super().parse_args(ctx, args)
 
@@ -58,6 +60,7 @@ def command(
     name: str,
     *params: click.Parameter,
     registry: Callable[[], Registry[Any]] | None = None,
+    choice: str = "method",
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A command of a group with the options that every one has; its function gets an `Output` first.
 
@@ -66,7 +69,8 @@ def command(
 
     Args:
         params: of all other parameters.
-        registry: what `--method` chooses from; `method_options` then gets the options given that are the method's.
+        registry: what the option `choice` chooses from; the function's `{choice}_options` gets those options that
+            are given and belong to what was chosen.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -81,11 +85,11 @@ def command(
 
             context = click.get_current_context()
             if registry is not None:
-                options = {key: values.pop(key) for key in context.meta["method options"]}
+                options = {key: values.pop(key) for key in context.meta["chosen options"]}
                 source = context.get_parameter_source
                 given = {key: options[key] for key in options if source(key) is not ParameterSource.DEFAULT}
-                check_options(registry(), values["method"], given)
-                values["method_options"] = given
+                check_options(registry(), values[choice], given)
+                values[f"{choice}_options"] = given
             for key, (cls, required) in settings.items():
                 own = {each.name: values.pop(each.name) for each in fields(cls)}
                 values[key] = _collect(cls, own) if required or next(iter(own.values())) else None
@@ -105,7 +109,7 @@ def command(
             short_help=help_text.splitlines()[0],
             **HELP,
         )
-        made.fixed, made.registry = made.params, registry
+        made.fixed, made.registry, made.choice = made.params, registry, choice
         group.add_command(made)
         return function
 
@@ -113,7 +117,7 @@ def command(
 
 
 def _silence_libraries(debug: bool) -> None:
-    """Warnings and progress bars of other libraries would drown ours."""
+    """Keep other libraries' warnings and progress bars out of the output."""
     if debug:
         return
     warnings.simplefilter("ignore")
@@ -134,11 +138,12 @@ def _click_options(cls: type[Any], *, required: bool = True) -> list[click.Optio
     return [_click_option(each, hints[each.name], each.metadata["help"], required) for each in fields(cls)]
 
 
-def _choice_options(registry: Registry[Any], chosen: str) -> list[click.Option]:
+def _choice_options(registry: Registry[Any], chosen: str | None) -> list[click.Option]:
     """The options of all classes of a registry; those of one name are as the chosen class has it."""
-    registry.find(chosen)
+    if chosen is not None:
+        registry.find(chosen)
     owners: dict[str, list[str]] = {}
-    for name in [chosen, *sorted(set(registry) - {chosen})]:
+    for name in sorted(registry, key=lambda name: (name != chosen, name)):
         for each in fields(registry[name]):
             owners.setdefault(each.name, []).append(name)
     found: list[click.Option] = []
@@ -177,8 +182,6 @@ def _click_option(each: Field[Any], hint: Any, text: str, required: bool = True)
         kind = click.Choice(get_args(kind))
     elif kind is Path:
         kind = click.Path(path_type=Path)
-    elif metadata.get("least") is not None:
-        kind = click.IntRange(min=metadata["least"])
     if default is MISSING:
         return click.Option(names, type=kind, required=required, **settings)
     return click.Option(names, type=kind, default=default, show_default=True, **settings)

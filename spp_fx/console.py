@@ -6,16 +6,26 @@ rich is imported with the first table or bar: commands that print lines to a pip
 import json
 import os
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
+from spp_fx.errors import escaped
 from spp_fx.parallel import no_tick
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
+
+
+class Result(Protocol):
+    """What a verb returns: the same facts for programs and for people."""
+
+    def to_json(self) -> Any: ...
+
+    def lines(self) -> "Iterable[str | Table]": ...
 
 
 class Output:
@@ -23,9 +33,9 @@ class Output:
 
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json = as_json
-        # Under torchrun every process runs the command, and the first one speaks.
-        self.speaks = os.environ.get("RANK", "0") == "0"
-        self.quiet = quiet or not self.speaks
+        # Under torchrun every process runs the command; only the first one prints.
+        self.prints = os.environ.get("RANK", "0") == "0"
+        self.quiet = quiet or not self.prints
         self._shows_bars = not self.quiet and sys.stderr.isatty()
 
     def say(self, line: str) -> None:
@@ -33,14 +43,22 @@ class Output:
         if not self.quiet:
             click.echo(line, err=True)
 
-    def result(self, data: Any, show: Callable[[], None]) -> None:
-        """The result: `data` as JSON, or whatever `show` prints."""
-        if not self.speaks:
+    def result(self, done: Result) -> None:
+        """The result of a verb, as JSON or as text."""
+        if not self.prints:
             return
         if self.as_json:
-            click.echo(json.dumps(data, indent=2))
-        else:
-            show()
+            click.echo(json.dumps(done.to_json(), indent=2))
+            return
+        self.show(done.lines())
+
+    def show(self, lines: "Iterable[str | Table]") -> None:
+        """Text on stdout, as it comes."""
+        for line in lines:
+            if isinstance(line, Table):
+                line.print()
+            else:
+                click.echo(line)
 
     @contextmanager
     def bytes_bar(self, title: str) -> Generator[Callable[[str, int], None], None, None]:
@@ -99,20 +117,36 @@ def _progress(*columns: "ProgressColumn") -> Generator["Progress", None, None]:
         yield progress
 
 
-def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
-    """A table on stdout; all columns but the first `left` are aligned to the right."""
-    from rich.console import Console
-    from rich.table import Table
+@dataclass(frozen=True)
+class Table:
+    """Rows under headings; all columns but the first `left` are aligned to the right."""
 
-    grid = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
-    for index, heading in enumerate(headings):
-        grid.add_column(
-            heading, justify="left" if index < left else "right", overflow="fold", no_wrap=index < left
-        )
-    for row in rows:
-        grid.add_row(*row)
-    # Piped output is never cut to a terminal's width.
-    Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(grid)
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    left: int = 1
+
+    def print(self) -> None:
+        from rich import table
+        from rich.console import Console
+
+        grid = table.Table(box=None, pad_edge=False, header_style="bold")
+        for index, heading in enumerate(self.headings):
+            left = index < self.left
+            grid.add_column(heading, justify="left" if left else "right", overflow="fold", no_wrap=left)
+        for row in self.rows:
+            grid.add_row(*row)
+        # Piped output is never cut to a terminal's width.
+        Console(highlight=False, width=None if sys.stdout.isatty() else 200).print(grid)
+
+
+def grouped(reasons: Mapping[str, str]) -> Iterator[str]:
+    """Names with their reasons, one line per reason: the first name, and how many more share it."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    for reason, group in names.items():
+        more = f" and {len(group) - 1} more" if len(group) > 1 else ""
+        yield f"{escaped(group[0])}{more}: {escaped(reason)}"
 
 
 def megabytes(nbytes: int) -> str:

@@ -7,6 +7,7 @@ choice, a tuple of str may be repeated, `X | None` has no default, and a field w
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, field, fields
+from math import inf
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -22,7 +23,6 @@ def option(
     flag: str | None = None,
     short: str | None = None,
     metavar: str | None = None,
-    least: int | None = None,
     split: bool = False,
 ) -> Any:
     """A field that is an option.
@@ -30,11 +30,10 @@ def option(
     Args:
         default: `dataclasses.MISSING` where a value must be given.
         text: its help.
-        check: what a value must be, in words, if it is not that; None otherwise.
+        check: what is wrong with a value, such as "must be at least 1"; None where nothing is.
         flag: its name on the command line, if that is not the field's.
         short: a second name, such as `-p`.
         metavar: what its help shows for the value.
-        least: the smallest number it takes.
         split: whether each value of a tuple is split at commas.
     """
     metadata = {
@@ -43,10 +42,44 @@ def option(
         "flag": flag,
         "short": short,
         "metavar": metavar,
-        "least": least,
         "split": split,
     }
     return field(default=default, metadata=metadata)
+
+
+def at_least_one(value: float) -> str | None:
+    return None if value >= 1 else "must be at least 1"
+
+
+def positive(value: float) -> str | None:
+    return None if value > 0 else "must be positive"
+
+
+def not_negative(value: float) -> str | None:
+    return None if 0 <= value < inf else "must be a finite number of at least 0"
+
+
+def check_values(options: Any, owner: str = "") -> None:
+    """UsageError if a field of an instance is none of its choices or fails its check; fields that are None pass.
+
+    Args:
+        owner: what the message begins with; by default the option as the command line spells it.
+    """
+    hints = get_type_hints(type(options))
+    for each in fields(options):
+        value, kind, check = (
+            getattr(options, each.name),
+            value_type(hints[each.name]),
+            each.metadata.get("check"),
+        )
+        if value is None:
+            continue
+        fault = check(value) if check else None
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            fault = f"must be one of {', '.join(get_args(kind))}"
+        if fault:
+            flag = (each.metadata.get("flag") or each.name).replace("_", "-")
+            raise UsageError(f"{f'{owner}: ' if owner else '--'}{flag} {fault}, got {value}")
 
 
 def choice(registry: Registry[type[Any]], default: str) -> Any:

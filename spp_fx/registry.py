@@ -1,12 +1,8 @@
 """Registries of what is chosen by name: passes, methods, criteria, formats."""
 
-import pkgutil
-import re
 from collections.abc import Callable, Iterator, MutableMapping
-from functools import cached_property
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from importlib.util import find_spec
 from typing import Any, TypeVar
 
 from spp_fx.errors import UsageError
@@ -14,32 +10,58 @@ from spp_fx.errors import UsageError
 T = TypeVar("T")
 C = TypeVar("C", bound=type[Any])
 
-_CALL = re.compile(r"(?<!def )\bregister\(")
+BUILT_IN = {
+    "spp_fx.methods": {"spp": "spp_fx.adapters.spp", "sqft": "spp_fx.adapters.sqft"},
+    "spp_fx.criteria": {
+        "magnitude": "spp_fx.pruning.criteria.magnitude",
+        "ria": "spp_fx.pruning.criteria.ria",
+        "sparsegpt": "spp_fx.pruning.criteria.sparsegpt",
+        "wanda": "spp_fx.pruning.criteria.wanda",
+    },
+    "spp_fx.formats": {
+        "cusparselt": "spp_fx.exporters.cusparselt",
+        "cutlass": "spp_fx.exporters.cutlass",
+        "onnx": "spp_fx.exporters.onnx",
+        "onnx-dense": "spp_fx.exporters.onnx",
+        "onnx-packed": "spp_fx.exporters.onnx",
+        "safetensors": "spp_fx.exporters.plain",
+        "sparse-bitmask": "spp_fx.exporters.sparse_bitmask",
+    },
+    "spp_fx.passes": {
+        "canonicalize": "spp_fx.passes.canonicalize",
+        "causal": "spp_fx.passes.causal",
+        "checkpoint": "spp_fx.passes.partition",
+        "fold": "spp_fx.passes.fold_adapters",
+        "inject": "spp_fx.passes.inject_adapters",
+        "lower": "spp_fx.passes.lower",
+        "match": "spp_fx.passes.match",
+        "partition": "spp_fx.passes.partition",
+        "prune": "spp_fx.passes.prune_sites",
+        "shard": "spp_fx.passes.shard",
+        "verify": "spp_fx.passes.verify_masks",
+    },
+}
+"""What spp-fx brings: by group, the module that registers each name, as other packages name it in an entry point."""
 
 
 class Registry(MutableMapping[str, T]):
-    """What is known by name: registered, built in, or brought by another package.
+    """What is known by name: registered, built in, or of another package.
 
-    Nothing lists what is built in: a module of `package` whose source calls `register(` is imported when its
-    name is looked up, and all of them are when the registry is iterated. Entry points of other packages are
-    loaded before a name counts as unknown.
+    A module is imported when a name of it is looked up. The built-in ones are all imported when the registry is
+    iterated; entry points of other packages are loaded before a name counts as unknown.
 
     Args:
         what: a word for one of them, in messages.
-        group: the entry point group of other packages.
-        package: the package of the built-in ones.
+        group: in `BUILT_IN`, and of the entry points of other packages.
     """
 
-    def __init__(self, what: str, group: str, package: str) -> None:
+    def __init__(self, what: str, group: str) -> None:
         self.what = what
         self._group = group
-        self._package = package
         self._known: dict[str, T] = {}
 
     def find(self, name: str) -> T:
         """What has a name; UsageError lists what is known."""
-        if name not in self._known and (module := name.replace("-", "_")) in self._modules:
-            import_module(f"{self._package}.{module}")
         if name not in self:
             for entry in entry_points(group=self._group):
                 _load(entry, self.what)
@@ -48,8 +70,8 @@ class Registry(MutableMapping[str, T]):
         return self[name]
 
     def __getitem__(self, name: str) -> T:
-        if name not in self._known:
-            self._import_all()
+        if name not in self._known and (module := BUILT_IN[self._group].get(name)):
+            import_module(module)
         return self._known[name]
 
     def __setitem__(self, name: str, value: T) -> None:
@@ -59,28 +81,12 @@ class Registry(MutableMapping[str, T]):
         del self._known[name]
 
     def __iter__(self) -> Iterator[str]:
-        self._import_all()
+        for module in BUILT_IN[self._group].values():
+            import_module(module)
         return iter(self._known)
 
     def __len__(self) -> int:
-        self._import_all()
-        return len(self._known)
-
-    def _import_all(self) -> None:
-        for module in self._modules:
-            import_module(f"{self._package}.{module}")
-
-    @cached_property
-    def _modules(self) -> list[str]:
-        """The modules of the package that register something, found without importing them."""
-        found: list[str] = []
-        folder = getattr(find_spec(self._package), "submodule_search_locations", None)
-        for info in pkgutil.iter_modules(folder):
-            spec = find_spec(f"{self._package}.{info.name}")
-            source = spec.loader.get_source(spec.name) if spec and spec.loader else None  # type: ignore[attr-defined]
-            if _CALL.search(source or ""):
-                found.append(info.name)
-        return found
+        return len(list(iter(self)))
 
 
 def _load(entry: EntryPoint, what: str) -> None:

@@ -34,7 +34,7 @@ class Decoding:
         return None
 
     def wrap(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
-        reader = _layout(f"{self.layout}_reader")
+        reader = _layout(f"{self.layout}_layout")
         if self.layout == "cutlass":
             return reader.unpack(parts["packed"], parts["meta"])
         return reader.unpack(parts["packed"], shape, self.sm)

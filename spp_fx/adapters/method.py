@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
 import numpy as np
 
 from spp_fx.errors import UsageError
+from spp_fx.options import check_values
 from spp_fx.registry import Registry, naming
 
 if TYPE_CHECKING:
@@ -114,10 +115,7 @@ class Method(ABC):
     rows of the output's gradient (b, rows), for methods that never form G = grad_yᵀ x."""
 
     def __post_init__(self) -> None:
-        for each in fields(self):
-            check = each.metadata.get("check")
-            if check and (fault := check(getattr(self, each.name))):
-                raise UsageError(f"{self.name}: {each.name} {fault}, got {getattr(self, each.name)}")
+        check_values(self, self.name)
 
     @abstractmethod
     def factors(self, shape: tuple[int, ...]) -> dict[str, FactorSpec]:
@@ -205,7 +203,7 @@ def probability(value: float) -> str | None:
     return None if 0 <= value < 1 else "must be in [0, 1)"
 
 
-METHODS = Registry[type[Method]]("adapter method", "spp_fx.methods", package="spp_fx.adapters")
+METHODS = Registry[type[Method]]("adapter method", "spp_fx.methods")
 register = naming(METHODS)
 
 

@@ -1,10 +1,9 @@
-"""The packed tensors cuSPARSELt's sparse GEMM takes for 2:4 weights of 16-bit types, built on the CPU.
+"""The packed tensor that cuSPARSELt's sparse GEMM takes for a 2:4 weight of a 16-bit type.
 
-A packed tensor is flat `[values | meta]`: the kept entries row-major, m k/2 of them, then m k/8 bytes of
-metadata, one nibble a group of four columns (those of `sparsity.packing`), in an order that depends
-on the GPU. PyTorch holds it as (m, 9k/16) of the weight's dtype.
-
-NVIDIA does not document that order and may change it. What is here follows public kernels that write it:
+A packed tensor is flat: the kept entries row-major, m k/2 of them, then m k/8 bytes of metadata with a nibble for each
+group of four columns (those of `sparsity.packing`), in an order that depends on the GPU. PyTorch holds it as
+(m, 9k/16) of the weight's dtype. NVIDIA does not document the order and may change it. What is here follows public
+kernels that write it:
 
 - sm80: PyTorch, aten/src/ATen/native/sparse/cuda/SparseSemiStructuredTile.cu, `MetadataCuSparseLt`. Inside
   a 32 x 32 tile it is CUTLASS' 16-bit order, which PyTorch also has in Python.
@@ -12,18 +11,19 @@ NVIDIA does not document that order and may change it. What is here follows publ
   warp_tensor.h, `store_metadata_reordered`). On an H100 it gave the bytes of cuSPARSELt 0.8.0 for all layers
   of Llama 1B, 7B and 70B in bfloat16 (benchmarks/results/gpu_runtime.json).
 
-So a pack is untrusted until checked (`ORDER`): its loader compares it once with the library on the GPU it is for,
-and repacks from the layout-neutral form (`cusparselt_reader.neutral_form`) where they differ.
+So a pack is untrusted until checked: `spp_fx.runtime` compares its products with the dense ones on the GPU, and packs
+again where they differ. Writing permutes axes; reading goes by a table of offsets and uses no code of the writer.
 """
 
 from typing import Final, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from spp_fx.errors import FormatError, UsageError
-from spp_fx.exporters.cutlass_layout import fill_tiles
-from spp_fx.sparsity.packing import Packed24, kernels, pack_2_4
+from spp_fx.exporters.cutlass_layout import Indices, fill_tiles, gather
+from spp_fx.sparsity.packing import Packed24, kernels, pack_2_4, unpack_2_4
 
 Sm = Literal[80, 90]
 
@@ -38,22 +38,9 @@ _CLASS_MULTIPLE: Final[dict[torch.dtype, int]] = {
     torch.float8_e4m3fn: 32,
 }
 
-#: Where the metadata order of an SM is known from; a loader compares products before it trusts either.
-ORDER: Final[dict[int, str]] = {
-    80: "that of PyTorch's public kernels, not compared with the library here",
-    90: "that of torchao's kernels, in bfloat16 byte for byte the library's own on an H100 (0.8.0)",
-}
-UNKNOWN_ORDER: Final = "unknown: nothing is packed ahead"
-
 
 def refusal(shape: tuple[int, ...], dtype: torch.dtype, sm: int) -> str | None:
-    """Why a weight cannot be packed for a GPU ahead of time, or None where it can.
-
-    Args:
-        shape: of the dense weight, (out features, in features).
-        dtype: of the weight.
-        sm: compute capability of the GPU, 80 or 90.
-    """
+    """Why a weight (out, in) of a dtype cannot be packed for a GPU ahead of time, or None where it can."""
     name = str(dtype).removeprefix("torch.")
     if len(shape) != 2:
         return f"shape {tuple(shape)} is not a matrix"
@@ -82,12 +69,19 @@ def refusal(shape: tuple[int, ...], dtype: torch.dtype, sm: int) -> str | None:
     return None
 
 
+def _check(shape: tuple[int, ...], dtype: torch.dtype, sm: int) -> None:
+    if reason := refusal(shape, dtype, sm):
+        raise UsageError(f"not a cuSPARSELt pack: {reason}")
+
+
+# Writing
+
+
 def pack(weight: Tensor, sm: Sm) -> Tensor:
     """Pack a dense 2:4 weight.
 
     Args:
         weight: (m, k) float16 or bfloat16, already 2:4; m and k multiples of 128 (sm80) or 64 (sm90).
-        sm: the GPU the pack is for.
 
     Returns:
         (m, 9k/16) of weight's dtype: values, then metadata.
@@ -97,36 +91,12 @@ def pack(weight: Tensor, sm: Sm) -> Tensor:
         PatternError: weight is not 2:4, see `pack_2_4`.
     """
     _check(tuple(weight.shape), weight.dtype, sm)
-    return from_neutral(pack_2_4(weight), sm)
-
-
-def from_neutral(neutral: Packed24, sm: Sm) -> Tensor:
-    """Pack the layout-neutral form of a weight, without making it dense.
-
-    Args:
-        neutral: of a float16 or bfloat16 weight (m, k), see `pack`.
-        sm: the GPU the pack is for.
-
-    Returns:
-        (m, 9k/16) of the values' dtype.
-
-    Raises:
-        UsageError: `refusal` has a reason.
-        FormatError: the positions do not fit the values.
-    """
-    m, k = neutral.shape
-    dtype = neutral.values.dtype
-    _check((m, k), dtype, sm)
-    if neutral.positions.dtype != torch.uint8 or neutral.positions.shape != (m, k // 8):
-        raise FormatError(
-            f"positions are {neutral.positions.dtype} of shape {tuple(neutral.positions.shape)}, "
-            f"a weight of {m} x {k} needs torch.uint8 of shape ({m}, {k // 8})"
-        )
-    metadata = torch.empty(m * k // 8, dtype=torch.uint8, device=neutral.values.device)
-    fill(neutral.positions.contiguous(), metadata, 0, (m, k), sm)
+    (m, k), neutral = weight.shape, pack_2_4(weight)
+    metadata = torch.empty(m * k // 8, dtype=torch.uint8, device=weight.device)
+    fill(neutral.positions, metadata, 0, (m, k), sm)
     # As integers: a NaN keeps its payload.
     packed = torch.cat((neutral.values.view(torch.int16).reshape(-1), metadata.view(torch.int16)))
-    return packed.view(dtype).view(m, 9 * k // 16)
+    return packed.view(weight.dtype).view(m, 9 * k // 16)
 
 
 def fill(positions: Tensor, meta: Tensor, first_row: int, shape: tuple[int, int], sm: Sm) -> None:
@@ -137,7 +107,6 @@ def fill(positions: Tensor, meta: Tensor, first_row: int, shape: tuple[int, int]
         meta: (m k/8,) uint8.
         first_row: number of the first of these rows in the weight, a multiple as r.
         shape: (m, k) of the weight.
-        sm: the GPU the pack is for.
     """
     m, k = shape
     blocks = slice(first_row // BLOCK[sm], (first_row + len(positions)) // BLOCK[sm])
@@ -176,6 +145,61 @@ def fill_sm90(positions: Tensor, meta: Tensor) -> None:
     odd.copy_((upper >> 4) | (lower & 0xF0))
 
 
-def _check(shape: tuple[int, ...], dtype: torch.dtype, sm: int) -> None:
-    if reason := refusal(shape, dtype, sm):
-        raise UsageError(f"cannot pack for cuSPARSELt: {reason}")
+# Reading
+
+# sm80: in a 32 x 32 tile of 64 units (a unit is 16 columns of one row, four nibbles) the eight units of
+# r are (r, 0) (r+8, 0) (r, 1) (r+8, 1) (r+16, 0) (r+24, 0) (r+16, 1) (r+24, 1).
+_UNIT_OF_ROW = np.array([8 * (row % 8) + {0: 0, 8: 1, 16: 4, 24: 5}[row // 8 * 8] for row in range(32)])
+_UNIT_OF_HALF = np.array([0, 2])
+
+# sm90: which of the 8 bytes of a row holds each of the eight groups of 32 columns.
+_BYTE_OF_GROUP = np.array([[0, 4, 1, 5, 2, 6, 3, 7].index(group) for group in range(8)])
+
+
+def nibble_indices(m: int, k: int, sm: Sm) -> tuple[Indices, Indices]:
+    """Where nibbles are in the metadata of an (m, k) pack: that of group j of row i at rows[i] + groups[j].
+
+    Returns:
+        rows (m,) and groups (k/4,), in nibbles.
+    """
+    row, group = np.arange(m), np.arange(k // 4)
+    column = 4 * group
+    if sm == 80:
+        below = row // 128 * 512 + row % 128 // 32 * 64 + _UNIT_OF_ROW[row % 32]
+        beside = column // 64 * 512 * (m // 128) + column % 64 // 32 * 256 + _UNIT_OF_HALF[column % 32 // 16]
+        return 4 * below, 4 * beside + group % 4
+    below = row // 64 * 8 * k + row % 64 // 16 * 64 + 8 * (row % 8)
+    return 2 * below + row % 16 // 8, 2 * (column // 32 * 256 + _BYTE_OF_GROUP[group % 8])
+
+
+def neutral_form(packed: Tensor, shape: tuple[int, int], sm: Sm) -> Packed24:
+    """The layout-neutral form of a packed tensor, from which it can be packed for any other GPU.
+
+    Args:
+        packed: (m, 9k/16), or flat as older PyTorch has it, float16 or bfloat16.
+        shape: (m, k) of the dense weight.
+
+    Returns:
+        values, a view of packed where that is on the CPU, and positions.
+
+    Raises:
+        UsageError: the order is not known for this shape, dtype or GPU.
+        FormatError: the size does not fit the shape.
+    """
+    m, k = shape
+    _check(shape, packed.dtype, sm)
+    if packed.dim() not in (1, 2) or packed.numel() != m * 9 * k // 16:
+        raise FormatError(
+            f"packed tensor has shape {tuple(packed.shape)}, a weight of {m} x {k} needs ({m}, {9 * k // 16})"
+        )
+    flat = packed.detach().cpu().reshape(-1)
+    return Packed24(flat[: m * k // 2].view(m, k // 2), gather(flat[m * k // 2 :], *nibble_indices(m, k, sm)))
+
+
+def unpack(packed: Tensor, shape: tuple[int, int], sm: Sm) -> Tensor:
+    """The dense weight (m, k) of a packed tensor, bit for bit.
+
+    Raises:
+        UsageError, FormatError: as for `neutral_form`; or a metadata nibble is not idx0 < idx1.
+    """
+    return unpack_2_4(neutral_form(packed, shape, sm), shape[1])

@@ -1,41 +1,50 @@
-"""The two tensors that PyTorch's CUTLASS kernels take for a sparse weight, built without torch's converter.
+"""The two tensors that PyTorch's CUTLASS kernels take for a sparse weight.
 
-`packed` (m, k/2) holds the kept entries row-major, `meta` their positions: the nibbles of `sparsity.packing`
-in units, each the nibbles of some columns of one row, the units in an order of their own. float32 is 1:2.
+| dtype             | pattern | packed   | meta            | a unit     | m, k are multiples of |
+|-------------------|---------|----------|-----------------|------------|-----------------------|
+| float16, bfloat16 | 2:4     | (m, k/2) | (m, k/16) int16 | 16 columns | 32, 64                |
+| int8              | 2:4     | (m, k/2) | (m, k/32) int32 | 32 columns | 16, 128               |
+| float32           | 1:2     | (m, k/2) | (m, k/8) int16  | 8 columns  | 32, 32                |
 
-| dtype             | pattern | meta               | unit       | class takes multiples of |
-|-------------------|---------|--------------------|------------|--------------------------|
-| float16, bfloat16 | 2:4     | (m, k/16) int16    | 16 columns | 32 x 64                  |
-| int8              | 2:4     | (m, k/32) int32    | 32 columns | 16 x 128                 |
-| float32           | 1:2     | (m, k/8) int16     | 8 columns  | 32 x 32                  |
+`packed` holds the kept entries row-major, `meta` their positions: the nibbles of `sparsity.packing` in units, each
+the nibbles of some columns of one row. The order of units is that of CUTLASS' `reorder_meta`
+(tools/util/include/cutlass/util/host_reorder.h) stored as `ColumnMajorInterleaved<2>`. PyTorch has both in
+torch/sparse/_semi_structured_conversions.py, and the shapes in torch/sparse/semi_structured.py.
 
-The order of units is that of CUTLASS' `reorder_meta` (tools/util/include/cutlass/util/host_reorder.h) stored
-as `ColumnMajorInterleaved<2>`: see `fill_tiles`. PyTorch has both in torch/sparse/_semi_structured_conversions.py,
-the shapes in `SparseSemiStructuredTensorCUTLASS`, torch/sparse/semi_structured.py.
-
-For a weight that holds its pattern the bytes are those of torch's converter, but for negative zeros, which
-that makes positive. It also drops entries of a weight that does not hold its pattern; here that is an error.
-`cutlass_reader` reads the form back, by tables of its own.
+The bytes are those of torch's converter, but for negative zeros, which that makes positive. Writing permutes axes;
+reading goes by a table of offsets and uses no code of the writer.
 """
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from spp_fx.errors import UsageError
-from spp_fx.sparsity.packing import Packed24, kernels, pack_1_2, pack_2_4
+from spp_fx.errors import FormatError, UsageError
+from spp_fx.sparsity.packing import (
+    Packed24,
+    for_row_chunks,
+    kernels,
+    pack_1_2,
+    pack_2_4,
+    unpack_1_2,
+    unpack_2_4,
+)
+
+Indices = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Form:
-    """What the CUTLASS form of a dtype is.
+    """The form of a dtype.
 
     Attributes:
         group: columns that share half as many slots: 4 (2:4) or 2 (1:2).
         meta: dtype of a unit.
         columns: of the weight that a unit describes.
-        rows: that the order of units is made of: a tile is this many rows of two units.
+        rows: of a tile, which has two columns of units.
         multiples: of rows and columns that PyTorch's class takes.
     """
 
@@ -55,12 +64,7 @@ FORMS = {
 
 
 def refusal(shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
-    """Why PyTorch's CUTLASS class cannot take a weight, or None where it can.
-
-    Args:
-        shape: of the dense weight, (out features, in features).
-        dtype: of the weight.
-    """
+    """Why PyTorch's CUTLASS class cannot take a weight (out, in) of a dtype, or None where it can."""
     name = str(dtype).removeprefix("torch.")
     form = FORMS.get(dtype)
     if form is None:
@@ -77,29 +81,32 @@ def refusal(shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
     return None
 
 
+def _form(shape: tuple[int, ...], dtype: torch.dtype) -> Form:
+    if reason := refusal(shape, dtype):
+        raise UsageError(f"not a CUTLASS pack: {reason}")
+    return FORMS[dtype]
+
+
+# Writing
+
+
 def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Pack a dense sparse weight.
 
     Args:
-        weight: (m, k) float16, bfloat16 or int8, already 2:4, or float32, already 1:2; m and k multiples of
-            what `FORMS` says.
+        weight: (m, k) of a dtype in `FORMS`, which holds that dtype's pattern.
 
     Returns:
-        packed (m, k/2) of weight's dtype, and meta as in the table above.
+        packed (m, k/2) of weight's dtype, and meta.
 
     Raises:
         UsageError: `refusal` has a reason.
         PatternError: the weight does not hold its pattern, see `pack_2_4`.
     """
     form = _form(tuple(weight.shape), weight.dtype)
-    return from_neutral(pack_2_4(weight) if form.group == 4 else pack_1_2(weight))
-
-
-def from_neutral(neutral: Packed24) -> tuple[Tensor, Tensor]:
-    """Pack the layout-neutral form (of float32 the 1:2 one) of a weight; see `pack`."""
-    m, k = neutral.shape
-    form = _form((m, k), neutral.values.dtype)
-    meta = torch.empty((m, k // form.columns), dtype=form.meta, device=neutral.values.device)
+    neutral = pack_2_4(weight) if form.group == 4 else pack_1_2(weight)
+    m, k = weight.shape
+    meta = torch.empty((m, k // form.columns), dtype=form.meta, device=weight.device)
     fill(neutral.positions, meta, 0)
     return neutral.values, meta
 
@@ -141,7 +148,84 @@ def fill_tiles(units: Tensor, meta: Tensor) -> None:
     meta.view(panels, bands, 2, tiles, 8, width // 4, 2, 2).copy_(lines.permute(5, 0, 6, 1, 4, 2, 7, 3))
 
 
-def _form(shape: tuple[int, ...], dtype: torch.dtype) -> Form:
-    if reason := refusal(shape, dtype):
-        raise UsageError(f"cannot pack for CUTLASS: {reason}")
-    return FORMS[dtype]
+# Reading
+
+
+def nibble_indices(m: int, groups: int, meta: torch.dtype) -> tuple[Indices, Indices]:
+    """Where nibbles are in the metadata of m rows: that of group j of row i at rows[i] + groups[j].
+
+    These are the steps of CUTLASS' `reorder_meta` and `ColumnMajorInterleaved<2>`, one after the other.
+
+    Args:
+        m, groups: rows, and groups (or pairs) a row.
+        meta: int16, units of four nibbles, or int32, units of eight.
+
+    Returns:
+        rows (m,) and groups (groups,), in nibbles.
+    """
+    nibbles = 2 * meta.itemsize
+    height, apart = (32, 4) if meta == torch.int16 else (16, 2)
+    row, group = np.arange(m), np.arange(groups)
+    # Rows r, r + 8, ... of a tile are put together.
+    row = row // height * height + row % 8 * apart + row % height // 8
+    # Column-major, two columns interleaved: unit (row, column) at column // 2 * 2 m + 2 row + column % 2, once
+    # the top right and the bottom left of every 2 x 2 units are swapped: then an odd row adds 1 in
+    # them, and an odd column 2.
+    column = group // nibbles
+    below = 2 * (row - row % 2) + row % 2
+    beside = column // 2 * 2 * m + 2 * (column % 2)
+    return nibbles * below, nibbles * beside + group % nibbles
+
+
+def neutral_form(packed: Tensor, meta: Tensor) -> Packed24:
+    """The layout-neutral form (of float32 the 1:2 one) of the two tensors of a weight.
+
+    Raises:
+        UsageError: `refusal` has a reason.
+        FormatError: meta is of another dtype or shape.
+    """
+    m, k = packed.shape[0], 2 * packed.shape[1]
+    form = _form((m, k), packed.dtype)
+    if meta.dtype != form.meta or meta.shape != (m, k // form.columns):
+        raise FormatError(
+            f"metadata is {meta.dtype} of shape {tuple(meta.shape)}, a weight of {m} x {k} needs "
+            f"{form.meta} of shape ({m}, {k // form.columns})"
+        )
+    positions = gather(meta.detach().cpu().contiguous(), *nibble_indices(m, k // form.group, form.meta))
+    return Packed24(packed.detach().cpu(), positions)
+
+
+def unpack(packed: Tensor, meta: Tensor) -> Tensor:
+    """The dense weight (m, k) of its two tensors, bit for bit.
+
+    Raises:
+        UsageError, FormatError: as for `neutral_form`; or a metadata nibble is invalid.
+    """
+    form = FORMS[packed.dtype]
+    return (unpack_2_4 if form.group == 4 else unpack_1_2)(neutral_form(packed, meta), 2 * packed.shape[1])
+
+
+def gather(meta: Tensor, rows: Indices, groups: Indices) -> Tensor:
+    """Positions in row-major order, from metadata in another order.
+
+    Args:
+        meta: metadata, two nibbles a byte, the low one first; contiguous, on the CPU.
+        rows, groups: the nibble of group j of row i is number rows[i] + groups[j]; an even number of groups.
+
+    Returns:
+        (rows, groups/2) uint8, as in `Packed24`.
+    """
+    positions = torch.empty((len(rows), len(groups) // 2), dtype=torch.uint8)
+    data = meta.reshape(-1).view(torch.uint8).numpy()
+    compiled = kernels(positions)
+
+    def work(start: int, stop: int) -> None:
+        if compiled:
+            compiled.gather_nibbles(data, rows[start:stop], groups, positions[start:stop].numpy())
+            return
+        at = rows[start:stop, None] + groups
+        found = data[at >> 1] >> ((at & 1) << 2).astype(np.uint8) & 0xF
+        positions[start:stop] = torch.from_numpy(found[:, 0::2] | found[:, 1::2] << 4)
+
+    for_row_chunks(work, len(rows), 4 * len(groups))
+    return positions

@@ -1,27 +1,15 @@
-"""Export formats: the contract, the registry, the model that an export is written from, files filled in any order.
-
-How far a reader is independent of its writer:
-
-- safetensors: every tensor is compared with the model's byte for byte, both read by the safetensors library.
-- cusparselt, cutlass: packs are decoded through tables of offsets (`cusparselt_reader`, `cutlass_reader`), which
-  the writers never compute, and compared with the model's weights; other tensors are compared as in safetensors.
-  Where `--dtype` rounds, the same function computes the rounded values once more.
-- sparse-bitmask: files are read by the safetensors library and decoded by numpy alone.
-- onnx, onnx-packed, onnx-dense: a parser of their own reads the weights, which are compared with the model's bit
-  for bit; small graphs are run and their logits compared.
-
-The scan for zeros (`spp_fx.sparsity`) and the reader of safetensors headers serve both sides everywhere.
-"""
+"""Export formats: the contract, the registry, and the model that an export is written from."""
 
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -30,24 +18,30 @@ from torch import Tensor
 
 from spp_fx.adapters.fold import round_once
 from spp_fx.errors import MaskError
-from spp_fx.exporters.export_settings import ExportSettings
 from spp_fx.exporters.manifest import MANIFEST, Manifest, TensorRecord, write_manifest
+from spp_fx.options import check_options, check_values
 from spp_fx.parallel import Tick
-from spp_fx.registry import Registry
+from spp_fx.registry import Registry, naming
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry
-from spp_fx.sparsity.scan import Scan, Weights, scan_tensor
+from spp_fx.sparsity.scan import Scan, Weights, scan_stored, scan_tensor
 from spp_fx.storage.folder import ModelFolder
-from spp_fx.storage.safetensors import dtype_name, stored_nbytes
+from spp_fx.storage.safetensors import Shard, dtype_name, stored_nbytes
 from spp_fx.storage.workspace import Workspace
-from spp_fx.storage.writer import TensorSpec, copy_file, header_bytes, layout, new_file, write_all
+from spp_fx.storage.writer import TensorSpec, copy_file, header_bytes, layout, new_file, write_all, write_at
 from spp_fx.version import VERSION
 
-ROUND_TO = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+Say: TypeAlias = Callable[[str], None]
+RoundTo: TypeAlias = Literal["float32", "float16", "bfloat16"]
+ROUND_TO: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
 """What `--dtype` rounds to."""
 ROUNDED = ("F64", "F32", "F16", "BF16")
-"""What `--dtype` rounds; integers and the types of quantized weights stay byte for byte."""
+"""The types that `--dtype` rounds; integers and the types of quantized weights stay byte for byte."""
 _CHUNK = 1 << 20
-"""Elements rounded at a time: temporaries stay in cache, and memory never holds the weight twice."""
+"""Elements rounded at a time, so that temporaries stay in cache."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +52,8 @@ class Source:
         folder: the model's folder.
         lock: of its sparse weights.
         trust_remote_code: whether the folder's own model code may run.
-        rounded_to: what `ROUNDED` tensors are rounded to, None to keep their own.
-        work: the workspace that the export is written in: it knows which files an earlier run finished. A
-            format that does not use it writes everything again.
+        rounded_to: what tensors of the types in `ROUNDED` are rounded to; None keeps their own type.
+        work: the workspace that the export is written in. It knows which files an earlier run finished.
     """
 
     folder: ModelFolder
@@ -80,16 +73,17 @@ class Source:
         return own if self.rounded_to is None or own not in ROUNDED else dtype_name(self.rounded_to)
 
     def stored(self, name: str) -> Tensor:
-        """A tensor as it is exported: the model's, rounded once where that was asked for, no zero gained."""
+        """A tensor as it is exported: rounded once where `rounded_to` says so, and no zero gained."""
         return self.as_exported(name, self.folder.read(name))
 
     def as_exported(self, name: str, value: Tensor) -> Tensor:
-        """What `stored` makes of the model's tensor, however that was read."""
+        """`stored` of a tensor, or of some rows of it, that was read already."""
         if self.rounded_to is None or self.dtype(name) == self.folder.info(name)[1].dtype:
             return value
         return rounded(name, value, self.rounded_to, keep=name in self.sites)
 
     def canonical(self, entry: LockEntry) -> Tensor:
+        """A sparse weight as it is exported, with dimensions (..., out, in)."""
         stored = self.stored(entry.name)
         return stored.transpose(-1, -2) if entry.transposed else stored
 
@@ -106,15 +100,19 @@ class Source:
         return sum(int(((b != 0) & (b.to(self.rounded_to) == 0)).sum()) for b in blocks)
 
     def copy_small_files(self, target: Path) -> None:
-        """Copy configuration, tokenizer and every other file without weights; config.json gets the dtype rounded to."""
+        """Copy configuration, tokenizer and every other file without weights; config.json gets the new dtype."""
         for name in self.folder.other_files():
             if name.as_posix() not in (LOCK_NAME, MANIFEST):  # those of another step
-                (target / name).parent.mkdir(parents=True, exist_ok=True)
                 copy_file(self.folder.path / name, target / name)
         if self.rounded_to is not None:
-            _say_dtype(target / "config.json", str(self.rounded_to).removeprefix("torch."))
+            path = target / "config.json"
+            config = json.loads(path.read_bytes())
+            key = "torch_dtype" if "torch_dtype" in config else "dtype"
+            config[key] = str(self.rounded_to).removeprefix("torch.")
+            path.write_text(json.dumps(config, indent=2) + "\n")
 
     def record(self, entry: LockEntry, layout: str, reason: str | None = None, **extra: Any) -> TensorRecord:
+        """The manifest's record of a site."""
         return TensorRecord(
             name=entry.name,
             shape=list(entry.shape),
@@ -126,13 +124,25 @@ class Source:
         )
 
     def finish(
-        self, folder: Path, format: str, lock: Lock, records: list[TensorRecord], **fields: Any
+        self,
+        folder: Path,
+        format: str,
+        records: list[TensorRecord],
+        *,
+        requirements: Mapping[str, int | str] | None = None,
+        sizes: Mapping[str, int] | None = None,
     ) -> None:
-        """Write lock and manifest beside everything else."""
-        (folder / LOCK_NAME).write_text(lock.dumps())
-        fields = {"requirements": {}, "sizes": {}} | fields
+        """Write the lock, if it is not there, and the manifest beside everything else."""
+        if not (folder / LOCK_NAME).exists():
+            (folder / LOCK_NAME).write_text(self.lock.dumps())
         write_manifest(
-            folder, spp_fx_version=VERSION, format=format, pattern=lock.pattern, tensors=records, **fields
+            folder,
+            spp_fx_version=VERSION,
+            format=format,
+            pattern=self.lock.pattern,
+            requirements=dict(requirements or {}),
+            tensors=records,
+            sizes=dict(sizes or {}),
         )
 
 
@@ -140,10 +150,11 @@ def rounded(name: str, value: Tensor, dtype: torch.dtype, *, keep: bool) -> Tens
     """A floating tensor rounded once to another type.
 
     Args:
-        keep: what would become zero becomes the smallest normal number of its sign, for the mask's sake.
+        name: of the tensor, for errors.
+        keep: an entry that would become zero becomes the smallest normal number of its sign, which keeps the mask.
 
     Raises:
-        MaskError: a finite value becomes infinite; `name` says whose.
+        MaskError: a finite value becomes infinite.
     """
     result = torch.empty(value.shape, dtype=dtype)
     chunks = zip(result.view(-1).split(_CHUNK), value.reshape(-1).split(_CHUNK), strict=True)
@@ -162,13 +173,6 @@ def _rounded(name: str, value: Tensor, dtype: torch.dtype, keep: bool) -> Tensor
         return result
     smallest = torch.tensor(torch.finfo(dtype).tiny, dtype=dtype)
     return torch.where((value != 0) & (result == 0), torch.copysign(smallest, result), result)
-
-
-def _say_dtype(path: Path, dtype: str) -> None:
-    """Put the dtype of rounded weights into the copied config.json."""
-    config = json.loads(path.read_bytes())
-    config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
-    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 @dataclass(frozen=True)
@@ -194,18 +198,16 @@ class TensorFile:
 
     def write_bytes(self, name: str, data: NDArray[np.uint8], at: int = 0) -> None:
         start, stop = self.spans[name]
-        view, done = data.data, 0
-        if start + at + len(view) > stop:
-            raise ValueError(f"{self.file.name}: {name}: {len(view)} bytes from {at} on are too many")
-        while done < len(view):
-            done += os.pwrite(self.file.fileno(), view[done:], start + at + done)
+        if start + at + data.size > stop:
+            raise ValueError(f"{self.file.name}: {name}: {data.size} bytes from {at} on are too many")
+        write_at(self.file.fileno(), start + at, data.data)
 
 
 @contextmanager
 def new_tensor_file(
     path: Path, specs: Iterable[TensorSpec], metadata: Mapping[str, str]
 ) -> Generator[TensorFile, None, None]:
-    """A new file that is fsynced at the end, removed when anything fails; its caller fills every tensor."""
+    """A new file, fsynced at the end and removed when anything fails; the caller fills every tensor."""
     ordered = layout(specs, path)
     header = header_bytes(ordered, metadata, path)
     spans: dict[str, tuple[int, int]] = {}
@@ -219,70 +221,97 @@ def new_tensor_file(
         yield TensorFile(out, spans)
 
 
-Say = Callable[[str], None]
-
-
 @dataclass(frozen=True)
 class Decoded:
-    """The model's tensors as an export gives them back, one by one.
+    """The model's tensors, which an export gives back one by one.
 
     Attributes:
-        shapes: as the model's files store them, by the names of those files.
+        shapes: of every tensor, as the model stores it.
         read: a tensor by name, as the model stores it.
+        file: the name of the file that a tensor is read from, for messages.
+        stored: the file that holds a tensor under its own name as the model does, so that `verify` scans it
+            there; None where it has to be decoded.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     read: Callable[[str], Tensor]
+    file: Callable[[str], str]
+    stored: Callable[[str], Shard | None] = lambda name: None
 
-    def weights(self, manifest: Manifest, file: str) -> Weights:
-        """What `verify` reads, for a format without a faster way than decoding: each site is decoded and scanned.
-
-        Args:
-            file: the name of the file that holds the weights, for messages.
-        """
+    def weights(self, manifest: Manifest) -> Weights:
+        """The weights that `verify` scans."""
 
         def scan(name: str, transposed: bool) -> Scan:
-            return scan_tensor(self.read(name), transposed=transposed)
+            shard = self.stored(name)
+            if shard is not None:
+                return scan_stored(shard, name, transposed=transposed)
+            tensor = self.read(name)
+            if transposed and tensor.mT.is_contiguous():  # decoded by rows (out, in): no copy
+                return scan_tensor(tensor.mT)
+            return scan_tensor(tensor, transposed=transposed)
 
         sites = {record.name: record.transposed for record in manifest.tensors}
-        return Weights(frozenset(self.shapes), scan, lambda _: file, lambda: sites)
+        return Weights(frozenset(self.shapes), scan, self.file, lambda: sites)
 
 
 @dataclass(frozen=True)
-class Format:
-    """One export format.
+class Format(ABC):
+    """An export format: a frozen dataclass whose fields are its options, made by `option`.
+
+    An option `dtype: RoundTo | None` is special: the floating tensors of `Source` are rounded to it.
 
     Attributes:
-        name: as `--format` and the manifest spell it.
-        write: writes all files, lock and manifest of an export into an empty folder and compares what it
-            can; returns what it checked. Called with source, folder, settings, tick, say.
-        read: the weights of such a folder, from its files.
-        options: the fields of `ExportSettings` that it takes.
-        decode: gives the model's tensors back; None where the export is a program of its own.
-        mends_config: takes a model of plain weights whose config.json has a sparsity_config, and writes it
-            without.
-        restore: writes the files of the model's folder that hold weights, byte for byte as they were; None
-            where the export does not know them. Called with export, manifest, target, tick.
+        name: under which it was registered; `--format` and the manifest have it.
+        plain: it writes plain weights and a config.json without sparsity_config, so that it takes a model of plain
+            weights whose config.json has one.
+        program: its exports are programs of their own, from which no model is read back.
     """
 
-    name: str
-    write: Callable[[Source, Path, ExportSettings, Tick, Say], dict[str, Any]]
-    read: Callable[[Path, Manifest], Weights]
-    options: frozenset[str] = frozenset()
-    decode: Callable[[Path, Manifest], Decoded] | None = None
-    restore: Callable[[Path, Manifest, Path, Tick], None] | None = None
-    mends_config: bool = False
+    name: ClassVar[str]
+    plain: ClassVar[bool] = False
+    program: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_values(self, self.name)
+
+    @abstractmethod
+    def write(self, source: Source, folder: Path, tick: Tick, say: Say) -> dict[str, Any]:
+        """Fill an empty folder, manifest last, and compare with the model what was written.
+
+        Returns:
+            What was compared, and how much of it.
+        """
+
+    @classmethod
+    def decode(cls, folder: Path, manifest: Manifest) -> Decoded:
+        """The model's tensors from the files of an export.
+
+        Raises:
+            FormatError: a file is damaged; names it and the tensor. Nothing in the folder is trusted.
+        """
+        raise NotImplementedError(f"{cls.__name__} must define decode, or read and program = True")
+
+    @classmethod
+    def restore(cls, folder: Path, manifest: Manifest, target: Path, tick: Tick) -> bool:
+        """Write the model's weight files byte for byte, if the export knows them; returns whether it did."""
+        return False
+
+    @classmethod
+    def read(cls, folder: Path, manifest: Manifest) -> Weights:
+        """The weights of an export, which `verify` scans."""
+        return cls.decode(folder, manifest).weights(manifest)
 
 
-FORMATS = Registry[Format]("export format", "spp_fx.formats", package="spp_fx.exporters")
+FORMATS = Registry[type[Format]]("export format", "spp_fx.formats")
+register = naming(FORMATS)
 
 
-def register(format: Format) -> Format:
-    """Make a format known; packages of others use the entry point group `spp_fx.formats`."""
-    FORMATS[format.name] = format
-    return format
+def make_format(name: str, **options: Any) -> Format:
+    """A format by name with its options; UsageError for an unknown name, or an option that it does not have."""
+    check_options(FORMATS, name, options)
+    return FORMATS.find(name)(**options)
 
 
-def find_format(name: str) -> Format:
-    """A format by name; UsageError lists what is known."""
-    return FORMATS.find(name)
+def decoding_formats() -> str:
+    """The formats from which a model is read back, in words."""
+    return ", ".join(sorted(name for name, each in FORMATS.items() if not each.program))

@@ -5,11 +5,11 @@ Up to compressed-tensors 0.14 a 2:4 weight `L.weight` of shape (m, k) could be s
 | tensor       | shape          | dtype        | what                                                         |
 |--------------|----------------|--------------|--------------------------------------------------------------|
 | L.shape      | [2, 1] or [2]  | int64        | m, k                                                         |
-| L.compressed | [m, k/2]       | the weight's | two entries of each four, row-major; also a zero if need be  |
-| L.bitmask    | [m, ceil(k/8)] | uint8        | where they are, row by row, LSB first                        |
+| L.compressed | [m, k/2]       | the weight's | two entries of each four, row-major; some may be zeros       |
+| L.bitmask    | [m, ceil(k/8)] | uint8        | their positions, row by row, LSB first                       |
 
-Later releases dropped the decoder: the names of such a file are none of the model's, so transformers fills the
-weights with random numbers and says no more than a warning.
+Later releases dropped the decoder. transformers does not find the model's names in such a file, fills the weights with
+random numbers and shows a warning at most.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 SPARSE_24 = "sparse-24-bitmask"
 PARTS = ("compressed", "bitmask", "shape")
 _NESTED = ("quantization_config", "compression_config")
-"""Objects of config.json that may hold a sparsity_config, as config.json itself may."""
+"""Objects of config.json that may hold a sparsity_config, beside config.json itself."""
 
 
 def sparsity_configs(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,10 +41,10 @@ def sparsity_configs(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_sparsity(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """config.json without any sparsity_config, and what was taken out.
+    """config.json without any sparsity_config, and the keys that were removed.
 
-    What is left of a quantization_config goes too where it is compressed-tensors' and quantizes nothing: a
-    reader would look for what it announces.
+    A quantization_config of compressed-tensors that then quantizes nothing is removed too: a reader would expect
+    quantized weights.
     """
     plain, removed = dict(config), list(sparsity_configs(config))
     plain.pop("sparsity_config", None)
@@ -63,24 +63,23 @@ def without_sparsity(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[st
 
 
 def is_legacy(folder: ModelFolder) -> bool:
-    """Whether a folder holds compressed weights, or its config.json says so."""
-    return bool(layers(folder)) or bool(sparsity_configs(folder.config))
+    """Whether a folder holds compressed weights, or its config.json has a sparsity_config."""
+    return bool(_layers(folder)) or bool(sparsity_configs(folder.config))
 
 
-def layers(folder: ModelFolder) -> list[str]:
-    """The names L of compressed weights in a folder, sorted."""
+def _layers(folder: ModelFolder) -> list[str]:
     suffixes = (".compressed", ".bitmask")
     return sorted({name.rpartition(".")[0] for name in folder.names if name.endswith(suffixes)})
 
 
 @dataclass(frozen=True)
 class LegacyFolder:
-    """A folder whose compressed weights are known by the names that the model gives them.
+    """The tensors of a legacy folder under the model's names.
 
     Attributes:
-        folder: the folder as it is.
+        folder: the folder.
         shapes: of every tensor of the model.
-        dtypes: in safetensors' words.
+        dtypes: the same, as safetensors spells them.
         packed: the weights that are compressed.
     """
 
@@ -98,7 +97,7 @@ class LegacyFolder:
         """
         shapes = {name: folder.info(name)[1].shape for name in folder.names}
         dtypes = {name: folder.info(name)[1].dtype for name in folder.names}
-        compressed = layers(folder)
+        compressed = _layers(folder)
         for layer in compressed:
             shape, dtype = _check_parts(folder, layer)
             for part in PARTS:
@@ -108,7 +107,8 @@ class LegacyFolder:
 
     def file(self, name: str) -> str:
         """The file that holds a tensor of the model, or the values of a compressed one."""
-        return self.folder.info(self._stored(name))[0].name
+        stored = f"{name.removesuffix('.weight')}.compressed" if name in self.packed else name
+        return self.folder.info(stored)[0].name
 
     def read(self, name: str) -> "Tensor":
         """A tensor as the model has it.
@@ -143,20 +143,15 @@ class LegacyFolder:
         return torch.from_numpy(weight).view(values.dtype).reshape(m, k)
 
     def problem(self) -> str:
-        """Why the folder should not be released, and how to mend it."""
-        mend = f"write the plain folder with 'spp-fx unpack {self.folder.path}'"
+        """Why the folder should not be released, and how to fix it."""
+        fix = f"write the plain folder with 'spp-fx unpack {self.folder.path}'"
         if not self.packed:
             keys = " and ".join(sparsity_configs(self.folder.config))
-            return (
-                f"config.json has a {keys}, but the weights are plain: servers refuse or misread it; {mend}"
-            )
+            return f"config.json has a {keys}, but the weights are plain: servers refuse or misread it; {fix}"
         return (
             f"{len(self.packed)} weights are compressed in the dropped format {SPARSE_24}: transformers 5 with "
-            f"compressed-tensors 0.20 loads random weights in their place, without an error; {mend}"
+            f"compressed-tensors 0.20 loads random weights in their place, without an error; {fix}"
         )
-
-    def _stored(self, name: str) -> str:
-        return f"{name.removesuffix('.weight')}.compressed" if name in self.packed else name
 
 
 def _check_parts(folder: ModelFolder, layer: str) -> tuple[tuple[int, int], str]:
@@ -168,7 +163,7 @@ def _check_parts(folder: ModelFolder, layer: str) -> tuple[tuple[int, int], str]
                 "transformers would load random weights in its place. Get the folder again"
             )
     if f"{layer}.weight" in folder:
-        raise FormatError(f"{folder.path}: {layer}.weight: is there both compressed and as it is")
+        raise FormatError(f"{folder.path}: {layer}.weight: is stored twice, compressed and plain")
     shard, size = folder.info(f"{layer}.shape")
     where = f"{shard.path}: {layer}.shape"
     if size.dtype != "I64" or size.shape not in ((2,), (2, 1)):

@@ -1,4 +1,4 @@
-"""export.json: what an export folder holds, what it is tied to, and the digest of every file."""
+"""export.json: the contents of an export folder, what they depend on, and the digest of every file."""
 
 import hashlib
 import os
@@ -18,15 +18,15 @@ from spp_fx.storage.strict_json import read_object
 MANIFEST = "export.json"
 SCHEMA_VERSION = 1
 COMPACT = "sparse"
-"""The folder of an export whose weight files are compact: values and bit masks, no weights."""
+"""The folder of compact weight files (sparse-bitmask) in an export."""
 TENSOR_FILES = (".safetensors", ".onnx", ".onnx.data")
-"""Ends of the names of files that hold weights: such a file is never read without a digest."""
+"""Suffixes of files that hold weights: such a file is never read without a digest."""
 
 Count = Annotated[int, Field(ge=0)]
 
 
 class Part(BaseModel):
-    """Where a graph holds a site that has another name there, or is a part of a stack.
+    """Where an ONNX graph holds a site that has another name there, or is part of a stack.
 
     Attributes:
         initializer: name in the graph.
@@ -51,11 +51,11 @@ class TensorRecord(BaseModel):
         name: the checkpoint's name of the weight.
         shape: canonical, (out, in) or (experts, out, in).
         dtype: of the values, in safetensors' words ('BF16').
-        layout: how it is stored here; `dense` where it could not be stored sparse.
-        reason: why it is dense, None where it is not.
-        transposed: the base stores it (in, out).
-        negative_zeros: zeros of negative sign that had no slot and were written as +0.
-        details: sizes and what else is worth knowing.
+        layout: of the format; `dense` where it could not be stored sparse.
+        reason: why it is not in the format's own layout, None where it is.
+        transposed: the model stores it (in, out).
+        negative_zeros: how many -0.0 had no slot and were written as +0.0.
+        details: sizes and the like.
         part: where it is in an ONNX graph.
     """
 
@@ -81,9 +81,9 @@ class Manifest(BaseModel):
     """The manifest of an export folder.
 
     Attributes:
-        requirements: what the export is for or tied to; each format has its own keys.
-        sizes: `site_sizes`.
-        files: SHA-256 of each file but this one.
+        requirements: what the export needs or depends on; each format has its own keys.
+        sizes: see `site_sizes`.
+        files: SHA-256 of each other file.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, defer_build=True)
@@ -99,7 +99,7 @@ class Manifest(BaseModel):
 
 
 def site_sizes(dense_bytes: int, sites_bytes: int, files: Iterable[Path]) -> dict[str, int]:
-    """What all sites would take dense, in the dtype of the export; what they take; the files with weights."""
+    """Bytes of all sites, dense in the dtype of the export and as stored, and of the files with weights."""
     return {
         "dense_bytes": dense_bytes,
         "sites_bytes": sites_bytes,
@@ -114,7 +114,7 @@ def sha256(path: Path) -> str:
 
 
 def write_manifest(folder: Path, **fields: Any) -> Manifest:
-    """Write export.json over all other files of `folder`, with their digests."""
+    """Write export.json with the digests of all other files of `folder`."""
     files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     manifest = Manifest(
         schema_version=SCHEMA_VERSION, files={name: sha256(folder / name) for name in files}, **fields
@@ -124,7 +124,7 @@ def write_manifest(folder: Path, **fields: Any) -> Manifest:
 
 
 def add_file(folder: Path, manifest: Manifest, name: str) -> None:
-    """Write export.json again with the digest of a file that was written, or replaced, after it."""
+    """Write export.json again with the digest of a file that was written or replaced after it."""
     files = dict(sorted((manifest.files | {name: sha256(folder / name)}).items()))
     _write(folder, manifest.model_copy(update={"files": files}))
 
@@ -134,12 +134,12 @@ def _write(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path, *, check_files: bool = True) -> Manifest:
-    """Read export.json; it must say of each site what the lock beside it says.
+    """Read export.json and check its sites against the lock beside it.
 
     Args:
         folder: the export.
-        check_files: every file that it names must be there with its digest, and every file that holds
-            weights, and the lock, must be named.
+        check_files: every file that it names must exist and have its digest, and it must name the lock and
+            every file that holds weights.
 
     Raises:
         FormatError: names the file and the fault.
@@ -163,9 +163,9 @@ def _check_files(folder: Path, path: Path, files: dict[str, str]) -> None:
     for name in files:
         if not within(folder, name).is_file():
             raise FormatError(
-                f"{folder / name}: is missing, or no file; {MANIFEST} names it. Get the export again"
+                f"{folder / name}: is missing, or not a file; {MANIFEST} names it. Get the export again"
             )
-    # Before anything is read: a file of weights that is not named would be trusted without a digest.
+    # A file of weights without a digest would be trusted.
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder).as_posix()
         if (name == LOCK_NAME or name.endswith(TENSOR_FILES)) and name not in files and not file.is_dir():
@@ -194,11 +194,11 @@ def _check_sites(lock_path: Path, path: Path, pattern: str | None, tensors: list
 
 
 def open_model(path: Path, *, weights: bool = True, any_config: bool = False) -> ModelFolder:
-    """Open a model folder whose tensors are the model's own.
+    """Open a model folder that transformers loads as it is.
 
     Args:
-        weights: whether it must hold any.
-        any_config: take a folder of plain weights whose config.json has a sparsity_config, too.
+        weights: whether it must hold weights.
+        any_config: also take a folder of plain weights whose config.json has a sparsity_config.
 
     Raises:
         UsageError: an export in a form that transformers cannot load.

@@ -1,9 +1,9 @@
-"""Exports whose sites are packed: one safetensors file for each weight file of the model, written and read.
+"""Exports with packed sites: one safetensors file for each weight file of the model, written and read.
 
 A model in one file gives `packed.safetensors`, one in N files `packed-00001-of-N.safetensors` and so on, which
 hold the tensors of the model's files in the same order. A packed site is stored as tensors NAME.PART, any
 other tensor as it is. A format says in `Layouts` which parts those are and how rows are decoded from them, and
-in `Packing` how positions become metadata. All else is here: streaming, resuming, reading back and `verify`.
+in `Packing` how positions become metadata.
 
 A site is read, packed and written in bands of rows, by several threads; its metadata is written at the end.
 """
@@ -13,95 +13,44 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from spp_fx.errors import FormatError, MaskError, PatternError, UsageError
-from spp_fx.exporters.format import (
-    ROUNDED,
-    Decoded,
-    Say,
-    Source,
-    TensorFile,
-    Tick,
-    Weights,
-    new_tensor_file,
-)
+from spp_fx.exporters.format import ROUNDED, Decoded, Say, Source, TensorFile, Tick, new_tensor_file
 from spp_fx.exporters.manifest import MANIFEST, Manifest, TensorRecord, read_manifest, site_sizes
 from spp_fx.exporters.read_back import check_copied, lost_signs
 from spp_fx.parallel import in_order
 from spp_fx.sparsity.lock import LockEntry
-from spp_fx.sparsity.packing import Packed24, for_row_chunks, kernels, pack_rows, unpack_1_2, unpack_2_4
+from spp_fx.sparsity.packing import Packed24, pack_rows, unpack_1_2, unpack_2_4
 from spp_fx.sparsity.pattern import NM, implies, scan_bits
-from spp_fx.sparsity.scan import Scan, scan_stored, scan_tensor
+from spp_fx.sparsity.scan import scan_stored
 from spp_fx.storage.folder import within
 from spp_fx.storage.output import check_space
 from spp_fx.storage.safetensors import BITS, Shard, stored_nbytes, torch_dtype
-from spp_fx.storage.writer import TensorSpec
+from spp_fx.storage.writer import TensorSpec, write_shards
 
 DENSE = "dense"
 BAND_BYTES = 1 << 21
-"""Of dense weight: with what is made of it, it stays in a core's own cache."""
-# Not a name that loaders of plain models look for: transformers would fill the packed weights with random numbers.
+"""Bytes of a band of a dense weight: small enough that all work on it stays in a core's own cache."""
+# No loader of plain models looks for this name. It would fill the packed weights with random numbers.
 _FILE_NAME = re.compile(r"packed(-\d{5,}-of-\d{5,})?\.safetensors", re.ASCII)
 
 Rows = Callable[[int, int], Tensor]
 """Rows start <= i < stop of a canonical (out, in) weight."""
 
 
-def file_names(count: int) -> list[str]:
-    """The names of the packed files of a model in `count` weight files."""
+def _file_names(count: int) -> list[str]:
     if count == 1:
         return ["packed.safetensors"]
     return [f"packed-{index:05}-of-{count:05}.safetensors" for index in range(1, count + 1)]
 
 
 @dataclass(frozen=True)
-class Layouts:
-    """The packed layouts of a format, as a reader knows them.
-
-    Attributes:
-        parts: layout -> the tensors that store a site of this shape (out, in) and dtype, by what follows the
-            site's name and a dot. The first begins with the values (out, in / 2), row-major; all bytes after
-            them are metadata.
-        refusal: why a record cannot have its layout, None where it can.
-        rows: the decoded rows of a site, from a file whose parts have been checked.
-    """
-
-    parts: dict[str, Callable[[tuple[int, int], str], dict[str, tuple[str, tuple[int, ...]]]]]
-    refusal: Callable[[TensorRecord], str | None]
-    rows: Callable[[Shard, TensorRecord], Rows]
-
-    def specs(self, record: TensorRecord) -> list[TensorSpec]:
-        """Names, dtypes and shapes of the tensors that store a site; none where it is dense."""
-        if record.layout == DENSE:
-            return []
-        m, k = record.shape
-        parts = self.parts[record.layout]((m, k), record.dtype)
-        return [(f"{record.name}.{part}", *spec) for part, spec in parts.items()]
-
-    def sizes(self, records: Iterable[TensorRecord], files: Iterable[Path]) -> dict[str, int]:
-        """`site_sizes` of an export."""
-        dense = packed = 0
-        for record in records:
-            dense += record.dense_bytes
-            packed += _nbytes(self.specs(record)) if record.layout != DENSE else record.dense_bytes
-        return site_sizes(dense, packed, files)
-
-
-def _nbytes(specs: Iterable[TensorSpec]) -> int:
-    return sum(stored_nbytes(dtype, shape, name) for name, dtype, shape in specs)
-
-
-# Writing
-
-
-@dataclass(frozen=True)
 class Packing:
-    """How the sites of a layout are packed.
+    """How the positions of a site become its metadata.
 
     Attributes:
         order: called with positions (r, bytes) of `Packed24`, the bytes of all metadata, the number of the first
@@ -111,16 +60,52 @@ class Packing:
     """
 
     order: Callable[[Tensor, Tensor, int, tuple[int, int]], None]
-    step: int
+    step: int = 1
     group: int = 4
 
 
-Choose = Callable[[LockEntry], tuple[str, str | None]]
-"""How a site is to be stored, and why not packed if it is not."""
+@dataclass(frozen=True)
+class Layout:
+    """A packed layout of matrices (out, in).
+
+    Attributes:
+        parts: PART, dtype and shape of the tensors NAME.PART, given the matrix's shape and dtype. The first begins
+            with the values (out, in / 2), row-major; all bytes after them are metadata.
+        refusal: why a matrix of this shape and dtype cannot have the layout, None where it can.
+        packing: how a matrix of this dtype is written.
+        rows: the decoded rows of the stored parts, whose dtypes and shapes are right, and the matrix's shape.
+    """
+
+    parts: Callable[[tuple[int, int], str], dict[str, tuple[str, tuple[int, ...]]]]
+    refusal: Callable[[tuple[int, ...], torch.dtype], str | None]
+    packing: Callable[[torch.dtype], Packing]
+    rows: Callable[[list[Tensor], tuple[int, int]], Rows]
+
+
+Layouts = Mapping[str, Layout]
+
+
+def specs_of(record: TensorRecord, layouts: Layouts) -> list[TensorSpec]:
+    """Names, dtypes and shapes of the tensors that store a packed site; none where it is dense."""
+    if record.layout == DENSE:
+        return []
+    m, k = record.shape
+    parts = layouts[record.layout].parts((m, k), record.dtype)
+    return [(f"{record.name}.{part}", *spec) for part, spec in parts.items()]
+
+
+def _nbytes(specs: Iterable[TensorSpec]) -> int:
+    return sum(stored_nbytes(dtype, shape, name) for name, dtype, shape in specs)
+
+
+# Writing
+
+Choose = Callable[[Source, LockEntry], tuple[str, str | None]]
+"""The layout of a site, and why it is not packed."""
 
 
 def plan(source: Source, choose: Choose, takes: str) -> dict[str, TensorRecord]:
-    """The record of every site, by name, as it is to be stored.
+    """The record of every site, by name.
 
     Args:
         takes: the weights that the format can pack, in words.
@@ -137,7 +122,7 @@ def plan(source: Source, choose: Choose, takes: str) -> dict[str, TensorRecord]:
                 "a packed export could not be loaded, and --dtype does not round it. Export the model before "
                 "it was quantized, or as it is with --format safetensors"
             )
-    records = {entry.name: source.record(entry, *choose(entry)) for entry in source.lock.sites}
+    records = {entry.name: source.record(entry, *choose(source, entry)) for entry in source.lock.sites}
     if all(record.layout == DENSE for record in records.values()):
         patterns = ", ".join(sorted({str(entry.pattern) for entry in source.lock.sites}))
         raise PatternError(
@@ -148,7 +133,7 @@ def plan(source: Source, choose: Choose, takes: str) -> dict[str, TensorRecord]:
 
 
 def _is_weight(name: str, dtype: str, shape: tuple[int, ...], site: bool) -> bool:
-    """Whether a tensor is a parameter: small floats of two dimensions are no buffers, integers may be."""
+    """Whether a tensor is a parameter: 8-bit floats of two dimensions always are, integers may be buffers."""
     small = dtype.startswith("F") and BITS[dtype] <= 8
     return site or (len(shape) > 1 and (small or name.endswith(".weight")))
 
@@ -176,7 +161,6 @@ def write_packed(
     format: str,
     records: dict[str, TensorRecord],
     layouts: Layouts,
-    packing: Callable[[TensorRecord], Packing],
     requirements: dict[str, int | str],
     tick: Tick,
     say: Say,
@@ -187,52 +171,48 @@ def write_packed(
         source, target, tick, say: as for `Format.write`.
         format: its name.
         records: `plan`.
-        layouts, packing: of the format.
+        layouts: of the format.
         requirements: of the manifest.
 
     Returns:
         How many sites have each layout, and what was compared.
     """
-    names = write_files(source, target, records, layouts, packing, tick)
+    names = write_files(source, target, records, layouts, tick)
     source.copy_small_files(target)
-    sizes = layouts.sizes(records.values(), [target / name for name in names])
-    source.finish(target, format, source.lock, list(records.values()), requirements=requirements, sizes=sizes)
-    counts = Counter(record.layout for record in records.values())
-    checks = _read_back(
-        source, PackedModel.open(target, read_manifest(target, check_files=False), layouts), say
+    every = list(records.values())
+    sizes = site_sizes(
+        sum(record.dense_bytes for record in every),
+        sum(_nbytes(specs_of(record, layouts)) or record.dense_bytes for record in every),
+        [target / name for name in names],
     )
-    return {layout: counts[layout] for layout in (*layouts.parts, DENSE)} | checks
+    source.finish(target, format, every, requirements=requirements, sizes=sizes)
+    written = PackedModel.open(target, read_manifest(target, check_files=False), layouts)
+    checks, counts = _read_back(source, written, say), Counter(record.layout for record in every)
+    return {layout: counts[layout] for layout in (*layouts, DENSE)} | checks
 
 
 def write_files(
-    source: Source,
-    target: Path,
-    records: dict[str, TensorRecord],
-    layouts: Layouts,
-    packing: Callable[[TensorRecord], Packing],
-    tick: Tick,
+    source: Source, target: Path, records: dict[str, TensorRecord], layouts: Layouts, tick: Tick
 ) -> list[str]:
     """Write the packed files that an earlier run has not finished; returns the names of all.
 
-    A record whose site lost signs of zeros is replaced by one that says how many.
+    A record whose site loses signs of zeros is replaced by one that counts them.
     """
-    names, work = file_names(len(source.folder.shards)), source.work
-    known = {name: work.finished(name) if work is not None else None for name in names}
-    files: dict[str, dict[str, list[TensorSpec]]] = {name: {} for name in names}
-    by_shard = dict(zip((shard.name for shard in source.folder.shards), names, strict=True))
+    specs: dict[str, dict[str, list[TensorSpec]]] = {shard.name: {} for shard in source.folder.shards}
     for name in source.folder.names:
         shard, info = source.folder.info(name)
-        packed = layouts.specs(records[name]) if name in records else []
-        files[by_shard[shard.name]][name] = packed or [(name, source.dtype(name), info.shape)]
-    check_space(target, target, sum(_nbytes(_flat(files[name])) for name in names if known[name] is None))
-    for name in names:
-        facts = known[name]
-        if facts is None:
-            with new_tensor_file(target / name, _flat(files[name]), {"format": "pt"}) as file:
-                lost = _fill_file(source, file, files[name], records, packing, tick)
-            facts = {"negative_zeros": {site: count for site, count in lost.items() if count}}
-            if work is not None:
-                work.finish(name, synced=True, **facts)
+        packed = specs_of(records[name], layouts) if name in records else []
+        specs[shard.name][name] = packed or [(name, source.dtype(name), info.shape)]
+
+    def write(shard: Shard, path: Path) -> dict[str, Any]:
+        with new_tensor_file(path, _flat(specs[shard.name]), {"format": "pt"}) as file:
+            lost = _fill_file(source, file, specs[shard.name], records, layouts, tick)
+        return {"negative_zeros": {site: count for site, count in lost.items() if count}}
+
+    names = _file_names(len(source.folder.shards))
+    missing = [each for each, name in zip(specs.values(), names, strict=True) if not (target / name).exists()]
+    check_space(target, target, sum(_nbytes(_flat(each)) for each in missing))
+    for facts in write_shards(source.folder, target, write, source.work, names):
         for site, count in facts["negative_zeros"].items():
             records[site] = records[site].model_copy(update={"negative_zeros": count})
     return names
@@ -247,24 +227,24 @@ def _fill_file(
     file: TensorFile,
     specs: Mapping[str, list[TensorSpec]],
     records: Mapping[str, TensorRecord],
-    packing: Callable[[TensorRecord], Packing],
+    layouts: Layouts,
     tick: Tick,
 ) -> dict[str, int]:
-    """Write some tensors of the model into a file; returns how many zeros lost their sign, by site."""
+    """Write tensors of the model into a file; returns how many zeros lost their sign, by site."""
     entries, lost = source.lock.by_name(), dict[str, int]()
     for name, parts in specs.items():
         record = records.get(name)
         if record is None or record.layout == DENSE:
             file.write(name, source.stored(name))
             continue
-        lost[name] = pack_site(
-            _rows(source, entries[name]), record, packing(record), file, [part for part, _, _ in parts]
-        )
+        packing = layouts[record.layout].packing(torch_dtype(record.dtype))
+        names = [part for part, _, _ in parts]
+        lost[name] = _pack_site(_rows(source, entries[name]), record, packing, file, names)
         tick(name, source.folder.info(name)[1].nbytes)
     return lost
 
 
-def pack_site(rows: Rows, record: TensorRecord, packing: Packing, file: TensorFile, parts: list[str]) -> int:
+def _pack_site(rows: Rows, record: TensorRecord, packing: Packing, file: TensorFile, parts: list[str]) -> int:
     """Pack a site into its parts in a file; returns how many zeros lost their sign.
 
     Raises:
@@ -290,7 +270,7 @@ def pack_site(rows: Rows, record: TensorRecord, packing: Packing, file: TensorFi
         return cleared
 
     cleared = sum(in_order(pack, range(0, m, step)))
-    # What is left of the first part, then the others.
+    # The metadata are the rest of the first part, then the other parts.
     written, at = 0, m * row_bytes
     for part, size in zip(parts, sizes, strict=True):
         file.write(part, metadata[written : written + size - at], at)
@@ -299,7 +279,7 @@ def pack_site(rows: Rows, record: TensorRecord, packing: Packing, file: TensorFi
 
 
 def _rows(source: Source, entry: LockEntry) -> Rows:
-    """Rows of a site as it is exported, read when they are asked for; of a transposed one, all at once."""
+    """The rows of a site as it is exported; a transposed one is read at once."""
     if entry.transposed:
         weight = source.canonical(entry)
         return lambda start, stop: weight[start:stop]
@@ -309,26 +289,25 @@ def _rows(source: Source, entry: LockEntry) -> Rows:
 
 
 def _read_back(source: Source, model: "PackedModel", say: Say) -> dict[str, int]:
-    """Decode every packed site from the files just written, compare the other tensors; returns what was equal.
+    """Compare every packed site, decoded from the written files, and every other tensor with the model.
+
+    A zero that lost its sign is counted and reported.
 
     Raises:
-        MaskError: a value is not the model's; a zero that lost its sign is counted, and said.
+        MaskError: a value of a packed site is not the model's.
         FormatError: another tensor is not the model's.
     """
     entries = source.lock.by_name()
     checks = {"bit_exact": 0, "signs_of_zeros_lost": 0, "tensors_equal": 0}
-    for name, record in model.records.items():
-        if record.layout == DENSE:
-            continue
-        lost = _compare(model.rows(name), _rows(source, entries[name]), record)
-        checks["signs_of_zeros_lost" if lost else "bit_exact"] += 1
-        if lost:
-            say(f"warning: {name}: {lost} zeros of negative sign were written as +0")
     copied: dict[Path, list[str]] = {}
-    dense = [name for name, record in model.records.items() if record.layout == DENSE]
     for name in source.folder.names:
-        if name not in entries or name in dense:
-            copied.setdefault(model.file_of(name).path, []).append(name)
+        if name in model.packed:
+            lost = _compare(model.rows(name), _rows(source, entries[name]), model.packed[name])
+            checks["signs_of_zeros_lost" if lost else "bit_exact"] += 1
+            if lost:
+                say(f"warning: {name}: {lost} zeros of negative sign were written as +0")
+        elif name in model.where or name not in entries:
+            copied.setdefault(model.where[name].path, []).append(name)
     for path, names in copied.items():
         check_copied(source.folder, names, path, source.as_exported)
         sites = sum(name in entries for name in names)
@@ -376,16 +355,16 @@ def open_files(folder: Path, manifest: Manifest) -> dict[str, Shard]:
 
 @dataclass(frozen=True)
 class PackedModel:
-    """The weights of such an export; its manifest is checked, its tensors are decoded when asked for.
+    """The tensors of an export whose manifest is checked; each is decoded when it is read.
 
     Attributes:
         where: the file of each stored tensor.
-        records: the sites, by name.
+        packed: the packed sites, by name.
         layouts: of the format.
     """
 
     where: dict[str, Shard]
-    records: dict[str, TensorRecord]
+    packed: dict[str, TensorRecord]
     layouts: Layouts
 
     @classmethod
@@ -393,7 +372,7 @@ class PackedModel:
         """Check the manifest's records against the files' headers.
 
         Raises:
-            FormatError: a layout that is unknown or cannot be; a part that is missing, in another file than the
+            FormatError: a layout that is unknown or not possible; a part that is missing, in another file than the
                 first, or of another shape.
         """
         where = open_files(folder, manifest)
@@ -401,7 +380,7 @@ class PackedModel:
         missing = paths.pop() if len(paths) == 1 else folder
         for index, record in enumerate(manifest.tensors):
             _check_record(record, layouts, f"{folder / MANIFEST}: tensors.{index}")
-            specs = layouts.specs(record)
+            specs = specs_of(record, layouts)
             first = specs[0][0] if specs else record.name
             for part in [part for part, _, _ in specs] or [record.name]:
                 if part not in where:
@@ -415,13 +394,13 @@ class PackedModel:
                         f"{where[part].path}: {part} is {info.dtype} {list(info.shape)}, "
                         f"expected {dtype} {list(shape)}"
                     )
-        return cls(where, {record.name: record for record in manifest.tensors}, layouts)
+        packed = {record.name: record for record in manifest.tensors if record.layout != DENSE}
+        return cls(where, packed, layouts)
 
     def file_of(self, name: str) -> Shard:
         """The file that holds a tensor of the model."""
-        record = self.records.get(name)
-        specs = self.layouts.specs(record) if record is not None else []
-        return self.where[specs[0][0] if specs else name]
+        packed = self.packed.get(name)
+        return self.where[specs_of(packed, self.layouts)[0][0] if packed else name]
 
     def rows(self, name: str) -> Rows:
         """The rows of a packed site.
@@ -429,8 +408,10 @@ class PackedModel:
         Raises (when rows are taken):
             FormatError: the metadata is invalid; names file, site, row and columns.
         """
-        shard = self.file_of(name)
-        decode = self.layouts.rows(shard, self.records[name])
+        shard, record = self.file_of(name), self.packed[name]
+        parts = [shard.read(part) for part, _, _ in specs_of(record, self.layouts)]
+        m, k = record.shape
+        decode = self.layouts[record.layout].rows(parts, (m, k))
 
         def rows(start: int, stop: int) -> Tensor:
             try:
@@ -440,82 +421,42 @@ class PackedModel:
 
         return rows
 
-    def weights(self) -> Weights:
-        """What `verify` reads."""
-
-        def scan(name: str, transposed: bool) -> Scan:
-            record = self.records.get(name)
-            if record is None or record.layout == DENSE:
-                return scan_stored(self.where[name], name, transposed=transposed)
-            return scan_tensor(self.rows(name)(0, record.shape[0]))
-
-        sites = {name: record.transposed for name, record in self.records.items()}
-        names = frozenset(self.decoded().shapes)
-        return Weights(names, scan, lambda name: self.file_of(name).name, lambda: sites)
-
     def decoded(self) -> Decoded:
         """The model's tensors, as the model stores them."""
-        packed = [record for record in self.records.values() if record.layout != DENSE]
-        parts = {part for record in packed for part, _, _ in self.layouts.specs(record)}
+        parts = {part for record in self.packed.values() for part, _, _ in specs_of(record, self.layouts)}
         shapes = {name: shard.info(name).shape for name, shard in self.where.items() if name not in parts}
-        for record in packed:
+        for name, record in self.packed.items():
             m, k = record.shape
-            shapes[record.name] = (k, m) if record.transposed else (m, k)
+            shapes[name] = (k, m) if record.transposed else (m, k)
 
         def read(name: str) -> Tensor:
-            record = self.records.get(name)
-            if record is None or record.layout == DENSE:
+            if name not in self.packed:
                 return self.where[name].read(name)
+            record = self.packed[name]
             weight = self.rows(name)(0, record.shape[0])
-            return weight.t().contiguous() if record.transposed else weight
+            return weight.t() if record.transposed else weight
 
-        return Decoded(shapes, read)
+        def stored(name: str) -> Shard | None:
+            return None if name in self.packed else self.where[name]
+
+        return Decoded(shapes, read, lambda name: self.file_of(name).name, stored)
 
 
 def _check_record(record: TensorRecord, layouts: Layouts, where: str) -> None:
     if record.layout == DENSE:
         return
-    if record.layout not in layouts.parts:
+    if record.layout not in layouts:
         raise FormatError(
-            f"{where}.layout: '{record.layout}', expected one of {', '.join((*layouts.parts, DENSE))}"
+            f"{where}.layout: '{record.layout}', expected one of {', '.join((*layouts, DENSE))}"
         )
     if len(record.shape) != 2 or record.shape[1] % 4:
-        raise FormatError(f"{where}.shape: {record.shape} is no matrix of whole groups of four")
+        raise FormatError(f"{where}.shape: {record.shape} is not a matrix of whole groups of four")
     try:
-        torch_dtype(record.dtype)
+        dtype = torch_dtype(record.dtype)
     except FormatError as error:
         raise FormatError(f"{where}.dtype: {error}") from None
-    if reason := layouts.refusal(record):
-        raise FormatError(f"{where}.layout: '{record.layout}', which cannot be: {reason}")
-
-
-Indices = npt.NDArray[np.int64]
-
-
-def gather(meta: Tensor, rows: Indices, groups: Indices) -> Tensor:
-    """Positions in row-major order, from metadata in another order.
-
-    Args:
-        meta: metadata, two nibbles a byte, the low one first; contiguous, on the CPU.
-        rows, groups: the nibble of group j of row i is number rows[i] + groups[j]; an even number of groups.
-
-    Returns:
-        (rows, groups/2) uint8, as in `Packed24`.
-    """
-    positions = torch.empty((len(rows), len(groups) // 2), dtype=torch.uint8)
-    data = meta.reshape(-1).view(torch.uint8).numpy()
-    compiled = kernels(positions)
-
-    def work(start: int, stop: int) -> None:
-        if compiled:
-            compiled.gather_nibbles(data, rows[start:stop], groups, positions[start:stop].numpy())
-            return
-        at = rows[start:stop, None] + groups
-        found = data[at >> 1] >> ((at & 1) << 2).astype(np.uint8) & 0xF
-        positions[start:stop] = torch.from_numpy(found[:, 0::2] | found[:, 1::2] << 4)
-
-    for_row_chunks(work, len(rows), 4 * len(groups))
-    return positions
+    if reason := layouts[record.layout].refusal(tuple(record.shape), dtype):
+        raise FormatError(f"{where}.layout: '{record.layout}', which is not possible: {reason}")
 
 
 def decoded_rows(neutral: Packed24, group: int = 4) -> Rows:

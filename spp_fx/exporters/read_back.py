@@ -15,7 +15,7 @@ from spp_fx.storage.safetensors import Shard
 
 _READ_BYTES = 256 << 20
 NOT_IN_TORCH = ("F6_E2M3", "F6_E3M2")
-"""dtypes whose tensors the library cannot hand out; their files are compared as wholes."""
+"""dtypes whose tensors the library cannot return; their stored bytes are compared."""
 
 
 def check_copied(
@@ -24,13 +24,11 @@ def check_copied(
     written: Path,
     expected: Callable[[str, Tensor], Tensor] = lambda _, value: value,
 ) -> int:
-    """Hold copied tensors of a written file to the model's, byte for byte; returns how many were compared.
+    """Compare copied tensors of a written file with the model's, byte for byte; returns how many.
 
     Args:
-        source: the model.
-        names: tensors that were copied; all of one shard if `written` is its copy.
-        written: a safetensors file that holds them.
-        expected: what becomes of a tensor on the way, given its name and the model's value.
+        written: a safetensors file that holds the tensors.
+        expected: the value that a tensor must have, given its name and the model's value.
 
     Raises:
         FormatError: a tensor differs; names the first byte.
@@ -39,12 +37,12 @@ def check_copied(
     for name in names:
         shard, info = source.info(name)
         if info.dtype in NOT_IN_TORCH:
-            same, where = Shard.open(written).difference(shard, name) is None, "it"
+            fault = "it" if Shard.open(written).difference(shard, name) else None
         else:
-            theirs, ours = library.read(shard.path, name), library.read(written, name)
-            same, where = _same(expected(name, theirs), ours)
-        if not same:
-            raise FormatError(f"{written}: {name}: {where} differs from {shard.path} after it was written")
+            theirs = expected(name, library.read(shard.path, name))
+            fault = difference(theirs, library.read(written, name))
+        if fault is not None:
+            raise FormatError(f"{written}: {name}: {fault} differs from {shard.path} after it was written")
         count += 1
     return count
 
@@ -58,9 +56,9 @@ def check_decoded(source: Source, decoded: Decoded) -> dict[str, int]:
     if stray := decoded.shapes.keys() ^ set(source.folder.names):
         raise MaskError(f"{min(stray)}: is in the export or in the model, not in both")
     for name in source.folder.names:
-        same, where = _same(source.stored(name), decoded.read(name))
-        if not same:
-            raise MaskError(f"{name}: decoded from the export, it is not the model's ({where})")
+        fault = difference(source.stored(name), decoded.read(name))
+        if fault is not None:
+            raise MaskError(f"{name}: decoded from the export, it is not the model's ({fault})")
     return {"tensors_equal": len(source.folder.names)}
 
 
@@ -93,28 +91,25 @@ class LibraryReader:
         return self._files[path]
 
 
-def _same(first: Tensor, second: Tensor) -> tuple[bool, str]:
-    if first.dtype != second.dtype or first.shape != second.shape:
-        return False, f"{second.dtype} {list(second.shape)}"
-    theirs, ours = (t.contiguous().reshape(-1).view(torch.uint8) for t in (first, second))
+def difference(expected: Tensor, found: Tensor) -> str | None:
+    """The first byte in which two tensors differ, in words; None where they are equal."""
+    if expected.dtype != found.dtype or expected.shape != found.shape:
+        return f"{found.dtype} {list(found.shape)}"
+    theirs, ours = (t.contiguous().reshape(-1).view(torch.uint8) for t in (expected, found))
     if torch.equal(theirs, ours):
-        return True, ""
-    return False, f"byte {int((theirs != ours).to(torch.uint8).argmax())}"
+        return None
+    return f"byte {int((theirs != ours).to(torch.uint8).argmax())}"
 
 
 def lost_signs(found: Tensor, expected: Tensor) -> int | None:
-    """How many zeros differ in sign alone; None where any other element differs in any bit, or the form does."""
+    """How many zeros differ in sign alone; None where any other element differs in any bit, or dtype or shape do."""
     if found.dtype != expected.dtype or found.shape != expected.shape:
         return None
-    if torch.equal(_bits(found), _bits(expected)):
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[found.element_size()]
+    ours, theirs = (tensor.contiguous().view(integer) for tensor in (found, expected))
+    if torch.equal(ours, theirs):
         return 0
-    differing = _bits(found) != _bits(expected)
+    differing = ours != theirs
     if bool((differing & ~((found == 0) & (expected == 0))).any()):
         return None
     return int(differing.sum())
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """The elements as integers of their width."""
-    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.contiguous().view(kinds[tensor.element_size()])

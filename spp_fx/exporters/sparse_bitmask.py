@@ -1,15 +1,15 @@
 """sparse-bitmask: any sparse model in compact safetensors that give its folder back bit for bit.
 
-The folder `sparse/` of the export mirrors the weight files of the model one to one, under their names: no
-server looks there, so that none loads values for weights. For each site NAME such a file holds
+The folder `sparse/` of the export has a compact file for each weight file of the model, under the same name. No
+server looks into that folder, so none loads values as weights. For each site NAME such a file holds
 
 | tensor       | shape             | dtype        | what                                                     |
 |--------------|-------------------|--------------|----------------------------------------------------------|
 | NAME.values  | [nnz]             | the weight's | elements whose bits are not all zero, in stored order    |
-| NAME.bitmask | [ceil(numel / 8)] | uint8        | which they are, flat in stored order, LSB first          |
+| NAME.bitmask | [ceil(numel / 8)] | uint8        | their positions, flat in stored order, LSB first         |
 
-and every other tensor as it is; `__metadata__` holds the header of the model's file as it was. The whole
-specification is docs/sparse-bitmask.md.
+and every other tensor as it is; `__metadata__` holds the header of the model's file. docs/sparse-bitmask.md is the
+specification.
 """
 
 from collections.abc import Iterator, Set
@@ -17,43 +17,29 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from spp_fx.errors import FormatError
-from spp_fx.exporters.format import (
-    Decoded,
-    ExportSettings,
-    Format,
-    Say,
-    Source,
-    TensorFile,
-    Tick,
-    Weights,
-    new_tensor_file,
-    register,
-)
-from spp_fx.exporters.manifest import COMPACT, MANIFEST, Manifest, TensorRecord, site_sizes, write_manifest
+from spp_fx.exporters.format import Decoded, Format, Say, Source, TensorFile, Tick, new_tensor_file, register
+from spp_fx.exporters.manifest import COMPACT, MANIFEST, Manifest, TensorRecord, site_sizes
 from spp_fx.exporters.read_back import LibraryReader, check_copied
 from spp_fx.parallel import in_order
 from spp_fx.sparsity.lock import LOCK_NAME, LockEntry
 from spp_fx.sparsity.packing import compress, count_ones, expand
-from spp_fx.sparsity.scan import Scan, scan_stored, scan_tensor
 from spp_fx.storage.folder import ModelFolder, within
-from spp_fx.storage.safetensors import BITS, Shard, TensorInfo, stored_nbytes, torch_dtype, torch_shape
-from spp_fx.storage.strict_json import parse_object, shown
+from spp_fx.storage.safetensors import BITS, Header, Shard, TensorInfo, parse_header, torch_dtype, torch_shape
+from spp_fx.storage.strict_json import shown
 from spp_fx.storage.writer import TensorSpec, copy_file, new_file, write_all, write_shards
-from spp_fx.version import VERSION as SPP_FX_VERSION
 
 NAME = "sparse-bitmask"
 VERSION = 1
 SPAN = 2 << 20
-"""Bytes of a tensor that one task works on: large against handing it to a thread, small against a cache."""
+"""Bytes of a tensor that one task works on: worth a task of a thread, and small against a cache."""
 
 _CHECKED_ELEMENTS = 1 << 20
 
@@ -75,45 +61,66 @@ def unsigned(data: Bytes, itemsize: int) -> NDArray[Any]:
     return data.view(np.dtype(f"<u{itemsize}"))
 
 
-# Writing
+@register(NAME)
+@dataclass(frozen=True)
+class SparseBitmask(Format):
+    """Values and bit masks: compact, any pattern, given back bit for bit by 'spp-fx unpack'."""
 
+    def write(self, source: Source, folder: Path, tick: Tick, say: Say) -> dict[str, Any]:
+        def write_one(shard: Shard, file: Path) -> dict[str, Any]:
+            written = write_shard(source, shard, file, tick)
+            return {"records": [record.model_dump(mode="json") for record in written.values()]}
 
-def write(source: Source, target: Path, settings: ExportSettings, tick: Tick, say: Say) -> dict[str, Any]:
-    del settings, say
-
-    def write_one(shard: Shard, file: Path) -> dict[str, Any]:
-        written = write_shard(source, shard, file, tick)
-        return {"records": [record.model_dump(mode="json") for record in written.values()]}
-
-    files = write_shards(source.folder, target / COMPACT, write_one, source.work)
-    every = (TensorRecord.model_validate(record) for facts in files for record in facts["records"])
-    records = {record.name: record for record in every}
-    # A manifest in the model's folder belongs to another export.
-    own = [name.as_posix() for name in source.folder.other_files() if name.as_posix() != MANIFEST]
-    copies = {name: target / name for name in own}
-    if source.folder.index is not None:
-        copies[source.folder.index] = target / COMPACT / source.folder.index
-    for name, copy in copies.items():
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy_file(source.folder.path / name, copy)
-    if LOCK_NAME not in own:
-        (target / LOCK_NAME).write_text(source.lock.dumps())
-    packed = [record for record in records.values() if record.layout == "bitmask"]
-    unpacked = sum(record.dense_bytes for record in records.values() if record.layout == "dense")
-    write_manifest(
-        target,
-        spp_fx_version=SPP_FX_VERSION,
-        format=NAME,
-        pattern=source.lock.pattern,
-        requirements={"version": VERSION, "model_has_lock": int(LOCK_NAME in own)},
-        tensors=[records[entry.name] for entry in source.lock.sites],
-        sizes=site_sizes(
+        files = write_shards(source.folder, folder / COMPACT, write_one, source.work)
+        written = [TensorRecord.model_validate(record) for facts in files for record in facts["records"]]
+        records = {record.name: record for record in written}
+        if source.folder.index is not None:
+            copy_file(source.folder.path / source.folder.index, folder / COMPACT / source.folder.index)
+        source.copy_small_files(folder)
+        has_lock = (source.folder.path / LOCK_NAME).is_file()
+        if has_lock:
+            copy_file(source.folder.path / LOCK_NAME, folder / LOCK_NAME)  # `unpack` gives back its bytes
+        sizes = site_sizes(
             sum(record.dense_bytes for record in records.values()),
-            unpacked + sum(int(record.details["bytes"]) for record in packed),
-            (target / COMPACT).rglob("*.safetensors"),
-        ),
-    )
-    return _check_written(source.folder, target / COMPACT, {record.name for record in packed})
+            sum(int(r.details.get("bytes", r.dense_bytes)) for r in records.values()),
+            (folder / COMPACT).rglob("*.safetensors"),
+        )
+        every = [records[entry.name] for entry in source.lock.sites]
+        requirements: dict[str, int | str] = {"version": VERSION, "model_has_lock": int(has_lock)}
+        source.finish(folder, NAME, every, requirements=requirements, sizes=sizes)
+        packed = {name for name, record in records.items() if record.layout == "bitmask"}
+        return _check_written(source.folder, folder / COMPACT, packed)
+
+    @classmethod
+    def decode(cls, folder: Path, manifest: Manifest) -> Decoded:
+        where = {name: shard for shard in open_shards(folder, manifest) for name in shard.tensors}
+        shapes = {name: shard.tensors[name].shape for name, shard in where.items()}
+
+        def stored(name: str) -> Shard | None:
+            return None if name in where[name].packed else where[name].shard
+
+        return Decoded(
+            shapes, lambda name: where[name].read(name), lambda name: where[name].shard.name, stored
+        )
+
+    @classmethod
+    def restore(cls, folder: Path, manifest: Manifest, target: Path, tick: Tick) -> bool:
+        for compact in open_shards(folder, manifest):
+            path = within(target, compact.shard.name.removeprefix(f"{COMPACT}/"))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with new_file(path) as out:
+                write_all(out, memoryview(compact.original.raw))
+                for name, info in compact.tensors.items():
+                    for block in compact.blocks(name):
+                        write_all(out, block.data)
+                    tick(name, info.nbytes)
+        for name in manifest.files:
+            if _is_weight_file(name) and name.endswith(".index.json"):
+                copy_file(within(folder, name), within(target, name.removeprefix(f"{COMPACT}/")))
+        return True
+
+
+# Writing
 
 
 def write_shard(source: Source, shard: Shard, target: Path, tick: Tick) -> dict[str, TensorRecord]:
@@ -213,7 +220,7 @@ def _check_written(model: ModelFolder, folder: Path, packed: Set[str]) -> dict[s
 
 
 def _check_site(values: Tensor, bits: Tensor, weight: Tensor, where: str) -> None:
-    """Where the mask has ones the weight holds the values, and elsewhere nothing."""
+    """Check that the weight holds the values where the mask has ones, and zero bits elsewhere."""
     kind = np.dtype(f"<u{weight.element_size()}")
     kept, stored = (t.contiguous().reshape(-1).view(torch.uint8).numpy().view(kind) for t in (values, weight))
     mask = np.asarray(bits.numpy())
@@ -241,37 +248,25 @@ def _check_site(values: Tensor, bits: Tensor, weight: Tensor, where: str) -> Non
 
 # Reading
 
-_Count = Annotated[int, Field(ge=0, lt=2**63)]
-
-
-class _Entry(BaseModel):
-    """A tensor in the header of a safetensors file."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    dtype: str
-    shape: Annotated[list[_Count], Field(max_length=64)]
-    data_offsets: Annotated[list[_Count], Field(min_length=2, max_length=2)]
-
-
-_ENTRIES = TypeAdapter(dict[str, _Entry])
-
 
 @dataclass(frozen=True)
 class CompactShard:
-    """A compact weight file whose header is known to describe the model's file in full.
+    """A compact weight file whose header was checked to describe the model's file in full.
 
     Attributes:
         shard: the compact file.
-        header: the bytes of the model's file before its tensors.
-        tensors: those of the model's file, in its order.
+        original: the header of the model's file.
         packed: the tensors that are stored as values and bitmask.
     """
 
     shard: Shard
-    header: bytes
-    tensors: dict[str, TensorInfo]
+    original: Header
     packed: frozenset[str]
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """The tensors of the model's file, in its order."""
+        return self.original.tensors
 
     @classmethod
     def open(cls, path: Path, name: str) -> "CompactShard":
@@ -281,10 +276,10 @@ class CompactShard:
             FormatError: names the file, the tensor and the fault.
         """
         shard = Shard.open(path, name)
-        header, tensors = _original(shard)
-        packed = frozenset(tensors.keys() - shard.header.tensors.keys())
+        original = _original(shard)
+        packed = frozenset(original.tensors.keys() - shard.header.tensors.keys())
         expected: dict[str, tuple[str, tuple[int, ...]]] = {}
-        for info in tensors.values():
+        for info in original.tensors.values():
             if info.name not in packed:
                 expected[info.name] = info.dtype, info.shape
                 continue
@@ -292,7 +287,7 @@ class CompactShard:
             if values is None:
                 raise FormatError(f"{path}: {shown(info.name)}: neither it nor its values are in the file")
             if BITS[info.dtype] % 8:
-                raise FormatError(f"{path}: {shown(info.name)}: an element of {info.dtype} is no whole byte")
+                raise FormatError(f"{path}: {shown(info.name)}: {info.dtype} does not take whole bytes")
             expected[values.name] = info.dtype, (prod(values.shape),)
             expected[f"{info.name}.bitmask"] = "U8", (-(-prod(info.shape) // 8),)
         for part, (dtype, shape) in expected.items():
@@ -301,11 +296,11 @@ class CompactShard:
                 what = "is missing" if found is None else f"is {found.dtype} {list(found.shape)}"
                 raise FormatError(f"{path}: {shown(part)}: {what}, expected {dtype} {list(shape)}")
         if stray := shard.header.tensors.keys() - expected.keys():
-            raise FormatError(f"{path}: {shown(min(stray))}: is no tensor of the model, nor a part of one")
-        return cls(shard, header, tensors, packed)
+            raise FormatError(f"{path}: {shown(min(stray))}: is not a tensor of the model, nor a part of one")
+        return cls(shard, original, packed)
 
     def holds_the_same(self, other: "CompactShard", name: str) -> bool:
-        """Whether two files hold a tensor of both in the same bytes, as a model may that is stored so."""
+        """Whether two files hold the same bytes of a tensor, which a model may store twice."""
         if (name in self.packed) != (name in other.packed):
             return False
         parts = (f"{name}.values", f"{name}.bitmask") if name in self.packed else (name,)
@@ -363,33 +358,13 @@ class CompactShard:
         return data.view(torch_dtype(info.dtype)).reshape(shape)
 
 
-def _original(shard: Shard) -> tuple[bytes, dict[str, TensorInfo]]:
-    """The header of the model's file and what it says, from the metadata of the compact one."""
+def _original(shard: Shard) -> Header:
+    """The header of the model's file, from the metadata of the compact one."""
     where, metadata = f"{shard.path}: __metadata__", shard.header.metadata
     if metadata.get("format") != NAME or metadata.get("version") != str(VERSION):
         raise FormatError(f"{where}: is not that of {NAME}, version {VERSION}")
-    raw = metadata.get("header", "").encode()
-    entries = parse_object(raw, f"{where}.header")
-    entries.pop("__metadata__", None)
-    try:
-        checked = _ENTRIES.validate_python(entries)
-    except ValidationError as error:
-        fault = error.errors()[0]
-        raise FormatError(f"{where}.header: {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from error
-    tensors: dict[str, TensorInfo] = {}
-    position = 0
-    for name, entry in sorted(checked.items(), key=lambda item: item[1].data_offsets):
-        start, end = entry.data_offsets
-        tensor = f"{where}.header: {shown(name)}"
-        if entry.dtype not in BITS:
-            raise FormatError(f"{tensor}: unknown dtype {shown(entry.dtype)}")
-        shape = tuple(entry.shape)
-        if start != position or end - start != stored_nbytes(entry.dtype, shape, tensor):
-            raise FormatError(f"{tensor}: its offsets do not follow from the tensors before it and its shape")
-        begin = 8 + len(raw)
-        tensors[name] = TensorInfo(name, entry.dtype, shape, begin + start, begin + end)
-        position = end
-    return len(raw).to_bytes(8, "little") + raw, tensors
+    text = metadata.get("header", "").encode()
+    return parse_header(len(text).to_bytes(8, "little") + text, f"{where}.header")
 
 
 def open_shards(folder: Path, manifest: Manifest) -> list[CompactShard]:
@@ -419,10 +394,7 @@ def open_shards(folder: Path, manifest: Manifest) -> list[CompactShard]:
         shard = where.get(record.name)
         if shard is None:
             continue
-        info, layout = (
-            shard.tensors[record.name],
-            "bitmask" if record.name in shard.packed else "dense",
-        )
+        info, layout = shard.tensors[record.name], "bitmask" if record.name in shard.packed else "dense"
         if (record.layout, record.dtype) != (layout, info.dtype):
             raise FormatError(
                 f"{path}: tensors.{index}: {record.layout} {record.dtype}, "
@@ -433,45 +405,3 @@ def open_shards(folder: Path, manifest: Manifest) -> list[CompactShard]:
 
 def _is_weight_file(name: str) -> bool:
     return name.startswith(f"{COMPACT}/") and name.endswith((".safetensors", ".safetensors.index.json"))
-
-
-def read(folder: Path, manifest: Manifest) -> Weights:
-    """The weights of an export, decoded from values and bitmask."""
-    where = {name: shard for shard in open_shards(folder, manifest) for name in shard.tensors}
-
-    def scan(name: str, transposed: bool) -> Scan:
-        shard = where[name]
-        if name not in shard.packed:
-            return scan_stored(shard.shard, name, transposed=transposed)
-        return scan_tensor(shard.read(name), transposed=transposed)
-
-    sites = {record.name: record.transposed for record in manifest.tensors}
-    return Weights(frozenset(where), scan, lambda name: where[name].shard.name, lambda: sites)
-
-
-def decode(folder: Path, manifest: Manifest) -> Decoded:
-    """The tensors of the model, bit for bit."""
-    where = {name: shard for shard in open_shards(folder, manifest) for name in shard.tensors}
-    shapes = {name: shard.tensors[name].shape for name, shard in where.items()}
-    return Decoded(shapes, lambda name: where[name].read(name))
-
-
-def restore(folder: Path, manifest: Manifest, target: Path, tick: Tick) -> None:
-    """Write the weight files of the model, and their index, byte for byte as they were."""
-    for compact in open_shards(folder, manifest):
-        path = within(target, compact.shard.name.removeprefix(f"{COMPACT}/"))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with new_file(path) as out:
-            write_all(out, memoryview(compact.header))
-            for name, info in compact.tensors.items():
-                for block in compact.blocks(name):
-                    write_all(out, block.data)
-                tick(name, info.nbytes)
-    for name in manifest.files:
-        if _is_weight_file(name) and name.endswith(".index.json"):
-            path = within(target, name.removeprefix(f"{COMPACT}/"))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            copy_file(within(folder, name), path)
-
-
-FORMAT = register(Format(NAME, write, read, decode=decode, restore=restore))

@@ -42,7 +42,7 @@ class Pass(ABC):
         """Raise PostconditionError unless the pass left what it promises."""
 
 
-PASSES = Registry[type[Pass]]("pass", "spp_fx.passes", package="spp_fx.passes")
+PASSES = Registry[type[Pass]]("pass", "spp_fx.passes")
 register = naming(PASSES)
 
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from spp_fx.options import check_options
+from spp_fx.options import check_options, check_values
 from spp_fx.pruning.select import keep, row_blocks
 from spp_fx.pruning.statistics import Inputs
 from spp_fx.registry import Registry, naming
@@ -15,13 +15,13 @@ from spp_fx.sparsity.pattern import Pattern
 
 @dataclass(frozen=True)
 class Criterion:
-    """A frozen dataclass whose fields are its options, each with `metadata={"help": ...}`.
+    """A frozen dataclass whose fields are its options, made by `options.option`.
 
     A criterion defines `score`, or `prune` where it is not a choice by scores; everything else has a default.
 
     Attributes:
         name: under which it was registered.
-        calibrated: it looks at inputs, `Inputs` that saw at least one token.
+        calibrated: needs input statistics: `Inputs` of at least one token.
         hessian: it needs X^T X of the inputs as well.
         by_row: an entry competes with those of its row alone, and its score depends on no other row; else
             unstructured patterns are chosen from the whole matrix.
@@ -33,12 +33,15 @@ class Criterion:
     hessian: ClassVar[bool] = False
     by_row: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        check_values(self, self.name)
+
     @property
     def reorders(self) -> bool:
         return False
 
     def check(self, columns: int, pattern: Pattern) -> None:
-        """Raise UsageError if a weight of so many inputs cannot be pruned to a pattern with these options."""
+        """Raise UsageError if a weight with this many inputs cannot be pruned to a pattern with these options."""
 
     def score(self, weight: Tensor, inputs: Inputs) -> Tensor:
         """A number for every entry of a weight (out, in): the largest are kept, among equals the earlier."""
@@ -64,7 +67,7 @@ class Criterion:
         return None
 
 
-CRITERIA = Registry[type[Criterion]]("pruning method", "spp_fx.criteria", package="spp_fx.pruning.criteria")
+CRITERIA = Registry[type[Criterion]]("pruning method", "spp_fx.criteria")
 register = naming(CRITERIA)
 
 

@@ -89,10 +89,10 @@ def outside_of_layers(program: Program, sites: Iterable[str]) -> dict[str, str]:
         layer = program.sites[name].layer
         if layer not in program.units:
             reasons[name] = (
-                "lies outside of the decoder layers, where nothing is calibrated; magnitude takes it"
+                "is outside the decoder layers, where nothing is calibrated; prune it with --method magnitude"
             )
         elif any(not f"{use.path}.".startswith(f"{layer}.") for use in uses.get(name, [])):
-            reasons[name] = "is shared by several layers, so there is no one layer to calibrate it in"
+            reasons[name] = "is shared by several layers, so no single layer can calibrate it"
     return reasons
 
 

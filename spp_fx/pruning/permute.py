@@ -26,7 +26,7 @@ POINTWISE = frozenset(
         "maximum", "dropout", "to", "_to_copy", "contiguous", "clone", "alias", "detach",
     )
 )  # fmt: skip
-"""Operations whose result at a place depends on their operands at that place alone."""
+"""Elementwise operations."""
 RESHAPES = frozenset((aten.view, aten.reshape, aten._unsafe_view))
 """Operations that keep every row where they keep the last dimension."""
 
@@ -119,7 +119,7 @@ def _producers(program: Program, name: str, value: Value, values: list[Value]) -
     biases = [bias for each in found for bias in each.inputs[2:]]
     readers = [_parameter(each) for each in values]
     if any(len(bias.users) != 1 or readers.count(_parameter(bias)) != 1 for bias in biases):
-        return "a bias before it is no parameter of its own"
+        return "a bias before it is not a parameter of its own"
     return Producers(
         tuple(sorted(each.node.meta[SITE] for each in found)),
         tuple(sorted(str(_parameter(bias)) for bias in biases)),

@@ -162,14 +162,14 @@ def prune_matrix(
     """
     where = site if expert is None else f"{site}, expert {expert}"
     if not all(bool(part.isfinite().all()) for (part,) in row_blocks(weight)):
-        raise PatternError(f"{where}: holds NaN or infinity; it cannot be pruned")
+        raise PatternError(f"{where}: holds NaN or infinity and cannot be pruned")
     seen = inputs or Inputs(weight.shape[1])
     notes: list[str] = []
     if inputs is not None and inputs.dead:
         notes.append(f"{inputs.dead} of its {inputs.features} inputs were always 0")
     criterion = recipe.criterion
     if recipe.calibrated and not seen.tokens:
-        notes = ["saw no token: pruned by magnitude"]
+        notes = ["received no token: pruned by magnitude"]
         criterion, repair = Magnitude(), None
     else:
         repair = recipe.repair
@@ -221,11 +221,11 @@ def patterns_of(
     for ratio in ratios:
         target, at, text = ratio.rpartition("@")
         if not at or not target:
-            raise UsageError(f"'{ratio}' is no ratio; write NAME@PATTERN, such as down_proj@4:8")
+            raise UsageError(f"'{ratio}' is not a ratio; write NAME@PATTERN, such as down_proj@4:8")
         rules.append((target, parse_pattern(text)))
     for target, _ in rules:
         if not any(is_target(name, target) for name in (*names, *skipped)):
-            raise UsageError(f"'{target}' names no site that is to be pruned")
+            raise UsageError(f"'{target}' names no site to prune")
     patterns = {
         name: next((p for target, p in reversed(rules) if is_target(name, target)), default) for name in names
     }
@@ -249,7 +249,7 @@ def check_patterns(sites: Mapping[str, Site], patterns: Mapping[str, Pattern], c
     ]
     if wrong:
         raise PatternError(
-            f"{wrong[0]}: its {sites[wrong[0]].in_features} inputs are no multiple of the group of "
+            f"{wrong[0]}: its {sites[wrong[0]].in_features} inputs are not a multiple of the group of "
             f"{patterns[wrong[0]]}, which cannot hold ({len(wrong)} of {len(patterns)} sites); choose another "
             "pattern, or leave it out with --skip"
         )

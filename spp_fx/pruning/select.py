@@ -10,7 +10,7 @@ from spp_fx.errors import PatternError
 from spp_fx.sparsity.pattern import NM, Pattern
 
 BLOCK_ELEMENTS = 1 << 20
-"""What is looked at in one go: everything beside a weight and its mask stays this small."""
+"""Elements per block of rows: temporaries are bounded by this, not by the weight."""
 
 
 def row_blocks(*matrices: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -35,7 +35,9 @@ def keep_of_groups(score: Tensor, pattern: NM) -> Tensor:
     """
     out, columns = score.shape
     if columns % pattern.group:
-        raise PatternError(f"its {columns} inputs are no multiple of {pattern.group}, {pattern} cannot hold")
+        raise PatternError(
+            f"its {columns} inputs are not a multiple of {pattern.group}, so {pattern} cannot hold"
+        )
     kept = torch.zeros(out, columns, dtype=torch.bool, device=score.device)
     for part, target in row_blocks(score, kept):
         groups = part.reshape(-1, pattern.group)
@@ -51,7 +53,7 @@ def keep_of_matrix(score: Tensor, share: Fraction) -> Tensor:
 
 
 def keep_all_but(score: Tensor, count: int) -> Tensor:
-    """All but so many smallest of the whole matrix; among equals the earlier are kept."""
+    """All but the `count` smallest of the whole matrix; among equals the earlier are kept."""
     flat = _comparable(score).flatten()
     if count == 0:
         return torch.ones_like(score, dtype=torch.bool)

@@ -15,7 +15,7 @@ from spp_fx.pruning.select import row_blocks
 
 BLOCK_ELEMENTS = 1 << 22
 KEPT_TOKENS = 512
-"""Inputs of so many tokens, spread over the samples, are kept to measure what pruning does to outputs."""
+"""Tokens whose inputs are kept, spread over the samples, to measure the output error of pruning."""
 
 
 class Inputs:

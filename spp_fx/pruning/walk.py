@@ -63,8 +63,8 @@ class MemoryStates:
 class FileStates:
     """States in a file for each layer, which a process that was killed leaves behind whole.
 
-    A file holds the tensors of sample after sample; what is no tensor (a size) is the same for each and
-    lies in a small file beside it, with the shapes.
+    A file holds the tensors of sample after sample; values that are not tensors (sizes) are the same for each and
+    are stored with the shapes in a small JSON file beside it.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -1,11 +1,4 @@
-"""Running what was exported.
-
-    model = spp_fx.runtime.load("my-model-cusparselt", device="cuda")
-    model.generate(...)
-
-`load` gives the Hugging Face model of an export folder; `model.spp_fx_sites` says of each of its sparse
-weights whether it runs packed, and why not where it does not.
-"""
+"""Running exported models with Hugging Face: `load`."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -14,7 +7,7 @@ if TYPE_CHECKING:
     from spp_fx.runtime.loader import load
     from spp_fx.runtime.trust import PackWarning, SiteForm
 
-# Imported on first use: transformers takes seconds, and the checks of packs need torch alone.
+# Imported on first use: transformers takes seconds to import, and the checks of packs need torch alone.
 _HOMES = {
     "PackWarning": "spp_fx.runtime.trust",
     "SiteForm": "spp_fx.runtime.trust",

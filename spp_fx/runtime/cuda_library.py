@@ -1,12 +1,8 @@
-"""The libraries that multiply by 2:4 weights on a GPU, as far as a loader needs them.
-
-Both are reached through PyTorch's wrappers (torch/sparse/semi_structured.py), which can be built straight
-from packed bytes. Nothing here needs more than torch.
-"""
+"""cuSPARSELt and CUTLASS through PyTorch's sparse tensors, which are built from packed bytes; needs torch alone."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
@@ -18,27 +14,16 @@ from torch.sparse import (
 )
 
 from spp_fx.errors import FormatError
-
-# Their constructors are typed as those of plain tensors.
-_CUSPARSELT = cast(Any, SparseSemiStructuredTensorCUSPARSELT)
-_CUTLASS = cast(Any, SparseSemiStructuredTensorCUTLASS)
+from spp_fx.exporters.cutlass_layout import FORMS
 
 ALG_ID: Final = 0
-"""The algorithm that packs are made for and multiplied by: PyTorch's default."""
+"""cuSPARSELt's algorithm, PyTorch's default, with which packs are multiplied."""
 OLDEST_CUSPARSELT: Final = 600
 """0.6.0: the order of metadata in a pack is known from this version on."""
 
-#: For each element type of a CUTLASS pack, that of its metadata and how many columns one entry describes.
-_CUTLASS_META: Final[dict[torch.dtype, tuple[torch.dtype, int]]] = {
-    torch.float16: (torch.int16, 16),
-    torch.bfloat16: (torch.int16, 16),
-    torch.int8: (torch.int32, 32),
-    torch.float32: (torch.int16, 8),
-}
-
 
 class Library(Protocol):
-    """What a loader asks of a library on one GPU.
+    """A library that multiplies by 2:4 weights on one GPU.
 
     Attributes:
         name: with its version, such as "cuSPARSELt 0.7.1".
@@ -56,25 +41,25 @@ class Library(Protocol):
     def sm(self) -> int: ...
 
     def refusal(self) -> str | None:
-        """Why the library cannot be used here at all, None where it can."""
+        """Why the library cannot be used here, None where it can."""
         ...
 
     def wrap(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
-        """A weight (out, in) of its packed parts as they are stored, without recompression."""
+        """A weight (out, in) made of its stored packed parts, without compressing it again."""
         ...
 
     def repack(self, dense: Tensor) -> Tensor:
-        """A weight (out, in) packed by the library itself."""
+        """A weight (out, in) that the library packs itself."""
         ...
 
     def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x (tokens, in) by what `wrap` or `repack` made: (tokens, out). RuntimeError where it refuses."""
+        """x (tokens, in) times a weight of `wrap` or `repack`: (tokens, out); RuntimeError where that fails."""
         ...
 
 
 @dataclass(frozen=True)
 class _Cuda:
-    """What both libraries have in common: the GPU, and PyTorch's own way to pack and to multiply."""
+    """The GPU, and PyTorch's own packing and product, which both libraries share."""
 
     on: torch.device
 
@@ -96,7 +81,7 @@ class _Cuda:
 
 @dataclass(frozen=True)
 class CuSparseLt(_Cuda):
-    """NVIDIA's cuSPARSELt: `packed` (m, 9k/16), the values and after them the metadata."""
+    """NVIDIA's cuSPARSELt; `packed` is (m, 9k/16), values, then metadata."""
 
     @property
     def name(self) -> str:
@@ -114,46 +99,43 @@ class CuSparseLt(_Cuda):
     def wrap(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
         packed, (m, k) = parts["packed"], shape
         _check("packed", packed, (m, 9 * k // 16), packed.dtype)
-        return _CUSPARSELT(
-            torch.Size(shape),
-            packed=packed,
-            meta=None,
-            packed_t=None,
-            meta_t=None,
-            compressed_swizzled_bitmask=None,
-            fuse_transpose_cusparselt=False,
-            alg_id_cusparselt=ALG_ID,
-            requires_grad=False,
-        )
+        options = {"fuse_transpose_cusparselt": False, "alg_id_cusparselt": ALG_ID}
+        return _sparse(SparseSemiStructuredTensorCUSPARSELT, shape, packed, None, **options)
 
 
 @dataclass(frozen=True)
 class Cutlass(_Cuda):
-    """The CUTLASS kernels in PyTorch itself: `packed` (m, k/2), the values, and `meta`, in CUTLASS' order."""
+    """The CUTLASS kernels of PyTorch; `packed` is (m, k/2), the values, and `meta` is in CUTLASS' order."""
 
     @property
     def name(self) -> str:
         return f"CUTLASS of torch {torch.__version__}"
 
     def refusal(self) -> str | None:
-        return None  # which GPUs its kernels run on is for the kernels to say
+        return None  # the kernels themselves raise where they do not run
 
     def wrap(self, parts: Mapping[str, Tensor], shape: tuple[int, int]) -> Tensor:
         packed, meta, (m, k) = parts["packed"], parts["meta"], shape
-        if packed.dtype not in _CUTLASS_META:
+        form = FORMS.get(packed.dtype)
+        if form is None:
             raise FormatError(f"CUTLASS packs hold no {packed.dtype}; export the model again")
-        dtype, columns = _CUTLASS_META[packed.dtype]
         _check("packed", packed, (m, k // 2), packed.dtype)
-        _check("meta", meta, (m, k // columns), dtype)
-        return _CUTLASS(
-            torch.Size(shape),
-            packed=packed,
-            meta=meta,
-            packed_t=None,
-            meta_t=None,
-            compressed_swizzled_bitmask=None,
-            requires_grad=False,
-        )
+        _check("meta", meta, (m, k // form.columns), form.meta)
+        return _sparse(SparseSemiStructuredTensorCUTLASS, shape, packed, meta)
+
+
+def _sparse(cls: Any, shape: tuple[int, int], packed: Tensor, meta: Tensor | None, **options: Any) -> Tensor:
+    """A sparse tensor of PyTorch made of its packed parts, which have no transposed form."""
+    return cls(
+        torch.Size(shape),
+        packed=packed,
+        meta=meta,
+        packed_t=None,
+        meta_t=None,
+        compressed_swizzled_bitmask=None,
+        requires_grad=False,
+        **options,
+    )
 
 
 def version_text(version: int) -> str:

@@ -1,4 +1,4 @@
-"""load: the Hugging Face model of an export folder, its sparse weights packed where a GPU can use them."""
+"""load: the Hugging Face model of an export folder, with packed weights where a GPU can use them."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from spp_fx.errors import FormatError, UsageError
-from spp_fx.exporters.format import FORMATS, Decoded, find_format
+from spp_fx.exporters.format import FORMATS, Decoded, decoding_formats
 from spp_fx.exporters.manifest import MANIFEST, Manifest, TensorRecord, read_manifest
 from spp_fx.exporters.packed import open_files
 from spp_fx.graph.binding import Binding, Parameter, StoredMatrix, assemble, bind
@@ -26,7 +26,7 @@ from spp_fx.storage.safetensors import Shard, torch_dtype
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """What an export stores for each parameter and stored buffer of a model.
+    """The stored tensors of each parameter and stored buffer of a model.
 
     Attributes:
         folder: the export.
@@ -34,8 +34,8 @@ class StoredWeights:
         decoded: the tensors.
         slots: parameters and stored buffers.
         binding: which tensors make up which slot.
-        dtypes: what each slot is computed in, as from_pretrained(dtype="auto") has it.
-        shared: the parameters, each by all the names that it has.
+        dtypes: of each slot, as from_pretrained(dtype="auto") chooses it.
+        shared: for each parameter, all its names.
     """
 
     folder: Path
@@ -53,7 +53,7 @@ class StoredWeights:
         return cls(folder, model, decoded, slots, binding, _dtypes(model), _shared(model))
 
     def single(self, name: str) -> str | None:
-        """The stored tensor that is a parameter as it is; None where several make it up, or none."""
+        """The stored tensor that is a parameter; None where several make it up, or none."""
         matrices = self.binding.matrices.get(name, ())
         return matrices[0].tensor if len(matrices) == 1 and matrices[0].expert is None else None
 
@@ -61,7 +61,7 @@ class StoredWeights:
         """A parameter or buffer in its dtype, contiguous, on a device.
 
         Raises:
-            FormatError: nothing is stored for it, or a tensor of a type that is no weight by itself.
+            FormatError: nothing is stored for it, or a tensor of a type that needs scales.
         """
         dtype = self.dtypes[name]
         tensor = assemble(self._matrices(name), self.slots[name].shape, self.decoded.read)
@@ -76,7 +76,7 @@ class StoredWeights:
         """Give every parameter and buffer of the model its values, on a device; each is read once.
 
         Args:
-            made: weights that are there already, by parameter; they have no other name.
+            made: weights by parameter that need not be read; they have no other name.
         """
         for names in self.shared:
             stored = [name for name in names if name in self.binding.matrices] or [names[0]]
@@ -85,7 +85,7 @@ class StoredWeights:
             for name in names:
                 own = parameter
                 if name in stored[1:]:
-                    # As from_pretrained has it: what is stored under both names and differs is not shared.
+                    # As in from_pretrained: tensors stored under both names that differ are not shared.
                     other = self.read(name, device)
                     own = parameter if torch.equal(first, other) else nn.Parameter(other, requires_grad=False)
                 owner, attribute = owner_of(self.model, name)
@@ -108,12 +108,6 @@ def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(path), attribute
 
 
-def first_floating(decoded: Decoded) -> torch.dtype | None:
-    """What from_pretrained(dtype="auto") makes a model of whose configuration says no dtype."""
-    tensors = (decoded.read(name) for name in decoded.shapes)
-    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
-
-
 def _shared(model: nn.Module) -> tuple[tuple[str, ...], ...]:
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -122,7 +116,7 @@ def _shared(model: nn.Module) -> tuple[tuple[str, ...], ...]:
 
 
 def _dtypes(model: PreTrainedModel) -> dict[str, torch.dtype]:
-    """The dtypes that the model was built in, but for what transformers keeps in float32."""
+    """The dtypes that the model was built in, float32 where transformers keeps that."""
     main = cast(torch.dtype, model.config.dtype)
     kept = [re.compile(glob.replace("*", ".*")) for glob in model._get_dtype_plan(main)]
 
@@ -138,7 +132,7 @@ PARTS: Final[dict[str, tuple[str, ...]]] = {
     "neutral": (),
     "cutlass": ("packed", "meta"),
 }
-"""The layouts that a library has a product for, and the stored tensors of a pack, NAME.PART."""
+"""The layouts that a library multiplies by, and the stored tensors NAME.PART of a pack."""
 
 
 def dense_reason(record: TensorRecord, name: str | None, stored: StoredWeights) -> str | None:
@@ -149,7 +143,7 @@ def dense_reason(record: TensorRecord, name: str | None, stored: StoredWeights) 
         return "it is part of a stack, the libraries take one matrix"
     owner, attribute = owner_of(stored.model, name)
     if type(owner).forward is not nn.Linear.forward or attribute != "weight" or record.transposed:
-        return f"its module is a {type(owner).__name__}, no plain linear"
+        return f"its module is a {type(owner).__name__}, not a plain linear"
     others = next(names for names in stored.shared if name in names)
     if len(others) > 1:
         return f"it is shared by {' and '.join(others)}"
@@ -170,7 +164,7 @@ def packed_site(
     parts = PARTS[record.layout]
     sm = manifest.requirements.get("sm")
     if sm is not None and not isinstance(sm, int):
-        raise FormatError(f"{stored.folder / MANIFEST}: requirements.sm: {sm!r} is no number")
+        raise FormatError(f"{stored.folder / MANIFEST}: requirements.sm: {sm!r} is not a number")
 
     def read_parts() -> dict[str, Tensor]:
         names = {part: f"{record.name}.{part}" for part in parts}
@@ -190,7 +184,7 @@ def packed_site(
 
 
 Libraries = Callable[[str], Library]
-"""The library for a layout of `sites.PARTS`."""
+"""The library for a layout of `PARTS`."""
 
 
 @links_option
@@ -206,20 +200,20 @@ def load(
     On a CPU every weight is decoded to dense, and logits equal those of the model folder that was exported
     to the bit. On a CUDA device the weights of `cusparselt` and `cutlass` exports become
     torch.sparse.SparseSemiStructuredTensor, built straight from the packed bytes once the first of each
-    shape was compared with the dense product on that GPU; a pack that is not trusted is packed anew there, or
+    shape was compared with the dense product on that GPU. A weight whose pack fails is packed again there, or
     runs dense, with a `PackWarning`. `model.spp_fx_sites` holds the `SiteForm` of each sparse weight.
 
     Args:
         export_folder: of format cusparselt, cutlass, sparse-bitmask or safetensors.
         device: where the model is to run.
         trust_remote_code: whether the folder's own model code may run.
-        allow_links: follow symbolic links that leave a folder; see `checkpoint.links`.
+        allow_links: follow symbolic links that leave a folder; see `storage.links`.
 
     Returns:
         The model in eval mode, without gradients, in the dtype that from_pretrained(dtype="auto") gives it.
 
     Raises:
-        UsageError: no export folder, an export that is a program of its own (onnx), or no such device.
+        UsageError: not an export folder, an export that is a program of its own (onnx), or no such device.
         FormatError: a file is damaged, or the export lacks a tensor of the model.
     """
     target = _device(device)
@@ -235,7 +229,7 @@ def cuda_library(layout: str, device: torch.device) -> Library:
 def load_with(
     folder: Path, device: torch.device, libraries: Libraries | None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """`load`, with the libraries that it is to use; None decodes every weight to dense."""
+    """`load` with given libraries; None decodes every weight to dense."""
     manifest = _manifest(folder)
     stored = _hollow(folder, decode(folder, manifest), trust_remote_code)
     forms: dict[str, SiteForm] = {}
@@ -269,24 +263,23 @@ def decode(folder: Path, manifest: Manifest) -> Decoded:
     """The model's tensors out of an export.
 
     Raises:
-        UsageError: the format is a program of its own, which no tensors are taken from.
+        UsageError: the format is a program of its own.
     """
-    format = find_format(manifest.format)
-    if format.decode is not None:
+    format = FORMATS.find(manifest.format)
+    if not format.program:
         return format.decode(folder, manifest)
     program = next((name for name in manifest.files if name.endswith(".onnx")), None)
     run = f"run {folder / program} with onnxruntime" if program else "run it with what it was made for"
-    loadable = ", ".join(sorted(other.name for other in FORMATS.values() if other.decode is not None))
     raise UsageError(
         f"{folder}: an export of format {manifest.format} is a program of its own: {run}, or export the model "
-        f"in a format that can be loaded ({loadable})"
+        f"in a format that can be loaded ({decoding_formats()})"
     )
 
 
 def _manifest(folder: Path) -> Manifest:
     if not (folder / MANIFEST).is_file():
-        what = "has no export.json; make an export of it with 'spp-fx export', or load it with transformers"
-        raise UsageError(f"{folder}: {what if folder.is_dir() else 'there is no such folder'}")
+        what = "has no export.json; export it with 'spp-fx export', or load it with transformers"
+        raise UsageError(f"{folder}: {what if folder.is_dir() else 'does not exist'}")
     return read_manifest(folder)
 
 
@@ -308,7 +301,11 @@ def _hollow(folder: Path, decoded: Decoded, trust_remote_code: bool) -> StoredWe
     """The folder's model without weights, and where they are."""
     config = ModelFolder.open(folder, weights=False).config
     check_causal(folder, "runtime.load")
-    unsaid = config.get("dtype", config.get("torch_dtype")) is None
-    dtype = first_floating(decoded) if unsaid else None
+    dtype = None
+    if (
+        config.get("dtype", config.get("torch_dtype")) is None
+    ):  # from_pretrained(dtype="auto") takes the weights'
+        tensors = (decoded.read(name) for name in decoded.shapes)
+        dtype = next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
     model = hollow_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
     return StoredWeights.find(folder, model, decoded)

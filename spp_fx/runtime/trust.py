@@ -1,9 +1,9 @@
 """Which form of a sparse weight runs on a GPU, and whether its products equal those of the dense weight.
 
-Two looks, on the GPU that is to be trusted. Unit vectors first: each product is one column of the weight,
-1 w and zeros, which no accumulation order can round, so for 16-bit types it must be the weight to the bit,
-and one misplaced entry shows. Then random inputs of some token counts, padded ones among them, checked
-against the error bound of an inner product (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., eq. 3.5):
+Products are compared on the GPU that they are to run on. Unit vectors first: each product is one column of the
+weight, 1 w and zeros, which no accumulation order can round, so for 16-bit types it must be the weight to the bit,
+and one misplaced entry shows. Then random inputs of some token counts, padded ones among them, within the
+error bound of an inner product (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., eq. 3.5):
 
     |y - x w| <= u |x w| + n 2^-23 |x| |w|
 
@@ -11,15 +11,14 @@ with n terms, u the spacing of the output type (a library may truncate where PyT
 accumulation in float32 without rounding to nearest. Products of two 16-bit numbers are exact in float32.
 float32 weights run on tensor cores as TF32, ten bits of mantissa: each operand is off by up to 2^-10.
 
-A pack is tied to the GPU and to the library, whose layout is not documented, so it is untrusted until checked:
-the first weight of each shape is compared with the dense product (`product_fault`), and the result holds for
-that shape as long as the process lives.
+The layout of a pack depends on the GPU and the library and is not documented, so a pack is untrusted until the first
+weight of its shape was compared; the result holds for that shape as long as the process lives.
 """
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -29,9 +28,9 @@ from spp_fx.runtime.cuda_library import Library
 TOKENS: Final = (1, 16, 100)
 """Token counts of the random inputs: libraries pad to multiples of 8 or 16."""
 UNIT_VECTORS: Final = 1024
-"""How many are multiplied at a time."""
+"""Unit vectors in one product."""
 ROWS: Final = 1024
-"""Rows of the weight that are held in float64 at a time."""
+"""Rows of the weight in float64 at a time."""
 ACCUMULATION: Final = 2.0**-23
 TF32: Final = 2.0**-10
 
@@ -108,16 +107,16 @@ Form = Literal["packed", "repacked", "dense"]
 
 
 class PackWarning(UserWarning):
-    """A weight does not run from the pack that the export holds; names it, the reason, and what runs instead."""
+    """A weight does not run from its stored pack; names the weight, the reason, and what runs instead."""
 
 
 @dataclass(frozen=True)
 class SiteForm:
-    """How a sparse weight runs.
+    """The form in which a sparse weight runs.
 
     Attributes:
         form: `packed` from the stored bytes, `repacked` by the library at load, or `dense`.
-        reason: why it does not run from the stored bytes; None where it does.
+        reason: why it is not `packed`; None where it is.
     """
 
     form: Form
@@ -132,9 +131,9 @@ class PackedSite:
         name: the checkpoint's name of the weight.
         shape: (out, in) of the dense weight.
         dtype: of the weight.
-        layout: what the bytes depend on, in words.
+        layout: of the stored bytes, and the version of spp-fx that wrote them.
         sm: the compute capability that it is packed for, None where the pack does not depend on it.
-        unpacked: why the export holds no pack of it, None where it does.
+        unpacked: why the export holds no pack of it, None where it holds one.
         parts: reads the stored tensors of the pack onto the GPU, by part.
         dense: reads the decoded weight onto the GPU.
     """
@@ -149,25 +148,10 @@ class PackedSite:
     dense: Callable[[], Tensor]
 
 
-@dataclass(frozen=True)
-class Case:
-    """What a decision holds for."""
-
-    device: str
-    library: str
-    layout: str
-    sm: int | None
-    unpacked: str | None
-    shape: tuple[int, int]
-    dtype: torch.dtype
-
-
+Case: TypeAlias = tuple[object, ...]
+"""The device, library, layout, shape and so on that a decision holds for."""
 DECIDED: dict[Case, SiteForm] = {}
-"""What was found in this process."""
-
-
-def case_of(site: PackedSite, library: Library) -> Case:
-    return Case(library.device, library.name, site.layout, site.sm, site.unpacked, site.shape, site.dtype)
+"""The decisions of this process."""
 
 
 def decide(
@@ -178,21 +162,22 @@ def decide(
     Args:
         sites: of one export.
         library: on the GPU that they are to run on.
-        decided: what is known already; grows.
+        decided: earlier decisions; new ones are added.
     """
     cases: dict[Case, list[PackedSite]] = {}
     for site in sites:
-        cases.setdefault(case_of(site, library), []).append(site)
+        case = (library.device, library.name, site.layout, site.sm, site.unpacked, site.shape, site.dtype)
+        cases.setdefault(case, []).append(site)
     for case, members in cases.items():
         if case not in decided:
             decided[case] = _examine(members[0], library)
         if decided[case].form != "packed":
-            warnings.warn(_tell(members, decided[case]), PackWarning, stacklevel=4)  # who calls `load`
+            warnings.warn(_warning(members, decided[case]), PackWarning, stacklevel=4)  # the caller of `load`
     return {site.name: decided[case] for case, members in cases.items() for site in members}
 
 
 def make_weight(site: PackedSite, form: Form, library: Library) -> Tensor:
-    """The weight in the form that was decided on, on the GPU."""
+    """The weight in a form, on the GPU."""
     if form == "packed":
         return library.wrap(site.parts(), site.shape)
     return library.repack(site.dense()) if form == "repacked" else site.dense()
@@ -208,7 +193,7 @@ def _examine(site: PackedSite, library: Library) -> SiteForm:
     again = _fault(lambda: library.repack(dense), dense, library)
     if again is None:
         return SiteForm("repacked", reason)
-    return SiteForm("dense", reason if again == reason else f"{reason}; packed anew: {again}")
+    return SiteForm("dense", reason if again == reason else f"{reason}; packed again: {again}")
 
 
 def _other_sm(site: PackedSite, library: Library) -> str | None:
@@ -224,17 +209,17 @@ def _fault(make: Callable[[], Tensor], dense: Tensor, library: Library) -> str |
         weight = make()
         return product_fault(lambda x: library.multiply(x, weight), dense)
     except torch.OutOfMemoryError:
-        raise  # it is a RuntimeError too, but no verdict on the pack
+        raise  # it is a RuntimeError too, but says nothing about the pack
     except (RuntimeError, TypeError) as error:  # TypeError: another release of torch has other arguments
         said = next(iter(str(error).strip().splitlines()), type(error).__name__)
         return f"{library.name} on {library.device} refuses it: {said}"
 
 
-def _tell(sites: list[PackedSite], found: SiteForm) -> str:
+def _warning(sites: list[PackedSite], found: SiteForm) -> str:
     first, (m, k) = sites[0], sites[0].shape
     others = f" and {len(sites) - 1} more" if len(sites) > 1 else ""
     dtype = str(first.dtype).removeprefix("torch.")
-    instead = "it was packed anew" if found.form == "repacked" else "it runs dense, without the gain of 2:4"
+    instead = "it was packed again" if found.form == "repacked" else "it runs dense, without the gain of 2:4"
     return (
         f"{first.name}{others} ({m} x {k}, {dtype}): the stored pack is not used: {found.reason}; {instead}"
     )

@@ -1,4 +1,5 @@
-"""`kernels.scan_elements` as machine code, which llvmlite makes from LLVM assembly in some 20 ms.
+"""`kernels.scan_elements` and `kernels.count_in_words` as machine code, which llvmlite compiles from LLVM assembly
+in about 20 ms each.
 
 A comparison of 64 lanes whose result is read as a 64-bit integer is one or two instructions on AVX-512 and a few
 more on other CPUs, so one definition serves every CPU. numba cannot express it, and importing numba
@@ -13,11 +14,18 @@ import numpy as np
 from llvmlite import binding
 from numpy.typing import NDArray
 
-from spp_fx.sparsity.kernels import ElementType, ScanElements, scan_elements
+from spp_fx.sparsity.kernels import (
+    CountInWords,
+    ElementType,
+    FieldSums,
+    ScanElements,
+    count_in_words,
+    scan_elements,
+)
 
 # 64 elements of W bits become one mask word in each turn. `found` receives how many are non-zero and how many are
 # non-finite: those whose magnitude is `start` to `start + span - 1`, by one unsigned comparison that wraps around.
-_ASSEMBLY = """
+_SCAN_ELEMENTS = """
 define void @scan(ptr %elements, i64 %words, ptr %rule, ptr %mask, ptr %found) {
 entry:
   %rule.values = load <3 x iW>, ptr %rule, align 1
@@ -61,6 +69,42 @@ end:
 declare i64 @llvm.ctpop.i64(i64)
 """
 
+# Eight mask words a turn; `steps` are those of `kernels.count_in_words`.
+_COUNT_IN_WORDS = """
+define i64 @count(ptr %words, i64 %blocks) {
+entry:
+  br label %turn
+
+turn:
+  %i = phi i64 [0, %entry], [%i.next, %turn]
+  %totals = phi <8 x i64> [zeroinitializer, %entry], [%totals.next, %turn]
+  %from = getelementptr <8 x i64>, ptr %words, i64 %i
+  %ones.1 = load <8 x i64>, ptr %from, align 1
+STEPS
+  %raised = add <8 x i64> %ones.GROUP, splat (i64 RAISE)
+  %over = and <8 x i64> %raised, splat (i64 TOP)
+  %counts = call <8 x i64> @llvm.ctpop.v8i64(<8 x i64> %over)
+  %totals.next = add <8 x i64> %totals, %counts
+  %i.next = add i64 %i, 1
+  %again = icmp ult i64 %i.next, %blocks
+  br i1 %again, label %turn, label %end
+
+end:
+  %total = call i64 @llvm.vector.reduce.add.v8i64(<8 x i64> %totals.next)
+  ret i64 %total
+}
+
+declare <8 x i64> @llvm.ctpop.v8i64(<8 x i64>)
+declare i64 @llvm.vector.reduce.add.v8i64(<8 x i64>)
+"""
+# Fields of SIZE bits become fields of TWICE the size.
+_STEP = """
+  %moved.SIZE = lshr <8 x i64> %ones.SIZE, splat (i64 SIZE)
+  %upper.SIZE = and <8 x i64> %moved.SIZE, splat (i64 HALF)
+  %lower.SIZE = and <8 x i64> %ones.SIZE, splat (i64 HALF)
+  %ones.TWICE = add <8 x i64> %upper.SIZE, %lower.SIZE
+"""
+
 if sys.byteorder != "little":
     raise ImportError("mask words are written as little-endian")
 try:
@@ -69,13 +113,13 @@ except OSError as error:  # SELinux and the like let no process run code that it
     raise ImportError(str(error)) from error
 
 _SCAN = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * 3])
+_COUNT = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
 _WORD = 64  # elements of one mask word
 
 
 def compile_scan(itemsize: int) -> ScanElements:
     """`scan_elements` for elements of 1, 2, 4 or 8 bytes; a call lets other threads run."""
-    engine = _compile(_ASSEMBLY.replace("iW", f"i{8 * itemsize}"))
-    machine_code = _SCAN(engine.get_function_address("scan"))
+    machine_code = _compile(_SCAN_ELEMENTS.replace("iW", f"i{8 * itemsize}"), "scan", _SCAN)
 
     def scan(elements: NDArray[Any], kind: ElementType, out: NDArray[np.uint8]) -> tuple[int, int]:
         words = elements.size // _WORD
@@ -93,16 +137,36 @@ def compile_scan(itemsize: int) -> ScanElements:
         rest = scan_elements(elements[words * _WORD :], kind, out[words * _WORD // 8 :])
         return found[0] + rest[0], found[1] + rest[1]
 
-    scan.__dict__["engine"] = engine  # owns the memory of the machine code
     return scan
+
+
+def compile_count(group: int, kept: int) -> CountInWords:
+    """`count_in_words` for one pattern; a call lets other threads run."""
+    fields = FieldSums.of(group, kept)
+    steps = "".join(
+        _STEP.replace("SIZE", str(size)).replace("TWICE", str(2 * size)).replace("HALF", str(half))
+        for size, half in fields.steps
+    )
+    assembly = _COUNT_IN_WORDS.replace("STEPS", steps).replace("GROUP", str(group))
+    assembly = assembly.replace("RAISE", str(fields.raised)).replace("TOP", str(fields.top))
+    machine_code = _compile(assembly, "count", _COUNT)
+
+    def count(words: NDArray[np.uint64]) -> int:
+        if words.dtype != np.uint64 or not words.flags.c_contiguous:
+            raise ValueError("needs contiguous 64-bit words")
+        blocks = words.size // 8
+        rest = count_in_words(words[8 * blocks :], group, kept)
+        return rest + (machine_code(_address(words), blocks) if blocks else 0)
+
+    return count
 
 
 def _address(array: NDArray[Any]) -> int:
     return array.__array_interface__["data"][0]
 
 
-def _compile(assembly: str) -> Any:
-    """The engine that holds the machine code of a module for the CPU at hand."""
+def _compile(assembly: str, name: str, signature: Any) -> Any:
+    """A function of a module as machine code for this CPU."""
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     try:
@@ -120,4 +184,6 @@ def _compile(assembly: str) -> Any:
     )
     engine = binding.create_mcjit_compiler(binding.parse_assembly(assembly), machine)
     engine.finalize_object()
-    return engine
+    function = signature(engine.get_function_address(name))
+    function.engine = engine  # owns the memory of the machine code
+    return function

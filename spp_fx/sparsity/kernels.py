@@ -10,6 +10,7 @@ import operator
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +28,7 @@ Words = NDArray[np.uint64]
 
 _BLOCK_BITS = 1 << 20  # bits that are spread to a byte each at once
 _BLOCK_WORDS = 1 << 14  # words counted at once: they and what is made of them fit a core's cache
+_COMPILED_WORDS = 1 << 14  # fewer are counted faster than the count is compiled
 _ALL_ONES = (1 << 64) - 1
 
 
@@ -90,12 +92,12 @@ def element_type(dtype: "str | torch.dtype") -> ElementType:
 ScanElements = Callable[[NDArray[Any], ElementType, Bytes], tuple[int, int]]
 
 _scanners: dict[int, ScanElements] = {}
-_scanners_lock = threading.Lock()
+_compiling = threading.Lock()
 
 
 def scanner(itemsize: int) -> ScanElements:
     """The fastest `scan_elements` that this installation has for elements of 1, 2, 4 or 8 bytes."""
-    with _scanners_lock:
+    with _compiling:
         if itemsize not in _scanners:
             module = optional_module("spp_fx.sparsity.compiled_scan")
             _scanners[itemsize] = module.compile_scan(itemsize) if module else scan_elements
@@ -143,29 +145,67 @@ def count_over(bits: Bytes, groups: int, group: int, kept: int) -> int:
     words = bits[: 8 * whole].view("<u8")
     tail = int.from_bytes(bits[8 * whole : (groups * group + 7) // 8].tobytes(), "little")
     last = np.array([tail & ((1 << groups * group % 64) - 1)], dtype=np.uint64)
-    blocks = (words[at : at + _BLOCK_WORDS] for at in range(0, whole, _BLOCK_WORDS))
-    return sum(_count_in_words(block, group, kept) for block in (*blocks, last))
+    count = (
+        _counter(group, kept) if whole >= _COMPILED_WORDS else partial(count_in_words, group=group, kept=kept)
+    )
+    return count(words) + count(last)
 
 
-def _count_in_words(words: Words, group: int, kept: int) -> int:
-    """`count_over` of groups that fill words: all groups of a word are summed and compared at once.
+CountInWords = Callable[[Words], int]
+
+_counters: dict[tuple[int, int], CountInWords] = {}
+
+
+def _counter(group: int, kept: int) -> CountInWords:
+    """`count_in_words` for one pattern, compiled where that is possible."""
+    with _compiling:
+        if (group, kept) not in _counters:
+            module = optional_module("spp_fx.sparsity.compiled_scan")
+            plain = partial(count_in_words, group=group, kept=kept)
+            _counters[group, kept] = module.compile_count(group, kept) if module else plain
+        return _counters[group, kept]
+
+
+@dataclass(frozen=True)
+class FieldSums:
+    """How the groups of a word are counted and compared all at once.
 
     Fields of 1, 2, 4, ... bits hold the ones in them, and neighbours are added until a field is a group. Adding
     2**(group - 1) - 1 - kept to a count of at most `group` sets the field's top bit iff the count is above `kept`,
     and cannot carry out of the field.
+
+    Attributes:
+        steps: size of the fields, and the lower half of every field of twice the size.
+        raised: what is added to every field.
+        top: the top bit of every field.
     """
-    counts, size = words, 1
-    while size < group:
-        lower = np.uint64(_ALL_ONES // ((1 << size) + 1))  # the lower half of every field of twice the size
-        upper = counts >> np.uint64(size)
-        upper &= lower
-        counts = counts & lower
-        counts += upper
-        size *= 2
-    every = _ALL_ONES // ((1 << group) - 1)  # the lowest bit of every field
-    over = counts + np.uint64(every * ((1 << (group - 1)) - 1 - kept))
-    over &= np.uint64(every << (group - 1))
-    return popcount(over) if over.any() else 0
+
+    steps: tuple[tuple[int, int], ...]
+    raised: int
+    top: int
+
+    @classmethod
+    def of(cls, group: int, kept: int) -> "FieldSums":
+        sizes = [1 << i for i in range(group.bit_length() - 1)]
+        every = _ALL_ONES // ((1 << group) - 1)  # the lowest bit of every field
+        steps = tuple((size, _ALL_ONES // ((1 << size) + 1)) for size in sizes)
+        return cls(steps, every * ((1 << (group - 1)) - 1 - kept), every << (group - 1))
+
+
+def count_in_words(words: Words, group: int, kept: int) -> int:
+    """`count_over` of groups that fill words, by `FieldSums`."""
+    fields, total = FieldSums.of(group, kept), 0
+    for at in range(0, words.size, _BLOCK_WORDS):
+        counts = words[at : at + _BLOCK_WORDS]
+        for size, half in fields.steps:
+            upper = counts >> np.uint64(size)
+            upper &= np.uint64(half)
+            counts = counts & np.uint64(half)
+            counts += upper
+        over = counts + np.uint64(fields.raised)
+        over &= np.uint64(fields.top)
+        total += popcount(over) if over.any() else 0
+    return total
 
 
 def first_over(bits: Bytes, groups: int, group: int, kept: int) -> int:

@@ -170,7 +170,7 @@ def read_header(path: Path) -> Header:
             raw = _read_raw(file, path, size)
     except OSError as error:
         raise SppFxError(f"{path}: cannot be read ({error.strerror})") from error
-    return _parse(raw, path, size)
+    return parse_header(raw, path, size)
 
 
 def _read_raw(file: IO[bytes], path: Path, size: int) -> bytes:
@@ -202,16 +202,27 @@ def _read_raw(file: IO[bytes], path: Path, size: int) -> bytes:
     return prefix + text
 
 
-def _parse(raw: bytes, path: Path, size: int) -> Header:
+def parse_header(raw: bytes, path: Path | str, size: int | None = None) -> Header:
+    """Check the first bytes of a safetensors file, up to its first tensor.
+
+    Args:
+        raw: length, JSON and padding.
+        path: of the file, for errors.
+        size: of the whole file in bytes; None where its end is not known.
+
+    Raises:
+        FormatError: as for `read_header`.
+    """
     entries = parse_object(raw[_PREFIX.size :], f"{path}: header")
     metadata = _metadata(entries.pop("__metadata__", None), path)
     infos = [_tensor(name, entry, len(raw), path) for name, entry in entries.items()]
     infos.sort(key=lambda info: (info.start, info.end))
-    _check_coverage(infos, len(raw), size, path)
+    end = infos[-1].end if infos else len(raw)
+    _check_coverage(infos, len(raw), end if size is None else size, path)
     return Header(metadata, {info.name: info for info in infos}, len(raw), raw)
 
 
-def _metadata(value: object, path: Path) -> dict[str, str]:
+def _metadata(value: object, path: Path | str) -> dict[str, str]:
     if value is None:
         return {}
     if not isinstance(value, dict):
@@ -224,7 +235,7 @@ def _metadata(value: object, path: Path) -> dict[str, str]:
     return cast("dict[str, str]", value)
 
 
-def _tensor(name: str, value: object, data_start: int, path: Path) -> TensorInfo:
+def _tensor(name: str, value: object, data_start: int, path: Path | str) -> TensorInfo:
     where = f"{path}: tensor {shown(name)}"
     if not _is_unicode(name):
         raise FormatError(f"{where}: its name is not Unicode text; write the file again")
@@ -288,7 +299,7 @@ def _integers(value: object, where: str) -> tuple[int, ...]:
     return tuple(cast("list[int]", value))
 
 
-def _check_coverage(infos: list[TensorInfo], data_start: int, size: int, path: Path) -> None:
+def _check_coverage(infos: list[TensorInfo], data_start: int, size: int, path: Path | str) -> None:
     """Each tensor begins where the one before ended, and the last one ends with the file."""
     position, before = data_start, "the header"
     for info in infos:

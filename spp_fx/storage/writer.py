@@ -5,7 +5,7 @@ import json
 import os
 import struct
 import threading
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
@@ -123,12 +123,13 @@ def write_safetensors(
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy the bytes of a regular file to a path that does not exist yet, and fsync it.
+    """Copy the bytes of a regular file to a path that does not exist yet, and fsync it; missing folders are made.
 
     Raises:
         UsageError: `target` exists.
         SppFxError: either file cannot be read or written.
     """
+    target.parent.mkdir(parents=True, exist_ok=True)
     with new_file(target) as out, open(source, "rb", buffering=0) as original:
         copy_bytes(original, out, 0, os.fstat(original.fileno()).st_size, source)
 
@@ -399,9 +400,7 @@ def copy_others(source: ModelFolder, target: Path, skip: Collection[str] = ()) -
     """
     names = [path.as_posix() for path in source.other_files() if path.as_posix() not in skip]
     for name in [*names, *([source.index] if source.index is not None else [])]:
-        file = target / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        copy_file(source.path / name, file)
+        copy_file(source.path / name, target / name)
 
 
 def write_shards(
@@ -409,21 +408,23 @@ def write_shards(
     target: Path,
     write: Callable[[Shard, Path], dict[str, Any]],
     work: Workspace | None = None,
+    names: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Write a file for each weight file of a model; those that an earlier run finished stay as they are.
 
     Args:
         source: a folder opened with its weights.
-        target: where the files go, under the names of the model's; the folder of `work`, or one in it.
+        target: where the files go; the folder of `work`, or one in it.
         write: writes the file of a shard to a path that does not exist yet; returns its facts, JSON.
         work: what knows of earlier runs; without one, every file is written.
+        names: of the files, by default those of the model's.
 
     Returns:
         The facts of each file, in the order of `source.shards`.
     """
     every: list[dict[str, Any]] = []
-    for shard in source.shards:
-        file = within(target, shard.name)
+    for shard, own in zip(source.shards, names or [shard.name for shard in source.shards], strict=True):
+        file = within(target, own)
         name = "" if work is None else file.relative_to(work.folder).as_posix()
         facts = None if work is None else work.finished(name)
         if facts is None:

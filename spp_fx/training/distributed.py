@@ -22,7 +22,7 @@ def join(*, shards: bool) -> None:
         shards: whether weights are to be split over the group.
 
     Raises:
-        UsageError: there is nothing to split over, or accelerate's launcher was told to split models its own way.
+        UsageError: this is a single process, or accelerate is configured to shard models itself.
     """
     for variable, name in OTHERS.items():
         if os.environ.get(variable, "false").lower() in ("1", "true"):
@@ -34,7 +34,7 @@ def join(*, shards: bool) -> None:
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(minutes=30))
     if shards and state.num_processes == 1:
         raise UsageError(
-            "--shard splits weights over several processes, and this is one; "
+            "--shard splits weights over several processes, but this is a single one; "
             "start with torchrun --nproc-per-node N -m spp_fx train ..."
         )
 

@@ -43,7 +43,7 @@ ROLES = {
     )
     for alias in aliases.split()
 }
-"""Who speaks: what public datasets say (in lower case) -> what chat templates say."""
+"""Roles: names in public datasets (in lower case) -> names in chat templates."""
 
 _DIGITS = re.compile(r"\.\d+")
 
@@ -221,7 +221,7 @@ def _read(path: Path, encoding: str = "utf-8-sig") -> str:
 def _hub(name: str) -> Iterator[tuple[Any, str]]:
     if find_spec("datasets") is None:
         raise UsageError(
-            f"{name}: there is no such file; to read a dataset of the hub, install the package 'datasets'"
+            f"{name}: no such file; to read a dataset from the hub, install the package 'datasets'"
         )
     from datasets import load_dataset  # pyright: ignore[reportMissingImports]
 
@@ -230,7 +230,7 @@ def _hub(name: str) -> Iterator[tuple[Any, str]]:
     except (OSError, ValueError) as error:
         said = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UsageError(
-            f"{name}: there is no such file, and no dataset of that name can be had: {said}"
+            f"{name}: no such file, and no dataset of that name can be loaded: {said}"
         ) from error
     for number, record in enumerate(records):
         yield record, f"{name}, row {number}"
@@ -317,14 +317,14 @@ def _message(message: Any, where: str, which: str) -> dict[str, str] | Skip:
     if not isinstance(role, str) or role.lower() not in ROLES:
         raise UsageError(f"{where}: {which} needs a role ({', '.join(ROLES)}), it has {role!r}")
     if fields.get("tool_calls") or fields.get("function_call"):
-        return Skip(where, f"{which} calls tools outside of its content, which is not read")
+        return Skip(where, f"{which} calls tools outside its content, which is not read")
     if isinstance(content, list):
         parts = [_part(part, where, which) for part in cast(list[Any], content)]
         if skip := next((part for part in parts if isinstance(part, Skip)), None):
             return skip
         content = "".join(cast(list[str], parts))
     if not isinstance(content, str):
-        raise UsageError(f"{where}: {which} needs content that is text, or a list of parts")
+        raise UsageError(f"{where}: {which} needs content that is text or a list of parts")
     return {"role": ROLES[role.lower()], "content": content}
 
 

@@ -109,7 +109,7 @@ def _chat(
 ) -> tuple[list[int], list[int]] | Skip:
     """Ids and labels of a chat. What the assistant says is found by growing the chat message by message."""
     if not tokenizer.chat_template:
-        raise UsageError(f"{chat.where}: is a chat, and the model's tokenizer has no chat template")
+        raise UsageError(f"{chat.where}: is a chat, but the model's tokenizer has no chat template")
     try:
         ids = _template(tokenizer, chat.messages)
         if not answer_only:
@@ -122,14 +122,14 @@ def _chat(
             after = _template(tokenizer, chat.messages[: number + 1])
             if ids[: len(after)] != after or after[: len(before)] != before:
                 raise UsageError(
-                    f"{chat.where}: the tokenizer's chat template rewrites earlier messages, so what the assistant "
-                    "says cannot be told apart; train with --loss-on all"
+                    f"{chat.where}: the tokenizer's chat template rewrites earlier messages, so the assistant's "
+                    "tokens cannot be identified; train with --loss-on all"
                 )
             labels += [IGNORED] * (len(before) - len(labels)) + after[len(before) :]
         return ids, labels + [IGNORED] * (len(ids) - len(labels))
     except (TemplateError, TypeError) as error:
         said = " ".join(str(error).split()) or type(error).__name__
-        return Skip(chat.where, f"the tokenizer's chat template refuses it: {said}")
+        return Skip(chat.where, f"the tokenizer's chat template rejects it: {said}")
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[int]:
@@ -190,7 +190,8 @@ def check_vocabulary(tokens: Tensor, vocabulary: int, where: str | Path) -> None
     largest = int(tokens.max())
     if largest >= vocabulary:
         raise UsageError(
-            f"{where}: the tokenizer makes token {largest}, the model knows {vocabulary}: they do not belong together"
+            f"{where}: the tokenizer produces token {largest}, but the model's vocabulary has {vocabulary} tokens; "
+            "use the model's own tokenizer"
         )
 
 
@@ -282,12 +283,12 @@ def training_rows(
     if all(isinstance(sample, Text) for sample in records.samples):
         if loss_on == "answer":
             raise UsageError(
-                f"{data}: is text, which has no answers; --loss-on answer needs instructions or chats"
+                f"{data}: is plain text without answers; --loss-on answer needs instructions or chats"
             )
         tokens, skipped = token_stream(tokenizer, records, strict=strict)
         if tokens.numel() < length:
             raise UsageError(
-                f"{data}: its {tokens.numel()} tokens fill no window of {length}; use more text or a smaller "
+                f"{data}: its {tokens.numel()} tokens do not fill a window of {length}; use more text or a smaller "
                 "--seq-len"
             )
         return Windows(tokens, length), skipped
@@ -309,7 +310,7 @@ def held_out(
     """
     tokens, skipped = token_stream(tokenizer, read_samples(data, strict=strict), strict=strict)
     if tokens.numel() < 2:
-        raise UsageError(f"{data}: has fewer than two tokens, nothing can be predicted")
+        raise UsageError(f"{data}: has fewer than two tokens, so nothing can be predicted")
     return HeldOut([window for window in tokens.split(length) if window.numel() > 1], skipped)
 
 

@@ -94,8 +94,8 @@ class AdapterTrainer(Trainer):
         self.teacher = teacher
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
-        # accelerate takes any DTensor for a model that DistributedDataParallel cannot take; of a sharded
-        # program it is to look at the factors alone, which are whole.
+        # accelerate skips DistributedDataParallel for a model with any DTensor; of a sharded
+        # program only the factors matter, and they are not sharded.
         if training and isinstance(model, FSDPModule):
             model = self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
             return DistributedDataParallel(model, broadcast_buffers=False)
@@ -147,13 +147,13 @@ class AdapterTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         name = f"{RANDOM}_{self.args.process_index}"
-        # A process that the interrupted run did not have goes on with its own generators.
+        # A process that the interrupted run did not have keeps its own generators.
         if checkpoint is not None and (Path(checkpoint) / f"{name}.json").is_file():
             set_random_state(load_state(Path(checkpoint), name))
 
 
 class CutEachEpoch(TrainerCallback):
-    """Cuts the training windows anew at the start of every epoch."""
+    """Shifts the training windows at the start of every epoch."""
 
     def __init__(self, windows: Windows) -> None:
         self.windows = windows

@@ -1,12 +1,12 @@
 """demo: end to end on a small model, offline, in a few minutes."""
 
 import tempfile
-from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -20,6 +20,7 @@ from transformers import (
     set_seed,
 )
 
+from spp_fx.console import Output, StepsBar, Table, megabytes
 from spp_fx.errors import UsageError
 from spp_fx.exporters.onnx.onnxruntime_check import OnnxModel
 from spp_fx.training.perplexity import perplexity
@@ -27,7 +28,7 @@ from spp_fx.training.records import SEPARATOR
 from spp_fx.training.samples import held_out, training_rows
 from spp_fx.training.trainer import ProgressCallback
 from spp_fx.verbs.evaluate import evaluate
-from spp_fx.verbs.export import ExportSettings, export
+from spp_fx.verbs.export import export
 from spp_fx.verbs.inject import inject
 from spp_fx.verbs.load import load_tokenizer
 from spp_fx.verbs.merge import merge
@@ -39,21 +40,9 @@ BOS, EOS = SPECIAL = "<|bos|>", "<|eos|>"
 VOCABULARY = 2048
 WINDOW = 128
 HELD_OUT = 10
-"""Every so many topics, one is held out for evaluation."""
+"""One topic in this many is held out for evaluation."""
 DENSE_STEPS = 900
 ADAPTER_STEPS = 120
-
-
-class Screen(Protocol):
-    """What shows the demo: lines, and bars of steps (`update(done, total, note)`)."""
-
-    def say(self, line: str) -> None: ...
-
-    def steps_bar(self, title: str, total: int | None = None) -> AbstractContextManager["StepsBar"]: ...
-
-
-class StepsBar(Protocol):
-    def update(self, done: int, total: int | None = None, item: str = "") -> None: ...
 
 
 @dataclass(frozen=True)
@@ -82,8 +71,20 @@ class DemoResult:
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"share_recovered": self.share_recovered}
 
+    def lines(self) -> Iterator[Table]:
+        rows = [
+            ("perplexity, dense", f"{self.dense:.2f}"),
+            ("perplexity, pruned to 2:4", f"{self.pruned:.2f}"),
+            ("perplexity, recovered and merged", f"{self.recovered:.2f}"),
+            ("perplexity, ONNX file in onnxruntime", f"{self.onnx:.2f}"),
+            ("recovered of what pruning lost", f"{self.share_recovered:.1%}"),
+            ("masks equal", f"{self.masks_equal} of {self.sites}"),
+            *((f"size, {name}", megabytes(size)) for name, size in self.sizes.items()),
+        ]
+        yield Table(("", ""), rows)
 
-def demo(out: Path | None, screen: Screen) -> DemoResult:
+
+def demo(out: Path | None, screen: Output) -> DemoResult:
     """Train, prune, inject, train, merge, verify, export, run; each step with the command that does it.
 
     Args:
@@ -117,7 +118,7 @@ def demo(out: Path | None, screen: Screen) -> DemoResult:
         screen.say("$ spp-fx verify model-2of4-spp-merged --pattern 2:4 --against model-2of4")
         verdict = verify(merged, pattern="2:4", against=sparse)
         screen.say("$ spp-fx export model-2of4-spp-merged --format cusparselt --dtype bfloat16")
-        packed = export(merged, folder / "cusparselt", "cusparselt", ExportSettings(dtype="bfloat16"))
+        packed = export(merged, folder / "cusparselt", "cusparselt", dtype="bfloat16")
         screen.say("$ spp-fx export model-2of4-spp-merged --format onnx")
         graph = export(merged, folder / "onnx", "onnx", say=screen.say)
         screen.say("the ONNX file runs in onnxruntime")
@@ -233,7 +234,7 @@ def _folder(out: Path | None) -> Generator[Path, None, None]:
     yield out
 
 
-def _perplexity(model: Path, text: Path, screen: Screen) -> float:
+def _perplexity(model: Path, text: Path, screen: Output) -> float:
     value = evaluate(model, text, seq_len=WINDOW).result.perplexity
     screen.say(f"  perplexity {value:.2f}")
     return value

@@ -1,6 +1,6 @@
 """eval: the perplexity of a text, or of instructions and chats, under a model or an adapter over its base."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -42,6 +42,12 @@ class Evaluated:
             "seq_len": self.seq_len,
             "seconds": self.seconds,
         }
+
+    def lines(self) -> Iterator[str]:
+        yield (
+            f"perplexity {self.result.perplexity:.2f} over {self.result.tokens:,} tokens "
+            f"({self.result.windows} windows of {self.seq_len})"
+        )
 
 
 @links_option

@@ -1,6 +1,6 @@
 """inject: an adapter folder for a pruned model."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ import torch
 
 from spp_fx.adapters.adapter_folder import write_adapter
 from spp_fx.adapters.method import Method, initial_factor, make_method
+from spp_fx.console import Table, grouped, shape
 from spp_fx.errors import MaskError, SppFxError, UsageError
 from spp_fx.exporters.manifest import open_model
 from spp_fx.graph.names import without_skipped
@@ -69,6 +70,19 @@ class Injected:
             "total_parameters": self.total,
             "per_mille": self.per_mille,
         }
+
+    def lines(self) -> Iterator[str | Table]:
+        if self.out is None:
+            rows = [
+                (name, site.kind, shape(site.shape), str(pattern or "-"), f"{_size(self.method, site):,}")
+                for name, (site, pattern) in self.sites.items()
+            ]
+            yield Table(("site", "kind", "shape", "pattern", "trainable"), rows)
+        yield (
+            f"{'would train' if self.out is None else f'{self.out}:'} {self.trainable:,} parameters over "
+            f"{len(self.sites)} weights, {self.per_mille:.2f} per mille of {self.total:,}"
+        )
+        yield from (f"  not taken: {line}" for line in grouped(self.refused))
 
 
 @links_option

@@ -1,9 +1,11 @@
 """inspect: the sites of a model, their patterns, and what inject would match and why not."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spp_fx.console import Table, grouped, shape
 from spp_fx.errors import SppFxError
 from spp_fx.exporters.manifest import open_model
 from spp_fx.graph.program import Site
@@ -68,6 +70,23 @@ class Inspected:
             "stored_bytes": self.stored_bytes,
             "matched": sum(site.matched for site in self.sites),
         }
+
+    def lines(self) -> Iterator[str | Table]:
+        rows = [
+            (
+                view.site.name,
+                view.site.kind,
+                shape(view.site.shape),
+                "-" if view.sparsity is None else f"{view.sparsity:.1%}",
+                str(view.pattern or "-"),
+                "yes" if view.matched else f"no: {view.reason}",
+            )
+            for view in self.sites
+        ]
+        yield Table(("site", "kind", "shape", "zeros", "pattern", "matched"), rows, left=2)
+        yield from (f"  not a site: {line}" for line in grouped(self.others))
+        taken = sum(view.matched for view in self.sites)
+        yield f"{self.model_type}: {self.total:,} parameters, {len(self.sites)} sites, {taken} matched"
 
 
 @links_option

@@ -151,8 +151,8 @@ def draw_windows(
 ) -> Drawn:
     """Windows of a text drawn at random.
 
-    No two overlap, unless the text is too short for that: then they begin at different tokens; `say`
-    reports that, and rows that are skipped.
+    Windows do not overlap unless the text is too short; then they begin at different tokens. `say`
+    reports this, and rows that are skipped.
 
     Raises:
         UsageError: the text has fewer windows than are asked for, or cannot be used.
@@ -168,7 +168,7 @@ def draw_windows(
     windows, starts = len(tokens) // length, len(tokens) - length + 1
     if starts < samples:
         raise UsageError(
-            f"{data}: is too short: its {len(tokens)} tokens have no {samples} windows of {length}; use more text, "
+            f"{data}: is too short: its {len(tokens)} tokens do not give {samples} windows of {length}; use more text, "
             "fewer --samples or a smaller --seq-len"
         )
     check_vocabulary(tokens, program.vocabulary, data)

@@ -1,13 +1,14 @@
 """lock: a lock for a sparse model that has none, whoever pruned it."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spp_fx.console import grouped
 from spp_fx.errors import FormatError, MaskError, PatternError, UsageError
 from spp_fx.exporters.manifest import open_model
 from spp_fx.graph.names import is_target
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 _HAVE_OWN_LOCK = {"export.json": "an export", "adapter_config.json": "an adapter"}
 """Folders whose lock is a part of them, by the file that marks them."""
+
+_SHOWN = 5
+"""Names of one kind that are listed."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,15 @@ class Locked:
                 "sparsity": self.sparsity,
             },
         }
+
+    def lines(self) -> Iterator[str]:
+        patterns = ", ".join(f"{count} of {pattern}" for pattern, count in self.patterns.items())
+        yield f"{self.out}: {len(self.lock.sites)} weights locked: {patterns}"
+        for what, names in (self.replaced or {}).items():
+            yield from (f"  {what}: {name}" for name in names[:_SHOWN])
+            if len(names) > _SHOWN:
+                yield f"  {what}: {len(names) - _SHOWN} more; --json lists all"
+        yield from (f"  not locked: {line}" for line in grouped(self.left_out))
 
 
 @links_option

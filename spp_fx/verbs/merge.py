@@ -42,6 +42,7 @@ class Merged:
         base: the base model folder.
         counts: by stored tensor, what folding met.
         mask_equal: by stored tensor, whether its mask read back from disk is the lock's; None if not read.
+        vanish: what was done with values that folded to zero.
         untouched: stored tensors that were copied.
         nbytes: size of the weights written.
     """
@@ -50,6 +51,7 @@ class Merged:
     base: Path
     counts: dict[str, FoldCounts]
     mask_equal: dict[str, bool | None]
+    vanish: Vanish
     untouched: int
     nbytes: int
 
@@ -77,6 +79,16 @@ class Merged:
                 "bytes": self.nbytes,
             },
         }
+
+    def lines(self) -> Iterator[str]:
+        summary = self.to_json()["summary"]
+        yield f"{self.out}: {summary['sites']} weights folded, {summary['untouched']} copied"
+        if None in self.mask_equal.values():
+            yield "  masks NOT verified"
+        else:
+            yield f"  {summary['masks_equal']} of {summary['sites']} masks equal to the lock, read back from disk"
+        if summary["vanished"]:
+            yield f"  {summary['vanished']} values folded to zero (--vanish {self.vanish})"
 
 
 @links_option
@@ -169,7 +181,8 @@ def merge(
             digests=proof.digests,
         )
     mask_equal = {name: proof.mask_equal.get(name) for name in counts}
-    return Merged(out, base, counts, mask_equal, len(folder.names) - len(counts), folder.stored_bytes)
+    untouched = len(folder.names) - len(counts)
+    return Merged(out, base, counts, mask_equal, vanish, untouched, folder.stored_bytes)
 
 
 def _check_base(folder: ModelFolder, entry: LockEntry) -> None:

@@ -1,8 +1,9 @@
 """prune: a dense model folder into a sparse one, tensor by tensor or decoder layer by decoder layer."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from hashlib import blake2b
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from spp_fx.console import Table, grouped
 from spp_fx.errors import FormatError, MaskError, UsageError
 from spp_fx.exporters.manifest import open_model
 from spp_fx.graph.binding import assemble, take_apart
@@ -199,6 +201,32 @@ class Pruned:
             ],
             "refused": self.refused,
         }
+
+    def lines(self) -> Iterator[str | Table]:
+        content = self.to_json()
+        sites = content["sites"]
+        if self.calibration is not None:
+            rows = [
+                (
+                    site["name"],
+                    site["pattern"],
+                    f"{site['sparsity']:.2%}",
+                    *(
+                        "" if site[key] is None else f"{site[key]:.4%}"
+                        for key in ("error_before", "error_after")
+                    ),
+                )
+                for site in sites
+            ]
+            yield Table(("weight", "pattern", "zeros", "output error: mask alone", "in the end"), rows)
+        zeros = 1 - sum(site["nnz"] for site in sites) / sum(prod(site["shape"]) for site in sites)
+        patterns = ", ".join(dict.fromkeys(site["pattern"] for site in sites))
+        yield f"{self.out}: {len(sites)} weights hold {patterns}, {zeros:.1%} of them zeros"
+        for note in dict.fromkeys(note for site in sites for note in site["notes"]):
+            yield from (
+                f"  {line}" for line in grouped({s["name"]: note for s in sites if note in s["notes"]})
+            )
+        yield from (f"  left dense: {line}" for line in grouped(self.refused))
 
     def errors(self, tensor: str) -> dict[str, float | None]:
         """What the outputs of a weight lost of their energy on calibration inputs.

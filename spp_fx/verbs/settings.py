@@ -1,17 +1,17 @@
-"""What each verb can be told: the fields are keyword arguments in Python, and options on the command line."""
+"""The settings of each verb: the fields are keyword arguments in Python, and options on the command line."""
 
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Literal
 
 from spp_fx.errors import UsageError
-from spp_fx.options import option
+from spp_fx.options import at_least_one, check_values, not_negative, option, positive
 
 TARGETS = (
     "Sites to take: last words of module names or globs, comma-separated or repeated (q_proj,v_proj or "
     "'model.layers.0.*'). Default: every linear of the decoder layers."
 )
-STRICT = "Refuse rows that hold nothing, such as an empty answer. Default: skip and count them."
+STRICT = "Fail on rows without content, such as an empty answer. Default: skip and count them."
 NAMES = "last word of a module's name or a glob; repeatable"
 
 
@@ -37,25 +37,24 @@ class PruneSettings:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Text that shows what the weights multiply; instructions and chats count as the text that the model sees."""
+    """Calibration text; instructions and chats are rendered as the model sees them."""
 
     data: str | Path = option(
         MISSING,
         "Text to calibrate on: a file, .jsonl records, or the name of a dataset on the hub.",
         flag="calib",
     )
-    samples: int = option(128, "Windows drawn from the text.")
+    samples: int = option(128, "Windows drawn from the text.", at_least_one)
     seq_len: int | None = option(None, "Tokens per window. Default: 2048, or what the model has.")
     seed: int = option(0, "Of the draw of windows.")
     strict: bool = option(
         False,
-        "Refuse rows of --calib that hold nothing, such as an empty answer. Default: skip and count them.",
+        STRICT,
         flag="strict-data",
     )
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise UsageError(f"--samples must be at least 1, got {self.samples}")
+        check_values(self)
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class InjectSettings:
 
 @dataclass(frozen=True)
 class TrainData:
-    """What to train on, and against what to measure."""
+    """What to train and evaluate on."""
 
     data: str = option(
         MISSING,
@@ -87,41 +86,58 @@ class TrainData:
     base: Path | None = option(None, "Base model, if it is not where the adapter says.")
 
 
+def _seed(value: int) -> str | None:
+    return None if 0 <= value < 2**32 else f"must be 0 to {2**32 - 1}"
+
+
 @dataclass(frozen=True)
 class TrainSettings:
-    """How to train. `steps` or `epochs` ends training; `seed` is 0 to 2**32 - 1."""
+    """How to train; either `steps` or `epochs` ends it."""
 
-    steps: int | None = option(None, "Optimizer steps.")
-    epochs: float | None = option(None, "Passes over the data. Default: 3, unless --steps is given.")
-    lr: float | None = option(
-        None, "Peak learning rate. Default: the method's; for spp 4e-3 * sqrt(4096 / inputs)."
+    steps: int | None = option(None, "Optimizer steps.", positive)
+    epochs: float | None = option(
+        None, "Passes over the data. Default: 3, unless --steps is given.", positive
     )
-    batch_size: int = option(16, "Rows per forward and device.")
-    accumulate: int = option(1, "Forwards per optimizer step.")
+    lr: float | None = option(
+        None, "Peak learning rate. Default: the method's; for spp 4e-3 * sqrt(4096 / inputs).", positive
+    )
+    batch_size: int = option(16, "Rows per forward and device.", positive)
+    accumulate: int = option(1, "Forwards per optimizer step.", positive)
     seq_len: int | None = option(None, "Tokens per row at most. Default: 512, or what the model has.")
-    loss_on: str = option("all", "all, or answer: leave prompts out of the loss.")
+    loss_on: Literal["all", "answer"] = option("all", "answer: leave prompts out of the loss.")
     packing: bool = option(False, "Put several short instructions or chats into one row.")
-    weight_decay: float = option(1e-3, "Of AdamW.")
-    schedule: str = option("linear", "Of the learning rate: linear, cosine, ... as transformers names them.")
-    warmup: float = option(0.03, "Steps, or below 1 a share of all steps.")
-    clip: float = option(1.0, "Largest norm of the gradient; 0: none.")
+    weight_decay: float = option(1e-3, "Of AdamW.", not_negative)
+    schedule: Literal[
+        "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
+    ] = option("linear", "Of the learning rate.")
+    warmup: float = option(0.03, "Steps, or below 1 a share of all steps.", not_negative)
+    clip: float = option(1.0, "Largest norm of the gradient; 0: none.", not_negative)
     bf16: bool = option(False, "Compute under bfloat16 autocast.")
     packed: bool = option(False, "Keep the frozen weights packed: 0.56 of their memory at 2:4 in bf16.")
     gradient_checkpointing: bool = option(False, "Less memory: layers run again in backward.")
-    shard: str | None = option(
+    shard: Literal["world", "node"] | None = option(
         None, "Under torchrun: split the frozen weights over the processes of the world, or of a node."
     )
-    save_steps: int | None = option(None, "Steps between checkpoints. Default: none.")
-    eval_steps: int | None = option(None, "Steps between evaluations on --eval-data. Default: none.")
-    early_stop: int | None = option(
-        None, "End after so many evaluations without a better one; keep the best factors."
+    save_steps: int | None = option(None, "Steps between checkpoints. Default: none.", positive)
+    eval_steps: int | None = option(
+        None, "Steps between evaluations on --eval-data. Default: none.", positive
     )
-    logging_steps: int = option(10, "Steps between reports of the loss.")
+    early_stop: int | None = option(
+        None, "Stop after this many evaluations without improvement; keep the best factors.", positive
+    )
+    logging_steps: int = option(10, "Steps between reports of the loss.", positive)
     report_to: tuple[str, ...] = option((), "tensorboard, wandb, ... as transformers names them.")
     resume: bool = option(False, "Continue from the newest whole checkpoint in ADAPTER.")
     force: bool = option(False, "Start again, deleting the checkpoints of an earlier run.")
-    seed: int = option(0, "Of data order and dropout.")
+    seed: int = option(0, "Of data order and dropout.", _seed)
     strict: bool = option(False, STRICT, flag="strict-data")
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if self.steps is not None and self.epochs is not None:
+            raise UsageError("give --steps or --epochs, not both")
+        if self.early_stop and not self.eval_steps:
+            raise UsageError("--early-stop needs --eval-steps, the evaluations to count")
 
 
 @dataclass(frozen=True)
@@ -152,12 +168,15 @@ class VerifySettings:
         "all: every site of the model must be in the lock, or sparse where there is none; nothing is left unread.",
     )
     policy: Path | None = option(None, "Policy file. Default: spp-fx.toml of the current folder, if any.")
-    jobs: int | None = option(None, "Sites checked at once. Default: the CPUs, at most 8.", least=1)
+    jobs: int | None = option(None, "Sites checked at once. Default: the CPUs, at most 8.", at_least_one)
     junit: Path | None = option(None, "Also write a JUnit report.")
     sarif: Path | None = option(None, "Also write a SARIF 2.1.0 report.")
     github: bool = option(
         False, "Also print GitHub annotations, and write the step's summary if there is one."
     )
+
+    def __post_init__(self) -> None:
+        check_values(self)
 
 
 @dataclass(frozen=True)

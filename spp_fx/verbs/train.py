@@ -1,7 +1,7 @@
-"""train: the factors of an adapter folder, in place."""
+"""train: update the factors of an adapter folder in place."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,17 +35,13 @@ from spp_fx.training.trainer import AdapterTrainer, CutEachEpoch, EarlyStop
 from spp_fx.verbs.load import Loaded, load_program, load_tokenizer, window_length
 from spp_fx.verbs.settings import TrainSettings
 
-POSITIVE = (
-    "steps", "epochs", "lr", "batch_size", "accumulate", "save_steps", "eval_steps", "early_stop", "logging_steps",
-)  # fmt: skip
-SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
-
 
 @dataclass(frozen=True)
 class Trained:
     """What training did.
 
     Attributes:
+        rows: of an optimizer step, over all processes.
         loss: mean over all steps.
         losses: mean between reports, see `TrainSettings.logging_steps`.
         processes: how many trained together.
@@ -57,6 +53,7 @@ class Trained:
 
     adapter: Path
     steps: int
+    rows: int
     lr: float
     seq_len: int
     loss: float
@@ -88,6 +85,14 @@ class Trained:
             "eval_skipped_rows": self.eval_skipped.count if self.eval_skipped else None,
         }
 
+    def lines(self) -> Iterator[str]:
+        yield (
+            f"{self.adapter}: {self.steps} steps of {self.rows} x {self.seq_len} tokens in {self.seconds:.0f} s, "
+            f"learning rate {self.lr:.3g}, loss {self.loss:.3f} on average, {self.losses[-1]:.3f} at the end"
+        )
+        if self.before and self.after:
+            yield f"perplexity {self.before.perplexity:.2f} -> {self.after.perplexity:.2f}"
+
 
 @links_option
 def train(
@@ -108,8 +113,8 @@ def train(
     `eval_data` is read as `data` is; of instructions and chats the perplexity is that of the whole text, see
     `samples.held_out`. Rows with nothing in them are skipped, and `say` reports them.
 
-    Checkpoints (`checkpoint-N`) go into the adapter folder; a run that was stopped goes on with `resume`,
-    to the same factors it would have reached. With a `teacher` (the dense model, say) its distribution is
+    Checkpoints (`checkpoint-N`) go into the adapter folder; `resume` continues an interrupted run
+    to the same factors that an uninterrupted one reaches. With a `teacher` (the dense model, say) its distribution is
     learned instead of the text's own tokens. Started by torchrun or accelerate launch, every process calls
     this; `batch_size` is that of each, and the first one writes. Factors that were trained before are trained on.
 
@@ -118,7 +123,8 @@ def train(
         SppFxError: the loss is not finite; the adapter stays as it was.
     """
     adapter = Path(adapter)
-    _check(settings, evaluated=eval_data is not None)
+    if settings.eval_steps and eval_data is None:
+        raise UsageError("--eval-steps needs --eval-data to evaluate on")
     join(shards=settings.shard is not None)
     loaded = load_program(
         adapter,
@@ -162,7 +168,7 @@ def train(
     broken = [name for name, value in loaded.factors.items() if not bool(value.isfinite().all())]
     if broken or result.training_loss != result.training_loss:
         raise SppFxError(
-            f"training diverged (loss {result.training_loss}); {adapter} stays as it was. Train with a lower --lr "
+            f"training diverged (loss {result.training_loss}); {adapter} is unchanged. Train with a lower --lr "
             f"than {lr:g}"
         )
     if together.is_main_process:
@@ -173,6 +179,7 @@ def train(
     return Trained(
         adapter=adapter,
         steps=trainer.state.global_step,
+        rows=settings.batch_size * settings.accumulate * together.num_processes,
         lr=lr,
         seq_len=length,
         loss=result.training_loss,
@@ -196,45 +203,19 @@ def default_rate(loaded: Loaded, settings: TrainSettings) -> float:
     return method.defaults(width, settings.steps).lr
 
 
-def _check(settings: TrainSettings, *, evaluated: bool) -> None:
-    if settings.steps is not None and settings.epochs is not None:
-        raise UsageError("give --steps or --epochs, not both")
-    if settings.schedule not in SCHEDULES:
-        raise UsageError(f"--schedule '{settings.schedule}' is unknown; known: {', '.join(SCHEDULES)}")
-    if settings.shard not in (None, "world", "node"):
-        raise UsageError(f"--shard takes world or node, got '{settings.shard}'")
-    if settings.loss_on not in ("all", "answer"):
-        raise UsageError(f"--loss-on takes all or answer, got '{settings.loss_on}'")
-    if settings.early_stop and not settings.eval_steps:
-        raise UsageError("--early-stop needs --eval-steps to know what to stop by")
-    if settings.eval_steps and not evaluated:
-        raise UsageError("--eval-steps needs --eval-data to evaluate on")
-    for name in ("warmup", "clip", "weight_decay"):
-        if not getattr(settings, name) >= 0:
-            raise UsageError(
-                f"--{name.replace('_', '-')} must not be negative, got {getattr(settings, name)}"
-            )
-    for name in POSITIVE:
-        value = getattr(settings, name)
-        if value is not None and not value > 0:
-            raise UsageError(f"--{name.replace('_', '-')} must be positive, got {value}")
-    if not 0 <= settings.seed < 2**32:
-        raise UsageError(f"--seed must be 0 to {2**32 - 1}, got {settings.seed}")
-
-
 def _checkpoint(adapter: Path, settings: TrainSettings) -> str | None:
     found = checkpoints(adapter)
     if not settings.resume:
         if found and not settings.force:
             raise UsageError(
-                f"{adapter}: holds checkpoints of an earlier run (newest: {found[-1].name}); go on from there "
-                "with --resume, or start anew and delete them with --force"
+                f"{adapter}: holds checkpoints of an earlier run (newest: {found[-1].name}); continue "
+                "with --resume, or delete them and start over with --force"
             )
         return None
     whole = [folder for folder in found if is_whole(folder)]
     if not whole:
         raise UsageError(
-            f"{adapter}: nothing to resume, it has no whole checkpoint; train with --save-steps N to get some"
+            f"{adapter}: nothing to resume: it has no complete checkpoint; train with --save-steps N to write some"
         )
     return str(whole[-1])
 
@@ -313,7 +294,7 @@ def _trainer(
         data_collator=partial(pad, pad_token=pad_id),
         callbacks=[*own, *callbacks],
     )
-    # Rows are dealt out by the data seed; dropout differs between processes.
+    # The data seed distributes the rows; dropout differs between processes.
     torch.manual_seed(settings.seed + trainer.accelerator.process_index)
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):

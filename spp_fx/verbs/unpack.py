@@ -1,19 +1,19 @@
-"""unpack: the plain model folder back out of an export, or of a legacy compressed-tensors folder."""
+"""unpack: the plain model folder of an export or of a legacy compressed-tensors folder."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from spp_fx.console import megabytes
 from spp_fx.errors import FormatError, MaskError, UsageError
-from spp_fx.exporters.format import FORMATS, Decoded, Format, Say, find_format
+from spp_fx.exporters.format import FORMATS, Format, Say, decoding_formats
 from spp_fx.exporters.legacy import LegacyFolder, is_legacy
 from spp_fx.exporters.manifest import MANIFEST, TENSOR_FILES, Manifest, read_manifest
 from spp_fx.exporters.plain import write_plain_config
-from spp_fx.exporters.read_back import NOT_IN_TORCH, LibraryReader
+from spp_fx.exporters.read_back import NOT_IN_TORCH, LibraryReader, difference
 from spp_fx.parallel import Tick, no_tick
 from spp_fx.sparsity.lock import LOCK_NAME
 from spp_fx.storage.folder import WEIGHTS_NAME, ModelFolder, within
@@ -52,6 +52,13 @@ class Unpacked:
             "checks": self.checks,
         }
 
+    def lines(self) -> Iterator[str]:
+        size = sum(file["bytes"] for file in self.to_json()["files"])
+        how = "weight files byte for byte as they were" if self.exact else "one model.safetensors"
+        yield f"{self.out}: unpacked from {self.format}, {megabytes(size)}, {how}"
+        for key, value in self.checks.items():
+            yield f"  checked, {key.replace('_', ' ')}: {value}"
+
 
 @links_option
 def unpack(
@@ -72,30 +79,29 @@ def unpack(
     Raises:
         UsageError: not an export, a format that cannot give a model back, or an output that exists.
         FormatError: a damaged file.
-        MaskError: what was read back does not hold the lock. Nothing is written.
+        MaskError: what was read back does not match the lock. Nothing is written.
     """
     export, out = Path(export), Path(out)
     if (export / MANIFEST).is_file():
         manifest = read_manifest(export)
-        chosen = find_format(manifest.format)
-        if chosen.decode is None:
-            able = ", ".join(sorted(f.name for f in FORMATS.values() if f.decode is not None))
+        chosen = FORMATS.find(manifest.format)
+        if chosen.program:
             raise UsageError(
                 f"{export}: {chosen.name} is a program of its own, in which weights may be renamed, split and "
-                f"folded: it does not give the model's files back; {able} do. Export the model in one of these"
+                f"folded: it does not give the model's files back; {decoding_formats()} do. Export the model in "
+                "one of these"
             )
         with atomic_folder(out, force, sources=[export]) as temporary:
             _copy_others(export, manifest, temporary)
-            decoded = chosen.decode(export, manifest)
-            checks = _from_export(export, manifest, chosen, decoded, temporary, tick)
-            _keep_history(export, temporary, exact=chosen.restore is not None)
-        return Unpacked(out, chosen.name, chosen.restore is not None, checks)
+            exact, checks = _from_export(export, manifest, chosen, temporary, tick)
+            _keep_history(export, temporary, exact=exact)
+        return Unpacked(out, chosen.name, exact, checks)
     if (export / "config.json").is_file() and is_legacy(folder := ModelFolder.open(export)):
         with atomic_folder(out, force, sources=[export]) as temporary:
             checks = _from_legacy(LegacyFolder.open(folder), temporary, tick, say)
             _keep_history(export, temporary, exact=False)
         return Unpacked(out, "compressed-tensors", False, checks)
-    reason = "is no export folder" if export.exists() else "there is no such folder"
+    reason = "is not an export folder" if export.exists() else "does not exist"
     raise UsageError(f"{export}: {reason}; give a folder that 'spp-fx export' wrote")
 
 
@@ -120,27 +126,25 @@ def _copy_others(export: Path, manifest: Manifest, target: Path) -> None:
     )
     for name in manifest.files:
         if name not in skipped and not name.endswith((*TENSOR_FILES, ".safetensors.index.json")):
-            path = within(target, name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            copy_file(within(export, name), path)
+            copy_file(within(export, name), within(target, name))
 
 
 def _from_export(
-    export: Path, manifest: Manifest, format: Format, decoded: Decoded, target: Path, tick: Tick
-) -> dict[str, int]:
-    if format.restore is not None:
-        format.restore(export, manifest, target, tick)
-    else:
+    export: Path, manifest: Manifest, format: type[Format], target: Path, tick: Tick
+) -> tuple[bool, dict[str, int]]:
+    """Write the weight files; returns whether they are the model's own, and what was compared."""
+    decoded = format.decode(export, manifest)
+    exact = format.restore(export, manifest, target, tick)
+    if not exact:
         sites = {record.name: record.dtype for record in manifest.tensors}
         dtypes = {name: sites.get(name) or dtype_name(decoded.read(name).dtype) for name in decoded.shapes}
         _write(target, decoded.shapes, dtypes, decoded.read, tick)
     equal = _compare(target, decoded.shapes, decoded.read)
-    return {"tensors_equal": equal, "masks_equal": _check_masks(target, export / LOCK_NAME)}
+    return exact, {"tensors_equal": equal, "masks_equal": _check_masks(target, export / LOCK_NAME)}
 
 
 def _from_legacy(legacy: LegacyFolder, target: Path, tick: Tick, say: Say) -> dict[str, int]:
     for path in legacy.folder.other_files():
-        (target / path).parent.mkdir(parents=True, exist_ok=True)
         copy_file(legacy.folder.path / path, target / path)
     write_plain_config(legacy.folder, target, say)
     _write(target, legacy.shapes, legacy.dtypes, legacy.read, tick)
@@ -164,12 +168,7 @@ def _compare(target: Path, names: Iterable[str], read: Callable[[str], Tensor]) 
         shard, info = model.info(name)
         if info.dtype in NOT_IN_TORCH:
             continue
-        written, decoded = (
-            tensor.contiguous().reshape(-1) for tensor in (library.read(shard.path, name), read(name))
-        )
-        if written.dtype != decoded.dtype or not torch.equal(
-            written.view(torch.uint8), decoded.view(torch.uint8)
-        ):
+        if difference(read(name), library.read(shard.path, name)):
             raise FormatError(f"{shard.path}: {name}: read back, it is not what the export decodes to")
         count += 1
     return count

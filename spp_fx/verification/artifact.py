@@ -210,17 +210,17 @@ def _lock_of_shard(shard: Shard) -> Lock | None:
 
 
 def _export(path: Path, trust_remote_code: bool) -> Artifact:
-    from spp_fx.exporters.format import find_format
+    from spp_fx.exporters.format import FORMATS
 
     manifest = read_manifest(path)
-    format = find_format(manifest.format)
+    format = FORMATS.find(manifest.format)
     weights = format.read(path, manifest)
 
     def find_sites() -> Sites:
         """The manifest's sites, and every other weight of the model that could be one."""
         from spp_fx.verification.model_sites import sites_by_config, sites_of_graph
 
-        if format.decode is None:
+        if format.program:
             return sites_of_graph(path, manifest, weights, trust_remote_code=trust_remote_code)
         shapes = format.decode(path, manifest).shapes
         sites = sites_by_config(path, shapes, trust_remote_code=trust_remote_code)

@@ -6,6 +6,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from spp_fx.console import grouped
 from spp_fx.errors import escaped
 
 RULES = {
@@ -165,12 +166,30 @@ class Verified:
         return data
 
 
-def all_to_json(verdicts: Sequence[Verified]) -> dict[str, Any]:
-    """The verdicts on the artifacts of a policy, each under the path that the policy leads to."""
-    return {
-        "ok": all(verdict.ok for verdict in verdicts),
-        "artifacts": [{"path": str(verdict.path)} | verdict.to_json() for verdict in verdicts],
-    }
+@dataclass(frozen=True)
+class Verdicts:
+    """The verdicts of one run: on the artifacts that a policy lists, or on a single one."""
+
+    each: Sequence[Verified]
+    listed: bool
+
+    @property
+    def ok(self) -> bool:
+        return all(verdict.ok for verdict in self.each)
+
+    def to_json(self) -> dict[str, Any]:
+        if not self.listed:
+            return self.each[0].to_json()
+        return {
+            "ok": self.ok,
+            "artifacts": [{"path": str(verdict.path)} | verdict.to_json() for verdict in self.each],
+        }
+
+    def lines(self) -> Iterator[str]:
+        """Of a single artifact that cannot be opened nothing: that is an error, not a verdict."""
+        for verdict in self.each:
+            if self.listed or verdict.error is None:
+                yield from lines(verdict, one_of_many=len(self.each) > 1)
 
 
 def findings_of(verdict: Verified) -> list[tuple[SiteVerdict | None, Finding]]:
@@ -199,16 +218,6 @@ def lines(verdict: Verified, *, one_of_many: bool = False) -> Iterator[str]:
     if verdict.ok:
         for what, reasons in (("left out", verdict.left_out), ("not looked at", verdict.unread)):
             yield from (f"  {what}: {line}" for line in grouped(reasons))
-
-
-def grouped(reasons: Mapping[str, str]) -> Iterator[str]:
-    """Names with their reasons, a line a reason: the first name, and how many more have the same."""
-    names: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        names.setdefault(reason, []).append(name)
-    for reason, group in names.items():
-        more = f" and {len(group) - 1} more" if len(group) > 1 else ""
-        yield f"{escaped(group[0])}{more}: {escaped(reason)}"
 
 
 def conclusion(verdict: Verified) -> str:

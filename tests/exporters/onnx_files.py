@@ -8,7 +8,7 @@ import onnxruntime
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from spp_fx.exporters.format import ExportSettings, find_format
+from spp_fx.exporters.format import make_format
 from spp_fx.exporters.manifest import Part
 from spp_fx.exporters.onnx import model_writer
 from spp_fx.exporters.onnx.encodings import Encoded, Encoding, SparseInitializers
@@ -105,7 +105,7 @@ def write_graph(source, graph, folder, format, monkeypatch, say=lambda line: Non
     """What export does with a source whose graph is there already; returns its checks."""
     monkeypatch.setattr(model_writer, "build_graph", lambda model, with_past: deepcopy(graph))
     folder.mkdir()
-    return find_format(format).write(source, folder, ExportSettings(), no_tick, say)
+    return make_format(format).write(source, folder, no_tick, say)
 
 
 def greedy(path, input_ids, attention_mask, new):

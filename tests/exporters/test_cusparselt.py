@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,8 @@ from spp_fx.errors import FormatError, MaskError, PatternError, UsageError
 from spp_fx.exporters import cusparselt_layout
 from spp_fx.exporters import format as source
 from spp_fx.exporters import packed as packed_exports
-from spp_fx.exporters.cusparselt_layout import Sm
-from spp_fx.exporters.cusparselt_reader import neutral_form, unpack
-from spp_fx.exporters.format import ExportSettings, find_format
+from spp_fx.exporters.cusparselt_layout import Sm, neutral_form, unpack
+from spp_fx.exporters.format import FORMATS
 from spp_fx.sparsity.lock import Lock
 from spp_fx.sparsity.packing import pack_2_4
 from spp_fx.verbs.export import Exported, export
@@ -62,7 +62,7 @@ def exported(
 ) -> Exported:
     said = [] if lines is None else lines
     out = model.parent / "out"
-    return export(model, out, "cusparselt", ExportSettings(sm=sm, dtype=dtype), say=said.append)
+    return export(model, out, "cusparselt", sm=sm, dtype=dtype, say=said.append)
 
 
 def test_sites_and_other_tensors_are_counted_as_compared(tmp_path):
@@ -144,7 +144,8 @@ def test_each_site_is_packed_once(tmp_path, monkeypatch):
         model,
         tmp_path / "out",
         "cusparselt",
-        ExportSettings(sm=90, dtype="bfloat16"),
+        sm=90,
+        dtype="bfloat16",
         tick=lambda what, _: ticked.append(what),
     )
     names = sorted(tensor.name for tensor in done.manifest.tensors)
@@ -241,7 +242,7 @@ def set_first(field, value):
         ),
         (set_first("layout", "foo"), r"export\.json: tensors\.0\.layout: 'foo', expected one of cusparselt"),
         (set_first("dtype", "F99"), r"export\.json: tensors\.0\.dtype"),
-        (set_first("dtype", "F32"), r"export\.json: tensors\.0\.layout: 'cusparselt', which cannot be"),
+        (set_first("dtype", "F32"), r"export\.json: tensors\.0\.layout: 'cusparselt', which is not possible"),
         (set_first("transposed", True), r"export\.json: tensors\.0\.transposed"),
         (set_first("name", "other"), r"export\.json: tensors\.0\.name: other"),
         (lambda data: data["tensors"].pop(), r"export\.json: tensors: .* is missing"),
@@ -271,8 +272,8 @@ def test_a_mask_that_is_not_the_sources_is_not_counted(tmp_path, monkeypatch):
     """The lock that an export is held to is the model's own, not one that the writer made."""
     right = source.Source.finish
 
-    def fewer(self, folder, format, lock, records, **fields):
-        right(self, folder, format, Lock.of(lock.sites[:-1]), records[:-1], **fields)
+    def fewer(self, folder, format, records, **fields):
+        right(replace(self, lock=Lock.of(self.lock.sites[:-1])), folder, format, records[:-1], **fields)
 
     monkeypatch.setattr(source.Source, "finish", fewer)
     with pytest.raises(MaskError, match="the lock of the export is not the model's"):
@@ -298,7 +299,7 @@ def bare_export(
     dtype: str | None = None,
 ) -> Exported:
     model = bare_folder(folder / "m", sites, OTHER_TENSORS, transposed)
-    return export(model, folder / "out", "cusparselt", ExportSettings(sm=sm, dtype=dtype))
+    return export(model, folder / "out", "cusparselt", sm=sm, dtype=dtype)
 
 
 @pytest.mark.parametrize("sm", [80, 90])
@@ -341,7 +342,7 @@ def test_other_gpus_get_the_neutral_form_with_the_reason(tmp_path):
 
 
 def test_an_sm_below_70_is_a_wrong_option(tmp_path):
-    with pytest.raises(UsageError, match="--sm takes a compute capability from 70 up"):
+    with pytest.raises(UsageError, match="cusparselt: sm must be a compute capability from 70 up"):
         bare_export(tmp_path, {"a.weight": random_sparse(128, 128, torch.float16, 1)}, 61)
 
 
@@ -396,7 +397,7 @@ def test_decode_gives_back_what_the_model_stores(
     else:
         with without_kernels():
             done = bare_export(folder, sites, sm, frozenset({"0.weight"}))
-    decode = find_format("cusparselt").decode
+    decode = FORMATS["cusparselt"].decode
     assert decode is not None
     decoded = decode(folder / "out", done.manifest)
     stored = load_file(folder / "m" / "model.safetensors")
@@ -419,7 +420,7 @@ def test_a_quantized_model_is_refused_where_no_loader_would_take_the_export(tmp_
     others = OTHER_TENSORS if other is None else OTHER_TENSORS | {"head.weight": torch.ones(4, 8).to(other)}
     model = bare_folder(tmp_path / "m", {"a.weight": weight}, others, frozenset())
     with pytest.raises(UsageError, match="--dtype does not round it") as refused:
-        export(model, tmp_path / "out", format, ExportSettings(dtype=dtype))
+        export(model, tmp_path / "out", format, dtype=dtype)
     assert ("a.weight" if other is None else "head.weight") in str(refused.value)
     assert not (tmp_path / "out").exists()
 
@@ -429,6 +430,6 @@ def test_empty_matrices_are_given_back(tmp_path, shape):
     sites = {"a.weight": torch.zeros(shape), "b.weight": random_sparse(8, 8, torch.float32, 1)}
     done = bare_export(tmp_path, sites, 80)
     assert done.checks["bit_exact"] == 2
-    decode = find_format("cusparselt").decode
+    decode = FORMATS["cusparselt"].decode
     assert decode is not None
     assert decode(tmp_path / "out", done.manifest).read("a.weight").shape == shape

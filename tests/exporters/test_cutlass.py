@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spp_fx.errors import FormatError, MaskError, PatternError
 from spp_fx.exporters import cutlass_layout
-from spp_fx.exporters.format import ExportSettings, find_format
+from spp_fx.exporters.format import FORMATS
 from spp_fx.exporters.manifest import read_manifest
 from spp_fx.storage.safetensors import Shard
 from spp_fx.verbs.export import Exported, export
@@ -30,7 +30,7 @@ def exported(
     folder: Path, sites: dict[str, Tensor], transposed: frozenset[str] = frozenset(), dtype: str | None = None
 ) -> Exported:
     model = bare_folder(folder / "m", sites, OTHERS, transposed)
-    return export(model, folder / "out", "cutlass", ExportSettings(dtype=dtype))
+    return export(model, folder / "out", "cutlass", dtype=dtype)
 
 
 def test_sites_are_packed_and_the_rest_is_copied(tmp_path):
@@ -55,7 +55,7 @@ def test_every_dtype_is_given_back_as_the_model_stores_it(tmp_path, dtype):
     sites = {name: random_sparse(64, 256, dtype, seed, group) for seed, name in enumerate(SITES)}
     done = exported(tmp_path, sites, frozenset({"c.weight"}))
     assert done.checks["cutlass"] == done.checks["bit_exact"] == 3
-    decode = find_format("cutlass").decode
+    decode = FORMATS["cutlass"].decode
     assert decode is not None
     decoded = decode(tmp_path / "out", done.manifest)
     stored = load_file(tmp_path / "m" / "model.safetensors")
@@ -108,7 +108,7 @@ def test_signs_of_zeros_are_kept_where_a_slot_is_free_and_counted_where_not(tmp_
     first = done.manifest.tensors[0]
     assert first.negative_zeros == 1
     assert done.checks["signs_of_zeros_lost"] == 1
-    decoded = find_format("cutlass").decode(tmp_path / "out", done.manifest).read("a.weight")
+    decoded = FORMATS["cutlass"].decode(tmp_path / "out", done.manifest).read("a.weight")
     expected = weight.clone()
     expected[5, 2] = 0
     assert torch.equal(bits_of(decoded), bits_of(expected))
@@ -145,7 +145,7 @@ def test_the_writer_is_found_by_verify(good):
     ("edit", "message"),
     [
         ({"layout": "cusparselt"}, r"tensors\.0\.layout: 'cusparselt', expected one of cutlass, dense"),
-        ({"dtype": "F64"}, r"tensors\.0\.layout: 'cutlass', which cannot be: .* float64"),
+        ({"dtype": "F64"}, r"tensors\.0\.layout: 'cutlass', which is not possible: .* float64"),
         ({"dtype": "I8"}, r"a\.weight\.packed is BF16 \[64, 64\], expected I8"),
         ({"layout": "dense"}, r"holds no tensor a\.weight, export\.json says it does"),
     ],
@@ -166,7 +166,7 @@ def test_damaged_metadata_is_named_with_its_file(tmp_path, good):
     with (folder / "packed.safetensors").open("r+b") as file:
         file.seek(info.start)
         file.write(b"\0")
-    decode = find_format("cutlass").decode
+    decode = FORMATS["cutlass"].decode
     decoded = decode(folder, read_manifest(folder, check_files=False))
     with pytest.raises(FormatError, match=r"packed\.safetensors: a\.weight: row 0, columns 0-3 have the pos"):
         decoded.read("a.weight")

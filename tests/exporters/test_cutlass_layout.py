@@ -15,8 +15,7 @@ from torch.sparse._semi_structured_conversions import (
 
 from spp_fx.errors import FormatError, PatternError, UsageError
 from spp_fx.exporters import cutlass_layout
-from spp_fx.exporters.cutlass_layout import FORMS, from_neutral, pack, refusal
-from spp_fx.exporters.cutlass_reader import neutral_form, unpack
+from spp_fx.exporters.cutlass_layout import FORMS, neutral_form, pack, refusal, unpack
 from spp_fx.sparsity.packing import clear_negative_zeros, pack_1_2, pack_2_4
 from tests.effort import examples
 from tests.exporters.packing import bits_of, random_sparse, without_kernels
@@ -94,7 +93,7 @@ def test_bands_of_rows_filled_one_by_one_give_the_same(dtype: torch.dtype):
     form = FORMS[dtype]
     weight = random_sparse(3 * form.multiples[0], 2 * form.multiples[1], dtype, 5, form.group)
     neutral = pack_2_4(weight) if form.group == 4 else pack_1_2(weight)
-    _, whole = from_neutral(neutral)
+    _, whole = pack(weight)
     meta = torch.zeros_like(whole)
     for start in reversed(range(0, len(weight), form.rows)):
         cutlass_layout.fill(neutral.positions[start : start + form.rows], meta, start)

@@ -9,7 +9,6 @@ from onnx import TensorProto, helper, numpy_helper
 from transformers import AutoModelForCausalLM, FalconConfig
 
 from spp_fx.errors import SppFxError
-from spp_fx.exporters.format import ExportSettings
 from spp_fx.exporters.onnx import model_writer
 from spp_fx.exporters.onnx.onnxruntime_check import (
     OnnxModel,
@@ -196,7 +195,7 @@ def test_a_model_that_rounds_to_bfloat16_here_and_there_is_run_as_shipped(
 
 def test_it_is_with_a_cache_as_well(falcon, tmp_path):
     folder = falcon[0].folder.path
-    done = export(folder, tmp_path / "out", "onnx-packed", ExportSettings(with_past=True))
+    done = export(folder, tmp_path / "out", "onnx-packed", with_past=True)
     check_run_as_shipped(done.checks, folder, tmp_path / "out" / "model.onnx")
 
 

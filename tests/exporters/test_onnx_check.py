@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from spp_fx.errors import FormatError, SppFxError
 from spp_fx.exporters.onnx import graph_writer
 from spp_fx.exporters.onnx.onnxruntime_check import OnnxModel, check_standard, compare_logits, logits_of
-from spp_fx.verbs.export import ExportSettings, export
+from spp_fx.verbs.export import export
 from tests.command import must
 from tests.families import VOCABULARY, make_model
 
@@ -23,13 +23,13 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("check")
     make_model("llama").save_pretrained(root / "dense")
     must("prune", root / "dense", "-o", root / "sparse")
-    settings = ExportSettings(indices="int64", compare_logits=True)
-    done = export(root / "sparse", root / "inline", "onnx", settings)
+    options = {"indices": "int64", "compare_logits": True}
+    done = export(root / "sparse", root / "inline", "onnx", **options)
     assert done.checks["standard_checker"] == "passed"
     assert done.checks["argmax_agreement"] == 1
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graph_writer, "SINGLE_FILE_LIMIT", 0)
-        export(root / "sparse", root / "external", "onnx", settings)
+        export(root / "sparse", root / "external", "onnx", **options)
     assert (root / "external" / "model.onnx.data").is_file()
     return root
 

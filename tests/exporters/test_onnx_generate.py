@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, BloomConfig, MistralConfig
 
 from spp_fx.exporters.onnx.onnxruntime_check import OnnxModel
-from spp_fx.verbs.export import ExportSettings, export
+from spp_fx.verbs.export import export
 from tests.command import must
 from tests.effort import nightly
 from tests.exporters.onnx_files import greedy
@@ -39,8 +39,8 @@ def test_a_padded_batch_goes_on_as_in_transformers(tmp_path, family, format_, dt
     config.num_hidden_layers = 1
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
     must("prune", tmp_path / "dense", "-o", tmp_path / "sparse")
-    settings = ExportSettings(with_past=True, dtype=None if dtype == "float32" else dtype)
-    export(tmp_path / "sparse", tmp_path / "onnx", format_, settings)
+    rounded_to = None if dtype == "float32" else dtype
+    export(tmp_path / "sparse", tmp_path / "onnx", format_, with_past=True, dtype=rounded_to)
     casts = [
         node for node in onnx.load(tmp_path / "onnx" / "model.onnx").graph.node if node.op_type == "Cast"
     ]

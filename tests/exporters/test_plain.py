@@ -79,7 +79,7 @@ def test_a_config_without_one_stays_byte_for_byte(tmp_path):
 
 def test_an_export_decodes_to_the_tensors_of_the_model(tmp_path):
     out = export(model_folder(tmp_path / "m"), tmp_path / "out", "safetensors").out
-    decoded = plain.decode(out, read_manifest(out))
+    decoded = plain.Plain.decode(out, read_manifest(out))
     values = load_file(tmp_path / "m" / "model.safetensors")
     assert decoded.shapes == {name: tuple(value.shape) for name, value in values.items()}
     assert all(torch.equal(decoded.read(name), value) for name, value in values.items())

@@ -81,11 +81,11 @@ def test_finished_files_are_not_written_again(form, owner, name, model, tmp_path
 def test_a_file_that_was_cut_off_or_lost_is_written_again(count, model, tmp_path, monkeypatch):
     """What was being written is no file yet, and what is not as the journal says is written again."""
     export(model, tmp_path / "whole", "cutlass")
-    stopped_export(model, tmp_path / "out", "cutlass", count, packed, "pack_site")
+    stopped_export(model, tmp_path / "out", "cutlass", count, packed, "_pack_site")
     for finished in (tmp_path / ".out.work" / "out").glob("*.safetensors"):
         finished.write_bytes(b"")
     with monkeypatch.context() as patch:
-        calls = stop_after(99, patch, packed, "pack_site")
+        calls = stop_after(99, patch, packed, "_pack_site")
         export(model, tmp_path / "out", "cutlass")
     assert calls == [14]
     assert listing(tmp_path / "out") == listing(tmp_path / "whole")
@@ -112,7 +112,7 @@ def test_lost_signs_are_counted_by_a_run_that_finds_the_file_finished(tmp_path):
     model = bare_folder(tmp_path / "m", {"a.weight": weight}, {}, frozenset())
     stopped_export(model, tmp_path / "out", "cutlass", 0, Source, "copy_small_files")
     with pytest.MonkeyPatch.context() as patch:
-        calls = stop_after(99, patch, packed, "pack_site")
+        calls = stop_after(99, patch, packed, "_pack_site")
         done = export(model, tmp_path / "out", "cutlass")
     assert calls == [0]
     assert done.manifest.tensors[0].negative_zeros == done.checks["signs_of_zeros_lost"] == 1

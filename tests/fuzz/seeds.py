@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from spp_fx.exporters.format import ExportSettings
 from spp_fx.exporters.manifest import Part, TensorRecord, write_manifest
 from spp_fx.exporters.onnx.encodings import DenseConstants, Encoding, PackedCodes, SparseInitializers
 from spp_fx.exporters.onnx.graph_parameters import GraphParameter
@@ -84,7 +83,7 @@ def build(folder: Path, graphs: bool = True) -> dict[str, Seed]:
         seeds.append(Seed(kind, folder / kind, target, reader))
     if graphs:
         (folder / "model-onnx").mkdir()
-        export(model, folder / "model-onnx" / "export", "onnx-packed", ExportSettings(compare_logits=False))
+        export(model, folder / "model-onnx" / "export", "onnx-packed", compare_logits=False)
         seeds.append(Seed("model-onnx", folder / "model-onnx", "export", "onnx"))
     for seed in seeds:
         shutil.copy(next(iter(sorted(seed.root.rglob(LOCK_NAME)))), seed.lock)
@@ -229,8 +228,8 @@ def _legacy(model: Path, folder: Path) -> None:
 
 def _exporter(format: str) -> Callable[[Path, Path], None]:
     def make(model: Path, folder: Path) -> None:
-        settings = ExportSettings(sm=90) if format == "cusparselt" else ExportSettings()
-        export(model, folder / "export", format, settings)
+        options = {"sm": 90} if format == "cusparselt" else {}
+        export(model, folder / "export", format, **options)
 
     return make
 

@@ -159,9 +159,9 @@ def test_sparsegpt_refuses_what_it_cannot_invert_or_divide(data):
     weight, x = data
     with pytest.raises(PatternError, match="raise --damp"):
         sparsegpt(weight, -(x.t() @ x), parse_pattern("2:4"))
-    with pytest.raises(PatternError, match="no multiple of 5"):
+    with pytest.raises(PatternError, match="not a multiple of 5"):
         sparsegpt(weight, x.t() @ x, parse_pattern("2:5"))
-    with pytest.raises(UsageError, match="no whole number of groups"):
+    with pytest.raises(UsageError, match="not a whole number of groups"):
         sparsegpt(weight, x.t() @ x, parse_pattern("4:8"), block_size=12)
 
 

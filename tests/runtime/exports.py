@@ -13,7 +13,6 @@ from transformers import (
     PreTrainedModel,
 )
 
-from spp_fx.exporters.format import ExportSettings
 from spp_fx.verbs.export import export
 from tests.families import make_model, prune_2_4
 
@@ -53,9 +52,9 @@ def save_sparse(folder: Path, model: str | PreTrainedModel, also: tuple[str, ...
     return folder
 
 
-def exported(model: Path, format: str, **settings: object) -> Path:
+def exported(model: Path, format: str, **options: object) -> Path:
     out = model.parent / f"{model.name}-{format}"
-    export(model, out, format, ExportSettings(**settings))
+    export(model, out, format, **options)
     return out
 
 

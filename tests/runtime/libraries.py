@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from spp_fx.exporters.cusparselt_reader import unpack
+from spp_fx.exporters.cusparselt_layout import unpack
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from tests.runtime.libraries import Refuses, Right, WrongOrder
 
 CPU = torch.device("cpu")
 UP = "model.layers.0.mlp.up_proj.weight"
-DECODED = [name for name, format in FORMATS.items() if format.decode is not None]
+DECODED = [name for name, format in FORMATS.items() if not format.program]
 
 
 @pytest.fixture(autouse=True)
@@ -162,9 +162,9 @@ def test_a_changed_file_is_refused_before_anything_is_read(plain, tmp_path):
 
 
 def test_what_is_no_export_is_refused(wide, tmp_path):
-    with pytest.raises(UsageError, match=r"has no export\.json; make an export"):
+    with pytest.raises(UsageError, match=r"has no export\.json; export it"):
         load(wide)
-    with pytest.raises(UsageError, match="there is no such folder"):
+    with pytest.raises(UsageError, match="does not exist"):
         load(tmp_path / "nowhere")
 
 
@@ -227,7 +227,7 @@ def test_packs_that_are_not_trusted_do_not_run(packed, wide, library, form):
     ("family", "site", "reason"),
     [
         ("llama-tied", "lm_head.weight", "it is shared by model.embed_tokens.weight and lm_head.weight"),
-        ("gpt2", "transformer.h.0.mlp.c_fc.weight", "its module is a Conv1D, no plain linear"),
+        ("gpt2", "transformer.h.0.mlp.c_fc.weight", "its module is a Conv1D, not a plain linear"),
         ("mixtral", "model.layers.0.block_sparse_moe.experts.0.w1.weight", "it is part of a stack"),
     ],
 )

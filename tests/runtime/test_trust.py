@@ -49,7 +49,7 @@ def test_a_wrong_product_is_packed_anew():
     assert len(said) == 2
     assert said[0].startswith("a and 1 more (128 x 128, float16): the stored pack is not used: times a unit")
     assert "row 0, column 0" in said[0]
-    assert said[0].endswith("; it was packed anew")
+    assert said[0].endswith("; it was packed again")
     assert said[1].startswith("c (256 x 128, float16)")
 
 

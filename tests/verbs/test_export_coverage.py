@@ -6,7 +6,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from spp_fx.errors import FormatError, SppFxError, UsageError
-from spp_fx.exporters.format import ExportSettings
 from spp_fx.exporters.onnx.onnx_file import OnnxFile
 from spp_fx.verbs.export import export
 from spp_fx.verbs.verify import verify
@@ -30,9 +29,9 @@ def expected(half) -> set[str]:
     return failing(half / "model")
 
 
-def quick(format_: str) -> ExportSettings:
+def quick(format_: str) -> dict[str, bool]:
     """Logits are compared in other tests."""
-    return ExportSettings(compare_logits=False) if format_.startswith("onnx") else ExportSettings()
+    return {"compare_logits": False} if format_.startswith("onnx") else {}
 
 
 def failing(path) -> set[str]:
@@ -43,7 +42,7 @@ def failing(path) -> set[str]:
     "format_", ["cusparselt", "onnx-dense", "onnx-packed", "safetensors", "sparse-bitmask"]
 )
 def test_the_same_sites_fail_in_every_format(half, expected, format_, tmp_path):
-    out = export(half / "model", tmp_path / "out", format_, quick(format_)).out
+    out = export(half / "model", tmp_path / "out", format_, **quick(format_)).out
     assert failing(out) == expected
     assert len(expected) == 12
     assert verify(out).ok  # the lock speaks of its own sites
@@ -51,7 +50,7 @@ def test_the_same_sites_fail_in_every_format(half, expected, format_, tmp_path):
 
 @pytest.mark.parametrize("format_", ["cusparselt", "sparse-bitmask"])
 def test_transformers_does_not_fill_an_export_with_random_numbers(half, format_, tmp_path):
-    out = export(half / "model", tmp_path / "out", format_, ExportSettings(sm=80)).out
+    out = export(half / "model", tmp_path / "out", format_).out
     with pytest.raises(OSError, match=r"model\.safetensors"):
         AutoModelForCausalLM.from_pretrained(out)
     with pytest.raises(SppFxError, match="is an export"):
@@ -62,7 +61,7 @@ def test_transformers_does_not_fill_an_export_with_random_numbers(half, format_,
 def test_an_export_with_its_manifest_is_exported_again(half, format_, tmp_path):
     """The plain export is a model; what it brings along of its own stays behind."""
     plain = export(half / "model", tmp_path / "plain", "safetensors").out
-    again = export(str(plain), str(tmp_path / "again"), format_, quick(format_))
+    again = export(str(plain), str(tmp_path / "again"), format_, **quick(format_))
     assert again.checks["masks_equal"] == 2
     assert again.manifest.format == format_
     assert verify(again.out, against=half / "model").ok
@@ -70,7 +69,7 @@ def test_an_export_with_its_manifest_is_exported_again(half, format_, tmp_path):
 
 def test_bfloat16_is_said_to_need_another_dtype_on_a_cpu(half, tmp_path):
     lines: list[str] = []
-    export(half / "model", tmp_path / "out", "onnx-packed", quick("onnx-packed"), say=lines.append)
+    export(half / "model", tmp_path / "out", "onnx-packed", **quick("onnx-packed"), say=lines.append)
     assert any("no bfloat16 on a CPU" in line and "--dtype float16" in line for line in lines)
 
 
@@ -81,7 +80,7 @@ def test_a_file_of_an_export_is_verified_with_its_folder(half, format_, tmp_path
         wide_model(dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
         model = tmp_path / "sparse"
         must("prune", tmp_path / "dense", "-o", model)
-    out = export(model, tmp_path / "out", format_, quick(format_)).out
+    out = export(model, tmp_path / "out", format_, **quick(format_)).out
     if format_ == "onnx-packed":
         path = out / "model.onnx"
         assert verify(path).ok
@@ -106,8 +105,14 @@ def test_rounding_keeps_the_entries_of_sites_and_counts_them(tmp_path):
     stored = load_file(tmp_path / "sparse" / "model.safetensors")
     tiny = sum(int(((w != 0) & (w.half() == 0)).sum()) for n, w in stored.items() if "proj" in n)
     lines: list[str] = []
-    settings = ExportSettings(dtype="float16", compare_logits=False)
-    done = export(tmp_path / "sparse", tmp_path / "out", "onnx-dense", settings, say=lines.append)
+    done = export(
+        tmp_path / "sparse",
+        tmp_path / "out",
+        "onnx-dense",
+        dtype="float16",
+        compare_logits=False,
+        say=lines.append,
+    )
     assert done.checks["kept_from_zero"] == tiny > 0
     assert any(f"{tiny} values would round to zero" in line for line in lines)
     graph = OnnxFile(done.out / "model.onnx")

@@ -178,7 +178,7 @@ DAMAGE = {
     "a group of another count": (set_bit, r"q_proj\.bitmask: row 2, columns 8-11 keep [13] entries"),
     "no shape": (lambda v: v.pop(part("shape")), r"q_proj\.shape: is missing.*random"),
     "no values": (lambda v: v.pop(part("compressed")), r"q_proj\.compressed: is missing.*random"),
-    "both forms": (lambda v: v.update({f"{Q}.weight": torch.ones(2, 2)}), r"q_proj\.weight: is there both"),
+    "both forms": (lambda v: v.update({f"{Q}.weight": torch.ones(2, 2)}), r"q_proj\.weight: is stored twice"),
     "another shape": (lambda v: v[part("shape")].mul_(2), r"q_proj\.compressed: is F32 .* expected F32"),
     "a shape below zero": (lambda v: v[part("shape")].neg_(), r"q_proj\.shape: says -"),
     "a shape of one number": (lambda v: v.update({part("shape"): torch.tensor([4])}), r"q_proj\.shape: is I64"),

@@ -33,7 +33,7 @@ def test_a_folder_of_every_family_streams(tmp_path, text_file, family):
     assert result["calibration"] == {"samples": 8, "seq_len": 32}
     for site in result["sites"]:
         assert site["pattern"] == "2:4"
-        if site["notes"] != ["saw no token: pruned by magnitude"]:
+        if site["notes"] != ["received no token: pruned by magnitude"]:
             assert 0 < site["error_before"] == site["error_after"] < 1
     assert must("verify", tmp_path / "out", "--json").json["ok"]
     assert not (tmp_path / ".out.work").exists()
@@ -288,7 +288,7 @@ def test_permuted_models_compute_what_their_dense_weights_would(deep, text_file,
         ((*WANDA, "--samples", 0), 2, "--samples must be at least 1"),
         ((*WANDA, "--seq-len", 5000), 2, "more than the model's 2048 positions"),
         (("--method", "wanda", "--calib", "no-such.txt", *CALIBRATION), 2, "cannot be read"),
-        ((*WANDA, *CALIBRATION, "--pattern", "2:5"), 1, "no multiple of the group of 2:5"),
+        ((*WANDA, *CALIBRATION, "--pattern", "2:5"), 1, "not a multiple of the group of 2:5"),
         ((*WANDA, *CALIBRATION, "--targets", "lm_head"), 2, "outside of the decoder layers"),
         (("--method", "sparsegpt", "--damp", 0, "--calib", "TEXT", "--samples", 1, "--seq-len", 16), 1, "raise --damp"),
         ((*WANDA, *CALIBRATION, "--skip", "nothing"), 2, "names no site"),

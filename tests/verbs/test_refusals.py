@@ -50,7 +50,7 @@ CASES = {
     "prune-unknown-method": (nothing, "prune dense -o new --method best", 2, "magnitude"),
     "prune-bad-pattern": (nothing, "prune dense -o new --pattern 5:4", 2, "5:4"),
     "prune-pattern-no-pattern": (nothing, "prune dense -o new --pattern dense", 2, "dense"),
-    "prune-pattern-does-not-divide": (nothing, "prune dense -o new --pattern 2:5", 1, "no multiple of the group"),
+    "prune-pattern-does-not-divide": (nothing, "prune dense -o new --pattern 2:5", 1, "not a multiple of the group"),
     "prune-unknown-target": (nothing, "prune dense -o new --targets w_proj", 2, "w_proj"),
     "prune-missing-folder": (nothing, "prune nowhere -o new", 2, "nowhere"),
     "prune-not-finite": (
@@ -147,7 +147,7 @@ CASES = {
     "train-no-tokenizer": (
         lambda w: [path.unlink() for path in (w / "sparse").glob("tokenizer*")], TRAIN, 2, "tokenizer",
     ),
-    "train-text-too-short": (lambda w: (w / "text.txt").write_text("a b c"), TRAIN, 2, "fill no window"),
+    "train-text-too-short": (lambda w: (w / "text.txt").write_text("a b c"), TRAIN, 2, "do not fill a window"),
     "train-text-missing": (lambda w: (w / "text.txt").unlink(), TRAIN, 2, "text.txt"),
     "train-text-is-binary": (lambda w: (w / "text.txt").write_bytes(b"\xff\xfe\xfa"), TRAIN, 2, "UTF-8"),
     "train-steps-and-epochs": (nothing, TRAIN + " --epochs 1", 2, "not both"),

@@ -150,11 +150,11 @@ def test_records_are_learned_from(here, form, kind, options):
     )
     if "text" in records[0] and more == ["--loss-on", "answer"]:
         assert result.code == 2
-        assert "no answers" in one_line(result.err)
+        assert "without answers" in one_line(result.err)
         return
     if "text" in records[0]:
-        assert result.code == 2, "forty letters fill no window of 64"
-        assert "fill no window" in one_line(result.err)
+        assert result.code == 2, "forty letters do not fill a window of 64"
+        assert "do not fill a window" in one_line(result.err)
         return
     assert result.code == 0, result.err
     assert result.json["loss"] > 0

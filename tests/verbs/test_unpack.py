@@ -9,7 +9,7 @@ import torch
 
 import spp_fx
 from spp_fx.errors import FormatError, MaskError, UsageError
-from spp_fx.exporters.format import FORMATS, find_format
+from spp_fx.exporters.format import FORMATS
 from spp_fx.storage.safetensors import Shard
 from spp_fx.verbs import unpack as module
 from spp_fx.verification.verdict import Finding
@@ -44,10 +44,7 @@ def test_export_and_unpack_give_the_same_folder(made, exports, tmp_path, name):
 
 def test_a_packed_format_gives_one_file_with_every_tensor(made, exports, tmp_path, monkeypatch):
     """Any format that decodes: here the plain one, as if it did not know the files of the model."""
-    plain = find_format("safetensors")
-    monkeypatch.setitem(
-        FORMATS, "safetensors", module.Format(plain.name, plain.write, plain.read, decode=plain.decode)
-    )
+    monkeypatch.setattr(FORMATS["safetensors"], "restore", lambda *_: False)
     done = spp_fx.unpack(exports / "safetensors", str(tmp_path / "back"))
     assert not done.exact
     theirs, ours = tensors(made / "merged"), tensors(tmp_path / "back")
@@ -100,10 +97,11 @@ def test_a_lock_that_does_not_hold_leaves_nothing(exports, tmp_path, monkeypatch
 
 
 def test_a_byte_that_was_restored_wrong_is_found(exports, tmp_path, monkeypatch):
-    chosen = find_format("sparse-bitmask")
+    chosen = FORMATS["sparse-bitmask"]
+    right = chosen.restore
 
     def wrong(export, manifest, target, tick):
-        chosen.restore(export, manifest, target, tick)
+        done = right(export, manifest, target, tick)
         path = next(target.glob("*.safetensors"))
         info = next(iter(Shard.open(path).header.tensors.values()))
         with path.open("r+b") as file:
@@ -111,9 +109,9 @@ def test_a_byte_that_was_restored_wrong_is_found(exports, tmp_path, monkeypatch)
             byte = file.read(1)[0]
             file.seek(info.start)
             file.write(bytes([byte ^ 1]))
+        return done
 
-    changed = module.Format(chosen.name, chosen.write, chosen.read, decode=chosen.decode, restore=wrong)
-    monkeypatch.setitem(FORMATS, chosen.name, changed)
+    monkeypatch.setattr(chosen, "restore", wrong)
     with pytest.raises(FormatError, match="is not what the export decodes to"):
         spp_fx.unpack(exports / "sparse-bitmask", tmp_path / "back")
     assert list(tmp_path.iterdir()) == []

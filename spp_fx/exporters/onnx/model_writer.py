@@ -5,7 +5,7 @@ from the model folder and written one by one. The written file is read back and 
 by code that shares nothing with the writer; that of a small model is also run, and its logits are compared.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ import onnx
 import torch
 
 from spp_fx.errors import MaskError, SppFxError
-from spp_fx.exporters.format import ROUNDED, ExportSettings, Say, Source, Tick
+from spp_fx.exporters.format import ROUNDED, Say, Source, Tick
 from spp_fx.exporters.manifest import Part, TensorRecord, site_sizes
-from spp_fx.exporters.onnx.encodings import Encoded, Encoding
+from spp_fx.exporters.onnx import OnnxFormat
+from spp_fx.exporters.onnx.encodings import Encoded, Encoding, SparseInitializers
 from spp_fx.exporters.onnx.graph_export import build_graph, takes_positions
 from spp_fx.exporters.onnx.graph_parameters import Graph, GraphParameter, GraphParameters, find_parameters
 from spp_fx.exporters.onnx.graph_weights import GRAPH, GraphWeights
@@ -38,8 +39,6 @@ COMPARED_BELOW = 10**9
 
 NO_BFLOAT16 = "onnxruntime has no bfloat16 on a CPU"
 
-MakeEncoding = Callable[[ExportSettings], Encoding]
-
 
 @dataclass(frozen=True)
 class _Export:
@@ -49,9 +48,8 @@ class _Export:
         unencoded: parameters with sites that stay dense -> why.
     """
 
-    format: str
+    format: OnnxFormat
     source: Source
-    settings: ExportSettings
     graph: Graph
     parameters: GraphParameters
     encoding: Encoding
@@ -61,37 +59,33 @@ class _Export:
         return bool(parameter.entries) and parameter.name not in self.unencoded
 
 
-def writer(name: str, make: MakeEncoding) -> Callable[..., dict[str, Any]]:
-    """The `write` of a format: the encoding that `make` returns puts the weights into the graph."""
-
-    def write(source: Source, target: Path, settings: ExportSettings, tick: Tick, say: Say) -> dict[str, Any]:
-        check_causal(source.folder.path, f"an export to {name}")
-        model = hollow_model(
-            source.folder.path, dtype=_dtype(source), trust_remote_code=source.trust_remote_code
-        ).eval()
-        graph = build_graph(model, with_past=settings.with_past)
-        if not graph.bfloat16:
-            compute_in_float32(graph.proto, [parameter.value_info for parameter in graph.parameters])
-        parameters = find_parameters(source, model, graph)
-        encoding = make(settings)
-        reasons = {each.name: encoding.why_dense(each) for each in parameters.sparse}
-        unencoded = {each: reason for each, reason in reasons.items() if reason is not None}
-        export = _Export(name, source, settings, graph, parameters, encoding, unencoded)
-        twin = _runs_as_twin(export)
-        for line in [*_announce(export, twin), *parameters.left_out]:
-            say(line)
-        encoded = _write_graph(export, target, tick)
-        source.copy_small_files(target)
-        _write_manifest(export, target, encoded)
-        checks: dict[str, Any] = {"weights_equal": _compare_weights(export, target, encoded)}
-        if name == "onnx":
-            checks["standard_checker"] = "not run: it takes int64 indices only"
-            if settings.indices == "int64":
-                check_standard(target / GRAPH)
-                checks["standard_checker"] = "passed"
-        return checks | _compare_logits(export, target, twin)
-
-    return write
+def write_model(format: OnnxFormat, source: Source, target: Path, tick: Tick, say: Say) -> dict[str, Any]:
+    """Fill an empty folder; see `Format.write`."""
+    check_causal(source.folder.path, f"an export to {format.name}")
+    model = hollow_model(
+        source.folder.path, dtype=_dtype(source), trust_remote_code=source.trust_remote_code
+    ).eval()
+    graph = build_graph(model, with_past=format.with_past)
+    if not graph.bfloat16:
+        compute_in_float32(graph.proto, [parameter.value_info for parameter in graph.parameters])
+    parameters = find_parameters(source, model, graph)
+    encoding = format.encoding()
+    reasons = {each.name: encoding.why_dense(each) for each in parameters.sparse}
+    unencoded = {each: reason for each, reason in reasons.items() if reason is not None}
+    export = _Export(format, source, graph, parameters, encoding, unencoded)
+    twin = _runs_as_twin(export)
+    for line in [*_announce(export, twin), *parameters.left_out]:
+        say(line)
+    encoded = _write_graph(export, target, tick)
+    source.copy_small_files(target)
+    _write_manifest(export, target, encoded)
+    checks: dict[str, Any] = {"weights_equal": _compare_weights(export, target, encoded)}
+    if isinstance(encoding, SparseInitializers):
+        checks["standard_checker"] = "not run: it takes int64 indices only"
+        if encoding.indices == "int64":
+            check_standard(target / GRAPH)
+            checks["standard_checker"] = "passed"
+    return checks | _compare_logits(export, target, twin)
 
 
 def _dtype(source: Source) -> torch.dtype | None:
@@ -155,11 +149,11 @@ def _announce(export: _Export, twin: bool) -> Iterator[str]:
     if now != dense_bytes:
         share = f"{abs(now / max(1, dense_bytes) - 1):.0%} {'LARGER' if now > dense_bytes else 'smaller'}"
         most = "take" if all(each.whole for each in sparse) else "take at most"
-        line = f"{export.format}: the sparse weights {most} {now / 1e6:.2f} MB where dense they take"
+        line = f"{export.format.name}: the sparse weights {most} {now / 1e6:.2f} MB where dense they take"
         grow = f" ({grown} of {len(sparse)} weights grow; onnx-packed does not)" if grown else ""
         yield f"{line} {dense_bytes / 1e6:.2f}, {share}{grow}"
     if len(export.unencoded) == len(sparse):
-        yield f"warning: {export.format} can take no weight: all of them stay dense"
+        yield f"warning: {export.format.name} can take no weight: all of them stay dense"
     for stored, own in sorted(dtypes):
         if stored != own:
             yield f"config.json has the model in {own}: weights stored as {stored} are rounded to it"
@@ -207,13 +201,12 @@ def _write_manifest(export: _Export, target: Path, encoded: dict[str, Encoded]) 
     dense_bytes = sum(parameter.nbytes for parameter in sparse)
     shared = sum(tensor_bytes(tensor) for tensor in export.encoding.constants())
     sites_bytes = sum(done.nbytes for done in encoded.values()) + shared
-    requirements: dict[str, int | str] = {"with_past": "yes" if export.settings.with_past else "no"}
-    if export.format == "onnx":
-        requirements["indices"] = export.settings.indices
+    requirements: dict[str, int | str] = {"with_past": "yes" if export.format.with_past else "no"}
+    if isinstance(export.encoding, SparseInitializers):
+        requirements["indices"] = export.encoding.indices
     source.finish(
         target,
-        export.format,
-        source.lock,
+        export.format.name,
         [records[entry.name] for entry in source.lock.sites],
         requirements=requirements,
         sizes=site_sizes(dense_bytes, sites_bytes, target.glob(f"{GRAPH}*")),
@@ -239,7 +232,7 @@ def _compare_weights(export: _Export, target: Path, encoded: dict[str, Encoded])
 
 
 def _compare_logits(export: _Export, target: Path, twin: bool) -> dict[str, Any]:
-    wanted = export.settings.compare_logits
+    wanted = export.format.compare_logits
     size = export.source.folder.stored_bytes
     unrun = f"not run: {NO_BFLOAT16}" if twin else "not run: its graph was opened without the weights"
     if wanted is False:
@@ -253,7 +246,7 @@ def _compare_logits(export: _Export, target: Path, twin: bool) -> dict[str, Any]
     text = real.config.get_text_config(decoder=True)
     found = compare_logits(
         target / GRAPH,
-        logits_of(real, count_positions=export.settings.with_past and takes_positions(real)),
+        logits_of(real, count_positions=export.format.with_past and takes_positions(real)),
         text.vocab_size,
         max_length=getattr(text, "max_position_embeddings", None),
         twin=twin,

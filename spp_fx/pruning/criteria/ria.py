@@ -1,11 +1,12 @@
 """ria: relative importance of a weight among its row and its column, times a power of its input's norm."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from spp_fx.options import option
 from spp_fx.pruning.criterion import Criterion, register
 from spp_fx.pruning.select import row_blocks
 from spp_fx.pruning.statistics import Inputs
@@ -22,11 +23,8 @@ class Ria(Criterion):
     """
 
     name: ClassVar[str]
-    permute: bool = field(
-        default=False,
-        metadata={
-            "help": "reorder inputs over the groups of N:M where the weights before can absorb it",
-        },
+    permute: bool = option(
+        False, "reorder inputs over the groups of N:M where the weights before can absorb it"
     )
 
     @property

@@ -1,12 +1,13 @@
 """sparsegpt: prune column by column, and let the columns that follow make up for what was lost."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from spp_fx.errors import PatternError, UsageError
+from spp_fx.options import at_least_one, not_negative, option
 from spp_fx.pruning.criterion import Criterion, register
 from spp_fx.pruning.select import keep_all_but, keep_of_groups
 from spp_fx.pruning.statistics import Inputs
@@ -23,18 +24,8 @@ class SparseGpt(Criterion):
 
     name: ClassVar[str]
     hessian = True
-    damp: float = field(
-        default=DAMP, metadata={"help": "added to the Hessian's diagonal, as a share of its mean"}
-    )
-    block_size: int = field(
-        default=BLOCK_SIZE, metadata={"help": "columns between updates of all columns that follow"}
-    )
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.damp < float("inf"):
-            raise UsageError(f"sparsegpt: damp must be a finite number of at least 0, got {self.damp}")
-        if self.block_size < 1:
-            raise UsageError(f"sparsegpt: block-size must be at least 1, got {self.block_size}")
+    damp: float = option(DAMP, "added to the Hessian's diagonal, as a share of its mean", not_negative)
+    block_size: int = option(BLOCK_SIZE, "columns between updates of all columns that follow", at_least_one)
 
     def check(self, columns: int, pattern: Pattern) -> None:
         check_blocks(columns, pattern, self.block_size)
@@ -77,7 +68,9 @@ def sparsegpt(
     """
     columns = weight.shape[1]
     if isinstance(chosen, NM) and columns % chosen.group:
-        raise PatternError(f"its {columns} inputs are no multiple of {chosen.group}, {chosen} cannot hold")
+        raise PatternError(
+            f"its {columns} inputs are not a multiple of {chosen.group}, so {chosen} cannot hold"
+        )
     check_blocks(columns, chosen, block_size)
     w = weight.to(torch.float32, copy=True)
     inverse = _inverse_factor(hessian.to(torch.float32, copy=True), w, damp)
@@ -100,7 +93,7 @@ def check_blocks(columns: int, chosen: Pattern | Tensor, block_size: int) -> Non
     """UsageError if a block would end within a group."""
     if isinstance(chosen, NM) and block_size < columns and block_size % chosen.group:
         raise UsageError(
-            f"sparsegpt: a block of {block_size} columns is no whole number of groups of {chosen}; "
+            f"sparsegpt: a block of {block_size} columns is not a whole number of groups of {chosen}; "
             f"give --block-size {max(1, block_size // chosen.group) * chosen.group}"
         )
 
