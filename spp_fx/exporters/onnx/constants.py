@@ -445,12 +445,10 @@ class Flow:
         return [None if at in positions else next(rest) for at in range(rank)]
 
     def _small(self, value: Value) -> list[int] | None:
-        """The integers of a small constant."""
         if not isinstance(value, Stored) or value.numel > 64 or len(value.shape) > 1:
             return None
         return [int(each) for each in self.file.read_stored(value.name, value.holds).reshape(-1).tolist()]
 
 
 def _rank(index: Value | None) -> int | None:
-    """How many dimensions an index has, if that is known."""
     return len(index.shape) if isinstance(index, Stored) else index and index.rank

@@ -260,7 +260,6 @@ class NMCode:
 
     @property
     def dtype(self) -> np.dtype[np.unsignedinteger]:
-        """Of a code: uint8 or uint16."""
         choices = math.comb(self.pattern.group, self.pattern.kept) ** self.groups
         return np.dtype(np.uint8 if choices <= 256 else np.uint16)
 
@@ -300,7 +299,6 @@ def encode_groups(code: NMCode, weight: Bits, sign: int) -> tuple[Bits, Bits, in
     """Values and codes of an N:M weight.
 
     Args:
-        code: its numbering.
         weight: the elements as unsigned integers of their width, flat, whole groups.
         sign: the bit of the sign, 0 for integers: a zero of negative sign is kept if a position is free.
 

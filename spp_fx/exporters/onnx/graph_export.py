@@ -44,14 +44,7 @@ Axes = Mapping[int, str]
 
 @dataclass(frozen=True)
 class Signature:
-    """A model exported by torch, and the names of its inputs and outputs.
-
-    Attributes:
-        program: the exported program.
-        args: the example that it was exported with, for torch.onnx.
-        inputs: the dynamic axes of each input by its name, in order.
-        outputs: the same of each output.
-    """
+    """A model exported by torch with example arguments, and the dynamic axes of its inputs and outputs by name."""
 
     program: ExportedProgram
     args: tuple[Any, ...]
@@ -226,7 +219,7 @@ def _cache_layers(model: PreTrainedModel) -> list[list[tuple[int, int]]]:
 
 
 def _trace(model: PreTrainedModel, forward: Callable[..., Any]) -> tuple[ExportedProgram, tuple[Any, ...]]:
-    """Export a function of input_ids and attention_mask; also returns its example arguments."""
+    """Export a function of input_ids and attention_mask; returns its example arguments too."""
     ids = torch.ones(2, 8, dtype=torch.int64)  # no 0 or 1: torch.export would make those constants
     axes = _dynamic({0: BATCH, 1: SEQUENCE})
     return export_as(model, forward, (ids, torch.ones_like(ids)), (axes, axes)), (ids, ids)
@@ -309,7 +302,6 @@ def _quiet() -> Generator[None]:
 
 
 def _root_cause(error: BaseException) -> str:
-    """The first line of the error that caused all others."""
     while error.__cause__ is not None:
         error = error.__cause__
     return (str(error).strip() or type(error).__name__).splitlines()[0]

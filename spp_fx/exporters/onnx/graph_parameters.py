@@ -93,7 +93,6 @@ class GraphParameters:
     """Where the numbers of a graph are.
 
     Attributes:
-        source: the folder, its lock, and the dtype to round to.
         all: the graph's parameters in its order, with the lock's entries in them.
         left_out: a line for each reason why stored tensors are not in the graph.
     """
@@ -106,7 +105,6 @@ class GraphParameters:
 
     @property
     def sparse(self) -> list[GraphParameter]:
-        """The parameters that hold sites."""
         return [parameter for parameter in self.all if parameter.entries]
 
     def read(self, parameter: GraphParameter) -> Tensor:
@@ -137,7 +135,6 @@ def find_parameters(source: Source, model: PreTrainedModel, graph: Graph) -> Gra
     """Find the stored tensors of every parameter that a graph reads.
 
     Args:
-        source: the folder, its lock, and the dtype to round to.
         model: the folder's model that `graph` was exported from; a stored tensor is rounded to its parameter's
             dtype, as transformers does when it loads.
 
@@ -264,5 +261,4 @@ def _beyond_layers(model: PreTrainedModel, name: str) -> bool:
 
 
 def _named(names: list[str]) -> str:
-    """The first few of some tensors, and how many there are."""
     return f"{len(names)} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"

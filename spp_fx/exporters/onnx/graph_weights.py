@@ -45,7 +45,6 @@ class GraphWeights:
 
     @cached_property
     def factors(self) -> Factors:
-        """What the products of the graph do with its weights."""
         return Factors(self.values)
 
     @property
@@ -212,7 +211,7 @@ def _read_factor(factor: Factor, file: OnnxFile) -> Array:
 
 
 def _shifted(array: Array, zero: Array, axis: int | None) -> Array:
-    """Quantised numbers less the one that stands for zero."""
+    """Quantised numbers minus their zero point."""
     shape = list(zero.shape)
     if zero.size == 1:
         zero = zero.reshape(())

@@ -42,11 +42,7 @@ NO_BFLOAT16 = "onnxruntime has no bfloat16 on a CPU"
 
 @dataclass(frozen=True)
 class _Export:
-    """The parts of one export.
-
-    Attributes:
-        unencoded: parameters with sites that stay dense -> why.
-    """
+    """One export; `unencoded` are the parameters with sites that stay dense, and why."""
 
     format: OnnxFormat
     source: Source
@@ -98,7 +94,7 @@ def _dtype(source: Source) -> torch.dtype | None:
 
 
 def _runs_as_twin(export: _Export) -> bool:
-    """Whether onnxruntime on a CPU runs the graph as its float32 twin only, as it does with bfloat16 models.
+    """Whether onnxruntime on a CPU runs only the graph's float32 twin, as with bfloat16 models.
 
     Raises:
         SppFxError: it runs neither; names the operator.
@@ -119,7 +115,7 @@ def _runs_as_twin(export: _Export) -> bool:
 
 
 def _outline(export: _Export) -> onnx.ModelProto:
-    """The graph that is to be written, with the numbers of its parameters as inputs."""
+    """The graph to be written, with the numbers of its parameters as inputs."""
     outline = onnx.ModelProto()
     outline.CopyFrom(export.graph.proto)
     nodes: list[onnx.NodeProto] = []
@@ -136,7 +132,7 @@ def _outline(export: _Export) -> onnx.ModelProto:
 
 
 def _announce(export: _Export, twin: bool) -> Iterator[str]:
-    """What the user has to know before anything is written: the size of the sites, and how they change."""
+    """What the user should know before anything is written: the size of the sites, and how they change."""
     sparse, source = export.parameters.sparse, export.source
     dense_bytes = now = grown = 0
     dtypes: set[tuple[str, str]] = set()

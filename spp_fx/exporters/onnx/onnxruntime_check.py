@@ -60,10 +60,12 @@ _ORT_ERRORS: tuple[type[Exception], ...] = (
 class LogitsComparison:
     """How far a file's logits are from the reference's, over the positions that are not padding.
 
-    `spread` is the largest distance of a reference logit from the mean over the vocabulary at its position:
-    the scale differences are measured in, since a shift of all logits changes no probability.
-    `argmax_agreement` is the share of positions where both prefer the same token. `computed_in` is the type of
-    the logits that onnxruntime computed.
+    Attributes:
+        spread: largest distance of a reference logit from the mean over the vocabulary at its position. It is
+            the scale of the differences, since a shift of all logits changes no probability.
+        tolerance: allowed difference, as a share of the spread.
+        argmax_agreement: share of positions where both prefer the same token.
+        computed_in: type of the logits that onnxruntime computed.
     """
 
     max_abs_difference: float
@@ -95,11 +97,10 @@ class OnnxModel:
 
     @property
     def has_past(self) -> bool:
-        """Whether the graph has a key/value cache."""
         return any(name.startswith("past_key_values.") for name in self._inputs)
 
     def empty_past(self, batch: int) -> dict[str, Array]:
-        """An empty cache: its length is 0."""
+        """A cache of length 0."""
         dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
         return {
             name: np.zeros((batch, each.shape[1], 0, each.shape[3]), dtype=dtypes[each.type])

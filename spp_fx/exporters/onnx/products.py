@@ -367,7 +367,6 @@ class Factors:
         return named
 
     def _account(self, products: Mapping[str, list[Node]]) -> None:
-        """Put each weight into one of the four."""
         reasons = self._reasons
         unread, left = reasons["read"] | reasons["combined"], reasons["left"] | reasons["lookup"]
         self.refused |= {each.name: reason for each, reason in reasons["refused"].items() if _may_weigh(each)}
@@ -413,7 +412,7 @@ class _Uses:
             yield node, results
 
     def _reached(self, starts: Iterable[Value]) -> dict[Value, None]:
-        """The values that contain numbers of others, through elementwise and moving operators."""
+        """The values that contain numbers of others."""
 
         def after(value: Value) -> list[Value]:
             return [each for _, results in self._after(value) for each in results]
@@ -502,7 +501,7 @@ def _depends_on_inputs(index: Value | None) -> bool:
 
 
 def _is_no_site(name: str) -> bool:
-    """Whether a name is that of an embedding or the head: the name of its own module, not of one around it."""
+    """Whether a matrix's own module is named like an embedding or a head."""
     return _module(name) in NO_SITE or _module(name).startswith("embed")
 
 
