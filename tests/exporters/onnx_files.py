@@ -13,11 +13,10 @@ from spp_fx.exporters.format import make_format
 from spp_fx.exporters.manifest import Part
 from spp_fx.exporters.onnx import model_writer
 from spp_fx.exporters.onnx.encodings import Encoded, Encoding, SparseInitializers
-from spp_fx.exporters.onnx.graph_export import GraphParameter
-from spp_fx.exporters.onnx.graph_parameters import SparseParameter
+from spp_fx.exporters.onnx.graph_parameters import GraphParameter
 from spp_fx.exporters.onnx.graph_weights import GraphWeights
+from spp_fx.exporters.onnx.graph_writer import graph_writer, onnx_type
 from spp_fx.exporters.onnx.onnxruntime_check import OnnxModel
-from spp_fx.exporters.onnx.tensor_data import TYPES, save
 from spp_fx.parallel import no_tick
 from spp_fx.sparsity.lock import make_entry
 from spp_fx.sparsity.pattern import parse_pattern
@@ -53,12 +52,12 @@ def axes(proto: onnx.ModelProto) -> dict[str, list[str | int]]:
     return {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
 
 
-def sites_of(weight: torch.Tensor, pattern: str, transposed: bool = False) -> SparseParameter:
+def sites_of(weight: torch.Tensor, pattern: str, transposed: bool = False) -> GraphParameter:
     entry = make_entry(
         "W", "linear", pack_mask(weight, transposed=transposed), parse_pattern(pattern), transposed
     )
-    parameter = GraphParameter("W", tuple(weight.shape), TYPES[weight.dtype])
-    return SparseParameter(parameter, ((entry, Part(initializer="W")),), True, transposed)
+    entries = ((entry, Part(initializer="W")),)
+    return GraphParameter("W", tuple(weight.shape), onnx_type(weight.dtype), entries, True, transposed)
 
 
 def write_weight(
@@ -72,17 +71,10 @@ def write_weight(
     external: bool = False,
 ) -> Encoded:
     """Put `weight` as W into a model (by default `matmul_model`) and write it."""
-    proto = model or matmul_model(weight.shape[-1], weight.shape[-2], TYPES[weight.dtype])
-    data_path = path.with_name(path.name + ".data")
-    with data_path.open("xb") as file:
-        done = encoding.encode(sites_of(weight, pattern, transposed), weight, file)
-    proto.graph.initializer.extend([*done.tensors, *encoding.constants()])
-    if done.sparse is not None:
-        proto.graph.sparse_initializer.append(done.sparse)
-    nodes = [*done.nodes, *proto.graph.node]
-    del proto.graph.node[:]
-    proto.graph.node.extend(nodes)
-    save(proto, path, data_path, single_file_limit=-1 if external else 2**30)
+    proto = model or matmul_model(weight.shape[-1], weight.shape[-2], onnx_type(weight.dtype))
+    with graph_writer(proto, path, single_file_limit=-1 if external else 2**30) as writer:
+        done = encoding.encode(sites_of(weight, pattern, transposed), weight, writer)
+        proto.graph.initializer.extend(encoding.constants())
     return done
 
 

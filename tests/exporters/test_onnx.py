@@ -1,4 +1,4 @@
-"""onnx exports: held to the model's own lock, whatever names the graph has for its weights."""
+"""onnx exports: checked against the model's own lock, whatever names the graph has for its weights."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Every product of an .onnx file with a constant factor is judged, or named with the reason why it is not."""
+"""Every product of an .onnx file with a constant factor is checked, or named with the reason why it is not."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -690,7 +690,7 @@ def test_every_weight_of_any_graph_is_in_exactly_one_place(tmp_path, pieces):
     assert verdict.ok == (holds and not any(piece in REFUSED for piece, _ in names.values()))
 
 
-def test_a_tied_table_is_judged_as_the_product_reads_it(tmp_path):
+def test_a_tied_table_is_checked_as_the_product_reads_it(tmp_path):
     """It is looked up and multiplied by: only its name can tell that it is the head."""
     for name, place in (("table", "sites"), ("embed.weight", "left out")):
         graph = Graph()
@@ -707,7 +707,7 @@ def test_a_quantised_weight_is_not_left_out_by_its_name(tmp_path):
     assert verify(graph.write(tmp_path / "m.onnx"), pattern="2:4").failed[0].name == "lm_head.weight"
 
 
-def test_a_weight_that_two_products_sum_over_both_ways_is_judged_both_ways(tmp_path):
+def test_a_weight_that_two_products_sum_over_both_ways_is_checked_both_ways(tmp_path):
     graph = Graph()
     square = weight("2:4")[:, :N].copy()
     graph.op("MatMul", [graph.ask("v", ["b", N]), graph.put("w", square.T.copy())], "y")
@@ -717,7 +717,7 @@ def test_a_weight_that_two_products_sum_over_both_ways_is_judged_both_ways(tmp_p
     assert [site.name for site in verdict.failed] == ["w/z"]
 
 
-def test_the_parts_of_a_split_weight_are_judged_each(tmp_path):
+def test_the_parts_of_a_split_weight_are_checked_each(tmp_path):
     graph = Graph()
     both = np.concatenate([weight("2:4").T, weight("dense").T], axis=1)
     graph.put("w", both)
@@ -831,11 +831,17 @@ def test_a_function_that_calls_itself_is_stopped(tmp_path):
         hostile(graph, tmp_path / "m.onnx")
 
 
-def test_products_in_a_circle_and_choices_that_multiply_end(tmp_path):
+def test_nodes_in_a_circle_are_refused(tmp_path):
     graph = Graph()
     graph.op("Identity", ["b"], "a")
     graph.op("Transpose", ["a"], "b")
     graph.op("MatMul", ["x", "b"], "y")
+    with pytest.raises(FormatError, match=r"m\.onnx: (Identity a|Transpose b) reads its own result"):
+        hostile(graph, tmp_path / "m.onnx")
+
+
+def test_choices_that_multiply_end(tmp_path):
+    graph = Graph()
     last = graph.put("w", weight("2:4").T.copy())
     choice = graph.ask("choice", [], TensorProto.BOOL)
     for level in range(40):

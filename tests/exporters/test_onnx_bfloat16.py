@@ -221,8 +221,8 @@ def test_what_onnxruntime_cannot_run_is_refused_before_anything_is_written(
 def test_the_nodes_of_a_format_are_tried_before_anything_is_written(
     falcon, tmp_path, nothing_written, monkeypatch
 ):
-    def unpack(self, sites):
-        name = sites.parameter.name
+    def unpack(self, parameter):
+        name = parameter.name
         return [node("Erf", f"{name}.codes", name)]
 
     monkeypatch.setattr("spp_fx.exporters.onnx.encodings.PackedCodes._unpack", unpack)

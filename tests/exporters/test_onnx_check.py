@@ -10,7 +10,7 @@ from onnx import numpy_helper
 from transformers import AutoModelForCausalLM
 
 from spp_fx.errors import FormatError, SppFxError
-from spp_fx.exporters.onnx import tensor_data
+from spp_fx.exporters.onnx import graph_writer
 from spp_fx.exporters.onnx.onnxruntime_check import OnnxModel, check_standard, compare_logits, logits_of
 from spp_fx.verbs.export import export
 from tests.command import must
@@ -28,7 +28,7 @@ def root(tmp_path_factory):
     assert done.checks["standard_checker"] == "passed"
     assert done.checks["argmax_agreement"] == 1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tensor_data, "SINGLE_FILE_LIMIT", 0)
+        patch.setattr(graph_writer, "SINGLE_FILE_LIMIT", 0)
         export(root / "sparse", root / "external", "onnx", **options)
     assert (root / "external" / "model.onnx.data").is_file()
     return root

@@ -13,7 +13,6 @@ from onnxscript import optimizer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from spp_fx.exporters.onnx.encodings import DenseConstants, why_not_sparse
-from spp_fx.exporters.onnx.tensor_data import TYPES
 from spp_fx.verbs.export import export
 from spp_fx.verbs.verify import verify
 from tests.command import must
@@ -111,9 +110,7 @@ def test_what_tensor_cores_do_not_take_is_said(exported):
 def test_the_weight_is_written_as_the_product_reads_it(tmp_path, dtype):
     weight = two_of_four((16, 32), dtype)
     path = tmp_path / "m.onnx"
-    done = write_weight(
-        path, weight, DenseConstants(model := matmul_model(32, 16, TYPES[dtype])), model=model
-    )
+    done = write_weight(path, weight, DenseConstants())
     assert done.swapped
     assert "Transpose" not in [node.op_type for node in onnx.load(path).graph.node]
     assert bits(read_back(path).T) == bits(weight)
@@ -131,13 +128,13 @@ def test_the_weight_is_written_as_the_product_reads_it(tmp_path, dtype):
 def test_every_reason_is_named(tmp_path, shape, pattern, reason):
     weight = two_of_four(shape, torch.float16)
     model = matmul_model(shape[1], shape[0], TensorProto.FLOAT16)
-    done = write_weight(tmp_path / "m.onnx", weight, DenseConstants(model), pattern, model=model)
+    done = write_weight(tmp_path / "m.onnx", weight, DenseConstants(), pattern, model=model)
     assert done.reason == f"TensorRT runs it dense: {reason}"
 
 
 def test_nothing_is_refused_and_the_size_is_the_weights():
     weight = two_of_four((16, 32))
-    encoding = DenseConstants(matmul_model(32, 16))
+    encoding = DenseConstants()
     assert encoding.why_dense(sites_of(weight, "50%")) is None
     assert encoding.size(sites_of(weight, "2:4")) == weight.nbytes
 
@@ -151,8 +148,8 @@ def test_a_tighter_pattern_is_taken_where_it_holds_2_4(pattern, taken):
     assert (why_not_sparse(sites, list(model.graph.node)) is None) == taken
 
 
-def test_a_lone_file_is_held_to_the_models_own_names(exported, tmp_path):
-    """Beside no manifest: which way round a constant lies is seen from the product that reads it."""
+def test_a_file_without_its_manifest_is_checked_against_the_models_names(exported, tmp_path):
+    """The product that reads a constant shows its orientation."""
     path = tmp_path / "alone.onnx"
     path.write_bytes((exported.out / "model.onnx").read_bytes())
     source = exported.out.parent / "sparse"

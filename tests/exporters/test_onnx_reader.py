@@ -92,7 +92,7 @@ def empty_shape(sparse):
         (float_indices, "indices have type 11"),
         (no_name, "has no name"),
         (unknown_type, "unknown data type 999"),
-        (empty_shape, "no shape of a sparse tensor"),
+        (empty_shape, "not the shape of a sparse tensor"),
     ],
 )
 def test_inconsistent_tensors_are_refused(tmp_path, change, message):
@@ -116,7 +116,7 @@ def reference(key, value):
         ("location", "", "without a file name"),
         ("location", "gone.data", "gone.data is missing"),
         ("offset", "1000000", "truncated"),
-        ("offset", "-8", "no number"),
+        ("offset", "-8", "not a number"),
         ("length", "4", "needs 8192"),
     ],
 )
@@ -138,7 +138,7 @@ def test_truncated_external_data_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model at all", bytes(100)])
-def test_a_file_that_is_no_model_is_refused(tmp_path, content):
+def test_a_file_that_is_not_a_model_is_refused(tmp_path, content):
     (tmp_path / "m.onnx").write_bytes(content)
     with pytest.raises(FormatError, match="not an ONNX model"):
         read(tmp_path / "m.onnx")

@@ -75,7 +75,7 @@ def test_the_graph_has_the_head_that_transformers_loads(case, tmp_path):
     written = GraphWeights(path)
     embedding = real.get_input_embeddings().weight
     assert torch.equal(written.read(EMBEDDING[family]), embedding)
-    assert (HEAD in written.names) == (real.lm_head.weight is not embedding)
+    assert (HEAD in written.stored) == (real.lm_head.weight is not embedding)
 
 
 @pytest.fixture(scope="module")

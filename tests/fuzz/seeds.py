@@ -14,9 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from spp_fx.exporters.manifest import Part, TensorRecord, write_manifest
 from spp_fx.exporters.onnx.encodings import DenseConstants, Encoding, PackedCodes, SparseInitializers
-from spp_fx.exporters.onnx.graph_export import GraphParameter
-from spp_fx.exporters.onnx.graph_parameters import SparseParameter
-from spp_fx.exporters.onnx.tensor_data import TYPES, save
+from spp_fx.exporters.onnx.graph_parameters import GraphParameter
+from spp_fx.exporters.onnx.graph_writer import graph_writer, onnx_type
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, make_entry
 from spp_fx.sparsity.pattern import parse_pattern
 from spp_fx.sparsity.scan import pack_mask
@@ -277,28 +276,21 @@ def _write_graph(path: Path, format: str, *, external: bool) -> tuple[Lock, list
     encodings: dict[str, Encoding] = {
         "onnx": SparseInitializers("smallest"),
         "onnx-packed": PackedCodes(),
-        "onnx-dense": DenseConstants(proto),
+        "onnx-dense": DenseConstants(),
     }
     names = list(encodings) if format == "mixed" else [format] * 3
-    lock, records, chains = _lock(weights), [], []
-    data_path = path.with_name("model.onnx.data")
-    with data_path.open("xb") as file:
+    lock, records = _lock(weights), []
+    with graph_writer(proto, path, single_file_limit=-1 if external else None) as writer:
         for entry, choice in zip(lock.sites, names, strict=True):
             weight = weights[entry.name]
-            parameter = GraphParameter(entry.name, tuple(weight.shape), TYPES[weight.dtype])
-            sites = SparseParameter(parameter, ((entry, Part(initializer=entry.name)),), True, False)
-            done = encodings[choice].encode(sites, weight, file)
-            proto.graph.initializer.extend(done.tensors)
-            if done.sparse is not None:
-                proto.graph.sparse_initializer.append(done.sparse)
-            chains += done.nodes
+            entries = ((entry, Part(initializer=entry.name)),)
+            parameter = GraphParameter(
+                entry.name, tuple(weight.shape), onnx_type(weight.dtype), entries, whole=True
+            )
+            done = encodings[choice].encode(parameter, weight, writer)
             part = Part(initializer=entry.name, swapped=True) if done.swapped else None
             records.append(
                 TensorRecord(name=entry.name, shape=[size, size], dtype="F32", layout=done.layout, part=part)
             )
-    proto.graph.initializer.extend(encodings["onnx-packed"].constants())
-    own = list(proto.graph.node)
-    del proto.graph.node[:]
-    proto.graph.node.extend([*chains, *own])
-    save(proto, path, data_path, single_file_limit=-1 if external else None)
+        proto.graph.initializer.extend(encodings["onnx-packed"].constants())
     return lock, records

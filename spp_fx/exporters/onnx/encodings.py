@@ -1,44 +1,24 @@
-"""What one weight becomes in an ONNX graph: a dense constant, a sparse initializer, or values and codes.
+"""How an ONNX graph stores a weight: as a sparse initializer, as values and codes, or as a dense constant.
 
-onnx: a SparseTensorProto holds the non-zero values and their linear (row-major) positions. onnxruntime makes it
-dense when it loads the model, so it saves space on disk only, and only where enough is zero: a 16-bit model at
-2:4 grows. Zeros of negative sign are kept as values.
-
-onnx-packed: a weight NAME of pattern N:M becomes the constants NAME.values (runs, kept), NAME.codes (runs,) and
-a table of positions for each pattern, `spp_fx.positions.*`. A group of M entries that keeps N has C(M, N)
-choices (6 for 2:4, 70 for 4:8, 12,870 for 8:16); a code is the number of the choice. Where the choices of several
-groups fit one byte they share it: a code stands for a run of groups, and its table row lists the kept positions
-of the run, ascending. Groups with fewer entries keep zeros in the first free positions. The graph computes
-
-    NAME = Reshape(ScatterElements(zeros, Gather(table, Cast(codes)), values, axis=1), shape)
-
-with a Transpose behind it where the model stores the weight (in, out). onnxruntime computes that once when
-it loads, from its basic optimisations on. onnxruntime, OpenVINO and the ReferenceEvaluator of the onnx package
-all execute these operators alike (OpenVINO has wrong bit operations, and NonZero is never folded).
-
-onnx-dense: TensorRT (--sparsity=enable) finds the pattern itself, in constants that a MatMul or Gemm reads.
-Exported graphs have a Transpose between weight and product; here the constant is written transposed instead, so
-that groups run along the product's inner dimension before any optimiser has changed the graph.
+`docs/formats.md` describes the three; the comments here say why they are as they are.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import combinations
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-import onnx
-from onnx import NodeProto, SparseTensorProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import GraphProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 from torch import Tensor
 
 from spp_fx.errors import PatternError
-from spp_fx.exporters.onnx.graph_parameters import SparseParameter
-from spp_fx.exporters.onnx.onnx_file import TENSOR_LIMIT
-from spp_fx.exporters.onnx.tensor_data import TYPES, append, append_tensor, bits_of, tensor_bytes
+from spp_fx.exporters.onnx.graph_parameters import GraphParameter
+from spp_fx.exporters.onnx.graph_writer import GraphWriter, bits_of, tensor_bytes
+from spp_fx.exporters.onnx.onnx_file import TENSOR_LIMIT, all_graphs, all_nodes
 from spp_fx.sparsity.pattern import NM, implies, parse_pattern
 
 IndexType = Literal["int8", "int16", "int32", "int64"]
@@ -54,26 +34,20 @@ _CHUNK = 1 << 20  # elements processed at a time
 
 @dataclass(frozen=True)
 class Encoded:
-    """A weight as a graph holds it.
+    """What the manifest says of a parameter and its sites.
 
     Attributes:
-        layout: of its sites, for the manifest; `dense` where the format does not encode it.
+        layout: `dense` where the format does not encode it.
         nbytes: of its data.
-        reason: why it is dense, or another remark for the manifest.
-        tensors: its dense initializers.
-        sparse: its sparse initializer.
-        nodes: what computes it from the initializers; the last output has the weight's name.
+        reason: why it is dense, or another remark.
         swapped: the initializer holds the weight with its last two dimensions swapped.
         negative_zeros: zeros of negative sign that were written as +0.
-        details: what else the manifest says of each of its sites.
+        details: what else is said of each site.
     """
 
     layout: str
     nbytes: int
     reason: str | None = None
-    tensors: tuple[TensorProto, ...] = ()
-    sparse: SparseTensorProto | None = None
-    nodes: tuple[NodeProto, ...] = ()
     swapped: bool = False
     negative_zeros: int = 0
     details: dict[str, int | str] = field(default_factory=dict)
@@ -84,35 +58,30 @@ class Encoding(ABC):
 
     layout: str
 
-    def why_dense(self, sites: SparseParameter) -> str | None:
+    def why_dense(self, parameter: GraphParameter) -> str | None:
         """Why a weight stays a plain dense constant; None if it is encoded."""
         return None
 
-    def size(self, sites: SparseParameter) -> int:
+    def size(self, parameter: GraphParameter) -> int:
         """Bytes that `encode` will write, known before anything is read."""
-        return sites.parameter.nbytes
+        return parameter.nbytes
 
-    def outline(self, sites: SparseParameter) -> tuple[list[ValueInfoProto], list[NodeProto]]:
+    def outline(self, parameter: GraphParameter) -> tuple[list[ValueInfoProto], list[NodeProto]]:
         """What `encode` will put into the graph, with its numbers as inputs."""
-        return [sites.parameter.value_info], []
+        return [parameter.value_info], []
 
     @abstractmethod
-    def encode(self, sites: SparseParameter, weight: Tensor, file: BinaryIO) -> Encoded:
-        """Append a weight (in the graph's shape and dtype) to the data file."""
+    def encode(self, parameter: GraphParameter, weight: Tensor, writer: GraphWriter) -> Encoded:
+        """Write a weight, which is in the graph's shape and dtype."""
 
-    def constants(self) -> tuple[TensorProto, ...]:
+    def constants(self) -> list[TensorProto]:
         """Initializers that the encoded weights share."""
-        return ()
-
-
-def dense(name: str, weight: Tensor, file: BinaryIO, reason: str | None) -> Encoded:
-    """A weight as a plain dense constant."""
-    return Encoded("dense", weight.nbytes, reason, (append_tensor(file, name, weight),))
+        return []
 
 
 @dataclass(frozen=True)
 class SparseInitializers(Encoding):
-    """Each weight as a sparse initializer.
+    """Each weight as a sparse initializer; zeros of negative sign are kept as values.
 
     Attributes:
         indices: type of the positions. 'int64' is what the ONNX standard and its checker require; 'smallest' is
@@ -122,36 +91,29 @@ class SparseInitializers(Encoding):
     indices: Indices
     layout: str = "sparse_initializer"
 
-    def why_dense(self, sites: SparseParameter) -> str | None:
-        if sites.whole and sites.nnz == sites.parameter.numel:
+    def why_dense(self, parameter: GraphParameter) -> str | None:
+        if parameter.whole and parameter.nnz == parameter.numel:
             return "it holds no zero"
-        largest = max(sites.parameter.nbytes, self._count(sites) * self._index_bytes(sites))
+        largest = max(parameter.nbytes, self._count(parameter) * self._index_bytes(parameter))
         if largest >= TENSOR_LIMIT:
             return f"it takes {largest} bytes, onnxruntime and protobuf stop at {TENSOR_LIMIT} for one tensor"
         return None
 
-    def size(self, sites: SparseParameter) -> int:
-        return self._count(sites) * (sites.parameter.torch_dtype.itemsize + self._index_bytes(sites))
+    def size(self, parameter: GraphParameter) -> int:
+        return self._count(parameter) * (parameter.torch_dtype.itemsize + self._index_bytes(parameter))
 
-    def encode(self, sites: SparseParameter, weight: Tensor, file: BinaryIO) -> Encoded:
+    def encode(self, parameter: GraphParameter, weight: Tensor, writer: GraphWriter) -> Encoded:
         index_type = index_type_for(weight.numel(), self.indices)
         values, positions = nonzeros(weight, index_type)
-        sparse = SparseTensorProto(
-            dims=weight.shape,
-            values=append(file, sites.parameter.name, TYPES[weight.dtype], [len(values)], values),
-            indices=append(
-                file, "", helper.np_dtype_to_tensor_dtype(positions.dtype), [len(positions)], positions
-            ),
-        )
-        details: dict[str, int | str] = {"index_type": index_type}
-        return Encoded(self.layout, values.nbytes + positions.nbytes, sparse=sparse, details=details)
+        nbytes = writer.add_sparse(parameter.name, parameter.dtype, weight.shape, values, positions)
+        return Encoded(self.layout, nbytes, details={"index_type": index_type})
 
-    def _count(self, sites: SparseParameter) -> int:
+    def _count(self, parameter: GraphParameter) -> int:
         """Stored values, at most: non-zeros of rows that belong to no site were never counted."""
-        return sites.nnz if sites.whole else sites.parameter.numel
+        return parameter.nnz if parameter.whole else parameter.numel
 
-    def _index_bytes(self, sites: SparseParameter) -> int:
-        return np.dtype(index_type_for(sites.parameter.numel, self.indices)).itemsize
+    def _index_bytes(self, parameter: GraphParameter) -> int:
+        return np.dtype(index_type_for(parameter.numel, self.indices)).itemsize
 
 
 def index_type_for(numel: int, indices: Indices = "smallest") -> IndexType:
@@ -185,65 +147,69 @@ def nonzeros(weight: Tensor, index_type: IndexType) -> tuple[Bits, npt.NDArray[A
 
 @dataclass(frozen=True)
 class PackedCodes(Encoding):
-    """Each N:M weight as values and codes."""
+    """Each N:M weight as values and codes.
+
+    The graph unpacks it with operators that onnxruntime folds at load, from its basic optimisations on, and on
+    which onnxruntime, OpenVINO and onnx's ReferenceEvaluator agree. OpenVINO has wrong bit operations, and NonZero
+    is never folded.
+    """
 
     layout: str = "nm_codes"
     tables: dict[str, TensorProto] = field(default_factory=dict)
 
-    def why_dense(self, sites: SparseParameter) -> str | None:
-        if sites.pattern is None:
+    def why_dense(self, parameter: GraphParameter) -> str | None:
+        if parameter.pattern is None:
             return "its rows do not have one pattern"
-        pattern = parse_pattern(sites.pattern)
+        pattern = parse_pattern(parameter.pattern)
         if not isinstance(pattern, NM) or pattern.group > MAX_GROUP:
             return f"{pattern} is not packed, only N:M with M up to {MAX_GROUP}"
-        if self.size(sites) >= sites.parameter.nbytes:
-            return f"{pattern} in {sites.parameter.nbytes} bytes would grow"
+        if self.size(parameter) >= parameter.nbytes:
+            return f"{pattern} in {parameter.nbytes} bytes would grow"
         return None
 
-    def size(self, sites: SparseParameter) -> int:
-        code = _code_of(sites)
-        run_bytes = code.kept * sites.parameter.torch_dtype.itemsize + code.dtype.itemsize
-        return sites.parameter.numel // code.entries * run_bytes
+    def size(self, parameter: GraphParameter) -> int:
+        code = _code_of(parameter)
+        run_bytes = code.kept * parameter.torch_dtype.itemsize + code.dtype.itemsize
+        return parameter.numel // code.entries * run_bytes
 
-    def outline(self, sites: SparseParameter) -> tuple[list[ValueInfoProto], list[NodeProto]]:
+    def outline(self, parameter: GraphParameter) -> tuple[list[ValueInfoProto], list[NodeProto]]:
         types = {
-            "values": sites.parameter.dtype,
-            "codes": helper.np_dtype_to_tensor_dtype(_code_of(sites).dtype),
+            "values": parameter.dtype,
+            "codes": _code_of(parameter).onnx_type,
             "runs": TensorProto.INT64,
             "shape": TensorProto.INT64,
         }
-        name = sites.parameter.name
+        name = parameter.name
         inputs = [helper.make_tensor_value_info(f"{name}.{part}", type, None) for part, type in types.items()]
-        return inputs, self._unpack(sites)
+        return inputs, self._unpack(parameter)
 
-    def encode(self, sites: SparseParameter, weight: Tensor, file: BinaryIO) -> Encoded:
-        name, code = sites.parameter.name, _code_of(sites)
-        canonical = weight.transpose(-1, -2) if sites.transposed else weight
+    def encode(self, parameter: GraphParameter, weight: Tensor, writer: GraphWriter) -> Encoded:
+        name, code = parameter.name, _code_of(parameter)
+        canonical = weight.transpose(-1, -2) if parameter.transposed else weight
         sign = 1 << (8 * weight.itemsize - 1) if weight.is_floating_point() else 0
         values, codes, cleared = encode_groups(code, bits_of(canonical), sign)
-        code_type = helper.np_dtype_to_tensor_dtype(codes.dtype)
-        tensors = (
-            append(file, f"{name}.values", TYPES[weight.dtype], values.shape, values),
-            append(file, f"{name}.codes", code_type, codes.shape, codes),
+        nbytes = writer.add_bits(f"{name}.values", parameter.dtype, values.shape, values)
+        nbytes += writer.add_bits(f"{name}.codes", code.onnx_type, codes.shape, codes)
+        sizes = [
             numpy_helper.from_array(np.array([len(codes), code.entries]), f"{name}.runs"),
             numpy_helper.from_array(np.array(canonical.shape), f"{name}.shape"),
-        )
+        ]
+        writer.graph.initializer.extend(sizes)
+        writer.unpacking.extend(self._unpack(parameter))
         return Encoded(
             self.layout,
-            sum(tensor_bytes(tensor) for tensor in tensors),
-            tensors=tensors,
-            nodes=tuple(self._unpack(sites)),
+            nbytes + sum(map(tensor_bytes, sizes)),
             negative_zeros=cleared,
             details={"pattern": str(code.pattern), "groups_per_code": code.groups},
         )
 
-    def constants(self) -> tuple[TensorProto, ...]:
-        return tuple(self.tables.values())
+    def constants(self) -> list[TensorProto]:
+        return [*self.tables.values()]
 
-    def _unpack(self, sites: SparseParameter) -> list[NodeProto]:
+    def _unpack(self, parameter: GraphParameter) -> list[NodeProto]:
         """The nodes that compute a weight from its constants; their table becomes one of `tables`."""
-        name, dtype, rank = sites.parameter.name, sites.parameter.dtype, len(sites.parameter.shape)
-        code = _code_of(sites)
+        name, dtype, rank = parameter.name, parameter.dtype, len(parameter.shape)
+        code = _code_of(parameter)
         table = f"spp_fx.positions.{code.pattern.kept}_{code.pattern.group}x{code.groups}"
         if table not in self.tables:
             self.tables[table] = numpy_helper.from_array(code.table, table)
@@ -260,9 +226,9 @@ class PackedCodes(Encoding):
             chain.append(helper.make_node("Cast", [background], [f"{name}.zeros"], to=dtype))
         scattered = [f"{name}.zeros", f"{name}.positions", f"{name}.values"]
         chain.append(helper.make_node("ScatterElements", scattered, [f"{name}.grouped"], axis=1))
-        last = f"{name}.canonical" if sites.transposed else name
+        last = f"{name}.canonical" if parameter.transposed else name
         chain.append(helper.make_node("Reshape", [f"{name}.grouped", f"{name}.shape"], [last]))
-        if sites.transposed:
+        if parameter.transposed:
             axes = [*range(rank - 2), rank - 1, rank - 2]
             chain.append(helper.make_node("Transpose", [last], [name], perm=axes))
         for node in chain:
@@ -294,9 +260,12 @@ class NMCode:
 
     @property
     def dtype(self) -> np.dtype[np.unsignedinteger]:
-        """Of a code: uint8 or uint16."""
         choices = math.comb(self.pattern.group, self.pattern.kept) ** self.groups
         return np.dtype(np.uint8 if choices <= 256 else np.uint16)
+
+    @property
+    def onnx_type(self) -> int:
+        return helper.np_dtype_to_tensor_dtype(self.dtype)
 
     @cached_property
     def table(self) -> npt.NDArray[np.int32]:
@@ -320,17 +289,16 @@ def code_for(pattern: NM, entries: int) -> NMCode:
     return NMCode(pattern, groups)
 
 
-def _code_of(sites: SparseParameter) -> NMCode:
-    pattern = parse_pattern(str(sites.pattern))
+def _code_of(parameter: GraphParameter) -> NMCode:
+    pattern = parse_pattern(str(parameter.pattern))
     assert isinstance(pattern, NM)
-    return code_for(pattern, sites.parameter.numel)
+    return code_for(pattern, parameter.numel)
 
 
 def encode_groups(code: NMCode, weight: Bits, sign: int) -> tuple[Bits, Bits, int]:
     """Values and codes of an N:M weight.
 
     Args:
-        code: its numbering.
         weight: the elements as unsigned integers of their width, flat, whole groups.
         sign: the bit of the sign, 0 for integers: a zero of negative sign is kept if a position is free.
 
@@ -396,38 +364,39 @@ def _choice_tables(group: int, kept: int) -> tuple[npt.NDArray[np.int64], npt.ND
 
 @dataclass(frozen=True)
 class DenseConstants(Encoding):
-    """Each weight as a dense constant. `proto` is changed: transpositions of weights are removed from it."""
+    """Each weight as a dense constant, transposed so that its groups run along the product's inner dimension.
 
-    proto: onnx.ModelProto
+    TensorRT looks for the pattern in constants that a MatMul or Gemm reads. Exported graphs transpose a weight
+    before its product; those nodes are removed here, before any optimiser changes the graph.
+    """
+
     layout: str = "dense_constant"
 
-    def encode(self, sites: SparseParameter, weight: Tensor, file: BinaryIO) -> Encoded:
-        name = sites.parameter.name
-        readers = list(_readers(self.proto, name))
+    def encode(self, parameter: GraphParameter, weight: Tensor, writer: GraphWriter) -> Encoded:
+        name, graph = parameter.name, writer.graph
+        readers = _readers(graph, name)
         swapped = weight.ndim == 2 and bool(readers) and all(map(_is_transpose, readers))
         if swapped:
             weight = weight.transpose(0, 1)
-            _bypass(self.proto, readers, name)
-            readers = list(_readers(self.proto, name))
-        tensor = append_tensor(file, name, weight)
-        reason = why_not_sparse(sites, readers)
+            _bypass(graph, readers, name)
+            readers = _readers(graph, name)
+        nbytes = writer.add(name, weight)
+        reason = why_not_sparse(parameter, readers)
         return Encoded(
             self.layout,
-            weight.nbytes,
+            nbytes,
             reason and f"TensorRT runs it dense: {reason}",
-            tensors=(tensor,),
-            swapped=swapped,
+            swapped,
             details={"tensorrt": "dense" if reason else "sparse"},
         )
 
 
-def why_not_sparse(sites: SparseParameter, readers: list[NodeProto]) -> str | None:
+def why_not_sparse(parameter: GraphParameter, readers: list[NodeProto]) -> str | None:
     """Why TensorRT's sparse kernels cannot take a weight; None if they can."""
-    parameter = sites.parameter
-    if sites.pattern is None:
+    if parameter.pattern is None:
         return "its rows do not have one pattern"
-    if not implies(parse_pattern(sites.pattern), NM(2, 4)):
-        return f"the pattern is {sites.pattern}, sparse tensor cores take 2:4"
+    if not implies(parse_pattern(parameter.pattern), NM(2, 4)):
+        return f"the pattern is {parameter.pattern}, sparse tensor cores take 2:4"
     others = sorted({node.op_type for node in readers if node.op_type not in ("MatMul", "Gemm")})
     if others or not readers:
         return f"read by {', '.join(others) or 'nothing'}, not by a MatMul or Gemm"
@@ -439,31 +408,22 @@ def why_not_sparse(sites: SparseParameter, readers: list[NodeProto]) -> str | No
     return None
 
 
-def _graphs(proto: onnx.ModelProto) -> list[onnx.GraphProto]:
-    """The graph and those nested in its nodes."""
-    graphs = [proto.graph]
-    for graph in graphs:
-        for node in graph.node:
-            graphs.extend(attribute.g for attribute in node.attribute if attribute.HasField("g"))
-    return graphs
-
-
-def _readers(proto: onnx.ModelProto, name: str) -> Iterator[NodeProto]:
+def _readers(graph: GraphProto, name: str) -> list[NodeProto]:
     """The nodes that read a value."""
-    return (node for graph in _graphs(proto) for node in graph.node if name in node.input)
+    return [node for node in all_nodes(graph) if name in node.input]
 
 
 def _is_transpose(node: NodeProto) -> bool:
     return node.op_type == "Transpose" and list(node.attribute[0].ints) == [1, 0]
 
 
-def _bypass(proto: onnx.ModelProto, transposes: list[NodeProto], name: str) -> None:
+def _bypass(graph: GraphProto, transposes: list[NodeProto], name: str) -> None:
     """Let the readers of some transpositions read `name` instead, and remove those."""
     results = {node.output[0] for node in transposes}
-    for graph in _graphs(proto):
-        for node in list(graph.node):
+    for each in all_graphs(graph):
+        for node in [*each.node]:
             for at, value in enumerate(node.input):
                 if value in results:
                     node.input[at] = name
             if node.output and node.output[0] in results:
-                graph.node.remove(node)
+                each.node.remove(node)

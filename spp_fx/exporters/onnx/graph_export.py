@@ -1,20 +1,16 @@
-"""A causal language model as one ONNX graph without its weights, which are named as in the checkpoint.
+"""A causal language model as one ONNX graph without its weights, which have the checkpoint's names.
 
-The optimizer of torch.onnx folds `Transpose(weight)` into new constants, merges equal weights and renames them,
-so that they no longer match a checkpoint or a mask. Here the graph is exported as it stands and simplified with
-every weight pinned: each parameter that the outputs depend on stays one initializer, named and oriented as in
-the model; tied parameters share the one of the first name. The numbers are never read, so a model larger than
-the memory can be exported.
+The optimizer of torch.onnx folds `Transpose(weight)` into new constants, merges equal weights and renames them.
+Here the graph is simplified with every weight pinned: a parameter that the outputs depend on stays one initializer,
+named and oriented as in the model; tied parameters share the one of the first name. The numbers are never read.
 
-Inputs and outputs have Optimum's names and axes, so that a runtime for its exports runs these as well. Where a
-model's layers attend to a window only, the cache keeps everything and the mask does the windowing: the result is
-the same, and the inputs of all layers have one form.
+Inputs and outputs have Optimum's names and axes. Where layers attend to a window only, the cache keeps everything
+and the mask does the windowing, so that the inputs of all layers have one form.
 """
 
 import contextlib
 import inspect
 import logging
-import math
 import sys
 import warnings
 from collections import Counter
@@ -32,7 +28,8 @@ from torch.export import Dim, ExportedProgram
 from transformers import DynamicCache, PreTrainedModel
 
 from spp_fx.errors import SppFxError
-from spp_fx.exporters.onnx.tensor_data import TORCH_TYPES
+from spp_fx.exporters.onnx.graph_parameters import Graph, GraphParameter
+from spp_fx.exporters.onnx.onnx_file import all_graphs
 from spp_fx.graph.trace import export_as
 
 OPSET = 18
@@ -46,66 +43,8 @@ Axes = Mapping[int, str]
 
 
 @dataclass(frozen=True)
-class GraphParameter:
-    """A parameter or persistent buffer that the graph reads.
-
-    Attributes:
-        name: its first name in the model, and its name in the graph.
-        shape: as the model has it.
-        dtype: ONNX data type.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: int
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return TORCH_TYPES[self.dtype]
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.torch_dtype.itemsize
-
-    @property
-    def value_info(self) -> onnx.ValueInfoProto:
-        """The parameter as an input of a graph."""
-        return onnx.helper.make_tensor_value_info(self.name, self.dtype, self.shape)
-
-
-@dataclass(frozen=True)
-class Graph:
-    """An ONNX graph, and the parameters that are still to be put into it.
-
-    Attributes:
-        proto: the model with the exporter's small constants (shapes, axes, computed buffers) and none of its
-            parameters. It contains no stack traces or file names of the exporting machine.
-        parameters: what is missing, in the graph's order.
-        reached: names of the parameters and persistent buffers that the outputs depend on according to
-            torch.export: those of `parameters`, unless torch.onnx lost one.
-        bfloat16: whether most of the model's weights are bfloat16.
-    """
-
-    proto: onnx.ModelProto
-    parameters: tuple[GraphParameter, ...]
-    reached: frozenset[str]
-    bfloat16: bool
-
-
-@dataclass(frozen=True)
 class Signature:
-    """A model exported by torch, and the names of its inputs and outputs.
-
-    Attributes:
-        program: the exported program.
-        args: the example that it was exported with, for torch.onnx.
-        inputs: the dynamic axes of each input by its name, in order.
-        outputs: the same of each output.
-    """
+    """A model exported by torch with example arguments, and the dynamic axes of its inputs and outputs by name."""
 
     program: ExportedProgram
     args: tuple[Any, ...]
@@ -146,9 +85,11 @@ def build_graph(model: PreTrainedModel, *, with_past: bool = False) -> Graph:
         except torch.onnx.errors.OnnxExporterError as error:
             raise SppFxError(f"the model has no ONNX form: {_root_cause(error)}") from error
         assert program is not None
-        _simplify(program.model, _name_parameters(program.model.graph, names))
-        _name_axes(program.model.graph, signature)
-        parameters = _take_out_parameters(program.model.graph, names)
+        graph = program.model.graph
+        own = _name_parameters(graph, names)
+        _simplify(program.model, own)
+        _name_axes(graph, signature)
+        parameters = _take_out_parameters(graph, own)
         proto = ir.to_proto(program.model)
     _strip(proto)
     sizes: Counter[torch.dtype] = Counter()
@@ -278,7 +219,7 @@ def _cache_layers(model: PreTrainedModel) -> list[list[tuple[int, int]]]:
 
 
 def _trace(model: PreTrainedModel, forward: Callable[..., Any]) -> tuple[ExportedProgram, tuple[Any, ...]]:
-    """Export a function of input_ids and attention_mask; also returns its example arguments."""
+    """Export a function of input_ids and attention_mask; returns its example arguments too."""
     ids = torch.ones(2, 8, dtype=torch.int64)  # no 0 or 1: torch.export would make those constants
     axes = _dynamic({0: BATCH, 1: SEQUENCE})
     return export_as(model, forward, (ids, torch.ones_like(ids)), (axes, axes)), (ids, ids)
@@ -293,14 +234,8 @@ def _dynamic(axes: Axes) -> dict[int, Any]:
 
 def _first_names(model: PreTrainedModel) -> dict[int, str]:
     """Parameters and persistent buffers: id -> first name."""
-    stored = model.state_dict(keep_vars=True)
-    names: dict[int, str] = {}
-    for name, tensor in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(tensor), name)
-    for name, tensor in model.named_buffers(remove_duplicate=False):
-        if name in stored:
-            names.setdefault(id(tensor), name)
-    return names
+    state = model.state_dict(keep_vars=True)
+    return {id(tensor): name for name, tensor in reversed(state.items())}
 
 
 def _reached(program: ExportedProgram, model: PreTrainedModel, names: Mapping[int, str]) -> frozenset[str]:
@@ -335,15 +270,14 @@ def _name_parameters(graph: ir.Graph, names: Mapping[int, str]) -> set[str]:
     return set(kept)
 
 
-def _take_out_parameters(graph: ir.Graph, names: Mapping[int, str]) -> tuple[GraphParameter, ...]:
+def _take_out_parameters(graph: ir.Graph, names: set[str]) -> tuple[GraphParameter, ...]:
     """Remove the parameters' initializers, so that nothing reads numbers that are not there."""
     found: list[GraphParameter] = []
-    for name, value in list(graph.initializers.items()):
-        tensor = value.const_value
-        if tensor is not None and id(getattr(tensor, "raw", None)) in names:
-            shape: tuple[int, ...] = tensor.shape.numpy()  # type: ignore[union-attr]
-            found.append(GraphParameter(name, shape, int(tensor.dtype)))
-            del graph.initializers[name]
+    for name in [name for name in graph.initializers if name in names]:
+        tensor = graph.initializers.pop(name).const_value
+        assert tensor is not None
+        shape: tuple[int, ...] = tensor.shape.numpy()  # type: ignore[union-attr]
+        found.append(GraphParameter(name, shape, int(tensor.dtype)))
     return tuple(found)
 
 
@@ -368,7 +302,6 @@ def _quiet() -> Generator[None]:
 
 
 def _root_cause(error: BaseException) -> str:
-    """The first line of the error that caused all others."""
     while error.__cause__ is not None:
         error = error.__cause__
     return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -445,20 +378,13 @@ def _strip(model: onnx.ModelProto) -> None:
     """Remove what ties the file to one run: stack traces, tool names, the tracer's symbol names."""
     model.producer_name, model.producer_version = "spp-fx", ""
     del model.metadata_props[:]
+    for graph in all_graphs(model.graph):
+        del graph.metadata_props[:], graph.value_info[:]
+        for node in graph.node:
+            del node.metadata_props[:]
+            node.doc_string = ""
     graph = model.graph
-    graph.name = "main"
-    graph.doc_string = ""
-    del graph.metadata_props[:]
-    del graph.value_info[:]
-    nodes = list(graph.node)
-    for node in nodes:
-        del node.metadata_props[:]
-        node.doc_string = ""
-        for attribute in node.attribute:
-            if attribute.HasField("g"):
-                del attribute.g.metadata_props[:]
-                del attribute.g.value_info[:]
-                nodes.extend(attribute.g.node)
+    graph.name, graph.doc_string = "main", ""
     for entry in [*graph.input, *graph.output, *graph.initializer]:
         del entry.metadata_props[:]
         entry.doc_string = ""

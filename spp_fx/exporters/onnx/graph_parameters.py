@@ -1,36 +1,61 @@
 """The numbers of a graph's parameters, read from the model folder one by one, and the sites in them."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
+import onnx
+import onnx_ir as ir
+import torch
+from onnx_ir.tensor_adapters import to_torch_dtype
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spp_fx.errors import FormatError, MaskError
 from spp_fx.exporters.format import Source, rounded
 from spp_fx.exporters.manifest import Part
-from spp_fx.exporters.onnx.graph_export import Graph, GraphParameter
 from spp_fx.graph.binding import Parameter, StoredMatrix, assemble, bind, find_targets
 from spp_fx.graph.model import load_model
 from spp_fx.sparsity.lock import LockEntry
 
 
 @dataclass(frozen=True)
-class SparseParameter:
-    """A parameter that holds sites: one, or those that it stacks.
+class GraphParameter:
+    """A parameter or persistent buffer that the graph reads, and the sites in it: one, or those that it stacks.
 
     Attributes:
-        parameter: of the graph.
+        name: its first name in the model, and its name in the graph.
+        shape: as the model has it.
+        dtype: ONNX data type.
         entries: the lock's entries, each with its part of the parameter.
-        whole: every row of the parameter belongs to one of them.
+        whole: every row of the parameter belongs to one of the entries.
         transposed: the parameter is stored (in, out).
     """
 
-    parameter: GraphParameter
-    entries: tuple[tuple[LockEntry, Part], ...]
-    whole: bool
-    transposed: bool
+    name: str
+    shape: tuple[int, ...]
+    dtype: int
+    entries: tuple[tuple[LockEntry, Part], ...] = ()
+    whole: bool = False
+    transposed: bool = False
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return to_torch_dtype(ir.DataType(self.dtype))
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.torch_dtype.itemsize
+
+    @property
+    def value_info(self) -> onnx.ValueInfoProto:
+        """The parameter as an input of a graph."""
+        return onnx.helper.make_tensor_value_info(self.name, self.dtype, self.shape)
 
     @property
     def nnz(self) -> int:
@@ -45,20 +70,42 @@ class SparseParameter:
 
 
 @dataclass(frozen=True)
+class Graph:
+    """An ONNX graph, and the parameters that are still to be put into it.
+
+    Attributes:
+        proto: the model with the exporter's small constants (shapes, axes, computed buffers) and none of its
+            parameters. It contains no stack traces or file names of the exporting machine.
+        parameters: what is missing, in the graph's order.
+        reached: names of the parameters and persistent buffers that the outputs depend on according to
+            torch.export: those of `parameters`, unless torch.onnx lost one.
+        bfloat16: whether most of the model's weights are bfloat16.
+    """
+
+    proto: onnx.ModelProto
+    parameters: tuple[GraphParameter, ...]
+    reached: frozenset[str]
+    bfloat16: bool
+
+
+@dataclass(frozen=True)
 class GraphParameters:
     """Where the numbers of a graph are.
 
     Attributes:
-        source: the folder, its lock, and the dtype to round to.
-        sparse: the parameters that hold sites, by name.
+        all: the graph's parameters in its order, with the lock's entries in them.
         left_out: a line for each reason why stored tensors are not in the graph.
     """
 
     source: Source
-    sparse: dict[str, SparseParameter]
+    all: tuple[GraphParameter, ...]
     left_out: tuple[str, ...]
     _matrices: Mapping[str, tuple[StoredMatrix, ...]]
     _loaded: Mapping[str, Tensor]
+
+    @property
+    def sparse(self) -> list[GraphParameter]:
+        return [parameter for parameter in self.all if parameter.entries]
 
     def read(self, parameter: GraphParameter) -> Tensor:
         """A parameter's numbers, in the shape and dtype of the graph.
@@ -81,14 +128,13 @@ class GraphParameters:
                 f"{folder.path.name}: {name} is stored as {value.dtype}, which means nothing without its scales; "
                 "decompress the model first"
             )
-        return rounded(name, value, dtype, keep=name in self.sparse)
+        return rounded(name, value, dtype, keep=bool(parameter.entries))
 
 
 def find_parameters(source: Source, model: PreTrainedModel, graph: Graph) -> GraphParameters:
     """Find the stored tensors of every parameter that a graph reads.
 
     Args:
-        source: the folder, its lock, and the dtype to round to.
         model: the folder's model that `graph` was exported from; a stored tensor is rounded to its parameter's
             dtype, as transformers does when it loads.
 
@@ -116,38 +162,37 @@ def find_parameters(source: Source, model: PreTrainedModel, graph: Graph) -> Gra
             # Only transformers can convert how it is stored, for the whole model at once. It also reports
             # what is missing.
             loaded = load_model(folder.path, trust_remote_code=source.trust_remote_code).state_dict()
-    return GraphParameters(source, _sparse_parameters(source, graph, matrices), left_out, matrices, loaded)
-
-
-def _sparse_parameters(
-    source: Source, graph: Graph, matrices: Mapping[str, tuple[StoredMatrix, ...]]
-) -> dict[str, SparseParameter]:
     entries = source.lock.by_name()
-    found: set[str] = set()
-    sparse: dict[str, SparseParameter] = {}
-    for parameter in graph.parameters:
-        parts: dict[str, tuple[LockEntry, Part]] = {}
-        stored = matrices.get(parameter.name, ())
-        locked = [matrix for matrix in stored if matrix.tensor in entries]
-        for matrix in locked:
-            entry, part = entries[matrix.tensor], Part(initializer=parameter.name)
-            if matrix.expert is not None and not matrix.whole:
-                part = Part(
-                    initializer=parameter.name, expert=matrix.expert, start=matrix.start, stop=matrix.stop
-                )
-            parts[entry.name] = (entry, part)
-        if parts:
-            found.update(parts)
-            transposed = entries[locked[0].tensor].transposed
-            whole = len(locked) == len(stored)
-            sparse[parameter.name] = SparseParameter(parameter, tuple(parts.values()), whole, transposed)
+    parameters = tuple(_with_sites(each, matrices.get(each.name, ()), entries) for each in graph.parameters)
+    found = {entry.name for parameter in parameters for entry, _ in parameter.entries}
     missing = [name for name in entries if name not in found]
     if missing:
         raise MaskError(
             f"{missing[0]} and {len(missing) - 1} more of the lock's {len(entries)} sites cannot be exported to "
             "onnx: the graph reads no parameter that is stored under that name"
         )
-    return sparse
+    return GraphParameters(source, parameters, left_out, matrices, loaded)
+
+
+def _with_sites(
+    parameter: GraphParameter, stored: Sequence[StoredMatrix], entries: Mapping[str, LockEntry]
+) -> GraphParameter:
+    """A parameter that is made of stored matrices, with the lock's entries of these."""
+    parts: dict[str, tuple[LockEntry, Part]] = {}
+    locked = [matrix for matrix in stored if matrix.tensor in entries]
+    for matrix in locked:
+        part = Part(initializer=parameter.name)
+        if matrix.expert is not None and not matrix.whole:
+            part = Part(
+                initializer=parameter.name, expert=matrix.expert, start=matrix.start, stop=matrix.stop
+            )
+        parts[matrix.tensor] = entries[matrix.tensor], part
+    return replace(
+        parameter,
+        entries=tuple(parts.values()),
+        whole=len(locked) == len(stored),
+        transposed=bool(locked) and entries[locked[0].tensor].transposed,
+    )
 
 
 def _left_out(source: Source, model: PreTrainedModel, graph: Graph) -> tuple[str, ...]:
@@ -216,5 +261,4 @@ def _beyond_layers(model: PreTrainedModel, name: str) -> bool:
 
 
 def _named(names: list[str]) -> str:
-    """The first few of some tensors, and how many there are."""
     return f"{len(names)} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"

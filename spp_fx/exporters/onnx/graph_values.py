@@ -1,8 +1,11 @@
 """The values of an ONNX file and the nodes that compute them, with subgraphs entered and local functions inlined."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import cached_property
+from graphlib import CycleError, TopologicalSorter
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -18,7 +21,8 @@ from onnx import (
 )
 
 from spp_fx.errors import FormatError
-from spp_fx.exporters.onnx.onnx_file import OnnxFile, PackedWeight
+from spp_fx.exporters.onnx.onnx_file import OnnxFile, StoredTensor, all_nodes
+from spp_fx.exporters.onnx.operators import LOOKUPS, MOVED, QUANTIZE
 
 MAX_NODES = 200_000
 """Nodes that local functions may expand a graph to: functions that call functions grow without bound."""
@@ -26,71 +30,71 @@ _MAX_CALLS = 64
 _MAX_SOURCES = 1 << 12
 """Values that are followed back to their sources."""
 _STANDARD = ("", "ai.onnx")
-QUANTIZE = ("DequantizeLinear", "QuantizeLinear")
-"""Operators that onnxruntime also has in its own domain, for types that ONNX took later."""
-_DATA_FIRST = frozenset({
-    "Cast", "CastLike", "Clip", "CumSum", "DequantizeLinear", "Expand", "Flatten", "Gather",
-    "GatherElements", "GatherND", "Identity", "Pad", "QuantizeLinear", "ReduceMax", "ReduceMean",
-    "ReduceMin", "ReduceSum", "Reshape", "Resize", "Slice", "Split", "Squeeze", "Tile", "TopK", "Transpose",
-    "Trilu", "Unsqueeze",
-})  # fmt: skip
-
-
-@dataclass(frozen=True, eq=False)
-class Stored:
-    """A tensor that the file holds, or a packed weight.
-
-    Attributes:
-        name: its own name, or one with its scope in front if another tensor has that name.
-        holds: where its numbers are.
-        shape: as the file states it, unchecked.
-        data_type: ONNX's number of its type.
-    """
-
-    name: str
-    holds: TensorProto | SparseTensorProto | PackedWeight
-    shape: tuple[int, ...]
-    data_type: int
 
 
 @dataclass(eq=False)
 class Value:
-    """One value: stored, computed by a node, an alias of another value, or an input of the graph.
+    """One value: a `Stored` tensor, a result of a node, or an input of the graph.
 
     Attributes:
+        maker: the node that computes it.
         rank: of an input of the graph, if the file states it.
-        alias_of: the value that this one is, for inputs and outputs of local functions.
+        alias_of: the value that this one is, while the graph is read: an output of a local function.
     """
 
     name: str
-    stored: Stored | None = None
     maker: "Node | None" = None
-    alias_of: "Value | None" = None
     rank: int | None = None
+    alias_of: "Value | None" = None
+
+
+@dataclass(eq=False)
+class Stored(Value):
+    """A tensor that the file holds; `name` is its own, or one with its scope in front if that is taken."""
+
+    holds: StoredTensor = field(kw_only=True)
+
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """As the file states it, unchecked."""
+        return tuple(self.holds.dims)
+
+    @property
+    def numel(self) -> int:
+        return max(0, math.prod(self.shape))
+
+    @property
+    def data(self) -> TensorProto:
+        """The tensor of its numbers, or of the non-zero ones."""
+        return self.holds if isinstance(self.holds, TensorProto) else self.holds.values
+
+    @property
+    def data_type(self) -> int:
+        """ONNX's number of its type."""
+        return self.data.data_type
 
 
 @dataclass(eq=False)
 class Node:
-    """A node; a node of a local function is there once per call.
+    """A node; one of a local function is there once for each call.
 
     Attributes:
-        path: of the file, for messages.
         op: its operator, with the domain in front if that is neither ONNX's own nor one of `QUANTIZE`.
         opset: version of the operator's domain, None if the file imports none.
         branches: outputs of each graph inside an If.
         has_bodies: whether it contains graphs.
-        inlined: whether it calls a local function, whose nodes stand in its place.
+        position: in an order in which each node comes after those that it reads.
     """
 
-    path: Path
     proto: NodeProto
     op: str
     opset: int | None
-    inputs: list[Value | None]
-    outputs: list[Value]
+    attributes: Mapping[str, Any]
+    inputs: list[Value | None] = field(default_factory=list)
+    outputs: list[Value] = field(default_factory=list)
     branches: list[list[Value]] = field(default_factory=list)
     has_bodies: bool = False
-    inlined: bool = False
+    position: int = 0
 
     @property
     def label(self) -> str:
@@ -110,67 +114,55 @@ class Node:
 
     def data_inputs(self) -> list[Value | None]:
         """The inputs whose numbers are in the result: no indices, shapes, scales or conditions."""
-        if self.op in _DATA_FIRST:
-            return self.inputs[:1]
         if self.op == "Where":
             return self.inputs[1:3]
         if self.op in ("ScatterElements", "ScatterND"):
             return [*self.inputs[:1], *self.inputs[2:3]]
-        return self.inputs
+        return self.inputs[:1] if self.op in MOVED or self.op in LOOKUPS else self.inputs
 
-    def attribute(self, name: str, default: Any = None) -> Any:
-        """The value of an attribute.
+    def reads(self, *, data_only: bool = False) -> list[Value]:
+        """The inputs, or the data inputs, and the outputs of the branches."""
+        inputs = self.data_inputs() if data_only else self.inputs
+        return [*filter(None, inputs), *(each for branch in self.branches for each in branch)]
 
-        Raises:
-            FormatError: it has none.
-        """
-        for each in self.proto.attribute:
-            if each.name == name:
-                try:
-                    return helper.get_attribute_value(each)
-                except ValueError as error:
-                    raise FormatError(
-                        f"{self.label} ({self.path}): its attribute {name} has no value"
-                    ) from error
-        return default
+    def branch_values(self, output: Value) -> list[Value]:
+        """What the branches of an If return for one of its outputs."""
+        at = self.outputs.index(output)
+        return [branch[at] for branch in self.branches if at < len(branch)]
 
     def ints(self, name: str) -> list[int] | None:
         """An attribute that is a list of integers; None if it is absent or something else."""
-        value = self.attribute(name)
+        value = self.attributes.get(name)
         if isinstance(value, Sequence) and all(isinstance(each, int) for each in value):
             return [int(each) for each in value]
         return None
 
     def number(self, name: str, default: int) -> int:
         """An attribute that is an integer; the default if it is absent or something else."""
-        value = self.attribute(name)
+        value = self.attributes.get(name)
         return value if isinstance(value, int) else default
 
 
-def resolved(value: Value) -> Value:
-    """The value itself, behind its aliases in local functions."""
-    for _ in range(2 * _MAX_CALLS):  # a damaged function may return its own input, in a circle
-        if value.alias_of is None:
-            return value
-        value = value.alias_of
-    return Value(value.name)
-
-
-def sources_of(wanted: Value, *, data_only: bool = False) -> Iterator[Stored]:
-    """The stored tensors that a value is computed from; with `data_only` not those that are scales or shapes."""
-    seen: set[int] = set()
-    stack = [resolved(wanted)]
-    while stack and len(seen) < _MAX_SOURCES:
+def reachable(
+    starts: Iterable[Value | None],
+    further: Callable[[Value], Iterable[Value | None]],
+    seen: set[Value] | None = None,
+) -> Iterator[Value]:
+    """The values that `further` leads to from others, these included; each once, and none that was `seen`."""
+    seen = set() if seen is None else seen
+    stack = [*starts]
+    while stack:
         value = stack.pop()
-        if id(value) in seen:
-            continue
-        seen.add(id(value))
-        if value.stored is not None:
-            yield value.stored
-        elif (node := value.maker) is not None:
-            inputs = node.data_inputs() if data_only else node.inputs
-            stack += [resolved(each) for each in inputs if each]
-            stack += [resolved(each) for branch in node.branches for each in branch]
+        if value is not None and value not in seen:
+            seen.add(value)
+            yield value
+            stack += further(value)
+
+
+def sources_of(wanted: Value, *, data_only: bool = False) -> list[Stored]:
+    """The stored tensors that a value is computed from; with `data_only` not those that are scales or shapes."""
+    values = reachable([wanted], lambda value: value.maker.reads(data_only=data_only) if value.maker else ())
+    return [value for value in islice(values, _MAX_SOURCES) if isinstance(value, Stored)]
 
 
 @dataclass
@@ -198,12 +190,6 @@ class _Scope:
             scope = scope.parent
         return Value(name)
 
-    def outputs(self, graph: GraphProto) -> list[Value]:
-        return [self.find(output.name) or Value(output.name) for output in graph.output]
-
-
-_Body = GraphProto | FunctionProto
-
 
 class GraphValues:
     """Every node and stored tensor of a file.
@@ -211,41 +197,60 @@ class GraphValues:
     Attributes:
         nodes: of the graph, its subgraphs and the local functions that it calls, in no particular order.
         stored: tensors by name.
+        readers: the nodes that read a value.
 
     Raises:
-        FormatError: a name is made twice; local functions call themselves, or expand the graph beyond bounds.
+        FormatError: a name is made twice; an attribute has no value; nodes or local functions form a circle;
+            local functions expand the graph beyond bounds.
     """
 
     def __init__(self, file: OnnxFile) -> None:
         self.file = file
         self.nodes: list[Node] = []
         self.stored: dict[str, Stored] = {}
+        self.readers: dict[Value, list[Node]] = {}
         self._by_scope: dict[tuple[str, str], Stored] = {}
-        self._queue: list[tuple[_Body, _Scope]] = []
+        self._queue: list[tuple[GraphProto | FunctionProto, _Scope]] = []
         self._links: list[Callable[[], None]] = []  # run when all values are known
         self._functions = {_function_key(each): each for each in file.proto.functions}
         graph = file.proto.graph
-        if self._expanded(graph, (), {}) > max(MAX_NODES, sum(1 for _ in _nodes_in(graph))):
+        if self._expanded(graph, (), {}) > max(MAX_NODES, sum(1 for _ in all_nodes(graph))):
             raise FormatError(f"{file.path}: its local functions grow to more than {MAX_NODES} nodes")
-        scope = _Scope("", {each.domain: each.version for each in file.proto.opset_import})
+        self._scope = _Scope("", {each.domain: each.version for each in file.proto.opset_import})
         for given in graph.input:
             shaped = given.type.tensor_type.HasField("shape")
             rank = len(given.type.tensor_type.shape.dim) if shaped else None
-            scope.values[given.name] = Value(given.name, rank=rank)
-        self._queue.append((graph, scope))
-        for body, inner in self._queue:  # grows by the graphs and functions of the nodes
-            self._enter(body, inner)
-        for name, packed in file.packed.items():
-            stored = Stored(name, packed, self._packed_shape(packed), file.dense[packed.values].data_type)
-            self.stored[name] = scope.values[name].stored = stored
+            self._scope.values[given.name] = Value(given.name, rank=rank)
+        self._queue.append((graph, self._scope))
+        for body, scope in self._queue:  # grows by the graphs and functions of the nodes
+            self._enter(body, scope)
         for link in self._links:
             link()
-        self.nodes = [node for node in self.nodes if not node.inlined]
+        for node in self.nodes:
+            node.inputs = [each and _resolved(each) for each in node.inputs]
+            node.branches = [[_resolved(each) for each in branch] for branch in node.branches]
+            for value in dict.fromkeys(node.reads()):
+                self.readers.setdefault(value, []).append(node)
+        self._sort()
 
-    def _expanded(self, body: _Body, calls: tuple[str, ...], known: dict[str, int]) -> int:
+    def find(self, name: str) -> Value:
+        """A value of the main graph by its name."""
+        return _resolved(self._scope.values.get(name) or Value(name))
+
+    def _sort(self) -> None:
+        makers = {node: [each.maker for each in node.reads() if each.maker] for node in self.nodes}
+        try:
+            for position, node in enumerate(TopologicalSorter(makers).static_order()):
+                node.position = position
+        except CycleError as error:
+            raise FormatError(f"{self.file.path}: {error.args[1][0].label} reads its own result") from None
+
+    def _expanded(
+        self, body: GraphProto | FunctionProto, calls: tuple[str, ...], known: dict[str, int]
+    ) -> int:
         """How many nodes a body has when the local functions that it calls are inlined."""
         count = 0
-        for node in _nodes_in(body):
+        for node in all_nodes(body):
             key = _function_key(node)
             count += 1
             if (function := self._functions.get(key)) is None:
@@ -257,15 +262,7 @@ class GraphValues:
             count += known[key]
         return count
 
-    def _packed_shape(self, packed: PackedWeight) -> tuple[int, ...]:
-        if packed.shape not in self.file.dense:
-            raise FormatError(f"{packed.name} ({self.file.path}): {packed.shape} is no constant")
-        shape = [int(size) for size in self.file.read(packed.shape).reshape(-1)]
-        if packed.perm is None or sorted(packed.perm) != list(range(len(shape))):
-            return tuple(shape)  # a wrong order is an error when it is unpacked
-        return tuple(shape[axis] for axis in packed.perm)
-
-    def _enter(self, body: _Body, scope: _Scope) -> None:
+    def _enter(self, body: GraphProto | FunctionProto, scope: _Scope) -> None:
         taken: set[str] = set()
         if isinstance(body, GraphProto):
             for tensor in body.initializer:
@@ -275,47 +272,48 @@ class GraphValues:
                 self._put(scope, name, self._store(scope, name, sparse), taken)
         nodes = [self._node(scope, proto, taken) for proto in body.node]
         for node in nodes:
-            node.inputs += [scope.find(name) for name in node.proto.input]
+            node.inputs = [scope.find(name) for name in node.proto.input]
             function = self._functions.get(_function_key(node.proto))
             if function is not None:
                 self._inline(node, function, scope)
             else:
+                self.nodes.append(node)
                 self._enter_bodies(node, scope)
 
     def _put(self, scope: _Scope, name: str, value: Value, taken: set[str]) -> None:
+        where = scope.prefix or "the graph"
         if not name:
-            raise FormatError(
-                f"{self.file.path}: an initializer in {scope.prefix or 'the graph'} has no name"
-            )
+            raise FormatError(f"{self.file.path}: an initializer in {where} has no name")
         if name in taken:
-            raise FormatError(f"{name} ({self.file.path}): is made twice in {scope.prefix or 'the graph'}")
+            raise FormatError(f"{name} ({self.file.path}): is made twice in {where}")
         taken.add(name)
         scope.values[name] = value
 
-    def _store(self, scope: _Scope, name: str, holds: TensorProto | SparseTensorProto) -> Value:
+    def _store(self, scope: _Scope, name: str, holds: StoredTensor) -> Stored:
         """A stored tensor; that of a function is the same one however often it is called."""
         key = (scope.prefix, name)
         if key not in self._by_scope:
             free = name if name not in self.stored else f"{scope.prefix}{name}"
             while free in self.stored:
                 free += "'"
-            typed = holds.values if isinstance(holds, SparseTensorProto) else holds
-            stored = Stored(free, holds, tuple(holds.dims), typed.data_type)
-            self._by_scope[key] = self.stored[free] = stored
-        return Value(self._by_scope[key].name, stored=self._by_scope[key])
+            self._by_scope[key] = self.stored[free] = Stored(free, holds=holds)
+        return self._by_scope[key]
 
     def _node(self, scope: _Scope, proto: NodeProto, taken: set[str]) -> Node:
-        proto = _with_attributes(proto, scope.attributes)
         if proto.domain in _STANDARD:
             op, opset = proto.op_type, scope.opsets.get("") or scope.opsets.get("ai.onnx")
         else:
             quantize = proto.domain == "com.microsoft" and proto.op_type in QUANTIZE
             op = proto.op_type if quantize else f"{proto.domain}.{proto.op_type}"
             opset = scope.opsets.get(proto.domain)
-        node = Node(self.file.path, proto, op, opset, [], [])
-        self.nodes.append(node)
+        proto = _with_attributes(proto, scope.attributes)
+        try:
+            attributes = {each.name: helper.get_attribute_value(each) for each in proto.attribute}
+        except ValueError as error:
+            raise FormatError(f"{proto.op_type} {proto.name} ({self.file.path}): {error}") from error
+        node = Node(proto, op, opset, attributes)
+        held = _constant(attributes) if op == "Constant" else None
         for name in proto.output:
-            held = _constant(node) if op == "Constant" else None
             value = Value(name, maker=node) if held is None else self._store(scope, name, held)
             node.outputs.append(value)
             if name:
@@ -329,11 +327,9 @@ class GraphValues:
             prefix = f"{scope.prefix}{node.proto.output[0] if node.proto.output else ''}.{prefix}"
         opsets = {each.domain: each.version for each in function.opset_import}
         inner = _Scope(prefix, opsets, None, given)
-        for name, value in zip(function.input, node.inputs, strict=False):
-            if value is not None:
-                inner.values[name] = Value(value.name, alias_of=value)
+        arguments = zip(function.input, node.inputs, strict=False)
+        inner.values |= {name: value for name, value in arguments if value is not None}
         self._queue.append((function, inner))
-        node.inlined = True
 
         def link() -> None:
             for name, value in zip(function.output, node.outputs, strict=False):
@@ -352,60 +348,60 @@ class GraphValues:
                 inner = _Scope(prefix, scope.opsets, scope, scope.attributes)
                 inner.values |= {given.name: Value(given.name) for given in graph.input}
                 self._queue.append((graph, inner))
+                inputs, outputs = ([each.name for each in values] for values in (graph.input, graph.output))
                 if node.op == "If":
-                    self._link_branch(node, graph, inner)
+                    self._link_branch(node, outputs, inner)
                 elif node.op == "Loop":
-                    for given in list(graph.input)[:2]:  # the iteration number and the condition
-                        inner.values[given.name].rank = 0
-                    self._link_states(node.inputs[2:], list(graph.input)[2:], list(graph.output)[1:], inner)
+                    for name in inputs[:2]:  # the iteration number and the condition
+                        inner.values[name].rank = 0
+                    self._link_states(node.inputs[2:], inputs[2:], outputs[1:], inner)
                 elif node.op == "Scan":
-                    self._enter_scan(node, graph, inner)
+                    self._enter_scan(node, inputs, outputs, inner)
 
-    def _link_branch(self, node: Node, graph: GraphProto, inner: _Scope) -> None:
+    def _link_branch(self, node: Node, outputs: Sequence[str], inner: _Scope) -> None:
         branch: list[Value] = []
         node.branches.append(branch)
-        self._links.append(lambda: branch.extend(inner.outputs(graph)))
+        self._links.append(lambda: branch.extend(inner.find(name) or Value("") for name in outputs))
 
-    def _enter_scan(self, node: Node, graph: GraphProto, inner: _Scope) -> None:
+    def _enter_scan(self, node: Node, inputs: Sequence[str], outputs: Sequence[str], inner: _Scope) -> None:
         scanned = node.number("num_scan_inputs", 0)
         states = len(node.inputs) - scanned
         if not 0 <= states <= len(node.inputs):
             return
-        self._link_states(node.inputs[:states], graph.input, graph.output, inner)
+        self._link_states(node.inputs[:states], inputs[:states], outputs[:states], inner)
         axes = node.ints("scan_input_axes") or [0] * scanned
-        for given, value, axis in zip(list(graph.input)[states:], node.inputs[states:], axes, strict=False):
-            proto = helper.make_node("Gather", ["", ""], [given.name], axis=axis)
-            slice_of = Node(self.file.path, proto, "Gather", node.opset, [value, Value("", rank=0)], [])
-            inner.values[given.name] = Value(given.name, maker=slice_of)
-            slice_of.outputs.append(inner.values[given.name])
+        for name, value, axis in zip(inputs[states:], node.inputs[states:], axes, strict=False):
+            proto = helper.make_node("Gather", ["", ""], [name])
+            slice_of = Node(proto, "Gather", node.opset, {"axis": axis}, [value, Value("", rank=0)])
+            inner.values[name] = Value(name, maker=slice_of)
+            slice_of.outputs.append(inner.values[name])
             self.nodes.append(slice_of)
 
     def _link_states(
-        self, given: Sequence[Value | None], inputs: Sequence[Any], outputs: Sequence[Any], inner: _Scope
+        self, given: Sequence[Value | None], inputs: Sequence[str], outputs: Sequence[str], inner: _Scope
     ) -> None:
         """A state of a loop that its body passes on unchanged is the value that the loop was given."""
 
         def link() -> None:
             for state, outer, result in zip(inputs, given, outputs, strict=False):
-                value, end = inner.values.get(state.name), inner.find(result.name)
+                value, end = inner.values[state], inner.find(result)
                 for _ in range(_MAX_CALLS):
                     if end is None or end.maker is None or end.maker.op != "Identity" or not end.maker.inputs:
                         break
                     end = end.maker.inputs[0]
-                if value is not None and outer is not None and end is value and value.maker is None:
+                if outer is not None and end is value and value.maker is None:
                     value.alias_of = outer
 
         self._links.append(link)
 
 
-def _nodes_in(body: _Body) -> Iterator[NodeProto]:
-    """The nodes of a body and of the graphs inside them."""
-    bodies = [body]
-    for each in bodies:  # grows by the graphs inside its nodes
-        for node in each.node:
-            yield node
-            for attribute in node.attribute:
-                bodies += [attribute.g] if attribute.HasField("g") else attribute.graphs
+def _resolved(value: Value) -> Value:
+    """The value itself, behind its aliases."""
+    for _ in range(2 * _MAX_CALLS):  # a damaged function may return its own input, in a circle
+        if value.alias_of is None:
+            return value
+        value = value.alias_of
+    return Value(value.name)
 
 
 def _function_key(of: FunctionProto | NodeProto) -> str:
@@ -430,17 +426,14 @@ def _with_attributes(node: NodeProto, given: Mapping[str, AttributeProto] | None
     return own
 
 
-def _constant(node: Node) -> TensorProto | SparseTensorProto | None:
+def _constant(attributes: Mapping[str, Any]) -> StoredTensor | None:
     """What a Constant node holds; None if that is text, or nothing."""
-    for each in node.proto.attribute:
-        if each.name == "value" and each.HasField("t"):
-            return each.t
-        if each.name == "sparse_value" and each.HasField("sparse_tensor"):
-            return each.sparse_tensor
+    for name in ("value", "sparse_value"):
+        if isinstance(held := attributes.get(name), TensorProto | SparseTensorProto):
+            return held
     for kind, dtype in (("float", np.float32), ("int", np.int64)):
         for name in (f"value_{kind}", f"value_{kind}s"):
-            value = node.attribute(name)
-            numbers = value if isinstance(value, Sequence) else [value]
-            if value is not None and all(isinstance(each, int | float) for each in numbers):
-                return numpy_helper.from_array(np.array(value, dtype=dtype))
+            numbers = np.asarray(attributes.get(name))
+            if numbers.dtype.kind in "if":
+                return numpy_helper.from_array(numbers.astype(dtype))
     return None

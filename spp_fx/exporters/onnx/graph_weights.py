@@ -1,24 +1,25 @@
 """The weights of an ONNX graph as verify examines them: under the graph's names, or under the model's.
 
-A graph names weights as the loaded model does, and holds a stack of experts as one tensor. A checkpoint may store
-them otherwise: without the model's prefix, or each expert on its own. Then the export's manifest states which part
-of the graph each stored tensor is, and the weights have the stored names.
+A graph has the names of the loaded model, and one tensor for a stack of experts. A checkpoint may store them
+otherwise: without the model's prefix, or each expert on its own. Then the export's manifest states which part of
+the graph each stored tensor is, and the weights have the stored names.
 """
 
-import math
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from onnx import SparseTensorProto, TensorProto
+from onnx import TensorProto
 from torch import Tensor
 
 from spp_fx.errors import FormatError
 from spp_fx.exporters.manifest import MANIFEST, Manifest, Part, read_manifest
 from spp_fx.exporters.onnx.constants import Unfoldable, fold
-from spp_fx.exporters.onnx.graph_values import sources_of
-from spp_fx.exporters.onnx.onnx_file import Array, OnnxFile, PackedWeight
+from spp_fx.exporters.onnx.graph_values import GraphValues, Stored, Value, sources_of
+from spp_fx.exporters.onnx.onnx_file import Array, OnnxFile
+from spp_fx.exporters.onnx.operators import FLOATS
 from spp_fx.exporters.onnx.products import Factor, Factors
 from spp_fx.sparsity.scan import Scan, scan_tensor
 from spp_fx.sparsity.weights import Sites, Weights, without
@@ -28,45 +29,54 @@ FORMATS = ("onnx", "onnx-packed", "onnx-dense")
 
 
 class GraphWeights:
-    """Every weight of an .onnx file: dense, sparse, packed or computed from constants."""
+    """Every weight of an .onnx file: dense, sparse, or computed from constants."""
 
     def __init__(self, path: Path) -> None:
         self.file = OnnxFile(path)
 
     @cached_property
-    def factors(self) -> Factors:
-        """What the products of the graph do with its weights.
+    def values(self) -> GraphValues:
+        """The values of the graph.
 
         Raises:
             FormatError: the graph is damaged.
         """
-        return Factors(self.file)
+        return GraphValues(self.file)
+
+    @cached_property
+    def factors(self) -> Factors:
+        return Factors(self.values)
 
     @property
-    def names(self) -> list[str]:
-        parts = self.file.packed_parts
-        stored = [name for name in (*self.file.dense, *self.file.sparse) if self.file.is_weight(name)]
-        return [*self.file.packed, *(name for name in stored if name not in parts)]
+    def stored(self) -> frozenset[str]:
+        """Initializers that are sparse, or have two dimensions or more and a type that weights have."""
+        types = (*FLOATS, TensorProto.INT8)
+        dense = (each for each in self.file.dense.values() if len(each.dims) > 1 and each.data_type in types)
+        return frozenset(self.file.sparse) | {each.name for each in dense}
+
+    def find(self, name: str) -> Value:
+        """A value of the main graph; only one that is computed needs `values`."""
+        holds = self.file.dense.get(name) or self.file.sparse.get(name)
+        return self.values.find(name) if holds is None else Stored(name, holds=holds)
 
     def file_of(self, name: str) -> str:
-        """The file that holds a weight's numbers: the graph's, or one beside it as the graph names it."""
-        holds = self.file.dense.get(name) or self.file.sparse.get(name) or self.file.packed.get(name)
-        if holds is None:  # a site that is computed: most of it is in its largest tensor
-            sources = sources_of(self.factors.sites[name].base)
-            largest = max(sources, key=lambda each: math.prod(each.shape), default=None)
-            holds = largest and largest.holds
-        if isinstance(holds, PackedWeight):
-            holds = self.file.dense[holds.values]
-        if isinstance(holds, SparseTensorProto):
-            holds = holds.values
-        if holds is None or holds.data_location != TensorProto.EXTERNAL:
+        """The file that holds most of a weight's numbers: the graph's, or one beside it as the graph names it."""
+        value = self.find(name)
+        if value.maker is None and not isinstance(value, Stored):
+            value = self.factors.sites[name].base
+        largest = max(sources_of(value), key=lambda each: each.numel, default=None)
+        if largest is None or largest.data.data_location != TensorProto.EXTERNAL:
             return self.file.path.name
-        location = {each.key: each.value for each in holds.external_data}.get("location", "")
+        location = {each.key: each.value for each in largest.data.external_data}.get("location", "")
         return PurePosixPath(location).as_posix()
 
     def read(self, name: str) -> Tensor:
-        """A weight's numbers, in the shape that the graph has it in."""
-        return _tensor(self.file.read(name))
+        """A weight's numbers, in the shape that the graph has it in.
+
+        Raises:
+            FormatError: it is damaged, or cannot be computed; names it and the file.
+        """
+        return self._read(name, lambda: fold(self.find(name), self.file))
 
     def scan(self, name: str, transposed: bool) -> Scan:
         """Scan a weight; a factor of a product is transposed if the product says so.
@@ -74,11 +84,17 @@ class GraphWeights:
         Raises:
             FormatError: it is damaged, or not a matrix or a stack of such; names it and the file.
         """
-        factor, where = self.factors.sites.get(name), f"{name} ({self.file.path})"
+        factor = self.factors.sites.get(name)
+        if factor is None:
+            return scan_tensor(self.read(name), transposed=transposed)
+        return scan_tensor(
+            self._read(name, lambda: _read_factor(factor, self.file)), transposed=factor.transposed
+        )
+
+    def _read(self, name: str, compute: Callable[[], Array]) -> Tensor:
+        where = f"{name} ({self.file.path})"
         try:
-            if factor is None:
-                return scan_tensor(self.read(name), transposed=transposed)
-            return scan_tensor(_tensor(_read_factor(factor, self.file)), transposed=factor.transposed)
+            return _tensor(compute())
         except (FormatError, TypeError, Unfoldable) as error:  # TypeError: torch lacks some types of numpy
             if isinstance(error, FormatError) and str(error).startswith(where):
                 raise
@@ -95,23 +111,27 @@ def read(folder: Path, manifest: Manifest) -> Weights:
         FormatError: the graph is damaged, or lacks a tensor that the manifest names.
     """
     graph = GraphWeights(folder / GRAPH)
-    known = set(graph.names)
+    others = set(graph.stored)
     parts: dict[str, Part] = {}
     where: dict[str, str] = {}
     for at, record in enumerate(manifest.tensors):
-        part = record.part or Part(initializer=record.name)
+        part = parts[record.name] = record.part or Part(initializer=record.name)
         where[record.name] = f"{folder / MANIFEST}: tensors.{at}.part"
-        if part.initializer not in known:
+        if part.initializer in graph.stored:
+            continue
+        value = graph.find(part.initializer)
+        if value.maker is None:
             raise FormatError(f"{where[record.name]}.initializer: {GRAPH} holds no {part.initializer}")
-        parts[record.name] = part
+        if value not in graph.values.readers:
+            raise FormatError(f"{part.initializer} ({graph.file.path}): nothing reads the weight")
+        others.difference_update(each.name for each in sources_of(value))
+    taken = {part.initializer for part in parts.values()}
 
     def scan(name: str, transposed: bool) -> Scan:
         if name not in parts:
             return scan_tensor(graph.read(name), transposed=transposed)
         weight = _cut(graph.read(parts[name].initializer), parts[name], where[name])
         return scan_tensor(weight, transposed=transposed)
-
-    taken = {part.initializer for part in parts.values()}
 
     def find_sites() -> Sites:
         """What the manifest does not name is unread; the model's configuration may know whether it is a site."""
@@ -130,7 +150,7 @@ def read(folder: Path, manifest: Manifest) -> Weights:
         )
 
     return Weights(
-        frozenset(parts) | (known - taken),
+        frozenset(parts) | (others - taken),
         scan,
         lambda name: graph.file_of(parts[name].initializer if name in parts else name),
         find_sites,
@@ -150,10 +170,12 @@ def read_graph(path: Path) -> Weights:
             return read(path.parent, manifest)
     graph = GraphWeights(path)
     found = graph.factors
-    sparse = [name for name in (*graph.file.sparse, *graph.file.packed) if name not in found.refused]
+    sparse = [name for name in graph.file.sparse if name not in found.refused]
     sites = dict.fromkeys(sparse, False) | {name: each.transposed for name, each in found.sites.items()}
+    computed = (each for each in found.sites.values() if each.scattered)
+    kept = {source.name for each in computed for source in sources_of(each.base)}
     return Weights(
-        frozenset(graph.names) | sites.keys(),
+        (graph.stored - kept) | sites.keys(),
         graph.scan,
         graph.file_of,
         lambda: Sites(sites, found.refused, found.left_out, without(found.unread, sites)),
@@ -171,7 +193,7 @@ def _read_factor(factor: Factor, file: OnnxFile) -> Array:
     if factor.zero is not None:
         array = _shifted(array, fold(factor.zero, file), factor.zero_axis)
     if array.ndim < -factor.axis or array.ndim < 2:
-        raise FormatError(f"has shape {list(array.shape)}, a product wants a matrix of it")
+        raise FormatError(f"has shape {list(array.shape)}, which is not a matrix")
     if factor.transposed and array.ndim <= 3:
         return array
     array = np.moveaxis(array, factor.axis, -1)
@@ -185,7 +207,7 @@ def _read_factor(factor: Factor, file: OnnxFile) -> Array:
 
 
 def _shifted(array: Array, zero: Array, axis: int | None) -> Array:
-    """Quantised numbers less the one that stands for zero."""
+    """Quantised numbers minus their zero point."""
     shape = list(zero.shape)
     if zero.size == 1:
         zero = zero.reshape(())

@@ -1,10 +1,9 @@
 """onnxruntime on the CPU: open a graph, run a file, compare its logits; and what it needs where bfloat16 occurs.
 
 onnxruntime has the type bfloat16 but, apart from Cast, no CPU operators for it. A model that computes in another
-type may still round to bfloat16 somewhere, as Falcon does with its alibi biases. Its operators on bfloat16 become
-float32 operators between casts: what torch does on a CPU, to the bit for elementwise operators. A model that is
-bfloat16 as a whole keeps its operators, for runtimes that have the type; its float32 twin shows that graph and
-weights are right.
+type may still round to bfloat16 somewhere, as Falcon does with its alibi biases: its operators on bfloat16 become
+float32 operators between casts, which is what torch does on a CPU. A model that is bfloat16 as a whole keeps its
+operators, for runtimes that have the type; its float32 twin is run instead.
 """
 
 import tempfile
@@ -36,7 +35,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spp_fx.errors import SppFxError
-from spp_fx.exporters.onnx.onnx_file import Array, OnnxFile, load_model
+from spp_fx.exporters.onnx.onnx_file import Array, OnnxFile, graphs_in, load_model
 
 Ids = npt.NDArray[np.int64]
 
@@ -61,10 +60,12 @@ _ORT_ERRORS: tuple[type[Exception], ...] = (
 class LogitsComparison:
     """How far a file's logits are from the reference's, over the positions that are not padding.
 
-    `spread` is the largest distance of a reference logit from the mean over the vocabulary at its position:
-    the scale differences are measured in, since a shift of all logits changes no probability.
-    `argmax_agreement` is the share of positions where both prefer the same token. `computed_in` is the type of
-    the logits that onnxruntime computed.
+    Attributes:
+        spread: largest distance of a reference logit from the mean over the vocabulary at its position. It is
+            the scale of the differences, since a shift of all logits changes no probability.
+        tolerance: allowed difference, as a share of the spread.
+        argmax_agreement: share of positions where both prefer the same token.
+        computed_in: type of the logits that onnxruntime computed.
     """
 
     max_abs_difference: float
@@ -96,11 +97,10 @@ class OnnxModel:
 
     @property
     def has_past(self) -> bool:
-        """Whether the graph has a key/value cache."""
         return any(name.startswith("past_key_values.") for name in self._inputs)
 
     def empty_past(self, batch: int) -> dict[str, Array]:
-        """An empty cache: its length is 0."""
+        """A cache of length 0."""
         dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
         return {
             name: np.zeros((batch, each.shape[1], 0, each.shape[3]), dtype=dtypes[each.type])
@@ -109,10 +109,7 @@ class OnnxModel:
         }
 
     def step(
-        self,
-        input_ids: Ids,
-        attention_mask: Ids,
-        past: dict[str, Array],
+        self, input_ids: Ids, attention_mask: Ids, past: dict[str, Array]
     ) -> tuple[Array, dict[str, Array]]:
         """Logits of new tokens, and the cache with them.
 
@@ -202,9 +199,8 @@ def compare_logits(
             onnxruntime cannot run the file.
     """
     model = OnnxModel(path, twin=twin)
-    computed_in = ""
+    computed_in, limit = "", tolerance
     worst, spread, agreed, positions = 0.0, 0.0, 0, 0
-    limit = tolerance
     for input_ids, attention_mask in _inputs(batches, vocab_size, max_length):
         with torch.no_grad():
             answer = reference(torch.from_numpy(input_ids), torch.from_numpy(attention_mask)).detach().cpu()
@@ -238,8 +234,8 @@ def compare_logits(
 def check_standard(path: Path) -> None:
     """Check the file against the ONNX standard with onnx.checker, in memory bounded by the largest tensor.
 
-    The checker cannot follow sparse indices into external data. If there are any, each sparse tensor is
-    checked by itself with its data filled in, and the graph with its external weights as inputs.
+    The checker cannot follow sparse indices into external data: each sparse tensor is checked by itself, and the
+    graph with its sparse and external weights as inputs.
 
     Raises:
         FormatError: data that is missing, truncated or inconsistent. SppFxError: the checker's objection;
@@ -247,24 +243,18 @@ def check_standard(path: Path) -> None:
     """
     file = OnnxFile(path)
     graph = file.proto.graph
-    stored = [*graph.initializer, *(part for s in graph.sparse_initializer for part in (s.values, s.indices))]
     try:
-        if all(tensor.data_location != TensorProto.EXTERNAL for tensor in stored):
-            onnx.checker.check_model(str(path))
-            return
         for tensor in list(graph.initializer):
             if tensor.data_location == TensorProto.EXTERNAL:
                 graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
                 graph.initializer.remove(tensor)
         for name, sparse in file.sparse.items():
-            values, indices = file.read_sparse(name)
-            onnx.checker.check_sparse_tensor(
-                onnx.SparseTensorProto(
-                    values=numpy_helper.from_array(values, name),
-                    indices=numpy_helper.from_array(indices),
-                    dims=sparse.dims,
-                )
+            values, indices = (
+                numpy_helper.from_array(file.read_stored(name, each), each.name)
+                for each in (sparse.values, sparse.indices)
             )
+            whole = onnx.SparseTensorProto(values=values, indices=indices, dims=sparse.dims)
+            onnx.checker.check_sparse_tensor(whole)
             graph.input.append(helper.make_tensor_value_info(name, sparse.values.data_type, sparse.dims))
         del graph.sparse_initializer[:]
         onnx.checker.check_model(file.proto)
@@ -361,7 +351,7 @@ def _between_casts(graph: GraphProto, inferred: GraphProto, outer: Mapping[str, 
     nodes: list[NodeProto] = []
     wide: dict[str, str] = {}  # a bfloat16 value -> the same in float32
     for node, twin in zip(list(graph.node), inferred.node, strict=True):
-        bodies = list(zip(_bodies(node), _bodies(twin), strict=True))
+        bodies = list(zip(graphs_in(node), graphs_in(twin), strict=True))
         for body, inferred_body in bodies:
             _between_casts(body, inferred_body, types)
         narrow = {name for name in (*node.input, *node.output) if types.get(name) == BFLOAT16}
@@ -399,14 +389,6 @@ def _types(graph: GraphProto) -> dict[str, int]:
     return values | {tensor.name: tensor.data_type for tensor in graph.initializer}
 
 
-def _bodies(node: NodeProto) -> Iterator[GraphProto]:
-    for attribute in node.attribute:
-        if attribute.type == AttributeProto.GRAPH:
-            yield attribute.g
-        elif attribute.type == AttributeProto.GRAPHS:
-            yield from attribute.graphs
-
-
 def _widen_attributes(node: NodeProto) -> None:
     """Let a node make float32 where its attributes say bfloat16."""
     for attribute in node.attribute:
@@ -430,7 +412,7 @@ def widen(graph: GraphProto) -> None:
         _widen_tensor(tensor)
     for node in graph.node:
         _widen_attributes(node)
-        for body in _bodies(node):
+        for body in graphs_in(node):
             widen(body)
     for value in [*graph.input, *graph.output, *graph.value_info]:
         if value.type.tensor_type.elem_type == BFLOAT16:

@@ -1,34 +1,16 @@
 """Every product of a graph with a constant factor: which weight that is, and along which dimension it sums."""
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from onnx import TensorProto
 
 from spp_fx.errors import FormatError
-from spp_fx.exporters.onnx.constants import (
-    ELEMENTWISE,
-    FLOATS,
-    LOOKUPS,
-    MOVED,
-    Flow,
-    State,
-    Unfoldable,
-    chain_of,
-    fold,
-)
-from spp_fx.exporters.onnx.graph_values import (
-    QUANTIZE,
-    GraphValues,
-    Node,
-    Stored,
-    Value,
-    resolved,
-    sources_of,
-)
-from spp_fx.exporters.onnx.onnx_file import OnnxFile, PackedWeight
+from spp_fx.exporters.onnx.constants import Flow, State, Unfoldable, chain_of, fold
+from spp_fx.exporters.onnx.graph_values import GraphValues, Node, Stored, Value, reachable, sources_of
+from spp_fx.exporters.onnx.operators import FLOATS, FOLLOWED, LOOKUPS, QUANTIZE, SUMS
 
 NO_SITE = ("lm_head", "wte", "wpe", "word_embeddings")
 """Modules whose matrices are not sites, as are those that begin with embed, in graphs without a manifest."""
@@ -40,12 +22,7 @@ _WEIGHT_TYPES = frozenset(
     if name.startswith(("FLOAT", "BFLOAT"))
     or name in ("DOUBLE", "INT8", "UINT8", "INT4", "UINT4", "INT2", "UINT2")
 )
-_FOLLOWED = ELEMENTWISE | MOVED | LOOKUPS
 _MULTIPLIES = ("Mul", "Div", "PRelu")
-_SUMS = frozenset({
-    "AveragePool", "CumSum", "GlobalAveragePool", "GlobalLpPool", "LpPool", "ReduceL1", "ReduceL2",
-    "ReduceLogSum", "ReduceLogSumExp", "ReduceMean", "ReduceSum", "ReduceSumSquare",
-})  # fmt: skip
 _INDICES = (TensorProto.BOOL, TensorProto.INT64, TensorProto.STRING)
 """Types of tables and masks, which are never weights."""
 _SMALL = 1 << 16
@@ -116,9 +93,22 @@ class Factor:
         return self.axis == -2 and not self.matrix
 
     @property
-    def tensors(self) -> frozenset[Stored]:
+    def tensors(self) -> list[Stored]:
         """The tensors of two dimensions or more whose numbers it has."""
-        return frozenset(each for each in sources_of(self.base, data_only=True) if len(each.shape) > 1)
+        return [each for each in sources_of(self.base, data_only=True) if len(each.shape) > 1]
+
+    @property
+    def name(self) -> str:
+        """The name of the tensor that it is, or of its own value."""
+        if self.scattered:
+            return self.base.name.removesuffix(".canonical")
+        return self.tensors[0].name if len(self.tensors) == 1 else self.base.name
+
+    @property
+    def scattered(self) -> bool:
+        """Whether it is computed from kept values and their positions, as onnx-packed does."""
+        base = self.base
+        return not isinstance(base, Stored) and any(each.op == "ScatterElements" for each in chain_of(base))
 
 
 class Factors:
@@ -131,26 +121,26 @@ class Factors:
         unread: all other weights.
     """
 
-    def __init__(self, file: OnnxFile) -> None:
-        self.file = file
+    def __init__(self, values: GraphValues) -> None:
+        self.values = values
+        self.file = values.file
         self.sites: dict[str, Factor] = {}
         self.refused: dict[str, str] = {}
         self.left_out: dict[str, str] = {}
         self.unread: dict[str, str] = {}
-        self.values = GraphValues(file)
-        self.flow = Flow(self.values)
-        self._uses = _Uses(self.values, self.flow)
+        self.flow = Flow(values)
+        self._uses = _Uses(values, self.flow)
         self._found: dict[tuple[Any, ...], tuple[Factor, list[Node]]] = {}
         self._combined: dict[Stored, list[Node]] = {}
         # Reasons by kind: "scale"; "lookup"; "left", no product sums over it; "read", by an operator that is not
         # followed; "combined" with activations before a product; "refused".
-        self._reasons: dict[str, dict[Stored, str]] = {}
-        self._walked: dict[str, set[int]] = {}
-        for node in self.values.nodes:
+        self._reasons: defaultdict[str, dict[Stored, str]] = defaultdict(dict)
+        self._walked: defaultdict[str, set[Value]] = defaultdict(set)
+        for node in values.nodes:
             self._visit(node)
         for stored, nodes in self._combined.items():
             if reason := self._uses.why_weight(nodes):
-                self._reasons.setdefault("combined", {})[stored] = reason
+                self._reasons["combined"][stored] = reason
         self._account(self._name())
 
     # What each node does with its constants
@@ -161,7 +151,7 @@ class Factors:
             self._note("scale", node.inputs[1:], "")
         if self.flow.of_node(node) == State.CONSTANT:
             if not node.standard:
-                self._refuse(node, node.inputs, "reads it in a form that is not known here")
+                self._refuse(node, node.inputs, "reads it in a format that is not supported here")
             return
         if op in PRODUCTS:
             self._product(node, PRODUCTS[op])
@@ -172,20 +162,20 @@ class Factors:
         elif not node.standard:
             aside = _NO_WEIGHT.get(op, ())
             weights = [each for at, each in enumerate(node.inputs) if at not in aside]
-            self._refuse(node, weights, "reads it in a form that is not known here")
+            self._refuse(node, weights, "reads it in a format that is not supported here")
             tables = [node.input(at) for at in aside]
             scales = op in ("com.microsoft.MatMulNBits", "com.microsoft.MatMulBnb4")
             self._note("scale" if scales else "lookup", tables, f"{op} looks up rows of it")
-        elif op in LOOKUPS and self.flow.looks_up(node):
+        elif self.flow.looks_up(node):
             self._combine(node, node.inputs[:1])
             self._note("lookup", node.inputs[:1], "its rows are looked up, as those of an embedding are")
-        elif op in LOOKUPS or op in ELEMENTWISE or op in MOVED:
+        elif op in FOLLOWED:
             if self.flow.of_node(node) == State.ACTIVE:
                 what = "combines it with activations element by element"
                 self._combine(node, node.data_inputs())
-                self._note("left", node.data_inputs(), f"only {node.op} reads it, which {what}")
+                self._note("left", node.data_inputs(), f"only {op} reads it, which {what}")
         elif op not in ("If", "Shape", "Size", "Constant"):
-            self._note("read", node.inputs, f"{node.op} reads it, which is not followed")
+            self._note("read", node.inputs, f"{node.op} reads it, an operator that is not supported here")
 
     def _product(self, node: Node, operands: Iterable[Operand]) -> None:
         used: set[int | None] = set()
@@ -205,7 +195,7 @@ class Factors:
         self._note("left", rest, f"only {node.op} reads it, as a bias, a state or a scale")
 
     def _einsum(self, node: Node) -> None:
-        equation = node.attribute("equation", b"")
+        equation = node.attributes.get("equation", b"")
         text = equation.decode(errors="replace").replace(" ", "") if isinstance(equation, bytes) else ""
         inputs, arrow, output = text.partition("->")
         terms = inputs.split(",")
@@ -223,22 +213,22 @@ class Factors:
             elif plain and len(summed) == 1 and summed[0] in others and len(term) > 1:
                 self._operand(node, value, term.index(summed[0]) - len(term), None, None)
             else:
-                self._refuse(
-                    node, [value], f"sums over it as {text[:80]!r} says, which is not one plain product"
-                )
+                self._refuse(node, [value], f"sums over it by {text[:80]!r}, which is not a matrix product")
 
     def _convolution(self, node: Node) -> None:
         index, zero_index = _CONVOLUTIONS[node.op]
         weight, zero = node.input(index), node.input(zero_index)
         self._note("scale", [zero], "")
-        self._note("read", node.inputs[:1], f"{node.op} reads it as what it convolves")
+        self._note("read", node.inputs[:1], f"{node.op} convolves it")
         if weight is None or not self.flow.is_weight(weight):
             return
         shape, groups = self.flow.shape(weight), node.number("group", 1)
         turned = node.op == "ConvTranspose"
         if shape is not None and len(shape) > 2 and not turned and shape[1] == 1 and groups > 1:
             self._note(
-                "left", [weight], f"{node.op} convolves each channel by itself, it sums over none of them"
+                "left",
+                [weight],
+                f"{node.op} convolves each channel by itself and sums over no dimension of it",
             )
         elif shape is None or len(shape) < 3 or any(size != 1 for size in shape[2:]):
             self._refuse(node, [weight], "has a kernel larger than 1, its weight is not one matrix")
@@ -261,7 +251,7 @@ class Factors:
         if not self.flow.is_weight(value):
             return
         if zero is not None and self.flow.state(zero) != State.CONSTANT:
-            self._refuse(node, [value], "takes its zero point when it runs")
+            self._refuse(node, [value], "gets its zero point at run time")
             return
         if zero is not None and self._is_zero(zero):
             zero = None
@@ -273,9 +263,9 @@ class Factors:
                 self._refuse(node, [value], f"multiplies by it, but {reason}")
                 return
         if not bases and state == State.CARRIES:
-            self._refuse(node, [value], "multiplies by it in a form that only the run decides")
+            self._refuse(node, [value], "multiplies by it in a form that is known only at run time")
             return
-        for base, at, size in bases or [(resolved(value), axis, None)]:
+        for base, at, size in bases or [(value, axis, None)]:
             self._factor(node, Factor(base, at, zero, zero_axis, matrix), size)
 
     def _factor(self, node: Node, factor: Factor, size: int | None) -> None:
@@ -295,10 +285,7 @@ class Factors:
                 "left", [factor.base], f"{node.op} sums over a dimension of size 1 of it, an outer product"
             )
             return
-        key = (id(factor.base), factor.axis, factor.zero and id(resolved(factor.zero)))
-        stored = factor.base.stored
-        if stored is not None:  # the same tensor has one value at each call of a function
-            key = (stored, *key[1:])
+        key = factor.base, factor.axis, factor.zero
         self._found.setdefault(key, (factor, []))[1].append(node)
 
     def _computed_shape(self, value: Value) -> tuple[int, ...] | None:
@@ -308,7 +295,7 @@ class Factors:
             Unfoldable: it cannot be computed.
         """
         chain_of(value)
-        if sum(max(0, math.prod(each.shape)) for each in sources_of(value)) > _SMALL:
+        if sum(each.numel for each in sources_of(value)) > _SMALL:
             return None
         try:
             return fold(value, self.file).shape
@@ -333,54 +320,44 @@ class Factors:
 
     def _note(self, kind: str, values: Iterable[Value | None], reason: str) -> None:
         """Record a reason for the tensors that values are computed from; the first of a kind counts."""
-        walked = self._walked.setdefault(kind, set())
-        reasons = self._reasons.setdefault(kind, {})
-        stack = [resolved(each) for each in values if each is not None]
-        while stack:
-            value = stack.pop()
-            if id(value) in walked:
-                continue
-            walked.add(id(value))
-            if value.stored is not None:
-                reasons.setdefault(value.stored, reason)
-            elif value.maker is not None and self.flow.is_weight(value):
-                whole = kind in ("read", "scale")
-                inputs = value.maker.inputs if whole else value.maker.data_inputs()
-                stack += [resolved(each) for each in inputs if each is not None]
-                stack += [resolved(each) for branch in value.maker.branches for each in branch]
+
+        def behind(value: Value) -> list[Value]:
+            if value.maker is None or not self.flow.is_weight(value):
+                return []
+            return value.maker.reads(data_only=kind not in ("read", "scale"))
+
+        for value in reachable(values, behind, self._walked[kind]):
+            if isinstance(value, Stored):
+                self._reasons[kind].setdefault(value, reason)
 
     def _refuse(self, node: Node, values: Iterable[Value | None], what: str) -> None:
         advice = "" if node.standard else "; verify the model before it was quantised or optimised"
         for value in values:
-            if value is None or not self.flow.is_weight(value):
-                continue
-            if id(resolved(value)) in self._walked.get("refused", ()):
+            if value is None or not self.flow.is_weight(value) or value in self._walked["refused"]:
                 continue
             reason = f"{node.label} {what}{advice}"
             self._note("refused", [value], reason)
-            if resolved(value).stored is None and self.flow.state(value) == State.CONSTANT:
+            if not isinstance(value, Stored) and self.flow.state(value) == State.CONSTANT:
                 self._refuse_computed(value, reason)
 
     def _refuse_computed(self, value: Value, reason: str) -> None:
         """Refuse a matrix under its own name if none of the tensors that it is computed from is one."""
-        sources = list(sources_of(value))
-        if any(_may_weigh(each) for each in sources) or all(math.prod(each.shape) <= 1 for each in sources):
+        sources = sources_of(value)
+        if any(map(_may_weigh, sources)) or all(each.numel <= 1 for each in sources):
             return
         try:
             shape = self._computed_shape(value)
         except Unfoldable:
             shape = None
         if shape is None or _is_matrix(shape):
-            self.refused.setdefault(resolved(value).name, reason)
+            self.refused.setdefault(value.name, reason)
 
     def _name(self) -> dict[str, list[Node]]:
         """Give each factor the name of the tensor that it is, or of its own value; returns its products."""
         named: dict[str, list[Node]] = {}
-        found = sorted(self._found.values(), key=lambda each: each[0].base.stored is None)
+        found = sorted(self._found.values(), key=lambda each: not isinstance(each[0].base, Stored))
         for factor, products in found:
-            base, node = factor.base, products[0]
-            matrices = factor.tensors
-            name = next(iter(matrices)).name if len(matrices) == 1 else base.name
+            name, node = factor.name, products[0]
             if name in self.sites:
                 name = f"{name}/{node.outputs[0].name if node.outputs else node.label}"
             while name in self.sites:
@@ -390,35 +367,23 @@ class Factors:
         return named
 
     def _account(self, products: Mapping[str, list[Node]]) -> None:
-        """Put each weight into one of the four."""
-        refused, read = self._reasons.get("refused", {}), self._reasons.get("read", {})
-        unread = read | self._reasons.get("combined", {})
-        lookup = self._reasons.get("lookup", {})
-        left = self._reasons.get("left", {}) | lookup
-        part = self.file.packed_parts
-        # A chain adds no reasons for its own parts: such a reason comes from another reader.
-        part -= {each.name for each in (*refused, *unread, *left)}
-        for stored, reason in refused.items():
-            if _may_weigh(stored):
-                self.refused[stored.name] = reason
+        reasons = self._reasons
+        unread, left = reasons["read"] | reasons["combined"], reasons["left"] | reasons["lookup"]
+        self.refused |= {each.name: reason for each, reason in reasons["refused"].items() if _may_weigh(each)}
         for name in self.refused:
             self.sites.pop(name, None)
-        explained = set(self._reasons.get("scale", {})) - read.keys()
+        explained = set(reasons["scale"]) - reasons["read"].keys()
         for name, factor in list(self.sites.items()):
-            sources, data = set(sources_of(factor.base)), set(sources_of(factor.base, data_only=True))
-            explained |= sources
-            stored = factor.base.stored
-            kept_sparse = stored is not None and (
-                isinstance(stored.holds, PackedWeight) or name in self.file.sparse
-            )
-            known = all(each.data_type in FLOATS for each in data) or not data.isdisjoint(lookup)
+            data = set(sources_of(factor.base, data_only=True))
+            explained |= {each for each in sources_of(factor.base) if each not in unread}
+            known = all(each.data_type in FLOATS for each in data) or not data.isdisjoint(reasons["lookup"])
             routes = _module(name) in _ROUTERS and all(map(self._uses.chooses, products[name]))
+            kept_sparse = name in self.file.sparse or factor.scattered
             if (_is_no_site(name) or routes) and not kept_sparse and known:
                 self.left_out[name] = "its name is that of a head, an embedding or a router"
                 del self.sites[name]
-        done = self.sites.keys() | self.refused.keys() | self.left_out.keys() | part
-        for stored in self.values.stored.values():
-            name = stored.name
+        done = self.sites.keys() | self.refused.keys() | self.left_out.keys()
+        for name, stored in self.values.stored.items():
             if name in done or stored in explained or not _is_matrix(stored.shape):
                 continue
             if stored.data_type not in _WEIGHT_TYPES:
@@ -434,38 +399,29 @@ class _Uses:
 
     def __init__(self, values: GraphValues, flow: Flow) -> None:
         self.flow = flow
-        self._readers: dict[int, list[Node]] = {}  # of each value, by its id
-        for node in values.nodes:
-            given = [*node.inputs, *(each for branch in node.branches for each in branch)]
-            for value in {id(resolved(each)): each for each in given if each is not None}:
-                self._readers.setdefault(value, []).append(node)
+        self._readers = values.readers
 
     def _after(self, value: Value) -> Iterator[tuple[Node, list[Value]]]:
         """The readers of a value, each with the results that contain the value's numbers."""
-        for node in self._readers.get(id(resolved(value)), ()):
+        for node in self._readers.get(value, ()):
             results: list[Value] = []
             if node.op == "If":
-                for branch in node.branches:
-                    pairs = zip(node.outputs, branch, strict=False)
-                    results += [output for output, each in pairs if _is(each, value)]
-            elif node.op in _FOLLOWED and any(_is(each, value) for each in node.data_inputs()):
+                results = [each for each in node.outputs if value in node.branch_values(each)]
+            elif node.op in FOLLOWED and value in node.data_inputs():
                 results = node.outputs
             yield node, results
 
-    def _reached(self, starts: Iterable[Value]) -> dict[int, Value]:
-        """The values that contain numbers of others, through elementwise and moving operators."""
-        reached: dict[int, Value] = {}
-        stack = [resolved(each) for each in starts]
-        while stack:
-            value = stack.pop()
-            if id(value) not in reached:
-                reached[id(value)] = value
-                stack += [resolved(each) for _, results in self._after(value) for each in results]
-        return reached
+    def _reached(self, starts: Iterable[Value]) -> dict[Value, None]:
+        """The values that contain numbers of others."""
+
+        def after(value: Value) -> list[Value]:
+            return [each for _, results in self._after(value) for each in results]
+
+        return dict.fromkeys(reachable(starts, after))
 
     def chooses(self, node: Node) -> bool:
         """Whether the largest or smallest of a product's results are chosen."""
-        reached = self._reached(node.outputs).values()
+        reached = self._reached(node.outputs)
         return any(
             reader.op in ("TopK", "ArgMax", "ArgMin") for each in reached for reader, _ in self._after(each)
         )
@@ -477,24 +433,24 @@ class _Uses:
         nor does one that has it on its left alone (positions that are added to what is multiplied next).
         """
         reached = self._reached(output for node in nodes for output in node.outputs)
-        for value in reached.values():
-            for node, _ in self._after(value):
+        for value in reached:
+            for node in self._readers.get(value, ()):
                 if self._weighs(node, reached):
                     return f"{nodes[0].op} combines it with activations before {node.label} multiplies by it"
         terms = [each for node in nodes if node.op in _MULTIPLIES for each in node.outputs]
         direct = [each for node in nodes if self._is_kept(node) for each in node.outputs]
-        for value in self._direct(direct).values():  # multiplied only later
-            for node, _ in self._after(value):
-                others = [each for each in node.inputs if each and id(resolved(each)) not in reached]
+        for value in reachable(direct, self._directly_after):  # multiplied only later
+            for node in self._readers.get(value, ()):
+                others = [each for each in node.inputs if each and each not in reached]
                 if node.op in _MULTIPLIES and any(self.flow.state(each) == State.ACTIVE for each in others):
                     terms += node.outputs
-        for value in self._reached(terms).values():
-            for node, _ in self._after(value):
+        for value in self._reached(terms):
+            for node in self._readers.get(value, ()):
                 if self._adds_up(node, value):
                     return f"activations are multiplied with it and {node.label} sums over the result"
         return None
 
-    def _weighs(self, node: Node, reached: Mapping[int, Value]) -> bool:
+    def _weighs(self, node: Node, reached: Container[Value | None]) -> bool:
         """Whether a product's weight is among the values, and its left operand is not."""
         if node.op in _CONVOLUTIONS:
             weights: Sequence[int] = (_CONVOLUTIONS[node.op][0],)
@@ -502,18 +458,18 @@ class _Uses:
             weights = range(1, len(node.inputs))
         else:
             weights = [each.index for each in PRODUCTS.get(node.op, ()) if each.index]
-        inside = [each is not None and id(resolved(each)) in reached for each in node.inputs]
+        inside = [each in reached for each in node.inputs]
         return any(inside[at] for at in weights if at < len(inside)) and not inside[0]
 
     def _adds_up(self, node: Node, value: Value) -> bool:
         """Whether a node sums over a value: a reduction, or a product with a constant number or vector."""
-        if node.op in _SUMS:
-            return any(_is(each, value) for each in node.data_inputs()[:1])
+        if node.op in SUMS:
+            return value in node.data_inputs()[:1]
         if node.op in ("Loop", "Scan"):
             return True  # their bodies are not followed
         if node.op not in ("MatMul", "Gemm", "Einsum", "com.microsoft.FusedMatMul"):
             return False
-        others = [each for each in node.inputs[:2] if each and not _is(each, value)]
+        others = [each for each in node.inputs[:2] if each and each is not value]
         if not others:
             return node.op == "Einsum"
         shapes = [self.flow.shape(each) for each in others if self.flow.is_weight(each)]
@@ -525,44 +481,27 @@ class _Uses:
             return True
         return node.op in LOOKUPS and len(node.inputs) > 1 and not _depends_on_inputs(node.inputs[1])
 
-    def _direct(self, starts: Iterable[Value]) -> dict[int, Value]:
-        """The values that others become when they are moved, or changed elementwise without activations."""
-        found: dict[int, Value] = {}
-        stack = [resolved(each) for each in starts]
-        while stack:
-            value = stack.pop()
-            if id(value) in found:
-                continue
-            found[id(value)] = value
-            for node, results in self._after(value):
-                others = [each for each in node.data_inputs() if each and not _is(each, value)]
-                if node.op == "Concat" or all(self.flow.state(each) != State.ACTIVE for each in others):
-                    stack += [resolved(each) for each in results]
+    def _directly_after(self, value: Value) -> list[Value]:
+        """What a value becomes when it is moved, or changed elementwise without activations."""
+        found: list[Value] = []
+        for node, results in self._after(value):
+            others = [each for each in node.data_inputs() if each and each is not value]
+            if node.op == "Concat" or all(self.flow.state(each) != State.ACTIVE for each in others):
+                found += results
         return found
-
-
-def _is(one: Value | None, other: Value) -> bool:
-    return one is not None and resolved(one) is resolved(other)
 
 
 def _depends_on_inputs(index: Value | None) -> bool:
     """Whether an index depends on inputs of the graph, as tokens do, and not on shapes alone."""
-    seen: set[int] = set()
-    stack = [index]
-    while stack:
-        value = stack.pop()
-        if value is None or id(value := resolved(value)) in seen or value.stored is not None:
-            continue
-        seen.add(id(value))
-        if value.maker is None:
-            return True
-        if value.maker.op not in ("Shape", "Size"):
-            stack += value.maker.inputs
-    return False
+
+    def behind(value: Value) -> list[Value | None]:
+        return value.maker.inputs if value.maker and value.maker.op not in ("Shape", "Size") else []
+
+    return any(each.maker is None and not isinstance(each, Stored) for each in reachable([index], behind))
 
 
 def _is_no_site(name: str) -> bool:
-    """Whether a name is that of an embedding or the head: the name of its own module, not of one around it."""
+    """Whether a matrix's own module is named like an embedding or a head."""
     return _module(name) in NO_SITE or _module(name).startswith("embed")
 
 
