@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from spp_fx.errors import PreconditionError
+from spp_fx.errors import FormatError, PreconditionError
 from spp_fx.graph.program import SITE, Program, Use, child_path
 
 SIZE = torch.ops.aten.sym_size.int
@@ -84,12 +84,17 @@ class FileStates:
                 kind = type(value).__name__
                 raise PreconditionError(f"a layer reads a {kind}, which cannot be kept between layers")
         self._of_layer(layer).mkdir(exist_ok=True)
-        save_file(tensors, self._file(layer, sample), others)
+        # Not save_file: a full disk would not be an OSError.
+        self._file(layer, sample).write_bytes(save(tensors, others))
 
     def load(self, layer: int, sample: int) -> list[Any]:
-        with safe_open(self._file(layer, sample), framework="pt") as file:
-            values = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
-            others = file.metadata() or {}
+        path = self._file(layer, sample)
+        try:
+            with safe_open(path, framework="pt") as file:
+                values = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
+                others = file.metadata() or {}
+        except SafetensorError as error:
+            raise FormatError(f"{path}: is damaged ({error}); start over with --fresh") from error
         values |= {name: json.loads(text) for name, text in others.items()}
         return [values[str(index)] for index in range(len(values))]
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from spp_fx.errors import PatternError, PreconditionError, UsageError
+from spp_fx.errors import FormatError, PatternError, PreconditionError, UsageError
 from spp_fx.passes.causal import Causal
 from spp_fx.passes.match import Match
 from spp_fx.passes.partition import Partition
@@ -42,6 +42,19 @@ def test_layers_one_by_one_are_the_model(family, causal, tmp_path):
                 last = states.load(len(walk.layers) - 1, i)
                 (hidden,) = [v for v in last if isinstance(v, torch.Tensor) and v.is_floating_point()]
                 torch.testing.assert_close(hidden[0], expected[len(walk.layers) - 1][i], rtol=1e-5, atol=1e-5)
+
+
+def test_states_that_cannot_be_written_or_read_are_errors_with_the_file(tmp_path):
+    states = FileStates(tmp_path)
+    states.save(0, 0, [torch.zeros(4)])
+    (file,) = (tmp_path / "states-00000").iterdir()
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(FormatError, match=r"00000\.safetensors: is damaged .*--fresh"):
+        states.load(0, 0)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(IsADirectoryError, match=file.name):
+        states.save(0, 0, [torch.zeros(4)])
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gpt-oss"])
