@@ -36,9 +36,6 @@ if TYPE_CHECKING:
     from spp_fx.verification.verdict import Verified
 
 FOLDER = click.Path(path_type=Path)
-LISTED = 5
-"""Names of one kind that lock shows."""
-
 MODEL = click.Argument(["model"], default=".")
 ADAPTER = click.Argument(["adapter"], type=FOLDER, default=Path())
 FRESH = click.Option(["--fresh"], is_flag=True, help="Start over, ignoring what an interrupted run left.")
@@ -212,7 +209,7 @@ def prune_command(
 
 
 @verb(
-    "inject", MODEL, out_option("Folder to write. Default: MODEL-spp."), force_option(),
+    "inject", MODEL, out_option("Folder to write. Default: MODEL-METHOD."), force_option(),
     click.Option(["--dry-run"], is_flag=True, help="Only show what would be trained; config.json alone is enough."),
     REMOTE_CODE, registry=methods,
 )  # fmt: skip
@@ -399,7 +396,8 @@ def _verify(output: Output, checks: "Sequence[Check]", jobs: int | None) -> "lis
     from spp_fx.verbs.verify import MASK_BYTES, run_check
 
     keep_freed_memory(MASK_BYTES)
-    for check in checks:  # before the first one is run: a wrong one must not cost the verdicts of the others
+    # All before the first one runs: a wrong one must not cost the verdicts of the others.
+    for check in checks:
         check.validate()
     verdicts: list[Verified] = []
     for check in checks:
@@ -483,7 +481,7 @@ def lock_command(
     from spp_fx.sparsity.lock import LOCK_NAME
     from spp_fx.verbs.write_lock import lock
 
-    # A model of the hub lies in a cache, where nobody would look for its lock.
+    # The folder of a hub model is in a cache: its lock goes to the current folder.
     target = out or (None if Path(model).exists() else Path(LOCK_NAME))
     with output.bytes_bar("locking") as tick:
         done = lock(model_folder(model), target, **vars(settings), **options, tick=tick, say=output.say)
@@ -503,7 +501,6 @@ def inspect_command(output: Output, model: str, trust_remote_code: bool) -> None
         done = inspect(model_folder(model), trust_remote_code=trust_remote_code, tick=tick)
     for note in done.notes:
         output.say(note)
-
     output.result(done)
 
 
@@ -532,7 +529,6 @@ def eval_command(output: Output, model: str, settings: EvaluateSettings, trust_r
         done = evaluate(
             folder, **vars(settings), trust_remote_code=trust_remote_code, tick=tick, say=output.say
         )
-
     output.result(done)
 
 

@@ -92,7 +92,7 @@ def command(
                 values[f"{choice}_options"] = given
             for key, (cls, required) in settings.items():
                 own = {each.name: values.pop(each.name) for each in fields(cls)}
-                values[key] = _collect(cls, own) if required or next(iter(own.values())) else None
+                values[key] = _instance(cls, own) if required or next(iter(own.values())) else None
             _silence_libraries(debug)
             with links_allowed(allow_links):
                 return function(Output(as_json=as_json, quiet=quiet), **values)
@@ -157,13 +157,11 @@ def _choice_options(registry: Registry[Any], chosen: str | None) -> list[click.O
     return found
 
 
-def _collect(cls: type[Any], values: dict[str, Any]) -> Any:
-    """An instance of a dataclass of its options' values, which are taken out of `values`."""
-    found = {each.name: values.pop(each.name) for each in fields(cls)}
-    for each in fields(cls):
-        if each.metadata["split"]:
-            found[each.name] = tuple(word for text in found[each.name] for word in text.split(",") if word)
-    return cls(**found)
+def _instance(cls: type[Any], values: dict[str, Any]) -> Any:
+    """An instance of a dataclass from its options' values, with those split at commas that ask for it."""
+    split = [each.name for each in fields(cls) if each.metadata["split"]]
+    words = {name: tuple(word for text in values[name] for word in text.split(",") if word) for name in split}
+    return cls(**values | words)
 
 
 def _click_option(each: Field[Any], hint: Any, text: str, required: bool = True) -> click.Option:

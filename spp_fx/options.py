@@ -37,15 +37,8 @@ def option(
         metavar: what its help shows for the value.
         split: whether each value of a tuple is split at commas.
     """
-    metadata = {
-        "help": text,
-        "check": check,
-        "flag": flag,
-        "short": short,
-        "metavar": metavar,
-        "split": split,
-    }
-    return field(default=default, metadata=metadata)
+    own = {"flag": flag, "short": short, "metavar": metavar, "split": split}
+    return field(default=default, metadata={"help": text, "check": check} | own)
 
 
 def at_least_one(value: float) -> str | None:
@@ -61,20 +54,17 @@ def not_negative(value: float) -> str | None:
 
 
 def check_values(options: Any, owner: str = "") -> None:
-    """UsageError if a field of an instance is none of its choices or fails its check; fields that are None pass.
+    """UsageError if a field is not one of its choices or fails its check; fields that are None pass.
 
     Args:
         owner: what the message begins with; by default the option as the command line spells it.
     """
     hints = get_type_hints(type(options))
     for each in fields(options):
-        value, kind, check = (
-            getattr(options, each.name),
-            value_type(hints[each.name]),
-            each.metadata.get("check"),
-        )
+        value, kind = getattr(options, each.name), value_type(hints[each.name])
         if value is None:
             continue
+        check = each.metadata.get("check")
         fault = check(value) if check else None
         if get_origin(kind) is Literal and value not in get_args(kind):
             fault = f"must be one of {', '.join(get_args(kind))}"

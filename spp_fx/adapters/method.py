@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
 
 import numpy as np
 
-from spp_fx.errors import UsageError
-from spp_fx.options import check_values
+from spp_fx.options import check_options, check_values
 from spp_fx.registry import Registry, naming
 
 if TYPE_CHECKING:
@@ -209,12 +208,9 @@ register = naming(METHODS)
 
 
 def make_method(name: str, **options: Any) -> Method:
-    """A method by name with its options; UsageError lists what is known."""
-    method = METHODS.find(name)
-    known = [each.name for each in fields(method)]
-    if unknown := [key for key in options if key not in known]:
-        raise UsageError(f"{name} has no option '{unknown[0]}'; it has {', '.join(known) or 'none'}")
-    return method(**options)
+    """A method by name with its options; UsageError for an unknown name, or an option that it does not have."""
+    check_options(METHODS, name, options)
+    return METHODS.find(name)(**options)
 
 
 def initial_factor(spec: FactorSpec, key: str, seed: int, device: torch.device) -> Tensor:

@@ -40,8 +40,8 @@ def outline(model: PreTrainedModel, reason: str) -> Program:
             elif kind is None:
                 program.left_out[name] = LeftOut(_unknown(module), known=False)
             elif tower := _tower(model, path):
-                reason = f"belongs to {tower}, which is not the language model"
-                program.left_out[name] = LeftOut(reason, known=False)
+                outside = f"belongs to {tower}, which is not the language model"
+                program.left_out[name] = LeftOut(outside, known=False)
             else:
                 transposed = kind == "conv1d" or (kind == "experts" and bool(module.is_transposed))
                 role = ROUTES if _is_router(modules, path) else None

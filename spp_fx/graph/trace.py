@@ -180,10 +180,10 @@ def _is_causal_lm(model: nn.Module) -> bool:
 
 def _export(model: PreTrainedModel, *, training: bool) -> ExportedProgram:
     """Export `(input_ids, attention_mask) -> logits` in one mode, with the checkpoint's names at the top level."""
-    call = model.forward
+    own = model.forward
 
     def forward(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return call(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        return own(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
 
     device = next(model.parameters()).device
     # Neither size may be 0 or 1 (export specialises on both), nor equal to another (it unifies them).

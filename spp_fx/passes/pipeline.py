@@ -135,11 +135,8 @@ def _split(name: str, body: str) -> dict[str, str]:
 
 
 def _print_value(value: Any) -> str:
-    words = (
-        value
-        if isinstance(value, tuple)
-        else (str(value).lower() if isinstance(value, bool) else str(value),)
-    )
+    single = str(value).lower() if isinstance(value, bool) else str(value)
+    words = value if isinstance(value, tuple) else (single,)
     text = ",".join(words)
     if any(RESERVED & set(word) for word in words):
         raise UsageError(f"pipeline: '{text}' holds one of the characters {{ }} , = and cannot be spelt")

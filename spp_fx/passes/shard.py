@@ -20,6 +20,8 @@ from spp_fx.version import release
 
 SPLITS_INTEGERS = (2, 12)
 """The first torch whose FSDP2 takes parameters of integers (pytorch/pytorch issue 177844)."""
+Over = Literal["world", "node"]
+"""The processes that share the weights: all of them, or those of a node."""
 
 
 @register("shard")
@@ -37,12 +39,10 @@ class Shard(Pass):
     """
 
     name: ClassVar[str]
-    over: str = "world"
+    over: Over = "world"
     storage: Literal["dense", "packed"] = "dense"
 
     def requires(self, program: Program) -> None:
-        if self.over not in ("world", "node"):
-            raise UsageError(f"shard: over takes world or node, got '{self.over}'")
         if self.storage == "packed" and release(torch.__version__) < SPLITS_INTEGERS:
             raise PreconditionError(
                 f"shard: FSDP of torch {torch.__version__} cannot split packed weights, which hold integers; take "
@@ -92,7 +92,7 @@ def _own_device() -> torch.device:
     return torch.device("cpu")
 
 
-def _mesh(over: str, device_type: str) -> DeviceMesh:
+def _mesh(over: Over, device_type: str) -> DeviceMesh:
     world = dist.get_world_size()
     here = _processes_here() if over == "node" else world
     names = ("nodes", "processes")

@@ -21,6 +21,7 @@ from torch.fx.node import map_arg
 
 from spp_fx.errors import FormatError, PreconditionError
 from spp_fx.graph.program import SITE, Program, Use, child_path
+from spp_fx.graph.rewrite import reach
 
 SIZE = torch.ops.aten.sym_size.int
 
@@ -303,14 +304,11 @@ def _tainted(module: fx.GraphModule, nodes: Sequence[fx.Node], arguments: Sequen
 
 def _bases(node: fx.Node) -> set[fx.Node]:
     """What an in-place operation may write to: its operands, and what they may be views of."""
-    found: set[fx.Node] = set()
-    waiting = list(node.all_input_nodes)
-    while waiting:
-        each = waiting.pop()
-        if each not in found and isinstance(each.meta.get("val"), Tensor):
-            found.add(each)
-            waiting.extend(each.all_input_nodes)
-    return found
+
+    def tensors(of: fx.Node) -> list[fx.Node]:
+        return [each for each in of.all_input_nodes if isinstance(each.meta.get("val"), Tensor)]
+
+    return set(reach(tensors(node), tensors))
 
 
 def _nodes(argument: Any) -> list[fx.Node]:

@@ -15,7 +15,6 @@ from torch import Tensor
 from spp_fx.errors import FormatError
 
 OPTIMIZER = "optimizer"
-SCHEDULER = "scheduler.json"
 RANDOM = "random_state"
 
 

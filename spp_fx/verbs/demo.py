@@ -33,7 +33,8 @@ from spp_fx.verbs.inject import inject
 from spp_fx.verbs.load import load_tokenizer
 from spp_fx.verbs.merge import merge
 from spp_fx.verbs.prune import prune
-from spp_fx.verbs.train import TrainSettings, train
+from spp_fx.verbs.settings import TrainSettings
+from spp_fx.verbs.train import train
 from spp_fx.verbs.verify import verify
 
 BOS, EOS = SPECIAL = "<|bos|>", "<|eos|>"

@@ -21,7 +21,7 @@ from spp_fx.passes.lower import Lower
 from spp_fx.passes.match import Match
 from spp_fx.passes.partition import Checkpoint, Partition
 from spp_fx.passes.pipeline import run_pipeline
-from spp_fx.passes.shard import Shard
+from spp_fx.passes.shard import Over, Shard
 from spp_fx.storage.folder import is_adapter
 from spp_fx.training.records import Skipped, read_samples
 from spp_fx.training.samples import check_vocabulary, token_stream
@@ -45,7 +45,7 @@ def load_program(
     trust_remote_code: bool = False,
     packed: bool = False,
     checkpointed: bool = False,
-    shard: str | None = None,
+    shard: Over | None = None,
 ) -> Loaded:
     """The program of a model folder, or of an adapter folder with its factors in place.
 

@@ -13,7 +13,8 @@ from spp_fx.passes.base import Pass, PassReport
 from spp_fx.passes.pipeline import parse_pipeline, print_pass, run_pipeline
 from spp_fx.storage.folder import ModelFolder
 from spp_fx.storage.links import links_option
-from spp_fx.verbs.load import Calibration, draw_windows
+from spp_fx.verbs.load import draw_windows
+from spp_fx.verbs.settings import Calibration
 
 
 @dataclass(frozen=True)

@@ -47,11 +47,7 @@ class Calibration:
     samples: int = option(128, "Windows drawn from the text.", at_least_one)
     seq_len: int | None = option(None, "Tokens per window. Default: 2048, or what the model has.")
     seed: int = option(0, "Of the draw of windows.")
-    strict: bool = option(
-        False,
-        STRICT,
-        flag="strict-data",
-    )
+    strict: bool = option(False, STRICT, flag="strict-data")
 
     def __post_init__(self) -> None:
         check_values(self)

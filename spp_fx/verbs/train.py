@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
-from spp_fx.adapters.adapter_folder import FACTORS, AdapterFolder, write_factors
+from spp_fx.adapters.adapter_folder import FACTORS, AdapterFolder, trainable_parameters, write_factors
 from spp_fx.errors import SppFxError, UsageError
 from spp_fx.graph.program import Program
+from spp_fx.passes.shard import Over
 from spp_fx.storage.links import links_option
 from spp_fx.storage.output import atomic_file
 from spp_fx.training.distributed import held_bytes, join
@@ -186,7 +187,7 @@ def train(
         losses=[float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
         processes=together.num_processes,
         seconds=result.metrics["train_runtime"],
-        trainable=sum(value.numel() for value in loaded.factors.values()),
+        trainable=trainable_parameters(loaded.factors),
         frozen_bytes=frozen_bytes,
         before=before,
         after=_evaluate(loaded, measured),
@@ -220,7 +221,7 @@ def _checkpoint(adapter: Path, settings: TrainSettings) -> str | None:
     return str(whole[-1])
 
 
-def _teacher(path: Path, student: Program, shard: str | None, trust_remote_code: bool) -> Program:
+def _teacher(path: Path, student: Program, shard: Over | None, trust_remote_code: bool) -> Program:
     teacher = load_program(path, trust_remote_code=trust_remote_code, shard=shard).program.eval()
     if teacher.vocabulary != student.vocabulary:
         raise UsageError(

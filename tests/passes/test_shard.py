@@ -80,7 +80,7 @@ def test_what_it_needs(group, monkeypatch):
     with pytest.raises(PreconditionError, match="run partition first"):
         run_pipeline(program, [Shard()])
     run_pipeline(program, [Partition()])
-    with pytest.raises(UsageError, match="over takes world or node, got 'all'"):
+    with pytest.raises(UsageError, match="over must be one of world, node, got all"):
         run_pipeline(program, [Shard(over="all")])
     with pytest.raises(UsageError, match="storage must be one of dense, packed"):
         run_pipeline(program, [Shard(storage="tight")])
