@@ -30,7 +30,7 @@ COMMON = (
 
 
 class Command(click.Command):
-    """A command, some of whose options may belong to what one of them, such as `--method`, chooses from a registry."""
+    """A command that may have the options of the class that one of them, such as `--method`, chooses."""
 
     fixed: Sequence[click.Parameter] = ()
     registry: Callable[[], Registry[Any]] | None = None

@@ -53,7 +53,7 @@ class Output:
         self.show(done.lines())
 
     def show(self, lines: "Iterable[str | Table]") -> None:
-        """Text on stdout, as it comes."""
+        """Lines and tables on stdout, one by one."""
         for line in lines:
             if isinstance(line, Table):
                 line.print()

@@ -36,7 +36,7 @@ def thread_count() -> int:
 
 
 class _StoppedError(Exception):
-    """The results of this job are not wanted any more."""
+    """The results of this job are no longer needed."""
 
 
 @contextmanager
@@ -56,7 +56,7 @@ def in_order(
     """`map` on threads, in the order of the items.
 
     Jobs have the caller's context variables, and their share of its threads as `thread_count`. The first exception is
-    raised in place of its result. No item is begun after that, or after the iterator is closed, also not by an
+    raised in place of its result. No item is begun after that, or after the iterator is closed; the same holds for an
     `in_order` within a job.
 
     Args:

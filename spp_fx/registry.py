@@ -41,11 +41,11 @@ BUILT_IN = {
         "verify": "spp_fx.passes.verify_masks",
     },
 }
-"""What spp-fx brings: by group, the module that registers each name, as other packages name it in an entry point."""
+"""Names that are built in: the module that registers each, by the group of entry points that adds to them."""
 
 
 class Registry(MutableMapping[str, T]):
-    """What is known by name: registered, built in, or of another package.
+    """Values by name: registered, built in, or from another package.
 
     A module is imported when a name of it is looked up. The built-in ones are all imported when the registry is
     iterated; entry points of other packages are loaded before a name counts as unknown.

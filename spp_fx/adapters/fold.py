@@ -38,7 +38,7 @@ Vanish = Literal["keep", "error", "allow"]
 
 @dataclass
 class FoldCounts:
-    """Elements of a weight whose folded value rounds to zero though they were not, and whose stored value changed."""
+    """Elements of a weight: non-zeros whose folded value rounds to zero, and those whose stored value changed."""
 
     vanished: int = 0
     changed: int = 0

@@ -1,9 +1,8 @@
 """SPP's tile and pullback as Triton kernels: one program takes some rows and walks along their columns.
 
-Both unpack a packed weight on the way, so a packed one is read at its packed size. Sums are taken in a fixed
-order: each program writes the sums of its own rows, and those are added afterwards, so results repeat to
-the bit. Triton's interpreter runs the same code on the CPU (TRITON_INTERPRET=1), which is how it is tested
-without a GPU.
+Both read a packed weight at its packed size and unpack it in registers. Sums are taken in a fixed order: each
+program writes the sums of its own rows, and those are added afterwards, so results repeat to the bit. Triton's
+interpreter runs the same code on the CPU (TRITON_INTERPRET=1), which is how it is tested without a GPU.
 """
 
 # Kernels are a language of their own: their parameters have no Python types.
@@ -138,7 +137,7 @@ def pullback(adapted: AdaptedWeight, grad: Tensor, start: int, stop: int, grads:
 
 
 def _storage(rows: Rows) -> tuple[int, Tensor, Tensor, Tensor]:
-    """Kind, values, index and offsets; what a storage lacks is stood in for by its values."""
+    """Kind, values, index and offsets; the values stand in for what a storage lacks."""
     if isinstance(rows, PackedRowsBitmask):
         return BITMASK, rows.values, rows.bits, rows.offsets
     if isinstance(rows, PackedRows2of4):

@@ -38,7 +38,7 @@ class FactorSpec:
 
     Attributes:
         shape: of the factor, of two dimensions beside those of a stack of experts.
-        init: its start: zeros, or `kaiming` for U(-1/sqrt n, 1/sqrt n), n the last extent.
+        init: its initial value: zeros, or `kaiming` for U(-1/sqrt n, 1/sqrt n), n the last extent.
         rows: how many consecutive rows of the weight share one entry of dimension -2; None if that
             dimension does not follow the weight's rows.
         columns: the same for dimension -1 and the weight's columns.
@@ -81,7 +81,7 @@ class TrainingDefaults:
 
 
 class Kernels(Protocol):
-    """Compiled executions of a method's `tile` and `pullback`; a module with these functions will do."""
+    """Compiled `tile` and `pullback` of a method; may be a module with these functions."""
 
     def takes(self, adapted: AdaptedWeight, other: torch.dtype) -> bool:
         """Whether the kernels take these types and are faster; `other` is the dtype of the built weight or of G."""
@@ -182,7 +182,7 @@ class Method(ABC):
         return TrainingDefaults(lr=3e-4)
 
     def remedy(self, shapes: Iterable[tuple[int, ...]]) -> str | None:
-        """Which options would suit sites of these shapes, all of which the method refused."""
+        """Options that would suit sites of these shapes, none of which the method takes; None if unknown."""
         return None
 
     def parameters(self) -> dict[str, Any]:
@@ -214,7 +214,7 @@ def make_method(name: str, **options: Any) -> Method:
 
 
 def initial_factor(spec: FactorSpec, key: str, seed: int, device: torch.device) -> Tensor:
-    """A factor's start in float32: the same for the same seed and key, whatever the order of sites."""
+    """A factor's initial value in float32; it depends on seed and key, not on the order of sites."""
     import torch
 
     if spec.init == "zeros" or device.type == "meta":

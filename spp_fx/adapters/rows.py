@@ -147,16 +147,15 @@ def row_ranges(start: int, stop: int, n: int, group: int, elements: int) -> Iter
 def workspace(name: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A (rows, columns) matrix with arbitrary content.
 
-    On the CPU it is the thread's own buffer of that name, which the next call with the name hands out again:
-    nothing of it may outlive the kernel that asked. It is as large as the largest that was asked for, so
-    bounded as that is. A fresh one would come as untouched pages, and touching them costs as much as a pass over W.
+    On the CPU it is a buffer that the thread's next call with that name returns again: no view of it may outlive
+    the kernel. A fresh buffer would fault in its pages, which costs as much as a pass over W.
     """
     if device.type != "cpu":
         return torch.empty(rows, columns, dtype=dtype, device=device)
     size = rows * columns * dtype.itemsize
     held: Tensor | None = getattr(_LOCAL, name, None)
     if held is None or held.numel() < size:
-        # Made in inference mode, it could never be written to outside of it.
+        # A tensor that is made in inference mode cannot be written to outside it.
         with torch.inference_mode(False):
             held = torch.empty(size, dtype=torch.uint8)
         setattr(_LOCAL, name, held)

@@ -103,8 +103,8 @@ def _in_parts(name: str, known: Iterable[str]) -> str | None:
         return None
     words = ", ".join(part.removeprefix(module).lstrip("._") for part in parts[:3])
     return (
-        f"is stored in parts ({words}), a quantised or factored form whose zeros are not known; take the model as "
-        "it was before"
+        f"is stored in parts ({words}), a quantised or factored form whose zeros are not known; use the original "
+        "model"
     )
 
 
@@ -208,7 +208,7 @@ def _rows(slot: Slot) -> int:
 def assemble(
     matrices: tuple[StoredMatrix, ...], shape: tuple[int, ...], read: Callable[[str], Tensor]
 ) -> Tensor:
-    """A parameter as the model has it, of its stored tensors.
+    """A parameter as the model has it, made of its stored tensors.
 
     Args:
         matrices: all of the parameter's.

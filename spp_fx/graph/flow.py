@@ -122,7 +122,7 @@ class Flow:
                 self._calls.setdefault(child, []).append((value, arguments))
 
     def _called(self, path: str, node: fx.Node) -> tuple[str, list[Any]] | None:
-        """The graph that a node calls, and what it hands over in the order of the graph's inputs."""
+        """The graph that a node calls, and the arguments in the order of the graph's inputs."""
         if node.op == "call_module":
             child = child_path(path, node)
             return (child, [*node.args, *node.kwargs.values()]) if child in self._graphs else None
@@ -236,7 +236,7 @@ def is_elementwise(node: fx.Node) -> bool:
 def sizes(node: fx.Node) -> tuple[int, ...] | None:
     """The shape of a node's result, for several of the first; sizes that are not fixed are large stand-ins.
 
-    None if it is not a tensor, or if the graph carries no shapes, which those of `trace` do.
+    None if it is not a tensor, or if the graph carries no shapes, unlike those of `trace`.
     """
     value: Any = node.meta.get("val")
     if isinstance(value, list | tuple) and value:
@@ -257,8 +257,8 @@ def dimensions_of(read: Read, dims: frozenset[int]) -> frozenset[int]:
 
     Args:
         read: an op that does not contract (see `is_elementwise` and the lists above).
-        dims: of `read.operand`, counted from the last, -1, as those of the result are. What is counted so holds
-            in a graph that is called with values of several shapes, and keeps the shapes of one call.
+        dims: of `read.operand`, counted from the last, -1, as those of the result are: a graph that is called with
+            values of several ranks has the shapes of one call.
     """
     source, result = sizes(read.operand), sizes(read.node)
     if read.node.target is operator.getitem:

@@ -1,4 +1,4 @@
-"""Hugging Face models of a folder: with weights, on the meta device or with buffers alone; why one cannot be made."""
+"""Load the model of a folder: with weights, on the meta device or with buffers alone; explain why it fails."""
 
 import json
 import logging
@@ -102,8 +102,8 @@ class Readable:
         return reason
 
     def _known_reason(self, error: BaseException, said: str, config: Json) -> str | None:
-        if "trust_remote_code" in said and (brought := self._brought_code(config)):
-            return f"it brings code of its own ({brought}), which runs only with --trust-remote-code; read it first"
+        if "trust_remote_code" in said and (found := self._own_code(config)):
+            return f"it comes with code of its own ({found}), which runs only with --trust-remote-code; review it first"
         if isinstance(error, ImportError):
             return said if quantization(config) else f"a package is missing: {said}"
         if self.files != MODEL_FILES:
@@ -129,7 +129,7 @@ class Readable:
             return _pad_token(config)
         return _unknown_value(error, config)
 
-    def _brought_code(self, config: Json) -> str | None:
+    def _own_code(self, config: Json) -> str | None:
         for name in dict.fromkeys(("config.json", *self.files)):
             found = config if name == "config.json" else read_json(self.folder / name)
             if "auto_map" in found:
@@ -175,7 +175,7 @@ def lacking(folder: str | Path) -> str:
     named = _architectures(config)
     if named and named[0] not in CAUSAL and "auto_map" not in config:
         return f"{holds(config)}, which is not a causal language model"
-    return "it is damaged, or config.json is not its own"
+    return "it is damaged, or config.json is of another model"
 
 
 def quantization(config: Json) -> str | None:
@@ -188,7 +188,7 @@ def quantization(config: Json) -> str | None:
 
 
 def read_json(path: Path) -> Json:
-    """A JSON object, empty where there is none."""
+    """The JSON object in a file, empty where there is none."""
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -209,14 +209,14 @@ def _damage(path: Path) -> str | None:
 
 
 def _words(error: BaseException) -> str:
-    """The whole message in one line: the first line alone often says nothing."""
+    """The whole message in one line: the first line alone often gives no reason."""
     only = error.args[0] if isinstance(error, KeyError) and error.args else error
     said = " ".join(str(only).split()) or type(error).__name__
     return said if len(said) <= _LONGEST else f"{said[:_LONGEST]}..."
 
 
 def _unknown_value(error: BaseException, config: Json) -> str | None:
-    """The field of config.json whose value an error speaks of, where it speaks of nothing else."""
+    """What is wrong with config.json, where an error quotes the value of one of its fields."""
     if isinstance(error, ZeroDivisionError):
         zero = [key for key, value in config.items() if type(value) is int and value == 0 and "num_" in key]
         return f"config.json: {' and '.join(zero)} must not be 0" if zero else None
@@ -228,7 +228,7 @@ def _unknown_value(error: BaseException, config: Json) -> str | None:
         if value in words:
             return f"config.json: {field} '{value}' is unknown to {VERSION}"
     if key is not None and len(key.split()) == 1:
-        return f"{VERSION} looks for {key!r} and does not find it; config.json lacks it, or is of another release"
+        return f"{VERSION} does not find {key!r}; config.json lacks it, or was written by another release"
     return None
 
 
@@ -251,7 +251,7 @@ def _pad_token(config: Json) -> str:
 
 
 def _misfits(said: str, report: str) -> str | None:
-    """The first rows of transformers' load report, where an error speaks of the report."""
+    """The first rows of transformers' load report, where an error refers to it."""
     if "above report" not in said:
         return None
     rows: list[str] = []
@@ -267,7 +267,7 @@ def _misfits(said: str, report: str) -> str | None:
         return said
     rows.sort()  # transformers keeps them in sets
     more = f", and {len(rows) - 2} more" if len(rows) > 2 else ""
-    return f"{'; '.join(rows[:2])}{more}; the weights are damaged, or config.json is not theirs"
+    return f"{'; '.join(rows[:2])}{more}; the weights are damaged, or config.json is of another model"
 
 
 def _architectures(config: Json) -> list[str]:
@@ -278,7 +278,7 @@ def _architectures(config: Json) -> list[str]:
 
 
 def _other_tasks() -> frozenset[str]:
-    """Classes that stand for another task than text that goes on; those of pictures and text may do that too."""
+    """Classes for other tasks than causal language modelling; those for images and text may do both."""
     tables = {name for name in dir(modeling_auto) if re.fullmatch(r"MODEL_FOR_\w+_MAPPING_NAMES", name)}
     text = {"MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"}
     text |= {name for name in tables if "MULTIMODAL_LM" in name or "VISION_2_SEQ" in name}
@@ -304,7 +304,7 @@ class _Report(logging.Handler):
         _LOGGER.propagate = False
 
     def stop(self, *, show: bool) -> str:
-        """What was logged; where nothing failed, it is passed on to the handlers that it was kept from."""
+        """What was logged; with `show`, the handlers that it was kept from get it now."""
         _LOGGER.removeHandler(self)
         level, _LOGGER.propagate = self.before
         _LOGGER.setLevel(level)
@@ -322,7 +322,7 @@ def load_model(folder: str | Path, *, dtype: torch.dtype | str = "auto", **kwarg
 
     Raises:
         FormatError: the folder lacks a tensor of the model (transformers would fill it with random
-            numbers), holds one of another shape, or cannot be made a model of.
+            numbers), holds one of another shape, or cannot be loaded.
     """
     kwargs.setdefault("trust_remote_code", False)  # None would ask on stdin
     with Readable(folder), _without_adapter(Path(folder)) as own:
@@ -345,7 +345,7 @@ def meta_model(folder: str | Path, *, as_stored: bool = True, **kwargs: Any) -> 
     """The model of a folder on the meta device: shapes without weights.
 
     Its class is that of AutoModelForCausalLM, unless config.json names one of transformers' for another task:
-    a Whisper is taken whole, although its decoder alone would make a causal language model. Parameters are tied
+    a Whisper is built whole, although its decoder alone would be a causal language model. Parameters are tied
     as from_pretrained ties them, which takes more than config.json (see `_tie_as_stored`), unless `as_stored` is
     False: for a folder whose weight files are not the model's.
     """
@@ -373,9 +373,9 @@ def hollow_model(folder: str | Path, *, dtype: torch.dtype | None = None, **kwar
         chosen = dtype or config.dtype or torch.float32
         with init_empty_weights(include_buffers=False):
             model = _of_config(config, dtype=chosen, **kwargs)
-        model.tie_weights()  # registering a parameter made a new one of it
+        model.tie_weights()  # init_empty_weights makes a new parameter wherever one is registered
     _tie_as_stored(model, Path(folder))
-    # An address range that nothing was written to has no pages.
+    # Memory that was never written to takes no pages.
     _replace_parameters(model, lambda p: torch.empty_like(p, device="cpu"))
     return model
 
@@ -387,7 +387,7 @@ def _class_of(config: PretrainedConfig) -> Any:
             continue
         headless = name in _HEADLESS and config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         if headless and not config.is_encoder_decoder:
-            continue  # its head may be the embedding, and is missed where it is not
+            continue  # its head may be the embedding; loading reports one that is missing
         return found
     return AutoModelForCausalLM
 
@@ -474,7 +474,7 @@ def _set_parameter(model: PreTrainedModel, name: str, parameter: nn.Parameter) -
 
 
 def hollow(program: Program) -> Program:
-    """Put every parameter on the meta device: to use one that nobody filled in is an error, not noise."""
+    """Put every parameter on the meta device: using one before it is filled is an error, not noise."""
     _replace_parameters(program, lambda p: torch.empty_like(p, device="meta"))
     return program
 

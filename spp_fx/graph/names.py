@@ -10,7 +10,7 @@ from spp_fx.sparsity.weights import is_target
 def layer_of(name: str) -> str | None:
     """The path of the layer that owns a parameter: its name up to the first number, which counts the layers of a stack.
 
-    Whole paths, and not numbers, tell layers apart: `model.encoder.layers.3` is not `model.decoder.layers.3`.
+    Layers are identified by paths, not numbers: `model.encoder.layers.3` is not `model.decoder.layers.3`.
     """
     found = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", name)
     return found[0] if found else None

@@ -1,4 +1,4 @@
-"""A program as text: every graph of the tree, one node a line, made to be read and to be compared."""
+"""A program as text, to read and to compare: every graph of the tree, one node a line."""
 
 from collections.abc import Iterator
 from typing import Any

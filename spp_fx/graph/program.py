@@ -24,8 +24,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 def opaque(function: F) -> F:
     """Make every fx tracer take a call as one node instead of looking inside.
 
-    A pickled graph module is traced again where it is read, from generated code; `fx.wrap` sees only calls
-    by a module's global name, and a look inside would fix what the function decides when it runs.
+    Unpickling traces the generated code of a graph module. `fx.wrap` takes only calls by a module's global name, and
+    tracing into the function would freeze its branches.
     """
 
     @wraps(function)
@@ -62,7 +62,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Site:
-    """One weight, seen in its canonical orientation whatever its storage.
+    """One weight in its canonical orientation, however it is stored.
 
     Attributes:
         name: the checkpoint's name of the weight, such as `model.layers.0.mlp.up_proj.weight`.
@@ -70,7 +70,7 @@ class Site:
         shape: (out, in), or (experts, out, in).
         dtype: the stored dtype.
         transposed: the weight is stored (in, out); N:M groups still run along `in`.
-        layer: path of the layer that owns it, such as `model.decoder.layers.3`; None outside of the layers.
+        layer: path of the layer that owns it, such as `model.decoder.layers.3`; None outside the layers.
         uses: how many nodes of the program use the weight as a linear.
         tied_to: name of the embedding that shares the weight, if one does.
         is_head: the linear produces the logits.
@@ -153,7 +153,7 @@ class Program(nn.Module):
         left_out: every other parameter of two or more dimensions, by checkpoint name, with the reason why it
             is not a site; filled by `canonicalize`.
         patterns: what is known of each site's pattern (None: dense); sites on the meta device are
-            missing until somebody who read the weights fills them in.
+            missing until their weights are read.
         matched: the sites that later passes treat, with their patterns; filled by `match`.
         adapters: the method that each injected site carries; filled by `inject`.
         units: paths of the decoder layers' graph modules, in order; filled by `partition`.
@@ -162,7 +162,7 @@ class Program(nn.Module):
         untraced: why there are no graphs and nothing can be computed; see `outline`.
         tied: parameters that share another's storage: name -> the first name.
         head: name of the weight that makes the logits, if the model has one.
-        calibration: tokens (samples, length) int64 that passes which look at inputs run it on.
+        calibration: tokens (samples, length) int64 that calibrated passes run it on.
         loss_type: what transformers calls the loss; its Trainer counts a step's tokens by it.
         history: spellings of the passes that ran, in order.
     """
@@ -245,7 +245,7 @@ class Program(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Program":
-        """Move the program; what torch's `to`, `cuda` and their like end in.
+        """Move the program: torch's `to`, `cuda` and the like call this.
 
         Raises:
             UsageError: `fn` changes a dtype. The dtypes a model computes in are written into its graphs.

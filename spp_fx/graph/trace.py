@@ -190,7 +190,7 @@ def _export(model: PreTrainedModel, *, training: bool) -> ExportedProgram:
     ids = torch.zeros(2, 7, dtype=torch.int64, device=device)
     dynamic: dict[int, Any] = {0: Dim("batch"), 1: Dim("sequence")}
     if release(torch.__version__) < (2, 13):
-        # Torch 2.11 wants guards on strides proven for every value of a named size, and cannot.
+        # torch 2.11 has to prove guards on strides for every value of a named size, and cannot.
         dynamic = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
     shapes = (dynamic, dict(dynamic))
     exported = export_as(model, forward, (ids, torch.ones_like(ids)), shapes, training=training)
@@ -301,7 +301,7 @@ def _short(file: str) -> str:
 
 
 def _make_experts_exportable(model: PreTrainedModel) -> None:
-    """Experts run as grouped matrix products while exporting: the eager loop depends on the data."""
+    """Run experts as grouped matrix products while exporting: the eager loop depends on the data."""
     stacked = any(
         parameter.ndim == 3 and name.rpartition(".")[0].endswith("experts")
         for name, parameter in model.named_parameters()

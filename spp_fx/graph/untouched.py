@@ -33,7 +33,7 @@ def untouched(model: nn.Module) -> Generator[None, None, None]:
 
 
 def _saved(model: nn.Module) -> list[Callable[[], object]]:
-    """For each object that is reached from a model, once, what restores its contents."""
+    """Functions that restore the contents of every object that is reached from a model."""
     storages = {_storage_key(t) for t in (*model.parameters(), *model.buffers()) if _has_bytes(t)}
     seen: dict[int, Any] = {}  # holds the objects: an id is an object's own only while that lives
     waiting: list[Any] = [model]
@@ -61,7 +61,7 @@ def _saved(model: nn.Module) -> list[Callable[[], object]]:
 
 
 def _restore_items(value: Any) -> Callable[[], None]:
-    """What puts the items of a dict, list, deque or set back, where they are others by then."""
+    """A function that puts the items of a dict, list, deque or set back if they have changed."""
 
     def items() -> list[Any]:
         return list(value.items() if isinstance(value, dict) else value)

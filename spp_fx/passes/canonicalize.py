@@ -1,4 +1,4 @@
-"""canonicalize: find every linear in whatever form the graph wrote it, and give it one form.
+"""canonicalize: find every linear of the graph, however it is written, and give it one form.
 
 | the graph has                                       | kind    | becomes                        |
 |-----------------------------------------------------|---------|--------------------------------|
@@ -9,7 +9,7 @@
 | a grouped or batched product with a stack of matrices | experts | unchanged: routing is its own |
 
 The node that contracts a weight is marked with the site's name; the weight's canonical orientation is
-known from then on. Whatever else holds a matrix is named in `program.left_out`.
+known from then on. Every other matrix is named in `program.left_out`.
 """
 
 import operator

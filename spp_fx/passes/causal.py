@@ -31,8 +31,8 @@ class Causal(Pass):
 
     A mask is treated if it depends on nothing but the attention mask and the batch's sizes, and is used by
     nothing but attention. The proof is made while running: for a batch without padding the mask of each new
-    shape is computed once and compared, entry by entry, with the causal one. Whatever departs from it
-    (padding, a sliding window shorter than the batch, a bias by distance) is masked as before.
+    shape is computed once and compared, entry by entry, with the causal one. Batches with another mask
+    (padding, a sliding window shorter than the batch, a bias by distance) are masked as before.
 
     The report names graph modules, not sites: those whose attention changed.
     """
@@ -104,7 +104,7 @@ class MaskUnlessCausal(nn.Module):
 
     def forward(self, *args: Any) -> Tensor | None:
         attention_mask: Tensor = args[self.position]
-        # Who compiles or exports wants one graph, without a look at the data: that is the masked one.
+        # torch.compile and export need a graph that does not depend on the data: the masked one.
         if torch.compiler.is_compiling() or not bool((attention_mask == 1).all()):
             return self.mask(*args)
         # Without padding the attention mask is all ones: the mask is a function of shapes alone.

@@ -48,7 +48,7 @@ class Fold(Pass):
             counts = FoldCounts()
             factors = factors_of(program, name)
             folded[name] = _fold(program, name, method, factors, self.vanish, counts)
-            report.changed[name] = f"{counts.changed} changed, {counts.vanished} vanished"
+            report.changed[name] = f"{counts.changed} changed, {counts.vanished} folded to zero"
         for name, method in list(program.adapters.items()):
             target = program.canonical_weight(name).detach()
             with torch.no_grad():
@@ -94,7 +94,7 @@ def _fold(
 
 
 def _take_out(node: fx.Node, method: Method, site: Site) -> None:
-    """Put the plain nodes back in place of an adapter's, whatever it was lowered to."""
+    """Put the plain nodes back in place of an adapter's, in any lowered form."""
     if site.kind == "experts":
         _take_out_stack(node, method, site)
         return

@@ -18,8 +18,8 @@ from spp_fx.passes.base import Pass, PassReport, register
 class Partition(Pass):
     """Name one unit per layer: what is sharded, checkpointed or moved as a whole.
 
-    A unit is the graph module that holds all sites of one layer, called once by one node. Layers are told
-    apart by their paths, so a model may have several stacks of them. The report lists units, not sites.
+    A unit is the graph module that holds all sites of one layer, called once by one node. Layers are
+    identified by their paths, so a model may have several stacks of them. The report lists units, not sites.
     """
 
     name: ClassVar[str]

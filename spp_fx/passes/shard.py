@@ -30,7 +30,7 @@ class Shard(Pass):
     """Split frozen weights between processes; a unit's are gathered while it runs, and freed after it.
 
     Factors stay whole in every process: they are a thousandth of the model, and DistributedDataParallel
-    sums their gradients. Nothing else has a gradient, so nothing else is ever sent but what is gathered.
+    sums their gradients. Besides these, only gathered weights are sent: nothing else has a gradient.
     Weights go to the process's device one unit at a time: a process never holds more than its part and a unit.
 
     Args:
@@ -45,8 +45,8 @@ class Shard(Pass):
     def requires(self, program: Program) -> None:
         if self.storage == "packed" and release(torch.__version__) < SPLITS_INTEGERS:
             raise PreconditionError(
-                f"shard: FSDP of torch {torch.__version__} cannot split packed weights, which hold integers; take "
-                "torch 2.12 or later, or leave the weights unpacked"
+                f"shard: FSDP of torch {torch.__version__} cannot split packed weights, which hold integers; use "
+                "torch 2.12 or later, or train without --packed"
             )
         if not program.units:
             raise PreconditionError("shard: the program has no units; run partition first")
@@ -73,7 +73,7 @@ class Shard(Pass):
         for parameter in trained:
             parameter.data = parameter.data.to(device)
         fully_shard(program, mesh=mesh, ignored_params=trained)
-        # The Trainer wraps what it is given in DistributedDataParallel, which is to look at factors alone.
+        # The Trainer wraps the program in DistributedDataParallel, which must see the factors only.
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
             program, [name for name, p in program.named_parameters() if not p.requires_grad]
         )
@@ -101,7 +101,7 @@ def _mesh(over: Over, device_type: str) -> DeviceMesh:
 
 def _processes_here() -> int:
     """Processes of this node; every node must have as many."""
-    # All are asked before one complains: the others would wait for it.
+    # Raised after the gather, not before: the other processes would wait for this one.
     everywhere: list[int] = [0] * dist.get_world_size()
     dist.all_gather_object(everywhere, int(os.environ.get("LOCAL_WORLD_SIZE", "0")))
     here, *others = sorted(set(everywhere))

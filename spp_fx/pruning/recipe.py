@@ -1,4 +1,4 @@
-"""What is done to each site: its pattern, the criterion, and the repair after it."""
+"""How each site is pruned: its pattern, the criterion, and the repair of the mask."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -237,7 +237,7 @@ def patterns_of(
 
 
 def check_patterns(sites: Mapping[str, Site], patterns: Mapping[str, Pattern], criterion: Criterion) -> None:
-    """Refuse patterns that sites cannot hold, or a criterion cannot make, before anything is run.
+    """Check, before anything is run, that sites can hold their patterns and the criterion can make them.
 
     Raises:
         PatternError: a group does not divide a site's inputs.

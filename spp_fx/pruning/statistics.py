@@ -175,7 +175,9 @@ class Observer:
         elif len(arguments) == 2 and _is_weight(node.args[0]):
             parts = list(arguments[1].transpose(-1, -2))
         else:
-            raise PatternError(f"its experts are run by {node.target}, whose inputs cannot be told apart")
+            raise PatternError(
+                f"its experts are run by {node.target}, whose inputs cannot be separated by expert"
+            )
         for expert, part in enumerate(parts):
             self._of(site, expert).add(part.detach().reshape(-1, site.in_features))
 

@@ -30,7 +30,7 @@ def join(*, shards: bool) -> None:
                 f"accelerate is configured for {name}, which would split the factors from their weights; "
                 "configure it for plain multi-GPU (or use torchrun) and give --shard world or node"
             )
-    # Loading takes minutes, and not everywhere the same number of them.
+    # Loading takes minutes, in some processes longer than in others.
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(minutes=30))
     if shards and state.num_processes == 1:
         raise UsageError(
@@ -46,7 +46,7 @@ def held_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def leave() -> None:
-    """Wait for all processes, then end the group: one that ends while others still talk to it kills them."""
+    """Wait for all processes, then end the group: a process that ends earlier makes the others fail."""
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

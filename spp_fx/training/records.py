@@ -103,7 +103,7 @@ class Skipped:
             return None
         return (
             f"{data}: skipped {self.count} of {self.rows} rows, which have nothing to learn "
-            f"(first: {self.first.where}: {self.first.reason}); --strict-data refuses them"
+            f"(first: {self.first.where}: {self.first.reason}); --strict-data makes them errors"
         )
 
 

@@ -49,11 +49,11 @@ def tokenize(
     Args:
         answer_only: learn the answer (of a chat: what the assistant says) and not the prompt.
         length: tokens of a sample at most; the end is cut off.
-        strict: a sample that nothing is left to learn of is an error.
+        strict: a sample with nothing left to learn is an error.
 
     Returns:
         Tokens of each sample, at least one, and how many rows were skipped, by the reader or here: where nothing
-        is learned within `length`, or the chat template refuses the messages.
+        is learned within `length`, or the chat template rejects the messages.
 
     Raises:
         UsageError: no sample is left, there are chats and the tokenizer has no template for them, or one that does
@@ -157,8 +157,8 @@ GOLDEN = 0.6180339887498949
 class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Consecutive windows of a row of tokens, which begin elsewhere in every epoch.
 
-    A text that is seen several times is learned by heart more slowly when its windows begin elsewhere each
-    time. The cut is a function of the epoch, so a resumed run sees what an uninterrupted one would.
+    A text that is seen several times is memorized more slowly when its windows begin elsewhere each time. The
+    cut is a function of the epoch, so a resumed run sees what an uninterrupted one would.
 
     Args:
         tokens: (tokens,) int64, at least one window.

@@ -38,7 +38,7 @@ def distillation_loss(
 
 
 class ProgressCallback(TrainerCallback):
-    """Calls `update(steps done, steps in all, note)` as training goes on."""
+    """Calls `update(steps done, steps in all, note)` during training."""
 
     def __init__(self, update: Callable[[int, int, str], None]) -> None:
         self.update = update

@@ -46,7 +46,7 @@ class Calibration:
     )
     samples: int = option(128, "Windows drawn from the text.", at_least_one)
     seq_len: int | None = option(None, "Tokens per window. Default: 2048, or what the model has.")
-    seed: int = option(0, "Of the draw of windows.")
+    seed: int = option(0, "Seed of the draw of windows.")
     strict: bool = option(False, STRICT, flag="strict-data")
 
     def __post_init__(self) -> None:
@@ -58,7 +58,7 @@ class InjectSettings:
     """How to make an adapter."""
 
     method: str = option("spp", "Adapter method.")
-    seed: int = option(0, "Of the factors' initial values.")
+    seed: int = option(0, "Seed of the factors' initial values.")
     targets: tuple[str, ...] = option((), TARGETS, split=True)
     skip: tuple[str, ...] = option((), "Sites that get no adapter, named as for --targets.", split=True)
 
@@ -102,11 +102,11 @@ class TrainSettings:
     seq_len: int | None = option(None, "Tokens per row at most. Default: 512, or what the model has.")
     loss_on: Literal["all", "answer"] = option("all", "answer: leave prompts out of the loss.")
     packing: bool = option(False, "Put several short instructions or chats into one row.")
-    weight_decay: float = option(1e-3, "Of AdamW.", not_negative)
+    weight_decay: float = option(1e-3, "Weight decay of AdamW.", not_negative)
     schedule: Literal[
         "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
-    ] = option("linear", "Of the learning rate.")
-    warmup: float = option(0.03, "Steps, or below 1 a share of all steps.", not_negative)
+    ] = option("linear", "Schedule of the learning rate.")
+    warmup: float = option(0.03, "Warmup steps; below 1, a share of all steps.", not_negative)
     clip: float = option(1.0, "Largest norm of the gradient; 0: none.", not_negative)
     bf16: bool = option(False, "Compute under bfloat16 autocast.")
     packed: bool = option(False, "Keep the frozen weights packed: 0.56 of their memory at 2:4 in bf16.")
@@ -125,7 +125,7 @@ class TrainSettings:
     report_to: tuple[str, ...] = option((), "tensorboard, wandb, ... as transformers names them.")
     resume: bool = option(False, "Continue from the newest whole checkpoint in ADAPTER.")
     force: bool = option(False, "Start again, deleting the checkpoints of an earlier run.")
-    seed: int = option(0, "Of data order and dropout.", _seed)
+    seed: int = option(0, "Seed of data order and dropout.", _seed)
     strict: bool = option(False, STRICT, flag="strict-data")
 
     def __post_init__(self) -> None:
@@ -177,7 +177,7 @@ class VerifySettings:
 
 @dataclass(frozen=True)
 class LockSettings:
-    """What to lock."""
+    """Which sites to lock."""
 
     pattern: str | None = option(
         None, "Pattern that every site must hold, such as 2:4. Default: what each one holds."

@@ -109,7 +109,7 @@ def train(
     callbacks: list[TrainerCallback] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Trained:
-    """Train an adapter folder on a file or dataset and write the factors back into it, whole or not at all.
+    """Train an adapter folder on a file or dataset and replace its factors atomically.
 
     `eval_data` is read as `data` is; of instructions and chats the perplexity is that of the whole text, see
     `samples.held_out`. Rows with nothing in them are skipped, and `say` reports them.
@@ -117,7 +117,7 @@ def train(
     Checkpoints (`checkpoint-N`) go into the adapter folder; `resume` continues an interrupted run
     to the same factors that an uninterrupted one reaches. With a `teacher` (the dense model, say) its distribution is
     learned instead of the text's own tokens. Started by torchrun or accelerate launch, every process calls
-    this; `batch_size` is that of each, and the first one writes. Factors that were trained before are trained on.
+    this; `batch_size` is that of each, and the first one writes. Training continues from the current factors.
 
     Raises:
         UsageError: settings or data that cannot be used, nothing to resume.

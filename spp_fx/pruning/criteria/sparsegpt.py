@@ -53,7 +53,7 @@ def sparsegpt(
     Args:
         weight: (out, in); not written to.
         hessian: (in, in), 2/n X X^T of the site's inputs over n samples; a common factor matters only beside
-            inputs that never came, whose diagonal counts as 1.
+            inputs that were always 0, whose diagonal counts as 1.
         chosen: a pattern, whose mask is chosen on the way, or the mask itself, (out, in) bool.
         damp, block_size: see `SparseGpt`.
 
@@ -79,7 +79,7 @@ def sparsegpt(
             here = chosen[:, block]
         elif isinstance(chosen, NM):
             here = chosen
-        else:  # what blocks round off does not add up
+        else:  # rounding errors of the blocks do not add up
             before, after = (int(chosen.share * len(w) * stop) for stop in (start, block.stop))
             here = after - before
         errors, kept[:, block] = _prune_block(w[:, block], inverse[block, block], here)
@@ -97,7 +97,7 @@ def check_blocks(columns: int, chosen: Pattern | Tensor, block_size: int) -> Non
 
 
 def _inverse_factor(hessian: Tensor, w: Tensor, damp: float) -> Tensor:
-    """The upper Cholesky factor of the damped Hessian's inverse; inputs that never came clear their column."""
+    """The upper Cholesky factor of the damped Hessian's inverse; columns of inputs that were always 0 are cleared."""
     diagonal = hessian.diagonal()
     dead = diagonal == 0
     diagonal[dead] = 1
