@@ -1,4 +1,4 @@
-"""Settings of glibc's malloc, which are of the whole process: for commands, not for functions of the library."""
+"""Settings of glibc's malloc. They hold for the whole process: only commands set them, not the library."""
 
 import ctypes
 
@@ -8,20 +8,20 @@ _LARGE = 1 << 20
 
 
 def keep_freed_memory(nbytes: int) -> None:
-    """Have each of malloc's arenas keep up to `nbytes` that are freed for what is allocated next.
+    """Let each arena of malloc keep up to `nbytes` of freed memory for the next allocations.
 
-    Arrays of some megabytes would go back to the system at once, and the next ones would get their pages one
-    fault at a time. The thresholds no longer adapt afterwards.
+    By default arrays of some megabytes are unmapped at once, and the next ones cost a page fault per page. This also
+    stops glibc from adapting its thresholds.
     """
     _mallopt(_TRIM_THRESHOLD, nbytes)
     _mallopt(_MMAP_THRESHOLD, min(nbytes, _LARGEST_MMAP_THRESHOLD))
 
 
 def return_large_blocks() -> None:
-    """Let glibc give every freed block of a megabyte and more back to the system.
+    """Return every freed block of at least a megabyte to the system.
 
-    It raises its threshold to the largest block it has seen freed, up to 32 MiB, and keeps smaller ones:
-    activations of changing sizes then cut its heap into holes, which grow to hundreds of megabytes.
+    By default glibc raises this threshold to the largest freed block, up to 32 MiB: activations of changing sizes then
+    fragment its heap by hundreds of megabytes.
     """
     _mallopt(_MMAP_THRESHOLD, _LARGE)
 
@@ -29,6 +29,6 @@ def return_large_blocks() -> None:
 def _mallopt(option: int, value: int) -> None:
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):  # another C library; Windows has none without a name
+    except (AttributeError, OSError, TypeError):  # another C library, or Windows
         return
     mallopt(option, value)

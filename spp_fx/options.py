@@ -1,8 +1,9 @@
 """Options as fields of dataclasses: how they are declared, read from text and checked.
 
-The settings of a verb, a pass, an adapter method and a pruning criterion are dataclasses. A field's type, default
-and metadata say what the command line, pipelines (`spp-fx opt`) and YAML files know of it: bool is a flag, Literal a
-choice, a tuple of str may be repeated, `X | None` has no default, and a field without a default must be given.
+The settings of a verb, a pass, an adapter method, a pruning criterion and an export format are dataclasses. A field's
+type, default and metadata say what the command line, pipelines (`spp-fx opt`) and YAML files know of it: bool is a
+flag, Literal a choice, a tuple of str may be repeated, `X | None` has no default, and a field without a default must
+be given.
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -1,4 +1,4 @@
-"""Work over several threads, results in order; progress callbacks."""
+"""A map over threads with results in order; progress callbacks."""
 
 import os
 import threading
@@ -10,7 +10,7 @@ from contextvars import copy_context
 from typing import TypeVar
 
 Tick = Callable[[str, int], None]
-"""Called with what was done and how many bytes it covered, so that a caller can show progress."""
+"""A progress callback: called with what was done and how many bytes it covered."""
 
 
 def no_tick(what: str, nbytes: int) -> None:
@@ -20,7 +20,7 @@ def no_tick(what: str, nbytes: int) -> None:
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
-_MAX_THREADS = 8  # past this, reading and hashing in order is what takes the time
+_MAX_THREADS = 8  # with more, reading and hashing in order takes the time
 _own = threading.local()
 
 
@@ -30,26 +30,19 @@ def cpu_count() -> int:
 
 
 def thread_count() -> int:
-    """How many threads the caller may keep busy: the CPUs at hand, at most 8; in a job, its share of them."""
+    """How many threads the caller may keep busy: one per CPU, at most 8; in a job, its share of them."""
     share: int | None = getattr(_own, "share", None)
     return share if share is not None else min(cpu_count(), _MAX_THREADS)
 
 
 class _StoppedError(Exception):
-    """Nobody waits any more for the job that this is raised in."""
+    """The results of this job are not wanted any more."""
 
 
 @contextmanager
 def sharing(threads: int, stop: threading.Event | None = None) -> Generator[None, None, None]:
-    """Within the block, `thread_count` of this thread is `threads`.
-
-    Args:
-        stop: set when nobody waits for what this thread makes; `in_order` then goes no further.
-    """
-    before: tuple[int | None, threading.Event | None] = (
-        getattr(_own, "share", None),
-        getattr(_own, "stop", None),
-    )
+    """Within the block, `thread_count` of this thread is `threads`, and `in_order` ends once `stop` is set."""
+    before = getattr(_own, "share", None), getattr(_own, "stop", None)
     _own.share, _own.stop = threads, stop
     try:
         yield
@@ -62,15 +55,15 @@ def in_order(
 ) -> Iterator[Made]:
     """`map` on threads, in the order of the items.
 
-    What a job calls sees its share of the threads in `thread_count`, and the caller's context variables. The
-    first exception is raised where its result would have come; items that have not begun by then, or when the
-    iterator is closed, are not begun, also those of an `in_order` within a job.
+    Jobs have the caller's context variables, and their share of its threads as `thread_count`. The first exception is
+    raised in place of its result. No item is begun after that, or after the iterator is closed, also not by an
+    `in_order` within a job.
 
     Args:
         make: called once for each item, on any thread.
         items: taken one by one, on the caller's thread.
         jobs: how many run at once; `thread_count()` by default. 1 runs all on the caller's thread.
-        ahead: how many results may wait for the one who takes them; two a job by default.
+        ahead: how many results may wait to be taken; two per job by default.
     """
     threads = thread_count()
     jobs = threads if jobs is None else jobs

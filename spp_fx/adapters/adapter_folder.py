@@ -1,8 +1,8 @@
-"""The adapter folder: configuration, factors, lock and model card, validated when read and written whole."""
+"""Adapter folders: configuration, factors, lock and model card."""
 
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -24,35 +24,23 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True)
-class StoredMatrix:
-    """One stored matrix of a site.
-
-    Attributes:
-        tensor: its name in the checkpoint.
-        transposed: it is stored (in, out).
-        expert: index of the matrix in a stack, None for a plain matrix.
-        start, stop: the rows of the site's matrix that it holds.
-        whole: the stored tensor is the whole stack (experts, …), of which this is one matrix.
-    """
-
-    tensor: str
-    transposed: bool
-    expert: int | None
-    start: int
-    stop: int
-    whole: bool = False
-
-
 CONFIG = "adapter_config.json"
 FACTORS = "adapter_model.safetensors"
 FORMAT_VERSION = 1
 
 
-class StoredMatrixModel(BaseModel):
-    """A `StoredMatrix` as JSON."""
+class StoredMatrix(BaseModel):
+    """One stored matrix of a site.
 
-    model_config = ConfigDict(extra="forbid", strict=True, defer_build=True)
+    Attributes:
+        tensor: its name in the checkpoint.
+        transposed: whether it is stored (in, out).
+        expert: its index in a stack of experts, None for a plain matrix.
+        start, stop: the rows of the site's matrix that it holds.
+        whole: whether the stored tensor is the whole stack, of which this is one matrix.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
 
     tensor: str
     transposed: bool
@@ -80,20 +68,17 @@ class AdapterConfig(BaseModel):
     bias: Literal["none"]
     inference_mode: bool
     seed: int
-    sites: dict[str, list[StoredMatrixModel]]
+    sites: dict[str, list[StoredMatrix]]
 
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """An adapter folder that was read and checked.
+    """An adapter folder that has been read and checked.
 
     Attributes:
-        path: the folder.
-        config: its configuration.
-        method: the adapter method with its parameters.
-        matrices: the stored tensors of each site.
-        lock: the masks that every later step is held to.
-        shard: the factors' file.
+        matrices: the stored matrices of each site.
+        lock: the masks of the base.
+        shard: the file of the factors.
     """
 
     path: Path
@@ -105,27 +90,24 @@ class AdapterFolder:
 
     @classmethod
     def open(cls, path: Path) -> "AdapterFolder":
-        """Read an adapter folder; every factor must be there, with the shape the method gives it.
+        """Read an adapter folder and check that it has every factor, in its shape, and no other.
 
         Raises:
-            UsageError: the folder is not an adapter folder, or holds an adapter of PEFT.
-            FormatError: a file of it is damaged; names the file and the fault.
+            UsageError: not an adapter folder, or an adapter of PEFT.
+            FormatError: a file is damaged; names it and the fault.
         """
         if (foreign := peft_adapter(path)) is not None:
             raise UsageError(_not_ours(path, foreign))
         if not (path / CONFIG).is_file():
             raise UsageError(
-                f"{path} is no adapter folder: it has no {CONFIG}; make one with 'spp-fx inject MODEL'"
+                f"{path}: is not an adapter folder, since it has no {CONFIG}; make one with 'spp-fx inject MODEL'"
             )
         config = _read_config(path / CONFIG)
         try:
             method = make_method(config.method, **config.method_parameters)
         except (TypeError, UsageError) as error:
             raise FormatError(f"{path / CONFIG}: {error}") from error
-        matrices = {
-            site: tuple(StoredMatrix(**matrix.model_dump()) for matrix in stored)
-            for site, stored in config.sites.items()
-        }
+        matrices = {site: tuple(stored) for site, stored in config.sites.items()}
         folder = cls(path, config, method, matrices, load_lock(path / LOCK_NAME), Shard.open(path / FACTORS))
         folder._check()
         return folder
@@ -135,7 +117,7 @@ class AdapterFolder:
         return self.lock.by_name()
 
     def shape(self, site: str) -> tuple[int, ...]:
-        """Canonical shape of a site, from its matrices and the lock."""
+        """The canonical shape of a site."""
         matrices = self.matrices[site]
         entry = self._entries[matrices[0].tensor]
         out = max(matrix.stop for matrix in matrices)
@@ -144,14 +126,14 @@ class AdapterFolder:
         return (max(matrix.expert or 0 for matrix in matrices) + 1, out, entry.shape[-1])
 
     def factors(self, site: str, expert: int | None = None) -> dict[str, NDArray[np.float64]]:
-        """The factors of a site in float64, read from disk; of one expert, where the site is a stack."""
+        """The factors of a site in float64, or of one expert of a stack."""
         return {
             key: self.shard.read_float64(f"{site}.{key}", expert)
             for key in self.method.factors(self.shape(site))
         }
 
     def find_base(self, base: Path | None = None) -> Path:
-        """The base model's folder: as given, as recorded, or of the recorded name beside the adapter."""
+        """The base model's folder: as given, as recorded, or under the recorded name beside the adapter."""
         if base is not None:
             return base
         recorded = Path(self.config.base_model_name_or_path)
@@ -159,17 +141,17 @@ class AdapterFolder:
             if candidate.is_dir():
                 return candidate
         raise UsageError(
-            f"{self.path}: its base model {recorded} is not there; put it beside the adapter "
-            f"as {recorded.name}, or name it where a command takes --base"
+            f"{self.path}: its base model {recorded} is missing; put it beside the adapter "
+            f"as {recorded.name}, or give it with --base"
         )
 
     def check_base(self, base: ModelFolder) -> None:
-        """FormatError unless a model folder is the very one that the adapter was made for."""
+        """FormatError unless `base` is the model that the adapter was made for, unchanged."""
         if base.fingerprint() != self.config.base_model_fingerprint:
             raise FormatError(
-                f"{base.path} is not the model that {self.path} was made for, "
-                f"{self.config.base_model_name_or_path}, or its files have changed since inject; "
-                "put the right one there, or name it where a command takes --base"
+                f"{base.path}: is not the base model of {self.path} "
+                f"({self.config.base_model_name_or_path}), or has changed since 'spp-fx inject'; "
+                "restore it, or give the right one with --base"
             )
 
     def _check(self) -> None:
@@ -179,7 +161,7 @@ class AdapterFolder:
         for site, matrices in self.matrices.items():
             missing = [matrix.tensor for matrix in matrices if matrix.tensor not in locked]
             if missing or not matrices:
-                raise FormatError(f"{self.path / LOCK_NAME}: holds no entry for {[*missing, site][0]}")
+                raise FormatError(f"{self.path / LOCK_NAME}: has no entry for {[*missing, site][0]}")
             shape = self.shape(site)
             if reason := self.method.refusal(shape):
                 raise FormatError(f"{self.path / CONFIG}: {site}: {reason}")
@@ -189,7 +171,7 @@ class AdapterFolder:
             if name not in held:
                 raise FormatError(f"{where}: the factor {name} is missing")
             if name not in expected:
-                raise FormatError(f"{where}: {name} belongs to no site of {CONFIG}")
+                raise FormatError(f"{where}: {name} is not a factor of any site in {CONFIG}")
             if held[name] != expected[name]:
                 raise FormatError(
                     f"{where}: {name} has shape {list(held[name])}, expected {list(expected[name])}"
@@ -199,17 +181,17 @@ class AdapterFolder:
 def _not_ours(path: Path, foreign: PeftAdapter) -> str:
     if is_adapter(path):
         return foreign.refusal
-    ModelFolder.open(path)  # without weights, it is the adapter's folder that has the base's config.json too
+    ModelFolder.open(path)  # raises for a PEFT adapter with its base's config.json but no weights
     return (
-        f"{path}: is a model folder with {foreign.what} in it, not an adapter folder of spp-fx; "
+        f"{path}: is a model folder with {foreign.what} in it, not an adapter folder; "
         f"make one with 'spp-fx inject {path}'"
     )
 
 
 def write_factors(path: Path, factors: "Mapping[str, Tensor]") -> None:
-    """Write a factors' file; `path` must be new."""
+    """Write the file of the factors; `path` must be new."""
     specs = [(name, dtype_name(value.dtype), tuple(value.shape)) for name, value in factors.items()]
-    write_safetensors(path, specs, lambda name: [factors[name].detach().cpu().contiguous()], {"format": "pt"})
+    write_safetensors(path, specs, factors.__getitem__, {"format": "pt"})
 
 
 def write_adapter(
@@ -224,7 +206,7 @@ def write_adapter(
     factors: "Mapping[str, Tensor]",
     lock: Lock,
 ) -> None:
-    """Write the files of an adapter folder that will be called `target` into `folder`."""
+    """Write the files of an adapter folder into `folder`, which becomes `target`."""
     config = AdapterConfig(
         format_version=FORMAT_VERSION,
         spp_fx_version=VERSION,
@@ -239,10 +221,7 @@ def write_adapter(
         bias="none",
         inference_mode=True,
         seed=seed,
-        sites={
-            site: [StoredMatrixModel(**asdict(matrix)) for matrix in stored]
-            for site, stored in matrices.items()
-        },
+        sites={site: list(stored) for site, stored in matrices.items()},
     )
     (folder / CONFIG).write_text(config.model_dump_json(indent=2) + "\n")
     (folder / LOCK_NAME).write_text(lock.dumps())

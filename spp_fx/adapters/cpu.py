@@ -1,11 +1,10 @@
-"""Compiled loops for the CPU: unpacking, SPP's tile and pullback over a bfloat16 W, and SPP's fold.
+"""Compiled loops of SPP for the CPU: tile and pullback over a bfloat16 W, and the fold.
 
-Elements travel as integers of their width, since numba has no bfloat16. Rows are taken as slices before
-they are run along: LLVM then knows that an index is not negative, and uses vectors.
+Elements are integers of their width, since numba has no bfloat16. Loops run along slices of rows: LLVM then
+knows that an index is not negative, and uses vectors.
 
-Tile and pullback unpack and scale a row while it lies in the first cache. They run on one core, and need a third of
-the time that torch's expressions take on two. In float32 it was the other way round: twice the bytes, which one core
-cannot move as fast as two.
+Tile and pullback unpack and scale a row while it lies in the first cache. They run on one core, and take a third of
+the time of torch's expressions on two. In float32, with twice the bytes, torch on two cores is faster.
 
 The fold computes every value in float64 in the order of the definition and rounds it once, to nearest even, by
 adding to its bits: half a unit less one, and one more where the last kept bit is odd. What is subnormal in the stored
@@ -27,6 +26,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from spp_fx.compiled import compiled
+from spp_fx.sparsity.packing_kernels import expand_row, spread_2_4
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from spp_fx.adapters.spp import SPP
 
 FEW_THREADS = 6
-"""With more, torch's expressions are taken: three times two cores' worth, reckoned from two, not measured."""
+"""With more threads torch's expressions are faster: an estimate from a measurement on two cores."""
 NO_INDEX, NO_OFFSETS = np.zeros((1, 1), np.uint8), np.zeros(1, np.int64)
 
 DENSE, TWO_OF_FOUR, BITMASK = 0, 1, 2
@@ -74,65 +74,24 @@ def narrow(typing, value, like):
 
 
 @njit(inline="always")
-def spread_2_4(values, index, out):
-    """A 2:4 row, (n/2,) values and ceil(n/8) bytes of positions, dense in out (n,)."""
-    out[:] = 0
-    for group in range(out.shape[0] // 4):
-        nibble = index[group >> 1] >> ((group & 1) << 2)
-        out[4 * group + (nibble & 3)] = values[2 * group]
-        out[4 * group + ((nibble >> 2) & 3)] = values[2 * group + 1]
-
-
-@njit(inline="always")
-def spread_bitmask(values, index, out):
-    """A row of any pattern, dense in out (n,); values begin with its non-zeros, index are ceil(n/8) bytes of bits.
-
-    Returns how many non-zeros it has.
-    """
-    position = 0
-    if values.shape[0] == 0:
-        out[:] = 0
-        return position
-    for c in range(out.shape[0]):
-        kept = np.int64((index[c >> 3] >> (c & 7)) & 1)
-        out[c] = values[min(position, values.shape[0] - 1)] & -kept  # no branch: half of them would be missed
-        position += kept
-    return position
-
-
-@compiled
-def unpack_2_4(values, positions, out):
-    """`rows.unpack_2_4` on integers."""
-    for i in range(out.shape[0]):
-        spread_2_4(values[i], positions[i], out[i])
-
-
-@compiled
-def unpack_bitmask(values, bits, out):
-    """`rows.unpack_bitmask` on integers."""
-    position = 0
-    for i in range(out.shape[0]):
-        position += spread_bitmask(values[position:], bits[i], out[i])
-
-
-@njit(inline="always")
-def row_of(storage, values, index, offsets, i, buffer):
+def row_of(storage, values, index, offsets, i, nibbles, buffer):
     """Row i of what is stored: a part of it where it is dense, else laid out in the buffer."""
     n = buffer.shape[0]
     if storage == DENSE:
         return values[i * n : (i + 1) * n]
     if storage == TWO_OF_FOUR:
-        spread_2_4(values[i * (n // 2) : (i + 1) * (n // 2)], index[i], buffer)
+        spread_2_4(values[i * (n // 2) : (i + 1) * (n // 2)], index[i], nibbles, buffer)
     else:
-        spread_bitmask(values[offsets[i] :], index[i], buffer)
+        expand_row(index[i], values[offsets[i] :], buffer)
     return buffer
 
 
 @partial(compiled, error_model="numpy")
 def spp_tile(storage, values, index, offsets, alpha, beta, first, height, scale, base, buffer, out):
     """Rows of base * W + s * W * beta * repeat(alpha)."""
+    nibbles = np.empty(2 * index.shape[1], np.uint8)
     for i in range(out.shape[0]):
-        row = row_of(storage, values, index, offsets, i, buffer)
+        row = row_of(storage, values, index, offsets, i, nibbles, buffer)
         factor, shared, target = beta[first + i, 0] * scale, alpha[(first + i) // height], out[i]
         for c in range(row.shape[0]):
             w = widen(row[c])
@@ -145,8 +104,9 @@ def spp_pullback(
     storage, values, index, offsets, alpha, beta, first, height, scale, buffer, g, dalpha, dbeta
 ):
     """dbeta_i = s sum_c (G W)_ic alpha_jc, written, and dalpha_jc = s sum_i beta_i (G W)_ic, added to."""
+    nibbles = np.empty(2 * index.shape[1], np.uint8)
     for i in range(g.shape[0]):
-        row = row_of(storage, values, index, offsets, i, buffer)
+        row = row_of(storage, values, index, offsets, i, nibbles, buffer)
         j, gradient = (first + i) // height, g[i]
         factor, shared, target = beta[first + i, 0] * scale, alpha[j], dalpha[j]
         total = np.float32(0)
@@ -158,7 +118,7 @@ def spp_pullback(
 
 
 def takes(adapted: AdaptedWeight, other: torch.dtype) -> bool:
-    """Whether the loops of SPP have these types, and are the faster; `other` is that of W' or of G."""
+    """Whether the loops take these types, and are faster than torch; `other` is the dtype of W' or of G."""
     import torch
 
     return (
@@ -171,7 +131,7 @@ def takes(adapted: AdaptedWeight, other: torch.dtype) -> bool:
 
 def tile(adapted: AdaptedWeight, start: int, stop: int, base: float, out: Tensor) -> None:
     """`Kernels.tile` of SPP for types that `takes` takes."""
-    from spp_fx.adapters.rows import as_array
+    from spp_fx.sparsity.packing import as_array
 
     _check(adapted, out, start, stop)
     factors, scale, buffer = _spp(adapted)
@@ -183,7 +143,7 @@ def tile(adapted: AdaptedWeight, start: int, stop: int, base: float, out: Tensor
 
 def pullback(adapted: AdaptedWeight, grad: Tensor, start: int, stop: int, grads: dict[str, Tensor]) -> None:
     """`Kernels.pullback` of SPP for types that `takes` takes."""
-    from spp_fx.adapters.rows import as_array
+    from spp_fx.sparsity.packing import as_array
 
     _check(adapted, grad, start, stop)
     factors, scale, buffer = _spp(adapted)
@@ -194,15 +154,17 @@ def pullback(adapted: AdaptedWeight, grad: Tensor, start: int, stop: int, grads:
 
 
 def _check(adapted: AdaptedWeight, other: Tensor, start: int, stop: int) -> None:
-    """Compiled loops do not look where they write."""
+    """ValueError unless the shapes fit: compiled loops do not check bounds."""
     m, n = adapted.rows.shape
     if other.shape != (stop - start, n) or not 0 <= start <= stop <= m:
-        raise ValueError(f"{tuple(other.shape)} are no rows {start} to {stop} of a weight {(m, n)}")
+        raise ValueError(
+            f"expected rows {start} to {stop} of a weight {(m, n)}, got a matrix of shape {tuple(other.shape)}"
+        )
 
 
 def _spp(adapted: AdaptedWeight) -> tuple[tuple[Any, Any], np.float32, Any]:
     """alpha and beta, s, and a buffer for one row of W."""
-    from spp_fx.adapters.rows import as_array
+    from spp_fx.sparsity.packing import as_array
 
     alpha, beta = (as_array(adapted.factors[key].contiguous()) for key in ("spp_alpha", "spp_beta"))
     return (alpha, beta), np.float32(cast("SPP", adapted.method).scale), np.empty(alpha.shape[1], np.uint16)
@@ -210,7 +172,8 @@ def _spp(adapted: AdaptedWeight) -> tuple[tuple[Any, Any], np.float32, Any]:
 
 def _storage(adapted: AdaptedWeight, start: int, stop: int) -> tuple[int, Any, Any, Any]:
     """Kind, values, index and offsets of rows start..stop."""
-    from spp_fx.adapters.rows import PackedRows2of4, PackedRowsBitmask, as_array
+    from spp_fx.adapters.rows import PackedRows2of4, PackedRowsBitmask
+    from spp_fx.sparsity.packing import as_array
 
     rows = adapted.rows
     if isinstance(rows, PackedRows2of4):
@@ -238,56 +201,50 @@ _float32_of = _bitcast(types.uint32, types.float32, ir.FloatType())
 _bits_of = _bitcast(types.float64, types.uint64, ir.IntType(64))
 
 _U16, _U32, _U64 = np.uint16, np.uint32, np.uint64
-_ONE = _U64(1)
 _MAGNITUDE = _U64(0x7FFFFFFFFFFFFFFF)
-_TWO_112 = np.float32(2.0**112)  # from float32's exponent bias to float16's
 
 
 @compiled
 def fold_bfloat16(words: Any, alpha: Any, scaled: Any, height: int, start: int, out: Any) -> Any:
-    changed = zero = broken = np.int64(0)
-    for row in range(words.shape[0]):
-        factor, line, source, target = scaled[row], alpha[(start + row) // height], words[row], out[row]
-        for column in range(source.shape[0]):
-            word = source[column]
-            weight = np.float64(_float32_of(_U32(word) << _U32(16)))
-            exact = weight + weight * (factor * line[column])
-            bits = _bits_of(exact)
-            magnitude = bits & _MAGNITUDE
-            normal = (magnitude + _U64((1 << 44) - 1) + ((magnitude >> _U64(45)) & _ONE)) >> _U64(45)
-            small = _bits_of(np.abs(exact) + 2.0**-81) - _U64((1023 - 81) << 52)
-            value = small if magnitude < _U64((1023 - 126) << 52) else normal - _U64((1023 - 127) << 7)
-            kept = (word & _U16(0x7FFF)) != _U16(0)
-            rounded = _U16(value) | _U16((bits >> _U64(48)) & _U64(0x8000))
-            target[column] = rounded if kept else word
-            changed += np.int64(kept & (rounded != word))
-            zero += np.int64(kept & (value == _U64(0)))
-            broken += np.int64(value >= _U64(0x7F80))
-    return changed, zero, broken
+    return _fold_half(words, alpha, scaled, height, start, out, 7, 127)
 
 
 @compiled
 def fold_float16(words: Any, alpha: Any, scaled: Any, height: int, start: int, out: Any) -> Any:
+    return _fold_half(words, alpha, scaled, height, start, out, 10, 15)
+
+
+@njit(inline="always")
+def _fold_half(words, alpha, scaled, height, start, out, mantissa, bias):
+    """The fold of a format of 16 bits, given how many of them its mantissa takes, and its exponent's bias."""
     changed = zero = broken = np.int64(0)
+    infinity = _U16(0x8000) - _U16(1 << mantissa)
+    widen, rebias = _U32(23 - mantissa), np.float64(2.0 ** (127 - bias))
+    cut = _U64(52 - mantissa)  # bits of a float64 below the last kept one
+    half = (_U64(1) << (cut - _U64(1))) - _U64(1)
+    smallest = _U64(1024 - bias) << _U64(52)  # the bits of the smallest normal number
+    offset = _U64(1023 - bias) << _U64(mantissa)
+    unit_bits = _U64(1023 + 53 - bias - mantissa) << _U64(52)
+    unit = 2.0 ** (53 - bias - mantissa)  # its own unit in the last place is the least subnormal
     for row in range(words.shape[0]):
         factor, line, source, target = scaled[row], alpha[(start + row) // height], words[row], out[row]
         for column in range(source.shape[0]):
             word = source[column]
             stored = word & _U16(0x7FFF)
-            weight = np.float64(_float32_of(_U32(stored) << _U32(13)) * _TWO_112)
+            weight = np.float64(_float32_of(_U32(stored) << widen)) * rebias
             weight = -weight if stored != word else weight
             exact = weight + weight * (factor * line[column])
             bits = _bits_of(exact)
             magnitude = bits & _MAGNITUDE
-            normal = (magnitude + _U64((1 << 41) - 1) + ((magnitude >> _U64(42)) & _ONE)) >> _U64(42)
-            small = _bits_of(np.abs(exact) + 2.0**28) - _U64((1023 + 28) << 52)
-            value = small if magnitude < _U64((1023 - 14) << 52) else normal - _U64((1023 - 15) << 10)
+            normal = (magnitude + half + ((magnitude >> cut) & _U64(1))) >> cut
+            small = _bits_of(np.abs(exact) + unit) - unit_bits
+            value = small if magnitude < smallest else normal - offset
             kept = stored != _U16(0)
             rounded = _U16(value) | _U16((bits >> _U64(48)) & _U64(0x8000))
             target[column] = rounded if kept else word
             changed += np.int64(kept & (rounded != word))
             zero += np.int64(kept & (value == _U64(0)))
-            broken += np.int64((value >= _U64(0x7C00)) | (stored >= _U16(0x7C00)))
+            broken += np.int64((value >= infinity) | (stored >= infinity))
     return changed, zero, broken
 
 

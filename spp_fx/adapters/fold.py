@@ -1,8 +1,8 @@
-"""Fold: the weight an adapter stands for, rounded once to the stored dtype, with every zero where it was.
+"""Fold: the effective weight of an adapter, rounded once to the stored dtype, with every zero where it was.
 
-A method's compiled fold gives the bits of the definition for values that stay finite and away from zero. Rows in which
-one does not are folded again by the definition, which knows what `--vanish` asks for and names the place of an error.
-Without a compiled fold, all rows are folded by the definition. torch is imported only for the definition.
+A method's compiled fold gives the same bits as its definition while values stay finite and non-zero. Other rows, and
+all rows of a method without one, are folded by the definition, which applies `--vanish` and reports errors by row and
+column. Only the definition needs torch.
 """
 
 from __future__ import annotations
@@ -23,27 +23,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BLOCK_ELEMENTS = 1 << 22
-"""Elements folded at once by the definition; the float64 temporaries of a block take some 100 MB."""
+"""Elements that the definition folds at once; the float64 temporaries of a block take some 100 MB."""
 FLOATING: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype("<u2"),
     "F16": np.dtype("<u2"),
     "F32": np.dtype("<f4"),
     "F64": np.dtype("<f8"),
 }
-"""The dtypes that can be folded, and how numpy holds their stored numbers: halves as their bits."""
+"""The dtypes that can be folded, as numpy dtypes; 16-bit floats as their bits."""
 Stored: TypeAlias = "NDArray[Any]"
 Vanish = Literal["keep", "error", "allow"]
-"""What becomes of a non-zero that would fold to zero: the smallest normal number of its sign, an error, or zero."""
+"""What a non-zero that would fold to zero becomes: the smallest normal number of its sign, an error, or zero."""
 
 
 @dataclass
 class FoldCounts:
-    """What folding one weight met.
-
-    Attributes:
-        vanished: non-zeros whose folded value rounds to zero (kept or not, by the policy).
-        changed: elements whose stored value changed.
-    """
+    """Elements of a weight whose folded value rounds to zero though they were not, and whose stored value changed."""
 
     vanished: int = 0
     changed: int = 0
@@ -55,17 +50,15 @@ class FoldCounts:
 
 @dataclass(frozen=True)
 class StoredFold:
-    """The fold of one stored matrix, some rows at a time; may be called from several threads.
+    """The fold of one stored matrix, some rows at a time, on any thread.
 
     Attributes:
-        method: the adapter method.
         shape: (out, in) of the canonical matrix that the factors belong to.
         factors: of that matrix, float64.
         dtype: of the stored matrix, one of `FLOATING`.
-        vanish: what to do with a non-zero that would become zero.
         where: the stored tensor, for errors.
         first_row: the row of the canonical matrix that the stored one begins with.
-        taken: the columns of the canonical matrix that are folded; None for all.
+        taken: the columns of the canonical matrix to fold; None for all.
     """
 
     method: Method
@@ -81,12 +74,11 @@ class StoredFold:
         """Fold rows start.. of the stored matrix.
 
         Args:
-            stored: (rows, in) of `FLOATING`'s type; a transposed view will do.
-            out: takes the folded rows; the same shape and type, no memory shared with `stored`.
-            start: index of the first of these rows in the stored matrix.
+            stored: (rows, in) of `FLOATING`'s dtype; may be a transposed view.
+            out: for the folded rows; the same shape and dtype, no memory shared with `stored`.
 
         Raises:
-            MaskError: a value is not finite, or one vanishes under `error`; names row and column.
+            MaskError: a value is not finite, or underflows to zero under `error`; names row and column.
         """
         if self._kernel is not None:
             changed, to_zero, non_finite = self._kernel(stored, out, self.first_row + start)
@@ -144,23 +136,21 @@ def fold_matrix(
     first_row: int = 0,
     named_from: tuple[int, int] = (0, 0),
 ) -> Iterator[Tensor]:
-    """The folded rows of a weight by the definition, in blocks of bounded size, in the stored dtype.
-
-    Computed in float64 and rounded once, to nearest even, so each element is within half a unit in
-    the last place of the formula's value. Zeros keep their bits.
+    """Fold rows of a weight by the definition, in float64, rounded once to nearest even; zeros keep their bits.
 
     Args:
-        method: the adapter method.
         weight: rows first_row.. of a canonical weight, (rows, in) of a floating dtype.
-        factors: for all rows of that weight and the columns at hand, any floating dtype.
-        vanish: what to do with a non-zero that would become zero.
+        factors: for all rows of the weight and for these columns, any floating dtype.
         counts: added to.
         where: the stored tensor, for errors.
         specs: of the factors; None where `weight` is the whole weight.
-        named_from: the row and column by which errors call the first element of `weight`.
+        named_from: row and column of the first element of `weight` in errors.
+
+    Yields:
+        Folded rows in the dtype of `weight`, at most `BLOCK_ELEMENTS` elements but at least one row.
 
     Raises:
-        MaskError: a value is not finite, or one vanishes under `error`; names row and column.
+        MaskError: a value is not finite, or underflows to zero under `error`; names row and column.
     """
     specs = method.factors(tuple(weight.shape)) if specs is None else specs
     step = max(1, BLOCK_ELEMENTS // max(1, weight.shape[1]))
@@ -196,11 +186,11 @@ def _fold_block(
         counts.vanished += count
         if vanish == "error":
             raise MaskError(
-                f"{where}: {_name(named_from, *_first(to_zero))} would fold to zero, "
-                f"and at least {count - 1} more; keep them with --vanish keep"
+                f"{where}: {_name(named_from, *_first(to_zero))} would fold to zero, and at least {count - 1} more; "
+                "use --vanish keep"
             )
         if vanish == "keep":
-            # The value's own sign; where it is exactly zero and has none, the one that the weight had.
+            # With the value's own sign; an exact zero takes that of the weight.
             smallest = torch.tensor(torch.finfo(weight.dtype).tiny, dtype=weight.dtype)
             sign = torch.where(exact == 0, weight.double(), exact).to(weight.dtype)
             folded = torch.where(to_zero, torch.copysign(smallest, sign), folded)
@@ -222,10 +212,10 @@ def _first(flags: Tensor) -> tuple[int, int]:
 
 
 def round_once(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """float64 to a floating dtype by one rounding to nearest even.
+    """float64 to a floating dtype, rounded once to nearest even.
 
-    torch goes to half precision through float32, which rounds twice; rounding to odd on the way there
-    makes the second rounding the only one that counts (Boldo and Melquiond, 2008).
+    torch converts to 16 bits through float32, which rounds twice. Rounding to odd in float32 makes the second
+    rounding exact (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
     """
     import torch
 
@@ -235,6 +225,6 @@ def round_once(value: Tensor, dtype: torch.dtype) -> Tensor:
     bits = single.view(torch.int32)
     error = value - single.double()
     away = (error != 0) & (bits & 1 == 0) & single.isfinite()
-    # An even neighbour was chosen although the value is not on it: take the odd one on the value's side.
+    # The value was rounded to an even neighbour: take the odd one on its other side.
     toward = torch.where((error > 0) == (value > 0), 1, -1).to(torch.int32)
     return torch.where(away, bits + toward, bits).view(torch.float32).to(dtype)

@@ -85,7 +85,7 @@ class Kernels(Protocol):
     """Compiled executions of a method's `tile` and `pullback`; a module with these functions will do."""
 
     def takes(self, adapted: AdaptedWeight, other: torch.dtype) -> bool:
-        """Whether the kernels have these types and are the faster; `other` is that of the built weight or of G."""
+        """Whether the kernels take these types and are faster; `other` is the dtype of the built weight or of G."""
         ...
 
     def tile(self, adapted: AdaptedWeight, start: int, stop: int, base: float, out: Tensor) -> None:
@@ -101,7 +101,7 @@ class Kernels(Protocol):
 class Method(ABC):
     """An adapter method; its options are the fields of its dataclass, made by `option`.
 
-    `factors`, `refusal` and `update` define it. `update` alone gives the reference, fused, packed, stacked and
+    `factors` and `update` define it. `update` alone gives the reference, fused, packed, stacked and
     folded executions; the rest makes them faster. In `tile`, `pullback` and `factor_grads`, `weight` and `factors`
     are those of some rows: of whole groups of `row_group` rows, or of a range within one group. A factor then has
     fewer rows than `factors` says, so `update` takes group sizes from the shapes it is given.
@@ -121,9 +121,9 @@ class Method(ABC):
     def factors(self, shape: tuple[int, ...]) -> dict[str, FactorSpec]:
         """The trainable factors of a site of canonical shape (..., out, in), by name."""
 
-    @abstractmethod
     def refusal(self, shape: tuple[int, ...]) -> str | None:
         """Why a site of this shape cannot be adapted, or None."""
+        return None
 
     @abstractmethod
     def update(self, weight: Tensor, **factors: Tensor) -> Tensor:
@@ -191,16 +191,17 @@ class Method(ABC):
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
 
-def at_least_one(value: float) -> str | None:
-    return None if value >= 1 else "must be at least 1"
-
-
 def finite_factor(value: float) -> str | None:
     return None if isfinite(value) and value != 0 else "must be a finite number other than 0"
 
 
 def probability(value: float) -> str | None:
     return None if 0 <= value < 1 else "must be in [0, 1)"
+
+
+SCALE = ("The factor s of the update.", finite_factor)
+DROPOUT = ("On the adapter branch's input while training.", probability)
+"""Help and check of options that methods share: `scale: float = option(2.0, *SCALE)`."""
 
 
 METHODS = Registry[type[Method]]("adapter method", "spp_fx.methods")

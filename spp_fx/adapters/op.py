@@ -405,19 +405,14 @@ class _OpFactory:
             return dx, *(torch.empty_like(each) for each in arguments[kept : kept + count])
 
         name = self._name(suffix)
-        tensors = _declare("Tensor", ("grad", "x", *storage.tensors, *self.factors))
-        op = torch.library.custom_op(
-            name, forward, mutates_args=(), schema=self._linear_schema(storage.tensors)
-        )
-        op_backward = torch.library.custom_op(
+        op = _custom_op(name, forward, fake, self._linear_schema(storage.tensors))
+        op_backward = _custom_op(
             f"{name}_backward",
             backward,
-            mutates_args=(),
-            schema=f"({tensors}, Tensor? seed{self._options()}, float dropout, bool needs_x) -> "
-            f"({_declare('Tensor', [''] * (1 + count))})",
+            fake_backward,
+            f"({_declare('Tensor', ('grad', 'x', *storage.tensors, *self.factors))}, Tensor? seed{self._options()}, "
+            f"float dropout, bool needs_x) -> ({_declare('Tensor', [''] * (1 + count))})",
         )
-        op.register_fake(fake)
-        op_backward.register_fake(fake_backward)
 
         def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
             tensors, (_, seed, *ctx.rest) = inputs[: 1 + kept + count], inputs[1 + kept + count :]
@@ -454,29 +449,24 @@ class _OpFactory:
                 adapted.build(0, len(target), arguments[-1], target)
             return out
 
-        def backward(grad: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        def backward(grad: Tensor, weight: Tensor, *arguments: Any) -> Any:
             grads = [torch.zeros_like(each) for each in arguments[:count]]
             for adapted, (g, *own) in experts(weight, arguments, grad, *grads):
                 adapted.pull_back(g, 0, len(g), self._named(own))
             return self._result(grads)
 
+        def fake(weight: Tensor, *arguments: Any) -> Tensor:
+            return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+
+        def fake_backward(grad: Tensor, weight: Tensor, *arguments: Any) -> Any:
+            return self._result(map(torch.empty_like, arguments[:count]))
+
         name = self._name("weight")
-        tensors = _declare("Tensor", ("weight", *self.factors))
-        op = torch.library.custom_op(
-            name, forward, mutates_args=(), schema=f"({tensors}{self._options()}, float base) -> Tensor"
-        )
-        result = _declare("Tensor", [""] * count)
-        op_backward = torch.library.custom_op(
-            f"{name}_backward",
-            backward,
-            mutates_args=(),
-            schema=f"(Tensor grad, {tensors}{self._options()}) -> {f'({result})' if count > 1 else 'Tensor'}",
-        )
-        op.register_fake(
-            lambda weight, *_: torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-        )
-        op_backward.register_fake(
-            lambda grad, weight, *arguments: self._result(map(torch.empty_like, arguments[:count]))
+        signature = f"{_declare('Tensor', ('weight', *self.factors))}{self._options()}"
+        result = "Tensor" if count == 1 else f"({_declare('Tensor', [''] * count)})"
+        op = _custom_op(name, forward, fake, f"({signature}, float base) -> Tensor")
+        op_backward = _custom_op(
+            f"{name}_backward", backward, fake_backward, f"(Tensor grad, {signature}) -> {result}"
         )
 
         def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -510,6 +500,14 @@ class _OpFactory:
     def _linear_schema(self, storage: tuple[str, ...]) -> str:
         tensors = _declare("Tensor", ("x", *storage, *self.factors))
         return f"({tensors}, Tensor? bias, Tensor? seed{self._options()}, float dropout) -> Tensor"
+
+
+def _custom_op(
+    name: str, run: Callable[..., Any], fake: Callable[..., Any], schema: str
+) -> torch.library.CustomOpDef:
+    op = torch.library.custom_op(name, run, mutates_args=(), schema=schema)
+    op.register_fake(fake)
+    return op
 
 
 def _declare(kind: str, names: Sequence[str]) -> str:

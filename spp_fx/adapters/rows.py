@@ -1,22 +1,19 @@
-"""Rows of a frozen weight, dense or packed, and what kernels take them with: buffers, row ranges, array views.
+"""Rows of a frozen weight, dense or packed as in `sparsity.packing`, and row ranges and buffers for kernels.
 
-A 2:4 weight is kept as values and two-bit positions, any other pattern as values and a bit mask; in bfloat16 a 2:4
-weight takes 0.5625 of its dense bytes. Rows are laid out where a kernel asks for them, tile by tile, so the dense
-weight never exists as a whole.
+In bfloat16 a packed 2:4 weight takes 0.5625 of its dense bytes. Rows are unpacked tile by tile, where a kernel asks
+for them, so the dense weight never exists as a whole.
 """
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from spp_fx.compiled import optional_module
+from spp_fx.sparsity.packing import pack_2_4, pack_bitmask, unpack_bitmask, unpack_rows
 
-INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _LOCAL = threading.local()
 
 
@@ -54,7 +51,7 @@ class DenseRows:
 
 @dataclass(frozen=True)
 class PackedRows2of4:
-    """Rows of a 2:4 weight: values (m, n/2), positions (m, ceil(n/8)), see `unpack_2_4`."""
+    """Rows of a 2:4 weight: values (m, n/2) and positions (m, ceil(n/8))."""
 
     values: Tensor
     positions: Tensor
@@ -66,7 +63,13 @@ class PackedRows2of4:
 
     def take(self, start: int, stop: int) -> Tensor:
         out = self.values.new_empty(stop - start, self.shape[1])
-        return unpack_2_4(self.values[start:stop], self.positions[start:stop], out)
+        unpack_rows(self.values[start:stop], self.positions[start:stop], out, check=False)
+        return out
+
+    @staticmethod
+    def pack(weight: Tensor) -> dict[str, Tensor]:
+        packed = pack_2_4(weight, clear=True)
+        return {"values": packed.values, "positions": packed.positions}
 
 
 @dataclass(frozen=True)
@@ -85,36 +88,12 @@ class PackedRowsBitmask:
     def take(self, start: int, stop: int) -> Tensor:
         first, last = self.offsets[[start, stop]].tolist()
         out = self.values.new_empty(stop - start, self.shape[1])
-        return unpack_bitmask(self.values[first:last], self.bits[start:stop], out)
+        unpack_bitmask(self.values[first:last], self.bits[start:stop], out)
+        return out
 
-
-def pack_2_4(weight: Tensor) -> dict[str, Tensor]:
-    """A 2:4 weight (m, n) as `values` and `positions`; a group with less than two takes a zero along."""
-    m, n = weight.shape
-    groups = weight.reshape(m, n // 4, 4)
-    # Stable: the non-zeros first, each kind in order of position; then the two chosen in order.
-    order = (groups == 0).to(torch.uint8).argsort(dim=2, stable=True)[:, :, :2].sort(dim=2).values
-    values = groups.gather(2, order).reshape(m, n // 2)
-    nibbles = (order[:, :, 0] | order[:, :, 1] << 2).to(torch.uint8)
-    if nibbles.shape[1] % 2:
-        nibbles = torch.cat((nibbles, nibbles.new_zeros(m, 1)), dim=1)
-    return {
-        "values": values.contiguous(),
-        "positions": (nibbles[:, ::2] | nibbles[:, 1::2] << 4).contiguous(),
-    }
-
-
-def pack_bitmask(weight: Tensor) -> dict[str, Tensor]:
-    """Any weight (m, n) as `values`, `bits` and `offsets`."""
-    m, n = weight.shape
-    kept = weight != 0
-    padded = torch.zeros(m, -(-n // 8) * 8, dtype=torch.uint8, device=weight.device)
-    padded[:, :n] = kept
-    powers = (2 ** torch.arange(8, device=weight.device)).to(torch.uint8)
-    bits = (padded.view(m, -1, 8) * powers).sum(2, dtype=torch.uint8)
-    offsets = torch.zeros(m + 1, dtype=torch.int64, device=weight.device)
-    offsets[1:] = kept.sum(1).cumsum(0)
-    return {"values": weight[kept], "bits": bits, "offsets": offsets}
+    @staticmethod
+    def pack(weight: Tensor) -> dict[str, Tensor]:
+        return dict(zip(("values", "bits", "offsets"), pack_bitmask(weight), strict=True))
 
 
 @dataclass(frozen=True)
@@ -136,8 +115,8 @@ class Storage:
 
 DENSE = Storage(("weight",), lambda weight: {"weight": weight}, lambda weight, shape: DenseRows(weight), 0)
 PACKINGS = {
-    "2:4": Storage(("values", "positions"), pack_2_4, PackedRows2of4, 1),
-    "bitmask": Storage(("values", "bits", "offsets"), pack_bitmask, PackedRowsBitmask, 1),
+    "2:4": Storage(("values", "positions"), PackedRows2of4.pack, PackedRows2of4, 1),
+    "bitmask": Storage(("values", "bits", "offsets"), PackedRowsBitmask.pack, PackedRowsBitmask, 1),
 }
 
 
@@ -147,62 +126,6 @@ def choose_packing(weight: Tensor) -> str:
     if n % 4 == 0 and bool(((weight.reshape(m, n // 4, 4) != 0).sum(2) <= 2).all()):
         return "2:4"
     return "bitmask"
-
-
-def unpack_2_4(values: Tensor, positions: Tensor, out: Tensor) -> Tensor:
-    """Lay out 2:4 rows.
-
-    Args:
-        values: (rows, n/2), the two of each group in order.
-        positions: (rows, ceil(n/8)) uint8, four bits a group, the even group in the low ones: the first
-            value's lane in the lower two, the second's in the upper two.
-        out: (rows, n) of values' dtype; every element is written.
-    """
-    kernels = _kernels(out)
-    if kernels is not None:
-        kernels.unpack_2_4(_integers(values), as_array(positions), _integers(out))
-        return out
-    rows, groups = len(out), out.shape[1] // 4
-    nibbles = torch.stack((positions & 15, positions >> 4), dim=2).flatten(1)[:, :groups]
-    lanes = torch.stack((nibbles & 3, nibbles >> 2), dim=2).long()
-    out.view(rows, groups, 4).zero_().scatter_(2, lanes, values.view(rows, groups, 2))
-    return out
-
-
-def unpack_bitmask(values: Tensor, bits: Tensor, out: Tensor) -> Tensor:
-    """Lay out rows of any pattern.
-
-    Args:
-        values: (nnz,), the non-zeros of these rows in row-major order.
-        bits: (rows, ceil(n/8)) uint8, least significant bit first.
-        out: (rows, n) of values' dtype; every element is written.
-    """
-    kernels = _kernels(out)
-    if kernels is not None:
-        kernels.unpack_bitmask(_integers(values), as_array(bits), _integers(out))
-        return out
-    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    kept = ((bits.unsqueeze(2) >> shifts) & 1).flatten(1)[:, : out.shape[1]].bool()
-    return out.zero_().masked_scatter_(kept, values)
-
-
-def _kernels(out: Tensor) -> Any:
-    return optional_module("spp_fx.adapters.cpu") if out.device.type == "cpu" else None
-
-
-def _integers(tensor: Tensor) -> Any:
-    """A CPU tensor as a numpy array of integers of its width."""
-    return as_array(tensor.view(INTEGERS[tensor.element_size()]))
-
-
-def as_array(tensor: Tensor) -> Any:
-    """A CPU tensor's memory as a numpy array; half precision as unsigned integers: numpy has no bfloat16.
-
-    Through DLPack: `Tensor.numpy` would forbid the storage to be resized, and FSDP resizes what it gathers.
-    """
-    tensor = tensor.detach()
-    half = tensor.dtype in (torch.bfloat16, torch.float16)
-    return np.from_dlpack(tensor.view(torch.uint16) if half else tensor)
 
 
 def row_ranges(start: int, stop: int, n: int, group: int, elements: int) -> Iterator[tuple[int, int]]:

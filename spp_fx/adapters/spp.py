@@ -8,20 +8,19 @@ from math import gcd, sqrt
 from typing import TYPE_CHECKING, Any, cast
 
 from spp_fx.adapters.method import (
+    DROPOUT,
+    SCALE,
     Factors,
     FactorSpec,
     FoldKernel,
     Kernels,
     Method,
     TrainingDefaults,
-    at_least_one,
-    finite_factor,
-    probability,
     register,
     work_dtype,
 )
 from spp_fx.compiled import optional_module
-from spp_fx.options import option
+from spp_fx.options import at_least_one, option
 
 if TYPE_CHECKING:
     import torch
@@ -37,8 +36,8 @@ class SPP(Method):
     """W * (1 + s * beta * repeat(alpha)) — SPP, ICML 2024, Eq. 4 and 5."""
 
     rank: int = option(16, "Rank r; for spp a divisor of a site's outputs, or it is skipped.", at_least_one)
-    scale: float = option(2.0, "The factor s of the update.", finite_factor)
-    dropout: float = option(0.0, "On the adapter branch's input while training.", probability)
+    scale: float = option(2.0, *SCALE)
+    dropout: float = option(0.0, *DROPOUT)
 
     def factors(self, shape: tuple[int, ...]) -> dict[str, FactorSpec]:
         *stack, m, n = shape

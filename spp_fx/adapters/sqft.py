@@ -5,16 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from spp_fx.adapters.method import (
-    FactorSpec,
-    Method,
-    TrainingDefaults,
-    at_least_one,
-    finite_factor,
-    probability,
-    register,
-)
-from spp_fx.options import option
+from spp_fx.adapters.method import DROPOUT, SCALE, FactorSpec, Method, register
+from spp_fx.options import at_least_one, option
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,8 +18,8 @@ class SQFT(Method):
     """W + s (B A) * (W != 0) — SQFT, EMNLP 2024 findings; defaults are the paper's: s = alpha / r = 64 / 32."""
 
     rank: int = option(32, "Rank r of the update.", at_least_one)
-    scale: float = option(2.0, "The factor s of the update.", finite_factor)
-    dropout: float = option(0.1, "On the adapter branch's input while training.", probability)
+    scale: float = option(2.0, *SCALE)
+    dropout: float = option(0.1, *DROPOUT)
 
     def factors(self, shape: tuple[int, ...]) -> dict[str, FactorSpec]:
         *stack, m, n = shape
@@ -36,11 +28,5 @@ class SQFT(Method):
             "sqft_b": FactorSpec((*stack, m, self.rank), "zeros", rows=1),
         }
 
-    def refusal(self, shape: tuple[int, ...]) -> str | None:
-        return None
-
     def update(self, weight: Tensor, **factors: Tensor) -> Tensor:
         return self.scale * (factors["sqft_b"] @ factors["sqft_a"]) * (weight != 0)
-
-    def defaults(self, width: float, steps: int | None) -> TrainingDefaults:
-        return TrainingDefaults(lr=3e-4)

@@ -246,8 +246,8 @@ class Decoded:
             if shard is not None:
                 return scan_stored(shard, name, transposed=transposed)
             tensor = self.read(name)
-            if transposed and tensor.mT.is_contiguous():  # decoded by rows (out, in): no copy
-                return scan_tensor(tensor.mT)
+            if transposed and tensor.ndim > 1 and tensor.mT.is_contiguous():
+                return scan_tensor(tensor.mT)  # a decoder of rows (out, in) made it: no copy
             return scan_tensor(tensor, transposed=transposed)
 
         sites = {record.name: record.transposed for record in manifest.tensors}

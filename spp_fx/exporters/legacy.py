@@ -64,10 +64,11 @@ def without_sparsity(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[st
 
 def is_legacy(folder: ModelFolder) -> bool:
     """Whether a folder holds compressed weights, or its config.json has a sparsity_config."""
-    return bool(_layers(folder)) or bool(sparsity_configs(folder.config))
+    return bool(compressed_layers(folder)) or bool(sparsity_configs(folder.config))
 
 
-def _layers(folder: ModelFolder) -> list[str]:
+def compressed_layers(folder: ModelFolder) -> list[str]:
+    """The names L of compressed weights in a folder, sorted."""
     suffixes = (".compressed", ".bitmask")
     return sorted({name.rpartition(".")[0] for name in folder.names if name.endswith(suffixes)})
 
@@ -97,7 +98,7 @@ class LegacyFolder:
         """
         shapes = {name: folder.info(name)[1].shape for name in folder.names}
         dtypes = {name: folder.info(name)[1].dtype for name in folder.names}
-        compressed = _layers(folder)
+        compressed = compressed_layers(folder)
         for layer in compressed:
             shape, dtype = _check_parts(folder, layer)
             for part in PARTS:

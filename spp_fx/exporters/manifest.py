@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from spp_fx.errors import FormatError, UsageError
-from spp_fx.exporters.legacy import sparsity_configs
+from spp_fx.exporters.legacy import compressed_layers, sparsity_configs
 from spp_fx.sparsity.lock import LOCK_NAME, load_lock
 from spp_fx.storage.folder import ModelFolder, within
 from spp_fx.storage.safetensors import stored_nbytes
@@ -207,10 +207,9 @@ def open_model(path: Path, *, weights: bool = True, any_config: bool = False) ->
     if (path / MANIFEST).is_file() and (form := read_manifest(path).format) != "safetensors":
         raise UsageError(f"{path}: is an export ({form}); give the model folder that it was made from")
     folder = ModelFolder.open(path, weights=weights)
-    packed = [name for name in folder.names if name.endswith((".bitmask", ".compressed"))]
-    if packed:
+    if layers := compressed_layers(folder):
         raise FormatError(
-            f"{path}: its weights are compressed (first: {packed[0]}); servers and transformers load "
+            f"{path}: its weights are compressed (first: {layers[0]}.weight); servers and transformers load "
             f"such a model with random weights. Write the plain folder with 'spp-fx unpack {path}'"
         )
     if sparsity_configs(folder.config) and not any_config:

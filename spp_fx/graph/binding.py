@@ -1,14 +1,12 @@
-"""Where a site's weight lies on disk: which tensors, and which part of the site each one is.
+"""Which stored tensors make up a parameter, by the conversions that transformers applies when it loads a model.
 
-A checkpoint may name a tensor differently from the model (a prefix, the other name of a tied weight),
-and stores a stack of experts as one matrix for each. transformers knows these conversions; this reads
-them and states, for each site, the tensors that make it up.
+A checkpoint may name a tensor differently from the model (a prefix, the other name of a tied weight), and store a
+stack of experts as one matrix for each.
 """
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,23 +21,9 @@ from transformers.core_model_loading import (
 )
 
 from spp_fx.adapters.adapter_folder import StoredMatrix
+from spp_fx.graph.program import Site
 
 NOT_STORED = "the checkpoint holds no tensor for it"
-
-
-class Slot(Protocol):
-    """What stored tensors fill: a site, or any parameter."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """With the weight in its canonical orientation."""
-        ...
-
-    @property
-    def transposed(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -51,9 +35,19 @@ class Parameter:
     transposed: bool = False
 
 
+Slot = Site | Parameter
+"""What stored tensors fill."""
+
+
 @dataclass(frozen=True)
 class Binding:
-    """Pieces of each site, why a site has none, and what each stored tensor is called in the model."""
+    """Where slots are stored.
+
+    Attributes:
+        matrices: the stored matrices of each slot.
+        refused: why the other slots have none.
+        targets: the name in the model of each stored tensor.
+    """
 
     matrices: dict[str, tuple[StoredMatrix, ...]]
     refused: dict[str, str]
@@ -132,9 +126,8 @@ def find_targets(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, tup
     found: dict[str, tuple[str, str | None]] = {}
     for name in stored:
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        if (
-            target not in state and name in state
-        ):  # a rule for other checkpoints; this one has the model's names
+        if target not in state and name in state:
+            # A rule for other checkpoints; this one has the model's names.
             target, pattern = rename_source_key(name, [], [], model.base_model_prefix, state)
         found[name] = target, pattern
     return found
@@ -149,12 +142,20 @@ def _plain(slot: Slot, tensor: str, stored: Mapping[str, tuple[int, ...]]) -> tu
             "again with its weights gathered (stage3_gather_16bit_weights_on_model_save)"
         )
     if shape != expected:
-        return f"is stored as {tensor} of shape {list(shape)}, the model wants {list(expected)}"
+        return f"is stored as {tensor} of shape {list(shape)}, the model expects {list(expected)}"
     if len(slot.shape) != 3:
-        return (StoredMatrix(tensor, slot.transposed, None, 0, _rows(slot)),)
-    return tuple(
-        StoredMatrix(tensor, slot.transposed, expert, 0, _rows(slot), whole=True)
-        for expert in range(slot.shape[0])
+        return (_whole_matrix(slot, tensor, None),)
+    return tuple(_whole_matrix(slot, tensor, expert) for expert in range(slot.shape[0]))
+
+
+def _whole_matrix(slot: Slot, tensor: str, expert: int | None) -> StoredMatrix:
+    return StoredMatrix(
+        tensor=tensor,
+        transposed=slot.transposed,
+        expert=expert,
+        start=0,
+        stop=_rows(slot),
+        whole=expert is not None,
     )
 
 
@@ -182,8 +183,18 @@ def _converted(
             if match is None or int(match[1]) >= slot.shape[0] or columns != slot.shape[-1]:
                 return f"its stored tensor {tensor} of shape {list(stored[tensor])} does not fit"
             expert = int(match[1])
-            matrices.append(StoredMatrix(tensor, False, expert, start[expert], start[expert] + rows))
+            first = start[expert]
             start[expert] += rows
+            matrices.append(
+                StoredMatrix(
+                    tensor=tensor,
+                    transposed=False,
+                    expert=expert,
+                    start=first,
+                    stop=start[expert],
+                    whole=False,
+                )
+            )
     if start != [_rows(slot)] * slot.shape[0]:
         return "its stored tensors do not fill it"
     return tuple(matrices)

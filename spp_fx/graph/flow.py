@@ -4,7 +4,7 @@ import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -44,6 +44,21 @@ REDUCTIONS = (
     *(aten.any.dim, aten.all.dim, aten.prod.dim_int, aten.linalg_vector_norm.default),
 )
 LOOKUPS = (aten.index.Tensor, aten.index_select.default, aten.gather.default)
+MOVES = (*RESHAPES, *SWAPS, *KEEPS, *CASTS, *EXPANDS)
+"""Ops that compute nothing."""
+
+
+def contractions() -> dict[object, dict[int, int]]:
+    """The matrix products: op -> position of each of its two operands -> the dimension of it that is summed."""
+    products = (aten.mm, aten.matmul, aten.bmm, aten._grouped_mm)
+    # transformers registers a grouped product of its own when its experts are first used.
+    fallback = getattr(getattr(torch.ops, "transformers", None), "grouped_mm_fallback", None)
+    return {
+        aten.linear.default: {0: -1, 1: -1},
+        aten.addmm.default: {1: -1, 2: -2},
+        aten.baddbmm.default: {1: -1, 2: -2},
+        **{op.default: {0: -1, 1: -2} for op in (*products, fallback) if op is not None},
+    }
 
 
 @dataclass(frozen=True)
@@ -88,6 +103,7 @@ class Flow:
     """The edges of a program: readers of each value, followed into the graphs that a graph calls and out again."""
 
     def __init__(self, program: Program) -> None:
+        self.program = program
         self._graphs = dict(program.graphs())
         self._inputs = {
             path: module.graph.find_nodes(op="placeholder") for path, module in self._graphs.items()
@@ -99,12 +115,11 @@ class Flow:
         }
         self._calls: dict[str, list[tuple[Value, list[Any]]]] = {}
         self._constant: dict[Value, bool] = {}
-        for path, module in self._graphs.items():
-            for node in module.graph.nodes:
-                called = self._called(path, node)
-                if called is not None:
-                    child, arguments = called
-                    self._calls.setdefault(child, []).append((Value(path, node), arguments))
+        for value in self.nodes():
+            called = self._called(value.path, value.node)
+            if called is not None:
+                child, arguments = called
+                self._calls.setdefault(child, []).append((value, arguments))
 
     def _called(self, path: str, node: fx.Node) -> tuple[str, list[Any]] | None:
         """The graph that a node calls, and what it hands over in the order of the graph's inputs."""
@@ -118,6 +133,12 @@ class Flow:
                     if child in self._graphs:
                         return child, list(node.args[position + 1 :])
         return None
+
+    def nodes(self) -> Iterator[Value]:
+        """All nodes of the program."""
+        for path, module in self._graphs.items():
+            for node in module.graph.nodes:
+                yield Value(path, node)
 
     def graph(self, value: Value) -> fx.GraphModule:
         """The graph that owns a node."""
@@ -138,7 +159,7 @@ class Flow:
                 yield Read(value.beside(user), value.node)
 
     def _readers_outside(self, value: Value, output: fx.Node) -> Iterator[Read]:
-        returned = self._returned.get(value.path)
+        returned: Any = self._returned.get(value.path)
         calls = self._callers(value)
         if not calls:
             yield Read(Value(value.path, output), value.node)
@@ -147,7 +168,7 @@ class Flow:
                 yield from self.readers(call)
                 continue
             for user in call.node.users if isinstance(returned, list | tuple) else ():
-                if user.target is operator.getitem and returned[int(user.args[1])] is value.node:  # type: ignore[arg-type]
+                if user.target is operator.getitem and returned[_index(user)] is value.node:
                     yield from self.readers(call.beside(user))
 
     def _callers(self, value: Value) -> list[tuple[Value, list[Any]]]:
@@ -166,15 +187,14 @@ class Flow:
             given = [(call, arguments[position]) for call, arguments in self._callers(value)]
             nodes = [call.beside(argument) for call, argument in given if isinstance(argument, fx.Node)]
             return [source for each in nodes for source in self.sources(each)] or [value]
-        call, index = node, None
-        if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-            call, index = node.args[0], node.args[1]
+        is_item = node.target is operator.getitem and isinstance(node.args[0], fx.Node)
+        call = node.all_input_nodes[0] if is_item else node
         called = self._called(value.path, call)
         if called is None:
             return [value]
-        returned = self._returned.get(called[0])
-        if index is not None and isinstance(returned, list | tuple):
-            returned = returned[int(index)]  # type: ignore[arg-type]
+        returned: Any = self._returned.get(called[0])
+        if is_item and isinstance(returned, list | tuple):
+            returned = returned[_index(node)]
         if not isinstance(returned, fx.Node):
             return [value]
         return self.sources(Value(called[0], returned, (*value.calls, value.beside(call))))
@@ -190,6 +210,11 @@ class Flow:
             return value.node.op == "get_attr"
         operands = value.node.all_input_nodes
         return bool(operands) and all(self.constant(value.beside(operand)) for operand in operands)
+
+
+def _index(item: fx.Node) -> int:
+    """Which of several results a getitem takes."""
+    return int(cast(int, item.args[1]))
 
 
 def argument(node: fx.Node, name: str) -> Any:
@@ -251,8 +276,7 @@ def _carried(
     if node.target in RESHAPES:
         return _reshaped(source, dims, result)
     if node.target in SWAPS:
-        order = _order(node, len(source))
-        return frozenset(i for i, d in enumerate(order) if d in dims)
+        return frozenset(i for i, d in enumerate(permutation(node, len(source))) if d in dims)
     if node.target in (aten.select.int, aten.unbind.int):
         dropped = int(argument(node, "dim")) % len(source)
         return frozenset(d - (d > dropped) for d in dims if d != dropped)
@@ -273,7 +297,8 @@ def _carried(
     return frozenset()
 
 
-def _order(node: fx.Node, ndim: int) -> list[int]:
+def permutation(node: fx.Node, ndim: int) -> list[int]:
+    """Which dimension of its operand each dimension of the result of one of `SWAPS` is."""
     order = list(range(ndim))
     if node.target is aten.permute.default:
         return [int(d) % ndim for d in argument(node, "dims")]

@@ -87,7 +87,7 @@ class Readable:
         return False
 
     def reason(self, error: BaseException, report: str) -> str:
-        """What is wrong and how to mend it, as far as the error and the folder's files tell."""
+        """What is wrong and how to fix it, as far as the error and the folder's files show."""
         for name in self.files:
             if damage := _damage(self.folder / name):
                 return damage

@@ -49,8 +49,10 @@ def without_skipped(
     nameable = [*names, *known]
     for target in skip:
         if not any(is_target(name, target) for name in nameable):
-            raise UsageError(f"'{target}' names no site that could be skipped")
-    skipped = {name: "is to be skipped" for name in names if any(is_target(name, target) for target in skip)}
+            raise UsageError(f"--skip: '{target}' names no site")
+    skipped = {
+        name: "is excluded by --skip" for name in names if any(is_target(name, target) for target in skip)
+    }
     if len(skipped) == len(names):
-        raise UsageError("every site is to be skipped, so there is nothing to do")
+        raise UsageError("--skip excludes every site, so there is nothing to do")
     return [name for name in names if name not in skipped], skipped

@@ -15,10 +15,10 @@ _ROUTER_WORDS = frozenset(("gate", "router"))
 
 
 def outline(model: PreTrainedModel, reason: str) -> Program:
-    """The sites of a model by the types of its modules, for work that runs no forward.
+    """The sites of a model by the types of its modules, for work that needs no forward pass.
 
     `torch.nn.Linear`, transformers' `Conv1D` and its stacks of experts are sites. Every other parameter of two or
-    more dimensions is named in `Program.left_out` or `Program.unread`.
+    more dimensions is named in `Program.left_out`.
 
     Args:
         model: on any device; its parameters are shared.
@@ -81,7 +81,7 @@ def _kind(module: nn.Module, attribute: str, parameter: Tensor) -> Kind | None:
 def _unknown(module: nn.Module) -> str:
     if isinstance(module, nn.modules.conv._ConvNd):
         return "is the kernel of a convolution"
-    return f"is a parameter of {type(module).__name__}, and only a trace tells what it does"
+    return f"is a parameter of {type(module).__name__}, and only a trace shows what it does"
 
 
 def _is_router(modules: Mapping[str, nn.Module], path: str) -> bool:

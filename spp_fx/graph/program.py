@@ -7,7 +7,6 @@ from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.node import map_aggregate
 from torch.overrides import handle_torch_function, has_torch_function
 from transformers import PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutput
@@ -15,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from spp_fx.adapters.method import Method
 from spp_fx.errors import UsageError
 from spp_fx.graph.names import layer_of
+from spp_fx.graph.rewrite import move_constants
 from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.pattern import Pattern
 
@@ -220,11 +220,10 @@ class Program(nn.Module):
             raise UsageError(f"input_ids must be (batch, sequence), got shape {tuple(input_ids.shape)}")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        logits: Tensor = self.root(input_ids, attention_mask)
-        if labels is None:
-            return CausalLMOutput(logits=logits)  # type: ignore[arg-type]
-        loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocabulary, **loss_kwargs)
-        return CausalLMOutput(loss=loss, logits=logits)  # type: ignore[arg-type]
+        loss, logits = None, self.root(input_ids, attention_mask)
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocabulary, **loss_kwargs)
+        return CausalLMOutput(loss=loss, logits=logits)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -260,15 +259,9 @@ class Program(nn.Module):
         return self
 
     def move_constants(self, before: torch.device, after: torch.device) -> None:
-        """Tensors that the graphs themselves make (positions, masks) are made where the weights are."""
-
-        def move(argument: Any) -> Any:
-            return after if isinstance(argument, torch.device) and argument == before else argument
-
+        """Let the graphs create their own tensors (positions, masks) on another device."""
         for _, module in self.graphs():
-            for node in module.graph.nodes:
-                node.args, node.kwargs = map_aggregate((node.args, node.kwargs), move)  # type: ignore[assignment]
-            module.recompile()
+            move_constants(module, before, after)
 
     @property
     def vocabulary(self) -> int:

@@ -1,40 +1,114 @@
-"""Graph surgery: replace nodes, find what reads a weight, and drop what nothing uses any more."""
+"""All graph surgery: create, replace, extract and erase nodes, and find what reads a weight."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.graph import PythonCode
+from torch.fx.node import map_aggregate
 
 from spp_fx.errors import PreconditionError
+
+T = TypeVar("T")
 
 aten = torch.ops.aten
 VIEWS = (aten.t.default, aten.transpose.int)
 """The ops that turn a stored weight into its canonical orientation."""
 
 
+class Graph(fx.GraphModule):
+    """A graph of a program, whose `recompile` leaves the graphs below it alone; that of torch compiles them again."""
+
+    def _recompile_submodules(self) -> list[tuple[str, PythonCode]]:
+        return []
+
+
+def call(graph: fx.Graph, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """A call of a function at the insertion point."""
+    return graph.call_function(target, args, kwargs)
+
+
+def training_flag(graph: fx.Graph) -> fx.Node:
+    """The `training` attribute of the graph's module, at the insertion point."""
+    return graph.create_node("get_attr", "training")
+
+
 def replace_node(node: fx.Node, by: fx.Node, **meta: Any) -> None:
-    """Erase a node; what used it uses `by`, which takes its meta."""
+    """Let what uses a node use `by`, which takes its meta; erase the node and what only it used."""
     by.meta = node.meta | meta
     node.replace_all_uses_with(by)
-    node.graph.erase_node(node)
+    erase_unused(node)
 
 
-def erase_unused(graph: fx.Graph) -> None:
-    """Erase every node that nothing uses, whatever its op may do."""
-    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+def replace_by_call(node: fx.Node, target: Callable[..., Any], *args: Any, **meta: Any) -> None:
+    """Replace a node by a call of a function, as `replace_node` does."""
+    with node.graph.inserting_before(node):
+        made = call(node.graph, target, *args)
+    replace_node(node, made, **meta)
 
 
-def ancestors(node: fx.Node) -> set[fx.Node]:
-    """Everything that a node is computed from."""
-    found: set[fx.Node] = set()
-    left = [*node.all_input_nodes]
-    while left:
-        if (each := left.pop()) not in found:
-            found.add(each)
-            left += each.all_input_nodes
-    return found
+def change_call(node: fx.Node, target: Callable[..., Any], *args: Any) -> None:
+    """Let a node call another function with other arguments; erase what only it used before."""
+    before = node.all_input_nodes
+    node.target, node.args = target, args
+    erase_unused(*before)
+
+
+def erase_unused(*nodes: fx.Node) -> None:
+    """Erase those of some nodes that nothing uses, and then what only they used; a graph's inputs stay."""
+    waiting, erased = list(nodes), set[fx.Node]()
+    while waiting:
+        node = waiting.pop()
+        if node.users or node.op == "placeholder" or node in erased:
+            continue
+        waiting += node.all_input_nodes
+        node.graph.erase_node(node)
+        erased.add(node)
+
+
+def extract(nodes: Iterable[fx.Node], inputs: Iterable[fx.Node], result: fx.Node) -> Graph:
+    """A graph of copies of `nodes`, which are in order, from `inputs` to `result`."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in inputs:
+        copies[node] = graph.placeholder(node.name)
+        copies[node].meta = dict(node.meta)
+    for node in nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(copies[result])
+    return Graph(nn.Module(), graph, class_name="Graph")
+
+
+def move_constants(module: fx.GraphModule, before: torch.device, after: torch.device) -> None:
+    """Make the tensors that a graph itself creates on another device."""
+
+    changed = False
+
+    def move(argument: Any) -> Any:
+        nonlocal changed
+        if not isinstance(argument, torch.device) or argument != before:
+            return argument
+        changed = True
+        return after
+
+    for node in module.graph.nodes:
+        node.args = cast("tuple[Any, ...]", map_aggregate(node.args, move))
+        node.kwargs = cast("dict[str, Any]", map_aggregate(node.kwargs, move))
+    if changed:
+        module.recompile()
+
+
+def reach(start: Iterable[T], onward: Callable[[T], Iterable[T]]) -> Iterator[T]:
+    """What is reached from some nodes or values by repeated steps, themselves included, each once."""
+    waiting, seen = list(start), set[T]()
+    while waiting:
+        each = waiting.pop()
+        if each not in seen:
+            seen.add(each)
+            yield each
+            waiting += onward(each)
 
 
 def readers(node: fx.Node) -> list[fx.Node]:
@@ -66,27 +140,22 @@ def operand_chain(node: fx.Node, parameter: str) -> tuple[list[fx.Node], int]:
 
 def inline(graph: fx.Graph, function: Callable[..., Tensor], arguments: Sequence[fx.Node]) -> fx.Node:
     """The aten nodes of a function of weights, traced without their numbers, at the insertion point."""
-    kinds = map(_weight_like, arguments)
-    examples = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in kinds]
-    traced = make_fx(function)(*examples)
-    inputs = (node for node in traced.graph.nodes if node.op == "placeholder")
-    values: dict[fx.Node, fx.Node] = dict(zip(inputs, arguments, strict=True))
+    traced = make_fx(function)(*map(_weight_like, arguments))
+    inputs = traced.graph.find_nodes(op="placeholder")
+    values: dict[Any, fx.Node] = dict(zip(inputs, arguments, strict=True))
     for inner in traced.graph.nodes:
         if inner.op == "call_function":
-            values[inner] = graph.node_copy(inner, lambda n: values[n])
-        elif inner.op != "placeholder":
-            break
-    return values[traced.graph.output_node().args[0]]  # type: ignore[index]
+            values[inner] = graph.node_copy(inner, values.__getitem__)
+    return values[traced.graph.output_node().args[0]]
 
 
-def _weight_like(node: fx.Node) -> tuple[torch.Size, torch.dtype]:
-    """Shape and dtype of a parameter or of a transposed view of one."""
+def _weight_like(node: fx.Node) -> Tensor:
+    """A contiguous tensor on the meta device, of the shape and dtype of a parameter or a transposed view of one."""
     if node.op == "get_attr":
         module = node.graph.owning_module
         assert module is not None
         value = module.get_parameter(str(node.target))
-        return value.shape, value.dtype
-    size, dtype = _weight_like(node.args[0])  # type: ignore[arg-type]
+        return torch.empty(value.shape, dtype=value.dtype, device="meta")
     if node.target in VIEWS:
-        return torch.Size((*size[:-2], size[-1], size[-2])), dtype
+        return _weight_like(node.all_input_nodes[0]).transpose(-1, -2).contiguous()
     raise PreconditionError(f"{node.format_node()} is not a canonical weight")

@@ -8,39 +8,31 @@ product of two linears' results.
 
 import operator
 from collections import deque
+from collections.abc import Iterator
 
 import torch
 from torch import fx
 
 from spp_fx.graph.flow import (
-    CASTS,
-    EXPANDS,
     INDEX_OF_LARGEST,
-    KEEPS,
     LARGEST,
+    MOVES,
     PARTS,
-    RESHAPES,
     SORTS,
-    SWAPS,
     Flow,
     Read,
     Value,
     argument,
+    contractions,
     dimensions_of,
     is_elementwise,
     sizes,
 )
 from spp_fx.graph.program import GATES, ROUTES
+from spp_fx.graph.rewrite import reach
 
 aten = torch.ops.aten
 
-# Contraction -> position of an operand -> its dimension that is contracted, and the position of the other operand.
-CONTRACTED: dict[object, dict[int, tuple[int, int]]] = {
-    aten.linear.default: {0: (-1, 1)},
-    aten.addmm.default: {1: (-1, 2), 2: (-2, 1)},
-    **{op.default: {0: (-1, 1), 1: (-2, 0)} for op in (aten.mm, aten.matmul, aten.bmm, aten._grouped_mm)},
-    aten.baddbmm.default: {1: (-1, 2), 2: (-2, 1)},
-}
 MIXES = (
     aten.einsum.default,
     aten.scaled_dot_product_attention.default,
@@ -64,10 +56,10 @@ SCATTERS = (
 GROUPS = (*SORTS, aten.histc.default, aten.bincount.default, aten.one_hot.default)
 """Ops that group tokens by the indices of their experts."""
 SCALES = (aten.mul.Tensor, aten.mul_.Tensor, aten.div.Tensor, aten.div_.Tensor)
-MOVES = (
-    *(*RESHAPES, *SWAPS, *KEEPS, *CASTS, *EXPANDS),
-    *(aten.clone.default, aten.type_as.default, aten.to.device, aten.to.other, aten.dropout.default),
+CARRIES = (
+    *(*MOVES, aten.clone.default, aten.type_as.default, aten.to.device, aten.to.other, aten.dropout.default),
 )
+"""Ops whose result stands for their first operand."""
 
 
 def role(flow: Flow, results: list[Value]) -> str | None:
@@ -93,7 +85,7 @@ def _routes(flow: Flow, result: Value) -> bool:
     seen: dict[tuple[Value, bool], frozenset[int]] = {}
     waiting = deque([(result, frozenset({-1}), False)])
     choices: list[Value] = []
-    contracted = False
+    contracted, products = False, contractions()
     while waiting:
         value, dims, chosen = waiting.popleft()
         known = seen.get((value, chosen), frozenset())
@@ -103,7 +95,7 @@ def _routes(flow: Flow, result: Value) -> bool:
         for read in flow.readers(value):
             if read.node.op == "output" or read.node.target in MIXES:
                 continue
-            if read.node.target in _contractions():
+            if read.node.target in products:
                 if _contracts(flow, read, dims):
                     if not chosen:
                         return False
@@ -132,21 +124,17 @@ def _is_indices(read: Read) -> bool:
     return bool(node.args[1])
 
 
-def _contractions() -> dict[object, dict[int, tuple[int, int]]]:
-    """CONTRACTED, with transformers' own grouped product where it is registered."""
-    library = getattr(torch.ops, "transformers", None)
-    fallback = getattr(library, "grouped_mm_fallback", None)
-    return CONTRACTED | ({fallback.default: {0: (-1, 1)}} if fallback is not None else {})
-
-
 def _contracts(flow: Flow, read: Read, dims: frozenset[int]) -> bool:
     """Whether a contraction sums along `dims` against a weight."""
-    for position, (dim, other) in _contractions()[read.node.target].items():
-        if position < len(read.node.args) and read.node.args[position] is read.operand:
-            weight = read.node.args[other]
-            if isinstance(weight, fx.Node) and flow.constant(read.other(weight)) and dim in dims:
-                return True
-    return False
+    summed = contractions()[read.node.target]
+    operands = [read.node.args[position] for position in summed]
+    return any(
+        operand is read.operand
+        and dim in dims
+        and isinstance(other, fx.Node)
+        and flow.constant(read.other(other))
+        for operand, other, dim in zip(operands, reversed(operands), summed.values(), strict=True)
+    )
 
 
 def _chooses(flow: Flow, read: Read, dims: frozenset[int]) -> bool:
@@ -165,43 +153,38 @@ def _chooses(flow: Flow, read: Read, dims: frozenset[int]) -> bool:
 
 
 def _sorts(flow: Flow, index: Value) -> bool:
-    """Whether indices, such as a table of experts by token gives, group the tokens or look weights up."""
-    waiting, seen = flow.sources(index), set[Value]()
-    while waiting:
-        value = waiting.pop()
-        if value in seen:
-            continue
-        seen.add(value)
-        if value.node.target in MOVES and isinstance(value.node.args[0], fx.Node):
-            waiting += flow.sources(value.beside(value.node.args[0]))
-        for read in flow.readers(value):
-            if read.node.target in MOVES:
-                waiting.append(read.result)
-            elif read.node.target in GROUPS or (
-                read.node.target is aten.index.Tensor and read.node.args[0] is not read.operand
-            ):
-                return True
-    return False
+    """Whether indices, such as those that a table of experts by token gives, group the tokens or look weights up."""
+
+    def onward(value: Value) -> Iterator[Value]:
+        if value.node.target in CARRIES and isinstance(value.node.args[0], fx.Node):
+            yield from flow.sources(value.beside(value.node.args[0]))
+        yield from (read.result for read in flow.readers(value) if read.node.target in CARRIES)
+
+    return any(
+        read.node.target in GROUPS
+        or (read.node.target is aten.index.Tensor and read.node.args[0] is not read.operand)
+        for value in reach(flow.sources(index), onward)
+        for read in flow.readers(value)
+    )
 
 
 def _indexes(flow: Flow, choice: Value) -> bool:
     """Whether the indices of a choice are used for more than to pick or value the chosen values themselves."""
+    indices = [choice] if choice.node.target in INDEX_OF_LARGEST else []
     if choice.node.target in (*SORTS, *LARGEST):
-        waiting = [choice.beside(u) for u in choice.node.users if u.args[1] == 1]
-    else:
-        waiting = [choice] if choice.node.target in INDEX_OF_LARGEST else []
-    seen: set[Value] = set()
-    while waiting:
-        value = waiting.pop()
-        if value in seen:
-            continue
-        seen.add(value)
-        for read in flow.readers(value):
-            if read.node.target in MOVES or read.node.target is operator.getitem:
-                waiting.append(read.result)
-            elif read.node.target not in SCATTERS and read.node.target is not aten.gather.default:
-                return True
-    return False
+        indices = [choice.beside(user) for user in choice.node.users if user.args[1] == 1]
+
+    def moves(read: Read) -> bool:
+        return read.node.target in CARRIES or read.node.target is operator.getitem
+
+    def onward(value: Value) -> Iterator[Value]:
+        return (read.result for read in flow.readers(value) if moves(read))
+
+    return any(
+        not moves(read) and read.node.target not in (*SCATTERS, aten.gather.default)
+        for value in reach(indices, onward)
+        for read in flow.readers(value)
+    )
 
 
 def _gates(flow: Flow, result: Value) -> bool:
@@ -213,7 +196,7 @@ def _gates(flow: Flow, result: Value) -> bool:
             if not isinstance(read.node.meta.get("val"), torch.Tensor | list | tuple):
                 if read.node.op == "output":
                     return False
-            elif not is_elementwise(read.node) and read.node.target not in (*MOVES, *PARTS):
+            elif not is_elementwise(read.node) and read.node.target not in (*CARRIES, *PARTS):
                 return False
             else:
                 mixed.append(read)
@@ -227,7 +210,7 @@ def _gates(flow: Flow, result: Value) -> bool:
 
 def _others(flow: Flow, read: Read, derived: set[Value]) -> list[fx.Node]:
     """Operands of an op that are neither constants nor made of a value in `derived`."""
-    if read.node.target in MOVES:
+    if read.node.target in CARRIES:
         return []
     own = {(value.path, value.node) for value in derived}
     return [

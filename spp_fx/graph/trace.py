@@ -25,12 +25,14 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import PreTrainedModel
 
 from spp_fx.errors import SppFxError, UsageError
+from spp_fx.graph.flow import argument
 from spp_fx.graph.model import CAUSAL, load_model
 from spp_fx.graph.program import Program
+from spp_fx.graph.rewrite import Graph, call, training_flag
 from spp_fx.graph.untouched import untouched
 from spp_fx.version import release
 
-# Local names that generated code cannot use: its own `self`, what Python has, and the globals that fx gives it.
+# Local names that generated code cannot use: `self`, Python's own, and the globals that fx defines.
 _TAKEN = {"self", *keyword.kwlist, *dir(builtins)} | {
     *("torch", "device", "inf", "nan", "NoneType", "pytree", "fx_pytree")
 }
@@ -38,12 +40,11 @@ _KEYWORD_ATTRIBUTE = re.compile(rf"(?<=[\w)])\.({'|'.join(keyword.kwlist)})\b")
 
 
 def spell(graph: fx.Graph) -> fx.Graph:
-    """Rename nodes that are called what generated code cannot call them; the graph itself is returned.
+    """Rename nodes whose names generated code cannot use, and return the graph.
 
-    A module called `self` (RoBERTa's attention) makes a node of that name, and `self = self.self(x)` is the
-    last that the generated code sees of its module. Names of modules and parameters stay: those that are
-    Python keywords, which a ModuleDict allows, are read by `__getattr__`. A pickled graph is traced again
-    from its code where it is read, and spelt again there.
+    A module called `self` (RoBERTa's attention) makes a node of that name, and `self = self.self(x)` hides the
+    module from the code after it. Names of modules and parameters stay: those that are Python keywords, which a
+    ModuleDict allows, are read by `__getattr__`. Unpickling traces the generated code, and calls this again.
     """
     for node in graph.nodes:
         if node.name in _TAKEN:
@@ -71,7 +72,7 @@ _KEPT = {*dir(fx.GraphModule(nn.Module(), fx.Graph())), "graph_module", "arg_nam
 
 
 def refuse_names(model: nn.Module) -> None:
-    """SppFxError if a module, parameter or buffer is called as an attribute of every graph module is."""
+    """SppFxError if a module, parameter or buffer has the name of an attribute of every graph module."""
     for path, module in model.named_modules():
         for name in (*module._modules, *module._parameters, *module._buffers):
             if name in _KEPT:
@@ -85,10 +86,9 @@ _HIDDEN = "__is_a_keyword"
 
 
 def hide_keywords(exported: ExportedProgram) -> None:
-    """Rename, in an exported program, modules and parameters that are called as keywords of Python are.
+    """Rename modules and parameters of an exported program whose names are Python keywords; `shown` undoes it.
 
-    torch.export.unflatten generates code at once, and that of `self.in(x)` is not valid. `shown` gives the
-    names back.
+    torch.export.unflatten generates code, and `self.in(x)` is not valid.
     """
     names = {part for name in exported.state_dict for part in name.split(".")}
     for node in exported.graph.nodes:
@@ -115,13 +115,15 @@ def _hidden(path: str) -> str:
 
 
 def shown(path: str) -> str:
-    """A path of the model, of one that `hide_keywords` may have renamed."""
+    """The model's own path for one that `hide_keywords` may have renamed."""
     return path.replace(_HIDDEN, "")
 
 
 aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default
 DROPOUT = aten.dropout.default
+# Ops that drop -> the name of their probability.
+_PROBABILITIES: dict[object, str] = {ATTENTION: "dropout_p", DROPOUT: "p"}
 GUARDS = (aten._assert_tensor_metadata.default,)
 EXPORT_ERRORS = (
     RuntimeError,
@@ -135,7 +137,7 @@ EXPORT_ERRORS = (
     ImportError,
     SyntaxError,
 )
-"""What torch.export, the code of a model that it runs, and generated code raise."""
+"""What torch.export, the model's code that it runs, and generated code raise."""
 
 
 def trace(model: PreTrainedModel | str | Path) -> Program:
@@ -162,7 +164,6 @@ def trace(model: PreTrainedModel | str | Path) -> Program:
     exported = _export(model, training=False)
     _training_dropout(model, exported)
     root = _tree(exported, model)
-    _open_dropout(root)
     program = Program(root, model.config, model.loss_function, tied_parameters(model), head_of(model))
     program.loss_type = model.loss_type
     _rehearse(program, model)
@@ -191,20 +192,19 @@ def _export(model: PreTrainedModel, *, training: bool) -> ExportedProgram:
     if release(torch.__version__) < (2, 13):
         # Torch 2.11 wants guards on strides proven for every value of a named size, and cannot.
         dynamic = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
-    with untouched(model):
-        model.train(training)
-        exported = export_as(model, forward, (ids, torch.ones_like(ids)), (dynamic, dict(dynamic)))
+    shapes = (dynamic, dict(dynamic))
+    exported = export_as(model, forward, (ids, torch.ones_like(ids)), shapes, training=training)
     _refuse_bounds(model, exported)
     return exported
 
 
 def _refuse_bounds(model: PreTrainedModel, exported: ExportedProgram) -> None:
-    """A size that is bounded is a branch of the model's code taken for good, which other inputs would not take."""
+    """A bounded size means that the model's code branched on it, and the graph has only the branch of the example."""
     for symbol, sizes in exported.range_constraints.items():
         if sizes.upper < sys.maxsize - 1 or sizes.lower > 2:  # export keeps off 0 and 1 by itself
             raise SppFxError(
-                f"{type(model).__name__} cannot be traced: its code takes one way for batches or sequences of some "
-                f"sizes and another for the rest ({symbol} lies in {sizes.lower}..{sizes.upper})"
+                f"{type(model).__name__} cannot be traced: its code branches on the batch size or the sequence "
+                f"length ({symbol} lies in {sizes.lower}..{sizes.upper})"
             )
 
 
@@ -213,21 +213,26 @@ def export_as(
     forward: Callable[..., Any],
     args: tuple[Any, ...],
     dynamic_shapes: tuple[Any, ...],
+    *,
+    training: bool | None = None,
 ) -> ExportedProgram:
     """Export (non-strict) another signature of a model; names are the model's own, and it is left as it was.
 
     Args:
-        model: in the mode that is to be exported; on the meta device, or with weights that are never read.
+        model: on the meta device, or with weights that are never read.
         forward: stands in for the model's own while it is exported.
         args, dynamic_shapes: as torch.export takes them.
+        training: the mode to export; None for the model's own.
 
     Raises:
         SppFxError: the model cannot be exported; carries torch.export's reason.
     """
     try:
         with untouched(model), _quiet(), torch.no_grad():
+            if training is not None:
+                model.train(training)
             _make_experts_exportable(model)
-            model.forward = forward  # type: ignore[method-assign]
+            vars(model)["forward"] = forward
             return torch.export.export(model, args, dynamic_shapes=dynamic_shapes, strict=False)
     except EXPORT_ERRORS as error:
         raise SppFxError(
@@ -237,7 +242,7 @@ def export_as(
 
 @contextmanager
 def _quiet() -> Generator[None, None, None]:
-    """Keep what torch logs, warns of and prints (whole graphs) off the screen; TORCH_LOGS asks for it."""
+    """Silence torch's logs, warnings and printed graphs, unless TORCH_LOGS is set."""
     if "TORCH_LOGS" in os.environ:
         yield
         return
@@ -259,7 +264,7 @@ def _drop(_: logging.LogRecord) -> bool:
     return False
 
 
-# Lines of torch.export's messages that tell how to debug torch, or repeat what the others say.
+# Lines of torch.export's messages that explain how to debug torch, or repeat other lines.
 _ADVICE = re.compile(
     r"For (more|extended|C\+\+)|If you suspect|The error above|consider using data-dependent|Consider annotating"
     r"|Caused by:|The following call raised|User (code|stack)|\(snipped|Traceback|from user code|To fix the error"
@@ -270,7 +275,7 @@ _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in \S+')
 
 
 def _reason(error: BaseException) -> str:
-    """What an error of torch.export says: the reason, the suggested fix and the model's line, in one line."""
+    """The reason, the suggested fix and the model's line from an error of torch.export, in one line."""
     said: list[str] = []
     where = ""
     lines = iter(str(error).splitlines())
@@ -308,7 +313,7 @@ def _make_experts_exportable(model: PreTrainedModel) -> None:
 def _training_dropout(model: PreTrainedModel, exported: ExportedProgram) -> None:
     """Write into the exported graph the dropout probabilities that the model has while training.
 
-    Export in eval mode bakes attention dropout in as 0. A second export in training mode tells the
+    Export in eval mode bakes attention dropout in as 0. A second export, in training mode, has the
     probabilities; everything else is taken from the first, which is the model's own eval path.
     """
     if not _has_dropout(model.config.to_dict()):
@@ -321,11 +326,7 @@ def _training_dropout(model: PreTrainedModel, exported: ExportedProgram) -> None
             "cannot; set its dropout options to 0 in config.json"
         )
     for (_, node), (_, source) in zip(own, theirs, strict=True):
-        if node.target == ATTENTION:
-            node.args = (*node.args[:3], _attention_argument(node, 3), _attention_argument(source, 4))
-            node.kwargs = {k: v for k, v in node.kwargs.items() if k not in ("attn_mask", "dropout_p")}
-        else:
-            node.args = (node.args[0], source.args[1], False)
+        _set_dropout(node, argument(source, _PROBABILITIES[node.target]), training=False)
 
 
 def _has_dropout(config: dict[str, Any]) -> bool:
@@ -342,41 +343,31 @@ def _dropouts(exported: ExportedProgram) -> list[tuple[tuple[str, str], fx.Node]
     return [
         ((str(node.target), str(list(node.meta.get("nn_module_stack", {}).values())[-1:])), node)
         for node in exported.graph.nodes
-        if node.target in (ATTENTION, DROPOUT)
+        if node.target in _PROBABILITIES
     ]
 
 
-def _attention_argument(node: fx.Node, position: int) -> Any:
-    """Positional or keyword argument of scaled_dot_product_attention: 3 attn_mask, 4 dropout_p, 5 is_causal."""
-    name, default = {3: ("attn_mask", None), 4: ("dropout_p", 0.0), 5: ("is_causal", False)}[position]
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+def _set_dropout(node: fx.Node, p: Any, *, training: Any) -> None:
+    if node.target == ATTENTION:
+        options = {k: v for k, v in node.kwargs.items() if k not in ("attn_mask", "dropout_p")}
+        node.args = (*node.args[:3], argument(node, "attn_mask"), p, *node.args[5:])
+        node.kwargs = options
+    else:
+        node.args = (node.args[0], p, training)
 
 
-def _open_dropout(root: fx.GraphModule) -> None:
-    """Make dropout follow the `training` flag of the graph module that holds it."""
-    for module in root.modules():
-        if not isinstance(module, fx.GraphModule):
-            continue
-        for node in list(module.graph.nodes):
-            if node.target not in (ATTENTION, DROPOUT):
-                continue
-            position = 4 if node.target == ATTENTION else 1
-            p = _attention_argument(node, 4) if node.target == ATTENTION else node.args[1]
-            if p == 0:
-                continue
-            with module.graph.inserting_before(node):
-                training = module.graph.create_node("get_attr", "training")
-                if node.target == ATTENTION:
-                    p = module.graph.call_function(operator.mul, (p, training))
-            if node.target == DROPOUT:
-                node.args = (node.args[0], p, training)
-            else:
-                node.args = (*node.args[:position], p, *node.args[position + 1 :])
-        module.recompile()
+def _open_dropout(graph: fx.Graph) -> None:
+    """Make dropout follow the `training` flag of the graph module."""
+    for node in list(graph.nodes):
+        if node.target in _PROBABILITIES and (p := argument(node, _PROBABILITIES[node.target])) != 0:
+            with graph.inserting_before(node):
+                training = training_flag(graph)
+                share = call(graph, operator.mul, p, training) if node.target == ATTENTION else p
+            _set_dropout(node, share, training=training)
 
 
 def _tree(exported: ExportedProgram, model: PreTrainedModel) -> fx.GraphModule:
-    """Unflatten without copying a weight: on meta tensors, which the model's own then replace."""
+    """Unflatten without copying a weight: with meta tensors, which the model's tensors then replace."""
     metas: dict[int, Tensor] = {}
     for name, tensor in exported.state_dict.items():
         meta = tensor.detach().to("meta")
@@ -391,7 +382,7 @@ def _tree(exported: ExportedProgram, model: PreTrainedModel) -> fx.GraphModule:
         raise SppFxError(
             f"{type(model).__name__} cannot be traced: torch.export.unflatten says: {_reason(error)}"
         ) from error
-    root = _with_generated_code(tree)
+    root = cast(fx.GraphModule, _with_generated_code(tree))
     stored = model.state_dict().keys()
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(
         model.named_buffers(remove_duplicate=False)
@@ -399,11 +390,10 @@ def _tree(exported: ExportedProgram, model: PreTrainedModel) -> fx.GraphModule:
     for path, module in root.named_modules():
         # A module called n times stands n times in the tree, as name, name@1, ...
         prefix = re.sub(r"@\d+", "", path)
-        for table in (module._parameters, module._buffers):
+        _, *tables = _tables(module)
+        for table in tables:
             for name in table:
-                full = f"{prefix}.{name}".lstrip(".")
-                if full in own:
-                    table[name] = own[full]  # type: ignore[assignment]
+                table[name] = own.get(f"{prefix}.{name}".lstrip("."), table[name])
         # Buffers that the model computes and does not store stay out of the program's state as well.
         module._non_persistent_buffers_set = {
             n for n in module._buffers if f"{prefix}.{n}".lstrip(".") not in stored
@@ -411,8 +401,8 @@ def _tree(exported: ExportedProgram, model: PreTrainedModel) -> fx.GraphModule:
     return root
 
 
-def _with_generated_code(module: nn.Module) -> fx.GraphModule:
-    """An unflattened tree, whose modules interpret their graphs, as graph modules that run generated code."""
+def _with_generated_code(module: nn.Module) -> nn.Module:
+    """An unflattened tree, whose modules interpret their graphs, as graph modules with generated code."""
     tables = _tables(module)
     for table in tables:
         for name in list(table):
@@ -422,12 +412,13 @@ def _with_generated_code(module: nn.Module) -> fx.GraphModule:
             module._modules[name] = _with_generated_code(child)
     graph = getattr(module, "graph", None)
     if graph is None:
-        return module  # type: ignore[return-value]
+        return module
     for node in list(graph.nodes):
         if node.target in GUARDS:
             graph.erase_node(node)
         elif node.op in ("call_module", "get_attr"):
             node.target = shown(node.target)
+    _open_dropout(graph)
     spell(graph)
     if isinstance(module, fx.GraphModule):  # the body of a higher-order operator
         module.recompile()
@@ -435,7 +426,7 @@ def _with_generated_code(module: nn.Module) -> fx.GraphModule:
     for node in graph.nodes:
         if node.op == "output" and isinstance(node.args[0], tuple) and len(node.args[0]) == 1:
             node.args = (node.args[0][0],)
-    result = fx.GraphModule(module, graph, class_name="Graph")
+    result = Graph(module, graph, class_name="Graph")
     # GraphModule takes only what its graph names; containers and unused parameters belong to the tree too.
     for own, theirs in zip(_tables(result), tables, strict=True):
         own.update(theirs)
@@ -447,7 +438,7 @@ def _tables(module: nn.Module) -> list[dict[str, Any]]:
 
 
 def _rehearse(program: Program, model: PreTrainedModel) -> None:
-    """Run a program once in each mode that differs, on stand-ins for tensors: no memory, no arithmetic.
+    """Run a program once in each mode that differs, on fake tensors: no memory, no arithmetic.
 
     Raises:
         SppFxError: the generated code does not run, or makes no logits for each token.

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from spp_fx.graph.program import Program
+from spp_fx.options import check_values
 from spp_fx.registry import Registry, naming
 
 
@@ -31,6 +32,9 @@ class Pass(ABC):
 
     name: ClassVar[str]
 
+    def __post_init__(self) -> None:
+        check_values(self, self.name)
+
     def requires(self, program: Program) -> None:  # noqa: B027 - most passes take any program
         """Raise PreconditionError unless the program is fit for this pass."""
 
@@ -44,8 +48,3 @@ class Pass(ABC):
 
 PASSES = Registry[type[Pass]]("pass", "spp_fx.passes")
 register = naming(PASSES)
-
-
-def find_pass(name: str) -> type[Pass]:
-    """A pass by name; UsageError lists what is known."""
-    return PASSES.find(name)

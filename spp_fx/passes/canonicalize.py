@@ -23,38 +23,29 @@ from torch import fx, nn
 from spp_fx.errors import PostconditionError, PreconditionError
 from spp_fx.graph.flow import (
     CASTS,
-    EXPANDS,
     KEEPS,
     LOOKUPS,
+    MOVES,
     PARTS,
     REDUCTIONS,
-    RESHAPES,
     SUMS,
     SWAPS,
     Flow,
     Read,
     Value,
+    contractions,
     dimensions_of,
     is_elementwise,
+    permutation,
     sizes,
 )
 from spp_fx.graph.program import ROUTES, SITE, Kind, LeftOut, Program, child_path
+from spp_fx.graph.rewrite import call, reach, replace_by_call
 from spp_fx.graph.roles import SCALES, role
 from spp_fx.passes.base import Pass, PassReport, register
 
 aten = torch.ops.aten
 
-# Contraction -> position of the weight -> does it contract the weight's last dimension?
-MATRIX: dict[object, dict[int, bool]] = {
-    aten.linear.default: {1: True},
-    aten.addmm.default: {2: False},
-    aten.mm.default: {1: False},
-    aten.matmul.default: {1: False},
-}
-STACK: dict[object, dict[int, bool]] = {
-    aten.bmm.default: {0: True, 1: False},
-    aten._grouped_mm.default: {1: False},
-}
 KINDS: dict[object, Kind] = {
     aten.linear.default: "linear",
     aten.addmm.default: "conv1d",
@@ -103,7 +94,7 @@ class Canonicalize(Pass):
     def apply(self, program: Program) -> PassReport:
         report = PassReport()
         flow = Flow(program)
-        values = _parameter_values(program)
+        values = _parameter_values(flow)
         embedded = {name for name, each in values.items() if any(_is_embedded(flow, p) for p in each)}
         found: dict[str, list[Contraction]] = {}
         left_out: dict[str, LeftOut] = {}
@@ -123,26 +114,21 @@ class Canonicalize(Pass):
                 role=None if kind == "experts" else role(flow, results),
             )  # fmt: skip
             report.changed[name] = f"{site.kind} {'x'.join(map(str, site.shape))}"
+        changed: set[fx.GraphModule] = set()
         for name, uses in found.items():
-            for contraction in uses:
-                _rewrite(flow.graph(contraction.value), contraction, name)
+            for use in uses:
+                if _rewrite(use, name):
+                    changed.add(flow.graph(use.value))
+        for module in changed:
+            module.recompile()
         program.left_out = _with_aliases(program, left_out)
         report.skipped.update((name, why.reason) for name, why in program.left_out.items())
-        for _, module in program.graphs():
-            module.recompile()
         return report
 
     def ensures(self, program: Program) -> None:
         unmarked = set(program.sites) - set(program.uses())
         if unmarked:
             raise PostconditionError(f"canonicalize: no node is marked for {', '.join(sorted(unmarked))}")
-
-
-def stack_contractions() -> dict[object, dict[int, bool]]:
-    """Contractions of stacks, with transformers' own grouped product where it is registered."""
-    library = getattr(torch.ops, "transformers", None)
-    fallback = getattr(library, "grouped_mm_fallback", None)
-    return STACK | ({fallback.default: {1: False}} if fallback is not None else {})
 
 
 def _matrices(program: Program) -> dict[str, nn.Parameter]:
@@ -154,12 +140,12 @@ def _matrices(program: Program) -> dict[str, nn.Parameter]:
     }
 
 
-def _parameter_values(program: Program) -> dict[str, list[Value]]:
+def _parameter_values(flow: Flow) -> dict[str, list[Value]]:
     """The nodes that read each parameter."""
     found: dict[str, list[Value]] = {}
-    for path, module in program.graphs():
-        for node in module.graph.find_nodes(op="get_attr"):
-            found.setdefault(_name(child_path(path, node)), []).append(Value(path, node))
+    for value in flow.nodes():
+        if value.node.op == "get_attr":
+            found.setdefault(_name(child_path(value.path, value.node)), []).append(value)
     return found
 
 
@@ -204,15 +190,14 @@ def _follow(read: Read, weight: nn.Parameter) -> Contraction | str | None:
 
     None if what uses the weight is none of these ops.
     """
-    contractions = MATRIX if weight.ndim == 2 else stack_contractions()
     source, user = read.operand, read.node
     if source.op != "get_attr":
         return f"is used by {user.target} in a module that does not own it"
     chain: list[fx.Node] = []
     swapped = False
-    while user.target not in contractions:
+    while (summed := _weight_operands(user, weight.ndim)) is None:
         if user.target in SWAPS:
-            if not _swaps_last_two(user, weight.ndim):
+            if permutation(user, weight.ndim) != [*range(weight.ndim - 2), weight.ndim - 1, weight.ndim - 2]:
                 return f"passes through {user.target}, which does not transpose its last two dimensions"
             swapped = not swapped
         elif user.target not in (*KEEPS, *CASTS) and not (weight.ndim == 3 and user.target in GATHERS):
@@ -222,14 +207,21 @@ def _follow(read: Read, weight: nn.Parameter) -> Contraction | str | None:
             return f"the result of {user.target} on it is used {len(user.users)} times"
         source, user = user, next(iter(user.users))
     positions = [i for i, argument in enumerate(user.args) if argument is source]
-    if len(positions) != 1 or positions[0] not in contractions[user.target]:
+    if len(positions) != 1 or positions[0] not in summed:
         return f"is an operand of {user.target} where no weight is expected"
     if user.target is aten.addmm.default and user.kwargs:
         return "is used by an addmm with factors"
-    last = contractions[user.target][positions[0]]
-    return Contraction(
-        Value(read.result.path, user), positions[0], transposed=last == swapped, chain=tuple(chain)
-    )
+    transposed = (summed[positions[0]] == -1) == swapped
+    return Contraction(Value(read.result.path, user), positions[0], transposed, tuple(chain))
+
+
+def _weight_operands(node: fx.Node, ndim: int) -> dict[int, int] | None:
+    """Which operands of a contraction may be a weight of so many dimensions, and the dimension that is summed."""
+    summed = contractions().get(node.target)
+    if summed is None or (node.target in KINDS) != (ndim == 2) or node.target is aten.baddbmm.default:
+        return None
+    last = max(summed)
+    return summed if node.target is aten.bmm.default else {last: summed[last]}
 
 
 def _casts(link: fx.Node, weight: nn.Parameter) -> bool:
@@ -239,16 +231,12 @@ def _casts(link: fx.Node, weight: nn.Parameter) -> bool:
 
 def _results(flow: Flow, values: list[Value]) -> list[Read]:
     """The reads of a parameter, and of what is made of it and other constants alone, by ops that read other values."""
-    found: list[Read] = []
-    waiting, seen = list(values), set(values)
-    while waiting:
-        for read in flow.readers(waiting.pop()):
-            if not flow.constant(read.result):
-                found.append(read)
-            elif read.result not in seen:
-                seen.add(read.result)
-                waiting.append(read.result)
-    return found
+
+    def onward(value: Value) -> Iterator[Value]:
+        return (read.result for read in flow.readers(value) if flow.constant(read.result))
+
+    constants = reach(values, onward)
+    return [read for value in constants for read in flow.readers(value) if not flow.constant(read.result)]
 
 
 def _table(flow: Flow, values: list[Value]) -> LeftOut | None:
@@ -270,7 +258,7 @@ def _table(flow: Flow, values: list[Value]) -> LeftOut | None:
 def _moved(flow: Flow, value: Value) -> Iterator[Read]:
     """The ops that read a value, past those that only move it or cast it."""
     for read in flow.readers(value):
-        if read.node.target in (*RESHAPES, *SWAPS, *KEEPS, *CASTS, *EXPANDS):
+        if read.node.target in MOVES:
             yield from _moved(flow, read.result)
         else:
             yield read
@@ -312,7 +300,7 @@ def _is_summed(flow: Flow, read: Read) -> bool:
                 return True
             elif is_elementwise(each.node):
                 follow = linear or ((scaled or spread) and _is_alone(flow, each))
-            elif target in (*RESHAPES, *SWAPS, *KEEPS, *CASTS, *EXPANDS):
+            elif target in MOVES:
                 follow = True
             elif linear and target not in FOLLOWED:
                 return True
@@ -360,37 +348,25 @@ def _with_aliases(program: Program, left_out: dict[str, LeftOut]) -> dict[str, L
     return result
 
 
-def _swaps_last_two(node: fx.Node, ndim: int) -> bool:
-    if node.target is aten.transpose.int:
-        return {int(d) % ndim for d in node.args[1:3]} == {ndim - 2, ndim - 1}  # type: ignore[arg-type]
-    if node.target is aten.permute.default:
-        dims = [int(d) % ndim for d in node.args[1]]  # type: ignore[union-attr, arg-type]
-        return dims == [*range(ndim - 2), ndim - 1, ndim - 2]
-    return ndim == 2
-
-
 def _kind(contraction: Contraction) -> Kind:
     kind = KINDS.get(contraction.node.target, "experts")
     return "linear" if kind == "conv1d" and not contraction.transposed else kind
 
 
-def _rewrite(module: fx.GraphModule, contraction: Contraction, name: str) -> None:
-    """Replace a matrix contraction by aten.linear over the stored parameter; mark the node."""
-    node = contraction.node
-    if _kind(contraction) == "experts" or (node.target is aten.linear.default and not contraction.chain):
+def _rewrite(contraction: Contraction, name: str) -> bool:
+    """Mark the node of a contraction, or put aten.linear over the stored parameter in its place; whether it did."""
+    node, chain = contraction.node, contraction.chain
+    if _kind(contraction) == "experts" or (node.target is aten.linear.default and not chain):
         node.meta[SITE] = name
-        return
-    bias, x = (node.args[0], node.args[1]) if node.target is aten.addmm.default else (None, node.args[0])
-    if node.target is aten.linear.default:
-        bias = node.args[2] if len(node.args) > 2 else None
-    weight = contraction.chain[0].args[0] if contraction.chain else node.args[contraction.position]
-    with module.graph.inserting_before(node):
-        if contraction.transposed:
-            weight = module.graph.call_function(aten.t.default, (weight,))
-        arguments = (x, weight) if bias is None else (x, weight, bias)
-        linear = module.graph.call_function(aten.linear.default, arguments)  # type: ignore[arg-type]
-    linear.meta = dict(node.meta) | {SITE: name}
-    node.replace_all_uses_with(linear)
-    module.graph.erase_node(node)
-    for link in reversed(contraction.chain):
-        module.graph.erase_node(link)
+        return False
+    x, bias = node.args[0], None
+    if node.target is aten.addmm.default:
+        bias, x = node.args[:2]
+    elif node.target is aten.linear.default:
+        bias = (*node.args, None)[2]
+    weight = chain[0].args[0] if chain else node.args[contraction.position]
+    if contraction.transposed:
+        with node.graph.inserting_before(node):
+            weight = call(node.graph, aten.t.default, weight)
+    replace_by_call(node, aten.linear.default, x, weight, *([] if bias is None else [bias]), **{SITE: name})
+    return True

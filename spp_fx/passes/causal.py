@@ -6,15 +6,17 @@ own, which answers None for a batch whose mask is causal, and attention reads No
 """
 
 import operator
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 
 from spp_fx.errors import PostconditionError
-from spp_fx.graph.program import Program, Use, child_path, is_size, opaque
+from spp_fx.graph.flow import Flow, Read, Value
+from spp_fx.graph.program import Program, is_size, opaque
+from spp_fx.graph.rewrite import extract, reach, replace_node
 from spp_fx.graph.trace import ATTENTION
 from spp_fx.passes.base import Pass, PassReport, register
 
@@ -39,24 +41,30 @@ class Causal(Pass):
 
     def apply(self, program: Program) -> PassReport:
         report = PassReport()
-        callers = program.calls()
-        sources: dict[fx.Node, Use] = {}
-        for path, module in program.graphs():
-            for node in module.graph.find_nodes(op="call_function", target=ATTENTION):
-                if (mask := _mask(node)) is not None:
-                    source = _source(Use(path, module, mask), callers)
-                    sources.setdefault(source.node, source)
-        for source in sources.values():
-            readers = list(_readers(source))
-            reason = _obstacle(source, readers, callers)
-            if reason is not None:
-                report.skipped.update((use.path, reason) for use in readers if use.node.target == ATTENTION)
-                continue
-            _outline(source)
-            for use in readers:
-                use.node.target = attention
-                use.module.recompile()
-                report.changed[use.path] = "no mask where it is causal"
+        flow = Flow(program)
+        sources = {
+            source.node: source
+            for path, module in program.graphs()
+            for node in module.graph.find_nodes(op="call_function", target=ATTENTION)
+            if (mask := _mask(node)) is not None
+            for source in flow.sources(Value(path, mask))
+        }
+        reads = {node: list(flow.readers(source)) for node, source in sources.items()}
+        obstacles = {node: _obstacle(flow, source, reads[node]) for node, source in sources.items()}
+        changed: set[fx.GraphModule] = set()
+        for node, reason in obstacles.items():
+            for read in reads[node]:
+                if reason is None:
+                    read.node.target = attention
+                    changed.add(flow.graph(read.result))
+                    report.changed[read.result.path] = "no mask where it is causal"
+                elif read.node.target == ATTENTION:
+                    report.skipped[read.result.path] = reason
+            if reason is None:
+                _move_out(flow.graph(sources[node]), node)
+                changed.add(flow.graph(sources[node]))
+        for module in changed:
+            module.recompile()
         return report
 
     def ensures(self, program: Program) -> None:
@@ -126,85 +134,52 @@ def _mask(node: fx.Node) -> fx.Node | None:
     return mask if isinstance(mask, fx.Node) else None
 
 
-def _source(use: Use, callers: dict[str, list[Use]]) -> Use:
-    """The node that makes a value, found upwards through the arguments of module calls."""
-    while use.node.op == "placeholder" and use.path in callers:
-        caller = callers[use.path][-1]
-        position = use.module.graph.find_nodes(op="placeholder").index(use.node)
-        argument = caller.node.args[position] if caller.node.op == "call_module" else None
-        if not isinstance(argument, fx.Node):
-            return use
-        use = Use(caller.path, caller.module, argument)
-    return use
-
-
-def _readers(source: Use) -> Iterator[Use]:
-    """The nodes that read a value, found downwards through the arguments of module calls."""
-    for node in source.node.users:
-        child = source.module.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if not isinstance(child, fx.GraphModule):
-            yield Use(source.path, source.module, node)
-            continue
-        for placeholder, argument in zip(child.graph.find_nodes(op="placeholder"), node.args, strict=False):
-            if argument is source.node:
-                yield from _readers(Use(child_path(source.path, node), child, placeholder))
-
-
-def _obstacle(source: Use, readers: list[Use], callers: dict[str, list[Use]]) -> str | None:
+def _obstacle(flow: Flow, source: Value, reads: list[Read]) -> str | None:
     """Why a mask cannot be left out, or None."""
-    for use in readers:
-        if use.node.target != ATTENTION or _uses_as_more_than_mask(use.node):
-            return f"{use.node.name} in {use.path or 'the root'} reads the mask too"
+    for read in reads:
+        if read.node.target != ATTENTION or read.operand in read.node.args[:MASK_ARGUMENT]:
+            return f"{read.node.name} in {read.result.path or 'the root'} reads the mask too"
     nodes, inputs = _slice(source.node)
     for node in nodes:
         if node.op != "call_function" or _is_random(node):
             return f"the mask comes from {node.op} {node.target}"
-    write = _write_through_a_view(source, nodes)
+    write = _write_through_a_view(flow, [source.beside(node) for node in nodes])
     if write is not None:
         return f"{write.name} writes into what the mask is made of"
     if all(is_size(node) for node in inputs):
         return "the mask does not depend on the attention mask"
     for node in inputs:
-        origin = _source(Use(source.path, source.module, node), callers)
-        if not is_size(node) and not (origin.path == "" and origin.node.target == "attention_mask"):
-            return f"the mask depends on {origin.node.name}"
+        for origin in () if is_size(node) else flow.sources(source.beside(node)):
+            if origin.path != "" or origin.node.target != "attention_mask":
+                return f"the mask depends on {origin.node.name}"
     return None
-
-
-def _uses_as_more_than_mask(node: fx.Node) -> bool:
-    mask = _mask(node)
-    return mask is None or any(argument is mask for argument in node.args[:MASK_ARGUMENT])
 
 
 def _slice(source: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
     """The nodes that a value is made of, in order, and what enters them: placeholders and sizes."""
-    inside: set[fx.Node] = set()
-    inputs: dict[fx.Node, None] = {}
-    waiting = [source]
-    while waiting:
-        node = waiting.pop()
-        if node.op == "placeholder" or is_size(node):
-            inputs[node] = None
-        elif node not in inside:
-            inside.add(node)
-            waiting.extend(node.all_input_nodes)
-    return [node for node in source.graph.nodes if node in inside], list(inputs)
+
+    def enters(node: fx.Node) -> bool:
+        return node.op == "placeholder" or is_size(node)
+
+    reached = list(reach([source], lambda node: [] if enters(node) else node.all_input_nodes))
+    inside = {node for node in reached if not enters(node)}
+    return [node for node in source.graph.nodes if node in inside], [node for node in reached if enters(node)]
 
 
-def _write_through_a_view(source: Use, nodes: list[fx.Node]) -> fx.Node | None:
-    """An in-place operation on the values of a slice that is no part of it: the slice would lack it."""
-    inside, waiting = set(nodes), [Use(source.path, source.module, node) for node in nodes]
+def _write_through_a_view(flow: Flow, values: list[Value]) -> fx.Node | None:
+    """An in-place operation on the values of a slice that is not part of it: the slice would lack it."""
+    inside, waiting = {value.node for value in values}, list(values)
     while waiting:
-        for use in _readers(waiting.pop()):
-            schema = getattr(use.node.target, "_schema", None)
-            if use.node in inside or (schema is None and use.node.target is not operator.getitem):
+        for read in flow.readers(waiting.pop()):
+            schema = getattr(read.node.target, "_schema", None)
+            if read.node in inside or (schema is None and read.node.target is not operator.getitem):
                 continue
             if schema is not None and schema.is_mutable:
-                return use.node
+                return read.node
             # One of several results of a view is a view as well.
             if schema is None or any(result.alias_info is not None for result in schema.returns):
-                inside.add(use.node)
-                waiting.append(use)
+                inside.add(read.node)
+                waiting.append(read.result)
     return None
 
 
@@ -212,33 +187,17 @@ def _is_random(node: fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
-def _outline(source: Use) -> None:
+def _move_out(owner: fx.GraphModule, source: fx.Node) -> None:
     """Move the nodes of a mask into a module that runs them where they are needed."""
-    owner, graph = source.module, source.module.graph
-    nodes, inputs = _slice(source.node)
-    inner = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in inputs:
-        copies[node] = inner.placeholder(node.name)
-        copies[node].meta = dict(node.meta)
-    for node in nodes:
-        copies[node] = inner.node_copy(node, copies.__getitem__)
-    inner.output(copies[source.node])
+    nodes, inputs = _slice(source)
     position = next(i for i, node in enumerate(inputs) if not is_size(node))
     name = _free_name(owner, "causal_mask")
-    owner.add_module(name, MaskUnlessCausal(fx.GraphModule(nn.Module(), inner, class_name="Graph"), position))
-    with graph.inserting_after(source.node):
-        call = graph.call_module(name, tuple(inputs))
-    call.meta = dict(source.node.meta)
-    source.node.replace_all_uses_with(call)
-    for node in reversed(nodes):
-        if not node.users:
-            graph.erase_node(node)
-    owner.recompile()
+    owner.add_module(name, MaskUnlessCausal(extract(nodes, inputs, source), position))
+    with owner.graph.inserting_after(source):
+        call = owner.graph.call_module(name, tuple(inputs))
+    replace_node(source, call)
 
 
 def _free_name(owner: nn.Module, wanted: str) -> str:
-    name, number = wanted, 1
-    while hasattr(owner, name):
-        name, number = f"{wanted}_{number}", number + 1
-    return name
+    numbered = (f"{wanted}_{number}" if number else wanted for number in count())
+    return next(name for name in numbered if not hasattr(owner, name))

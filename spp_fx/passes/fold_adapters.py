@@ -9,9 +9,9 @@ from torch import Tensor, fx
 from spp_fx.adapters.fold import FoldCounts, Vanish, fold_matrix
 from spp_fx.adapters.method import Factors, Method
 from spp_fx.adapters.op import ops_of
-from spp_fx.errors import PostconditionError, PreconditionError, UsageError
-from spp_fx.graph.program import ADAPTER, Program, Site, Use, factor_attribute
-from spp_fx.graph.rewrite import VIEWS, ancestors, erase_unused, replace_node
+from spp_fx.errors import PostconditionError, PreconditionError
+from spp_fx.graph.program import ADAPTER, Program, Site, factor_attribute
+from spp_fx.graph.rewrite import VIEWS, erase_unused, reach, replace_by_call
 from spp_fx.passes.base import Pass, PassReport, register
 from spp_fx.passes.frozen_weights import unpack_site
 from spp_fx.passes.inject_adapters import dropout_of
@@ -29,13 +29,11 @@ class Fold(Pass):
     """
 
     name: ClassVar[str]
-    vanish: str = "keep"
+    vanish: Vanish = "keep"
 
     def requires(self, program: Program) -> None:
         if not program.adapters:
             raise PreconditionError("fold: the program has no adapters; run inject first")
-        if self.vanish not in ("keep", "error", "allow"):
-            raise UsageError(f"fold: vanish takes keep, error or allow, got '{self.vanish}'")
         if program.device.type == "meta":
             raise PreconditionError("fold: the program is on the meta device and has no weights")
 
@@ -49,7 +47,7 @@ class Fold(Pass):
         for name, method in program.adapters.items():
             counts = FoldCounts()
             factors = factors_of(program, name)
-            folded[name] = _fold(program, name, method, factors, cast(Vanish, self.vanish), counts)
+            folded[name] = _fold(program, name, method, factors, self.vanish, counts)
             report.changed[name] = f"{counts.changed} changed, {counts.vanished} vanished"
         for name, method in list(program.adapters.items()):
             target = program.canonical_weight(name).detach()
@@ -57,10 +55,13 @@ class Fold(Pass):
                 for matrix, value in zip(matrices(target), folded[name], strict=True):
                     matrix.copy_(value)
             for use in uses[name]:
-                _take_out(use, method, program.sites[name])
+                _take_out(use.node, method, program.sites[name])
             for module in {use.module for use in uses[name]}:
-                _drop_factors(module, method, program.sites[name])
+                for key in method.factors(program.sites[name].shape):
+                    delattr(module, factor_attribute(name.rpartition(".")[2], key))
             del program.adapters[name]
+        for module in {use.module for each in uses.values() for use in each}:
+            module.recompile()
         return report
 
     def ensures(self, program: Program) -> None:
@@ -97,9 +98,8 @@ def _fold(
     return result
 
 
-def _take_out(use: Use, method: Method, site: Site) -> None:
+def _take_out(node: fx.Node, method: Method, site: Site) -> None:
     """Put the plain nodes back in place of an adapter's, whatever it was lowered to."""
-    node, graph = use.node, use.module.graph
     if site.kind == "experts":
         _take_out_stack(node, method, site)
         return
@@ -111,11 +111,8 @@ def _take_out(use: Use, method: Method, site: Site) -> None:
     else:  # linear(x, effective weight, bias)
         x, effective, bias = (*node.args, None)[:3]
         weight = _canonical(cast(fx.Node, effective), method, site)
-    operands = (x, weight) if bias is None else (x, weight, bias)
-    with graph.inserting_before(node):
-        plain = graph.call_function(aten.linear.default, operands)  # type: ignore[arg-type]
-    replace_node(node, plain)
-    del plain.meta[ADAPTER]
+    del node.meta[ADAPTER]
+    replace_by_call(node, aten.linear.default, x, weight, *([] if bias is None else [bias]))
 
 
 def _take_out_stack(node: fx.Node, method: Method, site: Site) -> None:
@@ -125,24 +122,19 @@ def _take_out_stack(node: fx.Node, method: Method, site: Site) -> None:
         while total.target is not aten.add.Tensor or total.args[1] is not branch:
             branch, total = total, next(iter(total.users))
         total.replace_all_uses_with(cast(fx.Node, total.args[0]))
+        erase_unused(total)
         return
-    canonical = _canonical(node, method, site)
+    source = _canonical(node, method, site)
     if site.transposed:
-        node, canonical = next(iter(node.users)), cast(fx.Node, canonical.args[0])
-    node.replace_all_uses_with(canonical)
+        node, source = next(iter(node.users)), cast(fx.Node, source.args[0])
+    node.replace_all_uses_with(source)
+    erase_unused(node)
 
 
 def _canonical(made: fx.Node, method: Method, site: Site) -> fx.Node:
     """The frozen weight, as (..., out, in), that an effective weight is made from."""
     parameter = site.name.rpartition(".")[2]
     own = {factor_attribute(parameter, key) for key in method.factors(site.shape)}
-    (source,) = (each for each in ancestors(made) if each.op == "get_attr" and each.target not in own)
+    made_of = reach([made], lambda node: node.all_input_nodes)
+    (source,) = (each for each in made_of if each.op == "get_attr" and each.target not in own)
     return next(user for user in source.users if user.target in VIEWS) if site.transposed else source
-
-
-def _drop_factors(module: fx.GraphModule, method: Method, site: Site) -> None:
-    """Remove what only the adapters of a site used, nodes and parameters, from a module of which they are gone."""
-    erase_unused(module.graph)
-    for key in method.factors(site.shape):
-        delattr(module, factor_attribute(site.name.rpartition(".")[2], key))
-    module.recompile()

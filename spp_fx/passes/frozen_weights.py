@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from spp_fx.adapters.op import ops_of
+from spp_fx.adapters.op import MethodOps, ops_of
 from spp_fx.adapters.rows import PACKINGS, choose_packing
 from spp_fx.graph.program import ADAPTER, Program, Use
-from spp_fx.graph.rewrite import erase_unused, readers
+from spp_fx.graph.rewrite import call, change_call, readers
 
 aten = torch.ops.aten
 
@@ -30,21 +30,17 @@ def pack_site(
     tensors = {
         key: nn.Parameter(value, requires_grad=False) for key, value in PACKINGS[name].pack(weight).items()
     }
-    parameter = site.rpartition(".")[2]
+    parameter, target = site.rpartition(".")[2], _ops(program, site).packed[name]
     for use in uses:
-        node, graph, method = use.node, use.module.graph, program.adapters[site]
         for key, value in tensors.items():
             use.module.register_parameter(_packed(parameter, key), value)
-        with graph.inserting_before(node):
-            storage = [graph.get_attr(_packed(parameter, key)) for key in PACKINGS[name].tensors]
-        x, _, *rest = node.args
-        node.args = (x, *storage, *rest)
-        node.target = ops_of(method, program.sites[site].shape).packed[name]
-    for use in uses:
-        erase_unused(use.module.graph)
-        if parameter in use.module._parameters:
-            delattr(use.module, parameter)
-        use.module.recompile()
+        with use.module.graph.inserting_before(use.node):
+            storage = [use.module.graph.get_attr(_packed(parameter, key)) for key in PACKINGS[name].tensors]
+        x, _, *rest = use.node.args
+        change_call(use.node, target, x, *storage, *rest)
+    for module in {use.module for use in uses}:
+        delattr(module, parameter)
+        module.recompile()
     program.packings[site] = name
     return name, None
 
@@ -62,15 +58,17 @@ def unpack_site(program: Program, site: str) -> None:
         with graph.inserting_before(use.node):
             source = graph.get_attr(parameter)
             if info.transposed:
-                source = graph.call_function(aten.t.default, (source,))
+                source = call(graph, aten.t.default, source)
         x, *rest = use.node.args
-        use.node.args = (x, source, *rest[len(packing.tensors) :])
-        use.node.target = ops_of(program.adapters[site], info.shape).fused
+        change_call(use.node, _ops(program, site).fused, x, source, *rest[len(packing.tensors) :])
     for module in {use.module for use in uses}:
-        erase_unused(module.graph)
         for key in packing.tensors:
             delattr(module, _packed(parameter, key))
         module.recompile()
+
+
+def _ops(program: Program, site: str) -> MethodOps:
+    return ops_of(program.adapters[site], program.sites[site].shape)
 
 
 def weight_of(program: Program, site: str) -> Tensor:

@@ -1,9 +1,9 @@
 """inject: give every matched site an adapter."""
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import fx, nn
@@ -11,8 +11,8 @@ from torch import fx, nn
 from spp_fx.adapters.method import METHODS, Method, initial_factor
 from spp_fx.adapters.op import DROPOUT, DROPOUT_SEED, op_options, ops_of
 from spp_fx.errors import PostconditionError, PreconditionError, UsageError
-from spp_fx.graph.program import ADAPTER, SITE, Program, Use, factor_attribute
-from spp_fx.graph.rewrite import operand_chain, replace_node
+from spp_fx.graph.program import ADAPTER, Program, Site, Use, factor_attribute
+from spp_fx.graph.rewrite import call, operand_chain, replace_node, training_flag
 from spp_fx.options import choice
 from spp_fx.passes.base import Pass, PassReport, register
 from spp_fx.sparsity.scan import pack_mask
@@ -58,11 +58,11 @@ class Inject(Pass):
             if self.masks and weight.device.type != "meta":
                 program.masks[name] = pack_mask(weight.detach().cpu(), transposed=site.transposed)
             for use in uses[name]:
-                rewrite = _inject_stack if site.kind == "experts" else _inject_linear
-                rewrite(use, method, site.shape, name.rpartition(".")[2], factors, site.transposed)
-                use.module.recompile()
+                _inject(use, method, site, factors)
             program.adapters[name] = method
             report.changed[name] = ", ".join(f"{k} {'x'.join(map(str, s.shape))}" for k, s in specs.items())
+        for module in {use.module for name in taken for use in uses[name]}:
+            module.recompile()
         return report
 
     def ensures(self, program: Program) -> None:
@@ -99,81 +99,64 @@ def adaptable(
     return tuple(name for name in shapes if name not in skipped), skipped
 
 
-def _factor_nodes(use: Use, parameter: str, factors: dict[str, nn.Parameter]) -> list[fx.Node]:
-    nodes: list[fx.Node] = []
-    for key, value in factors.items():
-        attribute = factor_attribute(parameter, key)
-        use.module.register_parameter(attribute, value)
-        nodes.append(use.module.graph.get_attr(attribute))
-    return nodes
-
-
 def dropout_of(method: Method) -> float:
     """The probability on the adapter branch's input while training; 0 for a method without that option."""
     return getattr(method, "dropout", 0.0)
 
 
-def _dropout_nodes(graph: fx.Graph, method: Method) -> tuple[fx.Node | None, fx.Node | float]:
-    """The seed and probability of the branch's dropout: (None, 0.0) where there never is any."""
-    if dropout_of(method) == 0:
-        return None, 0.0
-    training = graph.create_node("get_attr", "training")
-    p = graph.call_function(operator.mul, (dropout_of(method), training))
-    return graph.call_function(DROPOUT_SEED, (p,)), p
+def _inject(use: Use, method: Method, site: Site, factors: Mapping[str, nn.Parameter]) -> None:
+    parameter = site.name.rpartition(".")[2]
+    attributes = [factor_attribute(parameter, key) for key in factors]
+    for attribute, value in zip(attributes, factors.values(), strict=True):
+        use.module.register_parameter(attribute, value)
+    rewrite = _inject_stack if site.kind == "experts" else _inject_linear
+    rewrite(use.node, method, site, attributes)
 
 
-def _inject_linear(
-    use: Use,
-    method: Method,
-    shape: tuple[int, ...],
-    parameter: str,
-    factors: dict[str, nn.Parameter],
-    transposed: bool,
-) -> None:
-    node, graph = use.node, use.module.graph
-    x, weight = node.args[:2]
-    bias = node.args[2] if len(node.args) > 2 else None
+def _inject_linear(node: fx.Node, method: Method, site: Site, attributes: Sequence[str]) -> None:
+    graph = node.graph
+    x, weight, bias = (*node.args, None)[:3]
     with graph.inserting_before(node):
-        nodes = _factor_nodes(use, parameter, factors)
-        seed, p = _dropout_nodes(graph, method)
-        arguments = (x, weight, *nodes, bias, seed, *op_options(method), p)
-        adapted = graph.call_function(ops_of(method, shape).linear, arguments)  # type: ignore[arg-type]
-    replace_node(node, adapted, **{ADAPTER: node.meta[SITE]})
+        factors = [graph.get_attr(attribute) for attribute in attributes]
+        seed, p = _dropout(graph, method)
+        linear = ops_of(method, site.shape).linear
+        adapted = call(graph, linear, x, weight, *factors, bias, seed, *op_options(method), p)
+    replace_node(node, adapted, **{ADAPTER: site.name})
 
 
-def _inject_stack(
-    use: Use,
-    method: Method,
-    shape: tuple[int, ...],
-    parameter: str,
-    factors: dict[str, nn.Parameter],
-    transposed: bool,
-) -> None:
+def _inject_stack(node: fx.Node, method: Method, site: Site, attributes: Sequence[str]) -> None:
     """Feed the contraction the effective weight; with dropout, add a second contraction for the branch."""
-    node, graph = use.node, use.module.graph
-    chain, position = operand_chain(node, parameter)
+    graph = node.graph
+    chain, position = operand_chain(node, site.name.rpartition(".")[2])
     source = chain[0]
     with graph.inserting_before(source.next):
-        nodes = _factor_nodes(use, parameter, factors)
-        seed, p = _dropout_nodes(graph, method)
-        canonical = graph.call_function(aten.transpose.int, (source, -2, -1)) if transposed else source
-        arguments = (canonical, *nodes, *op_options(method), 1.0 if seed is None else 0.0)
-        value = graph.call_function(ops_of(method, shape).weight, arguments)
-        stored = graph.call_function(aten.transpose.int, (value, -2, -1)) if transposed else value
-    value.meta = {ADAPTER: node.meta[SITE]}
+        factors = [graph.get_attr(attribute) for attribute in attributes]
+        seed, p = _dropout(graph, method)
+        canonical = call(graph, aten.transpose.int, source, -2, -1) if site.transposed else source
+        base = 1.0 if seed is None else 0.0
+        value = call(graph, ops_of(method, site.shape).weight, canonical, *factors, *op_options(method), base)
+        stored = call(graph, aten.transpose.int, value, -2, -1) if site.transposed else value
+    value.meta = {ADAPTER: site.name}
     if seed is None:
         reader = chain[1] if len(chain) > 1 else node
         source.replace_all_uses_with(stored, delete_user_cb=lambda user: user is reader)
         return
+    arguments = list(node.args)
     with graph.inserting_before(node):
-        replay: Any = stored
+        branch_weight = stored
         for link in chain[1:]:
-            replay = graph.call_function(link.target, (replay, *link.args[1:]), dict(link.kwargs))  # type: ignore[arg-type]
-        arguments = list(node.args)
-        arguments[position] = replay
-        x = 1 - position
-        arguments[x] = graph.call_function(DROPOUT, (arguments[x], seed, p))  # type: ignore[arg-type]
+            branch_weight = call(graph, link.target, branch_weight, *link.args[1:], **link.kwargs)
+        arguments[position] = branch_weight
+        arguments[1 - position] = call(graph, DROPOUT, arguments[1 - position], seed, p)
     with graph.inserting_before(node.next):
-        branch = graph.call_function(node.target, tuple(arguments), dict(node.kwargs))  # type: ignore[arg-type]
-        total = graph.call_function(aten.add.Tensor, (node, branch))
+        branch = call(graph, node.target, *arguments, **node.kwargs)
+        total = call(graph, aten.add.Tensor, node, branch)
     node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+
+
+def _dropout(graph: fx.Graph, method: Method) -> tuple[fx.Node | None, fx.Node | float]:
+    """The seed and probability of the branch's dropout: (None, 0.0) where there never is any."""
+    if dropout_of(method) == 0:
+        return None, 0.0
+    p = call(graph, operator.mul, dropout_of(method), training_flag(graph))
+    return call(graph, DROPOUT_SEED, p), p

@@ -1,7 +1,7 @@
 """lower: choose how adapter nodes are executed."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
@@ -9,13 +9,12 @@ from torch import Tensor, fx
 from spp_fx.adapters.method import Method
 from spp_fx.adapters.op import DROPOUT, MethodOps, ops_of
 from spp_fx.errors import PostconditionError, PreconditionError, UsageError
-from spp_fx.graph.program import ADAPTER, Program, Use
-from spp_fx.graph.rewrite import inline, replace_node
+from spp_fx.graph.program import ADAPTER, Program
+from spp_fx.graph.rewrite import call, change_call, inline, replace_node
 from spp_fx.passes.base import Pass, PassReport, register
 from spp_fx.passes.frozen_weights import pack_site
 
 aten = torch.ops.aten
-KERNELS = ("reference", "fused")
 
 
 @register("lower")
@@ -32,16 +31,12 @@ class Lower(Pass):
     """
 
     name: ClassVar[str]
-    kernel: str = "fused"
-    storage: str = "dense"
+    kernel: Literal["reference", "fused"] = "fused"
+    storage: Literal["dense", "packed"] = "dense"
 
     def requires(self, program: Program) -> None:
         if not program.adapters:
             raise PreconditionError("lower: the program has no adapters; run inject first")
-        if self.kernel not in KERNELS:
-            raise UsageError(f"lower: there is no kernel '{self.kernel}'; known: {', '.join(KERNELS)}")
-        if self.storage not in ("dense", "packed"):
-            raise UsageError(f"lower: storage takes dense or packed, got '{self.storage}'")
         if self.storage == "packed" and self.kernel != "fused":
             raise UsageError("lower: packed storage is unpacked by the fused kernel; give kernel=fused")
         if self.storage == "packed" and program.device.type == "meta":
@@ -53,13 +48,14 @@ class Lower(Pass):
         for name, method in program.adapters.items():
             ops = ops_of(method, program.sites[name].shape)
             for use in uses[name]:
-                report.changed[name] = _lower(use, method, ops, self.kernel)
-                use.module.recompile()
+                report.changed[name] = _lower(use.node, method, ops, self.kernel)
             if self.storage == "packed":
                 packed, reason = pack_site(program, name, uses[name])
                 report.changed[name] += f", {packed}" if packed else ", dense"
                 if reason:
                     report.skipped[name] = reason
+        for module in {use.module for each in uses.values() for use in each}:
+            module.recompile()
         return report
 
     def ensures(self, program: Program) -> None:
@@ -70,17 +66,15 @@ class Lower(Pass):
                 raise PostconditionError(f"lower: {name} is still abstract")
 
 
-def _lower(use: Use, method: Method, ops: MethodOps, kernel: str) -> str:
-    node = use.node
+def _lower(node: fx.Node, method: Method, ops: MethodOps, kernel: str) -> str:
     if node.target is ops.weight:
         if kernel == "fused":
             return "row blocks"
         _expand_weight(node, method, ops)
-        return kernel
-    if node.target is not ops.linear:
+    elif node.target is not ops.linear:
         raise PreconditionError(f"lower: {node.format_node()} is lowered already; start from inject")
-    if kernel == "fused":
-        node.target = ops.fused
+    elif kernel == "fused":
+        change_call(node, ops.fused, *node.args)
     else:
         _expand_linear(node, method, ops)
     return kernel
@@ -94,24 +88,25 @@ def _expand_linear(node: fx.Node, method: Method, ops: MethodOps) -> None:
     with graph.inserting_before(node):
         if seed is None:
             effective = _inline(graph, method, ops, [weight, *factors], base=1.0)
-            result = graph.call_function(aten.linear.default, (x, effective, bias))  # type: ignore[arg-type]
+            result = call(graph, aten.linear.default, x, effective, bias)
         else:
             update = _inline(graph, method, ops, [weight, *factors], base=0.0)
-            base = graph.call_function(aten.linear.default, (x, weight, bias))  # type: ignore[arg-type]
-            dropped = graph.call_function(DROPOUT, (x, seed, p))  # type: ignore[arg-type]
-            branch = graph.call_function(aten.linear.default, (dropped, update))
-            result = graph.call_function(aten.add.Tensor, (base, branch))
+            base = call(graph, aten.linear.default, x, weight, bias)
+            dropped = call(graph, DROPOUT, x, seed, p)
+            branch = call(graph, aten.linear.default, dropped, update)
+            result = call(graph, aten.add.Tensor, base, branch)
     replace_node(node, result)
 
 
 def _expand_weight(node: fx.Node, method: Method, ops: MethodOps) -> None:
+    weights: list[Any] = list(node.args[: 1 + len(ops.factors)])
+    base: Any = node.args[-1]
     with node.graph.inserting_before(node):
-        weights = list(node.args[: 1 + len(ops.factors)])
-        result = _inline(node.graph, method, ops, weights, base=float(node.args[-1]))  # type: ignore[arg-type]
+        result = _inline(node.graph, method, ops, weights, base)
     replace_node(node, result)
 
 
-def _inline(graph: fx.Graph, method: Method, ops: MethodOps, arguments: list[Any], base: float) -> fx.Node:
+def _inline(graph: fx.Graph, method: Method, ops: MethodOps, weights: list[Any], base: float) -> fx.Node:
     """The method's own definition as nodes: the effective weight, or for base 0 the update."""
 
     def definition(weight: Tensor, *values: Tensor) -> Tensor:
@@ -119,4 +114,4 @@ def _inline(graph: fx.Graph, method: Method, ops: MethodOps, arguments: list[Any
         result = method.effective_weight(weight, **named) if base else method.update(weight, **named)
         return result.to(weight.dtype)
 
-    return inline(graph, definition, arguments)
+    return inline(graph, definition, weights)

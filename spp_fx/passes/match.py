@@ -71,7 +71,7 @@ def _reason(site: Site, targets: Sequence[str]) -> str | None:
     if site.is_head:
         return "makes the logits; name it in the targets to take it"
     if site.layer is None:
-        return "outside of the decoder layers; name it in the targets to take it"
+        return "outside the decoder layers; name it in the targets to take it"
     if site.role is not None:
         return f"{site.role}; name it in the targets to take it"
     return None

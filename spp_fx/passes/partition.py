@@ -8,7 +8,8 @@ from torch import fx
 from torch.utils.checkpoint import checkpoint
 
 from spp_fx.errors import PostconditionError, PreconditionError
-from spp_fx.graph.program import Program, Use, opaque
+from spp_fx.graph.program import Program, opaque
+from spp_fx.graph.rewrite import replace_by_call
 from spp_fx.passes.base import Pass, PassReport, register
 
 
@@ -67,9 +68,10 @@ class Checkpoint(Pass):
         calls = program.calls()
         for path in program.units:
             for use in calls[path]:
-                _checkpoint(use)
-                use.module.recompile()
+                _checkpoint(use.node)
             report.changed[path] = "runs again in backward"
+        for module in {use.module for path in program.units for use in calls[path]}:
+            module.recompile()
         return report
 
 
@@ -81,16 +83,12 @@ def run_checkpointed(module: torch.nn.Module, *args: Any) -> Any:
     return module(*args)
 
 
-def _checkpoint(use: Use) -> None:
-    node, graph = use.node, use.module.graph
+def _checkpoint(node: fx.Node) -> None:
     if node.op != "call_module":
         raise PreconditionError(f"checkpoint: {node.target} is checkpointed already")
-    with graph.inserting_before(node):
-        module = graph.get_attr(str(node.target))
-        call = graph.call_function(run_checkpointed, (module, *node.args), dict(node.kwargs))
-    call.meta = dict(node.meta)
-    node.replace_all_uses_with(call)
-    graph.erase_node(node)
+    with node.graph.inserting_before(node):
+        module = node.graph.get_attr(str(node.target))
+    replace_by_call(node, run_checkpointed, module, *node.args, *node.kwargs.values())
 
 
 def _in_order(layer: str) -> list[tuple[int, str]]:

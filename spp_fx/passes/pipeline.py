@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
-from spp_fx.errors import PreconditionError, SppFxError, UsageError
+from spp_fx.errors import PreconditionError, UsageError
 from spp_fx.graph.program import Program
 from spp_fx.options import check_options, default_of, parse_values
-from spp_fx.passes.base import Pass, PassReport, find_pass
+from spp_fx.passes.base import PASSES, Pass, PassReport
 from spp_fx.registry import Registry
 
 ITEM = re.compile(r"\s*([a-z][a-z0-9_-]*)\s*(?:\{([^{}]*)\})?\s*(,|$)")
@@ -96,26 +96,22 @@ def run_pipeline(
 
 
 def _parse_pass(name: str, body: str) -> Pass:
-    cls, given = find_pass(name), _split(name, body)
+    cls, given = PASSES.find(name), _split(name, body)
     own = {field.name: field for field in fields(cls)}
     choice = next((field for field in own.values() if "choices" in field.metadata), None)
     others = {key: text for key, text in given.items() if key not in own}
+    if choice is None and others:
+        known = ", ".join(sorted(own)) or "none"
+        raise UsageError(f"{name}: unknown option '{next(iter(others))}'; known: {known}")
     try:
-        if choice is None and others:
-            raise UsageError(
-                f"{name}: unknown option '{next(iter(others))}'; known: {', '.join(sorted(own)) or 'none'}"
-            )
-        values = parse_values(
-            cls, {key: text for key, text in given.items() if own.get(key) not in (None, choice)}
-        )
+        texts = {key: text for key, text in given.items() if own.get(key) not in (None, choice)}
+        values = parse_values(cls, texts)
         if choice is not None:  # what is not an option of the pass is one of the method that was chosen
             registry: Registry[type[Any]] = choice.metadata["choices"]
             chosen: str = given[choice.name] if choice.name in given else default_of(choice).name
             check_options(registry, chosen, others)
             values[choice.name] = registry.find(chosen)(**parse_values(registry.find(chosen), others))
         return cls(**values)
-    except SppFxError:
-        raise
     except (TypeError, ValueError) as error:
         raise UsageError(f"{name}: {error}") from error
 
@@ -139,14 +135,12 @@ def _split(name: str, body: str) -> dict[str, str]:
 
 
 def _print_value(value: Any) -> str:
-    text = (
-        ",".join(value)
+    words = (
+        value
         if isinstance(value, tuple)
-        else str(value).lower()
-        if isinstance(value, bool)
-        else str(value)
+        else (str(value).lower() if isinstance(value, bool) else str(value),)
     )
-    words = value if isinstance(value, tuple) else (text,)
+    text = ",".join(words)
     if any(RESERVED & set(word) for word in words):
         raise UsageError(f"pipeline: '{text}' holds one of the characters {{ }} , = and cannot be spelt")
     return text

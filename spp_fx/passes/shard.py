@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -38,13 +38,11 @@ class Shard(Pass):
 
     name: ClassVar[str]
     over: str = "world"
-    storage: str = "dense"
+    storage: Literal["dense", "packed"] = "dense"
 
     def requires(self, program: Program) -> None:
         if self.over not in ("world", "node"):
             raise UsageError(f"shard: over takes world or node, got '{self.over}'")
-        if self.storage not in ("dense", "packed"):
-            raise UsageError(f"shard: storage takes dense or packed, got '{self.storage}'")
         if self.storage == "packed" and release(torch.__version__) < SPLITS_INTEGERS:
             raise PreconditionError(
                 f"shard: FSDP of torch {torch.__version__} cannot split packed weights, which hold integers; take "

@@ -26,7 +26,7 @@ class Verify(Pass):
 
     def requires(self, program: Program) -> None:
         if not program.matched and not program.masks:
-            raise PreconditionError("verify: nothing to hold the program to; run match or inject first")
+            raise PreconditionError("verify: nothing to check against; run match or inject first")
         if program.device.type == "meta":
             raise PreconditionError("verify: the program is on the meta device and has no weights")
 

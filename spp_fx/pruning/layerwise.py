@@ -3,12 +3,14 @@
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from spp_fx.errors import PreconditionError
+from spp_fx.graph.flow import Flow
 from spp_fx.graph.program import Program
 from spp_fx.pruning.criterion import Criterion
 from spp_fx.pruning.permute import best_order, producers
@@ -144,6 +146,10 @@ class _Run:
     device: torch.device
     tick: Tick
 
+    @cached_property
+    def flow(self) -> Flow:
+        return Flow(self.walk.program)
+
     def enter(self, tokens: Tensor, start: int) -> Shared:
         """Save what the first layer reads, if that is where the walk begins; what all samples share."""
         shared: Shared = {}
@@ -187,7 +193,7 @@ class _Run:
         edited = _Edited(self.walk.program, self.weights)
         notes: dict[str, str] = {}
         if self.recipe.criterion.reorders:
-            notes = _reorder(self.walk.program, layer, self.recipe.criterion, patterns, seen, edited)
+            notes = _reorder(self.flow, layer, self.recipe.criterion, patterns, seen, edited)
         reports: list[MatrixReport] = []
         for name, pattern in patterns.items():
             canonical, parts = edited.canonical(name), self.weights.parts(self.walk.program, name)
@@ -248,7 +254,7 @@ class _Edited:
 
 
 def _reorder(
-    program: Program,
+    flow: Flow,
     layer: Layer,
     criterion: Criterion,
     patterns: Mapping[str, Pattern],
@@ -257,7 +263,7 @@ def _reorder(
 ) -> dict[str, str]:
     """Give sites whose inputs can change places the order that keeps most; what was done or why not, by site."""
     notes: dict[str, str] = {}
-    possible = producers(program, layer.path)
+    possible = producers(flow, layer.path)
     for name, pattern in patterns.items():
         makers = possible.get(name, "its layer runs without it")
         if not isinstance(pattern, NM):

@@ -7,12 +7,15 @@ two of them. Those that depend on the sample's tokens (hidden states) are kept f
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
@@ -61,84 +64,53 @@ class MemoryStates:
 
 
 class FileStates:
-    """States in a file for each layer, which a process that was killed leaves behind whole.
+    """States in a safetensors file per layer and sample, which a process that is killed leaves whole.
 
-    A file holds the tensors of sample after sample; values that are not tensors (sizes) are the same for each and
-    are stored with the shapes in a small JSON file beside it.
+    Values that are not tensors, such as sizes, are JSON in the file's metadata.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._forms: dict[int, list[dict[str, Any]]] = {}
 
     def save(self, layer: int, sample: int, values: Sequence[Any]) -> None:
-        form = [_form(value) for value in values]
-        if sample == 0:
-            self._forms[layer] = form
-            self._form_file(layer).write_text(json.dumps(form))
-        elif form != self._forms[layer]:
-            raise PreconditionError(
-                "a layer reads values of other shapes in other samples of the same length"
-            )
-        with open(self._file(layer), "wb" if sample == 0 else "r+b") as file:
-            file.seek(sample * _nbytes(form))
-            for value in values:
-                if isinstance(value, Tensor):
-                    file.write(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        tensors: dict[str, Tensor] = {}
+        others: dict[str, str] = {}
+        for index, value in enumerate(values):
+            if isinstance(value, Tensor):
+                tensors[str(index)] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+            elif isinstance(value, bool | int | float) or value is None:
+                others[str(index)] = json.dumps(value)
+            else:
+                kind = type(value).__name__
+                raise PreconditionError(f"a layer reads a {kind}, which cannot be kept between layers")
+        self._of_layer(layer).mkdir(exist_ok=True)
+        save_file(tensors, self._file(layer, sample), others)
 
     def load(self, layer: int, sample: int) -> list[Any]:
-        if layer not in self._forms:
-            self._forms[layer] = json.loads(self._form_file(layer).read_text())
-        form = self._forms[layer]
-        with open(self._file(layer), "rb") as file:
-            file.seek(sample * _nbytes(form))
-            return [_read(file, each) for each in form]
+        with safe_open(self._file(layer, sample), framework="pt") as file:
+            values = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dict
+            others = file.metadata() or {}
+        values |= {name: json.loads(text) for name, text in others.items()}
+        return [values[str(index)] for index in range(len(values))]
 
     def finish(self, layer: int) -> None:
-        for path in (self._file(layer), self._form_file(layer)):
+        for path in self._of_layer(layer).iterdir():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
 
     def forget(self, layer: int) -> None:
         """Remove what a layer read."""
-        self._file(layer).unlink(missing_ok=True)
-        self._form_file(layer).unlink(missing_ok=True)
+        shutil.rmtree(self._of_layer(layer), ignore_errors=True)
 
-    def _file(self, layer: int) -> Path:
-        return self._folder / f"states-{layer:05d}.bin"
+    def _of_layer(self, layer: int) -> Path:
+        return self._folder / f"states-{layer:05d}"
 
-    def _form_file(self, layer: int) -> Path:
-        return self._folder / f"states-{layer:05d}.json"
+    def _file(self, layer: int, sample: int) -> Path:
+        return self._of_layer(layer) / f"{sample:05d}.safetensors"
 
 
 def _copy(value: Any) -> Any:
     return value.detach().cpu().clone() if isinstance(value, Tensor) else value
-
-
-def _form(value: Any) -> dict[str, Any]:
-    if isinstance(value, Tensor):
-        return {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape)}
-    if isinstance(value, bool | int | float) or value is None:
-        return {"value": value}
-    raise PreconditionError(f"a layer reads a {type(value).__name__}, which cannot be kept between layers")
-
-
-def _nbytes(form: Sequence[dict[str, Any]]) -> int:
-    return sum(
-        torch.Size(each["shape"]).numel() * getattr(torch, each["dtype"]).itemsize
-        for each in form
-        if "dtype" in each
-    )
-
-
-def _read(file: Any, form: dict[str, Any]) -> Any:
-    if "dtype" not in form:
-        return form["value"]
-    dtype = getattr(torch, form["dtype"])
-    data = torch.empty(torch.Size(form["shape"]).numel() * dtype.itemsize, dtype=torch.uint8)
-    if file.readinto(data.numpy().data) != data.numel():
-        raise PreconditionError(f"{file.name}: ended early; it is removed: give the same command again")
-    return data.view(dtype).view(form["shape"])
 
 
 class Interpreter(fx.Interpreter):

@@ -15,7 +15,7 @@ from spp_fx.errors import FormatError, UsageError
 from spp_fx.exporters.format import FORMATS, Decoded, decoding_formats
 from spp_fx.exporters.manifest import MANIFEST, Manifest, TensorRecord, read_manifest
 from spp_fx.exporters.packed import open_files
-from spp_fx.graph.binding import Binding, Parameter, StoredMatrix, assemble, bind
+from spp_fx.graph.binding import Binding, Parameter, assemble, bind
 from spp_fx.graph.model import Readable, check_causal, hollow_model
 from spp_fx.runtime.cuda_library import CuSparseLt, Cutlass, Library
 from spp_fx.runtime.trust import PackedSite, SiteForm, decide, make_weight
@@ -63,8 +63,11 @@ class StoredWeights:
         Raises:
             FormatError: nothing is stored for it, or a tensor of a type that needs scales.
         """
+        if name not in self.binding.matrices:
+            reason = self.binding.refused.get(name, "the export holds no tensor for it")
+            raise FormatError(f"{self.folder}: {name}: {reason}; export the model again")
         dtype = self.dtypes[name]
-        tensor = assemble(self._matrices(name), self.slots[name].shape, self.decoded.read)
+        tensor = assemble(self.binding.matrices[name], self.slots[name].shape, self.decoded.read)
         if dtype.is_floating_point and (not tensor.is_floating_point() or tensor.itemsize < 2):
             raise FormatError(
                 f"{self.folder}: {name} is stored as {tensor.dtype}, which means nothing without its scales; "
@@ -94,12 +97,6 @@ class StoredWeights:
             owner, attribute = owner_of(self.model, name)
             stored = name in self.binding.matrices
             owner._buffers[attribute] = self.read(name, device) if stored else buffer.to(device)
-
-    def _matrices(self, name: str) -> tuple[StoredMatrix, ...]:
-        if name not in self.binding.matrices:
-            reason = self.binding.refused.get(name, "the export holds no tensor for it")
-            raise FormatError(f"{self.folder}: {name}: {reason}; export the model again")
-        return self.binding.matrices[name]
 
 
 def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -61,9 +61,7 @@ def _unit_vectors(multiply: Multiply, dense: Tensor) -> str | None:
         if tuple(y.shape) != (stop - start, m):
             return _wrong_shape(y, (stop - start, m))
         expected = dense[:, start:stop].t().float()
-        off = (y.float() - expected).abs() > relative * expected.abs() + least
-        # A comparison with NaN is false.
-        off |= y.isnan()
+        off = ~((y.float() - expected).abs() <= relative * expected.abs() + least)  # NaN is off, too
         if bool(off.any()):
             column, row = (int(i) for i in off.nonzero()[0])
             return (

@@ -34,6 +34,9 @@ from spp_fx.compiled import optional_module
 from spp_fx.errors import FormatError, PatternError, UsageError
 from spp_fx.parallel import in_order
 
+#: Unsigned integer of the same width, by bytes.
+_UNSIGNED = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
+
 #: Signed integer of the same width, through which the bits of an entry are read.
 _BITS: dict[torch.dtype, torch.dtype] = {
     torch.float16: torch.int16,
@@ -101,12 +104,13 @@ def can_pack(dtype: torch.dtype) -> bool:
     return dtype in _BITS
 
 
-def pack_2_4(weight: Tensor) -> Packed24:
+def pack_2_4(weight: Tensor, *, clear: bool = False) -> Packed24:
     """Keep the two (or fewer) non-zeros of every four columns, with their positions.
 
     Args:
         weight: (m, k) float16, bfloat16, float32, float64, float8 (e4m3fn, e5m2), int8 or uint8, k a
             multiple of 4, already 2:4; any strides.
+        clear: make negative zeros that no slot is left for positive.
 
     Returns:
         values (m, k/2) of weight's dtype and positions (m, ceil(k/8)) uint8, as in `Packed24`.
@@ -116,7 +120,7 @@ def pack_2_4(weight: Tensor) -> Packed24:
         PatternError: k is no multiple of 4; or a group holds more than two non-zeros, or a negative zero
             that no slot is left for: names the first row and columns.
     """
-    return _pack(weight, 4)
+    return _pack(weight, 4, clear)
 
 
 def pack_1_2(weight: Tensor) -> Packed24:
@@ -136,7 +140,7 @@ def pack_1_2(weight: Tensor) -> Packed24:
     return _pack(weight, 2)
 
 
-def _pack(weight: Tensor, group: int) -> Packed24:
+def _pack(weight: Tensor, group: int, clear: bool = False) -> Packed24:
     bits = _bits(weight)
     m, k = weight.shape
     if k % 4:
@@ -145,7 +149,7 @@ def _pack(weight: Tensor, group: int) -> Packed24:
     positions = torch.empty((m, (k // group + 1) // 2), dtype=torch.uint8, device=bits.device)
 
     def pack(start: int, stop: int) -> None:
-        pack_rows(weight[start:stop], values[start:stop], positions[start:stop], start, group)
+        pack_rows(weight[start:stop], values[start:stop], positions[start:stop], start, group, clear=clear)
 
     for_row_chunks(pack, m, k)
     return Packed24(values, positions)
@@ -170,7 +174,7 @@ def pack_rows(
     compiled = kernels(rows) if group == 4 else None
 
     def is_packed() -> bool:
-        return bool(compiled) and not compiled.pack_2_4(_array(_bits(rows)), _array(kept), positions.numpy())
+        return bool(compiled) and not compiled.pack_2_4(_array(_bits(rows)), _array(kept), _array(positions))
 
     if is_packed():
         return 0
@@ -299,25 +303,45 @@ def unpack_2_4(packed: Packed24, k: int, first_row: int = 0) -> Tensor:
             f"positions are {positions.dtype} of shape {tuple(positions.shape)}, "
             f"a matrix of {k} columns needs torch.uint8 of shape ({m}, {(k + 7) // 8})"
         )
-    dense = torch.empty((m, k), dtype=bits.dtype, device=bits.device)
-    compiled = kernels(bits)
+    dense = torch.empty((m, k), dtype=packed.values.dtype, device=bits.device)
 
     def unpack(start: int, stop: int) -> None:
-        kept, taken, rows = bits[start:stop], positions[start:stop], dense[start:stop]
-        if compiled and not compiled.unpack_2_4(_array(kept), taken.contiguous().numpy(), _array(rows)):
-            return
-        r = stop - start
-        nibbles = _checked_nibbles(taken, k, first_row + start)
-        v0, v1 = kept.reshape(r, k // 4, 2).unbind(-1)
-        i0, i1 = nibbles & 3, nibbles >> 2
-        groups = rows.view(r, k // 4, 4)
-        groups[..., 0] = torch.where(i0 == 0, v0, 0)
-        groups[..., 1] = torch.where(i0 == 1, v0, torch.where(i1 == 1, v1, 0))
-        groups[..., 2] = torch.where(i0 == 2, v0, torch.where(i1 == 2, v1, 0))
-        groups[..., 3] = torch.where(i1 == 3, v1, 0)
+        rows = slice(start, stop)
+        unpack_rows(packed.values[rows], positions[rows], dense[rows], first_row + start)
 
     for_row_chunks(unpack, m, k)
-    return dense.view(packed.values.dtype)
+    return dense
+
+
+def unpack_rows(
+    values: Tensor, positions: Tensor, out: Tensor, first_row: int = 0, *, check: bool = True
+) -> None:
+    """Fill rows of a dense matrix, the inverse of `pack_rows`.
+
+    Args:
+        values: (r, k/2) of the dtype of `out`.
+        positions: (r, ceil(k/8)) uint8.
+        out: (r, k), contiguous; every element is written.
+        first_row: number of the first of these rows in the weight, for errors.
+        check: raise for a nibble that is not idx0 < idx1. On a GPU that waits for it.
+
+    Raises:
+        FormatError: names the first wrong nibble.
+    """
+    kept, dense = _bits(values), _bits(out)
+    if compiled := kernels(dense):
+        faults = compiled.unpack_2_4(_array(kept), _array(positions), _array(dense))
+        if not faults or not check:
+            return
+    r, groups = len(out), out.shape[1] // 4
+    nibbles = _checked_nibbles(positions, 4 * groups, first_row) if check else _nibbles(positions)[:, :groups]
+    v0, v1 = kept.reshape(r, groups, 2).unbind(-1)
+    i0, i1 = nibbles & 3, nibbles >> 2
+    lanes = dense.view(r, groups, 4)
+    lanes[..., 0] = torch.where(i0 == 0, v0, 0)
+    lanes[..., 1] = torch.where(i0 == 1, v0, torch.where(i1 == 1, v1, 0))
+    lanes[..., 2] = torch.where(i0 == 2, v0, torch.where(i1 == 2, v1, 0))
+    lanes[..., 3] = torch.where(i1 == 3, v1, 0)
 
 
 def unpack_1_2(packed: Packed24, k: int, first_row: int = 0) -> Tensor:
@@ -372,10 +396,19 @@ def _bits(matrix: Tensor) -> Tensor:
     return matrix.detach().view(_BITS[matrix.dtype])
 
 
-def _array(bits: Tensor) -> Any:
+def _array(bits: Tensor) -> NDArray[Any]:
     """Integers as a contiguous numpy array of unsigned ones: one kernel a width serves both signs."""
-    array = bits.contiguous().numpy()
-    return array.view(f"u{array.itemsize}")
+    return as_array(bits.contiguous().view(_UNSIGNED[bits.element_size()]))
+
+
+def as_array(tensor: Tensor) -> NDArray[Any]:
+    """A CPU tensor's memory as a numpy array; half precision as unsigned integers: numpy has no bfloat16.
+
+    Through DLPack: `Tensor.numpy` would forbid the storage to be resized, and FSDP resizes what it gathers.
+    """
+    tensor = tensor.detach()
+    half = tensor.dtype in (torch.bfloat16, torch.float16)
+    return np.from_dlpack(tensor.view(torch.uint16) if half else tensor)
 
 
 # Bit masks
@@ -385,24 +418,50 @@ def compress(elements: NDArray[Any], bits: NDArray[np.uint8]) -> NDArray[Any]:
     """The elements whose bits are not all zero.
 
     Args:
-        elements: (n,) unsigned integers.
-        bits: (ceil(n / 8),) receives which they are, LSB first.
+        elements: (n,) or (m, n) unsigned integers, contiguous.
+        bits: (ceil(n/8),) or (m, ceil(n/8)), receives which they are, LSB first.
     """
     kept = elements != 0
-    bits[:] = np.packbits(kept, bitorder="little")
+    bits[:] = np.packbits(kept, axis=-1, bitorder="little")
     if compiled := _compiled():
-        values = np.empty_like(elements)
-        return values[: compiled.compress(elements, values)]
+        values = np.empty(elements.size, elements.dtype)
+        return values[: compiled.compress(elements.reshape(-1), values)]
     return elements[kept]
 
 
 def expand(bits: NDArray[np.uint8], values: NDArray[Any], elements: NDArray[Any]) -> None:
-    """Fill `elements` from a bit mask and the values of its ones; as many of those as of values."""
+    """Fill `elements`, (n,) or (m, n), from a bit mask and the values of its ones; as many of those as of values."""
     if compiled := _compiled():
-        compiled.expand(bits, values, elements)
+        compiled.expand(np.atleast_2d(bits), values, np.atleast_2d(elements))
         return
     elements[:] = 0
-    elements[np.unpackbits(bits, count=elements.size, bitorder="little").view(np.bool_)] = values
+    ones = np.unpackbits(bits, axis=-1, count=elements.shape[-1], bitorder="little")
+    elements[ones.view(np.bool_)] = values
+
+
+def pack_bitmask(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, bits and offsets of the rows of a weight (m, n), each of which has bytes of its own.
+
+    Returns:
+        values (nnz,) of weight's dtype, bits (m, ceil(n/8)) uint8, and offsets (m + 1,) int64 of each row's values.
+    """
+    elements = _array(weight.detach().cpu())
+    bits = np.empty((elements.shape[0], -(-elements.shape[1] // 8)), np.uint8)
+    values = compress(elements, bits).copy()
+    offsets = np.zeros(len(elements) + 1, np.int64)
+    np.cumsum(np.bitwise_count(bits).sum(axis=1, dtype=np.int64), out=offsets[1:])
+    kept, mask, starts = (torch.from_numpy(each).to(weight.device) for each in (values, bits, offsets))
+    return kept.view(weight.dtype), mask, starts
+
+
+def unpack_bitmask(values: Tensor, bits: Tensor, out: Tensor) -> None:
+    """Fill rows `out` (r, n) from what `pack_bitmask` made of them; every element is written."""
+    if out.device.type == "cpu":
+        expand(as_array(bits), _array(values), _array(out))
+        return
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    kept = ((bits.unsqueeze(2) >> shifts) & 1).flatten(1)[:, : out.shape[1]].bool()
+    out.zero_().masked_scatter_(kept, values)
 
 
 def count_ones(bits: NDArray[np.uint8]) -> int:

@@ -11,6 +11,7 @@ integers instead of booleans joined by `and` and `or`: LLVM then uses vectors.
 import sys
 
 import numpy as np
+from numba import njit
 
 from spp_fx.compiled import compiled
 
@@ -73,29 +74,59 @@ def clear_negative_zeros(rows, group):
     return count
 
 
+@njit(inline="always")
+def spread_2_4(values, positions, nibbles, row):
+    """Fill a row (k,) from its values (k/2,) and positions (ceil(k/8),), by way of `nibbles`, two a byte."""
+    zero = row.dtype.type(0)
+    for byte in range(positions.shape[0]):
+        nibbles[2 * byte] = positions[byte] & _LOW
+        nibbles[2 * byte + 1] = positions[byte] >> 4
+    for group in range(row.shape[0] // 4):
+        first, second = nibbles[group] & _THREE, nibbles[group] >> _TWO
+        v0, v1 = values[2 * group], values[2 * group + 1]
+        row[4 * group] = v0 if first == 0 else zero
+        row[4 * group + 1] = v0 if first == 1 else (v1 if second == 1 else zero)
+        row[4 * group + 2] = v0 if first == 2 else (v1 if second == 2 else zero)
+        row[4 * group + 3] = v1 if second == 3 else zero
+
+
+@njit(inline="always")
+def expand_row(bits, values, row):
+    """Fill a row (n,) from its bits (ceil(n/8),) and from `values`, which begin with its own; returns how many it has.
+
+    A byte of the mask is taken at a time, without a branch while eight more values are left.
+    """
+    taken = 0
+    whole = row.shape[0] // 8
+    byte = 0
+    while byte < whole and taken + 8 <= values.shape[0]:
+        ones = np.intp(bits[byte])
+        for bit in range(8):
+            one = (ones >> bit) & 1
+            row[8 * byte + bit] = values[taken] * one
+            taken += one
+        byte += 1
+    for index in range(8 * byte, row.shape[0]):
+        if (bits[index // 8] >> (index % 8)) & 1:
+            row[index] = values[taken]
+            taken += 1
+        else:
+            row[index] = 0
+    return taken
+
+
 @compiled
 def unpack_2_4(values, positions, dense):
-    """`packing.unpack_2_4` into dense (r, k); returns how many nibbles are invalid."""
+    """`packing.unpack_rows` into dense (r, k); returns how many nibbles are invalid."""
     faults = 0
     groups = dense.shape[1] // 4
     nibbles = np.empty(groups + groups % 2, dtype=np.uint8)
-    zero = dense.dtype.type(0)
     for i in range(dense.shape[0]):
-        kept, row, packed = values[i], dense[i], positions[i]
-        for byte in range(packed.shape[0]):
-            nibbles[2 * byte] = packed[byte] & _LOW
-            nibbles[2 * byte + 1] = packed[byte] >> 4
+        spread_2_4(values[i], positions[i], nibbles, dense[i])
         for group in range(nibbles.shape[0]):
             faults += np.int64((nibbles[group] & _THREE) >= (nibbles[group] >> _TWO))
         if groups % 2:
             faults += np.int64(nibbles[groups] != EMPTY_GROUP)
-        for group in range(groups):
-            first, second = nibbles[group] & _THREE, nibbles[group] >> _TWO
-            v0, v1 = kept[2 * group], kept[2 * group + 1]
-            row[4 * group] = v0 if first == 0 else zero
-            row[4 * group + 1] = v0 if first == 1 else (v1 if second == 1 else zero)
-            row[4 * group + 2] = v0 if first == 2 else (v1 if second == 2 else zero)
-            row[4 * group + 3] = v1 if second == 3 else zero
     return faults
 
 
@@ -115,23 +146,10 @@ def compress(elements, values):
 
 @compiled
 def expand(bits, values, elements):
-    """`packing.expand`: a byte of the mask at a time, without a branch while eight more values are left."""
+    """`packing.expand` of rows (m, n)."""
     taken = 0
-    whole = elements.size // 8
-    byte = 0
-    while byte < whole and taken + 8 <= values.size:
-        ones = np.intp(bits[byte])
-        for bit in range(8):
-            one = (ones >> bit) & 1
-            elements[8 * byte + bit] = values[taken] * one
-            taken += one
-        byte += 1
-    for index in range(8 * byte, elements.size):
-        if (bits[index // 8] >> (index % 8)) & 1:
-            elements[index] = values[taken]
-            taken += 1
-        else:
-            elements[index] = 0
+    for i in range(elements.shape[0]):
+        taken += expand_row(bits[i], values[taken:], elements[i])
 
 
 @compiled

@@ -1,11 +1,12 @@
-"""A Hugging Face model folder: its configuration, its weight files and everything that lies beside them.
+"""A Hugging Face model folder: its configuration, its weight files and the files beside them.
 
-The weights are those that transformers would load: every tensor of every shard that the index names. What the
-index says of a single tensor does not count; where it is wrong, `ModelFolder.notes` says so.
+The weights are those that transformers would load: every tensor of every shard that the index names. Where the index
+is wrong about a single tensor, the shards count, and `ModelFolder.notes` says so.
 """
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from spp_fx.errors import FormatError, SppFxError, UsageError
 from spp_fx.storage.links import check_link, resolved
 from spp_fx.storage.safetensors import BLOCK_BYTES, Shard, TensorInfo, read_header
-from spp_fx.storage.strict_json import read_object, regular_file_size, shown
+from spp_fx.storage.strict_json import MAX_JSON_BYTES, is_unicode, read_object, regular_file_size, shown
 
 if TYPE_CHECKING:
     import torch
@@ -27,11 +28,11 @@ _MAX_NAME_BYTES = 255
 _ADAPTER_NAME = "adapter_model.safetensors"
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-# Other frameworks' copies of the weights: stale as soon as ours change.
+# Weights of other frameworks: stale as soon as ours change.
 _FOREIGN = (".h5", ".msgpack", ".gguf", ".ot", ".onnx", ".onnx_data", ".onnx.data", ".nemo", ".tflite")
 _NOT_TAKEN = (*_PICKLES, *_FOREIGN, ".safetensors", ".safetensors.index.json", ".bin.index.json")
 OWN_FILES = ("adapter_config.json", "export.json", "sparsity.lock.json", "sparsity.provenance.json")
-"""What spp-fx says of the folder it lies in; a changed copy of the folder must not take it along."""
+"""What spp-fx records about a folder; a changed copy of the folder must not have it."""
 
 _NOT_TAKEN_NAMES = frozenset({".DS_Store", "Thumbs.db", "adapter_config.json"})
 _MAX_LINKED_FOLDERS = 1000  # links to folders of links multiply
@@ -43,7 +44,7 @@ class WeightFiles:
 
     Attributes:
         names: sorted, as transformers reads them.
-        index: the index file that named them, if any; `weight_map` and `metadata` as it has them.
+        index: name of the index file that lists them, or None; `weight_map` and `metadata` are its contents.
     """
 
     names: tuple[str, ...]
@@ -57,23 +58,16 @@ def within(folder: Path, name: str) -> Path:
 
     Raises:
         FormatError: an absolute path, a '..', a backslash, a name that no file can have, or a link that leads
-            where it may not; see `check_link`.
+            elsewhere; see `check_link`.
     """
     parts = PurePosixPath(name).parts
-    if any(len(part.encode("utf-8", "surrogatepass")) > _MAX_NAME_BYTES for part in parts) or not _is_text(
-        name
-    ):
-        raise FormatError(f"{folder}: {shown(name)} is no name that a file can have; it is refused")
+    if not is_unicode(name) or any(len(part.encode()) > _MAX_NAME_BYTES for part in parts):
+        raise FormatError(f"{folder}: {shown(name)} is not a valid file name")
     if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name or ":" in parts[0]:
-        raise FormatError(f"{folder}: the file name {shown(name)} leads out of the folder; it is refused")
+        raise FormatError(f"{folder}: the file name {shown(name)} leads out of the folder")
     path = folder.joinpath(*parts)
     check_link(folder, path)
     return path
-
-
-def _is_text(name: str) -> bool:
-    """Whether a name has no lone surrogate."""
-    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def find_weights(folder: Path, explicit: object = None) -> WeightFiles:
@@ -87,18 +81,14 @@ def find_weights(folder: Path, explicit: object = None) -> WeightFiles:
         UsageError: there are no weights, or only pickled ones.
         FormatError: several candidates, a bad index, a missing shard, a name that leads out of the folder.
     """
-    if explicit is not None:
-        if not isinstance(explicit, str) or not explicit.endswith(
-            (".safetensors", ".safetensors.index.json")
-        ):
-            raise FormatError(
-                f"{folder}/config.json: transformers_weights is {shown(explicit)}, not a weight file"
-            )
+    if isinstance(explicit, str) and explicit.endswith(".safetensors.index.json"):
+        return _from_index(folder, explicit)
+    if isinstance(explicit, str) and explicit.endswith(".safetensors"):
         within(folder, explicit)
-        return (
-            _from_index(folder, explicit)
-            if explicit.endswith(".json")
-            else WeightFiles((PurePosixPath(explicit).as_posix(),))
+        return WeightFiles((PurePosixPath(explicit).as_posix(),))
+    if explicit is not None:
+        raise FormatError(
+            f"{folder}/config.json: transformers_weights is {shown(explicit)}, not a weight file"
         )
     if (folder / WEIGHTS_NAME).is_file():
         return WeightFiles((WEIGHTS_NAME,))
@@ -124,8 +114,8 @@ def _no_weights(folder: Path, names: list[str]) -> str:
     pickles = [name for name in pickles if name.startswith(("pytorch_model", "consolidated", "model"))]
     if pickles:
         return (
-            f"{folder}: holds pickled weights only ({pickles[0]}), which can run code when opened; "
-            "convert them where you trust them, with transformers: "
+            f"{folder}: holds only pickled weights ({pickles[0]}), which can run code when opened; "
+            "if you trust them, convert them with transformers: "
             f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(NEW_FOLDER)"
         )
     return f"{folder}: holds no weights; it needs {WEIGHTS_NAME}, or {INDEX_NAME} and its shards"
@@ -155,95 +145,16 @@ def _from_index(folder: Path, name: str) -> WeightFiles:
     return WeightFiles(names, name, checked, content.get("metadata"))
 
 
-def ignored_weights(folder: Path, files: WeightFiles) -> tuple[str, ...]:
-    """The .safetensors files at the top of a folder, sorted, that are not among its weights; an adapter's left out."""
-    known = {*files.names, _ADAPTER_NAME}
-    return tuple(
-        path.name for path in _listed(folder) if path.name.endswith(".safetensors") and path.name not in known
-    )
-
-
-def other_files(folder: Path) -> tuple[Path, ...]:
-    """Relative paths, sorted, of the files a copy of the model takes along beside its weights.
-
-    Left out: every .safetensors and index, pickles, other frameworks' weights (they would be stale), the
-    configuration of an adapter that lies beside the model, hidden folders (.git, .cache), __pycache__, folders
-    that spp-fx or PEFT wrote (outputs made within the model's folder), and what desktop systems leave behind.
-
-    Raises:
-        FormatError: a link that leads where it may not (see `check_link`), to no file, or to a folder that it
-            lies in; a pipe or device.
-    """
-    found: list[Path] = []
-    links = 0
-    waiting: list[tuple[Path, tuple[Path, ...]]] = [(folder, ())]  # folders, each with the real ones above it
-    while waiting:
-        here, above = waiting.pop()
-        if (real := resolved(here)) in above:
-            raise FormatError(
-                f"{here}: leads back to a folder that it lies in (a link in a circle); remove it"
-            )
-        for path in _listed(here):
-            if path.is_dir():
-                if not _is_taken(path):
-                    continue
-                check_link(folder, path)
-                links += path.is_symlink()
-                if links > _MAX_LINKED_FOLDERS:
-                    raise FormatError(f"{folder}: holds more than {_MAX_LINKED_FOLDERS} links to folders")
-                waiting.append((path, (*above, real)))
-            elif path.name not in _NOT_TAKEN_NAMES and not path.name.endswith(_NOT_TAKEN):
-                check_link(folder, path)
-                if not path.is_file():
-                    raise FormatError(f"{path}: is not a regular file (a dangling link, a pipe?); remove it")
-                found.append(path.relative_to(folder))
-    return tuple(sorted(found))
-
-
-def _listed(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.iterdir())
-    except OSError as error:
-        raise SppFxError(f"{folder}: cannot be listed ({error.strerror})") from error
-
-
-def _is_taken(folder: Path) -> bool:
-    if folder.name.startswith(".") or folder.name == "__pycache__":
-        return False
-    return not any((folder / name).is_file() for name in OWN_FILES)
-
-
-_CONFIG = "adapter_config.json"
+_ADAPTER_CONFIG = "adapter_config.json"
 _OURS = frozenset(
     ("format_version", "spp_fx_version", "base_model_fingerprint", "method_parameters", "sites")
 )
 """Keys that spp-fx writes and PEFT does not know."""
 
-_NAMES = {
-    "LORA": "LoRA",
-    "ADALORA": "AdaLoRA",
-    "XLORA": "X-LoRA",
-    "LOHA": "LoHa",
-    "LOKR": "LoKr",
-    "VERA": "VeRA",
-    "HIRA": "HiRA",
-    "MISS": "MiSS",
-    "ROAD": "RoAd",
-    "DELORA": "DeLoRA",
-    "RANDLORA": "RandLoRA",
-    "FOURIERFT": "FourierFT",
-    "LN_TUNING": "LayerNorm tuning",
-    "PROMPT_TUNING": "prompt tuning",
-    "MULTITASK_PROMPT_TUNING": "multitask prompt tuning",
-    "P_TUNING": "p-tuning",
-    "PREFIX_TUNING": "prefix tuning",
-}
-"""How `peft_type` is written in prose; others are shown as they are."""
-
 _PROMPTS = frozenset(
     ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE")
 )
-"""Kinds that put something before the input, and have no `merge_and_unload`."""
+"""Types that put something before the input, and have no `merge_and_unload`."""
 
 
 @dataclass(frozen=True)
@@ -251,7 +162,7 @@ class PeftAdapter:
     """An adapter of PEFT.
 
     Attributes:
-        folder: where its adapter_config.json lies.
+        folder: where its adapter_config.json is.
         peft_type: as PEFT writes it: LORA, IA3, PROMPT_TUNING, ...
         base: the base model that it names, or None.
     """
@@ -262,41 +173,42 @@ class PeftAdapter:
 
     @property
     def what(self) -> str:
-        """'a LoRA adapter of PEFT'."""
-        name = _NAMES.get(self.peft_type) or shown(self.peft_type).strip("'\"")
-        return f"{'an' if name[:1] in 'AEIOU' else 'a'} {name} adapter of PEFT"
+        """'a PEFT adapter (LORA)'."""
+        return f"a PEFT adapter ({shown(self.peft_type)[1:-1]})"
 
     @property
     def refusal(self) -> str:
-        """Why nothing can be done with it as it is, and what can be."""
-        of = f" (of the base model {shown(self.base)})" if self.base else ""
-        where = f"{self.folder}: this is {self.what}{of}, not a model and not an adapter of spp-fx: "
+        """Why spp-fx does not read it, and what to do."""
+        of = f" for the base model {shown(self.base)}" if self.base else ""
+        reason = f"{self.folder}: is {self.what}{of}, not a model and not an adapter of spp-fx. "
         if self.peft_type in _PROMPTS:
-            return f"{where}it leaves every weight of its base as it is, so use spp-fx on the base model's folder"
+            return (
+                f"{reason}It does not change the weights of its base: use spp-fx on the base model's folder"
+            )
         return (
-            f"{where}spp-fx cannot judge it without its base; merge it into the model with peft first "
+            f"{reason}Merge it into its base with peft "
             "(PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(MERGED)), "
-            "then verify the merged folder"
+            "then use spp-fx on the merged folder"
         )
 
     @property
     def note(self) -> str:
-        """What to know of a model that it lies beside."""
+        """What to know about a model that has it in its folder."""
         return (
-            f"{self.folder / _CONFIG}: {self.what} lies beside the model and is left out: only the model's own "
-            "weights are looked at or written; transformers loads it on top of them where peft is installed"
+            f"{self.folder / _ADAPTER_CONFIG}: {self.what} is in the model's folder; it is left out. "
+            "transformers loads it on top of the model where peft is installed"
         )
 
 
 def peft_adapter(folder: Path) -> PeftAdapter | None:
-    """The adapter of PEFT in a folder; None where there is none, it is spp-fx's own, or nobody can tell."""
-    path = folder / _CONFIG
+    """The adapter of PEFT in a folder; None if there is none, if it is spp-fx's own, or if it cannot be read."""
+    path = folder / _ADAPTER_CONFIG
     if not path.is_file():
         return None
     try:
         config = read_object(path)
     except FormatError:
-        return None  # whoever takes it for an adapter of spp-fx says what is wrong with it
+        return None  # the reader of spp-fx's adapters reports what is wrong
     kind, base = config.get("peft_type"), config.get("base_model_name_or_path")
     if not isinstance(kind, str) or not kind or _OURS & config.keys():
         return None
@@ -305,26 +217,25 @@ def peft_adapter(folder: Path) -> PeftAdapter | None:
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder is an adapter folder; a model folder with an adapter of PEFT in it is not one."""
-    return (folder / _CONFIG).is_file() and not (
+    return (folder / _ADAPTER_CONFIG).is_file() and not (
         (folder / "config.json").is_file() and peft_adapter(folder) is not None
     )
 
 
-_MAX_CONFIG_BYTES = 100_000_000
 _SAMPLE_BYTES = 4096
 _SAMPLES = 16
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A model folder whose headers have been read and checked; weights are read only when asked for.
+    """A model folder whose headers have been read and checked; weights are read on demand.
 
     Attributes:
         path: the folder, as given.
         config: config.json.
         shards: the weight files, by name; empty when opened with `weights=False`.
-        index: name of the index file the shards were found through, or None.
-        notes: what is odd about the folder and does not change the model, one line each, for the reader.
+        index: name of the index file that lists the shards, or None.
+        notes: what is odd about the folder but does not change the model, one line each.
     """
 
     path: Path
@@ -342,13 +253,13 @@ class ModelFolder:
         then model.safetensors.index.json; a single other *.safetensors file is taken as the weights.
 
         Args:
-            path: a local folder; a snapshot folder of the Hugging Face cache is one.
-            weights: False to read config.json alone, for work that needs no weights.
+            path: a local folder, for example a snapshot in the Hugging Face cache.
+            weights: False to read only config.json.
 
         Raises:
             UsageError: not a folder, no config.json, no weights, pickled weights only, an adapter.
-            FormatError: a damaged config, index or header; a shard that is missing or lies where links may
-                not lead (see `links.check_link`); a tensor that is stored twice and not the same.
+            FormatError: a damaged config, index or header; a shard that is missing or behind a link that leads
+                elsewhere (see `links.check_link`); two different tensors of one name.
         """
         path = Path(path)
         if not path.is_dir():
@@ -367,51 +278,47 @@ class ModelFolder:
         places = _places(shards)
         _check_copies(path, places)
         notes += [*_about_shards(path, files, shards, places), *_about_index(path, files, shards, places)]
-        # transformers reads the shards in the order of their names: the last one that holds a tensor counts.
+        # transformers reads the shards in the order of their names: the last copy of a tensor counts.
         return cls(path, config, shards, files.index, tuple(notes), {n: at[-1] for n, at in places.items()})
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every tensor's name, sorted."""
+        """The names of all tensors, sorted."""
         return tuple(sorted(self._where))
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of all tensors as stored, headers left out."""
+        """Stored bytes of all tensors, without headers."""
         return sum(info.nbytes for shard in self.shards for info in shard.header.tensors.values())
 
     def __contains__(self, name: object) -> bool:
         return name in self._where
 
     def info(self, name: str) -> tuple[Shard, TensorInfo]:
-        """The shard that holds a tensor, and where.
-
-        Raises:
-            UsageError: no shard holds it.
-        """
+        """The shard that holds a tensor, and its place in it; UsageError if there is none."""
         shard = self._where.get(name)
         if shard is None:
             raise UsageError(f"{self.path}: holds no tensor {shown(name)}")
         return shard, shard.info(name)
 
     def read(self, name: str) -> "torch.Tensor":
-        """The whole tensor in memory of its own; see `Shard.read`."""
+        """See `Shard.read`."""
         return self.info(name)[0].read(name)
 
     def read_rows(self, name: str, start: int, stop: int) -> "torch.Tensor":
-        """Rows start <= i < stop along the first dimension; see `Shard.read_rows`."""
+        """See `Shard.read_rows`."""
         return self.info(name)[0].read_rows(name, start, stop)
 
     def row_blocks(self, name: str, max_bytes: int = BLOCK_BYTES) -> "Iterator[torch.Tensor]":
-        """Consecutive blocks of rows of at most `max_bytes` bytes; see `Shard.row_blocks`."""
+        """See `Shard.row_blocks`."""
         return self.info(name)[0].row_blocks(name, max_bytes)
 
     def fingerprint(self) -> str:
-        """Identity of the weights: BLAKE2b-256, 64 hexadecimal digits, cheap however large the model is.
+        """Identity of the weights: BLAKE2b-256 in hexadecimal, fast however large the model is.
 
         It covers, shard by shard in the order of their names, the whole header and, of the data after it,
-        the length, the first and the last 4 KiB and up to 16 blocks of 4 KiB spread evenly. It tells one
-        model from another; it does not prove that no byte differs.
+        the length, the first and the last 4 KiB and up to 16 blocks of 4 KiB spread evenly. It identifies a
+        model; it does not prove that no byte differs.
 
         Raises:
             UsageError: the folder was opened without weights.
@@ -434,12 +341,52 @@ class ModelFolder:
         return digest.hexdigest()
 
     def other_files(self) -> tuple[Path, ...]:
-        """What a copy of the model takes along beside its weights; see `layout.other_files`."""
-        return other_files(self.path)
+        """Relative paths, sorted, of the files that a copy of the model has beside its weights.
+
+        Left out: every .safetensors and index, pickles, weights of other frameworks (they would be stale), the
+        configuration of an adapter, hidden folders (.git, .cache), __pycache__, folders that spp-fx or PEFT wrote
+        within the model's folder, and files of desktop systems.
+
+        Raises:
+            FormatError: a link that leads elsewhere (see `check_link`), to no file, or to a folder that contains
+                it; a pipe or device.
+        """
+
+        def fail(error: OSError) -> None:
+            raise SppFxError(f"{error.filename}: cannot be listed ({error.strerror})") from error
+
+        found: list[Path] = []
+        links = 0
+        for parent, folders, files in os.walk(self.path, onerror=fail, followlinks=True):
+            here = Path(parent)
+            folders[:] = [name for name in folders if _is_copied(here / name)]
+            for path in (here / name for name in folders):
+                if path.is_symlink():
+                    check_link(self.path, path)
+                    if resolved(here).is_relative_to(resolved(path)):
+                        raise FormatError(f"{path}: is a link to a folder that contains it; remove it")
+                    links += 1
+            if links > _MAX_LINKED_FOLDERS:
+                raise FormatError(f"{self.path}: holds more than {_MAX_LINKED_FOLDERS} links to folders")
+            for path in (here / name for name in files):
+                if path.name not in _NOT_TAKEN_NAMES and not path.name.endswith(_NOT_TAKEN):
+                    check_link(self.path, path)
+                    if not path.is_file():
+                        raise FormatError(
+                            f"{path}: is not a regular file (a dangling link, a pipe?); remove it"
+                        )
+                    found.append(path.relative_to(self.path))
+        return tuple(sorted(found))
+
+
+def _is_copied(folder: Path) -> bool:
+    if folder.name.startswith(".") or folder.name == "__pycache__":
+        return False
+    return not any((folder / name).is_file() for name in OWN_FILES)
 
 
 def _sample_offsets(start: int, end: int) -> list[int]:
-    """Where sampled blocks begin: all of a small region; first, last and 16 between of a large one."""
+    """Where sampled blocks begin: every block of a small region; first, last and 16 between of a large one."""
     if end - start <= (_SAMPLES + 2) * _SAMPLE_BYTES:
         return list(range(start, end, _SAMPLE_BYTES))
     last = end - _SAMPLE_BYTES
@@ -450,27 +397,27 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").exists():
         if (adapter := peft_adapter(folder)) is not None:
             raise UsageError(adapter.refusal)
-        if (folder / "adapter_config.json").exists():
+        if (folder / _ADAPTER_CONFIG).exists():
             raise UsageError(
-                f"{folder}: is an adapter folder; give its base model, or what 'spp-fx merge' makes of both"
+                f"{folder}: is an adapter folder; give its base model, or the folder that 'spp-fx merge' writes"
             )
         raise UsageError(f"{folder}: has no config.json; give the folder of a Hugging Face model")
     path = within(folder, "config.json")
-    if regular_file_size(path) > _MAX_CONFIG_BYTES:
-        raise FormatError(f"{path}: is larger than {_MAX_CONFIG_BYTES} bytes; get the file again")
+    if regular_file_size(path) > MAX_JSON_BYTES:
+        raise FormatError(f"{path}: is larger than {MAX_JSON_BYTES} bytes; get it again")
     try:  # as lenient as transformers: Infinity and repeated keys occur in published configs
         config = json.loads(path.read_bytes())
     except OSError as error:
         raise SppFxError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: not valid JSON ({error}); get the file again") from error
+        raise FormatError(f"{path}: not valid JSON ({error}); get it again") from error
     if not isinstance(config, dict):
         raise FormatError(f"{path}: holds {shown(config)}, expected a JSON object")
     return cast("dict[str, Any]", config)
 
 
 def _places(shards: tuple[Shard, ...]) -> dict[str, list[Shard]]:
-    """The shards that hold each tensor, in their order."""
+    """The shards that hold each tensor, in order."""
     places: dict[str, list[Shard]] = {}
     for shard in shards:
         for name in shard.header.tensors:
@@ -479,14 +426,14 @@ def _places(shards: tuple[Shard, ...]) -> dict[str, list[Shard]]:
 
 
 def _check_copies(folder: Path, places: dict[str, list[Shard]]) -> None:
-    """FormatError where two shards hold a tensor of one name that is not the same in both."""
+    """FormatError if two shards hold different tensors of one name."""
     for name, (first, *others) in places.items():
         for other in others:
             if difference := first.difference(other, name):
                 raise FormatError(
                     f"{folder}: tensor {shown(name)} is stored twice, in {first.name} and {other.name}, with "
-                    f"{difference}, so it is unclear which one is the model's (transformers takes that of "
-                    f"{places[name][-1].name}); remove the wrong one, or write the model again"
+                    f"{difference} (transformers loads that of {places[name][-1].name}); remove the wrong one, or "
+                    "write the model again"
                 )
 
 
@@ -498,32 +445,34 @@ def _about_shards(
         held = " and ".join(shard.name for shard in places[copies[0]])
         yield (
             f"{folder}: {_counted(copies, 'tensor is', 'tensors are')} stored in more than one shard, in equal bytes "
-            f"(first: {shown(copies[0])} in {held}); a copy counts for nothing by itself"
+            f"(first: {shown(copies[0])} in {held}); each counts once"
         )
     if bare := [shard.name for shard in shards if "format" not in shard.header.metadata]:
         yield (
             f"{folder}: {_counted(bare, 'weight file has', 'weight files have')} no format in the metadata "
-            f"(first: {shown(bare[0])}); transformers 5 does not ask for it, older ones do"
+            f"(first: {shown(bare[0])}); transformers before version 5 does not load them"
         )
-    if ignored := [name for name in ignored_weights(folder, files) if _may_hold_tensors(folder / name)]:
-        which = f"{files.index} does not name" if files.index else f"{files.names[0]} is all it loads, not"
+    known = {*files.names, _ADAPTER_NAME}
+    others = [path for path in sorted(folder.glob("*.safetensors")) if path.name not in known]
+    if ignored := [path.name for path in others if _may_hold_tensors(path)]:
+        why = f"not in {files.index}" if files.index else f"{files.names[0]} holds the model"
         yield (
-            f"{folder}: {_counted(ignored, 'weight file is', 'weight files are')} left out, as transformers does: "
-            f"{which} {shown(ignored[0])}{', ...' if len(ignored) > 1 else ''}"
+            f"{folder}: {_counted(ignored, 'weight file is', 'weight files are')} left out, as in transformers "
+            f"({why}): {shown(ignored[0])}{', ...' if len(ignored) > 1 else ''}"
         )
 
 
 def _about_index(
     folder: Path, files: WeightFiles, shards: tuple[Shard, ...], places: dict[str, list[Shard]]
 ) -> Iterator[str]:
-    """Where the index and the shards disagree: the shards are what transformers loads."""
+    """Where the index disagrees with the shards, which are what transformers loads."""
     if files.index is None or files.weight_map is None:
         return
     index, named = folder / files.index, files.weight_map
     if unnamed := [name for name in places if name not in named]:
         yield (
             f"{index}: does not name {_counted(unnamed, 'tensor', 'tensors')} of its shards (first: "
-            f"{shown(unnamed[0])} in {places[unnamed[0]][0].name}); taken as the model's, as transformers does"
+            f"{shown(unnamed[0])} in {places[unnamed[0]][0].name}); loaded nevertheless, as in transformers"
         )
     if absent := [name for name in named if name not in places]:
         yield (
@@ -538,16 +487,16 @@ def _about_index(
     if wrong:
         yield (
             f"{index}: places {_counted(wrong, 'tensor', 'tensors')} in the wrong shard (first: {shown(wrong[0])} in "
-            f"{shown(named[wrong[0]])}, which {places[wrong[0]][0].name} holds); read from where it is"
+            f"{shown(named[wrong[0]])}, which {places[wrong[0]][0].name} holds); read from there"
         )
     if not isinstance(files.metadata, dict):
-        yield f'{index}: has no metadata, without which transformers cannot load the folder; add "metadata": {{}}'
+        yield f'{index}: has no metadata, which transformers needs to load the folder; add "metadata": {{}}'
         return
     sizes = {name: held[0].info(name).nbytes for name, held in places.items()}
     stored = sum(sizes[name] * len(held) for name, held in places.items())
     total = cast("dict[str, object]", files.metadata).get("total_size", stored)
     if total not in (stored, sum(sizes.values()), sum(sizes.get(name, 0) for name in named)):
-        yield f"{index}: total_size is {shown(total)}, its shards hold {stored} bytes of tensors; nobody reads it"
+        yield f"{index}: total_size is {shown(total)}, its shards hold {stored} bytes of tensors; it is not used"
 
 
 def _counted(names: list[str], one: str, more: str) -> str:
@@ -557,7 +506,7 @@ def _counted(names: list[str], one: str, more: str) -> str:
 def _may_hold_tensors(path: Path) -> bool:
     try:
         return bool(read_header(path).tensors)
-    except SppFxError:  # nobody reads it: whatever is wrong with it is not the model's
+    except SppFxError:  # a damaged file that is not the model's is no error
         return True
 
 
@@ -566,17 +515,13 @@ WANTED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md")
 
 
 def resolve_model(name: str) -> Path:
-    """A model's folder: the path itself if it is there, else the hub's model of that id.
-
-    Raises:
-        UsageError: it is neither.
-    """
+    """The folder `name` if it exists, else the snapshot of the hub's model of that id; UsageError if neither."""
     path = Path(name)
     if path.exists():
         return path
     if not HUB_ID.fullmatch(name):
         raise UsageError(f"{name}: there is no such folder")
-    # It takes a third of a second to import, which a local folder need not wait for.
+    # Imported here: it takes a third of a second, and local folders do not need it.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -585,5 +530,5 @@ def resolve_model(name: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         said = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UsageError(
-            f"{name}: there is no such folder, and as a hub id it cannot be had: {said}"
+            f"{name}: there is no such folder, and it cannot be downloaded from the hub: {said}"
         ) from error

@@ -1,8 +1,6 @@
-"""Which symbolic links of a folder are followed: into its own tree, into its Hugging Face cache, anywhere if allowed.
+"""Symbolic links in a folder: followed within it and its Hugging Face cache, elsewhere only with --allow-links.
 
-The permission to follow the others (`--allow-links`, `allow_links=True`) holds for a whole verb and everything
-that it calls, on whatever thread: it is a context variable, set by `links_allowed` and `links_option` alone and
-read by `check_link` alone.
+`links_allowed` sets the permission for a verb and everything that it calls, on any thread; only `check_link` reads it.
 """
 
 import functools
@@ -10,13 +8,14 @@ import re
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import pairwise
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from spp_fx.errors import FormatError
 
-Asked = ParamSpec("Asked")
-Given = TypeVar("Given")
+Args = ParamSpec("Args")
+Result = TypeVar("Result")
 
 _allowed: ContextVar[bool] = ContextVar("spp_fx_links_allowed", default=False)
 
@@ -26,7 +25,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 @contextmanager
 def links_allowed(allow: bool = True) -> Generator[None, None, None]:
-    """Within the block, links to anywhere are followed; with `allow` false, as it was before the block."""
+    """Follow links to anywhere within the block; with `allow` false, nothing changes."""
     before = _allowed.set(allow or _allowed.get())
     try:
         yield
@@ -34,11 +33,11 @@ def links_allowed(allow: bool = True) -> Generator[None, None, None]:
         _allowed.reset(before)
 
 
-def links_option(verb: Callable[Asked, Given]) -> Callable[Asked, Given]:
-    """For a verb with a keyword argument `allow_links`: true follows the links of its folders to anywhere."""
+def links_option(verb: Callable[Args, Result]) -> Callable[Args, Result]:
+    """Give a verb with a keyword argument `allow_links` its meaning: run it under `links_allowed`."""
 
     @functools.wraps(verb)
-    def wrapped(*args: Asked.args, **kwargs: Asked.kwargs) -> Given:
+    def wrapped(*args: Args.args, **kwargs: Args.kwargs) -> Result:
         with links_allowed(bool(kwargs.get("allow_links", False))):
             return verb(*args, **kwargs)
 
@@ -46,25 +45,25 @@ def links_option(verb: Callable[Asked, Given]) -> Callable[Asked, Given]:
 
 
 def check_link(folder: Path, path: Path) -> None:
-    """A path in a folder stays where the folder's files may lie, whatever links it goes through.
+    """Check where a path in a folder leads through symbolic links.
 
-    These places are the folder's own tree and, where the folder is (in) a snapshot of the Hugging Face cache, or
-    holds links into one, that cache: a link may lead to the `blobs` of a repository, to those that several
-    repositories share, and to other snapshots. Under `links_allowed` it may lead anywhere.
+    It may lead into the folder's own tree. Where the folder is in a snapshot of the Hugging Face cache, or holds
+    links into one, it may lead into that cache: to the `blobs` of a repository, to blobs that repositories share,
+    and to other snapshots. Under `links_allowed` it may lead anywhere.
 
     Raises:
-        FormatError: the link leaves these places, or goes in a circle.
+        FormatError: the link leads elsewhere, or in a circle.
     """
     root, real = resolved(folder), resolved(path)
     if real.is_relative_to(root) or _allowed.get():
         return
-    repository = _repository_of(root)
+    repository = next((parent.parent for parent in root.parents if parent.name == "snapshots"), None)
     if repository is not None and any(
         real.is_relative_to(repository / part) for part in ("blobs", "snapshots")
     ):
         return
     cache = _cache_of(real)
-    if cache is not None and cache == (_cache_of(root) or _cache_linked_to(folder, root)):
+    if cache is not None and cache == (_cache_of(root) or _cache_linked_from(folder, root)):
         return
     raise FormatError(
         f"{path}: is a symbolic link to {real}, outside of the folder and of its Hugging Face cache; put the file "
@@ -73,36 +72,28 @@ def check_link(folder: Path, path: Path) -> None:
 
 
 def resolved(path: Path) -> Path:
-    """The path that is behind all links; FormatError if they go in a circle."""
+    """The path behind all links; FormatError if they go in a circle."""
     try:
         return path.resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a name that none can have
+    except (OSError, RuntimeError, ValueError) as error:  # a circle, or a name that no file can have
         raise FormatError(f"{path}: cannot be followed to a file ({error})") from error
 
 
-def _repository_of(real: Path) -> Path | None:
-    """The repository whose `snapshots` a path lies in."""
-    return next((each.parent for each in real.parents if each.name == "snapshots"), None)
-
-
 def _cache_of(real: Path) -> Path | None:
-    """The Hugging Face cache that a path lies in, by its place: CACHE/models--A--B/blobs/..., CACHE/blobs/ab/ab..."""
+    """The Hugging Face cache around CACHE/models--A--B/blobs/..., .../snapshots/... or CACHE/blobs/ab/ab..."""
     parts = real.parts
-    for place in range(len(parts) - 1):
-        if _REPOSITORY.fullmatch(parts[place]) and parts[place + 1] in ("blobs", "snapshots"):
-            return Path(*parts[:place])
-    if (
-        len(parts) > 3
-        and parts[-3] == "blobs"
-        and _DIGEST.fullmatch(parts[-1])
-        and parts[-1][:2] == parts[-2]
-    ):
-        return Path(*parts[:-3])
+    for index, (part, below) in enumerate(pairwise(parts)):
+        if _REPOSITORY.fullmatch(part) and below in ("blobs", "snapshots"):
+            return Path(*parts[:index])
+    if len(parts) > 3:
+        *cache, blobs, prefix, name = parts
+        if blobs == "blobs" and _DIGEST.fullmatch(name) and name[:2] == prefix:
+            return Path(*cache)
     return None
 
 
-def _cache_linked_to(folder: Path, root: Path) -> Path | None:
-    """The cache that the links in a folder lead to: of the first by name that leaves the folder for one."""
+def _cache_linked_from(folder: Path, root: Path) -> Path | None:
+    """The cache that the first link, by name, from a folder to a cache leads to."""
     for entry in sorted(folder.iterdir()):
         if entry.is_symlink() and not (real := resolved(entry)).is_relative_to(root):
             cache = _cache_of(real)

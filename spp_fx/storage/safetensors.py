@@ -1,6 +1,6 @@
-"""Reading safetensors files: dtypes, the header checked in full, tensors whole or in blocks of rows.
+"""Reading safetensors files: dtypes, checked headers, tensors whole or in blocks of rows.
 
-torch is imported only for its dtypes and tensors: headers are read and bytes compared without it.
+torch is imported only where its dtypes or tensors are asked for.
 
 Format: an unsigned 64-bit little-endian length, that many bytes of JSON starting with '{' and padded with
 spaces, then the tensors' bytes without gaps (https://github.com/huggingface/safetensors#format).
@@ -18,14 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spp_fx.errors import FormatError, SppFxError, UsageError
-from spp_fx.storage.strict_json import parse_object, regular_file_size, shown
+from spp_fx.storage.strict_json import is_unicode, parse_object, regular_file_size, shown
 
 if TYPE_CHECKING:
     import torch
 
 
-# In the order of the reference implementation (smallest alignment first): a file lays its tensors out by
-# this order descending, then by name.
+# In the order of the reference implementation. Files hold tensors of the last dtype first, then by name.
 _ORDER: tuple[tuple[str, int, str | None], ...] = (
     ("BOOL", 8, "bool"),
     ("F4", 4, "float4_e2m1fn_x2"),
@@ -52,10 +51,10 @@ _ORDER: tuple[tuple[str, int, str | None], ...] = (
 )
 
 BITS: dict[str, int] = {name: bits for name, bits, _ in _ORDER}
-"""Width of one element, in bits, by safetensors dtype name."""
+"""Bits of one element by safetensors dtype name."""
 
 LAYOUT_RANK: dict[str, int] = {name: rank for rank, (name, _, _) in enumerate(_ORDER)}
-"""Place of a dtype in the layout order; files hold the highest rank first."""
+"""Files hold tensors of the highest rank first."""
 
 _TORCH: dict[str, str] = {name: dtype for name, _, dtype in _ORDER if dtype is not None}
 
@@ -72,7 +71,7 @@ def torch_dtype(name: str) -> "torch.dtype":
         FormatError: the name is unknown, or torch has no such dtype (F6_E2M3, F6_E3M2).
     """
     if name not in _TORCH:
-        raise FormatError(f"dtype {name!r} cannot be held by torch; known: {', '.join(_TORCH)}")
+        raise FormatError(f"torch has no dtype {name!r}; known: {', '.join(_TORCH)}")
     import torch
 
     return getattr(torch, _TORCH[name])
@@ -119,7 +118,7 @@ _GIT_LFS = b"version https://git-lfs.github.com/spec/"[: _PREFIX.size]
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: `start` and `end` are bytes from the beginning of the file."""
+    """A stored tensor; `start` and `end` count bytes from the beginning of the file."""
 
     name: str
     dtype: str
@@ -129,13 +128,12 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """Stored size in bytes."""
         return self.end - self.start
 
 
 @dataclass(frozen=True)
 class Header:
-    """A checked header.
+    """A header that has been checked.
 
     Attributes:
         metadata: the free text of `__metadata__` (empty when absent).
@@ -151,12 +149,12 @@ class Header:
 
     @property
     def data_end(self) -> int:
-        """Offset just past the last tensor byte, which is the size of the file in bytes."""
+        """Offset just past the last tensor byte: the size of the file."""
         return max((info.end for info in self.tensors.values()), default=self.data_start)
 
 
 def read_header(path: Path) -> Header:
-    """Read and check the header of a safetensors file; no tensor byte is read.
+    """Read and check the header of a safetensors file.
 
     Raises:
         UsageError: there is no such file, or it is not a regular file.
@@ -187,7 +185,7 @@ def _read_raw(file: IO[bytes], path: Path, size: int) -> bytes:
     if length > MAX_HEADER_BYTES:
         raise FormatError(
             f"{path}: claims a header of {length} bytes, the limit is {MAX_HEADER_BYTES}; "
-            "this is not a safetensors file, or a damaged one: get it again"
+            "the file is damaged or not a safetensors file; get it again"
         )
     if _PREFIX.size + length > size:
         missing = _PREFIX.size + length - size
@@ -230,14 +228,14 @@ def _metadata(value: object, path: Path | str) -> dict[str, str]:
     for key, text in cast("dict[str, object]", value).items():
         if not isinstance(text, str):
             raise FormatError(f"{path}: __metadata__ key {shown(key)} holds {shown(text)}, expected a string")
-        if not (_is_unicode(key) and _is_unicode(text)):
+        if not (is_unicode(key) and is_unicode(text)):
             raise FormatError(f"{path}: __metadata__ key {shown(key)} holds text that is not Unicode")
     return cast("dict[str, str]", value)
 
 
 def _tensor(name: str, value: object, data_start: int, path: Path | str) -> TensorInfo:
     where = f"{path}: tensor {shown(name)}"
-    if not _is_unicode(name):
+    if not is_unicode(name):
         raise FormatError(f"{where}: its name is not Unicode text; write the file again")
     if not isinstance(value, dict):
         raise FormatError(f"{where}: its entry is {shown(value)}, expected an object; write the file again")
@@ -277,7 +275,7 @@ def stored_nbytes(dtype: str, shape: tuple[int, ...], where: str) -> int:
         FormatError: more than 2**63 - 1 elements, or a sub-byte dtype that does not end on a byte.
     """
     elements = 1
-    for dim in shape:  # zero dimensions left out, so that the strides fit as well
+    for dim in shape:  # without zero dimensions: the strides must fit too
         elements *= max(dim, 1)
         if elements > _MAX_DIM:
             raise FormatError(f"{where}: shape {shown(list(shape))} has more than 2**63 - 1 elements")
@@ -300,7 +298,7 @@ def _integers(value: object, where: str) -> tuple[int, ...]:
 
 
 def _check_coverage(infos: list[TensorInfo], data_start: int, size: int, path: Path | str) -> None:
-    """Each tensor begins where the one before ended, and the last one ends with the file."""
+    """Each tensor begins where the one before it ends, and the last one ends with the file."""
     position, before = data_start, "the header"
     for info in infos:
         where = f"{path}: tensor {shown(info.name)}"
@@ -319,20 +317,12 @@ def _check_coverage(infos: list[TensorInfo], data_start: int, size: int, path: P
         first = next(info for info in infos if info.end > size)
         raise FormatError(
             f"{path}: truncated: {position - size} of {position} bytes are missing, "
-            f"tensor {shown(first.name)} is the first that is not whole; get the file again"
+            f"from tensor {shown(first.name)} on; get the file again"
         )
     if position < size:
         raise FormatError(
             f"{path}: {size - position} bytes after {before} belong to no tensor; write the file again"
         )
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:  # an unpaired surrogate
-        return False
-    return True
 
 
 @dataclass(frozen=True)
@@ -342,7 +332,7 @@ class Shard:
     Attributes:
         path: the file.
         header: its checked header.
-        name: the file's path inside its model folder, with '/' (the bare file name when it stands alone).
+        name: its path in the model folder, with '/'; of a file alone, its name.
     """
 
     path: Path
@@ -351,22 +341,18 @@ class Shard:
 
     @classmethod
     def open(cls, path: Path, name: str | None = None) -> "Shard":
-        """Check the header of the file at `path`; raises what `read_header` raises."""
+        """Raises what `read_header` raises."""
         return cls(path, read_header(path), path.name if name is None else name)
 
     def info(self, name: str) -> TensorInfo:
-        """Dtype, shape and byte range of a tensor.
-
-        Raises:
-            UsageError: the file holds no such tensor.
-        """
+        """Dtype, shape and byte range of a tensor; UsageError if the file does not hold it."""
         info = self.header.tensors.get(name)
         if info is None:
             raise UsageError(f"{self.path}: holds no tensor {shown(name)}")
         return info
 
     def read(self, name: str) -> "torch.Tensor":
-        """The whole tensor, in memory of its own (the file may change or be removed afterwards).
+        """The whole tensor, copied from the file.
 
         Raises:
             UsageError: no such tensor.
@@ -376,11 +362,11 @@ class Shard:
         return self._read(info, info.start, info.nbytes, self._torch_shape(info))
 
     def read_rows(self, name: str, start: int, stop: int) -> "torch.Tensor":
-        """Rows start <= i < stop along the first dimension; memory is bounded by these rows.
+        """Rows start <= i < stop along the first dimension, and no others.
 
         Raises:
             UsageError: no such tensor, a scalar, or rows outside of the tensor.
-            FormatError: as for `read`.
+            FormatError: as `read`.
         """
         info = self.info(name)
         shape = self._torch_shape(info)
@@ -394,7 +380,7 @@ class Shard:
         )
 
     def read_bytes(self, name: str, start: int, count: int) -> bytearray:
-        """At most `count` bytes of a tensor from `start` on, as they are stored, whatever its dtype; without torch.
+        """At most `count` stored bytes of a tensor from its byte `start` on.
 
         Raises:
             UsageError: no such tensor.
@@ -406,37 +392,36 @@ class Shard:
         return data
 
     def difference(self, other: "Shard", name: str) -> str | None:
-        """What differs between this file's tensor and another file's of the same name; None if no byte does.
-
-        Memory holds a block of each.
+        """How a tensor differs from that of the same name in another file, compared block by block; None if equal.
 
         Raises:
-            UsageError: one of them holds no such tensor.
+            UsageError: one of the files does not hold it.
             FormatError: a file shrank.
         """
         ours, theirs = self.info(name), other.info(name)
         if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
             return f"different types ({ours.dtype} {list(ours.shape)}, {theirs.dtype} {list(theirs.shape)})"
         for start in range(0, ours.nbytes, _COMPARED_BYTES):
-            if self.read_bytes(name, start, _COMPARED_BYTES) != other.read_bytes(
-                name, start, _COMPARED_BYTES
-            ):
+            block = self.read_bytes(name, start, _COMPARED_BYTES)
+            if block != other.read_bytes(name, start, _COMPARED_BYTES):
                 return "different values"
         return None
 
     def read_float64(self, name: str, row: int | None = None) -> NDArray[np.float64]:
-        """A floating tensor as float64, exactly; without torch.
+        """A tensor of F64, F32, F16 or BF16 as float64, exactly.
 
         Args:
-            row: of the first dimension, to read that alone.
+            row: index along the first dimension, to read only that row.
 
         Raises:
             UsageError: no such tensor, or no such row.
-            FormatError: not one of F64, F32, F16, BF16; the file shrank.
+            FormatError: another dtype; the file shrank.
         """
         info = self.info(name)
         if info.dtype not in _FLOATING:
-            raise FormatError(f"{self.path}: tensor {shown(name)}: is {info.dtype}, no floating type")
+            raise FormatError(
+                f"{self.path}: tensor {shown(name)}: is {info.dtype}, not one of {', '.join(_FLOATING)}"
+            )
         shape, start, nbytes = info.shape, info.start, info.nbytes
         if row is not None:
             if not shape or not 0 <= row < shape[0]:
@@ -451,9 +436,9 @@ class Shard:
         return stored.astype(np.float64).reshape(shape)
 
     def row_blocks(self, name: str, max_bytes: int = BLOCK_BYTES) -> "Iterator[torch.Tensor]":
-        """The tensor as consecutive blocks of rows, each of at most `max_bytes` bytes but at least a row.
+        """Consecutive blocks of rows, each of at most `max_bytes` bytes but at least one row.
 
-        A scalar or an empty tensor comes as one block.
+        A scalar or an empty tensor is one block.
         """
         info = self.info(name)
         shape = self._torch_shape(info)
@@ -493,7 +478,7 @@ class Shard:
 
 
 def read_at(descriptor: int, position: int, target: memoryview) -> int:
-    """Fill `target` from a position of an open file; returns how many bytes that are: fewer at the file's end alone."""
+    """Fill `target` from a position of an open file; returns the number of bytes, fewer only at its end."""
     done = 0
     while done < len(target):
         count = os.preadv(descriptor, [target[done : done + _READ_BYTES]], position + done)

@@ -1,4 +1,4 @@
-"""JSON from files that are not trusted yet: a regular file of bounded size, one object, no key twice."""
+"""JSON from untrusted files: a regular file of bounded size, one object, no key twice."""
 
 import json
 import os
@@ -20,6 +20,15 @@ def shown(value: object, limit: int = 120) -> str:
         return repr(value) if len(value) <= limit else repr(value[:limit]) + "..."
     quoted = _SHORT.repr(value)  # never spells out a list of millions
     return quoted if len(quoted) <= limit else quoted[:limit] + "..."
+
+
+def is_unicode(text: str) -> bool:
+    """Whether `text` has no unpaired surrogate, which JSON allows and UTF-8 does not."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def parse_object(data: bytes, where: str) -> dict[str, object]:
@@ -50,16 +59,16 @@ def parse_object(data: bytes, where: str) -> dict[str, object]:
     try:
         value = json.loads(data.decode("utf-8"), object_pairs_hook=once, parse_constant=constant)
     except RecursionError:
-        raise FormatError(f"{where}: nested too deep to be real; get the file again") from None
+        raise FormatError(f"{where}: nested too deeply; get it again") from None
     except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, an integer of too many digits
-        raise FormatError(f"{where}: not valid JSON ({error}); get the file again") from error
+        raise FormatError(f"{where}: not valid JSON ({error}); get it again") from error
     if not isinstance(value, dict):
         raise FormatError(f"{where}: holds {shown(value)}, expected a JSON object")
     return cast("dict[str, object]", value)
 
 
 def regular_file_size(path: Path) -> int:
-    """Size in bytes of a regular file (symbolic links followed).
+    """Size in bytes of a regular file, behind symbolic links.
 
     Raises:
         UsageError: there is no such file, or it is a folder, pipe, socket or device.
@@ -76,21 +85,21 @@ def regular_file_size(path: Path) -> int:
 
 
 MAX_JSON_BYTES = 100_000_000
-"""No index, manifest or configuration of a real model comes near it."""
+"""Far more than any index, manifest or configuration of a real model has."""
 
 
 def read_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, object]:
-    """The object that a JSON file holds; see `strict_json.parse_object`.
+    """The object that a JSON file holds; see `parse_object`.
 
     Raises:
         UsageError: there is no such file, or it is a folder, pipe, socket or device (none of which is opened).
-        FormatError: it is larger than `max_bytes`, or not one JSON object.
+        FormatError: it is larger than `max_bytes`, or not a JSON object.
     """
     if (size := regular_file_size(path)) > max_bytes:
         raise FormatError(f"{path}: is {size} bytes long, the limit is {max_bytes}; get it again")
     try:
         with open(path, "rb") as file:
-            data = file.read(max_bytes)  # whatever the size has become meanwhile
+            data = file.read(max_bytes)  # the file may have grown meanwhile
     except OSError as error:
         raise SppFxError(f"{path}: cannot be read ({error.strerror})") from error
     return parse_object(data, str(path))

@@ -1,4 +1,4 @@
-"""Writing safetensors files and model folders as a stream, one tensor or one block of rows in memory at a time."""
+"""Writing safetensors files and model folders as a stream: memory holds one tensor, or one block of rows."""
 
 import errno
 import json
@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
@@ -48,35 +49,32 @@ TensorSpec = tuple[str, str, tuple[int, ...]]
 """Name, safetensors dtype ('BF16') and stored shape of a tensor to be written."""
 
 SPAN = 1 << 20
-"""Bytes that a change should cover: with its result they stay in a core's own cache."""
+"""Bytes that a change should cover: with its result they stay in the cache of a core."""
 
-_COPY = 64 << 20  # bytes of one copy in `rewrite`: large against a system call, small against a file
-_COPY_BYTES = 8 * 2**20  # bytes of one copy by hand
+_COPY = 64 << 20  # bytes that one task of `rewrite` copies
+_BUFFER = 8 << 20  # bytes of one read where the kernel does not copy
 _NO_FAST_COPY = frozenset(
     {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF, errno.ETXTBSY}
 )
 
 
 def rewrite_shard(source: Shard, target: Path, replace: "Callable[[TensorInfo], Content | None]") -> None:
-    """Write a shard with the header of `source` byte for byte, and some of its tensors replaced.
+    """Copy a shard, header included, with some of its tensors replaced; on any error `target` is removed.
 
     Args:
-        source: the shard to start from; it is not modified.
+        source: it is not modified.
         target: a file that does not exist yet.
-        replace: called once for each tensor in file order. None copies the stored bytes (the tensor is
-            never decoded); otherwise a tensor, or an iterable of row blocks made one at a time, that replaces it.
-            It reads what it needs from `source` itself.
+        replace: called once for each tensor, in the order of the file; returns what replaces it, or None to copy
+            the stored bytes.
 
     Raises:
         UsageError: `target` exists.
         FormatError: a replacement of another dtype or shape; `source` shrank.
-        SppFxError: the disk is full or refuses to be written.
-
-    On any error `target` is removed.
+        WriteError: the disk is full or fails.
     """
     with new_file(target) as out, open(source.path, "rb", buffering=0) as original:
         write_all(out, memoryview(source.header.raw))
-        done = source.header.data_start  # all bytes before are written
+        done = source.header.data_start
         for info in source.header.tensors.values():
             content = replace(info)
             if content is not None:
@@ -93,25 +91,21 @@ def write_safetensors(
     produce: Callable[[str], Content],
     metadata: Mapping[str, str] | None = None,
 ) -> Header:
-    """Lay out a fresh file as the reference implementation does and fill it tensor by tensor.
+    """Write a new file with the layout of the reference implementation; on any error `target` is removed.
 
     Args:
         target: a file that does not exist yet.
         specs: name, dtype and shape of every tensor, in any order.
-        produce: gives the content of a tensor by name; called once each, in file order (widest dtype
-            first, then by name).
-        metadata: free text for `__metadata__`, written in the order of its keys; {"format": "pt"} is what
-            transformers expects.
+        produce: returns the content of a tensor by its name; called once each, in the order of the file.
+        metadata: text for `__metadata__`; transformers expects {"format": "pt"}.
 
     Returns:
-        The header, read back from the written file.
+        The header, read back from the file.
 
     Raises:
         UsageError: `target` exists.
-        FormatError: a name twice, an unknown dtype, or content of another dtype or shape than announced.
-        SppFxError: the disk is full or refuses to be written.
-
-    On any error `target` is removed.
+        FormatError: a name twice, an unknown dtype, or content of another dtype or shape than in `specs`.
+        WriteError: the disk is full or fails.
     """
     ordered = layout(specs, target)
     raw = header_bytes(ordered, dict(sorted((metadata or {}).items())), target)
@@ -123,11 +117,11 @@ def write_safetensors(
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy the bytes of a regular file to a path that does not exist yet, and fsync it; missing folders are made.
+    """Copy a regular file to a path that does not exist yet, and fsync it; missing folders are created.
 
     Raises:
         UsageError: `target` exists.
-        SppFxError: either file cannot be read or written.
+        WriteError: a file cannot be read or written.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     with new_file(target) as out, open(source, "rb", buffering=0) as original:
@@ -136,7 +130,7 @@ def copy_file(source: Path, target: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Generator[None, None, None]:
-    """An OSError of the block that names no file names this one: calls on descriptors know none."""
+    """Let an OSError of the block name this file if it names none, as calls on descriptors do."""
     try:
         yield
     except OSError as error:
@@ -147,14 +141,14 @@ def naming(path: Path) -> Generator[None, None, None]:
 
 @contextmanager
 def new_file(target: Path, *, sync: bool = True) -> Generator[FileIO, None, None]:
-    """An unbuffered file that must be new; fsynced at the end unless `sync` is false, removed when anything fails.
+    """A new unbuffered file; fsynced at the end unless `sync` is false, removed when anything fails.
 
     Raises:
         UsageError: `target` exists.
-        WriteError: an OSError of the block, or of opening or syncing the file; names it.
+        WriteError: an OSError of the block, or of opening or syncing the file.
     """
     try:
-        file = open(target, "xb", buffering=0)  # noqa: SIM115 (closed below, on every way)
+        file = open(target, "xb", buffering=0)  # noqa: SIM115 (closed below)
     except FileExistsError:
         raise UsageError(f"{target}: exists; it is not overwritten") from None
     except OSError as error:
@@ -188,15 +182,15 @@ def write_at(descriptor: int, position: int, data: memoryview) -> None:
 
 
 def copy_bytes(source: FileIO, out: FileIO, start: int, stop: int, path: Path) -> None:
-    """Copy bytes start <= i < stop of `source` to the same position of `out`; inside the kernel where it can.
+    """Copy bytes start <= i < stop of `source` to the same place in `out`, inside the kernel where it can.
 
-    The position of neither file counts or moves, so that several threads may copy at once.
+    Neither file's position is used, so several threads may copy at once.
 
     Args:
         path: of `source`, for errors.
 
     Raises:
-        FormatError: `source` ends before.
+        FormatError: `source` ends before `stop`.
     """
     fast = hasattr(os, "copy_file_range")
     while start < stop:
@@ -207,10 +201,10 @@ def copy_bytes(source: FileIO, out: FileIO, start: int, stop: int, path: Path) -
             except OSError as error:
                 if error.errno not in _NO_FAST_COPY:
                     raise
-            fast = copied > 0  # not supported, or a file system that answers 0 before the end: copy by hand
+            fast = copied > 0  # 0: not supported, which some file systems do not report as an error
         if not copied:
             with naming(path):
-                data = os.pread(source.fileno(), min(_COPY_BYTES, stop - start), start)
+                data = os.pread(source.fileno(), min(_BUFFER, stop - start), start)
             if not data:
                 raise FormatError(f"{path}: shrank while it was copied; get it again")
             write_at(out.fileno(), start, memoryview(data))
@@ -226,39 +220,23 @@ def write_content(out: FileIO, content: Content, dtype: str, shape: tuple[int, .
         want, expected = torch_dtype(dtype), torch_shape(dtype, shape)
     except FormatError as error:
         raise FormatError(f"{where}: {error}") from None
-    if isinstance(content, torch.Tensor):
-        if content.shape != expected:
-            raise FormatError(f"{where}: needs shape {list(expected)}, was given {list(content.shape)}")
-        _write_tensor(out, content, want, where)
-        return
-    rows = 0
-    for block in content:
-        if len(block.shape) != len(expected) or block.shape[1:] != expected[1:]:
-            raise FormatError(
-                f"{where}: a block of rows of shape {list(expected)} cannot have shape {list(block.shape)}"
-            )
-        rows += block.shape[0] if expected else 1
-        if rows > (expected[0] if expected else 1):
-            raise FormatError(f"{where}: was given more rows than its shape {list(expected)} has")
-        _write_tensor(out, block, want, where)
+    rows, all_rows = 0, expected[0] if expected else 1
+    for block in [content] if isinstance(content, torch.Tensor) else content:
+        if block.dtype != want:
+            raise FormatError(f"{where}: needs {want}, was given {block.dtype}")
+        rows += block.shape[0] if block.ndim else 1
+        if block.ndim != len(expected) or block.shape[1:] != expected[1:] or rows > all_rows:
+            raise FormatError(f"{where}: rows of shape {list(block.shape)} do not fit in {list(expected)}")
+        if block.numel():
+            plain = block.detach().cpu().resolve_conj().resolve_neg().contiguous()
+            write_all(out, plain.reshape(-1).view(torch.uint8).numpy().data)
         del block  # before the next one is made
-    if rows != (expected[0] if expected else 1):
-        raise FormatError(f"{where}: was given {rows} rows of its shape {list(expected)}")
-
-
-def _write_tensor(out: FileIO, tensor: "torch.Tensor", dtype: "torch.dtype", where: str) -> None:
-    import torch
-
-    if tensor.dtype != dtype:
-        raise FormatError(f"{where}: needs {dtype}, was given {tensor.dtype}")
-    if tensor.numel() == 0:
-        return
-    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    write_all(out, plain.reshape(-1).view(torch.uint8).numpy().data)
+    if rows != all_rows:
+        raise FormatError(f"{where}: was given {rows} rows, needs shape {list(expected)}")
 
 
 def layout(specs: Iterable[TensorSpec], target: Path) -> list[TensorSpec]:
-    """The order of the reference implementation: widest dtype first, then by name.
+    """`specs` in the order of the reference implementation: by dtype, widest first, then by name.
 
     Raises:
         FormatError: a name twice, or an unknown dtype.
@@ -268,7 +246,7 @@ def layout(specs: Iterable[TensorSpec], target: Path) -> list[TensorSpec]:
     for name, dtype, _ in ordered:
         where = f"{target}: tensor {shown(name)}"
         if name in names or name == "__metadata__":
-            reason = "is announced twice" if name in names else "has a name that the format reserves"
+            reason = "is given twice" if name in names else "has a name that the format reserves"
             raise FormatError(f"{where}: {reason}")
         if dtype not in BITS:
             raise FormatError(f"{where}: unknown dtype {shown(dtype)}; known: {', '.join(BITS)}")
@@ -278,7 +256,7 @@ def layout(specs: Iterable[TensorSpec], target: Path) -> list[TensorSpec]:
 
 
 def header_bytes(ordered: list[TensorSpec], metadata: Mapping[str, str], target: Path) -> bytes:
-    """Length and header of a file of these tensors in this order, to the first tensor's first byte.
+    """The bytes of a file before its first tensor.
 
     Raises:
         FormatError: a name is not Unicode text, or the header is longer than the format allows.
@@ -306,8 +284,8 @@ class Change(Generic[Made]):
     """Bytes start <= i < stop of a file, and what replaces them.
 
     Attributes:
-        make: called with the stored bytes and a buffer of the same length, on any thread; what it returns
-            (never None) tells what it did.
+        make: called with the stored bytes and a buffer of the same length to fill, on any thread; its result, not
+            None, is a report.
     """
 
     start: int
@@ -316,23 +294,21 @@ class Change(Generic[Made]):
 
 
 def rewrite(source: Shard, target: Path, changes: Iterable[Change[Made]]) -> Iterator[Made]:
-    """Write a shard again with the same header and the same offsets.
-
-    Spans are independent: each is read, changed and written by one thread, so that these overlap on every core.
+    """Copy a shard with some of its bytes changed, on all cores: one thread reads, changes and writes a span.
 
     Args:
-        source: the shard to start from; it is not modified.
-        target: a file that does not exist yet. It is whole when the iterator is exhausted, not yet fsynced;
-            on an error, or when the iterator is closed early, it is removed.
+        source: it is not modified.
+        target: a file that does not exist yet. It is whole, but not fsynced, when the iterator is exhausted; it is
+            removed on an error, or when the iterator is closed early.
         changes: in the order of the file, without overlaps; bytes between them are copied.
 
     Yields:
-        What each change made, in order.
+        The report of each change, in order.
 
     Raises:
         UsageError: `target` exists.
         FormatError: `source` shrank.
-        SppFxError: the disk is full or refuses to be written.
+        WriteError: the disk is full or fails.
     """
     size = source.header.data_end
     with new_file(target, sync=False) as out, open(source.path, "rb", buffering=0) as original:
@@ -358,21 +334,17 @@ def rewrite(source: Shard, target: Path, changes: Iterable[Change[Made]]) -> Ite
 
 
 def _cover(changes: Iterable[Change[Made]], size: int) -> Iterator[tuple[int, int, Change[Made] | None]]:
-    """Spans that make up the whole file: the changes, and copies of what lies between them."""
+    """Spans that make up the whole file: the changes, and copies of the bytes between them."""
     done = 0
-    for change in changes:
-        yield from _copies(done, change.start)
-        yield change.start, change.stop, change
-        done = change.stop
-    yield from _copies(done, size)
-
-
-def _copies(start: int, stop: int) -> Iterator[tuple[int, int, None]]:
-    return ((at, min(at + _COPY, stop), None) for at in range(start, stop, _COPY))
+    for start, stop, change in chain(((c.start, c.stop, c) for c in changes), [(size, size, None)]):
+        yield from ((at, min(at + _COPY, start), None) for at in range(done, start, _COPY))
+        if change is not None:
+            yield start, stop, change
+        done = stop
 
 
 def _reserve(file: int, size: int) -> None:
-    """Take the room now, where the file system can: a full disk is known, and no file is scattered."""
+    """Allocate the file now, where the file system can: a full disk is found early, and files stay contiguous."""
     if not size or not hasattr(os, "posix_fallocate"):
         return
     try:
@@ -383,7 +355,7 @@ def _reserve(file: int, size: int) -> None:
 
 
 def _buffers(held: threading.local, count: int) -> tuple[Bytes, Bytes]:
-    """Two buffers of the calling thread: pages that are new to it would cost as much as reading them."""
+    """Two buffers of the calling thread: page faults of new ones would cost as much as reading."""
     pair: tuple[Bytes, Bytes] | None = getattr(held, "pair", None)
     if pair is None or pair[0].size < count:
         held.pair = pair = (np.empty(count, np.uint8), np.empty(count, np.uint8))
@@ -391,11 +363,9 @@ def _buffers(held: threading.local, count: int) -> tuple[Bytes, Bytes]:
 
 
 def copy_others(source: ModelFolder, target: Path, skip: Collection[str] = ()) -> None:
-    """Copy configuration, tokenizer and the index of the weights.
+    """Copy configuration, tokenizer and index of a model to an existing folder.
 
     Args:
-        source: a model folder.
-        target: an existing folder that holds none of them.
         skip: relative paths ('README.md') of files that are not copied.
     """
     names = [path.as_posix() for path in source.other_files() if path.as_posix() not in skip]
@@ -410,14 +380,14 @@ def write_shards(
     work: Workspace | None = None,
     names: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
-    """Write a file for each weight file of a model; those that an earlier run finished stay as they are.
+    """Write a file for each weight file of a model, except for those that an earlier run finished.
 
     Args:
         source: a folder opened with its weights.
-        target: where the files go; the folder of `work`, or one in it.
+        target: for the files; the folder of `work`, or one in it.
         write: writes the file of a shard to a path that does not exist yet; returns its facts, JSON.
-        work: what knows of earlier runs; without one, every file is written.
-        names: of the files, by default those of the model's.
+        work: knows what earlier runs finished; without one, every file is written.
+        names: of the files; those of the model's by default.
 
     Returns:
         The facts of each file, in the order of `source.shards`.

@@ -12,6 +12,7 @@ from torch.nn.functional import kl_div
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 
+from spp_fx.adapters.adapter_folder import FACTORS
 from spp_fx.errors import FormatError
 from spp_fx.graph.program import Program
 from spp_fx.training.samples import Windows
@@ -52,9 +53,6 @@ class ProgressCallback(TrainerCallback):
         if logs and "loss" in logs:
             self.note = f"loss {float(logs['loss']):.3f}"
             self.update(state.global_step, state.max_steps, self.note)
-
-
-FACTORS = "adapter_model.safetensors"
 
 
 def load_factors(factors: Mapping[str, nn.Parameter], values: Mapping[str, Tensor], where: Path) -> None:

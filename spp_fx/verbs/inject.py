@@ -18,25 +18,25 @@ from spp_fx.parallel import Tick, no_tick
 from spp_fx.passes.inject_adapters import adaptable
 from spp_fx.passes.match import Match
 from spp_fx.passes.pipeline import run_pipeline
-from spp_fx.sparsity.lock import LOCK_NAME, Lock, compare, lock_beside, make_entry
+from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry, compare, lock_beside, make_entry
 from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.pattern import Pattern
 from spp_fx.storage.links import links_option
-from spp_fx.storage.output import atomic_folder
+from spp_fx.storage.workspace import workspace
 from spp_fx.verification import provenance
 from spp_fx.verification.model_sites import ModelSites, choose, find_sites, scan_sites
 
 
 @dataclass(frozen=True)
 class Injected:
-    """What inject did, or would do.
+    """The result of inject, or what it would do.
 
     Attributes:
         out: the adapter folder, None for a dry run.
-        sites: the sites that carry an adapter, with the pattern found (None where no weight was read).
-        refused: the others, each with its reason.
-        trainable: parameters of all factors.
-        total: parameters of the model.
+        sites: the adapted sites, each with the pattern found (None where no weight was read).
+        refused: the other sites, each with the reason.
+        trainable: number of parameters in all factors.
+        total: number of parameters of the model.
     """
 
     out: Path | None
@@ -104,10 +104,11 @@ def inject(
     """Make an adapter folder for a pruned model folder, with a lock of its masks.
 
     Args:
-        out: the folder to write; None for a dry run, for which config.json alone will do.
-        skip: names of sites that get no adapter, given as targets are.
+        out: the folder to write; None for a dry run, which needs only config.json.
+        targets: sites to adapt; see `Match`.
+        skip: names of sites that get no adapter, as in `targets`.
         allow_links: follow symbolic links that leave a folder; see `links.check_link`.
-        say: called with what the reader should know.
+        say: called with notes for the user.
         options: of the method, such as `rank`.
 
     Raises:
@@ -123,8 +124,8 @@ def inject(
         weights = any(model.glob("*.safetensors"))
         found = find_sites(open_model(model, weights=weights), trust_remote_code=trust_remote_code)
         return _inject(found, None, adapter, targets, skip, tick, say)[0]
-    provenance.load(model)  # a damaged history is refused before the work
-    with atomic_folder(out, force, sources=[model]) as temporary:
+    provenance.load(model)  # a damaged history is an error before the work
+    with workspace(out, {"verb": "inject"}, force=force, sources=[model], say=say) as work:
         found = find_sites(open_model(model), trust_remote_code=trust_remote_code)
         result, lock = _inject(found, out, adapter, targets, skip, tick, say)
         factors = {
@@ -134,7 +135,7 @@ def inject(
         }
         fingerprint = found.folder.fingerprint()
         write_adapter(
-            temporary,
+            work.folder,
             target=out,
             base=model,
             fingerprint=fingerprint,
@@ -148,7 +149,7 @@ def inject(
             "method": method, **adapter.parameters(), "seed": seed, "targets": list(targets), "skip": list(skip),
         }  # fmt: skip
         provenance.record(
-            model, temporary, "inject", inputs={"model": fingerprint}, settings=settings, digests={}
+            model, work.folder, "inject", inputs={"model": fingerprint}, settings=settings, digests={}
         )
     return result
 
@@ -189,34 +190,29 @@ def _size(method: Method, site: Site) -> int:
 def _lock(
     found: ModelSites, sites: Iterable[str], masks: Mapping[str, tuple[PackedMask, Pattern | None]]
 ) -> Lock:
-    """The lock of sites' tensors, held against the model's own lock if it has one."""
+    """The lock of the tensors of sites; they must hold the model's own lock if there is one."""
     path = found.folder.path / LOCK_NAME
     own = lock_beside(found.folder.path)
     known = own.by_name() if own else {}
-    entries = {
-        matrix.tensor: make_entry(
-            matrix.tensor,
-            found.program.sites[site].kind,
-            masks[matrix.tensor][0],
-            masks[matrix.tensor][1],
-            matrix.transposed,
-        )
-        for site in sites
-        for matrix in found.matrices[site]
-    }
+    entries: dict[str, LockEntry] = {}
+    for site in sites:
+        kind = found.program.sites[site].kind
+        for matrix in found.matrices[site]:
+            mask, pattern = masks[matrix.tensor]
+            entries[matrix.tensor] = make_entry(matrix.tensor, kind, mask, pattern, matrix.transposed)
     if known and not any(name in found.folder for name in known):
         raise SppFxError(
-            f"{path} is the lock of another model: {found.folder.path} has none of its {len(known)} sites "
-            f"(first: {next(iter(known))}); remove it, or put the right one there"
+            f"{path}: is the lock of another model, since {found.folder.path} has none of its {len(known)} sites "
+            f"(first: {next(iter(known))}); remove it, or replace it by the right one"
         )
     for name, entry in entries.items():
-        if name not in known:  # pruned by another tool since, or of another pattern: locked from now on
+        if name not in known:  # pruned by another tool since: locked from now on
             continue
         difference = compare(known[name], masks[name][0])
         if not difference.equal:
             raise MaskError(
-                f"{name}: the model is not the one that {path} describes ({difference.reason or 'zeros moved'}); "
-                "see 'spp-fx verify', or remove the lock if the model was changed on purpose"
+                f"{name}: its mask is not that of {path} ({difference.reason or 'zeros moved'}); see 'spp-fx verify', "
+                "or remove the lock if the model was changed on purpose"
             )
         entries[name] = entry.model_copy(update={"pattern": known[name].pattern})
     if not entries:

@@ -1,4 +1,4 @@
-"""Programs with weights, tokenizers and calibration text, from model and adapter folders."""
+"""Load programs with weights, tokenizers and calibration text from model and adapter folders."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ from spp_fx.verbs.settings import Calibration
 
 @dataclass(frozen=True)
 class Loaded:
-    """A program, the model folder its tokenizer comes from, and its factors by their names on disk."""
+    """A program, the model folder with its tokenizer, and its factors by their names on disk."""
 
     program: Program
     model: Path
@@ -51,9 +51,9 @@ def load_program(
 
     Args:
         base: the adapter's base model, if it is not where the adapter says.
-        packed: keep the frozen weights of adapted sites packed.
-        checkpointed: let each decoder layer forget its activations while training.
-        shard: split the frozen weights over the processes of the `world` or of a `node`, layer by layer.
+        packed: pack the frozen weights of adapted sites.
+        checkpointed: checkpoint the activations of each decoder layer in training.
+        shard: split the frozen weights of each layer over the processes of the `world` or of a `node`.
 
     Raises:
         UsageError, FormatError: the folder is neither, or is damaged.
@@ -82,7 +82,7 @@ def load_program(
             Match(targets=tuple(adapter.matrices)),
             # check_base has checked the fingerprint of the base, and nothing here writes to it.
             Inject(adapter.method, seed=adapter.config.seed, masks=False),
-            # Shard packs by itself, one layer at a time.
+            # Shard itself packs, one layer at a time.
             Lower(kernel="fused", storage="dense" if shard else storage),
         ],
     )
@@ -103,11 +103,11 @@ def load_program(
 
 
 def load_tokenizer(model: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder; UsageError if it has none, or one that cannot be loaded."""
+    """The tokenizer of a model folder; UsageError if there is none, or it cannot be loaded."""
     what = "its tokenizer cannot be loaded"
     with Readable(model, what, TOKENIZER_FILES, UsageError):
         tokenizer = AutoTokenizer.from_pretrained(str(model), trust_remote_code=trust_remote_code)
-    # Without any of its files a class of transformers 5 makes a tokenizer without a vocabulary.
+    # transformers 5 makes a tokenizer without a vocabulary where the files are missing.
     names = [name for name in type(tokenizer).vocab_files_names.values() if isinstance(name, str)]
     if (
         names
@@ -115,14 +115,14 @@ def load_tokenizer(model: Path, *, trust_remote_code: bool = False) -> PreTraine
         and not any((model / name).exists() for name in (*names, *TOKENIZER_FILES[:1]))
     ):
         raise UsageError(
-            f"{model}: {what}: the folder has none of {', '.join(dict.fromkeys(names))}; copy the tokenizer files of "
-            "the model that it was made from"
+            f"{model}: {what}: the folder has none of {', '.join(dict.fromkeys(names))}; copy the tokenizer files "
+            "from the original model"
         )
     return tokenizer
 
 
 def window_length(program: Program, asked: int | None, default: int = 512) -> int:
-    """The window to cut text into: as asked, else `default`, and never longer than the model's positions."""
+    """The length of windows of text: as given, else `default`, and at most the model's positions."""
     most = program.positions
     if asked is None:
         return min(default, most or default)
@@ -135,7 +135,7 @@ def window_length(program: Program, asked: int | None, default: int = 512) -> in
 
 @dataclass(frozen=True)
 class Drawn:
-    """Windows drawn from a text, (samples, length) int64, and the rows of the data that were skipped."""
+    """Windows of a text, (samples, length) int64, and the rows of the data that were skipped."""
 
     tokens: Tensor
     skipped: Skipped
@@ -149,13 +149,13 @@ def draw_windows(
     trust_remote_code: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Drawn:
-    """Windows of a text drawn at random.
+    """Draw windows of a text at random.
 
     Windows do not overlap unless the text is too short; then they begin at different tokens. `say`
     reports this, and rows that are skipped.
 
     Raises:
-        UsageError: the text has fewer windows than are asked for, or cannot be used.
+        UsageError: the text is too short, or cannot be used.
     """
     data, samples = calibration.data, calibration.samples
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
@@ -177,7 +177,7 @@ def draw_windows(
         begins = torch.randperm(windows, generator=generator)[:samples] * length
     else:
         say(
-            f"{data}: its {len(tokens)} tokens fill {windows} windows of {length}; {samples} are drawn that overlap"
+            f"{data}: its {len(tokens)} tokens fill {windows} windows of {length}; the {samples} samples overlap"
         )
         begins = torch.randperm(starts, generator=generator)[:samples]
     return Drawn(torch.stack([tokens[begin : begin + length] for begin in begins.tolist()]), skipped)

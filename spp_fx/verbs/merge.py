@@ -1,7 +1,7 @@
-"""merge: plan the fold of an adapter into its base, write it span by span, and prove every mask from disk.
+"""merge: fold an adapter into its base span by span, then prove every mask from disk.
 
-The proof shares nothing with the writer: files are opened anew, their headers are read by the safetensors library
-as well, and masks are scanned, not taken from what was folded.
+The proof shares nothing with the writer: it opens the files anew, has the safetensors library read their headers too,
+and scans the masks.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -29,21 +29,20 @@ from spp_fx.storage.workspace import Workspace, workspace
 from spp_fx.storage.writer import SPAN, Bytes, Change, copy_others, rewrite
 from spp_fx.verification import provenance
 
-_BLOCK = 4 << 20  # bytes that are compared at a time
-_RUN = 64 << 20  # bytes of the base that one task compares
+_BLOCK = 4 << 20  # bytes compared at a time
+_RUN = 64 << 20  # bytes compared by one task
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What merge wrote, and what was proven of it.
+    """The result of merge.
 
     Attributes:
-        out: the merged model folder.
-        base: the base model folder.
-        counts: by stored tensor, what folding met.
-        mask_equal: by stored tensor, whether its mask read back from disk is the lock's; None if not read.
+        out, base: the merged model folder and that of the base model.
+        counts: of each folded tensor.
+        mask_equal: whether the mask of a folded tensor, read back from disk, is the lock's; None if not read.
         vanish: what was done with values that folded to zero.
-        untouched: stored tensors that were copied.
+        untouched: how many tensors were copied.
         nbytes: size of the weights written.
     """
 
@@ -107,25 +106,22 @@ def merge(
 ) -> Merged:
     """Write base + adapter as a model folder with the base's names, shards, dtypes and metadata.
 
-    With `verify_sparsity` the base's masks are checked against the lock before anything is folded, and what was
-    written is read back from disk by another reader: every folded tensor's mask must be the lock's,
-    every other tensor must have the base's bytes. A run that was stopped goes on with its finished shards
-    when it is called again, and writes the same bytes.
+    With `verify_sparsity` the base's masks are checked against the lock before anything is folded. What was written is
+    read back from disk by another reader: every folded tensor must have the lock's mask, every other tensor the base's
+    bytes. When a run was stopped, the next one continues after its finished shards and writes the same bytes.
 
     Args:
-        adapter: the adapter folder.
-        out: the folder to write.
         base: the base model, if it is not where the adapter says.
-        vanish: what to do with a non-zero that folds to zero.
+        vanish: what a non-zero that folds to zero becomes; see `Vanish`.
         force: replace `out` if it exists.
-        fresh: do not go on with what a stopped run has finished.
+        fresh: start over even if a stopped run has finished some shards.
         allow_links: follow symbolic links that leave a folder; see `links.check_link`.
-        tick: told of progress.
-        say: told what is odd about the base's files, where the work begins, and what is kept of it if it fails.
+        tick: progress callback.
+        say: called with what is odd about the base's files, and with what a stopped run has finished.
 
     Raises:
-        UsageError: no adapter folder, no base, an output that exists or that another process works on.
-        FormatError: a file is damaged, or the base is not the one the adapter was made for.
+        UsageError: not an adapter folder, no base, an output that exists or that another process writes.
+        FormatError: a file is damaged, or the base is not the one that the adapter was made for.
         MaskError: a mask is not the lock's, or a value folds to NaN or infinity. Nothing is written.
     """
     adapter, out = Path(adapter), Path(out)
@@ -136,17 +132,9 @@ def merge(
     for note in folder.notes:
         say(note)
     fold = FoldPlan.make(source, folder, vanish)
-    # What the base's own lock holds beyond the adapter's sites stays locked: it is copied, and proven.
-    own = lock_beside(base)
-    locked = Lock.of(((own.by_name() if own else {}) | source.lock.by_name()).values()).by_name()
-    for name in locked:
-        if name not in folder:
-            raise UsageError(
-                f"{base} has no tensor {name}, which is locked: it is not the base of this adapter, "
-                f"or its {LOCK_NAME} is that of another model"
-            )
+    locked = _locked(source, folder)
     history = adapter if provenance.load(adapter) else base
-    provenance.load(history)  # a damaged history is refused before the work
+    provenance.load(history)  # a damaged history is an error before the work
     adapter_files = [adapter / name for name in (CONFIG, FACTORS, LOCK_NAME)]
     plan: dict[str, Any] = {
         "verb": "merge",
@@ -185,6 +173,18 @@ def merge(
     return Merged(out, base, counts, mask_equal, vanish, untouched, folder.stored_bytes)
 
 
+def _locked(adapter: AdapterFolder, base: ModelFolder) -> dict[str, LockEntry]:
+    """The entries of the adapter's lock, and those that only the base's own lock has, sorted by name."""
+    own = lock_beside(base.path)
+    entries = (own.by_name() if own else {}) | adapter.lock.by_name()
+    if missing := sorted(name for name in entries if name not in base):
+        raise UsageError(
+            f"{base.path} has no tensor {missing[0]}, which is locked: it is not the base of this adapter, "
+            f"or its {LOCK_NAME} is that of another model"
+        )
+    return Lock.of(entries.values()).by_name()
+
+
 def _check_base(folder: ModelFolder, entry: LockEntry) -> None:
     scan = scan_stored(folder.info(entry.name)[0], entry.name, transposed=entry.transposed)
     difference = compare(entry, scan.mask)
@@ -195,18 +195,12 @@ def _check_base(folder: ModelFolder, entry: LockEntry) -> None:
 
 
 Owners = tuple[tuple[str, StoredMatrix], ...]
-"""The sites and matrices that one stored tensor holds, in stored order: one, or one for each expert."""
+"""The matrices that a stored tensor holds, each with its site, in stored order: one, or one per expert."""
 
 
 @dataclass(frozen=True)
 class FoldPlan:
-    """Which stored tensors folding changes, and how.
-
-    Attributes:
-        adapter: the adapter folder.
-        owners: by stored tensor.
-        vanish: what to do with non-zeros that would become zero.
-    """
+    """The stored tensors that folding changes, each with the matrices in it."""
 
     adapter: AdapterFolder
     owners: Mapping[str, Owners]
@@ -218,7 +212,7 @@ class FoldPlan:
 
         Raises:
             UsageError: the base has no such tensor.
-            FormatError: a matrix of another shape or type; rows or experts that are missing or there twice.
+            FormatError: a matrix of another shape or type; rows or experts that are missing or doubled.
         """
         by_tensor: dict[str, list[tuple[str, StoredMatrix]]] = {}
         for site, matrices in adapter.matrices.items():
@@ -235,10 +229,10 @@ class FoldPlan:
         return cls(adapter, owners, vanish)
 
     def write(self, folder: ModelFolder, work: Workspace, tick: Tick) -> dict[str, FoldCounts]:
-        """Write every shard that is not finished yet; what folding met, by tensor in the order of the files.
+        """Write every shard that is not finished yet; returns the counts by tensor, in the order of the files.
 
-        Shards are written side by side, each by its share of the threads, and reach the disk on threads of their
-        own, so that no core waits for it.
+        Shards are written side by side, each by its share of the threads, and fsynced on other threads, so that no
+        core waits for the disk.
         """
         with ThreadPoolExecutor(2, thread_name_prefix="fsync") as syncing:
 
@@ -262,7 +256,7 @@ class FoldPlan:
         return {name: each for counts, _ in done for name, each in counts.items()}
 
     def changes(self, shard: Shard) -> "Iterator[Change[Folded]]":
-        """Every span of a shard that folding changes, in the order of their offsets."""
+        """The spans of a shard that folding changes, by offset."""
         for info in shard.header.tensors.values():
             owners = self.owners.get(info.name, ())
             size = info.nbytes // max(1, len(owners))
@@ -291,7 +285,7 @@ class FoldPlan:
 
 
 Folded = tuple[str, int, FoldCounts]
-"""A span that was folded: its tensor, how many bytes of it, and what that met."""
+"""A span that was folded: its tensor, its bytes and its counts."""
 
 
 def _fold(
@@ -312,43 +306,42 @@ def _fold(
 
 
 def _fault(info: TensorInfo, owners: Owners, shape: tuple[int, ...]) -> str | None:
-    """Why a stored tensor cannot be what an adapter says it is; `shape` is the first site's."""
+    """Why a stored tensor does not fit what the adapter says about it; `shape` is that of the first site."""
     site, matrix = owners[0]
     if info.dtype not in FLOATING:
-        return f"is stored as {info.dtype}; folded are {', '.join(FLOATING)}"
+        return f"is stored as {info.dtype}; merge folds {', '.join(FLOATING)}"
     if len(info.shape) != (3 if matrix.whole else 2):
-        return (
-            f"has shape {list(info.shape)} in the base, which is no {'stack' if matrix.whole else 'matrix'}"
-        )
+        what = "a stack of matrices" if matrix.whole else "a matrix"
+        return f"has shape {list(info.shape)} in the base, which is not {what}"
     rows, columns = reversed(info.shape[-2:]) if matrix.transposed else info.shape[-2:]
     if matrix.whole:
         experts = [each.expert for _, each in owners]
         if experts != list(range(info.shape[0])) or any(other != site for other, _ in owners):
-            return f"has {info.shape[0]} experts in the base, which are not the adapter's"
+            return f"has {info.shape[0]} experts in the base, but the adapter has others"
     elif len(owners) > 1:
         return f"is part of {owners[0][0]} and of {owners[1][0]}"
     for _, each in owners:
         if not 0 <= each.start <= each.stop <= shape[-2] or each.stop - each.start != rows:
-            return f"has {rows} rows in the base, the adapter takes it for {each.start} to {each.stop}"
+            return f"has {rows} rows in the base, but rows {each.start} to {each.stop} in the adapter"
         if each.transposed != matrix.transposed or each.whole != matrix.whole:
-            return "is stored in one way for one expert and in another for the next"
+            return "is stored differently for two experts in the adapter"
         if each.expert is not None and not (len(shape) == 3 and 0 <= each.expert < shape[0]):
             return f"is expert {each.expert} of a site of shape {list(shape)}"
     if columns != shape[-1]:
-        return f"has {columns} inputs in the base, {shape[-1]} in the adapter's lock"
+        return f"has {columns} input features in the base, but {shape[-1]} in the adapter's lock"
     return None
 
 
 @dataclass(frozen=True)
 class Proof:
-    """Every byte on disk compared with the lock or with the base.
+    """Compares every byte on disk with the lock or with the base.
 
     Attributes:
         locked: the entries that masks are compared with, by tensor.
-        counts: by folded tensor, what folding met; every other tensor must have the base's bytes.
+        counts: of each folded tensor; every other tensor must have the base's bytes.
         vanish: under `allow`, a mask may have lost the values that underflowed to zero, and no other.
-        tick: told of each tensor that is proven.
-        entries: the lock of what was written, by tensor; of one that is stored twice, both copies are scanned.
+        tick: called for each tensor that is proven.
+        entries: the lock of what was written, by tensor.
         mask_equal: by tensor, whether its mask is the lock's.
         digests: SHA-256 by weight file.
     """
@@ -362,7 +355,7 @@ class Proof:
     digests: dict[str, str] = field(default_factory=dict[str, str])
 
     def read_back(self, base: ModelFolder, written: Path) -> None:
-        """Prove a folder that was written, on all cores.
+        """Prove a written folder, on all cores.
 
         Raises:
             FormatError: a file or a tensor that was copied is not the base's.
@@ -379,12 +372,12 @@ class Proof:
                     if name in self.locked:
                         yield partial(self._prove, shard, copy, self.locked[name])
 
-        # Hashing a file takes as long as many a mask: the others do not wait for it.
+        # Hashing a file takes as long as scanning many masks, which need not wait for it.
         for _ in in_order(lambda task: task(), tasks(), ahead=1024):
             pass
 
     def take_over(self, base: ModelFolder, written: Path) -> None:
-        """The lock where nothing is read back: the locked entries, less the values that underflowed to zero.
+        """Take the lock's entries without reading back, except where `allow` let values underflow to zero.
 
         Raises:
             MaskError: a mask lost more than those values, or gained some.
@@ -402,7 +395,7 @@ class Proof:
         self.digests[copy.name] = provenance.file_sha256(copy.path)
 
     def _copied(self, shard: Shard) -> Iterator[tuple[int, int]]:
-        """Runs of bytes that belong to no folded tensor."""
+        """Ranges of bytes outside of folded tensors."""
         start = shard.header.data_start
         gaps = [(info.start, info.end) for info in shard.header.tensors.values() if info.name in self.counts]
         for stop, after in [*gaps, (shard.header.data_end, 0)]:
@@ -415,7 +408,7 @@ class Proof:
         if not equal:
             met = self.counts.get(entry.name) if self.vanish == "allow" else None
             if met is None or not _only_underflowed(_scanned_mask(shard, entry), mask, met):
-                raise MaskError(f"{entry.name}: read back from disk, its mask is not the lock's")
+                raise MaskError(f"{entry.name}: read back from disk, its mask is not that of the lock")
         pattern = entry.parsed_pattern()
         if pattern is not None and (broken := scan_bits(mask, pattern)).count:
             raise MaskError(f"{entry.name}: read back from disk: {broken.describe(pattern)}")
@@ -427,7 +420,7 @@ class Proof:
 
 
 def _reopen(shard: Shard, path: Path) -> Shard:
-    """A file that was written, its header compared with the base's by our reader and by the safetensors library."""
+    """Open a written file; its header must be the base's, for our reader and for the safetensors library."""
     from safetensors import SafetensorError, safe_open
 
     copy = Shard.open(path, shard.name)
@@ -468,6 +461,6 @@ def _scanned_mask(shard: Shard, entry: LockEntry) -> PackedMask:
 
 
 def _only_underflowed(before: PackedMask, now: PackedMask, counts: FoldCounts) -> bool:
-    """Whether a mask is the base's less the values that folded to zero: no position gained, so many lost."""
+    """Whether a mask is the base's without exactly as many positions as values underflowed."""
     found = compare_masks(before, now, limit=1)
     return found.lost_zeros == 0 and found.new_zeros == counts.vanished

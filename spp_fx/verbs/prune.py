@@ -1,4 +1,4 @@
-"""prune: a dense model folder into a sparse one, tensor by tensor or decoder layer by decoder layer."""
+"""prune: make a dense model folder sparse, tensor by tensor or decoder layer by decoder layer."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -47,11 +47,11 @@ from spp_fx.verification.model_sites import ModelSites, choose, find_sites, tens
 
 
 class LayerStore:
-    """A file of tensors for each finished layer, and the states of the next, in a workspace's store.
+    """The finished layers of a run, a file each, and the inputs of the next layer, in the store of a workspace.
 
     Attributes:
-        states: where values wait between layers.
-        done: how many layers are finished; those before the first unfinished one.
+        states: the values that wait between layers.
+        done: how many layers are finished, counted from the first.
     """
 
     def __init__(self, work: Workspace) -> None:
@@ -62,30 +62,23 @@ class LayerStore:
             self.done += 1
 
     def finish(self, layer: int, tensors: Mapping[str, Tensor], reports: tuple[MatrixReport, ...]) -> None:
-        """Keep the new tensors of a layer, by their names in the checkpoint.
-
-        The states of the next are whole by then: where the journal has a layer, work goes on after it.
-        """
-        target = self._path(layer)
-        target.unlink(missing_ok=True)  # of a run that was killed before it was whole
+        """Keep the new tensors of a layer, by their names in the checkpoint, once the next layer's inputs are."""
+        target = self._work.store / _file(layer)
+        target.unlink(missing_ok=True)  # a killed run may have left half of it
         specs = [(name, dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()]
-        write_safetensors(target, specs, lambda name: tensors[name])
-        self._work.keep(target.name, synced=True, reports=[report.to_json() for report in reports])
+        write_safetensors(target, specs, tensors.__getitem__)
+        self._work.keep(target.name, reports=[report.to_json() for report in reports])
         self.done = layer + 1
         self.states.forget(layer)
 
     def tensors(self) -> dict[str, Shard]:
-        """Where each new tensor lies."""
-        shards = [Shard.open(self._path(layer)) for layer in range(self.done)]
+        """The file of each new tensor."""
+        shards = [Shard.open(self._work.store / _file(layer)) for layer in range(self.done)]
         return {name: shard for shard in shards for name in shard.header.tensors}
 
     def reports(self) -> list[MatrixReport]:
-        """Of all finished layers."""
         facts = [self._work.kept(_file(layer)) or {} for layer in range(self.done)]
         return [MatrixReport.from_json(each) for layer in facts for each in layer["reports"]]
-
-    def _path(self, layer: int) -> Path:
-        return self._work.store / _file(layer)
 
 
 def _file(layer: int) -> str:
@@ -94,7 +87,7 @@ def _file(layer: int) -> str:
 
 @dataclass(frozen=True)
 class FolderWeights:
-    """Tensors read from a folder when a layer is about to run, and let go after it."""
+    """Tensors that are read from a folder before a layer runs, and freed after it."""
 
     found: ModelSites
 
@@ -103,10 +96,10 @@ class FolderWeights:
         return self.found.folder
 
     def fill(self, program: Program, names: Iterable[str], device: torch.device) -> None:
-        """Read parameters and stored buffers; each in the dtype that the program computes in.
+        """Read parameters and stored buffers, in the dtype that the program computes in.
 
         Raises:
-            FormatError: the folder holds nothing for a parameter.
+            FormatError: the folder has no tensor for a parameter.
         """
         for name in names:
             current = _current(program, name)
@@ -119,7 +112,7 @@ class FolderWeights:
             tensor = current if source is None else self._read(source, current)
             if current.is_floating_point() and (not tensor.is_floating_point() or tensor.itemsize < 2):
                 raise FormatError(
-                    f"{self.folder.path}: {name} is stored as {tensor.dtype}, which means nothing without its "
+                    f"{self.folder.path}: {name} is stored as {tensor.dtype}, which has a meaning only with its "
                     "scales; decompress the model first"
                 )
             replace_tensor(program, name, tensor.to(device=device, dtype=current.dtype))
@@ -140,7 +133,7 @@ class FolderWeights:
         return [(matrix.expert, matrix.start, matrix.stop) for matrix in self.found.matrices[site]]
 
     def _source(self, program: Program, name: str) -> str | None:
-        """The name under which the folder holds a tensor: its own, or another's that shares it."""
+        """The name under which the folder holds a tensor: its own, or that of a parameter that shares it."""
         first = program.tied.get(name, name)
         group = [name, first, *(other for other, owner in program.tied.items() if owner == first)]
         return next((each for each in group if each in self.found.matrices), None)
@@ -151,26 +144,23 @@ class FolderWeights:
 
 def _current(program: Program, name: str) -> Tensor:
     path, _, attribute = name.rpartition(".")
-    module = program.get_submodule(path)
-    tensor = module._parameters.get(attribute)
-    if tensor is None:
-        tensor = module._buffers[attribute]
-    assert tensor is not None
+    tensor = getattr(program.get_submodule(path), attribute)
+    assert isinstance(tensor, Tensor)
     return tensor.detach()
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """What prune did.
+    """The result of prune.
 
     Attributes:
         out: the folder written.
-        pattern: what every pruned weight holds now, unless a ratio says otherwise.
-        lock: the masks, as written to `sparsity.lock.json`.
-        refused: sites that were skipped and stay dense, each with its reason.
-        reports: what was done to each matrix, by the tensor that holds it; a stack stored whole has several.
-        calibration: how many windows of how many tokens were used, if any.
-        skipped_rows: of the calibration data, those with nothing in them; None without such data.
+        pattern: of every pruned weight for which no ratio gives another.
+        lock: as written.
+        refused: sites that were skipped and stay dense, each with the reason.
+        reports: of each matrix, by stored tensor; a stack that is stored whole has several.
+        calibration: number and length of the windows of text, if any.
+        skipped_rows: number of empty rows in the calibration data; None without such data.
     """
 
     out: Path
@@ -229,10 +219,10 @@ class Pruned:
         yield from (f"  left dense: {line}" for line in grouped(self.refused))
 
     def errors(self, tensor: str) -> dict[str, float | None]:
-        """What the outputs of a weight lost of their energy on calibration inputs.
+        """The squared error of a weight's outputs on the calibration inputs, relative to the outputs' squared norm.
 
-        `error_before` is what the first mask alone takes, `error_after` what is missing after update and repair;
-        both are squared norms relative to the dense weight's, None without calibration.
+        `error_before` is that of the first mask alone, `error_after` that after update and repair; both are None
+        without calibration.
         """
         reports = self.reports[tensor]
         energy = sum(report.energy or 0 for report in reports)
@@ -267,53 +257,40 @@ def prune(
 ) -> Pruned:
     """Prune every matched site of a model folder and write the lock beside the weights.
 
-    Without calibration, tensor by tensor. With it, decoder layer by decoder layer: each is run on what the
-    pruned layers before it give, pruned, and run again; memory holds the weights of one layer. An interrupted
-    run goes on at the layer, or the weight file, where it was stopped when it is called again, and writes the
-    same bytes.
+    Without calibration, tensor by tensor. With it, decoder layer by decoder layer: each is run on the outputs of the
+    pruned layers before it, pruned, and run again; memory holds the weights of one layer. When a run was stopped, the
+    next one continues after its finished layers or weight files and writes the same bytes.
 
     Args:
         method: name of a criterion.
         pattern: N:M or a share of zeros.
         repair: `dsnot`, or none.
-        targets: sites to take; see `Match`.
-        ratios: `NAME@PATTERN`: other patterns for the sites of that name; the last that fits counts.
+        targets: sites to prune; see `Match`.
+        ratios: `NAME@PATTERN`: another pattern for the sites of that name; the last one that matches counts.
         skip: names of sites that stay dense.
-        device: where layers run; a GPU if torch sees one.
-        fresh: begin anew, whatever an interrupted run left.
+        device: where layers run; by default a GPU if torch has one.
+        fresh: start over even if a stopped run has finished something.
         allow_links: follow symbolic links that leave a folder; see `links.check_link`.
-        say: called with what the reader should know while it runs.
+        say: called with notes for the user while it runs.
         options: of the criterion, by the names of its fields.
 
     Raises:
         UsageError: an option is wrong, the text too short, or the output exists.
-        PatternError: the pattern does not divide a site's inputs, or a site cannot be pruned; names it.
-        MaskError: what was read back is not what was meant to be written.
+        PatternError: the pattern does not divide a site's input features, or a site cannot be pruned; names it.
+        MaskError: what was read back does not hold its pattern.
     """
     model, out, wanted = Path(model), Path(out).absolute(), parse_pattern(pattern)
-    criterion = make_criterion(method, **options)
-    recipe = Recipe(criterion, repair)
+    recipe = Recipe(make_criterion(method, **options), repair)
     if recipe.calibrated and calibration is None:
-        raise UsageError(f"{repair or method} looks at inputs: give the text to calibrate on, --calib FILE")
+        raise UsageError(f"{repair or method} needs calibration text: give it with --calib FILE")
     check_output(out, force, [model], say)
-    provenance.load(model)  # a damaged history is refused before the work
+    provenance.load(model)  # a damaged history is an error before the work
     where = _device(device)
     folder = open_model(model)
     found = find_sites(folder, trust_remote_code=trust_remote_code, runnable=calibration is not None)
     for note in found.notes:
         say(note)
-    matched, refused = choose(found, Match(targets=tuple(targets), dense=True))
-    refused |= found.others
-    if calibration is not None:
-        run_pipeline(found.program, [Partition(), Causal()])
-        outside = outside_of_layers(found.program, matched)
-        refused |= outside
-        matched = [name for name in matched if name not in outside]
-        if not matched:
-            raise UsageError(f"no site can be calibrated: {'; '.join(sorted(set(outside.values())))}")
-    patterns, skipped = patterns_of(matched, wanted, ratios, skip)
-    refused |= skipped
-    check_patterns(found.program.sites, patterns, criterion)
+    patterns, refused = _patterns(found, wanted, recipe, targets, ratios, skip, calibration is not None)
     plan = _plan(found, patterns, recipe)
     tokens, skipped_rows = None, None
     if calibration is not None:
@@ -341,13 +318,37 @@ def prune(
     return Pruned(out, wanted, lock, refused, by_tensor, used, skipped_rows)
 
 
+def _patterns(
+    found: ModelSites,
+    wanted: Pattern,
+    recipe: Recipe,
+    targets: Sequence[str],
+    ratios: Sequence[str],
+    skip: Sequence[str],
+    calibrated: bool,
+) -> tuple[dict[str, Pattern], dict[str, str]]:
+    """The pattern of each site to prune, and why the others are not pruned."""
+    matched, refused = choose(found, Match(targets=tuple(targets), dense=True))
+    refused |= found.others
+    if calibrated:
+        run_pipeline(found.program, [Partition(), Causal()])
+        outside = outside_of_layers(found.program, matched)
+        refused |= outside
+        matched = [name for name in matched if name not in outside]
+        if not matched:
+            raise UsageError(f"no site can be calibrated: {'; '.join(sorted(set(outside.values())))}")
+    patterns, skipped = patterns_of(matched, wanted, ratios, skip)
+    check_patterns(found.program.sites, patterns, recipe.criterion)
+    return patterns, refused | skipped
+
+
 def _all_options() -> dict[str, None]:
-    """The options of every criterion, not given: a history names those too."""
+    """The options of every criterion as None: a history has those too that were not given."""
     return {option.name: None for criterion in CRITERIA.values() for option in fields(criterion)}
 
 
 def _record(found: ModelSites, folder: Path, settings: Mapping[str, Any], tokens: Tensor | None) -> None:
-    """Add this step to the model's history, with the digests of what lies on the disk now."""
+    """Add this step to the model's history, with the digests of the files on disk."""
     inputs = {"model": found.folder.fingerprint()}
     if tokens is not None:
         inputs["calibration"] = blake2b(tokens.numpy().tobytes(), digest_size=32).hexdigest()
@@ -364,7 +365,6 @@ def _record(found: ModelSites, folder: Path, settings: Mapping[str, Any], tokens
 
 
 def _plan(found: ModelSites, patterns: Mapping[str, Pattern], recipe: Recipe) -> dict[str, Any]:
-    """What the pruned weights depend on."""
     return {
         "verb": "prune",
         "base": found.folder.fingerprint(),
@@ -376,7 +376,7 @@ def _plan(found: ModelSites, patterns: Mapping[str, Pattern], recipe: Recipe) ->
 
 
 def _calibration_plan(tokens: Tensor, device: torch.device) -> dict[str, Any]:
-    """What the outputs of layers depend on besides."""
+    """What the outputs of layers depend on too."""
     return {
         "libraries": {"torch": torch.__version__, "transformers": transformers.__version__},
         "tokens": blake2b(tokens.numpy().tobytes()).hexdigest(),
@@ -389,7 +389,7 @@ def _calibration_plan(tokens: Tensor, device: torch.device) -> dict[str, Any]:
 def _stream(
     found: ModelSites, patterns: Mapping[str, Pattern], recipe: Recipe, work: Workspace, tick: Tick
 ) -> dict[str, list[MatrixReport]]:
-    """Prune by the weights alone, one stored tensor in memory; returns the reports by stored tensor."""
+    """Prune tensor by tensor, without inputs; returns the reports by stored tensor."""
     site_of = {matrix.tensor: (site, matrix) for site in patterns for matrix in found.matrices[site]}
     done, total = 0, sum(name in site_of for shard in found.folder.shards for name in shard.header.tensors)
 
@@ -431,7 +431,7 @@ def _walk(
     device: torch.device,
     tick: Tick,
 ) -> dict[str, list[MatrixReport]]:
-    """Prune layer by layer, with one layer in memory; returns the reports by stored tensor."""
+    """Prune layer by layer; returns the reports by stored tensor."""
     store = LayerStore(work)
 
     def finish(index: int, result: LayerResult) -> None:
@@ -472,7 +472,7 @@ def _walk(
 
 
 def _lock_folder(folder: ModelFolder, found: ModelSites, patterns: Mapping[str, Pattern]) -> Lock:
-    """The lock of a folder just written, from its own bytes; every mask must hold its pattern."""
+    """The lock of a written folder, from its own bytes; MaskError if a mask does not hold its pattern."""
     entries: list[LockEntry] = []
     for site, pattern in patterns.items():
         for matrix in tensors_of(found.matrices[site]).values():
@@ -481,9 +481,7 @@ def _lock_folder(folder: ModelFolder, found: ModelSites, patterns: Mapping[str, 
             ).mask
             violations = scan_bits(mask, pattern)
             if violations.count:
-                raise MaskError(
-                    f"{matrix.tensor}: read back, it does not hold: {violations.describe(pattern)}"
-                )
+                raise MaskError(f"{matrix.tensor}: read back from disk: {violations.describe(pattern)}")
             kind = found.program.sites[site].kind
             entries.append(make_entry(matrix.tensor, kind, mask, pattern, matrix.transposed))
     return Lock.of(entries)

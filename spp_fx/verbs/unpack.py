@@ -13,13 +13,13 @@ from spp_fx.exporters.format import FORMATS, Format, Say, decoding_formats
 from spp_fx.exporters.legacy import LegacyFolder, is_legacy
 from spp_fx.exporters.manifest import MANIFEST, TENSOR_FILES, Manifest, read_manifest
 from spp_fx.exporters.plain import write_plain_config
-from spp_fx.exporters.read_back import NOT_IN_TORCH, LibraryReader, difference
+from spp_fx.exporters.read_back import NOT_IN_TORCH, difference, library_tensor
 from spp_fx.parallel import Tick, no_tick
 from spp_fx.sparsity.lock import LOCK_NAME
 from spp_fx.storage.folder import WEIGHTS_NAME, ModelFolder, within
 from spp_fx.storage.links import links_option
-from spp_fx.storage.output import atomic_folder
 from spp_fx.storage.safetensors import dtype_name
+from spp_fx.storage.workspace import workspace
 from spp_fx.storage.writer import copy_file, write_safetensors
 from spp_fx.verbs.verify import verify
 from spp_fx.verification import provenance
@@ -91,15 +91,15 @@ def unpack(
                 f"folded: it does not give the model's files back; {decoding_formats()} do. Export the model in "
                 "one of these"
             )
-        with atomic_folder(out, force, sources=[export]) as temporary:
-            _copy_others(export, manifest, temporary)
-            exact, checks = _from_export(export, manifest, chosen, temporary, tick)
-            _keep_history(export, temporary, exact=exact)
+        with workspace(out, {"verb": "unpack"}, force=force, sources=[export], say=say) as work:
+            _copy_others(export, manifest, work.folder)
+            exact, checks = _from_export(export, manifest, chosen, work.folder, tick)
+            _keep_history(export, work.folder, exact=exact)
         return Unpacked(out, chosen.name, exact, checks)
     if (export / "config.json").is_file() and is_legacy(folder := ModelFolder.open(export)):
-        with atomic_folder(out, force, sources=[export]) as temporary:
-            checks = _from_legacy(LegacyFolder.open(folder), temporary, tick, say)
-            _keep_history(export, temporary, exact=False)
+        with workspace(out, {"verb": "unpack"}, force=force, sources=[export], say=say) as work:
+            checks = _from_legacy(LegacyFolder.open(folder), work.folder, tick, say)
+            _keep_history(export, work.folder, exact=False)
         return Unpacked(out, "compressed-tensors", False, checks)
     reason = "is not an export folder" if export.exists() else "does not exist"
     raise UsageError(f"{export}: {reason}; give a folder that 'spp-fx export' wrote")
@@ -163,12 +163,12 @@ def _check_masks(target: Path, lock: Path) -> int:
 
 def _compare(target: Path, names: Iterable[str], read: Callable[[str], Tensor]) -> int:
     """Compare written tensors, as the safetensors library reads them, with what was decoded; returns how many."""
-    model, library, count = ModelFolder.open(target), LibraryReader(), 0
+    model, count = ModelFolder.open(target), 0
     for name in names:
         shard, info = model.info(name)
         if info.dtype in NOT_IN_TORCH:
             continue
-        if difference(read(name), library.read(shard.path, name)):
+        if difference(read(name), library_tensor(shard.path, name)):
             raise FormatError(f"{shard.path}: {name}: read back, it is not what the export decodes to")
         count += 1
     return count

@@ -71,7 +71,9 @@ def test_types_it_does_not_have_are_left_to_torch():
 
 def test_what_does_not_fit_is_refused_before_anything_is_written():
     adapted = make(64, 300, 4, torch.bfloat16, "2:4")
-    with pytest.raises(ValueError, match=r"no rows 0 to 64 of a weight \(64, 300\)"):
+    with pytest.raises(
+        ValueError, match=r"expected rows 0 to 64 of a weight \(64, 300\), got .* \(64, 296\)"
+    ):
         cpu.tile(adapted, 0, 64, 1.0, torch.empty(64, 296, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="do not fit a weight"):
         replace(adapted, factors=adapted.factors | {"spp_beta": torch.ones(63, 1)})

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -122,7 +121,7 @@ def test_a_site_of_the_lock_that_the_graph_has_not_is_found(tmp_path, monkeypatc
         for name, matrices in binding.matrices.items():
             if name.endswith("1.mlp.c_proj.weight"):
                 binding.matrices[name] = tuple(
-                    replace(matrix, tensor=matrix.tensor + "x") for matrix in matrices
+                    matrix.model_copy(update={"tensor": matrix.tensor + "x"}) for matrix in matrices
                 )
         return binding
 

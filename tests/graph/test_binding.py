@@ -50,7 +50,7 @@ def test_another_shape_is_refused_with_both():
     model, program = sparse("llama")
     name = "model.layers.0.mlp.up_proj.weight"
     refused = bind(model, program.sites, shapes(model) | {name: (65, 32)}).refused
-    assert refused == {name: f"is stored as {name} of shape [65, 32], the model wants [64, 32]"}
+    assert refused == {name: f"is stored as {name} of shape [65, 32], the model expects [64, 32]"}
 
 
 def test_a_site_without_a_tensor_is_refused():

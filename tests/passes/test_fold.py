@@ -94,7 +94,7 @@ def test_an_error_leaves_every_weight_and_adapter(vanish):
 
 
 def test_fold_refuses_what_it_does_not_know():
-    with pytest.raises(UsageError, match="keep, error or allow"):
+    with pytest.raises(UsageError, match="must be one of keep, error, allow"):
         run_pipeline(adapted(canonical("llama")), [Fold(vanish="sometimes")])
 
 

@@ -2,7 +2,7 @@
 
 import string
 from dataclasses import dataclass, fields
-from typing import get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -44,7 +44,11 @@ VALUES = {
 
 def passes_of(cls: type[Pass]) -> st.SearchStrategy[Pass]:
     types = get_type_hints(cls)
-    return st.builds(cls, **{field.name: VALUES[types[field.name]] for field in fields(cls)})
+    return st.builds(cls, **{field.name: values_of(types[field.name]) for field in fields(cls)})
+
+
+def values_of(hint) -> st.SearchStrategy:
+    return st.sampled_from(get_args(hint)) if get_origin(hint) is Literal else VALUES[hint]
 
 
 @pytest.fixture

@@ -82,7 +82,7 @@ def test_what_it_needs(group, monkeypatch):
     run_pipeline(program, [Partition()])
     with pytest.raises(UsageError, match="over takes world or node, got 'all'"):
         run_pipeline(program, [Shard(over="all")])
-    with pytest.raises(UsageError, match="storage takes dense or packed"):
+    with pytest.raises(UsageError, match="storage must be one of dense, packed"):
         run_pipeline(program, [Shard(storage="tight")])
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     with pytest.raises(UsageError, match="needs LOCAL_WORLD_SIZE"):

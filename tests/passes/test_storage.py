@@ -1,11 +1,11 @@
 """Packed frozen weights: the same bits in, the same bits out, and the memory that was promised."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 
-from spp_fx.adapters import rows as rows_module
 from spp_fx.adapters.rows import PACKINGS, choose_packing
 from spp_fx.errors import PreconditionError, UsageError
 from spp_fx.passes.fold_adapters import Fold
@@ -15,6 +15,7 @@ from spp_fx.passes.verify_masks import Verify
 from spp_fx.pruning.select import keep
 from spp_fx.sparsity.pattern import parse_pattern
 from tests.effort import covering
+from tests.exporters.packing import without_kernels
 from tests.families import batch
 from tests.passes.programs import adapted, canonical, loss_of
 
@@ -31,11 +32,9 @@ def rows(weight: torch.Tensor, packing: str):
 
 
 @pytest.fixture(params=["compiled", "torch"])
-def backend(request, monkeypatch):
-    if request.param == "torch":
-        monkeypatch.setattr(rows_module, "_kernels", lambda out: None)
-    elif rows_module._kernels(torch.empty(0)) is None:
-        pytest.skip("numba is not installed")
+def backend(request):
+    with without_kernels() if request.param == "torch" else nullcontext():
+        yield
 
 
 @covering(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from spp_fx.graph.flow import Flow
 from spp_fx.passes.match import Match
 from spp_fx.passes.partition import Partition
 from spp_fx.passes.pipeline import run_pipeline
@@ -45,7 +46,7 @@ def test_a_proven_order_is_absorbed(family, site, makers):
     with torch.no_grad():
         before = program(ids).logits
     for unit in program.units:
-        found = producers(program, unit)[f"{unit}.{site}.weight"]
+        found = producers(Flow(program), unit)[f"{unit}.{site}.weight"]
         assert isinstance(found, Producers), found
         assert set(found.sites) == {f"{unit}.{name}.weight" for name in makers}
         assert bool(found.biases) == (family == "gpt2")
@@ -68,7 +69,7 @@ def test_what_cannot_be_proven_has_a_reason(family, site, reason):
     _, program = sparse(family)
     run_pipeline(program, [Partition()])
     unit = program.units[0]
-    assert reason in str(producers(program, unit)[f"{unit}.{site}"])
+    assert reason in str(producers(Flow(program), unit)[f"{unit}.{site}"])
 
 
 def test_an_order_keeps_more_or_is_none():

@@ -155,7 +155,7 @@ def test_ratios_and_skips_are_per_site():
     assert str(program.matched["model.layers.0.mlp.down_proj.weight"]) == "4:8"
     assert str(program.matched["model.layers.0.self_attn.k_proj.weight"]) == "75%"
     assert str(program.matched["model.layers.1.self_attn.q_proj.weight"]) == "2:4"
-    assert report.skipped["model.layers.0.self_attn.v_proj.weight"] == "is to be skipped"
+    assert report.skipped["model.layers.0.self_attn.v_proj.weight"] == "is excluded by --skip"
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_wrong_options_are_refused_before_anything_runs(options, message):
         ({"ratios": ("q_proj",)}, "write NAME@PATTERN"),
         ({"ratios": ("nothing@2:4",)}, "names no site"),
         ({"ratios": ("q_proj@100%",)}, "leave no weight at all"),
-        ({"skip": ("*",)}, "every site is to be skipped"),
+        ({"skip": ("*",)}, "--skip excludes every site"),
     ],
 )
 def test_wrong_rules_are_refused(options, message):

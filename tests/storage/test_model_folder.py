@@ -208,7 +208,7 @@ def test_a_tensor_that_the_index_leaves_out_is_the_models(sharded: Path) -> None
         (lambda i: i["metadata"].update(total_size=12345), "total_size is 12345"),
         (lambda i: i["metadata"].update(total_size="1 MB"), "total_size is '1 MB'"),
         (lambda i: i["metadata"].pop("total_size"), ""),
-        (lambda i: i.pop("metadata"), "has no metadata, without which transformers cannot load"),
+        (lambda i: i.pop("metadata"), "has no metadata, which transformers needs to load"),
         (lambda i: i.update(metadata=None), "has no metadata"),
     ],
 )
@@ -235,7 +235,7 @@ def test_weight_files_that_transformers_ignores_are_named(form: str, request: py
     save_file({"x": torch.zeros(1)}, folder / "stray.safetensors", {"format": "pt"})
     save_file({}, folder / "empty.safetensors", {"format": "pt"})
     save_file({"x": torch.zeros(1)}, folder / "adapter_model.safetensors", {"format": "pt"})
-    assert "1 weight file is left out, as transformers does" in notes(folder)
+    assert "1 weight file is left out, as in transformers" in notes(folder)
     assert "'stray.safetensors'" in notes(folder)
     assert "x" not in ModelFolder.open(folder)
     (folder / "stray.safetensors").write_bytes(b"damaged, and nobody reads it")
@@ -320,7 +320,7 @@ def test_pickled_weights_are_refused_with_the_way_out(single: Path) -> None:
     (single / "model.safetensors").unlink()
     (single / "pytorch_model.bin").write_bytes(b"")
     message = refused(single, UsageError)
-    assert "pickled weights only (pytorch_model.bin)" in message
+    assert "only pickled weights (pytorch_model.bin)" in message
     assert "save_pretrained(" in message
 
 
@@ -421,9 +421,9 @@ def test_an_adapter_of_peft_beside_a_model_is_noted_and_not_taken_along(single: 
     folder = ModelFolder.open(single)
     assert [path.as_posix() for path in folder.other_files()] == ["config.json", "generation_config.json"]
     (note,) = folder.notes
-    assert "adapter_config.json: a LoRA adapter of PEFT lies beside the model" in note
+    assert "adapter_config.json: a PEFT adapter (LORA) is in the model's folder" in note
     (single / "model.safetensors").unlink()
-    assert "this is a LoRA adapter of PEFT" in refused(single, UsageError)
+    assert "is a PEFT adapter (LORA)" in refused(single, UsageError)
 
 
 @pytest.mark.parametrize("form", ["single", "sharded"])

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from spp_fx.errors import FormatError, SppFxError, UsageError
-from spp_fx.storage import output as place
+from spp_fx.storage import workspace as module
 from spp_fx.storage.workspace import Workspace, workspace
 from tests.command import listing
 
@@ -77,19 +77,35 @@ def test_a_stopped_run_goes_on_after_what_it_finished(runs: Runs, stop: BaseExce
     with pytest.raises(SppFxError if isinstance(stop, OSError) else type(stop)) as caught:
         runs(stop, after="a")
     assert not runs.target.exists()
-    kept = f"{runs.store} keeps 1 file (5 bytes): the same command goes on there; --fresh, or removing it"
+    kept = f"{runs.store} keeps 1 file (5 bytes): the same command continues there; --fresh, or removing it"
     assert kept in (str(caught.value) if isinstance(stop, OSError) else caught.value.__notes__[-1])
     runs()
     assert runs.written == ["b"]
-    assert runs.said == [f"{runs.store}: holds 1 file (5 bytes) of this work, going on"]
+    assert runs.said == [f"{runs.store}: holds 1 file (5 bytes) of this work; continuing"]
     assert runs.is_whole()
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt(), OSError(errno.EIO, "bad"), FormatError("bad")])
-def test_a_run_that_finished_nothing_leaves_nothing(runs: Runs, stop: BaseException) -> None:
-    with pytest.raises((KeyboardInterrupt, SppFxError)):
-        runs(stop, after="")
-    assert not runs.target.parent.exists()
+@pytest.mark.parametrize(
+    "stop",
+    [
+        KeyboardInterrupt(),
+        SystemExit(),
+        GeneratorExit(),
+        ValueError(),
+        OSError(errno.EIO, "bad"),
+        FormatError("bad"),
+    ],
+)
+@pytest.mark.parametrize("old", [False, True])
+def test_a_run_that_finished_nothing_leaves_what_was_there(
+    runs: Runs, stop: BaseException, old: bool
+) -> None:
+    if old:
+        old_output(runs.target)
+    with pytest.raises(SppFxError if isinstance(stop, OSError) else type(stop)):
+        runs(stop, after="", force=old)
+    assert listing(runs.target).keys() == {"config.json"} if old else not runs.target.parent.exists()
+    assert not runs.store.exists()
 
 
 def test_a_verdict_would_come_again_and_keeps_nothing(runs: Runs) -> None:
@@ -108,7 +124,7 @@ def test_an_error_that_a_disk_caused_is_no_verdict(runs: Runs) -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "mend"),
+    ("code", "fix"),
     [
         (errno.ENOSPC, "Free space on its disk"),
         (errno.EDQUOT, "Free space on its disk"),
@@ -117,8 +133,8 @@ def test_an_error_that_a_disk_caused_is_no_verdict(runs: Runs) -> None:
         (errno.EIO, "Check the disk"),
     ],
 )
-def test_what_a_disk_refuses_is_said_with_how_to_mend_it(runs: Runs, code: int, mend: str) -> None:
-    with pytest.raises(SppFxError, match=f"out: was not written: {os.strerror(code)}.*keeps 2 files.*{mend}"):
+def test_a_disk_error_comes_with_its_fix(runs: Runs, code: int, fix: str) -> None:
+    with pytest.raises(SppFxError, match=f"out: was not written: {os.strerror(code)}.*keeps 2 files.*{fix}"):
         runs(OSError(code, os.strerror(code)))
 
 
@@ -126,7 +142,7 @@ def test_an_input_that_is_lost_is_named(runs: Runs, tmp_path: Path) -> None:
     lost = tmp_path / "model" / "model.safetensors"
     lost.parent.mkdir()
     error = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(lost))
-    with pytest.raises(SppFxError, match=rf"{lost}\).*The input was lost while it was read: bring it back"):
+    with pytest.raises(SppFxError, match=rf"{lost}\).*An input disappeared while it was read; restore it"):
         runs(error, sources=[lost.parent])
 
 
@@ -144,7 +160,7 @@ def test_fresh_starts_over_and_says_so(runs: Runs) -> None:
         runs(KeyboardInterrupt())
     runs(fresh=True)
     assert runs.written == ["a", "b"]
-    assert runs.said == [f"{runs.store}: was begun before; starting over"]
+    assert runs.said == [f"{runs.store}: holds the work of an earlier run; starting over"]
     assert runs.is_whole()
 
 
@@ -188,7 +204,7 @@ def test_a_journal_that_was_cut_is_written_on_as_whole_lines(runs: Runs) -> None
     with pytest.raises(KeyboardInterrupt):
         runs(KeyboardInterrupt())
     lines = (runs.store / "journal.jsonl").read_text().splitlines()
-    assert [json.loads(line)["file"] for line in lines] == ["out/a", "out/b"]
+    assert [json.loads(line).get("file") for line in lines] == [None, "out/a", "out/b"]
 
 
 def test_a_file_is_finished_when_its_journal_line_is_on_the_disk(
@@ -221,7 +237,8 @@ def test_a_journal_line_that_fails_is_taken_back(runs: Runs, monkeypatch: pytest
         patch.setattr(os, "fsync", fsync)
         with pytest.raises(SppFxError, match="Read-only file system"):
             runs()
-    assert [json.loads(line)["file"] for line in journal.read_text().splitlines()] == ["out/a"]
+    lines = journal.read_text().splitlines()
+    assert [json.loads(line).get("file") for line in lines] == [None, "out/a"]
     runs()
     assert runs.written == ["b"]
     assert runs.is_whole()
@@ -280,7 +297,7 @@ def test_files_are_finished_from_many_threads(tmp_path: Path) -> None:
         for thread in threads:
             thread.join()
         assert [work.finished(f"f{number}") for number in range(16)] == [{"number": n} for n in range(16)]
-        assert len((work.store / "journal.jsonl").read_text().splitlines()) == 16
+        assert len((work.store / "journal.jsonl").read_text().splitlines()) == 17
 
 
 def test_a_second_run_on_the_same_output_is_refused(runs: Runs, tmp_path: Path) -> None:
@@ -291,20 +308,99 @@ def test_a_second_run_on_the_same_output_is_refused(runs: Runs, tmp_path: Path) 
     assert listing(runs.target).keys() == {"a"}
 
 
-def old_output(target: Path) -> None:
+def old_output(target: Path, name: str = "config.json") -> None:
     target.mkdir(parents=True)
-    (target / "config.json").write_text("old")
+    if name != "none":
+        (target / name).write_text("old")
 
 
 @pytest.mark.parametrize("exchange", [True, False])
-def test_force_replaces_the_folder_whole(runs: Runs, exchange: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "marker", ["config.json", "adapter_config.json", "export.json", "sparsity.lock.json", "none"]
+)
+def test_force_replaces_the_folder_whole(
+    runs: Runs, marker: str, exchange: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not exchange:
-        monkeypatch.setattr(place, "_rename", lambda *_: False)
-    old_output(runs.target)
+        monkeypatch.setattr(module, "_exchange", lambda *_: False)
+    old_output(runs.target, marker)
     with pytest.raises(UsageError, match="exists"):
         runs()
+    assert listing(runs.target.parent).keys() == ({"out", f"out/{marker}"} if marker != "none" else {"out"})
     runs(force=True)
     assert runs.is_whole()
+
+
+def test_a_target_inside_of_the_input_is_fine(tmp_path: Path) -> None:
+    runs = Runs(tmp_path / "merged")
+    runs(sources=[tmp_path])
+    assert runs.is_whole()
+
+
+def test_a_parent_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(SppFxError, match="cannot be created"):
+        Runs(tmp_path / "file" / "a" / "out")()
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_failing_rename_brings_the_old_folder_back(
+    runs: Runs, failing: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = os.rename, 0
+
+    def rename(source: Path, target: Path) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == failing:
+            raise OSError(errno.EIO, "Input/output error")
+        real(source, target)
+
+    old_output(runs.target)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", rename)
+        patch.setattr(module, "_exchange", lambda *_: False)
+        with pytest.raises(SppFxError, match=r"out: was not written: Input/output error.*keeps 2 files"):
+            runs(force=True)
+    assert listing(runs.target).keys() == {"config.json"}
+    runs(force=True)
+    assert runs.written == []
+    assert runs.is_whole()
+
+
+def test_an_old_folder_that_cannot_be_removed_is_only_a_warning(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old_output(runs.target)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        runs(force=True)
+    assert runs.said == [f"{runs.store}: could not be removed; remove it"]
+    assert listing(runs.target).keys() == WHOLE.keys()
+    runs(force=True)  # the next run removes it
+    assert runs.is_whole()
+
+
+def test_everything_is_fsynced_before_the_rename(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    real_fsync, real_rename = os.fsync, os.rename
+
+    def fsync(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real_fsync(descriptor)
+
+    def rename(source: Path, target: Path) -> None:
+        synced.append("renamed")
+        real_rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    runs()
+    before, after = synced[: synced.index("renamed")], synced[synced.index("renamed") + 1 :]
+    files = [str(runs.store / "out" / name) for name in WHOLE]
+    assert {*files, str(runs.store / "out")} <= set(before)
+    assert before[-1] == str(runs.store / "journal.jsonl")  # with the inode
+    assert after[0] == str(runs.target.parent)
 
 
 def test_an_output_that_appears_meanwhile_is_kept_and_so_is_the_work(runs: Runs) -> None:
@@ -322,7 +418,9 @@ def test_an_output_that_appears_meanwhile_is_kept_and_so_is_the_work(runs: Runs)
 
 
 def test_an_output_that_does_not_fit_is_refused_with_both_numbers(runs: Runs) -> None:
-    with pytest.raises(SppFxError, match=r"out: needs 9,000,000\.0 GB, [\d.,]+ .B are free on its disk"):
+    with pytest.raises(
+        SppFxError, match=r"out: needs 9,000,000\.0 GB, but only [\d.,]+ .B are free on its disk"
+    ):
         runs(need=9 * 10**15)
     assert not runs.target.parent.exists()
 
@@ -330,9 +428,20 @@ def test_an_output_that_does_not_fit_is_refused_with_both_numbers(runs: Runs) ->
 def test_a_folder_of_somebody_else_is_not_touched(runs: Runs) -> None:
     runs.store.mkdir(parents=True)
     (runs.store / "thesis.tex").write_text("years of work")
-    with pytest.raises(UsageError, match=r"holds thesis\.tex, which no run of spp-fx left; move it away"):
+    with pytest.raises(UsageError, match=r"holds thesis\.tex, which spp-fx did not write; move it away"):
         runs()
     assert (runs.store / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("left", [[], ["lock"], ["journal.jsonl", "lock"]])
+def test_a_store_without_a_plan_is_removed_even_if_the_output_is_refused(runs: Runs, left: list[str]) -> None:
+    runs()
+    runs.store.mkdir()
+    for name in left:
+        (runs.store / name).touch()
+    with pytest.raises(UsageError, match="exists"):
+        runs()
+    assert runs.is_whole()
 
 
 def test_a_link_in_the_place_of_the_work_is_refused(runs: Runs, tmp_path: Path) -> None:
@@ -351,27 +460,26 @@ def test_long_names_have_room_for_the_work(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from spp_fx.storage import output as place
-from spp_fx.storage.workspace import workspace
-
-module = sys.modules["spp_fx.storage.workspace"]
+from spp_fx.storage import workspace as module
 
 where, target = sys.argv[1], Path(sys.argv[2])
 def die(*_): os.kill(os.getpid(), signal.SIGKILL)
 if where == "before":
-    module.place_folder = die
+    module._exchange = os.rename = die
 elif where == "after":
-    module.confirm = die
+    module.confirm_name = die
 elif where == "aside":  # between the two renames of a system that cannot exchange folders
-    place._rename = lambda *_: False
+    module._exchange = lambda *_: False
     rename = os.rename
     def one(source, to):
         rename(source, to)
         die()
     os.rename = one
-with workspace(target, {"verb": "test", "shape": (2, 4)}, force=True) as work:
+with module.workspace(target, {"verb": "test", "shape": (2, 4)}, force=True) as work:
     for name, text in {"a": "first", "b": "second", "config.json": "{}"}.items():
         (work.folder / name).write_text(text)
+        if where == "writing":
+            die()
         if name != "config.json":
             work.finish(name, letters=len(text))
         if name == "b" and where in ("SIGTERM", "SIGINT"):
@@ -386,6 +494,15 @@ def killed(where: str, target: Path) -> int:
         [sys.executable, "-c", KILLED, where, str(target)], capture_output=True, check=False
     )
     return done.returncode
+
+
+def test_a_run_killed_while_it_writes_leaves_the_old_folder_whole(runs: Runs) -> None:
+    old_output(runs.target)
+    assert killed("writing", runs.target) == -signal.SIGKILL
+    assert listing(runs.target).keys() == {"config.json"}
+    runs(force=True)
+    assert runs.written == ["a", "b"]
+    assert runs.is_whole()
 
 
 @pytest.mark.parametrize("old", [True, False])
@@ -418,7 +535,7 @@ def test_a_folder_put_aside_by_a_run_that_was_killed_comes_back(runs: Runs) -> N
     with pytest.raises(UsageError, match="exists"):
         runs()
     assert (runs.target / "config.json").read_text() == "old"
-    assert any("a killed run was about to replace it; it is back" in line for line in runs.said)
+    assert f"{runs.target}: restored; a run was killed while it replaced this folder" in runs.said
     runs(force=True)
     assert runs.written == []
     assert runs.is_whole()

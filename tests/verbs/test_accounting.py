@@ -299,7 +299,7 @@ def test_a_rank_that_fits_no_site_is_an_error(world):
 def test_inject_skips_the_sites_that_are_named(world, skip):
     done = must("inject", world / "sparse", "-o", world / "less", "--rank", 4, "--skip", skip, "--json").json
     assert len(done["sites"]) == 12
-    assert done["refused"][Q] == "is to be skipped"
+    assert done["refused"][Q] == "is excluded by --skip"
     trained = load_file(world / "less" / "adapter_model.safetensors")
     assert not any("q_proj" in name for name in trained)
 

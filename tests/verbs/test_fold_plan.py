@@ -16,14 +16,14 @@ Q, K, UP = (
 @pytest.mark.parametrize(
     ("site", "matrix", "message"),
     [
-        (Q, {"start": 4}, "the adapter takes it for 4 to"),
-        (Q, {"start": -4}, "the adapter takes it for -4 to"),
+        (Q, {"start": 4}, "rows 4 to"),
+        (Q, {"start": -4}, "rows -4 to"),
         (UP, {"transposed": True}, "rows in the base"),
-        (Q, {"whole": True}, "which is no stack"),
+        (Q, {"whole": True}, "which is not a stack"),
         (Q, {"tensor": UP}, "is part of"),
         (Q, {"tensor": K}, "is part of"),
         (Q, {"expert": 0}, "expected [1, 4, 32]"),
-        (Q, {"tensor": "model.layers.9.self_attn.q_proj.weight"}, "holds no entry for"),
+        (Q, {"tensor": "model.layers.9.self_attn.q_proj.weight"}, "has no entry for"),
     ],
 )
 def test_a_stored_matrix_that_cannot_be_is_named(world, site, matrix, message):

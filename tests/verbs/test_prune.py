@@ -289,7 +289,7 @@ def test_permuted_models_compute_what_their_dense_weights_would(deep, text_file,
         ((*WANDA, "--seq-len", 5000), 2, "more than the model's 2048 positions"),
         (("--method", "wanda", "--calib", "no-such.txt", *CALIBRATION), 2, "cannot be read"),
         ((*WANDA, *CALIBRATION, "--pattern", "2:5"), 1, "not a multiple of the group of 2:5"),
-        ((*WANDA, *CALIBRATION, "--targets", "lm_head"), 2, "outside of the decoder layers"),
+        ((*WANDA, *CALIBRATION, "--targets", "lm_head"), 2, "outside the decoder layers"),
         (("--method", "sparsegpt", "--damp", 0, "--calib", "TEXT", "--samples", 1, "--seq-len", 16), 1, "raise --damp"),
         ((*WANDA, *CALIBRATION, "--skip", "nothing"), 2, "names no site"),
         (("--ratio", "down_proj"), 2, "write NAME@PATTERN"),
@@ -311,5 +311,5 @@ def test_ratios_and_skips_without_calibration(pristine, tmp_path):
     assert patterns["model.layers.0.mlp.down_proj.weight"] == "50%"
     assert patterns["model.layers.1.mlp.down_proj.weight"] == "1:4"
     assert patterns["model.layers.1.self_attn.q_proj.weight"] == "2:4"
-    assert result["refused"]["model.layers.0.self_attn.k_proj.weight"] == "is to be skipped"
+    assert result["refused"]["model.layers.0.self_attn.k_proj.weight"] == "is excluded by --skip"
     assert must("verify", tmp_path / "out", "--json").json["ok"]

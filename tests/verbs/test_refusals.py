@@ -79,7 +79,7 @@ CASES = {
     "merge-wrong-base": (nothing, "merge adapter -o new --base half", 1, "half"),
     "merge-base-changed": (
         lambda w: rewrite(w / "sparse" / "model.safetensors", lambda v: v[Q].mul_(2)),
-        "merge adapter -o new", 1, "changed since inject",
+        "merge adapter -o new", 1, "has changed since 'spp-fx inject'",
     ),
     "merge-base-gone": (lambda w: (w / "sparse").rename(w / "moved"), "merge adapter -o new", 2, "--base"),
     "merge-nan-factor": (

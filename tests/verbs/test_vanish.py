@@ -86,7 +86,9 @@ def make_case(root: Path, kind: Type, weight: np.ndarray, alpha: np.ndarray, bet
         fingerprint=ModelFolder.open(base).fingerprint(),
         method=make_method("spp", rank=RANK, scale=SCALE, dropout=0.0),
         seed=0,
-        matrices={SITE: [StoredMatrix(SITE, False, None, 0, ROWS)]},
+        matrices={
+            SITE: [StoredMatrix(tensor=SITE, transposed=False, expert=None, start=0, stop=ROWS, whole=False)]
+        },
         factors={
             f"{SITE}.spp_alpha": torch.from_numpy(alpha.astype(np.float32)),
             f"{SITE}.spp_beta": torch.from_numpy(beta.astype(np.float32)),

@@ -91,7 +91,7 @@ def test_a_site_of_another_shape_than_the_model_has_fails_and_can_be_allowed(wor
     rewrite(folder / "model.safetensors", lambda v: v.update({UP: v[UP][:-4].contiguous()}))
     (site,) = run_check(Check(folder, Requirements.of("2:4"))).failed
     assert (site.name, site.findings[0].rule) == (UP, "artifact-damaged")
-    assert "the model wants [64, 32]" in (site.reason or "")
+    assert "the model expects [64, 32]" in (site.reason or "")
     assert verify(folder, pattern="2:4", allow_dense=["model.layers.0.mlp.up_proj"]).ok
 
 

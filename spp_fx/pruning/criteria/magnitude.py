@@ -1,7 +1,6 @@
 """magnitude: keep the entries of largest absolute value."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -14,7 +13,6 @@ from spp_fx.pruning.statistics import Inputs
 class Magnitude(Criterion):
     """|W_ij|, of the weight alone; unstructured patterns drop int(p * size) of the whole matrix."""
 
-    name: ClassVar[str]
     calibrated = False
 
     def score(self, weight: Tensor, inputs: Inputs) -> Tensor:

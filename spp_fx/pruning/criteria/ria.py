@@ -1,7 +1,6 @@
 """ria: relative importance of a weight among its row and its column, times a power of its input's norm."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +21,6 @@ class Ria(Criterion):
     A row or column without any weight has no importance. Unstructured patterns drop a share of the whole matrix.
     """
 
-    name: ClassVar[str]
     permute: bool = option(
         False, "reorder inputs over the groups of N:M where the weights before can absorb it"
     )

@@ -1,7 +1,6 @@
 """sparsegpt: prune column by column, and let the columns that follow make up for what was lost."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,7 +21,6 @@ DAMP = 0.01
 class SparseGpt(Criterion):
     """Frantar and Alistarh, 2023. Unstructured patterns are chosen block by block of `block_size` columns."""
 
-    name: ClassVar[str]
     hessian = True
     damp: float = option(DAMP, "added to the Hessian's diagonal, as a share of its mean", not_negative)
     block_size: int = option(BLOCK_SIZE, "columns between updates of all columns that follow", at_least_one)

@@ -1,7 +1,6 @@
 """wanda: keep the entries whose weight times the norm of its input is largest, within each row."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -14,7 +13,6 @@ from spp_fx.pruning.statistics import Inputs
 class Wanda(Criterion):
     """|W_ij| * ||x_j||_2 in float32 (Sun et al., 2024, Eq. 1); unstructured patterns drop int(p * in) of every row."""
 
-    name: ClassVar[str]
     by_row = True
 
     def score(self, weight: Tensor, inputs: Inputs) -> Tensor:

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from spp_fx.adapters.method import FactorSpec, Method, at_least_one, register
-from spp_fx.options import option
+from spp_fx.adapters.method import FactorSpec, Method, register
+from spp_fx.options import at_least_one, option
 
 
 @register("grouped")
