@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from spp_fx.verbs.inject import inject
     from spp_fx.verbs.inspect import inspect
     from spp_fx.verbs.load import load_program
-    from spp_fx.verbs.lock import lock
     from spp_fx.verbs.merge import merge
     from spp_fx.verbs.prune import prune
     from spp_fx.verbs.settings import Calibration, TrainSettings
     from spp_fx.verbs.train import train
     from spp_fx.verbs.unpack import unpack
     from spp_fx.verbs.verify import verify
+    from spp_fx.verbs.write_lock import lock
 
 __version__ = VERSION
 
@@ -47,7 +47,7 @@ _HOMES = {
     "inject": "spp_fx.verbs.inject",
     "inspect": "spp_fx.verbs.inspect",
     "load_program": "spp_fx.verbs.load",
-    "lock": "spp_fx.verbs.lock",
+    "lock": "spp_fx.verbs.write_lock",
     "merge": "spp_fx.verbs.merge",
     "parse_pipeline": "spp_fx.passes.pipeline",
     "print_pipeline": "spp_fx.passes.pipeline",

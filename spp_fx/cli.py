@@ -345,17 +345,6 @@ def verify_command(
     spp-fx verify --policy spp-fx.toml --github --sarif report.sarif
     """
     from spp_fx.verification.policy import Overrides, Policy
-    from spp_fx.verification.report import (
-        Root,
-        annotations,
-        append_report,
-        check_targets,
-        junit,
-        sarif,
-        summary,
-        write_all,
-        write_report,
-    )  # fmt: skip
     from spp_fx.verification.verdict import Verdicts
 
     asked: dict[str, Any] = vars(settings) | {"trust_remote_code": trust_remote_code}
@@ -367,9 +356,12 @@ def verify_command(
     checks = rules.checks(given) if listed else [rules.check(artifact or Path(), given)]
     options = (("--junit", settings.junit, ".xml"), ("--sarif", settings.sarif, ".sarif"))
     reports = {option: (path, suffix) for option, path, suffix in options if path is not None}
-    artifacts = [path for check in checks for path in (check.path, check.against) if path is not None]
-    locks = {f"lock of {check.path}": check.lock for check in checks if check.lock is not None}
-    check_targets(reports, artifacts, locks | ({"policy": rules.path} if rules.path else {}))
+    if reports:
+        from spp_fx.verification.report import check_targets
+
+        artifacts = [path for check in checks for path in (check.path, check.against) if path is not None]
+        locks = {f"lock of {check.path}": check.lock for check in checks if check.lock is not None}
+        check_targets(reports, artifacts, locks | ({"policy": rules.path} if rules.path else {}))
     verdicts = _verify(output, checks, settings.jobs)
     for verdict in verdicts:
         if verdict.error is not None:
@@ -379,20 +371,27 @@ def verify_command(
                 click.echo("spp-fx: " + escaped(verdict.problems[0]), err=True)
     done = Verdicts(verdicts, listed)
     output.result(done)
-    root = Root.current()
+    if reports or settings.github:
+        _write_reports(output, verdicts, settings)
+    return 0 if done.ok else 1
+
+
+def _write_reports(output: Output, verdicts: "Sequence[Verified]", settings: VerifySettings) -> None:
+    from spp_fx.verification import report
+
+    root = report.Root.current()
     if settings.github:
-        for line in annotations(verdicts, root):
+        for line in report.annotations(verdicts, root):
             click.echo(line, err=output.as_json)
     writes: list[Callable[[], None]] = []
     step_summary = os.environ.get("GITHUB_STEP_SUMMARY") if settings.github else None
     if path := settings.junit:
-        writes.append(partial(write_report, path, junit(verdicts, root)))
+        writes.append(partial(report.write_report, path, report.junit(verdicts, root)))
     if path := settings.sarif:
-        writes.append(partial(write_report, path, sarif(verdicts, root)))
+        writes.append(partial(report.write_report, path, report.sarif(verdicts, root)))
     if step_summary:
-        writes.append(partial(append_report, Path(step_summary), summary(verdicts, root)))
-    write_all(writes)
-    return 0 if done.ok else 1
+        writes.append(partial(report.append_report, Path(step_summary), report.summary(verdicts, root)))
+    report.write_all(writes)
 
 
 def _verify(output: Output, checks: "Sequence[Check]", jobs: int | None) -> "list[Verified]":
@@ -400,9 +399,7 @@ def _verify(output: Output, checks: "Sequence[Check]", jobs: int | None) -> "lis
     from spp_fx.verbs.verify import MASK_BYTES, run_check
 
     keep_freed_memory(MASK_BYTES)
-    for (
-        check
-    ) in checks:  # all of them before the first is run: a wrong one must not cost the others' verdicts
+    for check in checks:  # before the first one is run: a wrong one must not cost the verdicts of the others
         check.validate()
     verdicts: list[Verified] = []
     for check in checks:
@@ -484,7 +481,7 @@ def lock_command(
     spp-fx lock my-sparse --force --json
     """
     from spp_fx.sparsity.lock import LOCK_NAME
-    from spp_fx.verbs.lock import lock
+    from spp_fx.verbs.write_lock import lock
 
     # A model of the hub lies in a cache, where nobody would look for its lock.
     target = out or (None if Path(model).exists() else Path(LOCK_NAME))

@@ -1,29 +1,29 @@
 """Errors a user can act on.
 
-Every message says what is wrong, where (file, tensor, row, column) and how to mend it. The command
-line prints the message alone and exits with `exit_code`; `--debug` shows the trace as well.
+Every message says what is wrong, where (file, tensor, row, column) and how to fix it. The command
+line prints the message and exits with `exit_code`; `--debug` shows the traceback as well.
 """
 
 _LONGEST = 2000
 
 
 def escaped(text: str) -> str:
-    """Text that a terminal, a log, an annotation or XML takes as one line, whatever names of files say in it.
+    """Text in one line that is safe in a terminal, a log, an annotation and XML, whatever it quotes from files.
 
-    What is not printable (control characters, line ends, marks that turn the direction of writing, lone
-    surrogates) is escaped as Python would.
+    Unprintable characters (control characters, line ends, bidirectional marks, unpaired surrogates) are escaped
+    as in Python.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def printable(text: str) -> str:
-    """As `escaped`; what is longer than 2,000 characters is cut."""
+    """As `escaped`, cut after 2,000 characters."""
     line = escaped(text[: _LONGEST + 1])
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..."
 
 
 class SppFxError(Exception):
-    """Something does not hold or failed: exit code 1. The message is made `printable`."""
+    """A check or an operation failed: exit code 1. The message is made `printable`."""
 
     exit_code = 1
 
@@ -32,7 +32,7 @@ class SppFxError(Exception):
 
 
 class UsageError(SppFxError):
-    """The request itself is wrong (bad option, unknown name, existing output): exit code 2."""
+    """The command is wrong (bad option, unknown name, existing output): exit code 2."""
 
     exit_code = 2
 
@@ -42,7 +42,7 @@ class FormatError(SppFxError):
 
 
 class WriteError(SppFxError):
-    """A system refused something while a file was written; its cause, an OSError, says what."""
+    """A file could not be written; the cause is the OSError."""
 
 
 class PatternError(SppFxError):
@@ -50,12 +50,12 @@ class PatternError(SppFxError):
 
 
 class MaskError(SppFxError):
-    """A mask is not the one it started as."""
+    """A mask changed."""
 
 
 class PreconditionError(SppFxError):
-    """A pass was asked to run on a program that does not satisfy what it requires."""
+    """A program does not satisfy what a pass requires."""
 
 
 class PostconditionError(SppFxError):
-    """A pass left the program in a state it promised not to."""
+    """A pass left a program in a state that it must not leave."""

@@ -23,7 +23,8 @@ from spp_fx.options import check_options, check_values
 from spp_fx.parallel import Tick
 from spp_fx.registry import Registry, naming
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry
-from spp_fx.sparsity.scan import Scan, Weights, scan_stored, scan_tensor
+from spp_fx.sparsity.scan import Scan, scan_stored, scan_tensor
+from spp_fx.sparsity.weights import Sites, Weights
 from spp_fx.storage.folder import ModelFolder
 from spp_fx.storage.safetensors import Shard, dtype_name, stored_nbytes
 from spp_fx.storage.workspace import Workspace
@@ -250,7 +251,7 @@ class Decoded:
                 return scan_tensor(tensor.mT)  # a decoder of rows (out, in) made it: no copy
             return scan_tensor(tensor, transposed=transposed)
 
-        sites = {record.name: record.transposed for record in manifest.tensors}
+        sites = Sites({record.name: record.transposed for record in manifest.tensors})
         return Weights(frozenset(self.shapes), scan, self.file, lambda: sites)
 
 

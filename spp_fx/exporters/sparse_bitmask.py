@@ -30,8 +30,9 @@ from spp_fx.exporters.format import Decoded, Format, Say, Source, TensorFile, Ti
 from spp_fx.exporters.manifest import COMPACT, MANIFEST, Manifest, TensorRecord, site_sizes
 from spp_fx.exporters.read_back import check_copied, library_tensor
 from spp_fx.parallel import in_order
+from spp_fx.sparsity.kernels import popcount
 from spp_fx.sparsity.lock import LOCK_NAME, LockEntry
-from spp_fx.sparsity.packing import compress, count_ones, expand
+from spp_fx.sparsity.packing import compress, expand
 from spp_fx.storage.folder import ModelFolder, within
 from spp_fx.storage.safetensors import BITS, Header, Shard, TensorInfo, parse_header, torch_dtype, torch_shape
 from spp_fx.storage.strict_json import shown
@@ -328,7 +329,7 @@ class CompactShard:
         if numel % 8 and int(mask[-1]) >> numel % 8:
             raise FormatError(f"{where}: its bitmask has bits set past the last of {numel} elements")
         blocks = spans(numel, SPAN // itemsize)
-        counts = [count_ones(mask[start // 8 : -(-stop // 8)]) for start, stop in blocks]
+        counts = [popcount(mask[start // 8 : -(-stop // 8)]) for start, stop in blocks]
         starts = list(accumulate(counts, initial=0))
         if starts[-1] * itemsize != values_bytes:
             raise FormatError(

@@ -1,20 +1,10 @@
-"""Names of sites: the layer they lie in, and the targets by which users choose them."""
+"""Names of sites: the layer that owns them, and the sites that users skip."""
 
 import re
 from collections.abc import Iterable, Sequence
-from fnmatch import fnmatchcase
 
 from spp_fx.errors import UsageError
-
-
-def is_glob(text: str) -> bool:
-    """Whether a name or path is a glob and not spelt out."""
-    return any(character in text for character in "*?[")
-
-
-def module_name(site: str) -> str:
-    """The name of the module that holds a site's weight; stacks are named by their parameter."""
-    return site.removesuffix(".weight")
+from spp_fx.sparsity.weights import is_target
 
 
 def layer_of(name: str) -> str | None:
@@ -24,14 +14,6 @@ def layer_of(name: str) -> str | None:
     """
     found = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", name)
     return found[0] if found else None
-
-
-def is_target(site: str, target: str) -> bool:
-    """Whether a target names a site: by its last words, or as a glob over the whole name."""
-    name = module_name(site)
-    if is_glob(target):
-        return fnmatchcase(name, target) or fnmatchcase(site, target)
-    return name == target or site == target or name.endswith("." + target)
 
 
 def without_skipped(

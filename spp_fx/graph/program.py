@@ -107,6 +107,11 @@ def factor_attribute(parameter: str, factor: str) -> str:
     return factor if parameter == "weight" else f"{parameter}_{factor}"
 
 
+def matrices(weight: Tensor) -> list[Tensor]:
+    """The matrices (out, in) of a canonical weight as views: itself, or one for each expert."""
+    return list(weight) if weight.ndim == 3 else [weight]
+
+
 SITE = "spp_fx_site"
 """Key of `fx.Node.meta`: the name of the site whose weight the node contracts; left by canonicalize."""
 ADAPTER = "spp_fx_adapter"

@@ -10,7 +10,7 @@ from spp_fx.adapters.fold import FoldCounts, Vanish, fold_matrix
 from spp_fx.adapters.method import Factors, Method
 from spp_fx.adapters.op import ops_of
 from spp_fx.errors import PostconditionError, PreconditionError
-from spp_fx.graph.program import ADAPTER, Program, Site, factor_attribute
+from spp_fx.graph.program import ADAPTER, Program, Site, factor_attribute, matrices
 from spp_fx.graph.rewrite import VIEWS, erase_unused, reach, replace_by_call
 from spp_fx.passes.base import Pass, PassReport, register
 from spp_fx.passes.frozen_weights import unpack_site
@@ -79,11 +79,6 @@ def factors_of(program: Program, site: str) -> dict[str, Tensor]:
         key: module.get_parameter(factor_attribute(parameter, key)).detach()
         for key in method.factors(program.sites[site].shape)
     }
-
-
-def matrices(weight: Tensor) -> list[Tensor]:
-    """A weight's matrices (out, in) as views: itself, or one for each expert."""
-    return list(weight) if weight.ndim == 3 else [weight]
 
 
 def _fold(

@@ -90,13 +90,8 @@ def _dense_reason(program: Program, site: str, uses: list[Use]) -> str | None:
         return "its weight is tied to another name"
     parameter = site.rpartition(".")[2]
     for use in uses:
-        reading = {
-            reader
-            for node in use.module.graph.nodes
-            if node.op == "get_attr" and node.target == parameter
-            for reader in readers(node)
-        }
-        if any(reader.meta.get(ADAPTER) != site for reader in reading):
+        sources = use.module.graph.find_nodes(op="get_attr", target=parameter)
+        if any(reader.meta.get(ADAPTER) != site for node in sources for reader in readers(node)):
             return "something else reads its weight too"
     return None
 

@@ -54,7 +54,8 @@ class Lower(Pass):
                 report.changed[name] += f", {packed}" if packed else ", dense"
                 if reason:
                     report.skipped[name] = reason
-        for module in {use.module for each in uses.values() for use in each}:
+        dense = program.adapters.keys() - program.packings.keys()  # packing compiles by itself
+        for module in {use.module for name in dense for use in uses[name]}:
             module.recompile()
         return report
 

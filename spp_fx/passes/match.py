@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from spp_fx.errors import PatternError, PreconditionError, UsageError
-from spp_fx.graph.names import is_target, module_name
 from spp_fx.graph.program import Program, Site
 from spp_fx.passes.base import Pass, PassReport, register
 from spp_fx.sparsity.pattern import Pattern, detect_pattern
 from spp_fx.sparsity.scan import pack_mask
+from spp_fx.sparsity.weights import is_target, module_name
 
 
 @register("match")

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 
 from spp_fx.errors import PostconditionError, PreconditionError
-from spp_fx.graph.program import Program
+from spp_fx.graph.program import Program, matrices
 from spp_fx.options import choice
 from spp_fx.passes.base import Pass, PassReport, register
 from spp_fx.pruning.criterion import CRITERIA, Criterion
@@ -65,9 +65,9 @@ class Prune(Pass):
         patterns, skipped = patterns_of(sites, parse_pattern(self.pattern), self.ratios, self.skip)
         report.skipped.update(skipped)
         check_patterns(program.sites, patterns, recipe.criterion)
-        matrices = _walk(program, patterns, recipe) if walks else _each(program, patterns, recipe)
+        done = _walk(program, patterns, recipe) if walks else _each(program, patterns, recipe)
         for name, pattern in patterns.items():
-            report.changed[name] = _describe([each for each in matrices if each.site == name])
+            report.changed[name] = _describe([each for each in done if each.site == name])
             program.patterns[name] = program.matched[name] = pattern
         for name in report.skipped:
             del program.matched[name]
@@ -108,8 +108,7 @@ def _each(program: Program, patterns: dict[str, Pattern], recipe: Recipe) -> lis
     for name, pattern in patterns.items():
         with torch.no_grad():
             weight = program.canonical_weight(name)
-            matrices = list(weight) if weight.ndim == 3 else [weight]
-            for index, matrix in enumerate(matrices):
+            for index, matrix in enumerate(matrices(weight)):
                 expert = index if weight.ndim == 3 else None
                 reports.append(prune_matrix(matrix, None, pattern, recipe, name, expert))
     return reports

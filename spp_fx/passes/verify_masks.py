@@ -42,9 +42,7 @@ class Verify(Pass):
             if pattern is not None:
                 found = scan_bits(mask, pattern)
                 if found.count:
-                    raise MaskError(
-                        f"verify: {name}: {found.count} violations of {pattern}, first {found.first}"
-                    )
+                    raise MaskError(f"verify: {name}: {found.describe(pattern)}")
             report.changed[name] = f"{pattern or 'mask'} holds" + (
                 ", mask equal" if name in program.masks else ""
             )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from spp_fx.errors import PatternError, UsageError
-from spp_fx.graph.names import is_target, without_skipped
+from spp_fx.graph.names import without_skipped
 from spp_fx.graph.program import Site
 from spp_fx.pruning.criteria.magnitude import Magnitude
 from spp_fx.pruning.criteria.wanda import Wanda
@@ -16,6 +16,7 @@ from spp_fx.pruning.criterion import Criterion
 from spp_fx.pruning.select import row_blocks
 from spp_fx.pruning.statistics import Inputs, output_energy
 from spp_fx.sparsity.pattern import NM, Pattern, parse_pattern
+from spp_fx.sparsity.weights import is_target
 
 THRESHOLD = 0.1
 CYCLES = 50

@@ -109,7 +109,7 @@ if sys.byteorder != "little":
     raise ImportError("mask words are written as little-endian")
 try:
     binding.check_jit_execution()
-except OSError as error:  # SELinux and the like let no process run code that it made
+except OSError as error:  # SELinux, for one, can forbid a process to run code that it made
     raise ImportError(str(error)) from error
 
 _SCAN = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_void_p] * 3])

@@ -1,6 +1,6 @@
 """Loops over weights and mask bits: element types, zeros and non-finite values, full groups, transposition, locator.
 
-All in numpy but the scan of weights, which is compiled where llvmlite is there and is several times faster then.
+All in numpy except the scan of weights, which is compiled where llvmlite is installed: several times faster.
 Mask bits are packed LSB first: element i is bit i % 8 of byte i // 8.
 """
 
@@ -110,7 +110,7 @@ def scan_elements(elements: NDArray[Any], kind: ElementType, out: Bytes) -> tupl
     Args:
         elements: 1-D, as unsigned integers.
         kind: of the elements.
-        out: receives ceil(len / 8) mask bytes; what lies behind them stays.
+        out: receives ceil(len / 8) mask bytes; the bytes after them are not written.
 
     Returns:
         How many elements are non-zero, and how many are non-finite.
@@ -132,7 +132,6 @@ def _non_finite(magnitudes: NDArray[Any], kind: ElementType) -> NDArray[np.bool_
 
 
 def popcount(bits: Bytes | Words) -> int:
-    """How many bits are set."""
     return int(np.bitwise_count(bits).sum(dtype=np.int64))
 
 
@@ -251,7 +250,7 @@ def transpose_bits(bits: Bytes, shape: tuple[int, ...]) -> Bytes:
 def _transpose_blocks(words: Words) -> None:
     """Transpose every 64 x 64 bits of (blocks, 64, words of a row), in place.
 
-    In each half-sized step the upper right quarter of a block changes places with the lower left one.
+    Each step swaps the upper right quarter of a block with the lower left one, and halves the blocks.
     """
     distance, mask = 32, np.uint64(0x00000000FFFFFFFF)
     while distance:
@@ -273,9 +272,9 @@ BUCKETS = 8
 def locate(bits: Bytes, rows: int, columns: int) -> list[int]:
     """Bucket b: the XOR of (linear index + 1) over the ones of the rows r with r % 8 == b.
 
-    XOR is its own inverse, so the sum of a row is that of all ones before its end and that of all before its start,
-    XORed. Within a word, the numbers 64 w + j + 1 differ in the low six bits alone (but for j = 63), which all words
-    have in common: they are found once, from the XOR of the words themselves.
+    XOR is its own inverse, so the sum of a row is that of all ones before its end XOR that of all ones before its
+    start. Within a word, the numbers 64 w + j + 1 differ only in the low six bits (except j = 63), which are the
+    same for all words: the XOR of the words gives them at once.
     """
     words = np.zeros((bits.size + 7) // 8 + 1, dtype="<u8")
     words.view(np.uint8)[: bits.size] = bits

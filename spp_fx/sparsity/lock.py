@@ -1,34 +1,26 @@
-"""`sparsity.lock.json`: the mask of every site, which each later step is checked against; the comparison of masks.
+"""`sparsity.lock.json`: the mask of every site, against which each later step is checked; comparison of masks.
 
-One object a site: name, kind, canonical shape, pattern, non-zero count, mask digest and locator. The
-file is sorted and holds one site a line, so that a change of one mask is a change of one line.
+Each site has a name, kind, canonical shape, pattern, non-zero count, mask digest and locator. The file is sorted
+and holds one site a line, so that a changed mask is one changed line.
 """
 
 import json
 import math
 import os
-import stat
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from spp_fx.errors import FormatError, MaskError, UsageError
 from spp_fx.sparsity.kernels import popcount
 from spp_fx.sparsity.mask import LOCATOR_DIGITS, PackedMask, flip, locator, propose_flips
 from spp_fx.sparsity.pattern import Pattern, parse_pattern
+from spp_fx.storage.strict_json import StrictModel, first_fault, parse_model, read_bytes
 
 LOCK_NAME = "sparsity.lock.json"
 FORMAT_VERSION = 2  # 1 had another digest
@@ -46,11 +38,7 @@ _Locator = Annotated[str, StringConstraints(pattern=rf"^[0-9a-f]{{{LOCATOR_DIGIT
 _Dimension = Annotated[int, Field(ge=0, le=_MAX_NUMEL)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
-
-
-class LockEntry(_Strict):
+class LockEntry(StrictModel):
     """The mask of one site.
 
     Attributes:
@@ -89,19 +77,18 @@ class LockEntry(_Strict):
         return self
 
     def parsed_pattern(self) -> Pattern | None:
-        """The pattern as an object."""
         return None if self.pattern is None else parse_pattern(self.pattern)
 
     def line(self) -> str:
-        """The entry as one line of JSON; `transposed` only where it is true."""
+        """The entry as one line of JSON."""
         fields = self.model_dump(mode="json")
         if not self.transposed:
             del fields["transposed"]
         return json.dumps(fields)
 
 
-class Lock(_Strict):
-    """A whole lock file. `pattern` is that of every site, or None where they differ or there are none."""
+class Lock(StrictModel):
+    """A lock file. `pattern` is that of every site; None where they differ or there are none."""
 
     format_version: int
     pattern: str | None
@@ -111,7 +98,7 @@ class Lock(_Strict):
     @classmethod
     def _known_version(cls, version: int) -> int:
         if version == 1:
-            raise ValueError("version 1 is no longer read; make a new lock with 'spp-fx lock MODEL --force'")
+            raise ValueError("version 1 is no longer read")
         if version != FORMAT_VERSION:
             raise ValueError(f"version {version} is unknown, this release reads {FORMAT_VERSION}")
         return version
@@ -129,23 +116,14 @@ class Lock(_Strict):
 
     @classmethod
     def of(cls, entries: Iterable[LockEntry]) -> "Lock":
-        """A lock of these entries, sorted by name.
-
-        Raises:
-            FormatError: a name appears twice.
-        """
+        """A lock of these entries, sorted by name; FormatError if a name appears twice."""
         sites = tuple(sorted(entries, key=lambda entry: entry.name))
         try:
             return cls(format_version=FORMAT_VERSION, pattern=_common_pattern(sites), sites=sites)
         except ValidationError as error:
-            raise FormatError(f"{LOCK_NAME}: {_first_fault(error)}") from error
-
-    def entry(self, name: str) -> LockEntry | None:
-        """The entry of a site, or None."""
-        return self.by_name().get(name)
+            raise FormatError(f"{LOCK_NAME}: {first_fault(error)}") from error
 
     def by_name(self) -> dict[str, LockEntry]:
-        """Every entry under its name."""
         return {site.name: site for site in self.sites}
 
     def dumps(self) -> str:
@@ -160,27 +138,13 @@ class Lock(_Strict):
         """Read a lock's text; `source` names it in errors.
 
         Raises:
-            FormatError: not JSON, a key given twice, another version, or a field that cannot be.
+            FormatError: not JSON, a key given twice, another version, or a field that is wrong.
         """
-        if len(text) > _MAX_BYTES:
-            raise FormatError(f"{source}: {len(text)} bytes is too large for a lock file")
+        data = text.encode() if isinstance(text, str) else text
         try:
-            content = json.loads(text, object_pairs_hook=_no_duplicates)
-            if not isinstance(content, dict) or not {"format_version", "sites"} <= content.keys():
-                raise FormatError(
-                    f"{source}: is JSON, but no sparsity lock: it has no format_version and sites. Give a "
-                    f"{LOCK_NAME} as spp-fx writes it, or make one with 'spp-fx lock MODEL'"
-                )
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            raise FormatError(f"{source}: {_first_fault(error)}") from error
-        except RecursionError:
-            raise FormatError(f"{source}: nested too deep to be a lock; get the file again") from None
-        except ValueError as error:
-            raise FormatError(
-                f"{source}: is no sparsity lock, for it is not JSON ({error}). Give a {LOCK_NAME} as spp-fx "
-                "writes it, or make one with 'spp-fx lock MODEL'"
-            ) from error
+            return parse_model(cls, data, f"{source}: not a valid lock")
+        except FormatError as error:
+            raise FormatError(f"{error}; make one with 'spp-fx lock MODEL --force'") from error
 
 
 def make_entry(
@@ -203,28 +167,17 @@ def make_entry(
             transposed=transposed,
         )
     except ValidationError as error:
-        raise FormatError(f"{name}: {_first_fault(error)}") from error
+        raise FormatError(f"{name}: {first_fault(error)}") from error
 
 
 def load_lock(path: str | os.PathLike[str]) -> Lock:
     """Read a lock file.
 
     Raises:
-        UsageError: there is no such file, or it cannot be read.
-        FormatError: the file is not a lock; names the file and the fault.
+        UsageError: there is no such file, or it is not a regular file.
+        FormatError: it is not a lock; names the file and the fault.
     """
-    file = Path(path)
-    try:
-        status = file.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise UsageError(f"{file}: the lock is a folder, pipe or device; give a {LOCK_NAME}")
-        if status.st_size > _MAX_BYTES:
-            raise FormatError(f"{file}: {status.st_size} bytes is too large for a lock file")
-        with file.open("rb") as stream:
-            data = stream.read(_MAX_BYTES + 1)
-    except OSError as error:
-        raise UsageError(f"{file}: the lock cannot be read: {error.strerror}") from error
-    return Lock.loads(data, str(file))
+    return Lock.loads(read_bytes(Path(path), _MAX_BYTES), str(path))
 
 
 def lock_beside(folder: Path) -> Lock | None:
@@ -242,85 +195,44 @@ def _common_pattern(sites: tuple[LockEntry, ...]) -> str | None:
     return patterns.pop() if len(patterns) == 1 else None
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError(f"the keys {[key for key, _ in pairs]} hold one twice")
-    return result
-
-
-def _first_fault(error: ValidationError) -> str:
-    """Where and what, in one line, with hostile values cut short."""
-    fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"])
-    text = fault["msg"].removeprefix("Value error, ")
-    return f"{where.lstrip('.')}: {text}"[:400] if where else text[:400]
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A mask compared with its lock entry.
-
-    Attributes:
-        equal: the digests are equal.
-        lost_zeros: (row, column) that were zero when the lock was made and are not now; row is
-            expert * out + row for a stack. Complete where `located`, empty where not.
-        new_zeros: the reverse.
-        located: the two lists are proven: with exactly these flips undone the digest is the lock's.
-            True, with empty lists, for equal masks.
-        reason: why the positions could not be named; empty where they are.
-    """
-
-    equal: bool
-    lost_zeros: list[Position] = field(default_factory=list[Position])
-    new_zeros: list[Position] = field(default_factory=list[Position])
-    located: bool = True
-    reason: str = ""
-
-
-def compare(entry: LockEntry, mask: PackedMask) -> Comparison:
-    """Compare a mask with its lock entry; on a mismatch, name the flipped positions if that can be proven."""
-    if entry.shape != mask.shape:
-        return Comparison(
-            False, located=False, reason=f"shape {mask.shape}, the lock has shape {entry.shape}"
-        )
-    if entry.mask == mask.digest:
-        return Comparison(True)
-    flips = propose_flips(entry.locator, locator(mask), mask)
-    if flips is None or flip(mask, flips).digest != entry.mask:
-        change = mask.nnz - entry.nnz
-        return Comparison(
-            False,
-            located=False,
-            reason=f"too many positions changed to name them from the lock ({change:+d} non-zeros)",
-        )
-    indices = np.asarray(flips)
-    is_one = mask.bits[indices // 8] >> (indices % 8).astype(np.uint8) & 1
-    lost_zeros, new_zeros = (
-        [divmod(index, mask.columns) for index in indices[is_one == bit].tolist()] for bit in (1, 0)
-    )
-    return Comparison(False, lost_zeros, new_zeros)
-
-
 @dataclass(frozen=True)
 class MaskDifference:
-    """The exact difference of two masks.
+    """How a mask differs from what it was: another mask, or the one that a lock entry describes.
 
     Attributes:
-        lost_zeros: how many positions are zero in the first and non-zero in the second.
-        new_zeros: how many the other way round.
-        first_lost: the first of them as (row, column), in row-major order, at most `limit`.
+        lost_zeros: positions that were zero and are not now; None where the lock cannot locate them.
+        new_zeros: the reverse.
+        first_lost: the first of them as (row, column), in row-major order; row is expert * out + row for a stack.
         first_new: likewise.
+        reason: why the positions are not known; empty where they are.
     """
 
-    lost_zeros: int
-    new_zeros: int
-    first_lost: list[Position]
-    first_new: list[Position]
+    lost_zeros: int | None = 0
+    new_zeros: int | None = 0
+    first_lost: list[Position] = field(default_factory=list[Position])
+    first_new: list[Position] = field(default_factory=list[Position])
+    reason: str = ""
 
     @property
     def equal(self) -> bool:
         return self.lost_zeros == 0 and self.new_zeros == 0
+
+
+def compare(entry: LockEntry, mask: PackedMask) -> MaskDifference:
+    """Compare a mask with its lock entry.
+
+    Flipped positions are named where that can be proven: with exactly these flips undone the digest is the lock's.
+    """
+    if entry.shape != mask.shape:
+        return MaskDifference(None, None, reason=f"shape {mask.shape}, the lock has shape {entry.shape}")
+    if entry.mask == mask.digest:
+        return MaskDifference()
+    flips = propose_flips(entry.locator, locator(mask), mask)
+    if flips is None or (then := flip(mask, flips)).digest != entry.mask:
+        change = mask.nnz - entry.nnz
+        reason = f"too many positions changed to name them from the lock ({change:+d} non-zeros)"
+        return MaskDifference(None, None, reason=reason)
+    return compare_masks(then, mask)
 
 
 def compare_masks(then: PackedMask, now: PackedMask, limit: int = 10) -> MaskDifference:
@@ -332,25 +244,22 @@ def compare_masks(then: PackedMask, now: PackedMask, limit: int = 10) -> MaskDif
     if then.shape != now.shape:
         raise MaskError(f"masks of shapes {then.shape} and {now.shape} cannot be compared")
     lost, new = 0, 0
-    first_lost: list[int] = []
-    first_new: list[int] = []
+    first_lost: list[Position] = []
+    first_new: list[Position] = []
     for start in range(0, then.bits.size, _BLOCK):
         before, after = then.bits[start : start + _BLOCK], now.bits[start : start + _BLOCK]
         changed = before ^ after
         if changed.any():
-            lost += _note(changed & after, 8 * start, first_lost, limit)
-            new += _note(changed & before, 8 * start, first_new, limit)
-    return MaskDifference(
-        lost, new, [divmod(i, then.columns) for i in first_lost], [divmod(i, then.columns) for i in first_new]
-    )
+            for ones, found in ((changed & after, first_lost), (changed & before, first_new)):
+                first = _first_ones(ones, limit - len(found))
+                found += [divmod(8 * start + index, then.columns) for index in first]
+            lost += popcount(changed & after)
+            new += popcount(changed & before)
+    return MaskDifference(lost, new, first_lost, first_new)
 
 
-def _note(ones: NDArray[np.uint8], base: int, found: list[int], limit: int) -> int:
-    """Count the ones and append their linear indices to `found` until it holds `limit`."""
-    room = limit - len(found)
-    if room > 0:
-        for index in np.flatnonzero(ones)[:room].tolist():  # every such byte holds at least one
-            byte = int(ones[index])
-            found.extend(base + 8 * index + bit for bit in range(8) if byte >> bit & 1)
-        del found[limit:]
-    return popcount(ones)
+def _first_ones(bits: NDArray[np.uint8], count: int) -> list[int]:
+    """Indices of the first `count` set bits."""
+    nonzero = np.flatnonzero(bits)[:count]  # every such byte holds at least one
+    spread = np.unpackbits(bits[nonzero], bitorder="little").reshape(-1, 8)
+    return [8 * int(nonzero[byte]) + int(bit) for byte, bit in np.argwhere(spread)[:count].tolist()]

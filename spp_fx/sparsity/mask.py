@@ -61,7 +61,6 @@ class PackedMask:
 
     @property
     def numel(self) -> int:
-        """Elements of the weight."""
         return math.prod(self.shape)
 
     @property
@@ -76,13 +75,19 @@ class PackedMask:
 
     @cached_property
     def nnz(self) -> int:
-        """Non-zero elements."""
         return sum(popcount(self.bits[at : at + _BLOCK]) for at in range(0, self.bits.size, _BLOCK))
 
     @property
     def sparsity(self) -> float:
         """Share of zeros; 0 for a weight without elements."""
         return 1.0 - self.nnz / self.numel if self.numel else 0.0
+
+    def row_name(self, row: int) -> str:
+        """A row of the flattened weight as messages name it: 'row 17', of a stack 'expert 2, row 5'."""
+        if len(self.shape) == 2:
+            return f"row {row}"
+        expert, row = divmod(row, self.shape[1])
+        return f"expert {expert}, row {row}"
 
     @cached_property
     def digest(self) -> str:
@@ -114,9 +119,9 @@ LOCATOR_DIGITS = BUCKETS * 16
 def locator(mask: PackedMask) -> str:
     """128 hex digits: the 8 buckets of `kernels.locate` in order, 16 digits a bucket.
 
-    A position that appears or disappears changes its bucket's sum by exactly its own number, so one flip a bucket can
-    be read off the difference. Two in one bucket give a wrong number: what `propose_flips` says is a guess until the
-    digest of the mended mask proves it.
+    A flipped position changes its bucket's sum by exactly its own number, so one flip a bucket can be read off the
+    difference. Two in one bucket give a wrong number: what `propose_flips` returns is a guess until the digest of
+    the mask with these flips undone proves it.
     """
     return "".join(f"{total:016x}" for total in locate(mask.bits, mask.rows, mask.columns))
 
@@ -124,7 +129,7 @@ def locator(mask: PackedMask) -> str:
 def propose_flips(then: str, now: str, mask: PackedMask) -> list[int] | None:
     """Linear indices that would explain the difference of two locators, at most one a bucket, ascending.
 
-    None where no such set exists: the locators agree, or a difference is not a position of its bucket.
+    None where there are none: the locators agree, or a difference is not a position of its bucket.
     """
     flips: list[int] = []
     for bucket in range(BUCKETS):

@@ -3,18 +3,18 @@
 2:4. Of every group of four columns two values are kept, in ascending position. A nibble holds their
 positions, idx0 | idx1 << 2; a byte holds two nibbles, the first group in the low one. A group with one entry
 takes a second, zero one: the one in column 2 beside an entry in column 0 or 1, else columns 2 and 3; an empty
-group is columns 2 and 3. PyTorch's CUTLASS conversion (torch/sparse/_semi_structured_conversions.py) chooses
-the same, so that values and nibbles equal those made there.
+group is columns 2 and 3. PyTorch's CUTLASS conversion (torch/sparse/_semi_structured_conversions.py) makes
+the same choice, so values and nibbles are equal.
 
-1:2, the form of float32 on tensor cores. A float32 stands for two entries of 16 bits: the nibble of a pair is
+1:2, the form of float32 on tensor cores. A float32 counts as two entries of 16 bits: the nibble of a pair is
 0x4 for its first column and 0xE for its second.
 
-Bit mask. Values are the elements whose bits are not all zero, in stored order; bit i, LSB first, says whether
+Bit mask. Values are the elements whose bits are not all zero, in stored order; bit i, LSB first, is set where
 element i is one of them.
 
 All work is done on integers of the entries' width, so that NaN payloads, subnormals and the sign of a zero
 survive bit for bit. A negative zero counts as a zero for the pattern, but its bits are not those of an empty
-slot. It is kept in a slot that no non-zero needs; where none is left, packing fails and names the position,
+slot. It is kept in a slot that no non-zero needs; where none is free, packing fails and names the position,
 or makes it positive and counts it.
 
 The torch and numpy code here is the definition. On a CPU with numba, `packing_kernels` does the same work.
@@ -55,6 +55,14 @@ _CHUNK_ENTRIES = 1 << 19
 #: Nibble of a group without entries: columns 2 and 3.
 EMPTY_GROUP = 0xE
 
+#: By group size: the nibble of each set of entries (bit i: column i has one); 0 for those that do not fit.
+_NIBBLES = {
+    4: torch.tensor(
+        [0xE, 0x8, 0x9, 0x4, 0xE, 0x8, 0x9, 0, 0xE, 0xC, 0xD, 0, 0xE, 0, 0, 0], dtype=torch.uint8
+    ),
+    2: torch.tensor([0xE, 0x4, 0xE, 0], dtype=torch.uint8),
+}
+
 
 def _compiled() -> ModuleType | None:
     return optional_module("spp_fx.sparsity.packing_kernels")
@@ -66,10 +74,7 @@ def kernels(data: Tensor) -> ModuleType | None:
 
 
 def for_row_chunks(work: Callable[[int, int], None], m: int, k: int) -> None:
-    """Call work(start, stop) on consecutive row ranges of an (m, k) matrix, on all CPUs if loops are compiled.
-
-    A range has at most `_CHUNK_ENTRIES` entries, or one row. The error of the first range that fails is raised.
-    """
+    """Call work(start, stop) on consecutive row ranges of an (m, k) matrix, on all CPUs if loops are compiled."""
     step = max(1, _CHUNK_ENTRIES // max(1, k))
     ranges = [(start, min(m, start + step)) for start in range(0, m if k else 0, step)]
     jobs = 1 if len(ranges) <= 1 or _compiled() is None else None  # torch's own operations use all CPUs
@@ -86,8 +91,8 @@ class Packed24:
 
     Args:
         values: (m, k/2), the kept entries of each row.
-        positions: (m, ceil(k/8)) uint8, a nibble a group of four columns; with an odd number of groups the last
-            high nibble is 0xE. 1:2: (m, ceil(k/4)), a nibble a pair.
+        positions: (m, ceil(k/8)) uint8, a nibble for each group of four columns; with an odd number of groups the
+            last high nibble is 0xE. 1:2: (m, ceil(k/4)), a nibble for each pair.
     """
 
     values: Tensor
@@ -95,12 +100,11 @@ class Packed24:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(m, k) of the dense matrix."""
         return self.values.shape[0], 2 * self.values.shape[1]
 
 
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether `pack_2_4` takes this dtype."""
+    """Whether `pack_2_4` supports this dtype."""
     return dtype in _BITS
 
 
@@ -108,17 +112,16 @@ def pack_2_4(weight: Tensor, *, clear: bool = False) -> Packed24:
     """Keep the two (or fewer) non-zeros of every four columns, with their positions.
 
     Args:
-        weight: (m, k) float16, bfloat16, float32, float64, float8 (e4m3fn, e5m2), int8 or uint8, k a
-            multiple of 4, already 2:4; any strides.
-        clear: make negative zeros that no slot is left for positive.
+        weight: (m, k) of a dtype that `can_pack` allows, k a multiple of 4, already 2:4; any strides.
+        clear: make negative zeros positive where no slot is free for them.
 
     Returns:
         values (m, k/2) of weight's dtype and positions (m, ceil(k/8)) uint8, as in `Packed24`.
 
     Raises:
         UsageError: weight is not a matrix of a supported dtype.
-        PatternError: k is no multiple of 4; or a group holds more than two non-zeros, or a negative zero
-            that no slot is left for: names the first row and columns.
+        PatternError: k is not a multiple of 4; or a group holds more than two non-zeros, or a negative zero
+            for which no slot is free: names the first row and columns.
     """
     return _pack(weight, 4, clear)
 
@@ -144,7 +147,7 @@ def _pack(weight: Tensor, group: int, clear: bool = False) -> Packed24:
     bits = _bits(weight)
     m, k = weight.shape
     if k % 4:
-        raise PatternError(f"{k} columns are no multiple of 4: 2:4 needs whole groups of four")
+        raise PatternError(f"{k} columns are not a multiple of 4: 2:4 needs whole groups of four")
     values = torch.empty((m, k // 2), dtype=weight.dtype, device=bits.device)
     positions = torch.empty((m, (k // group + 1) // 2), dtype=torch.uint8, device=bits.device)
 
@@ -158,14 +161,12 @@ def _pack(weight: Tensor, group: int, clear: bool = False) -> Packed24:
 def pack_rows(
     rows: Tensor, values: Tensor, positions: Tensor, first_row: int, group: int = 4, *, clear: bool = False
 ) -> int:
-    """Pack some rows of a weight, as `pack_2_4` (group 4) or `pack_1_2` (group 2), into existing memory.
+    """Pack (r, k) rows of a weight, as `pack_2_4` (group 4) or `pack_1_2` (group 2), into existing memory.
 
     Args:
-        rows: (r, k), any strides.
-        values: (r, k/2) of the dtype of `rows`, contiguous.
-        positions: (r, ceil(k/8)) or (r, k/4) uint8, contiguous.
+        values, positions: as in `Packed24`, contiguous, for these rows.
         first_row: number of the first of these rows in the weight, for errors.
-        clear: make negative zeros that no slot is left for positive.
+        clear: make negative zeros positive where no slot is free for them.
 
     Returns:
         How many zeros were made positive.
@@ -184,48 +185,24 @@ def pack_rows(
             return cleared
     r, count = len(rows), rows.shape[1] // group
     groups = _bits(rows).reshape(r, count, group)
-    choose = _choose_two_of_four if group == 4 else _choose_one_of_two
-    nibbles = choose(groups, kept.view(r, count, group // 2), first_row, rows.dtype)
+    nibbles = _choose(groups, kept.view(r, count, group // 2), first_row, rows.dtype)
     if count % 2:
         nibbles = torch.nn.functional.pad(nibbles, (0, 1), value=EMPTY_GROUP)
     torch.bitwise_or(nibbles[:, 0::2], nibbles[:, 1::2] << 4, out=positions)
     return cleared
 
 
-def _choose_two_of_four(groups: Tensor, values: Tensor, first_row: int, dtype: torch.dtype) -> Tensor:
-    """Fill values (rows, groups, 2) from groups (rows, groups, 4); return the nibbles (rows, groups) uint8.
-
-    A kept entry is one whose bits are not all zero. With at most two of them per group, slot 0 is the first
-    of entries 0, 1, 2 that is kept (or 2), and slot 1 is 1 where 0 and 1 are both kept, 3 where 3 is kept or
-    neither 0 nor 1 is, and 2 otherwise.
-    """
-    x0, x1, x2, x3 = groups.unbind(-1)
-    n0, n1, n2, n3 = (groups != 0).unbind(-1)
-    counts = n0.to(torch.uint8) + n1 + n2 + n3
-    if int(counts.max()) > 2:
-        row, group = (int(i) for i in (counts > 2).nonzero()[0])
-        raise PatternError(_violation(groups[row, group], first_row + row, 4 * group, dtype))
-    both = n0 & n1
-    neither = ~(n0 | n1)
-    last = n3 | neither
-    values[..., 0] = torch.where(n0, x0, torch.where(n1, x1, x2))
-    values[..., 1] = torch.where(both, x1, torch.where(last, x3, x2))
-    nibbles = (n1 & ~n0).to(torch.uint8)
-    nibbles |= neither.to(torch.uint8) << 1
-    nibbles |= (both | last).to(torch.uint8) << 2
-    nibbles |= (~both).to(torch.uint8) << 3
+def _choose(groups: Tensor, values: Tensor, first_row: int, dtype: torch.dtype) -> Tensor:
+    """Fill values (rows, groups, size / 2) from groups (rows, groups, size); return the nibbles (rows, groups)."""
+    size = groups.shape[-1]
+    entries = ((groups != 0) * (1 << torch.arange(size, device=groups.device))).sum(-1)
+    nibbles = _NIBBLES[size].to(groups.device)[entries]
+    if bool((nibbles == 0).any()):
+        row, group = (int(i) for i in (nibbles == 0).nonzero()[0])
+        raise PatternError(_violation(groups[row, group], first_row + row, size * group, dtype))
+    slots = torch.stack((nibbles & 3, nibbles >> 2), -1) if size == 4 else (nibbles >> 3).unsqueeze(-1)
+    torch.gather(groups, -1, slots.long(), out=values)
     return nibbles
-
-
-def _choose_one_of_two(pairs: Tensor, values: Tensor, first_row: int, dtype: torch.dtype) -> Tensor:
-    """Fill values (rows, pairs, 1) from pairs (rows, pairs, 2); return the nibbles (rows, pairs) uint8."""
-    first, second = pairs.unbind(-1)
-    wrong = (first != 0) & (second != 0)
-    if bool(wrong.any()):
-        row, pair = (int(i) for i in wrong.nonzero()[0])
-        raise PatternError(_violation(pairs[row, pair], first_row + row, 2 * pair, dtype))
-    values[..., 0] = torch.where(first != 0, first, second)
-    return torch.where(first != 0, 0x4, 0xE).to(torch.uint8)
 
 
 def _violation(group: Tensor, row: int, column: int, dtype: torch.dtype) -> str:
@@ -245,7 +222,7 @@ def _violation(group: Tensor, row: int, column: int, dtype: torch.dtype) -> str:
 
 
 def clear_negative_zeros(weight: Tensor, group: int = 4) -> tuple[Tensor, int]:
-    """Make the negative zeros that no slot is left for positive, and count them.
+    """Make negative zeros positive where no slot is free for them, and count them.
 
     A group keeps as many of them as its non-zeros leave slots, the first ones.
 
@@ -334,7 +311,16 @@ def unpack_rows(
         if not faults or not check:
             return
     r, groups = len(out), out.shape[1] // 4
-    nibbles = _checked_nibbles(positions, 4 * groups, first_row) if check else _nibbles(positions)[:, :groups]
+    nibbles = _nibbles(positions)
+    if check:
+        _check_nibbles(nibbles, 4, first_row)
+        padding = nibbles[:, groups:]  # any other value would leave the row's length in doubt
+        if bool((padding != EMPTY_GROUP).any()):
+            row = int((padding != EMPTY_GROUP).nonzero()[0, 0])
+            raise FormatError(
+                f"row {first_row + row} ends with the nibble 0x{int(padding[row, 0]):X}, padding is 0xE"
+            )
+    nibbles = nibbles[:, :groups]
     v0, v1 = kept.reshape(r, groups, 2).unbind(-1)
     i0, i1 = nibbles & 3, nibbles >> 2
     lanes = dense.view(r, groups, 4)
@@ -350,40 +336,28 @@ def unpack_1_2(packed: Packed24, k: int, first_row: int = 0) -> Tensor:
     Raises:
         FormatError: shapes or dtypes do not fit k, or a nibble is neither 0x4 nor 0xE: names the first one.
     """
-    nibbles = _nibbles(packed.positions)
-    wrong = (nibbles != 0x4) & (nibbles != 0xE)
-    if bool(wrong.any()):
-        row, pair = (int(i) for i in wrong.nonzero()[0])
-        raise FormatError(
-            f"row {first_row + row}, columns {2 * pair}-{2 * pair + 1} have the position nibble "
-            f"0x{int(nibbles[row, pair]):X}, a pair has 0x4 or 0xE"
-        )
+    _check_nibbles(_nibbles(packed.positions), 2, first_row)
     # A float32 is two entries of 16 bits, kept or not together.
     halves = Packed24(packed.values.contiguous().view(torch.int16).view(torch.float16), packed.positions)
     return unpack_2_4(halves, 2 * k, first_row).view(torch.float32)
 
 
-def _checked_nibbles(positions: Tensor, k: int, first_row: int) -> Tensor:
-    """The nibbles (rows, k/4) of positions (rows, bytes); FormatError names the first that is wrong."""
-    nibbles = _nibbles(positions)
-    ascending = (nibbles & 3) < (nibbles >> 2)
-    if not bool(ascending.all()):
-        row, group = (int(i) for i in (~ascending).nonzero()[0])
-        raise FormatError(
-            f"row {first_row + row}, columns {4 * group}-{4 * group + 3} have the position nibble "
-            f"0x{int(nibbles[row, group]):X}, which is not idx0 | idx1 << 2 with idx0 < idx1"
-        )
-    padding = nibbles[:, k // 4 :]  # of another value it would leave the row's length in doubt
-    if bool((padding != EMPTY_GROUP).any()):
-        row = int((padding != EMPTY_GROUP).nonzero()[0, 0])
-        raise FormatError(
-            f"row {first_row + row} ends with the nibble 0x{int(padding[row, 0]):X}, padding is 0xE"
-        )
-    return nibbles[:, : k // 4]
-
-
 def _nibbles(positions: Tensor) -> Tensor:
     return torch.stack((positions & 0xF, positions >> 4), dim=-1).flatten(1)
+
+
+def _check_nibbles(nibbles: Tensor, size: int, first_row: int) -> None:
+    """FormatError names the first of the nibbles (rows, groups) that no group of `size` has."""
+    if size == 4:
+        wrong, form = (nibbles & 3) >= (nibbles >> 2), "idx0 | idx1 << 2 with idx0 < idx1"
+    else:
+        wrong, form = (nibbles != 0x4) & (nibbles != 0xE), "0x4 or 0xE"
+    if bool(wrong.any()):
+        row, group = (int(i) for i in wrong.nonzero()[0])
+        raise FormatError(
+            f"row {first_row + row}, columns {size * group}-{size * (group + 1) - 1} have the position nibble "
+            f"0x{int(nibbles[row, group]):X}, which is not {form}"
+        )
 
 
 def _bits(matrix: Tensor) -> Tensor:
@@ -462,8 +436,3 @@ def unpack_bitmask(values: Tensor, bits: Tensor, out: Tensor) -> None:
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
     kept = ((bits.unsqueeze(2) >> shifts) & 1).flatten(1)[:, : out.shape[1]].bool()
     out.zero_().masked_scatter_(kept, values)
-
-
-def count_ones(bits: NDArray[np.uint8]) -> int:
-    """How many bits are set."""
-    return int(np.bitwise_count(bits).sum(dtype=np.int64))

@@ -1,8 +1,8 @@
 """The loops of packing, compiled by numba: 2:4 rows, bit masks, and the order of metadata in packs.
 
-Elements are unsigned integers of their width. A kernel that meets a fault counts it and goes on; the torch
-code that defines the kernel then runs and names the fault. Rows are taken as slices, and conditions are
-integers instead of booleans joined by `and` and `or`: LLVM then uses vectors.
+Elements are unsigned integers of their width. A kernel counts faults and continues; the torch code that defines
+the kernel then runs and names the first one. Rows are slices, and conditions are integers instead of booleans
+joined by `and` and `or`, so that LLVM vectorizes the loops.
 """
 
 # Kernels are a language of their own: their parameters have no Python types.
@@ -134,7 +134,7 @@ def unpack_2_4(values, positions, dense):
 def compress(elements, values):
     """Put the elements that are not zero at the start of `values`, which is as long; returns how many.
 
-    Every element is written and the index moves on only where it is kept: there is no branch to mispredict.
+    Every element is written, and the index advances only where it is kept: there is no branch to mispredict.
     """
     count = 0
     for index in range(elements.size):

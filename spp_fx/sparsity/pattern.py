@@ -1,24 +1,25 @@
-"""Sparsity patterns: which share of a weight is zero and where the zeros may lie, and whether a mask holds one.
+"""Sparsity patterns, the check of a mask against one, and the detection of a mask's pattern.
 
-`2:4` keeps at most two of every four consecutive weights along the input dimension; `62.5%` says
-only how many zeros there are. N counts the KEPT weights, as in the hardware's own documentation.
+`2:4` keeps at most two of every four consecutive weights along the input dimension; `62.5%` is only a share of
+zeros. N counts the KEPT weights, as in the documentation of the hardware.
 """
 
 import re
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from bisect import bisect_left
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from math import floor
-from typing import NamedTuple
+
+import numpy as np
 
 from spp_fx.errors import PatternError, UsageError
-from spp_fx.parallel import thread_count
+from spp_fx.parallel import in_order, thread_count
 from spp_fx.sparsity.kernels import count_over, first_over
 from spp_fx.sparsity.mask import PackedMask
 
 MAX_GROUP = 64
+_BLOCK_BYTES = 1 << 20  # of mask that a thread counts at once
 _PERCENT_DIGITS = 6
 
 _NM = re.compile(r"([0-9]{1,4}):([0-9]{1,4})", re.ASCII)
@@ -76,17 +77,15 @@ class Unstructured:
         return float(self.share)
 
     def __str__(self) -> str:
-        scaled = int(self.share * 100 * 10**_PERCENT_DIGITS)
-        whole, part = divmod(scaled, 10**_PERCENT_DIGITS)
-        digits = f"{part:0{_PERCENT_DIGITS}d}".rstrip("0")
-        return f"{whole}.{digits}%" if digits else f"{whole}%"
+        percent = 100 * self.share
+        return f"{(Decimal(percent.numerator) / percent.denominator).normalize():f}%"
 
 
 Pattern = NM | Unstructured
 
 
 def implies(known: Pattern | None, wanted: NM) -> bool:
-    """Whether every weight that holds a pattern holds an N:M pattern too, as 1:2 and 2:8 hold 4:8."""
+    """Whether every weight that holds `known` also holds `wanted`, as 1:2 and 2:8 imply 4:8."""
     if not isinstance(known, NM) or wanted.group % known.group:
         return False
     return known.kept * (wanted.group // known.group) <= wanted.kept
@@ -106,42 +105,29 @@ def parse_pattern(text: str) -> Pattern:
     raise UsageError(f"{text[:40]!r} is not a sparsity pattern: {_HINT}")
 
 
-_BLOCK_BYTES = 1 << 20  # of mask a task
-
-
-class Group(NamedTuple):
-    """One group of an N:M pattern: columns [col_start, col_end) of a row, expert * out + row for 3-D."""
-
-    row: int
-    col_start: int
-    col_end: int
-    nonzeros: int
-
-
 @dataclass(frozen=True)
 class Violations:
     """How a mask breaks a pattern.
 
     Attributes:
         count: N:M groups with too many non-zeros; for an unstructured pattern, the zeros that are missing.
-        first: the first such group in row-major order; None where nothing is wrong or no place is at fault.
+        position: 'row 17, columns 64-67' of the first such group in row-major order, after 'expert 2, ' for a
+            stack; None where the mask holds the pattern or the pattern is unstructured.
+        nonzeros: of that group.
     """
 
     count: int
-    first: Group | None
+    position: str | None = None
+    nonzeros: int = 0
 
     def describe(self, pattern: Pattern) -> str:
         """What is wrong, for an error message; "holds 2:4" when nothing is."""
         if self.count == 0:
             return f"holds {pattern}"
-        if self.first is None or isinstance(pattern, Unstructured):
+        if isinstance(pattern, Unstructured):
             return f"{self.count} zeros are missing for {pattern}"
-        row, start, end, nonzeros = self.first
         more = f" ({self.count} groups in all)" if self.count > 1 else ""
-        return (
-            f"row {row}, columns {start}-{end - 1} hold {nonzeros} non-zeros, "
-            f"{pattern} allows {pattern.kept}{more}"
-        )
+        return f"{self.position} hold {self.nonzeros} non-zeros, {pattern} allows {pattern.kept}{more}"
 
 
 def scan_bits(mask: PackedMask, pattern: Pattern) -> Violations:
@@ -155,56 +141,36 @@ def scan_bits(mask: PackedMask, pattern: Pattern) -> Violations:
     """
     if isinstance(pattern, Unstructured):
         wanted = mask.rows * floor(pattern.share * mask.columns)
-        return Violations(max(0, wanted - (mask.numel - mask.nnz)), None)
-    require_divisible(mask, pattern)
-    count, first = 0, None
-    for start, found in _count_blocks(mask, pattern):
-        if found and first is None:
-            first = _first_group(mask, pattern, start)
-        count += found
-    return Violations(count, first)
-
-
-def require_divisible(mask: PackedMask, pattern: NM) -> None:
-    """Refuse an input dimension that does not split into whole groups (PatternError)."""
+        return Violations(max(0, wanted - (mask.numel - mask.nnz)))
     if mask.columns % pattern.group:
         raise PatternError(
             f"{pattern} needs an input dimension that is a multiple of {pattern.group}, "
             f"shape {mask.shape} has {mask.columns}; exclude the site with --targets"
         )
-
-
-def _count_blocks(mask: PackedMask, pattern: NM) -> Iterator[tuple[int, int]]:
-    """(first group, violations) of each block, in order. A block starts on a byte: 8 groups are M bytes."""
     groups = mask.numel // pattern.group
-    step = 8 * (_BLOCK_BYTES // pattern.group)
+    step = 8 * (_BLOCK_BYTES // pattern.group)  # a block starts on a byte: 8 groups are M bytes
     starts = range(0, groups, step)
 
-    def count(start: int) -> tuple[int, int]:
+    def count(start: int) -> int:
         bits = mask.bits[start * pattern.group // 8 :]
-        return start, count_over(bits, min(step, groups - start), pattern.group, pattern.kept)
+        return count_over(bits, min(step, groups - start), pattern.group, pattern.kept)
 
-    if len(starts) <= 1:
-        yield from map(count, starts)
-        return
-    with ThreadPoolExecutor(min(len(starts), thread_count())) as pool:
-        yield from pool.map(count, starts)
-
-
-def _first_group(mask: PackedMask, pattern: NM, start: int) -> Group:
-    """The first violation at or after group `start` (which begins on a byte); there must be one."""
-    bits = mask.bits[start * pattern.group // 8 :]
-    groups = mask.numel // pattern.group - start
-    index = start + first_over(bits, groups, pattern.group, pattern.kept)
-    per_row = mask.columns // pattern.group
-    row, column = index // per_row, index % per_row * pattern.group
-    return Group(row, column, column + pattern.group, _ones(mask, index * pattern.group, pattern.group))
+    counts = list(in_order(count, starts, min(len(starts), thread_count())))
+    if not any(counts):
+        return Violations(0)
+    block = next(start for start, found in zip(starts, counts, strict=True) if found)
+    return Violations(sum(counts), *_first_group(mask, pattern, block))
 
 
-def _ones(mask: PackedMask, position: int, count: int) -> int:
-    first, last = position // 8, (position + count + 7) // 8
-    window = int.from_bytes(mask.bits[first:last].tobytes(), "little") >> (position - 8 * first)
-    return (window & ((1 << count) - 1)).bit_count()
+def _first_group(mask: PackedMask, pattern: NM, start: int) -> tuple[str, int]:
+    """Position and non-zeros of the first violation at or after group `start`, which begins on a byte."""
+    size = pattern.group
+    bits = mask.bits[start * size // 8 :]
+    index = size * (start + first_over(bits, mask.numel // size - start, size, pattern.kept))
+    spread = np.unpackbits(mask.bits[index // 8 : (index + size + 7) // 8], bitorder="little")
+    row, column = divmod(index, mask.columns)
+    position = f"{mask.row_name(row)}, columns {column}-{column + size - 1}"
+    return position, int(spread[index % 8 : index % 8 + size].sum())
 
 
 _GROUPS = (4, 8, 16, 2)  # in order of preference at equal density: 2:4 is what hardware asks for, 1:2 is not
@@ -230,14 +196,8 @@ def detect_pattern(mask: PackedMask) -> Pattern | None:
 
 
 def _tightest(mask: PackedMask, group: int) -> NM | None:
-    """The smallest N such that the mask is N:group, by bisection; None where only N = group would do."""
+    """The smallest N such that the mask is N:group; None where only N = group would do."""
     if mask.columns % group:
         return None
-    low, high = 1, group
-    while low < high:
-        middle = (low + high) // 2
-        if scan_bits(mask, NM(middle, group)).count == 0:
-            high = middle
-        else:
-            low = middle + 1
-    return NM(low, group) if low < group else None
+    holds = bisect_left(range(1, group), True, key=lambda n: scan_bits(mask, NM(n, group)).count == 0)
+    return NM(holds + 1, group) if holds + 1 < group else None

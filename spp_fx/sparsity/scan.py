@@ -1,11 +1,11 @@
 """One pass over a weight, in a file or in memory: its mask, its counts and its non-finite values.
 
-The data is cut into regions, one for a thread at a time, which reads and packs it in chunks that fit a core's cache.
-Memory is bounded by the mask (1/16 of bf16 data; three times that for a transposed weight) and a chunk a thread.
+The data is divided into regions. A thread takes one region at a time, and reads and packs it in chunks that fit a
+core's cache. Memory: the mask (1/16 of bf16 data; three times that for a transposed weight) and one chunk a thread.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,14 +47,17 @@ class Scan:
     non_finite: int
     first_non_finite: tuple[int, ...] | None
 
+    @property
+    def position(self) -> str | None:
+        """`first_non_finite` as messages name it: 'row 5, column 9', of a stack after 'expert 2, '."""
+        if self.first_non_finite is None:
+            return None
+        names = ("row", "column") if len(self.first_non_finite) == 2 else ("expert", "row", "column")
+        return ", ".join(f"{name} {index}" for name, index in zip(names, self.first_non_finite, strict=True))
+
 
 def scan_stored(shard: Shard, name: str, *, transposed: bool = False) -> Scan:
-    """Scan a tensor of a safetensors file; see `scan_file`.
-
-    Raises:
-        UsageError: the file holds no such tensor.
-        what `scan_file` raises.
-    """
+    """Scan a tensor of a safetensors file; raises as `scan_file`, and UsageError if there is no such tensor."""
     info = shard.info(name)
     return scan_file(shard.path, info.start, info.shape, info.dtype, transposed=transposed)
 
@@ -68,10 +71,9 @@ def scan_file(
     transposed: bool = False,
     threads: int | None = None,
 ) -> Scan:
-    """Scan a tensor that lies contiguous and little-endian in a file.
+    """Scan a tensor that is stored contiguous and little-endian in a file.
 
     Args:
-        path: the file.
         offset: absolute position of the tensor's first byte.
         shape: the STORED shape, 2-D or 3-D.
         dtype: a safetensors dtype name ('BF16', 'F8_E4M3', ...).
@@ -79,7 +81,7 @@ def scan_file(
         threads: threads to read with; by default `thread_count()`.
 
     Raises:
-        FormatError: the file ends early, the dtype has no zeros to look for, or the shape is not 2-D or 3-D.
+        FormatError: the file ends early, the dtype has no readable zeros, or the shape is not 2-D or 3-D.
         OSError: the file cannot be read.
     """
     kind = element_type(dtype)
@@ -102,8 +104,8 @@ def scan_tensor(tensor: "torch.Tensor", *, transposed: bool = False) -> Scan:
         tensor: (out, in) or (experts, out, in); with `transposed`, the last two are (in, out).
 
     Raises:
-        FormatError: a dtype without zeros to look for, a shape that is not 2-D or 3-D, a sparse layout or
-            a tensor without data.
+        FormatError: the dtype has no readable zeros, the shape is not 2-D or 3-D, or the tensor is sparse or on the
+            meta device.
     """
     import torch
 
@@ -111,7 +113,7 @@ def scan_tensor(tensor: "torch.Tensor", *, transposed: bool = False) -> Scan:
     shape = tuple(tensor.shape)
     _check_shape(shape, "tensor")
     if tensor.layout != torch.strided or tensor.is_meta:
-        raise FormatError(f"a {tensor.layout} tensor on {tensor.device} has no dense data to look at")
+        raise FormatError(f"a {tensor.layout} tensor on {tensor.device} has no dense data to scan")
     stored = tensor.detach().resolve_neg().cpu().contiguous()
     data: NDArray[np.uint8] = stored.reshape(-1).view(torch.uint8).numpy()
     return _scan(lambda start, buffer: data[start : start + buffer.size], kind, shape, transposed)
@@ -134,7 +136,7 @@ def _scan(
     transposed: bool,
     threads: int | None = None,
 ) -> Scan:
-    """Scan what `read` gives: the bytes from a position on, as many as a buffer holds, perhaps in that buffer."""
+    """Scan the bytes that `read` returns: from a position on, as many as a buffer holds, perhaps in that buffer."""
     numel, size = math.prod(shape), kind.itemsize
     scan, unsigned = scanner(size), np.dtype(f"<u{size}")
     bits = np.empty((numel + 7) // 8, dtype=np.uint8)
@@ -166,41 +168,3 @@ def _scan(
 def _index(linear: int, shape: tuple[int, ...], transposed: bool) -> tuple[int, ...]:
     *outer, row, column = (int(i) for i in np.unravel_index(linear, shape))
     return (*outer, column, row) if transposed else (*outer, row, column)
-
-
-def _nothing() -> Mapping[str, str]:
-    return {}
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The weights of an artifact, to be scanned one by one.
-
-    Attributes:
-        names: its weights.
-        scan: scan a weight, given its name and whether its site is stored (in, out).
-        file: the name of the file that holds a weight.
-        sites: the weights that must be sparse where no lock says so: name -> stored (in, out)? One that is
-            not there is among them, under the name that it should have.
-        refused: sites whose weights cannot be scanned although something is stored for them, and why.
-        left_out: matrices that are not sites because of what the model does with them (embeddings, the head,
-            routers), each with that reason.
-        unread: whatever else holds weights, is not among the sites and is not scanned, each with the reason.
-        guessed: whether `sites` goes by names alone, so that how they are stored is not known.
-        shape: of a weight, without a scan; None where that is not known, and every weight is a matrix.
-    """
-
-    names: frozenset[str]
-    scan: Callable[[str, bool], Scan]
-    file: Callable[[str], str]
-    sites: Callable[[], Mapping[str, bool]]
-    refused: Callable[[], Mapping[str, str]] = _nothing
-    left_out: Callable[[], Mapping[str, str]] = _nothing
-    unread: Callable[[], Mapping[str, str]] = _nothing
-    guessed: bool = False
-    shape: Callable[[str], tuple[int, ...]] | None = None
-
-
-def is_matrix(shape: Sequence[int]) -> bool:
-    """Whether a tensor is at least a matrix, and not a vector with dimensions of 1 around it."""
-    return sum(size > 1 for size in shape) > 1

@@ -5,7 +5,9 @@ import os
 import reprlib
 import stat
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from spp_fx.errors import FormatError, SppFxError, UsageError
 
@@ -88,18 +90,57 @@ MAX_JSON_BYTES = 100_000_000
 """Far more than any index, manifest or configuration of a real model has."""
 
 
-def read_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, object]:
-    """The object that a JSON file holds; see `parse_object`.
+def read_bytes(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
+    """The content of a regular file.
 
     Raises:
         UsageError: there is no such file, or it is a folder, pipe, socket or device (none of which is opened).
-        FormatError: it is larger than `max_bytes`, or not a JSON object.
+        FormatError: it is larger than `max_bytes`.
+        SppFxError: it cannot be read.
     """
     if (size := regular_file_size(path)) > max_bytes:
         raise FormatError(f"{path}: is {size} bytes long, the limit is {max_bytes}; get it again")
     try:
         with open(path, "rb") as file:
-            data = file.read(max_bytes)  # the file may have grown meanwhile
+            return file.read(max_bytes)  # whatever the size has become meanwhile
     except OSError as error:
         raise SppFxError(f"{path}: cannot be read ({error.strerror})") from error
-    return parse_object(data, str(path))
+
+
+def read_object(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, object]:
+    """The object that a JSON file holds; raises what `read_bytes` and `parse_object` raise."""
+    return parse_object(read_bytes(path, max_bytes), str(path))
+
+
+class StrictModel(BaseModel):
+    """An immutable object of a file: types are not converted, and an unknown key is an error."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def parse_model(model: type[Model], data: bytes, where: str) -> Model:
+    """Validate a JSON object against a pydantic model.
+
+    Raises:
+        FormatError: as `parse_object`, or a field is wrong; names the first one.
+    """
+    parse_object(data, where)  # pydantic does not see a key that occurs twice
+    try:
+        return model.model_validate_json(data)
+    except ValidationError as error:
+        raise FormatError(f"{where}: {first_fault(error)}") from error
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first wrong field and what is wrong with it, in at most 400 characters."""
+    fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    text = fault["msg"].removeprefix("Value error, ")
+    return f"{location(fault['loc'])}: {text}"[:400] if fault["loc"] else text[:400]
+
+
+def location(path: tuple[int | str, ...]) -> str:
+    """A path of keys and indices as `sites[0].name`, in at most 200 characters."""
+    return "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).lstrip(".")[:200]

@@ -1,4 +1,4 @@
-"""inspect: the sites of a model, their patterns, and what inject would match and why not."""
+"""inspect: the sites of a model, their patterns, and which of them inject would match."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -112,13 +112,13 @@ def inspect(
         )
         for name, site in program.sites.items()
     ]
-    total = sum(p.numel() for p in {id(p): p for p in program.parameters()}.values())
+    total = sum(parameter.numel() for parameter in program.parameters())
     nbytes = found.folder.stored_bytes if weights else None
     return Inspected(model, program.config.model_type, sites, found.others, found.notes, total, nbytes)
 
 
 def _skipped(found: ModelSites, weights: bool) -> dict[str, str]:
-    """The sites that match skips, with its reasons; all of them where it finds none."""
+    """The sites that match skips, with its reasons; every site where it finds none to match."""
     unbound = {n: r for n, r in found.binding.refused.items() if n in found.program.sites} if weights else {}
     if not found.program.sites:
         return unbound

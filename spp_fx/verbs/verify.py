@@ -17,7 +17,7 @@ from spp_fx.verification.policy import Check, Coverage, Requirements, nothing_to
 from spp_fx.verification.verdict import Finding, SiteVerdict, Verified
 
 MASK_BYTES = 256 << 20
-"""Freed memory worth keeping: a mask of each job, whose pages the next one takes over."""
+"""Freed memory worth keeping: a mask for each job, whose pages the next one takes over."""
 
 _NEEDS_ORIGIN = ("mask-changed", "pattern-broken", "non-finite")
 """Findings for which it matters which step wrote the file."""
@@ -41,8 +41,8 @@ def verify(
 ) -> Verified:
     """Check every site of an artifact against a lock (by default the one beside it), a pattern, another artifact.
 
-    A lock is checked for the sites that it names; `pattern` and `against` for every site of the artifact. What
-    cannot be read is raised here; `run_check` makes it part of the verdict.
+    A lock is checked for the sites that it names; `pattern` and `against` for every site of the artifact. A file
+    that cannot be read raises; `run_check` makes it part of the verdict.
 
     Args:
         rules: (names, pattern) of sites that hold another pattern; the first that names a site counts.
@@ -50,14 +50,14 @@ def verify(
         allow_dense: names of sites that need not be.
         coverage: 'all' requires that every site of the model is in the lock, or sparse where there is no lock,
             and that no weight is left unread.
-        trust_remote_code: run code that a model folder brings, where sites have to be found; never run unasked.
+        trust_remote_code: run code that a model folder brings, where sites have to be found; off, it never runs.
         jobs: sites that are scanned at once; by default the CPUs at hand, at most 8, and one where weights
             have to be decoded.
         allow_links: follow symbolic links that leave a folder; see `links.check_link`.
         tick: called with a site's name and its number of weights when it is done.
 
     Raises:
-        UsageError: the artifact is of no known kind, or there is nothing to check it against.
+        UsageError: the path is not an artifact, or there is nothing to check it against.
         FormatError: a file is damaged.
         SppFxError: the lock is that of another model.
         OSError: a file cannot be read.
@@ -76,13 +76,13 @@ def verify(
 
 
 def run_check(check: Check, *, jobs: int | None = None, tick: Tick = no_tick) -> Verified:
-    """As `verify`, but damage is a verdict as well: what cannot be read fails.
+    """As `verify`, but a file that cannot be read is a failure in the verdict.
 
     A site that cannot be read fails, and the others are still checked; where the artifact as a whole cannot be
-    read, that is its fault and no site is named.
+    read, the verdict has that problem and no sites.
 
     Raises:
-        UsageError: the check itself is wrong, see `Check.validate`; a file that is lost is damage.
+        UsageError: the check itself is wrong, see `Check.validate`; a missing file is damage.
     """
     check.validate()
     try:
@@ -99,14 +99,14 @@ def _verify(check: Check, jobs: int | None, tick: Tick, *, damage_is_raised: boo
     )
     if lock is None and against is None and not check.requirements.any and not artifact.problems:
         raise nothing_to_check(check.path)
-    if lock and lock.sites and not any(entry.name in artifact.names for entry in lock.sites):
+    if lock and lock.sites and not any(entry.name in artifact.weights.names for entry in lock.sites):
         raise SppFxError(
             f"{check.lock or LOCK_NAME} is the lock of another model: {artifact.path} has none of its "
-            f"{len(lock.sites)} sites (first: {lock.sites[0].name})"
+            f"{len(lock.sites)} sites (first: {lock.sites[0].name}); give the lock of this model"
         )
     plan = plan_checks(artifact, lock, check.requirements, against)
     if not plan.checks and not plan.faults:
-        raise SppFxError(f"{check.path}: it has no weight that could be verified")
+        raise SppFxError(f"{check.path}: holds no weight that can be verified")
     origin = _origin_of_files(artifact)
 
     def checked(site: SiteCheck) -> SiteVerdict:
@@ -115,9 +115,7 @@ def _verify(check: Check, jobs: int | None, tick: Tick, *, damage_is_raised: boo
         except (SppFxError, OSError) as error:
             if damage_is_raised:
                 raise
-            shape = site.entry.shape if site.entry else ()
-            pattern = None if site.expected_pattern is None else str(site.expected_pattern)
-            return SiteVerdict(site.name, shape, pattern=pattern, findings=(_damage(error),))
+            return site.verdict(_damage(error))
 
     if jobs is None:
         jobs = min(thread_count(), len(plan.checks)) if _is_streamed(artifact, against) else 1
@@ -146,7 +144,7 @@ def _verify(check: Check, jobs: int | None, tick: Tick, *, damage_is_raised: boo
 
 def _is_streamed(artifact: Artifact, against: Artifact | None) -> bool:
     """Whether a scan holds the mask alone; where a weight is decoded first, one at a time is in memory."""
-    kinds = {artifact.kind} | ({against.kind} if against else set[str]())
+    kinds = {each.kind for each in (artifact, against) if each is not None}
     return kinds <= {"model", "adapter", "safetensors"}
 
 
@@ -168,16 +166,16 @@ def _damage(error: Exception) -> Finding:
 
 
 def _kind_of_damaged(path: Path) -> str:
-    """The kind of an artifact that cannot be opened, as far as its files tell."""
+    """The kind of an artifact that cannot be opened, as far as it is known."""
     if path.suffix in (".onnx", ".safetensors"):
         return path.suffix.removeprefix(".")
     if (path / MANIFEST).is_file():
-        return "unknown"  # the manifest, which may be what is damaged, says which format
+        return "unknown"  # the manifest names the format, and may be the damaged file
     return "adapter" if is_adapter(path) else "model"
 
 
 def _wrong_shapes(check: Check, lock: Lock, sites: Iterable[SiteVerdict]) -> str | None:
-    """What is wrong where not one site has the shape that the lock says."""
+    """What is wrong where not one site has the shape that the lock has for it."""
     entries = lock.by_name()
     locked = [site for site in sites if site.name in entries]
     if not locked or any(entries[site.name].shape == site.shape for site in locked):
@@ -185,5 +183,6 @@ def _wrong_shapes(check: Check, lock: Lock, sites: Iterable[SiteVerdict]) -> str
     first = locked[0]
     return (
         f"{check.lock or LOCK_NAME} is the lock of another model: {first.name} has shape "
-        f"{list(first.shape)} in {check.path}, {list(entries[first.name].shape)} in the lock"
+        f"{list(first.shape)} in {check.path}, {list(entries[first.name].shape)} in the lock; "
+        "give the lock of this model"
     )

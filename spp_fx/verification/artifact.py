@@ -1,8 +1,6 @@
 """What verify reads: model, adapter and export folders, .safetensors and .onnx files, as named weights."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import cast
@@ -11,11 +9,11 @@ from spp_fx.errors import FormatError, UsageError
 from spp_fx.exporters.legacy import is_legacy
 from spp_fx.exporters.manifest import COMPACT, MANIFEST, open_model, read_manifest
 from spp_fx.sparsity.lock import Lock, lock_beside
-from spp_fx.sparsity.scan import Scan, scan_file, scan_stored
+from spp_fx.sparsity.scan import scan_file, scan_stored
+from spp_fx.sparsity.weights import Sites, Weights, sites_by_name
 from spp_fx.storage.folder import INDEX_NAME, WEIGHTS_NAME, ModelFolder, is_adapter
 from spp_fx.storage.safetensors import Shard
 from spp_fx.storage.strict_json import read_object
-from spp_fx.verification.named_sites import Sites, sites_by_name
 
 # Tracing, formats and torch are imported where an artifact needs them: a model folder with its lock does not.
 
@@ -27,34 +25,19 @@ class Artifact:
     Attributes:
         path: what was opened.
         kind: model, adapter, safetensors, onnx, cusparselt, compressed-tensors, ...
-        names: its weights.
-        scan: scans a weight, given its name and whether it is stored (in, out).
-        file: the name of the file that holds a weight.
-        find_sites: finds the weights that should be sparse where no lock says so; it may trace the model.
         lock: the lock beside it.
-        shape: of a weight, known without scanning it; None where every weight is a matrix of unknown shape.
-        guessed: the sites go by names alone, so that how they are stored is not known.
-        problems: why it must not be released, whatever its sites hold; each says how to mend it.
+        problems: why it must not be released, whatever its sites hold, each with a remedy.
         part: it is one of several files of a model, and need not hold the sites of another artifact.
         notes: what is odd about it and does not change its weights; see `ModelFolder.notes`.
     """
 
     path: Path
     kind: str
-    names: frozenset[str]
-    scan: Callable[[str, bool], Scan]
-    file: Callable[[str], str]
-    find_sites: Callable[[], Sites]
+    weights: Weights
     lock: Lock | None
-    shape: Callable[[str], tuple[int, ...]] | None = None
-    guessed: bool = False
     problems: tuple[str, ...] = ()
     part: bool = False
     notes: tuple[str, ...] = ()
-
-    @cached_property
-    def sites(self) -> Sites:
-        return self.find_sites()
 
 
 def open_artifact(path: Path, *, trust_remote_code: bool = False) -> Artifact:
@@ -78,32 +61,29 @@ def open_artifact(path: Path, *, trust_remote_code: bool = False) -> Artifact:
     if (path / "config.json").is_file():
         folder = ModelFolder.open(path)
         return _legacy(folder) if is_legacy(folder) else _model(open_model(path), trust_remote_code)
-    what = (
-        "does not exist"
-        if not path.exists()
-        else "is not a model, adapter or export folder, nor a .safetensors or .onnx file"
-    )
-    raise UsageError(f"{path} {what}")
+    raise not_an_artifact(path)
+
+
+def not_an_artifact(path: Path) -> UsageError:
+    if not path.exists():
+        return UsageError(f"{path} does not exist")
+    return UsageError(f"{path} is not a model, adapter or export folder, nor a .safetensors or .onnx file")
 
 
 def _model(folder: ModelFolder, trust_remote_code: bool) -> Artifact:
     def find_sites() -> Sites:
         from spp_fx.verification import model_sites
 
-        found = model_sites.find_sites(folder, trust_remote_code=trust_remote_code)
-        return model_sites.matched_sites(found)
+        return model_sites.matched_sites(model_sites.find_sites(folder, trust_remote_code=trust_remote_code))
 
-    return Artifact(
-        folder.path,
-        "model",
+    weights = Weights(
         frozenset(folder.names),
         lambda name, transposed: scan_stored(folder.info(name)[0], name, transposed=transposed),
         lambda name: folder.info(name)[0].name,
         find_sites,
-        lock_beside(folder.path),
-        shape=lambda name: folder.info(name)[1].shape,
-        notes=folder.notes,
+        lambda name: folder.info(name)[1].shape,
     )
+    return Artifact(folder.path, "model", weights, lock_beside(folder.path), notes=folder.notes)
 
 
 def _legacy(folder: ModelFolder) -> Artifact:
@@ -117,18 +97,16 @@ def _legacy(folder: ModelFolder) -> Artifact:
         others = {name: shape for name, shape in legacy.shapes.items() if name not in legacy.packed}
         return sites_by_name(others).with_sites(dict.fromkeys(legacy.packed, False))
 
-    return Artifact(
-        folder.path,
-        "compressed-tensors",
+    weights = Weights(
         frozenset(legacy.shapes),
         lambda name, transposed: scan_tensor(legacy.read(name), transposed=transposed),
         legacy.file,
         find_sites,
-        lock_beside(folder.path),
-        shape=legacy.shapes.__getitem__,
+        legacy.shapes.__getitem__,
         guessed=True,
-        problems=(legacy.problem(),),
     )
+    problems = (legacy.problem(),)
+    return Artifact(folder.path, "compressed-tensors", weights, lock_beside(folder.path), problems)
 
 
 def _adapter(path: Path, trust_remote_code: bool) -> Artifact:
@@ -156,24 +134,21 @@ def _safetensors(path: Path, trust_remote_code: bool) -> Artifact:
     def find_sites() -> Sites:
         if not of_model:
             return sites_by_name(shapes)
-        if part:  # what no file of the model holds is asked of the folder
-            return _model(open_model(path.parent), trust_remote_code).sites.within(shapes)
+        if part:  # the folder accounts for the sites that no file of the model holds
+            return _model(open_model(path.parent), trust_remote_code).weights.sites.within(shapes)
         from spp_fx.verification.model_sites import sites_by_config
 
         return sites_by_config(path.parent, shapes, trust_remote_code=trust_remote_code)
 
-    return Artifact(
-        path,
-        "safetensors",
+    weights = Weights(
         frozenset(shapes),
         lambda name, transposed: scan_stored(shard, name, transposed=transposed),
         lambda _: path.name,
         find_sites,
-        _lock_of_shard(shard),
-        shape=shapes.__getitem__,
+        shapes.__getitem__,
         guessed=not of_model,
-        part=part,
     )
+    return Artifact(path, "safetensors", weights, _lock_of_shard(shard), part=part)
 
 
 def _is_part(path: Path) -> bool:
@@ -196,16 +171,13 @@ def refuse_part_of_export(path: Path) -> None:
 
 
 def _lock_of_shard(shard: Shard) -> Lock | None:
-    """The lock beside a file, less the sites that the folder's index places in other shards."""
-    lock = lock_beside(shard.path.parent)
-    if lock is None or not (shard.path.parent / INDEX_NAME).is_file():
+    """The lock beside a file, less the sites that other shards of the folder hold."""
+    folder = shard.path.parent
+    lock = lock_beside(folder)
+    if lock is None or not (folder / INDEX_NAME).is_file():
         return lock
-    elsewhere = {
-        name
-        for other in ModelFolder.open(shard.path.parent).shards
-        if other.path.name != shard.path.name
-        for name in other.header.tensors.keys() - shard.header.tensors.keys()
-    }
+    others = [other for other in ModelFolder.open(folder).shards if other.path.name != shard.path.name]
+    elsewhere = {name for other in others for name in other.header.tensors} - shard.header.tensors.keys()
     return Lock.of(entry for entry in lock.sites if entry.name not in elsewhere)
 
 
@@ -224,19 +196,9 @@ def _export(path: Path, trust_remote_code: bool) -> Artifact:
             return sites_of_graph(path, manifest, weights, trust_remote_code=trust_remote_code)
         shapes = format.decode(path, manifest).shapes
         sites = sites_by_config(path, shapes, trust_remote_code=trust_remote_code)
-        return sites.with_sites(weights.sites())
+        return sites.with_sites(weights.sites.transposed)
 
-    return Artifact(
-        path,
-        manifest.format,
-        weights.names,
-        weights.scan,
-        weights.file,
-        find_sites,
-        lock_beside(path),
-        shape=weights.shape,
-        guessed=weights.guessed,
-    )
+    return Artifact(path, manifest.format, replace(weights, find_sites=find_sites), lock_beside(path))
 
 
 def _onnx(path: Path, trust_remote_code: bool) -> Artifact:
@@ -246,15 +208,4 @@ def _onnx(path: Path, trust_remote_code: bool) -> Artifact:
     in_export = path.name == GRAPH and path.is_file() and (folder / MANIFEST).is_file()
     if in_export and read_manifest(folder, check_files=False).format in FORMATS:
         return replace(_export(folder, trust_remote_code), path=path, kind="onnx")
-    weights = read_graph(path)
-    return Artifact(
-        path,
-        "onnx",
-        weights.names,
-        weights.scan,
-        weights.file,
-        lambda: Sites(weights.sites(), weights.refused(), weights.left_out(), weights.unread()),
-        lock_beside(folder),
-        shape=weights.shape,
-        guessed=weights.guessed,
-    )
+    return Artifact(path, "onnx", read_graph(path), lock_beside(folder))

@@ -1,7 +1,7 @@
 """The sites of a model folder, found by tracing on the meta device, and where they are stored."""
 
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -21,9 +21,9 @@ from spp_fx.passes.match import Match
 from spp_fx.passes.pipeline import run_pipeline
 from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.pattern import Pattern, detect_pattern
-from spp_fx.sparsity.scan import Weights, is_matrix, scan_stored
+from spp_fx.sparsity.scan import scan_stored
+from spp_fx.sparsity.weights import Sites, Weights, is_matrix, within, without
 from spp_fx.storage.folder import ModelFolder
-from spp_fx.verification.named_sites import Sites
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +45,7 @@ def check_layer_count(folder: ModelFolder, stored: int) -> None:
             elif key in _LAYER_COUNTS and isinstance(value, int | float) and value > stored:
                 raise FormatError(
                     f"{folder.path / 'config.json'}: {key} is {value:.15g}, and only {stored} tensors are stored; "
-                    "it is damaged, or not that of these weights"
+                    "get the config.json of these weights again"
                 )
 
 
@@ -78,7 +78,7 @@ class ModelSites:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the reader should know before sites are treated."""
+        """What users should know before sites are changed."""
         notes = list(self.folder.notes)
         if self.folder.shards and (missing := self._missing()):
             notes.append(
@@ -87,13 +87,13 @@ class ModelSites:
             )
         if self.program.untraced is not None:
             notes.append(
-                f"{self.folder.path}: {self.program.untraced}; so its sites are the linears among its modules, and "
-                "train, eval and pruning by inputs do not take it"
+                f"{self.folder.path}: {self.program.untraced}; its sites are therefore the linears among its "
+                "modules, and train, eval and pruning by inputs do not support it"
             )
         return tuple(notes)
 
     def _missing(self) -> list[str]:
-        """Parameters of which nothing is stored, under none of their names."""
+        """Parameters that are stored under none of their names."""
         first = self.program.tied
         stored = {first.get(name, name) for name in self.matrices}
         return [
@@ -172,7 +172,7 @@ def _other_matrices(
         elif owner is None:
             unread[tensor] = "the model of config.json does not have it"
         else:
-            unread[tensor] = "nothing in the model tells what it does"
+            unread[tensor] = "its role in the model is unknown"
     first = program.tied
     held = {first.get(name, name) for name in binding.matrices}  # under any name of a shared parameter
     for name, why in program.left_out.items():
@@ -189,7 +189,7 @@ def choose(found: ModelSites, match: Match) -> tuple[list[str], dict[str, str]]:
     """
     if not found.program.sites:
         reasons = "; ".join(sorted(set(found.others.values()))) or "it has no matrices"
-        raise UsageError(f"{found.folder.path}: the model has no linear that could be treated: {reasons}")
+        raise UsageError(f"{found.folder.path}: the model has no linear to adapt or prune: {reasons}")
     (report,) = run_pipeline(found.program, [match])
     skipped = dict(report.skipped)
     for name in list(found.program.matched):
@@ -198,7 +198,7 @@ def choose(found: ModelSites, match: Match) -> tuple[list[str], dict[str, str]]:
             skipped[name] = reason
             del found.program.matched[name]
     if not found.program.matched:
-        raise UsageError(f"no site can be treated: {'; '.join(sorted(set(skipped.values())))}")
+        raise UsageError(f"no site can be changed: {'; '.join(sorted(set(skipped.values())))}")
     return list(found.program.matched), skipped
 
 
@@ -211,10 +211,7 @@ def _not_floating(found: ModelSites, site: str) -> str | None:
 
 
 def matched_sites(found: ModelSites) -> Sites:
-    """The stored tensors of the sites that `match` would take, whatever their dtype, and each that has none.
-
-    Sites that `match` does not take are left out.
-    """
+    """The stored tensors of the sites that `match` takes by default, whatever their dtype; others are left out."""
     program, binding = found.program, found.binding
     left_out = found.left_out | {
         tensor: reason
@@ -235,24 +232,24 @@ def matched_sites(found: ModelSites) -> Sites:
             transposed[name] = program.sites[name].transposed
         else:
             unreadable[name] = reason
-    return Sites(transposed, unreadable, _without(left_out, transposed), _without(found.unread, transposed))
+    return Sites(transposed, unreadable, without(left_out, transposed), without(found.unread, transposed))
 
 
 def _match_all(program: Program) -> dict[str, str]:
-    """Match every site that is one by default; returns the reasons of the others."""
+    """Match the sites that match takes by default; returns the reasons for the others."""
     if not program.sites:
         return {}
     try:
         (report,) = run_pipeline(program, [Match(dense=True)])
-    except UsageError:  # none is
-        return dict.fromkeys(program.sites, "is not taken unless it is named")
+    except UsageError:  # there are none
+        return dict.fromkeys(program.sites, "is not matched unless it is named")
     return report.skipped
 
 
 def sites_by_config(
     path: Path, shapes: Mapping[str, tuple[int, ...]], *, trust_remote_code: bool = False
 ) -> Sites:
-    """The sites of whatever was made of a model, by its configuration alone.
+    """The sites of a file or export of a model, by the model's configuration alone.
 
     Args:
         path: a folder with the model's config.json.
@@ -267,9 +264,9 @@ def sites_by_config(
 def sites_of_graph(
     path: Path, manifest: Manifest, weights: Weights, *, trust_remote_code: bool = False
 ) -> Sites:
-    """The sites of an exported graph, which holds them as the loaded model does, but for parts in its manifest.
+    """The sites of an exported graph, which holds them as the loaded model does, except the parts in its manifest.
 
-    What the graph holds besides is known by the model's names for it, or by what the graph does with it.
+    The graph's other matrices are known by the model's names for them, or by what the graph does with them.
 
     Args:
         path: the export folder, with the model's config.json.
@@ -289,25 +286,18 @@ def sites_of_graph(
             transposed[name] = site.transposed
         elif rows[name] < (all_rows := prod(site.shape[:-1])):
             unreadable[name] = (
-                f"{MANIFEST} names {rows[name]} of its {all_rows} rows, the others cannot be told apart"
+                f"{MANIFEST} names {rows[name]} of its {all_rows} rows, so the others are unknown"
             )
-    # A graph holds what its outputs depend on: of the model's matrices those that it has, and its own.
+    # A graph holds what its outputs depend on: some of the model's matrices, and its own constants.
     known = transposed.keys() | rows.keys()
     roles = {name: why.reason for name, why in program.left_out.items() if why.known} | not_matched
     unclear = {name: why.reason for name, why in program.left_out.items() if not why.known}
-    left_out = _without({**weights.left_out(), **_within(roles, weights.names)}, known)
-    unreadable |= _without(weights.refused(), known | left_out.keys())
-    unread = {**weights.unread(), **_within(unclear, weights.names)}
-    unread = _without(unread, known | left_out.keys() | unreadable.keys())
-    return Sites(transposed, unreadable, left_out, unread).with_sites(weights.sites())
-
-
-def _without(reasons: Mapping[str, str], names: Container[str]) -> dict[str, str]:
-    return {name: reason for name, reason in reasons.items() if name not in names}
-
-
-def _within(reasons: Mapping[str, str], names: Container[str]) -> dict[str, str]:
-    return {name: reason for name, reason in reasons.items() if name in names}
+    graph = weights.sites
+    left_out = without({**graph.left_out, **within(roles, weights.names)}, known)
+    unreadable |= without(graph.unreadable, known | left_out.keys())
+    unread = {**graph.unread, **within(unclear, weights.names)}
+    unread = without(unread, known | left_out.keys() | unreadable.keys())
+    return Sites(transposed, unreadable, left_out, unread).with_sites(graph.transposed)
 
 
 def tensors_of(matrices: Iterable[StoredMatrix]) -> dict[str, StoredMatrix]:
@@ -318,9 +308,9 @@ def tensors_of(matrices: Iterable[StoredMatrix]) -> dict[str, StoredMatrix]:
 def scan_sites(
     found: ModelSites, sites: Iterable[str], tick: Tick = no_tick
 ) -> dict[str, tuple[PackedMask, Pattern | None]]:
-    """Scan the stored tensors of sites: mask and pattern by tensor; the program learns the patterns.
+    """Scan the stored tensors of sites: mask and pattern by tensor; sets `program.patterns`.
 
-    A site that is made of several tensors is dense if one of them is, and holds a pattern if all do.
+    A site made of several tensors is dense if one of them is, and holds the loosest of their patterns otherwise.
     """
     seen: dict[str, tuple[PackedMask, Pattern | None]] = {}
     for site in sites:
@@ -330,11 +320,7 @@ def scan_sites(
             seen[tensor] = (mask, detect_pattern(mask))
             patterns.append(seen[tensor][1])
             tick(tensor, found.folder.info(tensor)[1].nbytes)
-        found.program.patterns[site] = _common(patterns)
+        known = [pattern for pattern in patterns if pattern is not None]
+        all_known = len(known) == len(patterns) > 0
+        found.program.patterns[site] = min(known, key=lambda p: p.sparsity) if all_known else None
     return seen
-
-
-def _common(patterns: list[Pattern | None]) -> Pattern | None:
-    if None in patterns or not patterns:
-        return None
-    return min((p for p in patterns if p is not None), key=lambda pattern: pattern.sparsity)

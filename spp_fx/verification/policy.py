@@ -1,17 +1,4 @@
-"""What verify checks: requirements from the command line and from spp-fx.toml.
-
-[verify]                            # requirements of every artifact
-pattern = "2:4"
-
-[[verify.artifact]]                 # one artifact; its keys replace those above
-path = "models/my-model"            # or a glob; all paths are relative to this file
-coverage = "all"
-allow_dense = ["lm_head"]
-
-[[verify.artifact.rule]]            # some of its sites hold another pattern
-sites = ["down_proj"]
-pattern = "4:8"
-"""
+"""What verify checks: requirements from the command line and from spp-fx.toml; docs/verify.md has the format."""
 
 import glob
 import os
@@ -21,23 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, StringConstraints, ValidationError, model_validator
 
 from spp_fx.errors import SppFxError, UsageError
 from spp_fx.exporters.manifest import MANIFEST
-from spp_fx.graph.names import is_glob, is_target
 from spp_fx.sparsity.lock import LOCK_NAME
 from spp_fx.sparsity.pattern import Pattern, parse_pattern
-from spp_fx.storage.strict_json import regular_file_size
-from spp_fx.verification.artifact import open_artifact, refuse_part_of_export
+from spp_fx.sparsity.weights import is_glob, is_target
+from spp_fx.storage.strict_json import StrictModel, first_fault, location, read_bytes, regular_file_size
+from spp_fx.verification.artifact import not_an_artifact, open_artifact, refuse_part_of_export
 
 POLICY_NAME = "spp-fx.toml"
 _MAX_BYTES = 1 << 20
@@ -49,11 +28,7 @@ Coverage = Literal["lock", "all"]
 
 @dataclass(frozen=True)
 class Rule:
-    """A pattern of some sites.
-
-    Attributes:
-        sites: last words of module names (`down_proj`) or globs over whole names (`*.mlp.*`).
-    """
+    """A pattern for the sites with some names: `down_proj`, or globs over whole names such as `*.mlp.*`."""
 
     sites: tuple[str, ...]
     pattern: Pattern
@@ -65,9 +40,9 @@ class Requirements:
 
     Attributes:
         pattern: required of every site that no rule names.
-        rules: the first one that names a site states its pattern. A name that matches nothing is a failure.
+        rules: the first one that names a site has its pattern. A name that matches nothing is a failure.
         require: sites that must be sparse. A name that matches nothing is a failure.
-        allow_dense: sites that need neither a pattern nor zeros. A lock that names one still holds.
+        allow_dense: sites that need neither a pattern nor zeros; the lock still applies to them.
         coverage: `all` requires that every site of the model is in the lock (without a lock: is sparse) and that
             no weight is left unread, except those of `allow_dense`.
     """
@@ -103,12 +78,10 @@ class Requirements:
         return bool(self.pattern or self.rules or self.require) or self.coverage == "all"
 
     def pattern_of(self, name: str) -> Pattern | None:
-        """The pattern that a site must hold."""
         return next((rule.pattern for rule in self.rules if named(name, rule.sites)), self.pattern)
 
 
 def named(name: str, targets: Iterable[str]) -> bool:
-    """Whether one of several targets names a site."""
     return any(is_target(name, target) for target in targets)
 
 
@@ -118,8 +91,8 @@ class Check:
 
     Attributes:
         lock: a lock file; None takes the one beside the artifact, if there is one.
-        against: another artifact, whose masks must be the same.
-        trust_remote_code: run code that a model folder brings, where its sites have to be found.
+        against: another artifact, whose masks must be equal.
+        trust_remote_code: run code that a model folder brings, to find its sites.
     """
 
     path: Path
@@ -129,11 +102,11 @@ class Check:
     trust_remote_code: bool = False
 
     def validate(self) -> None:
-        """Raise for a check that is wrong whatever the artifact holds; what is wrong later on is damage.
+        """Raise for a check that is wrong whatever the artifact holds; later errors are damage.
 
         Raises:
-            UsageError: the artifact, the lock or the artifact to compare with does not exist or is nothing of
-                the kind; the artifact is a part of another one; there is nothing to check it against.
+            UsageError: the artifact, the lock or the artifact to compare with does not exist or is not one; the
+                artifact is a part of another one; there is nothing to check it against.
         """
         _check_is_artifact(self.path)
         if self.lock is not None:
@@ -155,16 +128,14 @@ class Check:
 
 def nothing_to_check(path: Path) -> UsageError:
     return UsageError(
-        f"{path}: nothing to hold it to: it has no {LOCK_NAME}; "
+        f"{path}: nothing to check it against: it has no {LOCK_NAME}; "
         "give --pattern 2:4, --lock FILE or --against ARTIFACT"
     )
 
 
 def _check_is_artifact(path: Path) -> None:
-    if not os.path.exists(path):
-        raise UsageError(f"{path} does not exist")
-    if path.suffix not in _WEIGHT_FILES and not _was_artifact(path):
-        raise UsageError(f"{path} is not a model, adapter or export folder, nor a .safetensors or .onnx file")
+    if not path.exists() or (path.suffix not in _WEIGHT_FILES and not _was_artifact(path)):
+        raise not_an_artifact(path)
     if path.suffix == ".safetensors":
         try:
             refuse_part_of_export(path)
@@ -181,7 +152,7 @@ def _was_artifact(folder: Path) -> bool:
     try:
         return folder.is_dir() and any(path.suffix in _WEIGHT_FILES for path in folder.iterdir())
     except OSError:
-        return True  # opening it will tell why it cannot be read
+        return True  # opening it raises the reason
 
 
 def _is_pattern(text: str) -> str:
@@ -197,16 +168,12 @@ _Pattern = Annotated[_Text, AfterValidator(_is_pattern)]
 _Names = list[_Text]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
-
-
-class RuleTable(_Strict):
+class RuleTable(StrictModel):
     sites: Annotated[_Names, Field(min_length=1)]
     pattern: _Pattern
 
 
-class _RequirementsTable(_Strict):
+class _RequirementsTable(StrictModel):
     """A key that is left out is None, so that a default can stand for it."""
 
     pattern: _Pattern | None = None
@@ -223,7 +190,7 @@ class ArtifactTable(_RequirementsTable):
 
 
 class VerifyTable(_RequirementsTable):
-    artifact: list[ArtifactTable] = []
+    artifact: list[ArtifactTable] = Field(default_factory=list[ArtifactTable])
 
     @model_validator(mode="after")
     def _once(self) -> "VerifyTable":
@@ -233,11 +200,11 @@ class VerifyTable(_RequirementsTable):
         return self
 
 
-class _File(_Strict):
+class _File(StrictModel):
     verify: VerifyTable = VerifyTable()
 
 
-_TABLES: Mapping[tuple[str, ...], type[_Strict]] = {
+_TABLES: Mapping[tuple[str, ...], type[StrictModel]] = {
     (): _File,
     ("verify",): VerifyTable,
     ("verify", "rule"): RuleTable,
@@ -246,23 +213,21 @@ _TABLES: Mapping[tuple[str, ...], type[_Strict]] = {
 }
 
 
-def _first_fault(error: ValidationError) -> str:
-    """The key and what is wrong with it; for an unknown key, those that are known."""
+def _fault(error: ValidationError) -> str:
+    """As `first_fault`; for an unknown key, those that are known."""
     fault = error.errors(include_url=False, include_input=False)[0]
-    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in fault["loc"])
-    text = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "extra_forbidden":
-        table = tuple(part for part in fault["loc"][:-1] if isinstance(part, str))
-        text = f"unknown key; known: {', '.join(_TABLES[table].model_fields)}"
-    return f"{where.lstrip('.') or 'the file'}: {text}"[:400]
+    if fault["type"] != "extra_forbidden":
+        return first_fault(error)
+    table = tuple(part for part in fault["loc"][:-1] if isinstance(part, str))
+    return f"{location(fault['loc'])}: unknown key; known: {', '.join(_TABLES[table].model_fields)}"
 
 
 @dataclass(frozen=True)
 class Overrides:
-    """Options of a command line: each that is given replaces the policy's key of that name.
+    """Command-line options; each that is given replaces the policy's key of that name.
 
-    `pattern` is required of every site, so that it replaces the policy's rules as well. No policy can allow code
-    to run: `trust_remote_code` is the command line's alone.
+    `pattern` is required of every site and therefore replaces the rules as well. A policy cannot set
+    `trust_remote_code`.
     """
 
     pattern: str | None = None
@@ -276,58 +241,42 @@ class Overrides:
 
 @dataclass(frozen=True)
 class Policy:
-    """A policy file that was read; without one, nothing is required and no artifact is named."""
+    """The content of a policy file; without one, nothing is required and no artifact is named."""
 
     path: Path | None = None
     _verify: VerifyTable = field(default_factory=VerifyTable, repr=False)
 
     @classmethod
     def load(cls, path: Path) -> "Policy":
-        """Read a policy file.
-
-        Raises:
-            UsageError: it does not exist, is not a regular file, too large or not TOML, or a key is unknown or
-                of a wrong kind; names the file and the key.
-        """
-        if regular_file_size(path) > _MAX_BYTES:  # before it is opened: a pipe would never end
-            raise UsageError(f"{path}: is larger than {_MAX_BYTES} bytes, which no policy is")
+        """Read a policy file; UsageError names the file and what is wrong, with the key where there is one."""
         try:
-            with path.open("rb") as file:
-                data = file.read(_MAX_BYTES)
-        except OSError as error:
-            raise UsageError(f"{path}: the policy cannot be read: {error.strerror}") from error
-        try:
-            content = tomllib.loads(data.decode("utf-8-sig"))  # some editors of Windows put a BOM first
+            text = read_bytes(path, _MAX_BYTES).decode("utf-8-sig")  # some editors of Windows put a BOM first
+            return cls(path, _File.model_validate(tomllib.loads(text)).verify)
+        except ValidationError as error:
+            raise UsageError(f"{path}: {_fault(error)}") from error
         except (ValueError, RecursionError) as error:  # TOMLDecodeError, UnicodeDecodeError
             raise UsageError(f"{path}: is not TOML: {error}") from error
-        try:
-            return cls(path, _File.model_validate(content).verify)
-        except ValidationError as error:
-            raise UsageError(f"{path}: {_first_fault(error)}") from error
+        except SppFxError as error:
+            raise UsageError(str(error)) from error
 
     @classmethod
     def find(cls, explicit: Path | None = None, folder: Path = Path()) -> "Policy":
-        """The policy that was given, else spp-fx.toml of a folder, else an empty one.
-
-        Raises:
-            UsageError: as `load`; also for a folder of that name or a link that leads nowhere: that is not the
-                same as no policy.
-        """
+        """The policy that was given, else spp-fx.toml of a folder, else an empty one; raises as `load`."""
         if explicit is not None:
             return cls.load(explicit)
         path = folder / POLICY_NAME
         return cls.load(path) if os.path.lexists(path) else cls()
 
     def check(self, artifact: Path, given: Overrides = Overrides()) -> Check:
-        """The check of one artifact: its own entry in the policy, if it has one, and the defaults.
+        """The check of one artifact, by its entry in the policy if it has one.
 
-        An entry that spells the path out goes before any glob; of several globs the first counts.
+        An entry with the exact path takes precedence over globs; among globs, the first match wins.
 
         Raises:
-            UsageError: two entries spell out the same artifact.
+            UsageError: two entries have the path of the same artifact.
         """
         real = artifact.resolve()
-        if (own := self._spelt_out().get(real)) is not None:
+        if (own := self._exact_paths().get(real)) is not None:
             return self._check(artifact, own, given)
         for entry in self._verify.artifact:
             if is_glob(entry.path) and any(path.resolve() == real for path in self._expand(entry)):
@@ -335,18 +284,18 @@ class Policy:
         return self._check(artifact, None, given)
 
     def checks(self, given: Overrides = Overrides()) -> list[Check]:
-        """The check of every artifact of the policy, in its order; entries are preferred as in `check`.
+        """The check of every artifact in the policy, in its order; the precedence is that of `check`.
 
         Raises:
-            UsageError: it names none, one that does not exist, or spells one out twice; a lock or an artifact
-                to compare with was given for more than one.
+            UsageError: the policy names no artifact, one that does not exist, or one twice; `given` has a lock or
+                an artifact to compare with, and there are several artifacts.
         """
         if not self._verify.artifact:
             raise UsageError(
                 f"{self.path}: names no artifact; add [[verify.artifact]] with a path, or give ARTIFACT "
                 "('.' is this folder)"
             )
-        spelt_out = self._spelt_out()
+        exact = self._exact_paths()
         found: dict[Path, Check] = {}
         for number, entry in enumerate(self._verify.artifact):
             paths = self._expand(entry)
@@ -355,16 +304,14 @@ class Policy:
                 raise UsageError(f"{self.path}: verify.artifact[{number}].path: {entry.path!r} {what}")
             for path in paths:
                 real = path.resolve()
-                found.setdefault(real, self._check(path, spelt_out.get(real, entry), given))
+                found.setdefault(real, self._check(path, exact.get(real, entry), given))
         if len(found) > 1 and (given.lock or given.against):
             option = "--lock" if given.lock else "--against"
-            raise UsageError(
-                f"{option} speaks of one artifact, {self.path} names {len(found)}; give ARTIFACT"
-            )
+            raise UsageError(f"{option} takes one artifact, {self.path} names {len(found)}; give ARTIFACT")
         return list(found.values())
 
-    def _spelt_out(self) -> dict[Path, ArtifactTable]:
-        """The entries without globs by their files, links followed; UsageError for two of the same file."""
+    def _exact_paths(self) -> dict[Path, ArtifactTable]:
+        """The entries without globs by their resolved paths; UsageError for two with the same one."""
         found: dict[Path, ArtifactTable] = {}
         for entry in self._verify.artifact:
             if is_glob(entry.path):

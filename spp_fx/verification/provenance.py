@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+from pydantic import Field, StringConstraints, ValidationError, field_validator
 
 from spp_fx.errors import FormatError, SppFxError
 from spp_fx.sparsity.lock import LOCK_NAME
 from spp_fx.storage.folder import within
-from spp_fx.storage.strict_json import parse_object, regular_file_size, shown
+from spp_fx.storage.output import atomic_file
+from spp_fx.storage.strict_json import StrictModel, first_fault, parse_model, read_bytes
 from spp_fx.version import VERSION
 
 PROVENANCE = "sparsity.provenance.json"
@@ -36,18 +37,14 @@ _Name = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 _Version = Annotated[str, StringConstraints(pattern=r"^[0-9A-Za-z.+!-]{1,64}$")]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class FileRecord(_Strict):
+class FileRecord(StrictModel):
     """A weight file as a step left it; `sha256` is None where the step did not read it back."""
 
     bytes: Annotated[int, Field(ge=0)]
     sha256: _Digest | None
 
 
-class Step(_Strict):
+class Step(StrictModel):
     """One step of a folder's history.
 
     Attributes:
@@ -68,8 +65,13 @@ class Step(_Strict):
     def __str__(self) -> str:
         return f"{self.step} (spp-fx {self.tool_version})"
 
+    @property
+    def verb(self) -> str:
+        """What the step did with weight files: lock writes none."""
+        return "saw" if self.step == "lock" else "wrote"
 
-class Provenance(_Strict):
+
+class Provenance(StrictModel):
     """The steps that made a folder, oldest first."""
 
     format_version: int
@@ -95,63 +97,16 @@ def load(folder: Path) -> Provenance | None:
     """The history of a folder, None if it has none.
 
     Raises:
-        FormatError: the file is not what it should be; names it and the fault.
+        FormatError: the file is damaged; names it and the fault.
         SppFxError: it cannot be read.
     """
     if not os.path.lexists(folder / PROVENANCE):  # a dangling link is not the same as no file
         return None
     path = within(folder, PROVENANCE)
-    if regular_file_size(path) > _MAX_BYTES:
-        raise FormatError(f"{path}: is larger than {_MAX_BYTES} bytes; {_MEND}")
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise SppFxError(f"{path}: cannot be read ({error.strerror})") from error
-    try:
-        parse_object(data, str(path))  # refuses a key that comes twice, which pydantic does not see
-        return Provenance.model_validate_json(data)
-    except ValidationError as error:
-        raise FormatError(f"{path}: {_first_fault(error)}; {_MEND}") from error
-
-
-def extended(
-    past: Provenance | None,
-    folder: Path,
-    step: StepName,
-    *,
-    inputs: Mapping[str, str],
-    settings: Mapping[str, Any],
-    digests: Mapping[str, str],
-    lock: Path | None = None,
-) -> Provenance:
-    """A history with one step more: `step`, which left its weight files and its lock in `folder`.
-
-    Args:
-        lock: the lock where it is not in `folder` yet.
-
-    Raises:
-        FormatError: a name, digest or setting that the file cannot hold.
-    """
-    files = sorted(
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.name.endswith(_WEIGHTS) and path.name != _TRAINED and path.is_file()
-    )
-    try:
-        last = Step(
-            step=step,
-            tool_version=VERSION,
-            inputs=dict(inputs),
-            settings=dict(settings),
-            lock=_lock_digest(lock or folder / LOCK_NAME),
-            files={
-                name: FileRecord(bytes=(folder / name).stat().st_size, sha256=digests.get(name))
-                for name in files
-            },
-        )
-        return Provenance.of((*(past.steps if past else ()), last))
-    except ValidationError as error:
-        raise FormatError(f"{folder / PROVENANCE}: {step}: {_first_fault(error)}") from error
+        return parse_model(Provenance, read_bytes(path, _MAX_BYTES), str(path))
+    except FormatError as error:
+        raise FormatError(f"{error}; remove it to start a new history with the next step") from error
 
 
 def record(
@@ -162,28 +117,55 @@ def record(
     inputs: Mapping[str, str],
     settings: Mapping[str, Any],
     digests: Mapping[str, str],
+    lock: Path | None = None,
 ) -> None:
-    """Write the history of `folder_in`, and this step after it, into a folder that is being written.
+    """Write the history of `folder_in`, with this step added, into `folder_out`.
 
     Call it last: it records the digest of the lock and the sizes of the weight files.
 
     Args:
-        folder_in: the input whose history goes on; None where there is none.
+        folder_in: the input whose history goes on; None where there is none. It may be `folder_out` itself, whose
+            file is then replaced as a whole.
         inputs: fingerprints of what was read, by role.
         settings: options that the result depends on; plain values, no paths.
         digests: SHA-256 of weight files by their path in `folder_out`, as read back; others are recorded
             without one. Names of files that hold no weights are left out.
+        lock: the lock where it is not in `folder_out` yet.
 
     Raises:
-        FormatError: the history of `folder_in` is damaged. Call `load` before long work to know it early.
+        FormatError: the history of `folder_in` is damaged (call `load` before long work to know it early); a name,
+            digest or setting that the file cannot hold.
     """
     past = load(folder_in) if folder_in is not None else None
-    history = extended(past, folder_out, step, inputs=inputs, settings=settings, digests=digests)
-    (folder_out / PROVENANCE).write_text(history.dumps(), encoding="ascii")
+    files = sorted(
+        path.relative_to(folder_out).as_posix()
+        for path in folder_out.rglob("*")
+        if path.name.endswith(_WEIGHTS) and path.name != _TRAINED and path.is_file()
+    )
+    try:
+        last = Step(
+            step=step,
+            tool_version=VERSION,
+            inputs=dict(inputs),
+            settings=dict(settings),
+            lock=_lock_digest(lock or folder_out / LOCK_NAME),
+            files={
+                name: FileRecord(bytes=(folder_out / name).stat().st_size, sha256=digests.get(name))
+                for name in files
+            },
+        )
+        history = Provenance.of((*(past.steps if past else ()), last))
+    except ValidationError as error:
+        raise FormatError(f"{folder_out / PROVENANCE}: {step}: {first_fault(error)}") from error
+    if folder_in != folder_out:  # a folder that is still being written
+        (folder_out / PROVENANCE).write_text(history.dumps(), encoding="ascii")
+        return
+    with atomic_file(folder_out / PROVENANCE, force=True) as temporary:
+        temporary.write_text(history.dumps(), encoding="ascii")
 
 
 def blame(folder: Path, file: str) -> str | None:
-    """Whose fault a failing weight file is, in a sentence for an error message.
+    """Which step a failing weight file comes from, in a sentence for an error message.
 
     Reads the whole file: call it once a file, not once a site.
 
@@ -203,39 +185,39 @@ def blame(folder: Path, file: str) -> str | None:
         if not path.is_file():
             return None
         return _about_file(history, path, file) + _about_lock(history.steps[-1], folder / LOCK_NAME)
-    except SppFxError as error:  # a verdict is being explained: that it cannot be is part of the answer
-        return f"which step is at fault cannot be told: {error}"
+    except SppFxError as error:  # the verdict stands without its explanation
+        return f"the step at fault is unknown: {error}"
     except OSError as error:
-        return f"which step is at fault cannot be told: {error.filename}: {error.strerror}"
+        return f"the step at fault is unknown: {error.filename}: {error.strerror}"
 
 
 def _about_file(history: Provenance, path: Path, file: str) -> str:
     last = history.steps[-1]
-    verb = "saw" if last.step == "lock" else "wrote"
     then = last.files.get(file)
     if then is None:
-        return f"{file} is none of the files that {last} {verb}: it was added or renamed afterwards"
+        return f"{file} is not one of the files that {last} {last.verb}: it was added or renamed afterwards"
+    changed = f"{file} is not what {last} {last.verb}: it changed afterwards"
     size = path.stat().st_size
     if size != then.bytes:
-        return (
-            f"{file} is not what {last} {verb}: it changed afterwards ({size} bytes now, {then.bytes} then)"
-        )
+        return f"{changed} ({size} bytes now, {then.bytes} then)"
     if then.sha256 is None:
-        return f"{last} recorded no digest of {file}: whether it changed afterwards cannot be told"
+        return f"{last} recorded no digest of {file}, so it is unknown whether the file changed afterwards"
     if file_sha256(path) != then.sha256:
-        return f"{file} is not what {last} {verb}: it changed afterwards"
+        return changed
     origin = last
     for step in reversed(history.steps[:-1]):
         before = step.files.get(file)
         if before is None or before.sha256 is None:
             continue
         if before.sha256 != then.sha256:
-            if origin.step == "lock":  # lock writes no weights
+            if origin.step == "lock":
                 return f"{file} is not what {step} wrote: it changed before {origin} was run"
             break
         origin = step
-    verb = "saw" if origin.step == "lock" else "wrote"
-    return f"{file} is byte for byte what {origin} {verb}, so its zeros were where they are now when that step ended"
+    return (
+        f"{file} is byte for byte what {origin} {origin.verb}, "
+        "so its zeros were where they are now when that step ended"
+    )
 
 
 def _about_lock(last: Step, lock: Path) -> str:
@@ -260,13 +242,3 @@ def file_blake2b(path: Path) -> str:
 
 def _lock_digest(lock: Path) -> str | None:
     return file_blake2b(lock) if lock.is_file() else None
-
-
-_MEND = "remove it, then the history starts again with the next step"
-
-
-def _first_fault(error: ValidationError) -> str:
-    """Where and what, in one line, with hostile values cut short."""
-    fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ".".join(str(part) for part in fault["loc"])
-    return f"{shown(where) if where else 'the file'}: {fault['msg'].removeprefix('Value error, ')}"[:400]

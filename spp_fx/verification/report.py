@@ -1,7 +1,7 @@
 """Reports of verify for other tools: JUnit, SARIF, GitHub annotations and step summaries.
 
-https://docs.oasis-open.org/sarif/sarif/v2.1.0/sarif-v2.1.0.html. In SARIF a weight
-has no lines: a result names its file, and tensor, row and column as logical locations.
+SARIF: https://docs.oasis-open.org/sarif/sarif/v2.1.0/sarif-v2.1.0.html. Weights have no lines, so a result names the
+file, and the tensor, row and column as logical locations.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ class Root:
 
     @classmethod
     def current(cls) -> "Root":
-        """The checkout of a GitHub workflow, the current folder elsewhere."""
+        """The checkout in a GitHub workflow, else the current folder."""
         return cls(Path(os.environ.get("GITHUB_WORKSPACE") or Path.cwd()).resolve())
 
     def relative(self, path: Path) -> str | None:
@@ -56,7 +56,7 @@ class Root:
 
 
 def file_of(verdict: Verified, site: SiteVerdict | None) -> Path:
-    """The file that holds a site where it is known to lie in the artifact, else the artifact itself."""
+    """The file that holds a site if it is in the artifact's folder, else the artifact itself."""
     if site is None or not site.file or not verdict.path.is_dir():
         return verdict.path
     file = verdict.path / site.file
@@ -64,13 +64,9 @@ def file_of(verdict: Verified, site: SiteVerdict | None) -> Path:
 
 
 def write_report(target: Path, text: str) -> None:
-    """Write or replace a report.
-
-    Raises:
-        SppFxError: it cannot be written; whatever was there before still is.
-    """
+    """Write or replace a report; SppFxError if that fails, and an old report is then unchanged."""
     if os.path.lexists(target) and not target.is_dir() and not target.is_file():
-        raise _unwritten(target, "there is a pipe, a device or a link that leads nowhere")
+        raise _unwritten(target, "the path is a pipe, a device or a dangling link")
     try:
         with atomic_file(target, force=True) as temporary:
             temporary.write_text(text, encoding="utf-8", newline="\n")
@@ -79,11 +75,7 @@ def write_report(target: Path, text: str) -> None:
 
 
 def append_report(target: Path, text: str) -> None:
-    """Add to a file that others write to as well, as a step summary of GitHub is.
-
-    Raises:
-        SppFxError: it cannot be written.
-    """
+    """Append to a file to which others write as well, such as GitHub's step summary; SppFxError if that fails."""
     try:
         with target.open("a", encoding="utf-8", newline="\n") as file:
             file.write(text)
@@ -92,7 +84,7 @@ def append_report(target: Path, text: str) -> None:
 
 
 def write_all(writes: Iterable[Callable[[], None]]) -> None:
-    """Write every report, also after one that could not be; then raise what could not."""
+    """Write every report; after the last one, raise the errors of those that could not be written."""
     failures: list[SppFxError] = []
     for write in writes:
         try:
@@ -110,13 +102,13 @@ def _unwritten(target: Path, why: str) -> SppFxError:
 def check_targets(
     reports: Mapping[str, tuple[Path, str]], artifacts: Iterable[Path], files: Mapping[str, Path]
 ) -> None:
-    """Raise for report files that would overwrite something that is read.
+    """Raise if a report would overwrite an input.
 
     Args:
         reports: by option, the file to write and the suffix of such reports. In the folder of an artifact, which
-            may be the current one, a report must have that suffix: no file of an artifact has it.
+            may be the current folder, a report must have that suffix: no file of an artifact has it.
         artifacts: files and folders that are verified or compared with.
-        files: other files that are read, by what they are.
+        files: other files that are read, by description.
 
     Raises:
         UsageError: names the option and what it would overwrite.
@@ -125,27 +117,29 @@ def check_targets(
     for option, (target, suffix) in reports.items():
         for form in _forms(target):
             if (other := written.setdefault(form, option)) != option:
-                raise UsageError(f"{option} {target}: is the file of {other} as well; give each its own")
+                raise UsageError(
+                    f"{option} {target}: is the file of {other} as well; give each report a file of its own"
+                )
             for what, file in files.items():
                 if form in _forms(file):
                     raise UsageError(f"{option} {target}: is the {what}; give another file")
             for artifact in artifacts:
                 if form in _forms(artifact) or (target.suffix != suffix and _would_be_part(form, artifact)):
                     raise UsageError(
-                        f"{option} {target}: is or would be a part of the artifact {artifact}; "
-                        f"give a file elsewhere, or one that is called *{suffix}"
+                        f"{option} {target}: is or would become a part of the artifact {artifact}; "
+                        f"give a file outside of it, or one named *{suffix}"
                     )
 
 
 def _would_be_part(report: Path, artifact: Path) -> bool:
-    """Whether a file lies in an artifact's folder, or replaces a file beside a single-file artifact."""
+    """Whether a report is inside an artifact's folder, or would replace a file beside a single-file artifact."""
     if artifact.is_dir():
         return any(report.is_relative_to(form) for form in _forms(artifact))
     return os.path.lexists(report) and any(report.parent == form.parent for form in _forms(artifact))
 
 
 def _forms(path: Path) -> Sequence[Path]:
-    """A path as it was given, and with its links followed."""
+    """A path as it was given, and with links resolved."""
     return tuple(dict.fromkeys((Path(os.path.abspath(path)), path.resolve())))
 
 
@@ -153,13 +147,13 @@ _PLAIN = re.compile(r"[^0-9A-Za-z .,:;/()-]")
 
 
 def summary(verdicts: Sequence[Verified], root: Root) -> str:
-    """A heading, a table of artifacts, and a table of failures for each that does not hold."""
+    """A Markdown page: a table of artifacts, and a table of failures for each that does not pass."""
     return "\n".join(_lines(verdicts, root)) + "\n"
 
 
 def _lines(verdicts: Sequence[Verified], root: Root) -> Iterator[str]:
     bad = sum(not verdict.ok for verdict in verdicts)
-    yield f"## spp-fx verify: {f'{bad} of {len(verdicts)} artifacts do not hold' if bad else 'all hold'}"
+    yield f"## spp-fx verify: {f'{bad} of {len(verdicts)} artifacts failed' if bad else 'all artifacts passed'}"
     yield ""
     yield "| | artifact | kind | sites | failed | zeros |"
     yield "|---|---|---|---:|---:|---:|"
@@ -169,51 +163,44 @@ def _lines(verdicts: Sequence[Verified], root: Root) -> Iterator[str]:
         yield f"| {mark} | {_cell(root.shown(verdict.path))} | {_cell(verdict.kind)} | {numbers} |"
     for verdict in verdicts:
         if not verdict.ok:
-            yield from _failures(verdict)
+            yield from ("", f"### {_cell(conclusion(verdict))}", "", "| what | why |", "|---|---|")
+            failures = _failures(verdict)
+            for site, reason in failures[:SHOWN]:
+                yield f"| {_cell(_subject(verdict, site))} | {_cell(reason)} |"
+            if len(failures) > SHOWN:
+                yield f"| ... | and {len(failures) - SHOWN} more; `--json` lists all |"
     yield ""
 
 
-def _failures(verdict: Verified) -> Iterator[str]:
-    yield ""
-    yield f"### {_cell(conclusion(verdict))}"
-    yield ""
-    yield "| what | why |"
-    yield "|---|---|"
-    rows = [(verdict.kind, problem) for problem in verdict.problems]
-    rows += [(site.name, site.reason or "") for site in verdict.failed]
-    for what, why in rows[:SHOWN]:
-        yield f"| {_cell(what)} | {_cell(why)} |"
-    if len(rows) > SHOWN:
-        yield f"| ... | and {len(rows) - SHOWN} more; `--json` lists all |"
+def _failures(verdict: Verified) -> list[tuple[SiteVerdict | None, str]]:
+    """The problems of the artifact, then its failed sites with their reasons."""
+    problems: list[tuple[SiteVerdict | None, str]] = [(None, problem) for problem in verdict.problems]
+    return problems + [(site, site.reason or "") for site in verdict.failed]
+
+
+def _subject(verdict: Verified, site: SiteVerdict | None) -> str:
+    return verdict.kind if site is None else site.name
 
 
 def _cell(text: str) -> str:
-    """Text that Markdown and HTML take for nothing but text: all else is written as character references."""
+    """Text that Markdown and HTML show as it is: special characters become character references."""
     return _PLAIN.sub(lambda match: f"&#{ord(match[0])};", escaped(text))
 
 
 MAX_ANNOTATIONS = 10
-"""GitHub shows no more errors than these of one step."""
+"""GitHub shows no more errors than this of one step."""
 
 
 def annotations(verdicts: Sequence[Verified], root: Root) -> Iterator[str]:
-    """One `::error` line for each problem and each site that does not hold; the last one counts the rest."""
-    failures = [failure for verdict in verdicts for failure in _failed_sites(verdict)]
+    """One `::error` line for each problem and each failed site; the last one counts the rest."""
+    failures = [(verdict, *failure) for verdict in verdicts for failure in _failures(verdict)]
     shown = len(failures) if len(failures) <= MAX_ANNOTATIONS else MAX_ANNOTATIONS - 1
     for verdict, site, reason in failures[:shown]:
-        title = verdict.kind if site is None else site.name
         file = root.relative(file_of(verdict, site))
         where = "" if site is None or file is None else f",file={_property(file)}"
-        yield f"::error title={_property(title)}{where}::{_escape(reason)}"
+        yield f"::error title={_property(_subject(verdict, site))}{where}::{_escape(reason)}"
     if shown < len(failures):
-        yield f"::error title=spp-fx verify::and {len(failures) - shown} more failures; the log or --json has all"
-
-
-def _failed_sites(verdict: Verified) -> Iterator[tuple[Verified, SiteVerdict | None, str]]:
-    for problem in verdict.problems:
-        yield verdict, None, problem
-    for site in verdict.failed:
-        yield verdict, site, site.reason or ""
+        yield f"::error title=spp-fx verify::and {len(failures) - shown} more failures; see the log or --json"
 
 
 def _escape(text: str) -> str:
@@ -228,7 +215,7 @@ _DECLARATION = '<?xml version="1.0" encoding="utf-8"?>'
 
 
 def junit(verdicts: Sequence[Verified], root: Root) -> str:
-    """The report as XML text; an artifact that cannot be read is a suite of one failing case."""
+    """The report as XML text; an artifact that cannot be read is a suite with one failing case."""
     suites = [_suite(verdict, root) for verdict in verdicts]
     whole = ElementTree.Element("testsuites", name="spp-fx verify")
     for count in ("tests", "failures", "errors", "skipped"):
@@ -313,13 +300,12 @@ def _result(verdict: Verified, site: SiteVerdict | None, finding: Finding, root:
     location: dict[str, Any] = {"physicalLocation": {"artifactLocation": artifact}}
     if site is not None:
         location["logicalLocations"] = _logical(site.name, finding.position)
-    about = verdict.kind if site is None else site.name
     origin = f" ({site.origin})" if site is not None and site.origin else ""
     return {
         "ruleId": finding.rule,
         "ruleIndex": list(RULES).index(finding.rule),
         "level": "error",
-        "message": {"text": escaped(f"{about}: {finding.message}{origin}")},
+        "message": {"text": escaped(f"{_subject(verdict, site)}: {finding.message}{origin}")},
         "locations": [location],
     }
 
@@ -333,7 +319,7 @@ def _logical(name: str, position: str | None) -> list[dict[str, str]]:
 
 
 def _identity(artifact: str, site: SiteVerdict | None, finding: Finding) -> str:
-    """The same for the same finding in every run: it knows neither the shard nor the numbers in the message."""
+    """The same for the same finding in every run: independent of the shard and of the numbers in the message."""
     what = finding.message if site is None else site.name
     text = "\0".join((artifact, finding.rule, what, finding.position or ""))
     return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()

@@ -10,15 +10,15 @@ from spp_fx.console import grouped
 from spp_fx.errors import escaped
 
 RULES = {
-    "mask-changed": "A mask is not the one that the lock or the other artifact has.",
+    "mask-changed": "A mask differs from that of the lock or of the other artifact.",
     "pattern-broken": "A weight has more non-zeros than its sparsity pattern allows.",
     "dense-site": "A weight that must be sparse is dense, or the lock does not name it.",
-    "missing-weight": "A weight that must be there is missing.",
+    "missing-weight": "A required weight is missing.",
     "unread-weight": "A weight was not checked, because its role or its form is unknown.",
     "non-finite": "A weight holds NaN or infinity.",
     "artifact-damaged": "A file cannot be read, is not what it claims to be, or must not be released.",
 }
-"""What a finding can be about, under names that do not change from release to release."""
+"""The kinds of findings. Their names do not change from release to release."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Finding:
 
     Attributes:
         rule: a key of `RULES`.
-        message: what is wrong, with row and column where there is one, and how to mend it.
+        message: what is wrong, with row and column where there is one, and how to fix it.
         position: 'row 17, column 66' where one element or group is at fault.
     """
 
@@ -47,7 +47,7 @@ class SiteVerdict:
         file: name of the file that holds it; empty where there is none.
         pattern: that it was checked for; None without one.
         findings: why it is not ok; none where it is.
-        origin: which step is to blame, in a sentence, where the artifact's history tells.
+        origin: a sentence on the step that wrote the file, where the artifact has a history.
     """
 
     name: str
@@ -69,16 +69,17 @@ class SiteVerdict:
 
     @property
     def numel(self) -> int:
-        """Elements of the weight; 0 where its shape is not known."""
+        """Elements of the weight; 0 where its shape is unknown."""
         return prod(self.shape) if self.shape else 0
 
     @property
     def reason(self) -> str | None:
-        """Why it is not ok, in one line: the file, all findings, and whose fault it is."""
+        """Why it is not ok, in one line: the file, all findings, the origin."""
         if not self.findings:
             return None
-        said = "; ".join(finding.message for finding in self.findings)
-        return f"{self.file + ': ' if self.file else ''}{said}{'; ' + self.origin if self.origin else ''}"
+        messages = [finding.message for finding in self.findings]
+        sentence = "; ".join(messages + ([self.origin] if self.origin else []))
+        return f"{self.file}: {sentence}" if self.file else sentence
 
     def to_json(self) -> dict[str, Any]:
         fields = ("nnz", "sparsity", "violations", "lost_zeros", "new_zeros", "mask_equal", "ok", "reason")
@@ -90,7 +91,7 @@ class Verified:
     """The verdict on an artifact.
 
     Attributes:
-        path: the artifact, as it was named.
+        path: the artifact, as it was given.
         kind: model, adapter, safetensors, onnx, cusparselt, ..., or `unknown`.
         sites: those that were checked, by name.
         faults: why the artifact must not be released, whatever its sites hold.
@@ -98,7 +99,7 @@ class Verified:
         left_out: matrices that are not sites because of what the model does with them, each with that reason.
         unread: all other matrices that were not checked, each with the reason.
         notes: what is odd about its files and changes nothing.
-        error: why no site could be checked; a fault says the same in words.
+        error: why no site could be checked; the first fault has its message.
     """
 
     path: Path
@@ -128,12 +129,11 @@ class Verified:
 
     @property
     def failed(self) -> tuple[SiteVerdict, ...]:
-        """The sites that do not hold."""
         return tuple(site for site in self.sites if not site.ok)
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """Everything that does not hold, in words: what is wrong with the whole, then site by site."""
+        """Every failure in words: the problems of the artifact, then site by site."""
         return (*self.problems, *(f"{site.name}: {site.reason}" for site in self.failed))
 
     @property
@@ -193,17 +193,17 @@ class Verdicts:
 
 
 def findings_of(verdict: Verified) -> list[tuple[SiteVerdict | None, Finding]]:
-    """Every finding with its site, None for those of the whole artifact, in the order of the report."""
+    """Every finding with its site, None for those of the artifact, in the order of the report."""
     whole: list[tuple[SiteVerdict | None, Finding]] = [(None, fault) for fault in verdict.faults]
     return whole + [(site, finding) for site in verdict.sites for finding in site.findings]
 
 
 SHOWN = 20
-"""Problems and failing sites that are listed; the rest are counted."""
+"""How many problems, and how many failing sites, are listed; the rest are counted."""
 
 
 def lines(verdict: Verified, *, one_of_many: bool = False) -> Iterator[str]:
-    """Each failure, the first ones in full, then the verdict; of many, each says which artifact it is of."""
+    """The first failures, then the verdict; `one_of_many` puts the artifact's path before each failure."""
     fail = f"FAIL {escaped(str(verdict.path))}:" if one_of_many else "FAIL"
     for problem in verdict.problems[:SHOWN]:
         yield f"{fail} {verdict.kind}: {escaped(problem)}"
@@ -216,7 +216,7 @@ def lines(verdict: Verified, *, one_of_many: bool = False) -> Iterator[str]:
         yield f"... and {len(failed) - SHOWN} more; --json lists all"
     yield conclusion(verdict)
     if verdict.ok:
-        for what, reasons in (("left out", verdict.left_out), ("not looked at", verdict.unread)):
+        for what, reasons in (("left out", verdict.left_out), ("not checked", verdict.unread)):
             yield from (f"  {what}: {line}" for line in grouped(reasons))
 
 
@@ -225,12 +225,12 @@ def conclusion(verdict: Verified) -> str:
     what = f"{verdict.kind} {escaped(str(verdict.path))}"
     if not verdict.ok:
         count = len(verdict.problems)
-        whole = f", {count} problem{'s' if count > 1 else ''} of the whole" if count else ""
+        whole = f", {count} other problem{'s' if count > 1 else ''}" if count else ""
         return f"not ok: {what}: {len(verdict.failed)} of {len(verdict.sites)} sites fail{whole}"
-    held = f"hold {verdict.pattern}" if verdict.pattern else "are as they should be"
+    held = f"hold {verdict.pattern}" if verdict.pattern else "pass"
     equal = sum(site.mask_equal is True for site in verdict.sites)
     masks = f", {equal} masks equal" if equal else ""
     dense = f", {len(verdict.allowed_dense)} allowed to be dense" if verdict.allowed_dense else ""
     count = len(verdict.unread)
-    unread = f", {count} other weight{'s' if count > 1 else ''} not looked at" if count else ""
+    unread = f", {count} other weight{'s' if count > 1 else ''} not checked" if count else ""
     return f"ok: {what}: all {len(verdict.sites)} sites {held}{masks}{dense}{unread}"

@@ -64,7 +64,7 @@ def repository(tmp_path_factory):
 
 @pytest.fixture
 def small(tmp_path):
-    """A repository whose policy names a lone file: judged without tracing a model."""
+    """A repository whose policy names a single file: checked without tracing a model."""
     sparse_file(tmp_path / "repo" / "m.safetensors")
     policy = '[verify]\npattern = "2:4"\n[[verify.artifact]]\npath = "m.safetensors"\n'
     (tmp_path / "repo" / "spp-fx.toml").write_text(policy)

@@ -31,7 +31,7 @@ from tests.ci.shell import ROOT, break_file, environment, shell, sparse_file
         ("safetensors.py", False),
     ],
 )
-def test_weights_and_what_they_are_held_to_start_the_hook(name, starts):
+def test_weights_and_their_requirements_start_the_hook(name, starts):
     assert bool(re.search(HOOK["files"], name)) is starts
 
 

@@ -17,7 +17,8 @@ from spp_fx.errors import FormatError
 from spp_fx.exporters.manifest import Part, TensorRecord, write_manifest
 from spp_fx.exporters.onnx.graph_weights import GRAPH, read_graph
 from spp_fx.sparsity.mask import PackedMask
-from spp_fx.sparsity.scan import Weights, pack_mask
+from spp_fx.sparsity.scan import pack_mask
+from spp_fx.sparsity.weights import Weights
 from spp_fx.verbs.verify import Check, run_check, verify
 from spp_fx.verification.policy import Requirements
 from spp_fx.version import VERSION
@@ -492,10 +493,10 @@ ALL = READ | REFUSED | LEFT_OUT | UNREAD
 
 def named(weights: Weights) -> dict[str, set[str]]:
     return {
-        "sites": set(weights.sites()),
-        "refused": set(weights.refused()),
-        "left out": set(weights.left_out()),
-        "unread": set(weights.unread()),
+        "sites": set(weights.sites.transposed),
+        "refused": set(weights.sites.unreadable),
+        "left out": set(weights.sites.left_out),
+        "unread": set(weights.sites.unread),
     }
 
 
@@ -524,10 +525,10 @@ def test_a_weight_is_read_through(tmp_path, piece):
         names = build(tmp_path / "m.onnx", (piece, kind))
         weights = read_graph(tmp_path / "m.onnx")
         (name,) = names
-        sites = weights.sites()
+        sites = weights.sites.transposed
         assert name in sites
         assert sites.keys() - {name} <= {f"{name}.again", f"{name}.b"}
-        assert not {**weights.refused(), **weights.unread(), **weights.left_out()}
+        assert not {**weights.sites.unreadable, **weights.sites.unread, **weights.sites.left_out}
         assert weights.scan(name, sites[name]).mask == mask_of(piece, kind)
         assert name in weights.names
         verdict = verify(tmp_path / "m.onnx", pattern="2:4")
@@ -568,7 +569,7 @@ def test_a_matrix_that_is_not_a_weight_of_a_product_is_named_with_its_reason(tmp
     (name, _) = build(tmp_path / "m.onnx", (piece, "dense"), ("plain", "2:4"))
     weights = read_graph(tmp_path / "m.onnx")
     assert named(weights) == {"sites": {"w1"}, "refused": set(), "left out": {name}, "unread": set()}
-    assert reason in weights.left_out()[name]
+    assert reason in weights.sites.left_out[name]
     assert verify(tmp_path / "m.onnx", pattern="2:4").ok
 
 
@@ -583,7 +584,7 @@ def test_what_no_product_reads_is_unread(tmp_path, piece):
 @pytest.mark.parametrize("piece", COMBINED)
 def test_a_matrix_that_may_be_a_weight_after_it_is_combined_fails_under_full_coverage(tmp_path, piece):
     build(tmp_path / "m.onnx", (piece, "dense"), ("plain", "2:4"))
-    reason = read_graph(tmp_path / "m.onnx").unread()["w0"]
+    reason = read_graph(tmp_path / "m.onnx").sites.unread["w0"]
     assert "multiplies by it" in reason or "sums over the result" in reason
     assert not verify(tmp_path / "m.onnx", pattern="2:4", coverage="all").ok
 
@@ -683,7 +684,7 @@ def test_every_weight_of_any_graph_is_in_exactly_one_place(tmp_path, pieces):
         )  # fmt: skip
         assert [place for place, held in places.items() if name in held] == [expected], piece
         if expected == "sites":
-            assert weights.scan(name, weights.sites()[name]).mask == mask_of(piece, kind, at)
+            assert weights.scan(name, weights.sites.transposed[name]).mask == mask_of(piece, kind, at)
     holds = all(kind == "2:4" for piece, kind in names.values() if piece in READ)
     verdict = run_check(Check(tmp_path / "m.onnx", Requirements.of("2:4")))
     assert verdict.ok == (holds and not any(piece in REFUSED for piece, _ in names.values()))
@@ -724,7 +725,7 @@ def test_the_parts_of_a_split_weight_are_checked_each(tmp_path):
     for part in "qk":
         graph.op("MatMul", ["x", part], f"{part}.y")
     weights = read_graph(graph.write(tmp_path / "m.onnx"))
-    assert not {**weights.refused(), **weights.unread()}
+    assert not {**weights.sites.unreadable, **weights.sites.unread}
     verdict = verify(tmp_path / "m.onnx", pattern="2:4")
     assert len(verdict.sites) == 2
     assert len(verdict.failed) == 1
@@ -766,7 +767,7 @@ def test_products_that_the_manifest_of_an_export_does_not_name_are_unread_or_ref
     assert named(weights) == {
         "sites": {"stored.name"}, "refused": {"w2"}, "left out": {"w3"}, "unread": {"w1", "w4"}
     }  # fmt: skip
-    assert "does not name it" in weights.unread()["w1"]
+    assert "does not name it" in weights.sites.unread["w1"]
     assert weights.scan("stored.name", False).mask == mask_of("gemm", "2:4")
 
 
@@ -775,7 +776,7 @@ def test_products_that_the_manifest_of_an_export_does_not_name_are_unread_or_ref
 
 def hostile(graph: Graph, path: Path) -> Weights:
     weights = read_graph(graph.write(path))
-    for name, transposed in weights.sites().items():
+    for name, transposed in weights.sites.transposed.items():
         weights.scan(name, transposed)
     return weights
 
@@ -856,7 +857,7 @@ def test_choices_that_multiply_end(tmp_path):
         graph.nodes.append(helper.make_node("If", [choice], [f"if{level}"], **branches))
         last = f"if{level}"
     graph.op("MatMul", ["x", last], "z")
-    assert set(hostile(graph, tmp_path / "m.onnx").refused()) == {"w"}
+    assert set(hostile(graph, tmp_path / "m.onnx").sites.unreadable) == {"w"}
 
 
 def test_a_damaged_weight_of_a_constant_node_names_itself_and_the_file(tmp_path):

@@ -5,7 +5,7 @@ import operator
 import torch
 from torch import fx, nn
 
-from spp_fx.graph.rewrite import change_call, erase_unused, extract, reach, replace_by_call
+from spp_fx.graph.rewrite import Graph, change_call, erase_unused, extract, reach, replace_by_call
 
 aten = torch.ops.aten
 
@@ -61,3 +61,16 @@ def test_everything_is_reached_once():
     _, nodes = small()
     reached = list(reach([nodes["total"]], lambda node: node.all_input_nodes))
     assert len(reached) == len(set(reached)) == 5
+
+
+def test_recompiling_a_graph_leaves_those_below_it_alone():
+    root, graph = nn.Module(), fx.Graph()
+    root.inner = inner = Graph(nn.Module(), small()[0], class_name="Graph")
+    graph.output(graph.call_module("inner", (graph.placeholder("x"),)))
+    outer = Graph(root, graph, class_name="Graph")
+    compiled = type(inner).forward, type(outer).forward
+    outer.recompile()
+    assert type(inner).forward is compiled[0]
+    assert type(outer).forward is not compiled[1]
+    x = torch.tensor([-2.0, 3.0])
+    assert torch.equal(outer(x.clone()), inner(x.clone()))

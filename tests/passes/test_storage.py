@@ -52,6 +52,14 @@ def test_rows_come_back_to_the_bit(backend, pattern, columns, dtype):
         assert packed.take(4, 4).shape == (0, columns)
 
 
+def test_a_negative_zero_keeps_its_sign_where_a_slot_is_left(backend):
+    weight = torch.tensor([[-0.0, 1, 0, 0, 1, -0.0, 2, 0]])
+    assert choose_packing(weight) == "2:4"
+    signs = rows(weight, "2:4").take(0, 1).signbit().tolist()
+    assert signs == [[True, *[False] * 7]]
+    assert torch.equal(rows(weight, "bitmask").take(0, 1).signbit(), weight.signbit())
+
+
 @pytest.mark.parametrize(
     ("pattern", "packing"), [("2:4", "2:4"), ("1:4", "2:4"), ("4:8", "bitmask"), ("50%", "bitmask")]
 )

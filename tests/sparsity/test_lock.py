@@ -40,9 +40,9 @@ def test_a_single_flip_is_named(data, seed, shape):
     found = compare(entry_of(ones), flipped(ones, [index]))
     position = [divmod(index, shape[-1])]
     assert not found.equal
-    assert found.located
     was_one = bool(ones.reshape(-1)[index])
-    assert (found.lost_zeros, found.new_zeros) == (([], position) if was_one else (position, []))
+    assert (found.first_lost, found.first_new) == (([], position) if was_one else (position, []))
+    assert (found.lost_zeros, found.new_zeros) == ((0, 1) if was_one else (1, 0))
 
 
 @given(data=st.data(), seed=seeds, rows=st.integers(1, 40), columns=st.integers(1, 70))
@@ -51,10 +51,10 @@ def test_one_flip_in_each_of_several_buckets_is_named(data, seed, rows, columns)
     chosen = data.draw(st.lists(st.integers(0, rows - 1), unique_by=lambda row: row % 8, min_size=1))
     flips = sorted((row, data.draw(st.integers(0, columns - 1))) for row in chosen)
     found = compare(entry_of(ones), flipped(ones, [row * columns + column for row, column in flips]))
-    assert found.located
-    assert sorted(found.lost_zeros + found.new_zeros) == flips
-    assert all(not ones[position] for position in found.lost_zeros)
-    assert all(ones[position] for position in found.new_zeros)
+    assert sorted(found.first_lost + found.first_new) == flips
+    assert (found.lost_zeros, found.new_zeros) == (len(found.first_lost), len(found.first_new))
+    assert all(not ones[position] for position in found.first_lost)
+    assert all(ones[position] for position in found.first_new)
 
 
 @given(data=st.data(), seed=seeds, shape=shapes)
@@ -64,18 +64,17 @@ def test_flips_are_named_truly_or_not_at_all(data, seed, shape):
     now = flipped(ones, flips)
     found = compare(entry_of(ones), now)
     assert found.equal == (not flips)
-    if found.located:
-        truth = compare_masks(PackedMask.from_bool(ones), now)
-        assert (found.lost_zeros, found.new_zeros) == (truth.first_lost, truth.first_new)
-    else:
+    if found.lost_zeros is None:
         assert found.reason
-        assert (found.lost_zeros, found.new_zeros) == ([], [])
+        assert (found.new_zeros, found.first_lost, found.first_new) == (None, [], [])
+    else:
+        assert found == compare_masks(PackedMask.from_bool(ones), now)
 
 
 def test_two_flips_in_one_bucket_are_not_guessed():
     ones = random_mask(0, (8, 64))
     found = compare(entry_of(ones), flipped(ones, [3, 40]))
-    assert (found.equal, found.located) == (False, False)
+    assert (found.equal, found.lost_zeros, found.new_zeros) == (False, None, None)
     assert "too many positions" in found.reason
 
 
@@ -83,13 +82,13 @@ def test_a_locator_that_lies_proves_nothing():
     ones = random_mask(0, (8, 64))
     entry = entry_of(ones).model_copy(update={"locator": "0" * 15 + "7" + "f" * 112})
     found = compare(entry, flipped(ones, [3]))
-    assert (found.equal, found.located) == (False, False)
+    assert (found.equal, found.lost_zeros, found.new_zeros) == (False, None, None)
 
 
 def test_another_shape_is_said_not_searched():
     ones = random_mask(0, (8, 64))
     found = compare(entry_of(ones), PackedMask.from_bool(ones.reshape(16, 32)))
-    assert (found.equal, found.located) == (False, False)
+    assert (found.equal, found.lost_zeros, found.new_zeros) == (False, None, None)
     assert found.reason == "shape (16, 32), the lock has shape (8, 64)"
 
 
@@ -144,9 +143,9 @@ def test_a_lock_of_different_patterns_has_none_of_its_own():
     assert lock.pattern is None
     assert Lock.loads(lock.dumps()) == lock
     assert lock.by_name()["b"].parsed_pattern() == parse_pattern("4:8")
-    assert lock.entry("c") == dense
+    assert lock.by_name()["c"] == dense
     assert dense.parsed_pattern() is None
-    assert lock.entry("d") is None
+    assert "d" not in lock.by_name()
 
 
 def test_a_name_given_twice_is_refused():
@@ -173,17 +172,20 @@ good = spoiled()
 @pytest.mark.parametrize(
     ("text", "fault"),
     [
-        ("", "no sparsity lock.*spp-fx lock MODEL"),
-        (good[:-3], "not JSON"),
-        ("[]", "no format_version and sites.*spp-fx lock MODEL"),
-        ("{}", "no format_version and sites"),
-        ("\xff", "not JSON"),
+        ("", "not a valid lock.*spp-fx lock MODEL"),
+        (good[:-3], "not valid JSON"),
+        ("[]", "expected a JSON object.*spp-fx lock MODEL"),
+        ("{}", "format_version"),
+        ("\xff", "not valid JSON"),
         ("[" * 100_000, "nested too deep"),
         (good.replace('"w"', '"w", "x": ' + "[" * 100_000), "nested too deep"),
         (good.replace('"format_version": 2', '"format_version": 3'), "version 3 is unknown"),
-        (good.replace('"format_version": 2', '"format_version": 1'), "'spp-fx lock MODEL --force'"),
+        (
+            good.replace('"format_version": 2', '"format_version": 1'),
+            "version 1 is no longer read.*lock MODEL --force",
+        ),
         (good.replace('"format_version": 2', '"format_version": true'), "format_version"),
-        (good.replace('"format_version": 2, ', ""), "no format_version"),
+        (good.replace('"format_version": 2, ', ""), "format_version"),
         (good.replace('"format_version": 2', '"format_version": 2, "extra": 1'), "extra"),
         (good.replace('"name": "w"', '"name": "w", "name": "v"'), "twice"),
         (good.replace('"pattern": "2:4", "sites"', '"pattern": "4:8", "sites"'), "its sites say '2:4'"),
@@ -213,12 +215,12 @@ good = spoiled()
         (spoiled(transposed="yes"), "transposed"),
     ],
 )
-def test_a_file_that_is_no_lock_is_refused_with_its_fault(tmp_path, text, fault):
+def test_an_invalid_lock_is_an_error_that_names_the_fault(tmp_path, text, fault):
     path = tmp_path / "bad.lock.json"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(FormatError, match=rf"(?s)bad\.lock\.json: .*({fault})") as refusal:
         load_lock(path)
-    assert len(str(refusal.value)) < 400 + len(str(path)) + 2
+    assert len(str(refusal.value)) < 500 + len(str(path))
 
 
 def test_a_duplicated_site_in_a_file_is_refused():
@@ -231,10 +233,10 @@ def test_an_enormous_file_is_refused_unread(tmp_path):
     path = tmp_path / "huge.lock.json"
     with path.open("wb") as stream:
         stream.truncate(1 << 40)
-    with pytest.raises(FormatError, match="too large"):
+    with pytest.raises(FormatError, match="the limit is 67108864"):
         load_lock(path)
 
 
 def test_a_missing_lock_is_a_usage_error(tmp_path):
-    with pytest.raises(UsageError, match=r"none\.json: the lock cannot be read: No such file"):
+    with pytest.raises(UsageError, match=r"none\.json: there is no such file"):
         load_lock(tmp_path / "none.json")

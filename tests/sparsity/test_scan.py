@@ -59,9 +59,9 @@ def test_every_bit_pattern_of_a_float_is_classified(dtype):
     values = weight.to(torch.float64)
     # float64 subnormals survive a comparison on the CPU; narrower ones are normal numbers in float64.
     assert np.array_equal(scan.mask.to_bool(), (values != 0).numpy())
-    strange = torch.nonzero(~torch.isfinite(values))
-    assert scan.non_finite == len(strange)
-    assert scan.first_non_finite == (tuple(strange[0].tolist()) if len(strange) else None)
+    non_finite = torch.nonzero(~torch.isfinite(values))
+    assert scan.non_finite == len(non_finite)
+    assert scan.first_non_finite == (tuple(non_finite[0].tolist()) if len(non_finite) else None)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -99,7 +99,7 @@ def test_a_file_and_memory_give_the_same_scan(tmp_path_factory, seed, shape, tra
 
 @pytest.mark.parametrize("at", [0, 63, 64, 700, 1999])
 def test_a_non_finite_is_named_wherever_it_stands(tmp_path, monkeypatch, at):
-    """In the first word or a later one, in a later piece, among the last elements, which fill no word."""
+    """In the first word or a later one, in a later chunk, among the last elements, which fill no word."""
     monkeypatch.setattr(scan_module, "_CHUNK", 1 << 10)
     weight = torch.ones(4, 500, dtype=torch.bfloat16)
     weight.view(-1)[at] = float("nan")
@@ -111,7 +111,7 @@ def test_a_non_finite_is_named_wherever_it_stands(tmp_path, monkeypatch, at):
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_pieces_regions_and_threads_do_not_change_the_answer(tmp_path, monkeypatch, threads, transposed):
+def test_chunks_regions_and_threads_do_not_change_the_answer(tmp_path, monkeypatch, threads, transposed):
     monkeypatch.setattr(scan_module, "_CHUNK", 1 << 10)
     monkeypatch.setattr(scan_module, "_REGION", 1 << 12)
     weight = sparse(3, (2, 131, 77))
@@ -171,7 +171,7 @@ def test_a_type_without_readable_zeros_is_refused(tmp_path, dtype):
         scan_file(tmp_path / "none", 0, (2, 2), dtype)
 
 
-def test_what_is_no_matrix_is_refused():
+def test_only_dense_matrices_are_scanned():
     with pytest.raises(FormatError, match="2 dimensions"):
         pack_mask(torch.zeros(4))
     with pytest.raises(FormatError, match="no dense data"):
@@ -184,7 +184,7 @@ def test_the_digest_is_the_documented_one():
     mask = PackedMask.from_bool(np.array([[True, False, True], [False, False, True]]))
     assert mask.bits.tolist() == [0b100101]
     assert mask.digest == blake3(struct.pack("<qq", 2, 3) + bytes([0b100101])).hexdigest()
-    # The message and its digest by another implementation, so that the wheel is not its own judge.
+    # The message and its digest by another implementation, so that the wheel does not check itself.
     assert mask.digest == "0498448cc34b5fd5901729109b8589d75b92d44e42722af27b187cb8eb19d6a4"
     assert PackedMask((3, 2), mask.bits).digest != mask.digest, "the shape is part of it"
 
@@ -223,9 +223,12 @@ def test_violations_are_groups_with_too_many_non_zeros(seed, shape, experts, pat
     assert found.count == len(over)
     if len(over):
         row, group = over[0].tolist()
-        assert found.first == (row, group * nm.group, (group + 1) * nm.group, counts[row, group])
+        expert = f"expert {row // shape[0]}, " if experts else ""
+        columns = f"columns {group * nm.group}-{(group + 1) * nm.group - 1}"
+        assert found.position == f"{expert}row {row % shape[0]}, {columns}"
+        assert found.nonzeros == counts[row, group]
     else:
-        assert found.first is None
+        assert found.position is None
 
 
 @pytest.mark.parametrize(("pattern", "columns"), [("2:4", 4096), ("3:5", 4095), ("40:63", 4095)])
@@ -236,7 +239,8 @@ def test_a_violation_far_into_a_large_mask_is_named(pattern, columns):
     ones[5998, : nm.group] = True
     found = scan_bits(PackedMask.from_bool(ones), nm)
     assert found.count == 2
-    assert found.first == (5321, 4 * nm.group, 5 * nm.group, nm.group)
+    assert found.position == f"row 5321, columns {4 * nm.group}-{5 * nm.group - 1}"
+    assert found.nonzeros == nm.group
 
 
 def test_a_violation_reads_as_a_sentence():
@@ -260,6 +264,6 @@ def test_an_unstructured_share_asks_for_whole_zeros_of_every_row(zeros, missing)
     pattern = parse_pattern("50%")
     assert isinstance(pattern, Unstructured)
     found = scan_bits(PackedMask.from_bool(ones), pattern)
-    assert (found.count, found.first) == (missing, None)
+    assert (found.count, found.position) == (missing, None)
     if missing:
         assert found.describe(pattern) == f"{missing} zeros are missing for 50%"

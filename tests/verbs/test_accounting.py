@@ -153,7 +153,7 @@ def test_a_weight_that_the_model_does_not_have_is_named_and_fails_under_coverage
     assert verdict.ok
     assert set(verdict.unread) == {EXTRA}
     text = must("verify", world / "sparse", "--pattern", "2:4").out
-    assert "1 other weight not looked at" in text
+    assert "1 other weight not checked" in text
     assert EXTRA in text
     result = command("verify", world / "sparse", "--coverage", "all", "--json")
     assert result.code == 1
@@ -182,7 +182,7 @@ def test_a_lock_alone_says_how_many_weights_it_does_not_name(world):
     must("verify", world / "sparse")
     verdict = verify(world / "sparse")
     assert set(verdict.unread) == {"model.embed_tokens.weight", "lm_head.weight"}
-    assert "2 other weights not looked at" in must("verify", world / "sparse").out
+    assert "2 other weights not checked" in must("verify", world / "sparse").out
     accounted(world / "sparse", verdict)
 
 

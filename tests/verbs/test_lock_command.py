@@ -11,7 +11,7 @@ from spp_fx.errors import UsageError
 from spp_fx.exporters.manifest import open_model
 from spp_fx.sparsity.lock import load_lock
 from spp_fx.sparsity.pattern import NM
-from spp_fx.verbs.lock import lock, make_lock
+from spp_fx.verbs.write_lock import lock, make_lock
 from spp_fx.verification.model_sites import find_sites, tensors_of
 from tests.command import command, listing, must, one_line, rewrite
 from tests.families import make_model, prune_2_4
@@ -21,7 +21,7 @@ SITE = "layers.0.up_proj.weight"
 
 @pytest.fixture
 def weights(tmp_path):
-    """A .safetensors file that stands alone: two 2:4 matrices, a dense one, an embedding, a vector."""
+    """A .safetensors file without a model: two 2:4 matrices, a dense one, an embedding, a vector."""
     generator = torch.Generator().manual_seed(0)
     values = {
         name: torch.randn(16, 32, generator=generator)
@@ -91,7 +91,7 @@ def test_a_sparse_head_is_locked_although_no_pass_would_train_it(made, tmp_path)
     head = load_file(folder / "model.safetensors")["lm_head.weight"]
     prune_2_4(head)
     change(folder / "model.safetensors", {"lm_head.weight": head})
-    assert make_lock(find_sites(open_model(folder))).lock.entry("lm_head.weight") is not None
+    assert make_lock(find_sites(open_model(folder))).lock.by_name()["lm_head.weight"]
 
 
 def test_export_makes_the_same_lock_for_a_model_without_one(made, tmp_path):
@@ -117,18 +117,18 @@ def test_a_folder_whose_lock_is_a_part_of_it_is_refused(made, name):
     assert "has a lock of its own" in one_line(ran.err)
 
 
-def test_a_file_that_stands_alone_is_locked_by_the_names_of_its_matrices(weights):
+def test_a_file_without_a_model_is_locked_by_the_names_of_its_matrices(weights):
     done = must("lock", weights, "--json", "-q").json
     assert [site["name"] for site in done["sites"]] == ["layers.0.q_proj.weight", SITE]
     assert done["left_out"] == {
-        "embed_tokens.weight": "is not the weight of a linear, by its name; name it in the targets to take it",
+        "embed_tokens.weight": "is an embedding, by its name; name it with --targets to lock it",
         "layers.0.k_proj.weight": "dense, 0.0% zeros",
     }
     assert must("verify", weights, "-q").out.startswith("ok: safetensors")
 
 
 def test_nothing_is_left_where_the_history_cannot_be_written(made, tmp_path):
-    """Else the next run would be told that the lock exists."""
+    """Otherwise the next run would find a lock."""
     folder = unlocked(made, tmp_path)
     odd = folder / "onnx" / os.fsdecode(b"caf\xe9.onnx")
     odd.parent.mkdir()
@@ -217,7 +217,7 @@ def test_a_lock_that_exists_is_kept_without_force(weights):
     assert (weights.parent / "sparsity.lock.json").read_text() == "mine"
 
 
-def test_force_says_which_masks_are_no_longer_those_of_the_old_lock(weights):
+def test_force_lists_the_masks_that_differ_from_the_old_lock(weights):
     must("lock", weights, "-q")
     changed = load_file(weights)[SITE]
     changed[tuple(changed.nonzero()[0])] = 0
@@ -229,9 +229,9 @@ def test_force_says_which_masks_are_no_longer_those_of_the_old_lock(weights):
     assert command("verify", weights, "-q").code == 0
 
 
-def test_force_replaces_a_damaged_lock_and_says_so(weights):
+def test_force_replaces_a_damaged_lock_and_reports_it(weights):
     (weights.parent / "sparsity.lock.json").write_text("{")
-    assert "it is replaced" in must("lock", weights, "--force").err
+    assert "replacing it" in must("lock", weights, "--force").err
     assert command("verify", weights, "-q").code == 0
 
 

@@ -11,8 +11,8 @@ from spp_fx.verbs.merge import merge
 from spp_fx.verbs.verify import verify
 
 PACKAGE = Path(__file__).parents[2] / "spp_fx"
-AROUND = ("parallel.py", "storage/links.py")
-"""They run the function that they are given: a map over threads, a decorator."""
+AROUND = ("options.py", "parallel.py", "storage/links.py", "storage/strict_json.py")
+"""They run what they are given: the check of an option, a function over threads, a verb, a file's validators."""
 
 
 @contextmanager

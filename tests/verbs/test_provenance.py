@@ -77,7 +77,7 @@ def test_a_folder_without_history_has_none(tmp_path):
     assert blame(tmp_path / "m", "model.safetensors") is None
 
 
-def test_a_file_that_changed_afterwards_is_told(merged):
+def test_a_file_that_changed_afterwards_is_reported(merged):
     (merged / "model.safetensors").write_bytes(b"Weights")
     sentence = blame(merged, "model.safetensors")
     assert sentence == f"model.safetensors is not what merge (spp-fx {VERSION}) wrote: it changed afterwards"
@@ -95,30 +95,30 @@ def test_a_file_that_steps_only_copied_belongs_to_the_first_that_wrote_it(merged
     assert "byte for byte what merge" in blame(out, "model.safetensors")
 
 
-def test_a_lock_of_a_file_that_had_changed_before_is_told(merged, tmp_path):
+def test_a_lock_of_a_file_that_had_changed_before_is_reported(merged, tmp_path):
     changed = folder_with(tmp_path / "c", weights=b"Weights")
     write(changed, "lock", past=merged)
     assert "it changed before lock" in blame(changed, "model.safetensors")
 
 
 @pytest.mark.parametrize(("change", "word"), [("replaced", "replaced"), ("removed", "removed")])
-def test_a_lock_that_is_no_longer_the_steps_is_told(merged, change, word):
+def test_a_lock_that_is_no_longer_the_steps_is_reported(merged, change, word):
     (merged / LOCK).unlink()
     if change == "replaced":
         (merged / LOCK).write_bytes(b"another")
     assert blame(merged, "model.safetensors").endswith(f"; {LOCK} was {word} after merge")
 
 
-def test_without_a_digest_it_cannot_be_told_unless_the_size_differs(tmp_path):
+def test_without_a_digest_only_another_size_shows_a_change(tmp_path):
     folder = write(folder_with(tmp_path / "m"), digests={})
-    assert "cannot be told" in blame(folder, "model.safetensors")
+    assert "it is unknown whether the file changed" in blame(folder, "model.safetensors")
     (folder / "model.safetensors").write_bytes(b"longer weights")
     assert "it changed afterwards (14 bytes now, 7 then)" in blame(folder, "model.safetensors")
 
 
-def test_a_file_that_no_step_wrote_is_told(merged):
+def test_a_file_that_no_step_wrote_is_reported(merged):
     (merged / "more.safetensors").write_bytes(b"x")
-    assert "none of the files that merge" in blame(merged, "more.safetensors")
+    assert "not one of the files that merge" in blame(merged, "more.safetensors")
 
 
 @pytest.mark.parametrize("name", ["nowhere.safetensors", "../merged/model.safetensors"])
@@ -153,11 +153,11 @@ def test_a_damaged_history_is_refused_and_said(merged, tmp_path, what):
         load(merged)
     with pytest.raises(FormatError):
         write(folder_with(tmp_path / "out"), past=merged)
-    assert "cannot be told" in blame(merged, "model.safetensors")
+    assert "the step at fault is unknown" in blame(merged, "model.safetensors")
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b"\xff", b"[" * 100_000, b'{"steps": 1, "steps": 2}'])
-def test_what_is_no_json_object_is_refused(merged, data):
+def test_only_a_json_object_is_read(merged, data):
     (merged / PROVENANCE).write_bytes(data)
     with pytest.raises(FormatError, match=PROVENANCE):
         load(merged)
@@ -168,7 +168,7 @@ def test_a_setting_that_no_json_holds_is_refused(tmp_path):
         write(folder_with(tmp_path / "m"), scale=float("nan"))
 
 
-def test_the_whole_way_is_in_the_export(made):
+def test_an_export_has_the_history_of_all_steps(made):
     assert steps(made / "sparse") == ["prune"]
     assert steps(made / "adapter") == ["prune", "inject"]
     assert steps(made / "merged") == ["prune", "inject", "merge"]
@@ -181,7 +181,7 @@ def test_the_whole_way_is_in_the_export(made):
     assert {name: file.sha256 for name, file in exported.items()}.items() <= manifest["files"].items()
 
 
-def test_verify_says_that_a_file_changed_after_merge(world):
+def test_verify_reports_that_a_file_changed_after_merge(world):
     path = world / "merged" / "model.safetensors"
     data = bytearray(path.read_bytes())
     length = int.from_bytes(data[:8], "little")

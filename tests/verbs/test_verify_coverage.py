@@ -46,7 +46,7 @@ def test_what_is_required_and_sparse_holds(world):
     assert len(verdict.sites) == 14
 
 
-def test_only_the_required_sites_are_asked_where_there_is_no_lock(world):
+def test_without_a_lock_only_the_required_sites_are_checked(world):
     (world / "sparse" / "sparsity.lock.json").unlink()
     verdict = verify(world / "sparse", require=["down_proj"])
     assert verdict.ok
@@ -61,7 +61,7 @@ def test_a_required_name_that_matches_nothing_fails(world, target):
     assert result.json["summary"]["failed"] == 0
 
 
-def test_a_matrix_that_is_no_site_is_required_by_its_name(world):
+def test_a_matrix_that_is_not_a_site_can_be_required_by_name(world):
     assert failures(verify(world / "sparse", require=["lm_head"])) == {"lm_head.weight": "dense-site"}
 
 
@@ -123,7 +123,7 @@ def test_a_weight_of_the_lock_that_is_missing_fails(world):
     assert failures(verdict) == {DOWN: "missing-weight"}
 
 
-def test_each_site_is_held_to_the_first_rule_that_names_it(world):
+def test_the_first_rule_that_names_a_site_applies(world):
     rules = [(["model.layers.0.mlp.down_proj"], "1:2"), (["down_proj"], "4:8")]
     verdict = verify(world / "sparse", pattern="2:4", rules=rules)
     patterns = {site.name: site.pattern for site in verdict.sites}

@@ -98,7 +98,7 @@ def test_in_python_damage_is_raised(model):
         verify(model)
 
 
-def test_a_site_that_cannot_be_read_fails_and_the_others_are_judged(model):
+def test_a_site_that_cannot_be_read_fails_and_the_others_are_checked(model):
     """A dtype that has no zero: its header is right, its weight is not to be looked at."""
     path = shard(model, 1)
     bits = sparse(16, 32).bits.astype("u1")
@@ -156,7 +156,7 @@ def test_a_wrong_command_exits_2_and_prints_no_verdict(model, monkeypatch, line)
 
 
 @pytest.mark.parametrize("break_", [lambda p: p.symlink_to("nowhere"), lambda p: p.mkdir(), os.mkfifo])
-def test_a_broken_lock_is_no_absent_lock(model, break_):
+def test_a_broken_lock_is_not_ignored(model, break_):
     path = model / "sparsity.lock.json"
     path.unlink()
     break_(path)
@@ -175,7 +175,7 @@ def test_jobs_do_not_change_a_byte(model, broken):
     assert [site["name"] for site in one.json["sites"]] == sorted(NAMES)
 
 
-def test_a_failing_site_says_which_step_its_file_is_from(world):
+def test_a_failing_site_names_the_step_that_wrote_its_file(world):
     path = world / "sparse" / "model.safetensors"
     rewrite(path, lambda values: values["model.layers.0.mlp.up_proj.weight"].fill_(0.5))
     (site,) = verify(world / "sparse").failed

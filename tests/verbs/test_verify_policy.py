@@ -1,4 +1,4 @@
-"""spp-fx.toml: artifacts and what they are held to, with errors that name the file and the key."""
+"""spp-fx.toml: artifacts and their requirements; errors name the file and the key."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def test_all_artifacts_of_the_policy_are_checked(repository):
     assert "policy: spp-fx.toml" in words.err
 
 
-def test_a_byte_order_mark_is_no_part_of_a_policy(repository):
+def test_a_byte_order_mark_is_skipped(repository):
     Path("spp-fx.toml").write_text(ONE, encoding="utf-8-sig")
     assert [check.path for check in Policy.find().checks()] == [Path("models/good")]
 
@@ -108,7 +108,7 @@ def test_keys_of_an_artifact_replace_the_defaults(repository):
     assert (str(other.pattern), other.require, other.rules) == ("2:4", ("up_proj",), ())
 
 
-def test_options_replace_keys_and_a_pattern_is_asked_of_every_site(repository):
+def test_options_replace_keys_and_a_pattern_applies_to_every_site(repository):
     write(ONE + 'allow_dense = ["a"]\n[[verify.artifact.rule]]\nsites = ["down_proj"]\npattern = "4:8"\n')
     lock = Path("other.json")
     (check,) = Policy.find().checks(Overrides(pattern="1:4", lock=lock, allow_dense=("b",)))
@@ -174,15 +174,15 @@ def test_a_lock_is_not_given_for_several_artifacts(repository):
     write(BOTH)
     result = command("verify", "--lock", "models/good/sparsity.lock.json", "-q")
     assert result.code == 2
-    assert "--lock speaks of one artifact" in one_line(result.err)
+    assert "--lock takes one artifact" in one_line(result.err)
 
 
-def test_a_policy_that_is_no_file_is_refused(repository):
+def test_a_folder_is_not_read_as_a_policy(repository):
     with pytest.raises(UsageError, match="is not a regular file"):
         Policy.load(repository)
 
 
-def test_a_pipe_is_no_policy_and_is_not_waited_for(repository):
+def test_a_pipe_is_not_read_as_a_policy(repository):
     os.mkfifo("pipe")
     result = command("verify", "models/good", "--policy", "pipe", "-q")
     assert result.code == 2
@@ -191,12 +191,12 @@ def test_a_pipe_is_no_policy_and_is_not_waited_for(repository):
 
 def test_a_policy_that_is_larger_than_any_is_not_read(repository):
     write("#" * (1 << 20) + "\n")
-    with pytest.raises(UsageError, match="which no policy is"):
+    with pytest.raises(UsageError, match="the limit is 1048576"):
         Policy.load(Path("spp-fx.toml"))
 
 
 @pytest.mark.parametrize("break_", [lambda p: p.symlink_to("nowhere"), lambda p: p.mkdir(), os.mkfifo])
-def test_a_broken_policy_is_no_absent_policy(repository, break_):
+def test_a_broken_policy_is_not_ignored(repository, break_):
     break_(Path("spp-fx.toml"))
     result = command("verify", "models/good", "-q")
     assert result.code == 2
@@ -204,7 +204,7 @@ def test_a_broken_policy_is_no_absent_policy(repository, break_):
 
 
 @pytest.mark.parametrize("name", ["artifact", "policy", "rules"])
-def test_an_empty_pattern_is_no_absent_pattern(repository, name):
+def test_an_empty_pattern_is_not_ignored(repository, name):
     texts = {"artifact": "", "policy": ONE + 'pattern = "2:4"\n', "rules": ONE}
     texts["rules"] += '[[verify.artifact.rule]]\nsites = ["down_proj"]\npattern = "4:8"\n'
     if name != "artifact":
@@ -215,7 +215,7 @@ def test_an_empty_pattern_is_no_absent_pattern(repository, name):
 
 
 @pytest.mark.parametrize("glob", ["models/*", "models/**"])
-def test_an_entry_that_spells_a_path_out_goes_before_a_glob_above_it(repository, glob):
+def test_an_exact_path_takes_precedence_over_a_glob_above_it(repository, glob):
     write(f'[[verify.artifact]]\npath = "{glob}"\n' + ONE + 'pattern = "1:4"\n')
     asked = {str(check.path): str(check.requirements.pattern) for check in Policy.find().checks()}
     assert asked["models/good"] == "1:4"

@@ -1,4 +1,4 @@
-"""No site is left out unseen: whatever its dtype, whether it is there at all, and whoever says how it is stored."""
+"""Every site is checked: of any dtype, stored or not, in either orientation."""
 
 import json
 import re
@@ -15,10 +15,10 @@ from spp_fx.sparsity.lock import Lock, LockEntry, load_lock, make_entry
 from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.pattern import NM
 from spp_fx.sparsity.scan import Scan, scan_stored
+from spp_fx.sparsity.weights import sites_by_name
 from spp_fx.verbs.verify import Check, run_check, verify
 from spp_fx.verification import artifact as artifact_module
 from spp_fx.verification.artifact import open_artifact
-from spp_fx.verification.named_sites import is_site
 from spp_fx.verification.policy import Requirements
 from tests.command import must, rewrite
 from tests.families import make_model, prune_2_4
@@ -145,7 +145,7 @@ def test_what_the_other_artifact_has_and_this_one_lacks_fails(tmp_path, lock):
     assert failures(verify(there, against=here)) == {"layers.2.weight": "missing-weight"}
 
 
-def test_one_shard_is_held_to_its_own_sites_of_the_whole_model(world):
+def test_a_shard_is_compared_for_its_own_sites_only(world):
     shard = sorted((world / "sharded").glob("*.safetensors"))[-1]
     verdict = verify(shard, against=world / "sparse")
     assert verdict.ok
@@ -154,7 +154,7 @@ def test_one_shard_is_held_to_its_own_sites_of_the_whole_model(world):
     assert not verify(stray, against=world / "sparse").ok
 
 
-def test_a_lone_file_of_a_model_is_read_as_the_model_it_is_compared_with_stores_it(tmp_path):
+def test_a_file_without_its_model_is_read_as_the_model_it_is_compared_with_stores_it(tmp_path):
     make_model("gpt2").save_pretrained(tmp_path / "dense")
     must("prune", tmp_path / "dense", "-o", tmp_path / "sparse", "-q")
     (tmp_path / "alone").mkdir()
@@ -163,7 +163,7 @@ def test_a_lone_file_of_a_model_is_read_as_the_model_it_is_compared_with_stores_
     assert verify(tmp_path / "sparse", against=path).ok
 
 
-LONE = {
+IN_A_FILE = {
     "layers.0.mlp.experts.gate_up_proj": (3, 8, 16),
     "layers.0.experts.w1.weight": (3, 8, 16),
     "layers.0.normal_proj.weight": (8, 16),
@@ -181,21 +181,21 @@ NO_SITES = {
 }
 
 
-def test_sites_of_a_file_are_told_by_name_and_shape():
-    assert all(is_site(name, shape) for name, shape in LONE.items())
-    assert not any(is_site(name, shape) for name, shape in NO_SITES.items())
+def test_sites_of_a_file_are_found_by_name_and_shape():
+    assert sites_by_name(IN_A_FILE).transposed.keys() == IN_A_FILE.keys()
+    assert not sites_by_name(NO_SITES).transposed
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn, torch.int8])
-@pytest.mark.parametrize("name", LONE)
-def test_a_dense_weight_of_a_lone_file_fails(tmp_path, name, dtype):
+@pytest.mark.parametrize("name", IN_A_FILE)
+def test_a_dense_weight_of_a_file_without_a_model_fails(tmp_path, name, dtype):
     good = torch.ones(8, 16)
     prune_2_4(good)
-    save_file({"good.weight": good, name: torch.ones(LONE[name]).to(dtype)}, tmp_path / "w.safetensors")
+    save_file({"good.weight": good, name: torch.ones(IN_A_FILE[name]).to(dtype)}, tmp_path / "w.safetensors")
     assert set(failures(verify(tmp_path / "w.safetensors", pattern="2:4"))) == {name}
 
 
-def test_stacks_of_a_lone_file_are_locked_and_what_has_no_zero_is_left_out(tmp_path):
+def test_stacks_of_a_file_are_locked_and_dtypes_without_zeros_are_left_out(tmp_path):
     stack = torch.randn(3, 8, 16)
     prune_2_4(stack)
     values = {
@@ -220,7 +220,7 @@ def relock(folder: Path, change) -> None:
 
     def entry(old: LockEntry) -> LockEntry:
         pattern, transposed = change(old)
-        mask = artifact.scan(old.name, transposed).mask
+        mask = artifact.weights.scan(old.name, transposed).mask
         return make_entry(old.name, old.kind, mask, pattern, transposed)
 
     (folder / "sparsity.lock.json").write_text(Lock.of(map(entry, artifact.lock.sites)).dumps())

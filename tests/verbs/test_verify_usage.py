@@ -1,4 +1,4 @@
-"""What is wrong with a request is told before anything is judged; what is wrong with files is a verdict."""
+"""A wrong command is an error before anything is checked; a damaged file is a failed check."""
 
 import shutil
 from pathlib import Path
@@ -26,7 +26,7 @@ LOST = {
 
 
 @pytest.mark.parametrize("name", LOST)
-def test_a_lost_file_is_a_verdict_and_the_others_are_judged(world, monkeypatch, name):
+def test_a_lost_file_fails_and_the_other_artifacts_are_checked(world, monkeypatch, name):
     kind, lose = LOST[name]
     monkeypatch.chdir(world)
     policy('path = "merged"', f'path = "{kind}"')
@@ -45,32 +45,32 @@ WRONG = {
     "no other artifact": 'path = "half"\nagainst = "nowhere"',
     "another that is no artifact": 'path = "half"\nagainst = "text.txt"',
     "no artifact": 'path = "text.txt"',
-    "nothing to hold it to": 'path = "dense"',
+    "nothing to check it against": 'path = "dense"',
     "a part of an export": 'path = "packed/model.safetensors"',
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_request_is_told_before_the_first_artifact_is_judged(world, monkeypatch, name):
+def test_a_wrong_check_is_an_error_before_the_first_artifact_is_checked(world, monkeypatch, name):
     monkeypatch.chdir(world)
     policy('path = "merged"', WRONG[name])
-    judged: list[Path] = []
-    monkeypatch.setattr(verify_module, "run_check", lambda check, **_: judged.append(check.path))
+    checked: list[Path] = []
+    monkeypatch.setattr(verify_module, "run_check", lambda check, **_: checked.append(check.path))
     result = command("verify", "--json", "--junit", "r.xml", "-q")
     assert result.code == 2
     assert result.out == ""
     assert one_line(result.err)
-    assert judged == []
+    assert checked == []
     assert not Path("r.xml").exists()
 
 
-def test_an_empty_name_of_a_lock_is_no_absent_lock(world):
+def test_an_empty_name_of_a_lock_is_not_ignored(world):
     result = command("verify", world / "sparse", "--lock", "", "-q")
     assert result.code == 2
     assert one_line(result.err)
 
 
-def test_a_folder_that_lost_its_configuration_may_be_judged(world):
+def test_a_folder_without_its_configuration_is_checked(world):
     (world / "sparse" / "config.json").unlink()
     Check(world / "sparse").validate()
     result = command("verify", world / "sparse", "--json")

@@ -36,7 +36,7 @@ def test_a_report_that_cannot_be_written_fails_after_the_verdict(weights, tmp_pa
     assert good.exists(), "the other report is written"
 
 
-def test_a_folder_is_no_report(weights, tmp_path):
+def test_a_folder_is_not_overwritten_by_a_report(weights, tmp_path):
     result = command("verify", weights, "--pattern", "2:4", "--junit", tmp_path)
     assert result.code == 1
     assert "is a folder" in one_line(result.err)
@@ -49,7 +49,7 @@ def test_the_step_summary_is_added_to(weights, tmp_path, monkeypatch):
     assert command("verify", weights, "--pattern", "2:4").code == 0
     assert page.read_text() == "before\n"
     assert command("verify", weights, "--pattern", "1:4", "--github").code == 1
-    assert page.read_text().startswith("before\n## spp-fx verify: 1 of 1 artifacts do not hold\n")
+    assert page.read_text().startswith("before\n## spp-fx verify: 1 of 1 artifacts failed\n")
 
 
 def test_paths_are_relative_to_the_checkout(weights, tmp_path, monkeypatch):
@@ -69,7 +69,7 @@ def test_an_old_report_survives_a_failure(tmp_path, monkeypatch):
     assert target.read_text() == "old"
 
 
-def test_every_report_is_tried_and_all_failures_are_told(tmp_path):
+def test_every_report_is_tried_and_all_failures_are_raised(tmp_path):
     done: list[str] = []
     with pytest.raises(SppFxError, match=r"a: the report.*; .*b: the report"):
         write_all(

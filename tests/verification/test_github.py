@@ -31,7 +31,7 @@ def test_ten_annotations_are_shown_and_the_last_counts_the_rest(tmp_path, root):
     assert len(failing(10)) == 10
     assert "more failures" not in failing(10)[-1]
     assert len(failing(25)) == 10
-    assert failing(25)[-1].endswith("::and 16 more failures; the log or --json has all")
+    assert failing(25)[-1].endswith("::and 16 more failures; see the log or --json")
 
 
 def test_what_holds_is_not_annotated(verdicts, root):
@@ -40,7 +40,7 @@ def test_what_holds_is_not_annotated(verdicts, root):
 
 def test_the_summary_is_a_table_whatever_names_hold(verdicts, root):
     page = summary(verdicts, root)
-    assert page.startswith("## spp-fx verify: 2 of 3 artifacts do not hold\n")
+    assert page.startswith("## spp-fx verify: 2 of 3 artifacts failed\n")
     rows = [line for line in page.splitlines() if line.startswith("|")]
     assert {row.count("|") for row in rows} == {7, 3}
     assert "<" not in page

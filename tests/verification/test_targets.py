@@ -1,4 +1,4 @@
-"""Reports never take the place of what is judged, or of what it is held to."""
+"""A report never overwrites an artifact, a lock or the policy."""
 
 import os
 import shutil
@@ -15,20 +15,20 @@ NAME = "model.layers.0.mlp.up_proj.weight"
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch) -> Path:
-    """models/a and models/b with their locks, lone/w.safetensors, a policy of all; the current folder."""
+    """models/a and models/b with their locks, alone/w.safetensors, a policy of all; the current folder."""
     weights = {NAME: sparse(8, 16)}
     for name in ("models/a", "models/b"):
         save_model(tmp_path / name, [weights])
         (tmp_path / name / "sparsity.lock.json").write_text(lock_of(weights, NM(2, 4)).dumps())
-    (tmp_path / "lone").mkdir()
-    shutil.copy(tmp_path / "models" / "a" / "model.safetensors", tmp_path / "lone" / "w.safetensors")
-    shutil.copy(tmp_path / "models" / "a" / "sparsity.lock.json", tmp_path / "lone" / "sparsity.lock.json")
+    (tmp_path / "alone").mkdir()
+    shutil.copy(tmp_path / "models" / "a" / "model.safetensors", tmp_path / "alone" / "w.safetensors")
+    shutil.copy(tmp_path / "models" / "a" / "sparsity.lock.json", tmp_path / "alone" / "sparsity.lock.json")
     shutil.copy(tmp_path / "models" / "a" / "sparsity.lock.json", tmp_path / "some.lock.json")
     (tmp_path / "link").symlink_to("models")
     (tmp_path / "spp-fx.toml").write_text(
         '[[verify.artifact]]\npath = "models/a"\n'
         '[[verify.artifact]]\npath = "models/b"\nlock = "some.lock.json"\n'
-        '[[verify.artifact]]\npath = "lone/w.safetensors"\n'
+        '[[verify.artifact]]\npath = "alone/w.safetensors"\n'
     )
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -37,15 +37,15 @@ def repository(tmp_path, monkeypatch) -> Path:
 REFUSED = {
     "the weights": "--junit models/a/model.safetensors",
     "the weights by a link": "--junit link/a/model.safetensors",
-    "the weights by dots": "--sarif lone/../models/a/model.safetensors",
+    "the weights by dots": "--sarif alone/../models/a/model.safetensors",
     "the lock beside": "--sarif models/a/sparsity.lock.json",
     "a new file of an artifact": "--junit models/a/model.safetensors.index.json",
     "a new folder of an artifact": "--sarif models/b/deep/config.json",
     "a report of another kind": "--sarif models/a/r.xml",
     "a lock": "--junit some.lock.json",
     "the policy": "--sarif spp-fx.toml",
-    "a lone file": "--junit lone/w.safetensors",
-    "the lock beside a lone file": "--junit lone/sparsity.lock.json",
+    "a single file": "--junit alone/w.safetensors",
+    "the lock beside a single file": "--junit alone/sparsity.lock.json",
     "the other artifact": "models/a --against models/b --junit models/b/config.json",
     "one file twice": "--junit r --sarif ./r",
     "one file twice by a link": "--junit models/r.xml --sarif link/r.xml",
@@ -53,7 +53,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_report_in_the_place_of_something_is_refused_before_anything_is_judged(repository, name):
+def test_a_report_that_would_overwrite_an_input_is_an_error_before_anything_is_checked(repository, name):
     before = listing(repository)
     result = command("verify", *REFUSED[name].split(), "-q")
     assert result.code == 2
@@ -63,7 +63,7 @@ def test_a_report_in_the_place_of_something_is_refused_before_anything_is_judged
 
 
 @pytest.mark.parametrize(
-    "line", ["--junit r", "--junit lone/new", "--junit models/a.xml --sarif models/out.json"]
+    "line", ["--junit r", "--junit alone/new", "--junit models/a.xml --sarif models/out.json"]
 )
 def test_any_other_place_is_written_to(repository, line):
     assert command("verify", *line.split(), "-q").code == 0
@@ -76,10 +76,10 @@ def test_the_current_folder_may_be_the_artifact(repository, monkeypatch):
         assert command("verify", "--junit", "spp-fx-junit.xml", "--sarif", "r/spp-fx.sarif", "-q").code == 0
 
 
-def test_a_pipe_is_no_report_and_is_not_waited_for(repository):
+def test_a_pipe_is_not_opened_for_a_report(repository):
     os.mkfifo("pipe")
     result = command("verify", "models/a", "--junit", "pipe", "-q")
     assert result.code == 1
     assert result.out.startswith("ok: ")
-    assert "pipe: the report was not written: there is a pipe" in one_line(result.err)
+    assert "pipe: the report was not written: the path is a pipe" in one_line(result.err)
     assert "--force" not in result.err

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from spp_fx.exporters.format import Format, RoundTo, Say, Source, Tick, register
 from spp_fx.exporters.manifest import Manifest
 from spp_fx.options import option
-from spp_fx.sparsity.scan import Weights
+from spp_fx.sparsity.weights import Weights
 
 if TYPE_CHECKING:
     from spp_fx.exporters.onnx.encodings import Encoding

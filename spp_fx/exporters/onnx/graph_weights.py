@@ -5,7 +5,7 @@ otherwise: without the model's prefix, or each expert on its own. Then the expor
 the graph each stored tensor is, and the weights have the stored names.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
@@ -15,7 +15,6 @@ from onnx import TensorProto
 from torch import Tensor
 
 from spp_fx.errors import FormatError
-from spp_fx.exporters.format import Weights
 from spp_fx.exporters.manifest import MANIFEST, Manifest, Part, read_manifest
 from spp_fx.exporters.onnx.constants import Unfoldable, fold
 from spp_fx.exporters.onnx.graph_values import GraphValues, Stored, Value, sources_of
@@ -23,6 +22,7 @@ from spp_fx.exporters.onnx.onnx_file import Array, OnnxFile
 from spp_fx.exporters.onnx.operators import FLOATS
 from spp_fx.exporters.onnx.products import Factor, Factors
 from spp_fx.sparsity.scan import Scan, scan_tensor
+from spp_fx.sparsity.weights import Sites, Weights, without
 
 GRAPH = "model.onnx"
 FORMATS = ("onnx", "onnx-packed", "onnx-dense")
@@ -104,7 +104,7 @@ class GraphWeights:
 def read(folder: Path, manifest: Manifest) -> Weights:
     """The weights of an export's graph, under the names that the model's files have for them.
 
-    Factors of products that the manifest does not name are `unread`, or `refused` if they cannot be read, under
+    Factors of products that the manifest does not name are `unread`, or `unreadable` if they cannot be read, under
     the graph's names, which are the loaded model's.
 
     Raises:
@@ -133,28 +133,27 @@ def read(folder: Path, manifest: Manifest) -> Weights:
         weight = _cut(graph.read(parts[name].initializer), parts[name], where[name])
         return scan_tensor(weight, transposed=transposed)
 
-    def unnamed(found: Mapping[str, str]) -> Mapping[str, str]:
-        return {name: reason for name, reason in found.items() if name not in taken}
-
-    def unread() -> Mapping[str, str]:
-        """What the manifest does not name; the model's configuration may know whether it is a site."""
+    def find_sites() -> Sites:
+        """What the manifest does not name is unread; the model's configuration may know whether it is a site."""
+        found = graph.factors
         reason = f"a product multiplies by it, {MANIFEST} does not name it"
-        sites = {
+        unnamed = {
             name: reason
-            for name, factor in graph.factors.sites.items()
+            for name, factor in found.sites.items()
             if not ({each.name for each in factor.tensors} or {name}) <= taken
         }
-        return unnamed(sites | graph.factors.unread)
+        return Sites(
+            {record.name: record.transposed for record in manifest.tensors},
+            without(found.refused, taken),
+            without(found.left_out, taken),
+            without(unnamed | found.unread, taken),
+        )
 
-    sites = {record.name: record.transposed for record in manifest.tensors}
     return Weights(
         frozenset(parts) | (others - taken),
         scan,
         lambda name: graph.file_of(parts[name].initializer if name in parts else name),
-        lambda: sites,
-        refused=lambda: unnamed(graph.factors.refused),
-        left_out=lambda: unnamed(graph.factors.left_out),
-        unread=unread,
+        find_sites,
     )
 
 
@@ -179,10 +178,7 @@ def read_graph(path: Path) -> Weights:
         (graph.stored - kept) | sites.keys(),
         graph.scan,
         graph.file_of,
-        lambda: sites,
-        refused=lambda: found.refused,
-        left_out=lambda: found.left_out,
-        unread=lambda: {name: reason for name, reason in found.unread.items() if name not in sites},
+        lambda: Sites(sites, found.refused, found.left_out, without(found.unread, sites)),
         guessed=True,
     )
 

@@ -1,8 +1,8 @@
-"""lock: a lock for a sparse model that has none, whoever pruned it."""
+"""lock: write the lock of a sparse model that has none, whichever tool pruned it."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -11,18 +11,17 @@ from typing import TYPE_CHECKING, Any
 from spp_fx.console import grouped
 from spp_fx.errors import FormatError, MaskError, PatternError, UsageError
 from spp_fx.exporters.manifest import open_model
-from spp_fx.graph.names import is_target
 from spp_fx.parallel import Tick, in_order, no_tick
 from spp_fx.sparsity.kernels import element_type
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry, load_lock, make_entry
 from spp_fx.sparsity.pattern import Pattern, detect_pattern, parse_pattern, scan_bits
 from spp_fx.sparsity.scan import scan_stored
+from spp_fx.sparsity.weights import is_target, sites_by_name
 from spp_fx.storage.folder import peft_adapter
 from spp_fx.storage.links import links_option
 from spp_fx.storage.output import atomic_file
 from spp_fx.storage.safetensors import Shard
 from spp_fx.verification import provenance
-from spp_fx.verification.named_sites import is_site
 
 if TYPE_CHECKING:
     from spp_fx.verification.model_sites import ModelSites
@@ -36,7 +35,7 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Candidate:
-    """A stored weight that may be locked."""
+    """A stored weight that is locked if it is sparse."""
 
     shard: Shard
     name: str
@@ -46,7 +45,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Made:
-    """A lock, why each other weight is not in it, and which of those are sites that could not be read."""
+    """A lock, the reason for each weight that is not in it, and which of those are sites that cannot be read."""
 
     lock: Lock
     left_out: dict[str, str]
@@ -60,7 +59,7 @@ class Locked:
     Attributes:
         out: the lock file.
         left_out: weights that are not locked, each with its reason.
-        replaced: against the lock that was there before: names of sites `added`, `removed` and `changed`.
+        replaced: sites `added`, `removed` and `changed` since the lock that was there before; None without one.
     """
 
     out: Path
@@ -84,15 +83,9 @@ class Locked:
             "out": str(self.out),
             "pattern": self.lock.pattern,
             "sites": [
-                {
-                    "name": e.name,
-                    "kind": e.kind,
-                    "shape": list(e.shape),
-                    "pattern": e.pattern,
-                    "nnz": e.nnz,
-                    "sparsity": 1 - e.nnz / prod(e.shape),
-                }
-                for e in self.lock.sites
+                entry.model_dump(mode="json", include={"name", "kind", "shape", "pattern", "nnz"})
+                | {"sparsity": 1 - entry.nnz / prod(entry.shape)}
+                for entry in self.lock.sites
             ],
             "left_out": self.left_out,
             "replaced": self.replaced,
@@ -126,18 +119,18 @@ def lock(
     tick: Tick = no_tick,
     say: Callable[[str], None] = lambda line: None,
 ) -> Locked:
-    """Write the lock of a sparse model folder, or of a .safetensors file that stands alone.
+    """Write the lock of a sparse model folder, or of a .safetensors file without a model around it.
 
     Args:
-        out: the lock file; by default sparsity.lock.json beside the weights, where verify finds it by itself.
+        out: the lock file; by default sparsity.lock.json beside the weights, where verify looks for it.
         pattern: what every matched site must hold. None detects each weight's own pattern and leaves dense
             weights out.
         targets: sites to lock; see `Match`.
-        force: replace a lock that is there.
+        force: replace an existing lock.
         allow_links: follow symbolic links that leave a folder; see `links.check_link`.
 
     Raises:
-        UsageError: the lock exists, no such site, or a folder whose lock is a part of it.
+        UsageError: the lock exists, a target names no site, or the folder has a lock of its own.
         PatternError: a site does not hold `pattern`, or no site is sparse. Nothing is written.
         MaskError: a weight holds NaN or infinity.
         FormatError: a file is damaged.
@@ -150,7 +143,8 @@ def lock(
     is_file = model.suffix == ".safetensors" and not model.is_dir()
     beside = (model.parent if is_file else model) / LOCK_NAME
     target = beside if out is None else Path(out)
-    past = None if is_file else provenance.load(model)  # a damaged one is refused before the long scan
+    if not is_file:
+        provenance.load(model)  # a damaged one is an error before the long scan
     with atomic_file(target, force) as temporary:
         before = _replaced_lock(target, say)
         if is_file:
@@ -166,8 +160,8 @@ def lock(
             raise nothing_sparse(model, made)
         temporary.write_text(made.lock.dumps())
         if found is not None and target.resolve() == beside.resolve():
-            # Before the lock has its name: one that is there without its history would have to be forced.
-            _record(found, past, temporary, pattern, targets)
+            # Before the lock has its name: if this fails, the next run must not find a lock that it has to replace.
+            _record(found, temporary, {"pattern": pattern, "targets": list(targets)})
     return Locked(target, made.lock, made.left_out, _changes(before, made.lock))
 
 
@@ -182,9 +176,8 @@ def make_lock(
 
     Args:
         found: the model, opened with its weights.
-        pattern: None detects each weight's pattern, of every site there is (or of `targets`): a lock keeps
-            whatever is sparse, also what no pass would train. A pattern is required of the sites that `match`
-            takes, all of them.
+        pattern: required of every site that `match` takes. None detects each weight's pattern, of all sites (or of
+            `targets`): whatever is sparse is locked, also what no pass would train.
 
     Raises:
         UsageError: a target that names no site.
@@ -201,7 +194,7 @@ def make_lock(
     left_out = found.others | report.skipped
     sites = list(found.program.matched)
     if pattern is None and not targets:
-        # A head tied to the embedding is the embedding's, unless the checkpoint stores it as the head's.
+        # A tied head belongs to the embedding, unless the checkpoint stores it under the head's name.
         own = {name for name, matrices in found.matrices.items() if any(p.tensor == name for p in matrices)}
         sites = [name for name, site in found.program.sites.items() if site.tied_to is None or name in own]
         left_out = {name: reason for name, reason in left_out.items() if name not in sites}
@@ -212,19 +205,16 @@ def make_lock(
             left_out[site] = found.binding.refused[site]
             unreadable.append(site)
             continue
-        for tensor, matrix in tensors_of(found.matrices[site]).items():
-            shard, info = found.folder.info(tensor)
-            if (reason := _no_zeros(info.dtype)) is not None:
-                left_out[tensor] = reason
-                unreadable.append(tensor)
-            else:
-                kind = found.program.sites[site].kind
-                candidates.append(Candidate(shard, tensor, kind, matrix.transposed))
-    return replace(_lock(candidates, pattern, left_out, tick), unreadable=tuple(unreadable))
+        kind = found.program.sites[site].kind
+        candidates += [
+            Candidate(found.folder.info(tensor)[0], tensor, kind, matrix.transposed)
+            for tensor, matrix in tensors_of(found.matrices[site]).items()
+        ]
+    return _lock(candidates, pattern, left_out, unreadable, tick)
 
 
 def _lock_file(path: Path, pattern: Pattern | None, targets: Sequence[str], tick: Tick) -> Made:
-    """The lock of a .safetensors file without a model around it: matrices are known by their names."""
+    """The lock of a .safetensors file without a model around it: its sites are known by their names."""
     if (path.parent / "config.json").is_file():
         raise UsageError(f"{path}: is part of the model {path.parent}; lock that folder")
     shard = Shard.open(path)
@@ -232,6 +222,7 @@ def _lock_file(path: Path, pattern: Pattern | None, targets: Sequence[str], tick
     unknown = [target for target in targets if not any(is_target(name, target) for name in matrices)]
     if unknown:
         raise UsageError(f"{path}: holds no matrix named {', '.join(unknown)}")
+    by_name = sites_by_name({name: info.shape for name, info in matrices.items()})
     left_out: dict[str, str] = {}
     candidates: list[Candidate] = []
     for name, info in matrices.items():
@@ -241,39 +232,39 @@ def _lock_file(path: Path, pattern: Pattern | None, targets: Sequence[str], tick
             left_out[name] = f"has {len(info.shape)} dimensions, a mask has two or three"
         elif 0 in info.shape:
             left_out[name] = "is empty"
-        elif not targets and not is_site(name, info.shape):
-            left_out[name] = "is not the weight of a linear, by its name; name it in the targets to take it"
-        elif (reason := _no_zeros(info.dtype)) is not None:
-            left_out[name] = reason
+        elif not targets and name not in by_name.transposed:
+            reason = {**by_name.left_out, **by_name.unread}.get(name, "is a vector, by its shape")
+            left_out[name] = f"{reason}; name it with --targets to lock it"
         else:
             kind = "experts" if len(info.shape) == 3 else "linear"
             candidates.append(Candidate(shard, name, kind, transposed=False))
-    return _lock(candidates, pattern, left_out, tick)
-
-
-def _no_zeros(dtype: str) -> str | None:
-    """Why a dtype's zeros cannot be counted."""
-    try:
-        element_type(dtype)
-    except FormatError as error:
-        return str(error)
-    return None
+    return _lock(candidates, pattern, left_out, [], tick)
 
 
 def _lock(
-    candidates: Iterable[Candidate], pattern: Pattern | None, left_out: dict[str, str], tick: Tick
+    candidates: Sequence[Candidate],
+    pattern: Pattern | None,
+    left_out: dict[str, str],
+    unreadable: list[str],
+    tick: Tick,
 ) -> Made:
-    """Scan every candidate and lock those that are sparse."""
+    """Scan the candidates and lock those that are sparse; the others are added to `left_out`, `unreadable`."""
+    readable: list[Candidate] = []
+    for candidate in candidates:
+        try:
+            element_type(candidate.shard.info(candidate.name).dtype)
+            readable.append(candidate)
+        except FormatError as error:
+            left_out[candidate.name] = str(error)
+            unreadable.append(candidate.name)
     entries: list[LockEntry] = []
-    candidates = list(candidates)
-    made = in_order(partial(_entry, pattern), candidates)
-    for candidate, entry in zip(candidates, made, strict=True):
+    for candidate, entry in zip(readable, in_order(partial(_entry, pattern), readable), strict=True):
         if isinstance(entry, str):
             left_out[candidate.name] = entry
         else:
             entries.append(entry)
         tick(candidate.name, candidate.shard.info(candidate.name).nbytes)
-    return Made(Lock.of(entries), left_out)
+    return Made(Lock.of(entries), left_out, tuple(unreadable))
 
 
 def _entry(pattern: Pattern | None, weight: Candidate) -> LockEntry | str:
@@ -282,12 +273,10 @@ def _entry(pattern: Pattern | None, weight: Candidate) -> LockEntry | str:
     where, mask = f"{weight.name} ({weight.shard.name})", scan.mask
     if not mask.numel:
         return "is empty"
-    if scan.first_non_finite is not None:
-        *expert, row, column = scan.first_non_finite
-        stack = "".join(f"expert {number}, " for number in expert)
+    if scan.position is not None:
         raise MaskError(
-            f"{where}: {stack}row {row}, column {column} is NaN or infinite ({scan.non_finite} such values); "
-            "lock a model that is whole"
+            f"{where}: {scan.position} is NaN or infinite ({scan.non_finite} such values); "
+            "train or prune the model again before you lock it"
         )
     found = pattern or detect_pattern(mask)
     if found is None:
@@ -299,34 +288,34 @@ def _entry(pattern: Pattern | None, weight: Candidate) -> LockEntry | str:
             raise PatternError(f"{where}: {error}") from error
         if violations.count:
             raise PatternError(
-                f"{where}: {violations.describe(pattern)}; nothing is locked. Name the sites that hold {pattern} "
-                "with --targets, or leave --pattern out to lock each weight as it is"
+                f"{where}: {violations.describe(pattern)}; no lock was written. Name the sites that hold {pattern} "
+                "with --targets, or leave out --pattern to lock each weight as it is"
             )
     return make_entry(weight.name, weight.kind, mask, found, weight.transposed)
 
 
 def nothing_sparse(model: Path, made: Made) -> PatternError:
-    """That every weight is dense, or that weights could not be read, which is another thing."""
+    """Either every weight is dense, or sparse ones may be among those that cannot be read."""
     if made.unreadable:
         name = made.unreadable[0]
         return PatternError(
-            f"{model}: holds no sparse weight that can be read, and {len(made.unreadable)} weights cannot be "
-            f"(first: {name}: {made.left_out[name]})"
+            f"{model}: holds no sparse weight that can be read, and {len(made.unreadable)} weights cannot be read "
+            f"(first: {name}: {made.left_out[name]}); convert them to a plain type such as bfloat16"
         )
     return PatternError(
-        f"{model}: is dense: none of {len(made.left_out)} weights has a share of zeros to keep; "
+        f"{model}: is dense: none of {len(made.left_out)} weights has enough zeros to lock; "
         "prune it first: spp-fx prune MODEL -o OUT --pattern 2:4"
     )
 
 
 def _replaced_lock(target: Path, say: Callable[[str], None]) -> Lock | None:
-    """The lock that is about to be replaced, None if there is none that can be read."""
+    """The lock that is about to be replaced; None where there is none, or it is damaged."""
     if not target.is_file():
         return None
     try:
         return load_lock(target)
     except FormatError as error:
-        say(f"{error}; it is replaced")
+        say(f"{error}; replacing it")
         return None
 
 
@@ -341,24 +330,16 @@ def _changes(before: Lock | None, after: Lock) -> dict[str, list[str]] | None:
     }
 
 
-def _record(
-    found: "ModelSites",
-    past: provenance.Provenance | None,
-    lock: Path,
-    pattern: str | None,
-    targets: Sequence[str],
-) -> None:
+def _record(found: "ModelSites", lock: Path, settings: dict[str, Any]) -> None:
     """Add this step to the history of the folder, with the digests of the weights that were locked."""
-    shards = found.folder.shards
+    folder, shards = found.folder.path, found.folder.shards
     digests = in_order(provenance.file_sha256, (shard.path for shard in shards))
-    history = provenance.extended(
-        past,
-        found.folder.path,
+    provenance.record(
+        folder,
+        folder,
         "lock",
         inputs={"model": found.folder.fingerprint()},
-        settings={"pattern": pattern, "targets": list(targets)},
+        settings=settings,
         digests={shard.name: digest for shard, digest in zip(shards, digests, strict=True)},
         lock=lock,
     )
-    with atomic_file(found.folder.path / provenance.PROVENANCE, force=True) as temporary:
-        temporary.write_text(history.dumps(), encoding="ascii")
