@@ -8,12 +8,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from tests import effort, traces
+from tests import effort
 from tests.worlds import session_folder
 
 if not torch.cuda.is_available():
     # Triton reads it while it is imported: its kernels then run in an interpreter on the CPU.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# See tests.traces; before any module takes the function from there.
+traces = import_module("tests.traces")
+tracing = import_module("spp_fx.graph.trace")
+tracing.trace = traces.once(tracing.trace)
 
 EXPORTING = {"exporters", "verbs", "runtime", "e2e"}
 """Folders of tests that write ONNX files; others do not import the exporter."""
@@ -46,21 +51,19 @@ def _no_trace_log():
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _export_once(request, tmp_path_factory):
+def _graphs_once(request, tmp_path_factory):
     """See tests.traces."""
+    if not any(EXPORTING & set(item.path.parts) for item in request.session.items):
+        yield
+        return
+    writer = import_module("spp_fx.exporters.onnx.model_writer")
+    builder = traces.graph_builder(writer.build_graph, session_folder(tmp_path_factory))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.export, "export", traces.export)
-        if any(EXPORTING & set(item.path.parts) for item in request.session.items):
-            writer = import_module("spp_fx.exporters.onnx.model_writer")
-            patch.setattr(
-                writer,
-                "build_graph",
-                traces.graph_builder(writer.build_graph, session_folder(tmp_path_factory)),
-            )
+        patch.setattr(writer, "build_graph", builder)
         yield
 
 
 @pytest.fixture
 def real_exports(monkeypatch):
-    """For tests of tracing: torch.export is called each time."""
+    """For tests of tracing: a model is traced each time."""
     monkeypatch.setattr(traces, "enabled", False)

@@ -42,6 +42,7 @@ REQUIRED = ("llama", "gpt2", "falcon", "mixtral")
 
 
 _TEXT = SMALL | {
+    "num_hidden_layers": 1,
     "intermediate_size": 64,
     "num_key_value_heads": 2,
     "head_dim": 8,
@@ -76,10 +77,22 @@ MULTIMODAL: dict[str, Callable[[], PretrainedConfig]] = {
 }
 
 
-def make_model(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+def shallow(family: str) -> PretrainedConfig:
+    """The configuration of a family with one layer, for tests that trace or export a model of their own."""
+    config = FAMILIES[family]()
+    config.num_hidden_layers = 1
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1]
+    return config
+
+
+def make_model(
+    family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, one_layer: bool = False
+) -> PreTrainedModel:
     """A random model of a family, in eval mode, dense."""
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(FAMILIES[family](), dtype=dtype).eval()
+    config = shallow(family) if one_layer else FAMILIES[family]()
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def prune_2_4(weight: torch.Tensor, *, transposed: bool = False) -> None:

@@ -1,8 +1,7 @@
-"""torch.export runs once per model and signature in a test process; every later export copies the first one's result.
+"""A model is traced once in a test process, and its ONNX graph is built once for all processes.
 
-An export of a small model takes two seconds, and most tests that need one are about something else. Only the call
-of torch.export is saved: everything that spp_fx does before and after it runs every time. Models are told
-apart by everything that an export depends on; a model with code that is not transformers' own is always exported.
+A trace of a small model takes three seconds, and most tests that need one are about something else. Models are told
+apart by everything that a trace depends on; a model with code that is not transformers' own is always traced.
 `SPP_FX_EXPORT_ALWAYS=1` switches it off, and so does the fixture `real_exports` for the tests of tracing itself.
 """
 
@@ -11,7 +10,9 @@ import hashlib
 import json
 import os
 import pickle
+import re
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from types import CellType, FunctionType, MethodType
 from typing import Any
@@ -19,42 +20,47 @@ from typing import Any
 import torch
 from filelock import FileLock
 from torch import Tensor, nn
-from torch.export import ExportedProgram
+from transformers import PreTrainedModel
 
-_export = torch.export.export
-_exported: dict[str, ExportedProgram] = {}
-_failed: dict[str, Exception] = {}
-_tracebacks: dict[str, Any] = {}
+from spp_fx.errors import SppFxError
+from spp_fx.graph.program import Program
+
+_traced: dict[str, Program] = {}
+_failed: dict[str, SppFxError] = {}
 enabled = "SPP_FX_EXPORT_ALWAYS" not in os.environ
 
-WHERE = ("_name_or_path", "name_or_path", "_commit_hash")
-"""Attributes that say where a model came from."""
+WHERE = ("_name_or_path", "name_or_path", "_commit_hash", "_is_hf_initialized", "_use_kernels")
+"""Attributes that differ by where a model came from: a configuration or a folder."""
 
 
 class _Unknown(Exception):
     """The result may depend on something that the key does not hold."""
 
 
-def export(model: nn.Module, args: tuple[Any, ...], **options: Any) -> ExportedProgram:
-    """`torch.export.export`, of a copy where the same was exported before."""
-    if not enabled:
-        return _export(model, args, **options)
-    try:
-        key = _key(model, args, options)
-    except _Unknown:
-        return _export(model, args, **options)
-    if key in _failed:
-        error = _failed[key]
-        raise error.with_traceback(_tracebacks[key])
-    if key not in _exported:
+def once(trace: Callable[..., Program]) -> Callable[..., Program]:
+    """`spp_fx.trace`, of a copy where the same model was traced before."""
+
+    @wraps(trace)
+    def traced(model: PreTrainedModel | str | Path) -> Program:
+        if not enabled or not isinstance(model, nn.Module):
+            return trace(model)
         try:
-            first = _export(model, args, **options)
-        except Exception as error:
-            _failed[key], _tracebacks[key] = error, error.__traceback__
+            key = _digest([_model(model), _call(model.forward, model)])
+        except _Unknown:
+            return trace(model)
+        if key in _failed:
+            raise _failed[key].with_traceback(None)
+        if key in _traced:
+            return _of(_traced[key], model)
+        try:
+            program = trace(model)
+        except SppFxError as error:
+            _failed[key] = error
             raise
-        _exported[key] = _copy(first, {}, {})
-        return first
-    return _copy(_exported[key], model.state_dict(keep_vars=True), dict(model.named_buffers()))
+        _traced[key] = _without_weights(program)
+        return program
+
+    return traced
 
 
 def graph_builder(build: Callable[..., Any], folder: Path) -> Callable[..., Any]:
@@ -76,25 +82,43 @@ def graph_builder(build: Callable[..., Any], folder: Path) -> Callable[..., Any]
     return built
 
 
-def _copy(program: ExportedProgram, state: dict[str, Any], buffers: dict[str, Tensor]) -> ExportedProgram:
-    """A program of its own, over tensors of another model where it has them."""
-    graph_module = copy.deepcopy(program.graph_module)
-    constants = {name: buffers.get(name, value) for name, value in program.constants.items()}
-    return ExportedProgram(
-        graph_module,
-        graph_module.graph,
-        copy.deepcopy(program.graph_signature),
-        {name: state.get(name, value) for name, value in program.state_dict.items()},
-        dict(program.range_constraints),
-        copy.deepcopy(program.module_call_graph),
-        program.example_inputs,
-        constants,
-        verifiers=program.verifiers,
+def _without_weights(program: Program) -> Program:
+    """A copy of a program that its owner may change; parameters are on the meta device."""
+    metas = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in program.parameters()
+    }
+    return _copy(program, dict[int, Any](metas))
+
+
+def _of(program: Program, model: PreTrainedModel) -> Program:
+    """A copy of a program over the tensors of a model."""
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(
+        model.named_buffers(remove_duplicate=False)
     )
+    twins: dict[int, Any] = {id(program.config): model.config}
+    for name, tensor in (
+        *program.named_parameters(remove_duplicate=False),
+        *program.named_buffers(remove_duplicate=False),
+    ):
+        name = re.sub(r"@\d+", "", name)  # a module that is called twice stands twice in the tree
+        if name in own:
+            twins[id(tensor)] = own[name]
+    copied = _copy(program, twins)
+    copied.loss_function = model.loss_function
+    return copied.train(model.training)
 
 
-def _key(model: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> str:
-    return _digest([_model(model), _call(model.forward, model), _value(args), repr(sorted(options.items()))])
+def _copy(program: Program, twins: dict[int, Any]) -> Program:
+    """A copy that holds, of the objects whose ids are given, those given instead of copies."""
+    copied = copy.deepcopy(program, twins)
+    # A copy of a GraphModule has only what its graph names; the rest of the tree was copied beside it.
+    for module in program.modules():
+        twin = twins[id(module)]
+        for table in ("_modules", "_parameters", "_buffers"):
+            getattr(twin, table).update(
+                {name: twins.get(id(value), value) for name, value in getattr(module, table).items()}
+            )
+    return copied
 
 
 def _digest(parts: Any) -> str:
@@ -120,7 +144,7 @@ def _model(model: nn.Module) -> Any:
         modules.append([name, f"{type(module).__module__}.{type(module).__qualname__}", flags])
     first: dict[int, str] = {}
     tensors = [
-        [name, first.setdefault(id(tensor), name), tensor.requires_grad, _value(tensor)]
+        [name, first.setdefault(id(tensor), name), _value(tensor)]
         for name, tensor in (
             *model.named_parameters(remove_duplicate=False),
             *model.named_buffers(remove_duplicate=False),
@@ -144,9 +168,5 @@ def _call(function: Callable[..., Any], model: nn.Module) -> Any:
     return [code.co_filename, code.co_firstlineno, [_call(cell.cell_contents, model) for cell in cells]]
 
 
-def _value(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return [str(value.dtype), list(value.shape), list(value.stride()), str(value.device)]
-    if isinstance(value, list | tuple):
-        return [_value(each) for each in value]
-    raise _Unknown
+def _value(tensor: Tensor) -> Any:
+    return [str(tensor.dtype), list(tensor.shape), list(tensor.stride()), str(tensor.device)]

@@ -1,15 +1,14 @@
 """SPP's formula, and what its own kernels promise beyond the laws of every method."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from spp_fx.adapters.op import BLOCK_ELEMENTS, ops_of
 from spp_fx.adapters.spp import SPP
 from tests.adapters.layers import EXACT, Layer, arguments, expected, make_layer, run
+from tests.memory import peak
 
 M, N, R, SCALE = 12, 10, 3, 1.5
 METHOD = SPP(rank=R, scale=SCALE)
@@ -47,38 +46,20 @@ def test_a_fused_training_step_costs_three_products_and_five_with_dropout(dropou
     assert flops / (2 * m * n * rows) == products
 
 
-MEMORY = """
-import sys, torch
-from spp_fx.adapters.op import BLOCK_ELEMENTS, ops_of
-from spp_fx.adapters.spp import SPP
-torch.set_num_threads(1)
-m, n, b = 4096, 4096, 8
-BLOCK_ELEMENTS["cpu"] = 1 << 18
-op = getattr(ops_of(SPP(rank=4), (m, n)), sys.argv[1])
-def peak():  # not getrusage: it starts at the peak of the process that started this one
-    status = open("/proc/self/status").read()
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
-def step(m):
-    alpha, beta = torch.ones(4, n, requires_grad=True), torch.ones(m, 1, requires_grad=True)
-    x = torch.ones(b, n, requires_grad=True)
-    op(x, weight[:m], alpha, beta, None, None, 4, 2.0, 0.0).sum().backward()
-weight = torch.ones(m, n)
-step(64)
-before = peak()
-step(m)
-print((peak() - before) / weight.nbytes)
-"""
+@pytest.mark.parametrize(("execution", "blocks"), [("fused", True), ("linear", False)])
+def test_the_temporaries_of_the_fused_kernel_are_blocks_of_the_weight(execution, blocks, monkeypatch):
+    m, n, b = 4096, 4096, 8
+    monkeypatch.setitem(BLOCK_ELEMENTS, "cpu", 1 << 18)
+    op, weight = getattr(ops_of(SPP(rank=4), (m, n)), execution), torch.ones(m, n)
 
+    def step(m: int) -> None:
+        alpha, beta = torch.ones(4, n, requires_grad=True), torch.ones(m, 1, requires_grad=True)
+        x = torch.ones(b, n, requires_grad=True)
+        op(x, weight[:m], alpha, beta, None, None, 4, 2.0, 0.0).sum().backward()
 
-def peak(execution: str) -> float:
-    """Memory that a step adds to the process, in units of the weight's own."""
-    command = [sys.executable, "-c", MEMORY, execution]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-def test_the_temporaries_of_the_fused_kernel_are_blocks_of_the_weight():
-    assert peak("fused") < 0.25
-    assert peak("linear") > 1
+    step(64)
+    taken = peak(lambda: step(m)) / weight.nbytes
+    assert taken < 0.25 if blocks else taken > 1
 
 
 def test_layers_one_after_the_other_share_a_buffer_and_no_result():

@@ -4,6 +4,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -43,6 +44,12 @@ def matmul_model(columns: int, rows: int, dtype: int = TensorProto.FLOAT, opset:
         [helper.make_tensor_value_info("Y", TensorProto.FLOAT, ["n", rows])],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+
+
+def axes(proto: onnx.ModelProto) -> dict[str, list[str | int]]:
+    """The dimensions of the inputs and outputs of a graph."""
+    values = [*proto.graph.input, *proto.graph.output]
+    return {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
 
 
 def sites_of(weight: torch.Tensor, pattern: str, transposed: bool = False) -> GraphParameter:

@@ -193,6 +193,7 @@ def test_a_model_that_rounds_to_bfloat16_here_and_there_is_run_as_shipped(
     check_run_as_shipped(checks, falcon[0].folder.path, tmp_path / "out" / "model.onnx")
 
 
+@pytest.mark.nightly
 def test_it_is_with_a_cache_as_well(falcon, tmp_path):
     folder = falcon[0].folder.path
     done = export(folder, tmp_path / "out", "onnx-packed", with_past=True)

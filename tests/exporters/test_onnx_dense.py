@@ -17,6 +17,7 @@ from spp_fx.verbs.export import export
 from spp_fx.verbs.verify import verify
 from tests.command import must
 from tests.exporters.onnx_files import (
+    axes,
     bits,
     matmul_model,
     product,
@@ -25,7 +26,7 @@ from tests.exporters.onnx_files import (
     two_of_four,
     write_weight,
 )
-from tests.families import SMALL
+from tests.families import make_model
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,16 @@ def test_the_pattern_lies_along_the_product(exported):
     assert sparse_factors(model) == 7
     weights = [tensor for tensor in model.graph.initializer if tensor.name.startswith("model.layers.")]
     assert {tensor.data_type for tensor in weights} == {TensorProto.FLOAT16}
+
+
+def test_a_cache_has_optimums_names(exported):
+    shapes = axes(onnx.load(exported.out / "model.onnx"))
+    total = "past_sequence_length + sequence_length"
+    assert list(shapes)[:4] == ["input_ids", "attention_mask", "position_ids", "past_key_values.0.key"]
+    assert shapes["attention_mask"] == ["batch_size", total]
+    assert shapes["past_key_values.0.value"] == ["batch_size", 2, "past_sequence_length", 8]
+    assert shapes["present.0.value"] == ["batch_size", 2, total, 8]
+    assert len(shapes) == 3 + 2 + 1 + 2
 
 
 @pytest.mark.parametrize("level", ["ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED"])
@@ -152,8 +163,7 @@ def test_a_file_without_its_manifest_is_checked_against_the_models_names(exporte
 
 
 def test_float64_has_a_form_too(tmp_path):
-    config = LlamaConfig(**SMALL | {"num_hidden_layers": 1}, intermediate_size=64, num_key_value_heads=2)
-    AutoModelForCausalLM.from_config(config).double().save_pretrained(tmp_path / "dense")
+    make_model("llama", one_layer=True).double().save_pretrained(tmp_path / "dense")
     must("prune", tmp_path / "dense", "-o", tmp_path / "sparse")
     done = export(tmp_path / "sparse", tmp_path / "out", "onnx-dense", with_past=True)
     assert done.checks["masks_equal"] == 7

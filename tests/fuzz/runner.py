@@ -4,7 +4,8 @@ import multiprocessing
 import resource
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -45,6 +46,15 @@ class Report:
             },
             "failures": failed[:shown],
         }
+
+
+def run_here(seeds: dict[str, Seed], numbers: Iterable[int], seed: int = 0) -> Report:
+    """Run cases in this process, which ends with the first that kills it."""
+    from tests.fuzz.oracle import run_case
+
+    _warm_up(seeds)
+    with _limited_memory():
+        return Report([run_case(seeds, seed, number).to_json() for number in numbers])
 
 
 def run(seeds: dict[str, Seed], numbers: Iterable[int], seed: int = 0, jobs: int = 2) -> Report:
@@ -106,9 +116,9 @@ def _work(pipe: Connection, seeds: dict[str, Seed], seed: int) -> None:
     from tests.fuzz.oracle import run_case
 
     _warm_up(seeds)
-    _limit_memory()
-    while (number := pipe.recv()) is not None:
-        pipe.send(run_case(seeds, seed, number).to_json())
+    with _limited_memory():
+        while (number := pipe.recv()) is not None:
+            pipe.send(run_case(seeds, seed, number).to_json())
 
 
 def _warm_up(seeds: dict[str, Seed]) -> None:
@@ -141,12 +151,17 @@ def _quiet() -> None:
     transformers.logging.disable_progress_bar()
 
 
-def _limit_memory() -> None:
+@contextmanager
+def _limited_memory() -> Iterator[None]:
     held = next(
         line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmSize")
     )
-    limit = int(held.split()[1]) * 1024 + MEMORY
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (int(held.split()[1]) * 1024 + MEMORY, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def only(kinds: Sequence[str], seeds: dict[str, Seed]) -> dict[str, Seed]:

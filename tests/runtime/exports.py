@@ -19,7 +19,7 @@ from tests.families import make_model, prune_2_4
 TRANSPOSED = ("c_attn", "c_proj", "c_fc")
 
 
-SMALL = {"vocab_size": 96, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL = {"vocab_size": 96, "hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
 WIDE: dict[str, Callable[[], PretrainedConfig]] = {
     "llama": lambda: LlamaConfig(
         **SMALL, intermediate_size=256, num_key_value_heads=2, attention_bias=True, tie_word_embeddings=False
@@ -28,7 +28,7 @@ WIDE: dict[str, Callable[[], PretrainedConfig]] = {
         **SMALL | {"vocab_size": 128}, intermediate_size=256, tie_word_embeddings=True
     ),
     "gpt2": lambda: GPT2Config(
-        vocab_size=96, n_embd=128, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=1
+        vocab_size=96, n_embd=128, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=1
     ),
     "mixtral": lambda: MixtralConfig(
         **SMALL, intermediate_size=256, num_key_value_heads=2, num_local_experts=2

@@ -46,7 +46,7 @@ def way(folder: Path, pattern: str) -> None:
 def check(folder: Path, family: str, group: int | None, kept: int) -> None:
     before, after = stored(folder / "sparse"), stored(folder / "merged")
     changed = [name for name in before if not torch.equal(before[name], after[name])]
-    assert len(changed) >= 8
+    assert len(changed) >= 4
     for name in changed:
         assert torch.equal(before[name] != 0, after[name] != 0)
         canonical = after[name]
@@ -65,20 +65,20 @@ def check(folder: Path, family: str, group: int | None, kept: int) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_2_4_the_whole_way(tmp_path, family):
-    make_model(family).save_pretrained(tmp_path / "dense", max_shard_size="60KB")
+    make_model(family, one_layer=True).save_pretrained(tmp_path / "dense", max_shard_size="30KB")
     way(tmp_path, "2:4")
     check(tmp_path, family, 4, 2)
 
 
 @pytest.mark.parametrize(("pattern", "group", "kept"), [("4:8", 8, 4), ("1:4", 4, 1), ("50%", None, 0)])
 def test_other_patterns_the_whole_way(tmp_path, pattern, group, kept):
-    make_model("llama").save_pretrained(tmp_path / "dense")
+    make_model("llama", one_layer=True).save_pretrained(tmp_path / "dense")
     way(tmp_path, pattern)
     check(tmp_path, "llama", group, kept)
 
 
 def test_names_without_the_models_prefix(tmp_path):
-    make_model("gpt2").save_pretrained(tmp_path / "dense")
+    make_model("gpt2", one_layer=True).save_pretrained(tmp_path / "dense")
     path = tmp_path / "dense" / "model.safetensors"
     save_file({n.removeprefix("transformer."): t for n, t in load_file(path).items()}, path, {"format": "pt"})
     way(tmp_path, "2:4")
@@ -87,7 +87,7 @@ def test_names_without_the_models_prefix(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_folds_to_half_a_unit_in_the_last_place(tmp_path, dtype):
-    make_model("llama", dtype=dtype).save_pretrained(tmp_path / "dense")
+    make_model("llama", dtype=dtype, one_layer=True).save_pretrained(tmp_path / "dense")
     way(tmp_path, "2:4")
     base, merged = stored(tmp_path / "sparse"), stored(tmp_path / "merged")
     factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -105,7 +105,7 @@ def test_half_precision_folds_to_half_a_unit_in_the_last_place(tmp_path, dtype):
 
 
 def test_same_input_same_bytes(tmp_path):
-    make_model("llama").save_pretrained(tmp_path / "dense")
+    make_model("llama", one_layer=True).save_pretrained(tmp_path / "dense")
     way(tmp_path, "2:4")
     first = {p.name: p.read_bytes() for p in (tmp_path / "merged").iterdir()}
     shutil.rmtree(tmp_path / "merged")

@@ -12,24 +12,33 @@ import torch
 
 from tests.adapters.layers import OUTSIDE
 from tests.command import must, tensors
+from tests.effort import covering
 from tests.verbs.conftest import save_with_tokenizer
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = {"spp": {"rank": 4}, "sqft": {"rank": 2}, "grouped": {"gain": 0.5, "width": 2}}
 
 
-@pytest.fixture(scope="module", params=OPTIONS)
-def method(request):
+FAMILIES = ["llama", "mixtral"]  # linears only, and stacks of experts
+
+
+@pytest.fixture(scope="module")
+def method(request) -> str:
     return request.param
 
 
-@pytest.fixture(scope="module", params=["llama", "mixtral"])
-def folder(request, method, tmp_path_factory, text_file) -> Path:
-    """A folder with a sparse model, linears only or with stacks of experts, and adapters of a method over it."""
+@pytest.fixture(scope="module")
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(family, method, tmp_path_factory, text_file) -> Path:
+    """A folder with a sparse model and adapters of a method over it."""
     import spp_fx
 
-    root = tmp_path_factory.mktemp(f"{method}-{request.param}")
-    save_with_tokenizer(root / "dense", text_file, request.param)
+    root = tmp_path_factory.mktemp(f"{method}-{family}")
+    save_with_tokenizer(root / "dense", text_file, family)
     must("prune", root / "dense", "-o", root / "sparse", "-q")
     spp_fx.inject(root / "sparse", root / "adapter", method=method, **OPTIONS[method])
     return root
@@ -39,7 +48,7 @@ LINE = "--seq-len 16 --steps 4 --lr 0.02 --batch-size 8 -q"
 WAYS = {"dense": "", "packed": "--packed --gradient-checkpointing"}
 
 
-@pytest.mark.parametrize("way", WAYS)
+@covering(indirect=("family", "method"), family=FAMILIES, method=OPTIONS, way=WAYS)
 def test_a_method_trains_merges_and_verifies(folder, method, way, text_file, tmp_path):
     start = tensors(folder / "adapter")
     adapter = tmp_path / "adapter"
@@ -58,6 +67,7 @@ def test_a_method_trains_merges_and_verifies(folder, method, way, text_file, tmp
 
 
 @pytest.mark.slow
+@covering(1, indirect=("family", "method"), family=FAMILIES, method=OPTIONS)
 def test_two_processes_train_a_method_as_one_does(folder, method, text_file, tmp_path):
     for name in ("one", "two"):
         shutil.copytree(folder / "adapter", tmp_path / name)

@@ -64,13 +64,13 @@ def test_a_share_holds_for_every_stored_matrix_of_experts(tmp_path, text_file, m
 
 @pytest.fixture(scope="module")
 def deep(tmp_path_factory, text_file) -> Path:
-    """Four bfloat16 layers with a tokenizer."""
+    """Three bfloat16 layers with a tokenizer."""
     folder = tmp_path_factory.mktemp("deep")
     save_with_tokenizer(folder / "tokens", text_file)
     vocabulary = json.loads((folder / "tokens" / "config.json").read_text())["vocab_size"]
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, dtype=torch.bfloat16,
     )  # fmt: skip
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "dense", max_shard_size="40KB")
