@@ -20,6 +20,8 @@ from tests.command import command
 from tests.exporters.onnx_files import greedy
 from tests.real_data import data_folder
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def way(tmp_path_factory) -> Path:
