@@ -48,7 +48,7 @@ class Command(click.Command):
             added = _choice_options(self.registry(), chosen)
             if taken := [each.opts[0] for each in added if own.intersection([*each.opts, each.name])]:
                 raise UsageError(
-                    f"{chosen}: its option {taken[0]} has the name of an option of '{self.name}'"
+                    f"{taken[0]}: an option for one --{self.choice} has the name of an option of '{self.name}'"
                 )
             ctx.meta["chosen options"] = [each.name for each in added]
             self.params = [*self.fixed[: at + 1], *added, *self.fixed[at + 1 :]]

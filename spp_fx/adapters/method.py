@@ -198,9 +198,9 @@ def probability(value: float) -> str | None:
     return None if 0 <= value < 1 else "must be in [0, 1)"
 
 
-SCALE = ("The factor s of the update.", finite_factor)
-DROPOUT = ("On the adapter branch's input while training.", probability)
-"""Help and check of options that methods share: `scale: float = option(2.0, *SCALE)`."""
+SCALE_OPTION = ("The factor s of the update.", finite_factor)
+DROPOUT_OPTION = ("Dropout on the adapter branch's input in training.", probability)
+"""Help and check of options that methods share: `scale: float = option(2.0, *SCALE_OPTION)`."""
 
 
 METHODS = Registry[type[Method]]("adapter method", "spp_fx.methods")

@@ -8,8 +8,8 @@ from math import gcd, sqrt
 from typing import TYPE_CHECKING, Any, cast
 
 from spp_fx.adapters.method import (
-    DROPOUT,
-    SCALE,
+    DROPOUT_OPTION,
+    SCALE_OPTION,
     Factors,
     FactorSpec,
     FoldKernel,
@@ -36,8 +36,8 @@ class SPP(Method):
     """W * (1 + s * beta * repeat(alpha)) — SPP, ICML 2024, Eq. 4 and 5."""
 
     rank: int = option(16, "Rank r; for spp a divisor of a site's outputs, or it is skipped.", at_least_one)
-    scale: float = option(2.0, *SCALE)
-    dropout: float = option(0.0, *DROPOUT)
+    scale: float = option(2.0, *SCALE_OPTION)
+    dropout: float = option(0.0, *DROPOUT_OPTION)
 
     def factors(self, shape: tuple[int, ...]) -> dict[str, FactorSpec]:
         *stack, m, n = shape

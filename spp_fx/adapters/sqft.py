@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from spp_fx.adapters.method import DROPOUT, SCALE, FactorSpec, Method, register
+from spp_fx.adapters.method import DROPOUT_OPTION, SCALE_OPTION, FactorSpec, Method, register
 from spp_fx.options import at_least_one, option
 
 if TYPE_CHECKING:
@@ -18,8 +18,8 @@ class SQFT(Method):
     """W + s (B A) * (W != 0) — SQFT, EMNLP 2024 findings; defaults are the paper's: s = alpha / r = 64 / 32."""
 
     rank: int = option(32, "Rank r of the update.", at_least_one)
-    scale: float = option(2.0, *SCALE)
-    dropout: float = option(0.1, *DROPOUT)
+    scale: float = option(2.0, *SCALE_OPTION)
+    dropout: float = option(0.1, *DROPOUT_OPTION)
 
     def factors(self, shape: tuple[int, ...]) -> dict[str, FactorSpec]:
         *stack, m, n = shape

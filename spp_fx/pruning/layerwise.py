@@ -31,7 +31,7 @@ Part = tuple[int | None, int, int]
 """An expert, if the site is a stack, and rows from start to stop."""
 
 
-class Weights(Protocol):
+class LayerTensors(Protocol):
     """Where the tensors of a program come from when a layer is about to run."""
 
     def fill(self, program: Program, names: Iterable[str], device: torch.device) -> None:
@@ -105,7 +105,7 @@ def prune_layers(
     patterns: Mapping[str, Pattern],
     recipe: Recipe,
     *,
-    weights: Weights,
+    weights: LayerTensors,
     states: States,
     device: torch.device,
     start: int = 0,
@@ -141,7 +141,7 @@ class _Run:
     samples: int
     patterns: Mapping[str, Pattern]
     recipe: Recipe
-    weights: Weights
+    weights: LayerTensors
     states: States
     device: torch.device
     tick: Tick
@@ -230,7 +230,7 @@ class _Run:
 class _Edited:
     """Parameters of a layer as they are stored, changed in place."""
 
-    def __init__(self, program: Program, weights: Weights) -> None:
+    def __init__(self, program: Program, weights: LayerTensors) -> None:
         self.tensors: dict[str, Tensor] = {}
         self._program = program
         self._weights = weights
