@@ -122,7 +122,7 @@ def _silence_libraries(debug: bool) -> None:
         return
     warnings.simplefilter("ignore")
     logging.getLogger("torch").setLevel(logging.ERROR)
-    # Read when these libraries are imported, which commands that need neither do not wait for.
+    # The libraries read these when they are imported, which many commands never do.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if "transformers" in sys.modules:  # called from a program that has it

@@ -98,7 +98,7 @@ def spp_tile(storage, values, index, offsets, alpha, beta, first, height, scale,
             target[c] = narrow(base * w + w * (factor * shared[c]), target[c])
 
 
-# Sums in lanes need leave to be reordered; each row is still summed the same way every time.
+# Vectorized sums are in another order than the loop; each row is still summed in the same order every time.
 @partial(compiled, error_model="numpy", fastmath={"reassoc", "nsz", "contract"})
 def spp_pullback(
     storage, values, index, offsets, alpha, beta, first, height, scale, buffer, g, dalpha, dbeta

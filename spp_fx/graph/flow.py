@@ -145,7 +145,7 @@ class Flow:
         return self._graphs[value.path]
 
     def readers(self, value: Value) -> Iterator[Read]:
-        """The ops that read a value, in whatever graph."""
+        """The ops that read a value, in any graph."""
         for user in value.node.users:
             called = self._called(value.path, user)
             if called is not None:
@@ -180,7 +180,7 @@ class Flow:
         return [(last, arguments) for call, arguments in calls if call.node is last.node]
 
     def sources(self, value: Value) -> list[Value]:
-        """The ops (or inputs of the program, or attributes) that make a value, in whatever graph."""
+        """The ops (or inputs of the program, or attributes) that make a value, in any graph."""
         node = value.node
         if node.op == "placeholder":
             position = self._inputs[value.path].index(node)

@@ -81,7 +81,7 @@ class Readable:
         said = self.report.stop(show=error is None)
         if error is None or isinstance(error, SppFxError):
             return False
-        # The tokenizers library raises Exception itself, nothing derived of it.
+        # The tokenizers library raises Exception itself, not a subclass.
         if isinstance(error, _KNOWN) or kind is Exception:
             raise self.kind(f"{self.folder}: {self.what}: {self.reason(error, said)}") from error
         return False
@@ -107,7 +107,7 @@ class Readable:
         if isinstance(error, ImportError):
             return said if quantization(config) else f"a package is missing: {said}"
         if self.files != MODEL_FILES:
-            # Exception itself is what the tokenizers library raises; a key is one that transformers reads before it.
+            # The tokenizers library raises Exception itself; transformers, which reads the file before it, KeyError.
             if type(error) is Exception or (
                 isinstance(error, KeyError) and (self.folder / "tokenizer.json").exists()
             ):

@@ -201,7 +201,7 @@ def _export(model: PreTrainedModel, *, training: bool) -> ExportedProgram:
 def _refuse_bounds(model: PreTrainedModel, exported: ExportedProgram) -> None:
     """A bounded size means that the model's code branched on it, and the graph has only the branch of the example."""
     for symbol, sizes in exported.range_constraints.items():
-        if sizes.upper < sys.maxsize - 1 or sizes.lower > 2:  # export keeps off 0 and 1 by itself
+        if sizes.upper < sys.maxsize - 1 or sizes.lower > 2:  # export itself excludes 0 and 1
             raise SppFxError(
                 f"{type(model).__name__} cannot be traced: its code branches on the batch size or the sequence "
                 f"length ({symbol} lies in {sizes.lower}..{sizes.upper})"
@@ -388,7 +388,7 @@ def _tree(exported: ExportedProgram, model: PreTrainedModel) -> fx.GraphModule:
         model.named_buffers(remove_duplicate=False)
     )
     for path, module in root.named_modules():
-        # A module called n times stands n times in the tree, as name, name@1, ...
+        # A module called n times is in the tree n times, as name, name@1, ...
         prefix = re.sub(r"@\d+", "", path)
         _, *tables = _tables(module)
         for table in tables:

@@ -150,7 +150,7 @@ def _parameter_values(flow: Flow) -> dict[str, list[Value]]:
 
 
 def _name(path: str) -> str:
-    # A module called n times stands n times in the tree, as name, name@1, ...: one weight all the same.
+    # A module called n times is in the tree n times, as name, name@1, ..., with one weight.
     return re.sub(r"@\d+", "", path)
 
 

@@ -54,7 +54,7 @@ class Lower(Pass):
                 report.changed[name] += f", {packed}" if packed else ", dense"
                 if reason:
                     report.skipped[name] = reason
-        dense = program.adapters.keys() - program.packings.keys()  # packing compiles by itself
+        dense = program.adapters.keys() - program.packings.keys()  # pack_site has recompiled the others
         for module in {use.module for name in dense for use in uses[name]}:
             module.recompile()
         return report

@@ -114,7 +114,8 @@ class AdapterTrainer(Trainer):
             taught = self.teacher(ids, mask).logits
         loss = distillation_loss(output.logits, taught, inputs["labels"], num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # their mean is taken, and the count is over all
+            # Losses are averaged over processes, tokens counted over all of them.
+            loss = loss * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
