@@ -203,7 +203,7 @@ DROPOUT_OPTION = ("Dropout on the adapter branch's input in training.", probabil
 """Help and check of options that methods share: `scale: float = option(2.0, *SCALE_OPTION)`."""
 
 
-METHODS = Registry[type[Method]]("adapter method", "spp_fx.methods")
+METHODS = Registry[type[Method]]("adapter method", "spp_fx.methods", "spp_fx.adapters")
 register = naming(METHODS)
 
 
