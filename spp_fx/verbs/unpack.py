@@ -13,7 +13,7 @@ from spp_fx.exporters.format import FORMATS, Format, Say, decoding_formats
 from spp_fx.exporters.legacy import LegacyFolder, is_legacy
 from spp_fx.exporters.manifest import MANIFEST, TENSOR_FILES, Manifest, read_manifest
 from spp_fx.exporters.plain import write_plain_config
-from spp_fx.exporters.read_back import NOT_IN_TORCH, difference, library_tensor
+from spp_fx.exporters.read_back import NOT_IN_TORCH, LibraryReader, difference
 from spp_fx.parallel import Tick, no_tick
 from spp_fx.sparsity.lock import LOCK_NAME
 from spp_fx.storage.folder import WEIGHTS_NAME, ModelFolder, within
@@ -163,12 +163,12 @@ def _check_masks(target: Path, lock: Path) -> int:
 
 def _compare(target: Path, names: Iterable[str], read: Callable[[str], Tensor]) -> int:
     """Compare written tensors, as the safetensors library reads them, with what was decoded; returns how many."""
-    model, count = ModelFolder.open(target), 0
+    model, library, count = ModelFolder.open(target), LibraryReader(), 0
     for name in names:
         shard, info = model.info(name)
         if info.dtype in NOT_IN_TORCH:
             continue
-        if difference(read(name), library_tensor(shard.path, name)):
+        if difference(read(name), library.read(shard.path, name)):
             raise FormatError(f"{shard.path}: {name}: read back, it is not what the export decodes to")
         count += 1
     return count
