@@ -27,11 +27,10 @@ from spp_fx.sparsity.scan import Scan, scan_stored, scan_tensor
 from spp_fx.sparsity.weights import Sites, Weights
 from spp_fx.storage.folder import ModelFolder
 from spp_fx.storage.safetensors import Shard, dtype_name, stored_nbytes
-from spp_fx.storage.workspace import Workspace
+from spp_fx.storage.workspace import Say, Workspace
 from spp_fx.storage.writer import TensorSpec, copy_file, header_bytes, layout, new_file, write_all, write_at
 from spp_fx.version import VERSION
 
-Say: TypeAlias = Callable[[str], None]
 RoundTo: TypeAlias = Literal["float32", "float16", "bfloat16"]
 ROUND_TO: dict[str, torch.dtype] = {
     "float32": torch.float32,

@@ -108,7 +108,7 @@ def site_sizes(dense_bytes: int, sites_bytes: int, files: Iterable[Path]) -> dic
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file as 64 hex digits."""
+    """SHA-256 of a file as 64 hex digits; other threads run meanwhile."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -11,7 +11,7 @@ from spp_fx.console import megabytes
 from spp_fx.errors import FormatError, MaskError, UsageError
 from spp_fx.exporters.format import FORMATS, Format, Say, decoding_formats
 from spp_fx.exporters.legacy import LegacyFolder, is_legacy
-from spp_fx.exporters.manifest import MANIFEST, TENSOR_FILES, Manifest, read_manifest
+from spp_fx.exporters.manifest import MANIFEST, TENSOR_FILES, Manifest, read_manifest, sha256
 from spp_fx.exporters.plain import write_plain_config
 from spp_fx.exporters.read_back import NOT_IN_TORCH, LibraryReader, difference
 from spp_fx.parallel import Tick, no_tick
@@ -111,7 +111,7 @@ def _keep_history(export: Path, target: Path, *, exact: bool) -> None:
     if history is None:
         return
     if not exact:
-        digests = {WEIGHTS_NAME: provenance.file_sha256(target / WEIGHTS_NAME)}
+        digests = {WEIGHTS_NAME: sha256(target / WEIGHTS_NAME)}
         provenance.record(export, target, "unpack", inputs={}, settings={}, digests=digests)
         return
     steps = history.steps[:-1] if history.steps[-1].step == "export" else history.steps  # export is undone
