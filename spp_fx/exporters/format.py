@@ -132,7 +132,7 @@ class Source:
         requirements: Mapping[str, int | str] | None = None,
         sizes: Mapping[str, int] | None = None,
     ) -> None:
-        """Write the lock, if it is not there, and the manifest beside everything else."""
+        """Write the lock, unless it is there already, and then the manifest."""
         if not (folder / LOCK_NAME).exists():
             (folder / LOCK_NAME).write_text(self.lock.dumps())
         write_manifest(
@@ -276,7 +276,7 @@ class Format(ABC):
 
     @abstractmethod
     def write(self, source: Source, folder: Path, tick: Tick, say: Say) -> dict[str, Any]:
-        """Fill an empty folder, manifest last, and compare with the model what was written.
+        """Fill an empty folder, the manifest last, and compare what was written with the model.
 
         Returns:
             What was compared, and how much of it.

@@ -190,7 +190,8 @@ def _check_base(folder: ModelFolder, entry: LockEntry) -> None:
     difference = compare(entry, scan.mask)
     if not difference.equal:
         raise MaskError(
-            f"{folder.path}: {entry.name}: the base no longer has its locked mask {difference.reason}"
+            f"{folder.path}: {entry.name}: the base no longer has its locked mask "
+            f"({difference.reason or 'zeros moved'})"
         )
 
 

@@ -62,7 +62,7 @@ class LayerStore:
             self.done += 1
 
     def finish(self, layer: int, tensors: Mapping[str, Tensor], reports: tuple[MatrixReport, ...]) -> None:
-        """Keep the new tensors of a layer, by their names in the checkpoint, once the next layer's inputs are."""
+        """Keep the new tensors of a layer, by checkpoint name, after the inputs of the next layer were kept."""
         target = self._work.store / _file(layer)
         target.unlink(missing_ok=True)  # a killed run may have left half of it
         specs = [(name, dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()]
@@ -343,7 +343,7 @@ def _patterns(
 
 
 def _all_options() -> dict[str, None]:
-    """The options of every criterion as None: a history has those too that were not given."""
+    """The options of every criterion as None: a history also lists those that were not given."""
     return {option.name: None for criterion in CRITERIA.values() for option in fields(criterion)}
 
 

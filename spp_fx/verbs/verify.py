@@ -17,7 +17,7 @@ from spp_fx.verification.policy import Check, Coverage, Requirements, nothing_to
 from spp_fx.verification.verdict import Finding, SiteVerdict, Verified
 
 MASK_BYTES = 256 << 20
-"""Freed memory worth keeping: a mask for each job, whose pages the next one takes over."""
+"""How much freed memory the command keeps: a mask for each job, whose pages the next one reuses."""
 
 _NEEDS_ORIGIN = ("mask-changed", "pattern-broken", "non-finite")
 """Findings for which it matters which step wrote the file."""
@@ -166,7 +166,7 @@ def _damage(error: Exception) -> Finding:
 
 
 def _kind_of_damaged(path: Path) -> str:
-    """The kind of an artifact that cannot be opened, as far as it is known."""
+    """The kind of an artifact that cannot be opened, by its name and files."""
     if path.suffix in (".onnx", ".safetensors"):
         return path.suffix.removeprefix(".")
     if (path / MANIFEST).is_file():

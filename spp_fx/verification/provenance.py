@@ -128,8 +128,8 @@ def record(
             file is then replaced as a whole.
         inputs: fingerprints of what was read, by role.
         settings: options that the result depends on; plain values, no paths.
-        digests: SHA-256 of weight files by their path in `folder_out`, as read back; others are recorded
-            without one. Names of files that hold no weights are left out.
+        digests: SHA-256 of weight files by their path in `folder_out`, as read back; other weight files are
+            recorded without one. Entries of other files are ignored.
         lock: the lock where it is not in `folder_out` yet.
 
     Raises:

@@ -112,7 +112,7 @@ class Factor:
 
 
 class Factors:
-    """All stored tensors of a file by what its products do with them: each weight is in exactly one of four.
+    """All stored tensors of a file by what its products do with them: each weight is in exactly one of four tables.
 
     Attributes:
         sites: name -> the factor that it is.
@@ -395,7 +395,7 @@ class Factors:
 
 
 class _Uses:
-    """What becomes of values further on in the graph."""
+    """Which nodes the numbers of a value reach."""
 
     def __init__(self, values: GraphValues, flow: Flow) -> None:
         self.flow = flow
