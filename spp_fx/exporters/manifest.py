@@ -184,7 +184,7 @@ def _check_sites(lock_path: Path, path: Path, pattern: str | None, tensors: list
         where = f"{path}: tensors.{index}"
         entry = entries.pop(record.name, None)
         if entry is None:
-            raise FormatError(f"{where}.name: {record.name} comes twice or is not in {LOCK_NAME}")
+            raise FormatError(f"{where}.name: {record.name} is listed twice or is not in {LOCK_NAME}")
         if tuple(record.shape) != entry.shape:
             raise FormatError(f"{where}.shape: {record.shape}, {LOCK_NAME} has {list(entry.shape)}")
         if record.transposed != entry.transposed:

@@ -126,8 +126,8 @@ def plan(source: Source, choose: Choose, takes: str) -> dict[str, TensorRecord]:
     if all(record.layout == DENSE for record in records.values()):
         patterns = ", ".join(sorted({str(entry.pattern) for entry in source.lock.sites}))
         raise PatternError(
-            f"{source.folder.path}: no weight can be packed, {takes} alone and the lock says {patterns}: "
-            f"{count_reasons(records.values())}; other formats take it, such as sparse-bitmask"
+            f"{source.folder.path}: no weight can be packed: {takes}, and the lock has {patterns}: "
+            f"{count_reasons(records.values())}; export it in another format, such as sparse-bitmask"
         )
     return records
 
