@@ -19,12 +19,20 @@ from spp_fx.verbs.load import load_program
 from tests.command import command
 from tests.exporters.onnx_files import greedy
 from tests.real_data import data_folder
+from tests.worlds import made_once
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def way(tmp_path_factory) -> Path:
     """A folder in which every verb has been typed once."""
-    data, folder = data_folder(), tmp_path_factory.mktemp("way")
+    data_folder()  # skips where there is none
+    return made_once(tmp_path_factory, "way", type_every_verb)
+
+
+def type_every_verb(folder: Path) -> None:
+    data = data_folder()
     text, sm90 = data / "tinystories" / "generated.txt", folder / "sm90"
     cached = ("--with-past", "--no-compare-logits")
     for line in (
@@ -42,7 +50,6 @@ def way(tmp_path_factory) -> Path:
         ["export", folder / "merged", "--format", "sparse-bitmask", "-o", folder / "bitmask"],
     ):  # fmt: skip
         assert run([*map(str, line), "-q"]) == 0, line
-    return folder
 
 
 def digest(weight: torch.Tensor) -> str:

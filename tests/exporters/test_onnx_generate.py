@@ -13,6 +13,7 @@ from tests.effort import nightly
 from tests.exporters.onnx_files import greedy
 from tests.families import FAMILIES, SMALL, VOCABULARY
 
+pytestmark = pytest.mark.slow
 NEW = 20
 CONFIGS = {
     "gpt2": FAMILIES["gpt2"],

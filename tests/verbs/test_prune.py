@@ -107,6 +107,7 @@ def done_layers(store: Path) -> int:
     return (store / "journal.jsonl").read_text().count('"layer-')
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_writes_the_same_bytes(deep, text_file, tmp_path, uninterrupted):
     """SIGKILL at the end of the second layer."""
     out, store = tmp_path / "out", tmp_path / ".out.work"
