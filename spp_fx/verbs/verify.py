@@ -51,7 +51,7 @@ def verify(
         coverage: 'all' requires that every site of the model is in the lock, or sparse where there is no lock,
             and that no weight is left unread.
         trust_remote_code: run code that a model folder brings, where sites have to be found; off, it never runs.
-        jobs: sites that are scanned at once; by default the CPUs at hand, at most 8, and one where weights
+        jobs: sites that are scanned at once; by default one per CPU, at most 8, and only one where weights
             have to be decoded.
         allow_links: follow symbolic links that leave a folder; see `links.check_link`.
         tick: called with a site's name and its number of weights when it is done.
