@@ -1,8 +1,11 @@
 """Registries of what is chosen by name: passes, methods, criteria, formats."""
 
+import re
 from collections.abc import Callable, Iterator, MutableMapping
+from functools import cached_property
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, TypeVar
 
 from spp_fx.errors import UsageError
@@ -10,38 +13,7 @@ from spp_fx.errors import UsageError
 T = TypeVar("T")
 C = TypeVar("C", bound=type[Any])
 
-BUILT_IN = {
-    "spp_fx.methods": {"spp": "spp_fx.adapters.spp", "sqft": "spp_fx.adapters.sqft"},
-    "spp_fx.criteria": {
-        "magnitude": "spp_fx.pruning.criteria.magnitude",
-        "ria": "spp_fx.pruning.criteria.ria",
-        "sparsegpt": "spp_fx.pruning.criteria.sparsegpt",
-        "wanda": "spp_fx.pruning.criteria.wanda",
-    },
-    "spp_fx.formats": {
-        "cusparselt": "spp_fx.exporters.cusparselt",
-        "cutlass": "spp_fx.exporters.cutlass",
-        "onnx": "spp_fx.exporters.onnx",
-        "onnx-dense": "spp_fx.exporters.onnx",
-        "onnx-packed": "spp_fx.exporters.onnx",
-        "safetensors": "spp_fx.exporters.plain",
-        "sparse-bitmask": "spp_fx.exporters.sparse_bitmask",
-    },
-    "spp_fx.passes": {
-        "canonicalize": "spp_fx.passes.canonicalize",
-        "causal": "spp_fx.passes.causal",
-        "checkpoint": "spp_fx.passes.partition",
-        "fold": "spp_fx.passes.fold_adapters",
-        "inject": "spp_fx.passes.inject_adapters",
-        "lower": "spp_fx.passes.lower",
-        "match": "spp_fx.passes.match",
-        "partition": "spp_fx.passes.partition",
-        "prune": "spp_fx.passes.prune_sites",
-        "shard": "spp_fx.passes.shard",
-        "verify": "spp_fx.passes.verify_masks",
-    },
-}
-"""What spp-fx brings: by group, the module that registers each name, as other packages name it in an entry point."""
+_REGISTERED = re.compile(r'^@register\("([^"]+)"\)', re.MULTILINE)
 
 
 class Registry(MutableMapping[str, T]):
@@ -52,13 +24,30 @@ class Registry(MutableMapping[str, T]):
 
     Args:
         what: a word for one of them, in messages.
-        group: in `BUILT_IN`, and of the entry points of other packages.
+        group: the entry point group of other packages.
+        package: whose modules register the built-in ones.
     """
 
-    def __init__(self, what: str, group: str) -> None:
+    def __init__(self, what: str, group: str, package: str) -> None:
         self.what = what
         self._group = group
+        self._package = package
         self._known: dict[str, T] = {}
+
+    @cached_property
+    def built_in(self) -> dict[str, str]:
+        """Which module of the package registers a name.
+
+        Read from the decorators `@register("name")` in the sources, so that nothing has to list them and nothing is
+        imported: some modules bring torch, or compilers that are not installed.
+        """
+        folder = Path(import_module(self._package).__path__[0])
+        found: dict[str, str] = {}
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(folder).with_suffix("").parts
+            module = ".".join((self._package, *parts)).removesuffix(".__init__")
+            found |= dict.fromkeys(_REGISTERED.findall(path.read_text(encoding="utf-8")), module)
+        return found
 
     def find(self, name: str) -> T:
         """What has a name; UsageError lists what is known."""
@@ -70,7 +59,7 @@ class Registry(MutableMapping[str, T]):
         return self[name]
 
     def __getitem__(self, name: str) -> T:
-        if name not in self._known and (module := BUILT_IN[self._group].get(name)):
+        if name not in self._known and (module := self.built_in.get(name)):
             import_module(module)
         return self._known[name]
 
@@ -81,7 +70,7 @@ class Registry(MutableMapping[str, T]):
         del self._known[name]
 
     def __iter__(self) -> Iterator[str]:
-        for module in BUILT_IN[self._group].values():
+        for module in self.built_in.values():
             import_module(module)
         return iter(self._known)
 

@@ -204,7 +204,7 @@ DROPOUT = ("On the adapter branch's input while training.", probability)
 """Help and check of options that methods share: `scale: float = option(2.0, *SCALE)`."""
 
 
-METHODS = Registry[type[Method]]("adapter method", "spp_fx.methods")
+METHODS = Registry[type[Method]]("adapter method", "spp_fx.methods", "spp_fx.adapters")
 register = naming(METHODS)
 
 

@@ -302,7 +302,7 @@ class Format(ABC):
         return cls.decode(folder, manifest).weights(manifest)
 
 
-FORMATS = Registry[type[Format]]("export format", "spp_fx.formats")
+FORMATS = Registry[type[Format]]("export format", "spp_fx.formats", "spp_fx.exporters")
 register = naming(FORMATS)
 
 

@@ -62,7 +62,7 @@ def unsigned(data: Bytes, itemsize: int) -> NDArray[Any]:
     return data.view(np.dtype(f"<u{itemsize}"))
 
 
-@register(NAME)
+@register("sparse-bitmask")
 @dataclass(frozen=True)
 class SparseBitmask(Format):
     """Values and bit masks: compact, any pattern, given back bit for bit by 'spp-fx unpack'."""

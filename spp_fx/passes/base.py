@@ -46,5 +46,5 @@ class Pass(ABC):
         """Raise PostconditionError unless the pass left what it promises."""
 
 
-PASSES = Registry[type[Pass]]("pass", "spp_fx.passes")
+PASSES = Registry[type[Pass]]("pass", "spp_fx.passes", "spp_fx.passes")
 register = naming(PASSES)

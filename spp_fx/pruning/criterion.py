@@ -67,7 +67,7 @@ class Criterion:
         return None
 
 
-CRITERIA = Registry[type[Criterion]]("pruning method", "spp_fx.criteria")
+CRITERIA = Registry[type[Criterion]]("pruning method", "spp_fx.criteria", "spp_fx.pruning.criteria")
 register = naming(CRITERIA)
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import spp_fx
+from spp_fx.exporters.format import FORMATS
 from spp_fx.exporters.manifest import read_manifest
-from spp_fx.registry import BUILT_IN
 from spp_fx.sparsity.lock import load_lock
 from tests.exporters.test_cusparselt import model_folder
 
@@ -32,7 +32,7 @@ def model(tmp_path_factory) -> Path:
 def test_the_table_names_every_format():
     rows = re.findall(r"^\| `([a-z-]+)` \|", (DOCS / "formats.md").read_text(), re.MULTILINE)
     assert len(set(rows)) == len(rows)
-    assert set(BUILT_IN["spp_fx.formats"]) <= set(rows)
+    assert set(FORMATS.built_in) <= set(rows)
 
 
 def give_back(path: Path) -> bytes:
