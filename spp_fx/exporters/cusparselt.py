@@ -80,7 +80,7 @@ class CuSparseLt(Format):
     dtype: RoundTo | None = option(None, "Round the weights to this type.")
 
     def write(self, source: Source, folder: Path, tick: Tick, say: Say) -> dict[str, Any]:
-        records = plan(source, partial(choose_layout, sm=self.sm), "cuSPARSELt takes 2:4 matrices")
+        records = plan(source, partial(choose_layout, sm=self.sm), "cuSPARSELt takes only 2:4 matrices")
         if all(record.layout != CUSPARSELT for record in records.values()):
             reasons = count_reasons(records.values())
             say(f"warning: no weight could be packed for sm{self.sm}: {reasons}{self._hint(records)}")

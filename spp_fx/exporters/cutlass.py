@@ -46,7 +46,7 @@ class Cutlass(Format):
     dtype: RoundTo | None = option(None, "Round the weights to this type.")
 
     def write(self, source: Source, folder: Path, tick: Tick, say: Say) -> dict[str, Any]:
-        takes = "CUTLASS takes 2:4 matrices (float32: 1:2)"
+        takes = "CUTLASS takes only 2:4 matrices (float32: 1:2)"
         records = plan(source, choose_layout, takes)
         return write_packed(source, folder, CUTLASS, records, LAYOUTS, REQUIREMENTS, tick, say)
 

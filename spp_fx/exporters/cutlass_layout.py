@@ -11,8 +11,8 @@ the nibbles of some columns of one row. The order of units is that of CUTLASS' `
 (tools/util/include/cutlass/util/host_reorder.h) stored as `ColumnMajorInterleaved<2>`. PyTorch has both in
 torch/sparse/_semi_structured_conversions.py, and the shapes in torch/sparse/semi_structured.py.
 
-The bytes are those of torch's converter, but for negative zeros, which that makes positive. Writing permutes axes;
-reading goes by a table of offsets and uses no code of the writer.
+The bytes equal those of torch's converter, except that the converter makes negative zeros positive. Writing permutes
+axes; reading goes by a table of offsets and uses no code of the writer.
 """
 
 from dataclasses import dataclass

@@ -27,11 +27,10 @@ from spp_fx.sparsity.scan import Scan, scan_stored, scan_tensor
 from spp_fx.sparsity.weights import Sites, Weights
 from spp_fx.storage.folder import ModelFolder
 from spp_fx.storage.safetensors import Shard, dtype_name, stored_nbytes
-from spp_fx.storage.workspace import Workspace
+from spp_fx.storage.workspace import Say, Workspace
 from spp_fx.storage.writer import TensorSpec, copy_file, header_bytes, layout, new_file, write_all, write_at
 from spp_fx.version import VERSION
 
-Say: TypeAlias = Callable[[str], None]
 RoundTo: TypeAlias = Literal["float32", "float16", "bfloat16"]
 ROUND_TO: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -133,7 +132,7 @@ class Source:
         requirements: Mapping[str, int | str] | None = None,
         sizes: Mapping[str, int] | None = None,
     ) -> None:
-        """Write the lock, if it is not there, and the manifest beside everything else."""
+        """Write the lock, unless it is there already, and then the manifest."""
         if not (folder / LOCK_NAME).exists():
             (folder / LOCK_NAME).write_text(self.lock.dumps())
         write_manifest(
@@ -277,7 +276,7 @@ class Format(ABC):
 
     @abstractmethod
     def write(self, source: Source, folder: Path, tick: Tick, say: Say) -> dict[str, Any]:
-        """Fill an empty folder, manifest last, and compare with the model what was written.
+        """Fill an empty folder, the manifest last, and compare what was written with the model.
 
         Returns:
             What was compared, and how much of it.

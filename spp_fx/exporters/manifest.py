@@ -108,7 +108,7 @@ def site_sizes(dense_bytes: int, sites_bytes: int, files: Iterable[Path]) -> dic
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file as 64 hex digits."""
+    """SHA-256 of a file as 64 hex digits; other threads run meanwhile."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -184,7 +184,7 @@ def _check_sites(lock_path: Path, path: Path, pattern: str | None, tensors: list
         where = f"{path}: tensors.{index}"
         entry = entries.pop(record.name, None)
         if entry is None:
-            raise FormatError(f"{where}.name: {record.name} comes twice or is not in {LOCK_NAME}")
+            raise FormatError(f"{where}.name: {record.name} is listed twice or is not in {LOCK_NAME}")
         if tuple(record.shape) != entry.shape:
             raise FormatError(f"{where}.shape: {record.shape}, {LOCK_NAME} has {list(entry.shape)}")
         if record.transposed != entry.transposed:

@@ -126,8 +126,8 @@ def plan(source: Source, choose: Choose, takes: str) -> dict[str, TensorRecord]:
     if all(record.layout == DENSE for record in records.values()):
         patterns = ", ".join(sorted({str(entry.pattern) for entry in source.lock.sites}))
         raise PatternError(
-            f"{source.folder.path}: no weight can be packed, {takes} alone and the lock says {patterns}: "
-            f"{count_reasons(records.values())}; other formats take it, such as sparse-bitmask"
+            f"{source.folder.path}: no weight can be packed: {takes}, and the lock has {patterns}: "
+            f"{count_reasons(records.values())}; export it in another format, such as sparse-bitmask"
         )
     return records
 
@@ -294,7 +294,7 @@ def _read_back(source: Source, model: "PackedModel", say: Say) -> dict[str, int]
     A zero that lost its sign is counted and reported.
 
     Raises:
-        MaskError: a value of a packed site is not the model's.
+        MaskError: a tensor is missing, or a value of a packed site is not the model's.
         FormatError: another tensor is not the model's.
     """
     entries = source.lock.by_name()
@@ -306,8 +306,10 @@ def _read_back(source: Source, model: "PackedModel", say: Say) -> dict[str, int]
             checks["signs_of_zeros_lost" if lost else "bit_exact"] += 1
             if lost:
                 say(f"warning: {name}: {lost} zeros of negative sign were written as +0")
-        elif name in model.where or name not in entries:
+        elif name in model.where:
             copied.setdefault(model.where[name].path, []).append(name)
+        else:
+            raise MaskError(f"{name}: is not in the export")
     for path, names in copied.items():
         check_copied(source.folder, names, path, source.as_exported)
         sites = sum(name in entries for name in names)

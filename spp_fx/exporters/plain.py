@@ -66,4 +66,4 @@ def write_plain_config(folder: ModelFolder, target: Path, say: Say) -> None:
     if removed:
         text = json.dumps(config, indent=2, ensure_ascii=False)
         (target / "config.json").write_text(text + "\n", encoding="utf-8")
-        say(f"config.json: left out, for the weights are plain: {', '.join(removed)}")
+        say(f"config.json: left out, since the weights are plain: {', '.join(removed)}")

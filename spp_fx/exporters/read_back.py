@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -12,6 +13,7 @@ from spp_fx.exporters.format import Decoded, Source
 from spp_fx.storage.folder import ModelFolder
 from spp_fx.storage.safetensors import Shard
 
+_MAPPED_BYTES = 256 << 20
 NOT_IN_TORCH = ("F6_E2M3", "F6_E3M2")
 """dtypes whose tensors the library cannot return; their stored bytes are compared."""
 
@@ -31,14 +33,14 @@ def check_copied(
     Raises:
         FormatError: a tensor differs; names the first byte.
     """
-    count = 0
+    count, library = 0, LibraryReader()
     for name in names:
         shard, info = source.info(name)
         if info.dtype in NOT_IN_TORCH:
             fault = "it" if Shard.open(written).difference(shard, name) else None
         else:
-            theirs = expected(name, library_tensor(shard.path, name))
-            fault = difference(theirs, library_tensor(written, name))
+            theirs = expected(name, library.read(shard.path, name))
+            fault = difference(theirs, library.read(written, name))
         if fault is not None:
             raise FormatError(f"{written}: {name}: {fault} differs from {shard.path} after it was written")
         count += 1
@@ -60,10 +62,33 @@ def check_decoded(source: Source, decoded: Decoded) -> dict[str, int]:
     return {"tensors_equal": len(source.folder.names)}
 
 
-def library_tensor(path: Path, name: str) -> Tensor:
-    """A tensor as the safetensors library reads it; its file is mapped as long as the tensor lives."""
-    with safe_open(str(path), "pt") as file:
-        return file.get_tensor(name)
+class LibraryReader:
+    """Tensors as the safetensors library reads them.
+
+    The library parses the whole header when it opens a file, so files stay open. It maps an open file, and what was
+    read of it counts as memory: after every `_MAPPED_BYTES` all files are opened again.
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[Path, Any] = {}
+        self._bytes = 0
+
+    def read(self, path: Path, name: str) -> Tensor:
+        """A tensor of a file, mapped as long as it lives."""
+        tensor = self._open(path).get_tensor(name)
+        self._bytes += tensor.nbytes
+        return tensor
+
+    def metadata(self, path: Path) -> dict[str, str]:
+        """`__metadata__` of a file."""
+        return self._open(path).metadata() or {}
+
+    def _open(self, path: Path) -> Any:
+        if self._bytes > _MAPPED_BYTES:
+            self._files, self._bytes = {}, 0
+        if path not in self._files:
+            self._files[path] = safe_open(str(path), "pt")
+        return self._files[path]
 
 
 def difference(expected: Tensor, found: Tensor) -> str | None:

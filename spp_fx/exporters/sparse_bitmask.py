@@ -22,13 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
 from torch import Tensor
 
 from spp_fx.errors import FormatError
 from spp_fx.exporters.format import Decoded, Format, Say, Source, TensorFile, Tick, new_tensor_file, register
 from spp_fx.exporters.manifest import COMPACT, MANIFEST, Manifest, TensorRecord, site_sizes
-from spp_fx.exporters.read_back import check_copied, library_tensor
+from spp_fx.exporters.read_back import LibraryReader, check_copied
 from spp_fx.parallel import in_order
 from spp_fx.sparsity.kernels import popcount
 from spp_fx.sparsity.lock import LOCK_NAME, LockEntry
@@ -205,18 +204,16 @@ def _check_written(model: ModelFolder, folder: Path, packed: Set[str]) -> dict[s
     Raises:
         FormatError: a file or a tensor is not the model's.
     """
-    counts = {"bit_exact": 0, "tensors_equal": 0}
+    counts, library = {"bit_exact": 0, "tensors_equal": 0}, LibraryReader()
     for shard in model.shards:
         written = within(folder, shard.name)
         with shard.path.open("rb") as file:
             header = file.read(int.from_bytes(file.read(8), "little"))
-        with safe_open(str(written), "pt") as file:
-            metadata = file.metadata() or {}
-        if metadata.get("header", "").encode() != header:
+        if library.metadata(written).get("header", "").encode() != header:
             raise FormatError(f"{written}: does not hold the header of {shard.path}")
         for name in sorted(packed & shard.header.tensors.keys()):
-            values, bits = (library_tensor(written, f"{name}.{part}") for part in ("values", "bitmask"))
-            _check_site(values, bits, library_tensor(shard.path, name), f"{written}: {name}")
+            values, bits = (library.read(written, f"{name}.{part}") for part in ("values", "bitmask"))
+            _check_site(values, bits, library.read(shard.path, name), f"{written}: {name}")
             counts["bit_exact"] += 1
         others = [name for name in shard.header.tensors if name not in packed]
         counts["tensors_equal"] += check_copied(model, others, written)

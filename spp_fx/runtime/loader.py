@@ -100,7 +100,7 @@ class StoredWeights:
 
 
 def owner_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that holds a parameter or buffer, and the attribute that it is there."""
+    """The module that holds a parameter or buffer, and the name of its attribute there."""
     path, _, attribute = name.rpartition(".")
     return model.get_submodule(path), attribute
 

@@ -1,9 +1,10 @@
 """Which form of a sparse weight runs on a GPU, and whether its products equal those of the dense weight.
 
-Products are compared on the GPU that they are to run on. Unit vectors first: each product is one column of the
-weight, 1 w and zeros, which no accumulation order can round, so for 16-bit types it must be the weight to the bit,
-and one misplaced entry shows. Then random inputs of some token counts, padded ones among them, within the
-error bound of an inner product (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., eq. 3.5):
+Products are compared on the GPU that they are to run on. Unit vectors come first: each product is one column of the
+weight, a sum of 1 w and zeros that no accumulation order can round. For 16-bit types it must equal the weight bit for
+bit, and one misplaced entry shows. Random inputs of several token counts, some of them padded, follow. Their products
+must be within the error bound of an inner product (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed.,
+eq. 3.5):
 
     |y - x w| <= u |x w| + n 2^-23 |x| |w|
 

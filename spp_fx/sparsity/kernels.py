@@ -1,6 +1,7 @@
 """Loops over weights and mask bits: element types, zeros and non-finite values, full groups, transposition, locator.
 
-All in numpy except the scan of weights, which is compiled where llvmlite is installed: several times faster.
+All in numpy, except that the scan of weights and the count of full groups are compiled where llvmlite is installed:
+several times faster.
 Mask bits are packed LSB first: element i is bit i % 8 of byte i // 8.
 """
 
@@ -279,7 +280,7 @@ def locate(bits: Bytes, rows: int, columns: int) -> list[int]:
     words = np.zeros((bits.size + 7) // 8 + 1, dtype="<u8")
     words.view(np.uint8)[: bits.size] = bits
     folded = np.zeros(words.size + 1, dtype=np.uint64)  # the XOR of all words before one
-    higher = np.zeros(words.size + 1, dtype=np.uint64)  # the same of their numbers, but for the low six bits
+    higher = np.zeros(words.size + 1, dtype=np.uint64)  # the same of their numbers, without the low six bits
     np.bitwise_xor.accumulate(words, out=folded[1:])
     for at in range(0, words.size, _BLOCK_WORDS):
         block = words[at : at + _BLOCK_WORDS]

@@ -181,11 +181,7 @@ def load_lock(path: str | os.PathLike[str]) -> Lock:
 
 
 def lock_beside(folder: Path) -> Lock | None:
-    """The lock in a folder, or None; one that cannot be read is an error.
-
-    Raises:
-        what `load_lock` raises.
-    """
+    """The lock in a folder, or None; raises as `load_lock` for one that cannot be read."""
     path = folder / LOCK_NAME
     return load_lock(path) if os.path.lexists(path) else None
 

@@ -69,7 +69,6 @@ def scan_file(
     dtype: str,
     *,
     transposed: bool = False,
-    threads: int | None = None,
 ) -> Scan:
     """Scan a tensor that is stored contiguous and little-endian in a file.
 
@@ -78,7 +77,6 @@ def scan_file(
         shape: the STORED shape, 2-D or 3-D.
         dtype: a safetensors dtype name ('BF16', 'F8_E4M3', ...).
         transposed: the last two dimensions are stored (in, out), as in Conv1D.
-        threads: threads to read with; by default `thread_count()`.
 
     Raises:
         FormatError: the file ends early, the dtype has no readable zeros, or the shape is not 2-D or 3-D.
@@ -94,7 +92,7 @@ def scan_file(
                 raise FormatError(f"{path}: the file ends at byte {offset + start + done}, inside a tensor")
             return buffer
 
-        return _scan(read, kind, shape, transposed, threads)
+        return _scan(read, kind, shape, transposed)
 
 
 def scan_tensor(tensor: "torch.Tensor", *, transposed: bool = False) -> Scan:
@@ -134,7 +132,6 @@ def _scan(
     kind: ElementType,
     shape: tuple[int, ...],
     transposed: bool,
-    threads: int | None = None,
 ) -> Scan:
     """Scan the bytes that `read` returns: from a position on, as many as a buffer holds, perhaps in that buffer."""
     numel, size = math.prod(shape), kind.itemsize
@@ -155,7 +152,7 @@ def _scan(
         return nnz, non_finite, first
 
     regions = range(0, numel, _REGION // size)
-    found = list(in_order(scan_region, regions, min(threads or thread_count(), len(regions))))
+    found = list(in_order(scan_region, regions, min(thread_count(), len(regions))))
     first = next((first for _, _, first in found if first >= 0), None)
     canonical = (*shape[:-2], shape[-1], shape[-2]) if transposed else shape
     mask = PackedMask.counted(

@@ -506,7 +506,7 @@ def _counted(names: list[str], one: str, more: str) -> str:
 def _may_hold_tensors(path: Path) -> bool:
     try:
         return bool(read_header(path).tensors)
-    except SppFxError:  # a damaged file that is not the model's is no error
+    except SppFxError:  # a damaged file that is not the model's is not an error
         return True
 
 

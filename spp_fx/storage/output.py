@@ -12,8 +12,8 @@ from pathlib import Path
 
 from spp_fx.errors import SppFxError, UsageError
 
-OUR_FILES = ("config.json", "adapter_config.json", "export.json", "sparsity.lock.json")
-"""--force replaces a non-empty folder only when it holds one of these."""
+REPLACEABLE = ("config.json", "adapter_config.json", "export.json", "sparsity.lock.json")
+"""--force replaces a non-empty folder only if it holds one of these files."""
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _FORBIDDEN = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
@@ -65,7 +65,7 @@ def atomic_file(target: Path, force: bool = False) -> Generator[Path, None, None
 
 def _remove_leftovers(folder: Path, prefix: str) -> None:
     """Remove temporary files of killed processes: those that nobody has written to for a day."""
-    with suppress(OSError):  # it is no reason to stop
+    with suppress(OSError):  # the new file does not need it
         for entry in os.scandir(folder):
             if entry.name.startswith(prefix) and time.time() - entry.stat().st_mtime > _DAY:
                 os.unlink(entry)
@@ -95,9 +95,9 @@ def check_target(target: Path, force: bool, sources: Iterable[Path]) -> None:
         raise UsageError(f"{target}: exists; give another -o or --force")
     if Path.cwd().is_relative_to(real):
         raise UsageError(f"{target}: is the current folder or contains it; give another -o")
-    if any(target.iterdir()) and not any((target / name).is_file() for name in OUR_FILES):
+    if any(target.iterdir()) and not any((target / name).is_file() for name in REPLACEABLE):
         raise UsageError(
-            f"{target}: --force does not replace it, since it holds none of {', '.join(OUR_FILES)}; "
+            f"{target}: --force does not replace it, since it holds none of {', '.join(REPLACEABLE)}; "
             "give another -o, or remove it yourself"
         )
 

@@ -1,6 +1,6 @@
 """Reading safetensors files: dtypes, checked headers, tensors whole or in blocks of rows.
 
-torch is imported only where its dtypes or tensors are asked for.
+torch is imported only where its dtypes or tensors are needed.
 
 Format: an unsigned 64-bit little-endian length, that many bytes of JSON starting with '{' and padded with
 spaces, then the tensors' bytes without gaps (https://github.com/huggingface/safetensors#format).

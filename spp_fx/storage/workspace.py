@@ -105,8 +105,8 @@ def workspace(
     """A folder to write `target` in; it is renamed to `target`, whole and durable, when the block ends well.
 
     A run that is killed, interrupted or stopped by a disk error leaves `target` absent, or the old one whole. Its
-    finished files stay in `.NAME.work`, and the next run with the same plan continues there. Any other SppFxError
-    would come again, so that nothing is kept.
+    finished files stay in `.NAME.work`, and the next run with the same plan continues there. After any other
+    SppFxError, which would occur again, nothing is kept.
 
     Args:
         target: the folder to appear; missing parents are created.
@@ -121,7 +121,7 @@ def workspace(
 
     Raises:
         UsageError: another process writes `target`, or what `check_output` refuses.
-        SppFxError: the disk is full, read-only or fails, or an input was lost; says what is kept, and where.
+        SppFxError: the disk is full, read-only or fails, or an input was lost; names what is kept, and where.
     """
     target, sources = Path(os.path.abspath(target)), tuple(sources)
     check_output(target, force, sources, say)
@@ -155,7 +155,7 @@ def check_output(
 
     Raises:
         UsageError: `target` exists (without `force`), is a file, a link, one of the sources or above one, the
-            current folder or above it, or (with `force`) a non-empty folder that holds none of `OUR_FILES`;
+            current folder or above it, or (with `force`) a non-empty folder that holds none of `REPLACEABLE`;
             another process writes it.
     """
     target, sources = Path(os.path.abspath(target)), tuple(sources)
@@ -419,7 +419,7 @@ def _lock(target: Path, store: Path) -> int:
 
 
 def _remove(store: Path, journal: Journal) -> bool:
-    """Remove a store, first what says that something is finished; False if some of it stays.
+    """Remove a store, first the journal's entries of finished files; False if some of it stays.
 
     An empty journal stays with it, so that the next run on the same target tries again.
     """

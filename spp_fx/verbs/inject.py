@@ -1,6 +1,6 @@
 """inject: an adapter folder for a pruned model."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry, compare, lock_besid
 from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.pattern import Pattern
 from spp_fx.storage.links import links_option
-from spp_fx.storage.workspace import workspace
+from spp_fx.storage.workspace import Say, workspace
 from spp_fx.verification import provenance
 from spp_fx.verification.model_sites import ModelSites, choose, find_sites, scan_sites
 
@@ -98,7 +98,7 @@ def inject(
     trust_remote_code: bool = False,
     allow_links: bool = False,
     tick: Tick = no_tick,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = lambda line: None,
     **options: Any,
 ) -> Injected:
     """Make an adapter folder for a pruned model folder, with a lock of its masks.
@@ -161,7 +161,7 @@ def _inject(
     targets: Sequence[str],
     skip: Sequence[str],
     tick: Tick,
-    say: Callable[[str], None],
+    say: Say,
 ) -> tuple[Injected, Lock]:
     for note in found.notes:
         say(note)

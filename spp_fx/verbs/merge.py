@@ -16,7 +16,7 @@ import numpy as np
 from spp_fx.adapters.adapter_folder import CONFIG, FACTORS, AdapterFolder, StoredMatrix
 from spp_fx.adapters.fold import FLOATING, FoldCounts, StoredFold, Vanish
 from spp_fx.errors import FormatError, MaskError, UsageError
-from spp_fx.exporters.manifest import open_model
+from spp_fx.exporters.manifest import open_model, sha256
 from spp_fx.parallel import Tick, in_order, no_tick, thread_count
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry, compare, compare_masks, lock_beside, make_entry
 from spp_fx.sparsity.mask import PackedMask
@@ -25,7 +25,7 @@ from spp_fx.sparsity.scan import scan_stored
 from spp_fx.storage.folder import OWN_FILES, ModelFolder, within
 from spp_fx.storage.links import links_option
 from spp_fx.storage.safetensors import Shard, TensorInfo
-from spp_fx.storage.workspace import Workspace, workspace
+from spp_fx.storage.workspace import Say, Workspace, workspace
 from spp_fx.storage.writer import SPAN, Bytes, Change, copy_others, rewrite
 from spp_fx.verification import provenance
 
@@ -102,7 +102,7 @@ def merge(
     fresh: bool = False,
     allow_links: bool = False,
     tick: Tick = no_tick,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = lambda line: None,
 ) -> Merged:
     """Write base + adapter as a model folder with the base's names, shards, dtypes and metadata.
 
@@ -190,7 +190,8 @@ def _check_base(folder: ModelFolder, entry: LockEntry) -> None:
     difference = compare(entry, scan.mask)
     if not difference.equal:
         raise MaskError(
-            f"{folder.path}: {entry.name}: the base no longer has its locked mask {difference.reason}"
+            f"{folder.path}: {entry.name}: the base no longer has its locked mask "
+            f"({difference.reason or 'zeros moved'})"
         )
 
 
@@ -392,7 +393,7 @@ class Proof:
         self.mask_equal.clear()
 
     def _hash(self, copy: Shard) -> None:
-        self.digests[copy.name] = provenance.file_sha256(copy.path)
+        self.digests[copy.name] = sha256(copy.path)
 
     def _copied(self, shard: Shard) -> Iterator[tuple[int, int]]:
         """Ranges of bytes outside of folded tensors."""

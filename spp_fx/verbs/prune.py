@@ -1,6 +1,6 @@
 """prune: make a dense model folder sparse, tensor by tensor or decoder layer by decoder layer."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from hashlib import blake2b
 from math import prod
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spp_fx.console import Table, grouped
 from spp_fx.errors import FormatError, MaskError, UsageError
-from spp_fx.exporters.manifest import open_model
+from spp_fx.exporters.manifest import open_model, sha256
 from spp_fx.graph.binding import assemble, take_apart
 from spp_fx.graph.program import Program
 from spp_fx.parallel import in_order
@@ -39,7 +39,7 @@ from spp_fx.sparsity.scan import scan_stored
 from spp_fx.storage.folder import OWN_FILES, ModelFolder
 from spp_fx.storage.links import links_option
 from spp_fx.storage.safetensors import Shard, TensorInfo, dtype_name, torch_dtype
-from spp_fx.storage.workspace import Workspace, check_output, workspace
+from spp_fx.storage.workspace import Say, Workspace, check_output, workspace
 from spp_fx.storage.writer import copy_others, rewrite_shard, write_safetensors, write_shards
 from spp_fx.verbs.load import Calibration, draw_windows
 from spp_fx.verification import provenance
@@ -62,7 +62,7 @@ class LayerStore:
             self.done += 1
 
     def finish(self, layer: int, tensors: Mapping[str, Tensor], reports: tuple[MatrixReport, ...]) -> None:
-        """Keep the new tensors of a layer, by their names in the checkpoint, once the next layer's inputs are."""
+        """Keep the new tensors of a layer, by checkpoint name, after the inputs of the next layer were kept."""
         target = self._work.store / _file(layer)
         target.unlink(missing_ok=True)  # a killed run may have left half of it
         specs = [(name, dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()]
@@ -252,7 +252,7 @@ def prune(
     trust_remote_code: bool = False,
     allow_links: bool = False,
     tick: Tick = silent,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = lambda line: None,
     **options: Any,
 ) -> Pruned:
     """Prune every matched site of a model folder and write the lock beside the weights.
@@ -343,7 +343,7 @@ def _patterns(
 
 
 def _all_options() -> dict[str, None]:
-    """The options of every criterion as None: a history has those too that were not given."""
+    """The options of every criterion as None: a history also lists those that were not given."""
     return {option.name: None for criterion in CRITERIA.values() for option in fields(criterion)}
 
 
@@ -353,7 +353,7 @@ def _record(found: ModelSites, folder: Path, settings: Mapping[str, Any], tokens
     if tokens is not None:
         inputs["calibration"] = blake2b(tokens.numpy().tobytes(), digest_size=32).hexdigest()
     names = [shard.name for shard in found.folder.shards]
-    digests = in_order(provenance.file_sha256, (folder / name for name in names))
+    digests = in_order(sha256, (folder / name for name in names))
     provenance.record(
         found.folder.path,
         folder,

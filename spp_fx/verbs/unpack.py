@@ -11,9 +11,9 @@ from spp_fx.console import megabytes
 from spp_fx.errors import FormatError, MaskError, UsageError
 from spp_fx.exporters.format import FORMATS, Format, Say, decoding_formats
 from spp_fx.exporters.legacy import LegacyFolder, is_legacy
-from spp_fx.exporters.manifest import MANIFEST, TENSOR_FILES, Manifest, read_manifest
+from spp_fx.exporters.manifest import MANIFEST, TENSOR_FILES, Manifest, read_manifest, sha256
 from spp_fx.exporters.plain import write_plain_config
-from spp_fx.exporters.read_back import NOT_IN_TORCH, difference, library_tensor
+from spp_fx.exporters.read_back import NOT_IN_TORCH, LibraryReader, difference
 from spp_fx.parallel import Tick, no_tick
 from spp_fx.sparsity.lock import LOCK_NAME
 from spp_fx.storage.folder import WEIGHTS_NAME, ModelFolder, within
@@ -111,7 +111,7 @@ def _keep_history(export: Path, target: Path, *, exact: bool) -> None:
     if history is None:
         return
     if not exact:
-        digests = {WEIGHTS_NAME: provenance.file_sha256(target / WEIGHTS_NAME)}
+        digests = {WEIGHTS_NAME: sha256(target / WEIGHTS_NAME)}
         provenance.record(export, target, "unpack", inputs={}, settings={}, digests=digests)
         return
     steps = history.steps[:-1] if history.steps[-1].step == "export" else history.steps  # export is undone
@@ -163,12 +163,12 @@ def _check_masks(target: Path, lock: Path) -> int:
 
 def _compare(target: Path, names: Iterable[str], read: Callable[[str], Tensor]) -> int:
     """Compare written tensors, as the safetensors library reads them, with what was decoded; returns how many."""
-    model, count = ModelFolder.open(target), 0
+    model, library, count = ModelFolder.open(target), LibraryReader(), 0
     for name in names:
         shard, info = model.info(name)
         if info.dtype in NOT_IN_TORCH:
             continue
-        if difference(read(name), library_tensor(shard.path, name)):
+        if difference(read(name), library.read(shard.path, name)):
             raise FormatError(f"{shard.path}: {name}: read back, it is not what the export decodes to")
         count += 1
     return count

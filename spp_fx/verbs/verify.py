@@ -17,7 +17,7 @@ from spp_fx.verification.policy import Check, Coverage, Requirements, nothing_to
 from spp_fx.verification.verdict import Finding, SiteVerdict, Verified
 
 MASK_BYTES = 256 << 20
-"""Freed memory worth keeping: a mask for each job, whose pages the next one takes over."""
+"""How much freed memory the command keeps: a mask for each job, whose pages the next one reuses."""
 
 _NEEDS_ORIGIN = ("mask-changed", "pattern-broken", "non-finite")
 """Findings for which it matters which step wrote the file."""
@@ -51,7 +51,7 @@ def verify(
         coverage: 'all' requires that every site of the model is in the lock, or sparse where there is no lock,
             and that no weight is left unread.
         trust_remote_code: run code that a model folder brings, where sites have to be found; off, it never runs.
-        jobs: sites that are scanned at once; by default the CPUs at hand, at most 8, and one where weights
+        jobs: sites that are scanned at once; by default one per CPU, at most 8, and only one where weights
             have to be decoded.
         allow_links: follow symbolic links that leave a folder; see `links.check_link`.
         tick: called with a site's name and its number of weights when it is done.
@@ -166,7 +166,7 @@ def _damage(error: Exception) -> Finding:
 
 
 def _kind_of_damaged(path: Path) -> str:
-    """The kind of an artifact that cannot be opened, as far as it is known."""
+    """The kind of an artifact that cannot be opened, by its name and files."""
     if path.suffix in (".onnx", ".safetensors"):
         return path.suffix.removeprefix(".")
     if (path / MANIFEST).is_file():

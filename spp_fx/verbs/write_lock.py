@@ -1,7 +1,7 @@
 """lock: write the lock of a sparse model that has none, whichever tool pruned it."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from spp_fx.console import grouped
 from spp_fx.errors import FormatError, MaskError, PatternError, UsageError
-from spp_fx.exporters.manifest import open_model
+from spp_fx.exporters.manifest import open_model, sha256
 from spp_fx.parallel import Tick, in_order, no_tick
 from spp_fx.sparsity.kernels import element_type
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry, load_lock, make_entry
@@ -21,6 +21,7 @@ from spp_fx.storage.folder import peft_adapter
 from spp_fx.storage.links import links_option
 from spp_fx.storage.output import atomic_file
 from spp_fx.storage.safetensors import Shard
+from spp_fx.storage.workspace import Say
 from spp_fx.verification import provenance
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def lock(
     trust_remote_code: bool = False,
     allow_links: bool = False,
     tick: Tick = no_tick,
-    say: Callable[[str], None] = lambda line: None,
+    say: Say = lambda line: None,
 ) -> Locked:
     """Write the lock of a sparse model folder, or of a .safetensors file without a model around it.
 
@@ -308,7 +309,7 @@ def nothing_sparse(model: Path, made: Made) -> PatternError:
     )
 
 
-def _replaced_lock(target: Path, say: Callable[[str], None]) -> Lock | None:
+def _replaced_lock(target: Path, say: Say) -> Lock | None:
     """The lock that is about to be replaced; None where there is none, or it is damaged."""
     if not target.is_file():
         return None
@@ -333,7 +334,7 @@ def _changes(before: Lock | None, after: Lock) -> dict[str, list[str]] | None:
 def _record(found: "ModelSites", lock: Path, settings: dict[str, Any]) -> None:
     """Add this step to the history of the folder, with the digests of the weights that were locked."""
     folder, shards = found.folder.path, found.folder.shards
-    digests = in_order(provenance.file_sha256, (shard.path for shard in shards))
+    digests = in_order(sha256, (shard.path for shard in shards))
     provenance.record(
         folder,
         folder,

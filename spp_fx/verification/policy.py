@@ -174,7 +174,7 @@ class RuleTable(StrictModel):
 
 
 class _RequirementsTable(StrictModel):
-    """A key that is left out is None, so that a default can stand for it."""
+    """An omitted key is None: the default applies."""
 
     pattern: _Pattern | None = None
     coverage: Coverage | None = None

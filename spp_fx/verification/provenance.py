@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, StringConstraints, ValidationError, field_validator
 
 from spp_fx.errors import FormatError, SppFxError
+from spp_fx.exporters.manifest import TENSOR_FILES, sha256
 from spp_fx.sparsity.lock import LOCK_NAME
 from spp_fx.storage.folder import within
 from spp_fx.storage.output import atomic_file
@@ -27,7 +28,6 @@ FORMAT_VERSION = 1
 StepName = Literal["prune", "lock", "inject", "merge", "export", "unpack"]
 Setting = str | int | float | bool | None | list[str]
 
-_WEIGHTS = (".safetensors", ".onnx", ".onnx.data")
 _TRAINED = "adapter_model.safetensors"  # every training run rewrites it, so that no digest of it would last
 _MAX_BYTES = 16 << 20
 _MAX_STEPS = 1000
@@ -128,8 +128,8 @@ def record(
             file is then replaced as a whole.
         inputs: fingerprints of what was read, by role.
         settings: options that the result depends on; plain values, no paths.
-        digests: SHA-256 of weight files by their path in `folder_out`, as read back; others are recorded
-            without one. Names of files that hold no weights are left out.
+        digests: SHA-256 of weight files by their path in `folder_out`, as read back; other weight files are
+            recorded without one. Entries of other files are ignored.
         lock: the lock where it is not in `folder_out` yet.
 
     Raises:
@@ -140,7 +140,7 @@ def record(
     files = sorted(
         path.relative_to(folder_out).as_posix()
         for path in folder_out.rglob("*")
-        if path.name.endswith(_WEIGHTS) and path.name != _TRAINED and path.is_file()
+        if path.name.endswith(TENSOR_FILES) and path.name != _TRAINED and path.is_file()
     )
     try:
         last = Step(
@@ -202,7 +202,7 @@ def _about_file(history: Provenance, path: Path, file: str) -> str:
         return f"{changed} ({size} bytes now, {then.bytes} then)"
     if then.sha256 is None:
         return f"{last} recorded no digest of {file}, so it is unknown whether the file changed afterwards"
-    if file_sha256(path) != then.sha256:
+    if sha256(path) != then.sha256:
         return changed
     origin = last
     for step in reversed(history.steps[:-1]):
@@ -226,12 +226,6 @@ def _about_lock(last: Step, lock: Path) -> str:
         return ""
     fate = "removed" if now is None else "added" if last.lock is None else "replaced"
     return f"; {LOCK_NAME} was {fate} after {last.step}"
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, 64 hexadecimal digits; other threads run meanwhile."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_blake2b(path: Path) -> str:

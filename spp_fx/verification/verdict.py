@@ -186,7 +186,7 @@ class Verdicts:
         }
 
     def lines(self) -> Iterator[str]:
-        """Of a single artifact that cannot be opened nothing: that is an error, not a verdict."""
+        """Nothing for a single artifact that cannot be opened: that is an error, not a verdict."""
         for verdict in self.each:
             if self.listed or verdict.error is None:
                 yield from lines(verdict, one_of_many=len(self.each) > 1)

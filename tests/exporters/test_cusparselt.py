@@ -156,7 +156,7 @@ def test_each_site_is_packed_once(tmp_path, monkeypatch):
 
 def test_a_model_without_2_4_weights_is_an_error(tmp_path):
     with pytest.raises(
-        PatternError, match=r"takes 2:4 matrices alone and the lock says 4:8: it is not 2:4 \(7 of 7\)"
+        PatternError, match=r"takes only 2:4 matrices, and the lock has 4:8: it is not 2:4 \(7 of 7\)"
     ):
         exported(model_folder(tmp_path / "m", "4:8"))
     assert not (tmp_path / "out").exists()
@@ -246,7 +246,7 @@ def set_first(field, value):
         (set_first("transposed", True), r"export\.json: tensors\.0\.transposed"),
         (set_first("name", "other"), r"export\.json: tensors\.0\.name: other"),
         (lambda data: data["tensors"].pop(), r"export\.json: tensors: .* is missing"),
-        (lambda data: data["tensors"].append(data["tensors"][0]), r"tensors\.7\.name: .* comes twice"),
+        (lambda data: data["tensors"].append(data["tensors"][0]), r"tensors\.7\.name: .* is listed twice"),
         (lambda data: data.update(files={}), r"export\.json: files: packed\.safetensors has no digest"),
         (lambda data: data["files"].pop("sparsity.lock.json"), r"files: sparsity\.lock\.json has no digest"),
         (lambda data: data["requirements"].update(sm="8"), r"export\.json: requirements\.sm: '8'"),
@@ -268,16 +268,23 @@ def test_export_json_is_not_believed(tmp_path, good, edit, message):
         verify(folder)
 
 
-def test_a_mask_that_is_not_the_sources_is_not_counted(tmp_path, monkeypatch):
-    """The lock that an export is held to is the model's own, not one that the writer made."""
+@pytest.mark.parametrize(
+    ("format", "message"),
+    [
+        ("cusparselt", r"v_proj\.weight: is not in the export"),
+        ("safetensors", "the lock of the export is not the model's"),
+    ],
+)
+def test_a_site_that_lock_and_manifest_lack_is_an_error(tmp_path, monkeypatch, format, message):
+    """An export is checked against the model's own lock, not against one that the writer made."""
     right = source.Source.finish
 
     def fewer(self, folder, format, records, **fields):
         right(replace(self, lock=Lock.of(self.lock.sites[:-1])), folder, format, records[:-1], **fields)
 
     monkeypatch.setattr(source.Source, "finish", fewer)
-    with pytest.raises(MaskError, match="the lock of the export is not the model's"):
-        exported(model_folder(tmp_path / "m"))
+    with pytest.raises(MaskError, match=message):
+        export(model_folder(tmp_path / "m"), tmp_path / "out", format)
     assert not (tmp_path / "out").exists()
 
 
@@ -285,7 +292,7 @@ def test_the_verb_reports_it(tmp_path):
     model = model_folder(tmp_path / "m", "4:8")
     ran = command("export", model, "--format", "cusparselt", "-o", tmp_path / "out")
     assert ran.code == 1
-    assert "2:4 matrices alone" in ran.err
+    assert "takes only 2:4 matrices" in ran.err
 
 
 OTHER_TENSORS = {"norm": torch.ones(7, dtype=torch.bfloat16)}

@@ -94,7 +94,7 @@ def test_rounding_makes_a_float32_weight_packable(tmp_path):
 
 
 def test_nothing_to_pack_is_an_error(tmp_path):
-    with pytest.raises(PatternError, match=r"no weight can be packed, .* shape 40 x 64: .* \(1 of 1\)"):
+    with pytest.raises(PatternError, match=r"no weight can be packed: .* shape 40 x 64: .* \(1 of 1\)"):
         exported(tmp_path, {"a.weight": random_sparse(40, 64, torch.bfloat16, 4)})
     assert not (tmp_path / "out").exists()
 

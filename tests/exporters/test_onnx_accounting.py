@@ -664,6 +664,16 @@ def test_a_part_of_a_packed_weight_that_is_also_read_otherwise_is_accounted_for(
     assert [each for each, held in places.items() if "values" in held] == ([place] if place else [])
 
 
+def test_a_constant_of_an_empty_shape_is_a_number(tmp_path):
+    graph = Graph()
+    graph.put("w", weight("2:4"))
+    value = helper.make_tensor("value", FLOAT, [1], [2.0])
+    two = graph.op("ConstantOfShape", [graph.put("none", np.zeros(0, np.int64))], "two", value=value)
+    graph.op("Gemm", ["x", graph.op("Mul", ["w", two], "doubled")], "y", transB=1)
+    weights = read_graph(graph.write(tmp_path / "m.onnx"))
+    assert weights.scan("w", False).mask == pack_mask(torch.from_numpy(weight("2:4")))
+
+
 @examples(6)
 @given(
     st.lists(

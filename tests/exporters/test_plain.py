@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from spp_fx.errors import FormatError
-from spp_fx.exporters import plain
+from spp_fx.exporters import plain, read_back
 from spp_fx.exporters.manifest import read_manifest
 from spp_fx.storage.folder import ModelFolder
 from spp_fx.storage.safetensors import Shard
@@ -25,6 +25,20 @@ def test_every_tensor_is_compared(tmp_path):
     with safe_open(str(model / "model.safetensors"), "pt") as file:
         assert done.checks["tensors_equal"] == len(list(file.keys()))
     assert done.checks["masks_equal"] == 7
+
+
+def test_a_file_is_opened_once_however_many_tensors_it_holds(tmp_path, monkeypatch):
+    """The library parses the whole header each time, so that opening it for every tensor takes quadratic time."""
+    opened: list[str] = []
+
+    def counting(path, framework):
+        opened.append(path)
+        return safe_open(path, framework)
+
+    monkeypatch.setattr(read_back, "safe_open", counting)
+    model = model_folder(tmp_path / "m")
+    assert export(model, tmp_path / "out", "safetensors").checks["tensors_equal"] > 10
+    assert len(opened) == 2  # the model's and the written one
 
 
 def test_a_byte_that_changed_on_the_way_is_found(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from spp_fx.errors import FormatError, MaskError, PatternError, UsageError
+from spp_fx.parallel import sharing
 from spp_fx.sparsity import scan as scan_module
 from spp_fx.sparsity.kernels import element_type
 from spp_fx.sparsity.mask import PackedMask
@@ -118,7 +119,8 @@ def test_chunks_regions_and_threads_do_not_change_the_answer(tmp_path, monkeypat
     weight[1, 5, 6] = weight[1, 7, 7] = float("nan")
     path = tmp_path / "weights"
     path.write_bytes(weight.view(torch.uint8).numpy().tobytes())
-    scan = scan_file(path, 0, (2, 131, 77), "BF16", transposed=transposed, threads=threads)
+    with sharing(threads):
+        scan = scan_file(path, 0, (2, 131, 77), "BF16", transposed=transposed)
     canonical = weight.transpose(1, 2) if transposed else weight
     assert np.array_equal(scan.mask.to_bool(), (canonical != 0).numpy())
     assert scan.mask.digest == PackedMask.from_bool((canonical != 0).numpy()).digest

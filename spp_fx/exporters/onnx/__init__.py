@@ -5,8 +5,8 @@ The path of a weight through an export, and through verify of an .onnx file:
     model_writer -> graph_export, graph_parameters -> encodings -> graph_writer
     graph_weights -> products -> constants -> graph_values -> onnx_file
 
-The writer reads back through `graph_weights` and runs the file with `onnxruntime_check`. What writes is imported
-when something is written: it brings torch.onnx and onnxruntime.
+The writer reads back through `graph_weights` and runs the file with `onnxruntime_check`. It is imported on first use,
+since it imports torch.onnx and onnxruntime.
 """
 
 from abc import abstractmethod
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OnnxFormat(Format):
-    """An ONNX format: what it adds is how weights are put into the graph."""
+    """An ONNX format; each of them adds an encoding of weights."""
 
     program = True
     dtype: RoundTo | None = option(None, "Round the weights to this type.")

@@ -203,7 +203,7 @@ def _evaluate(node: Node, given: Sequence[Array | None]) -> list[Array]:
                 arrays = [_scatter(node, *feeds.values())]
             elif node.op == "ConstantOfShape" and first is not None:  # one number takes no memory
                 (one,) = evaluator.run(None, {"in0": np.ones(1, np.int64)})
-                arrays = [np.broadcast_to(one, tuple(first))]
+                arrays = [np.broadcast_to(np.reshape(one, ()), tuple(first))]
             elif node.op == "Cast" and first is not None and first.ndim and not any(first.strides):
                 (one,) = evaluator.run(None, {"in0": first[(slice(0, 1),) * first.ndim]})
                 arrays = [np.broadcast_to(one, first.shape)]

@@ -1,6 +1,6 @@
 """How an ONNX graph stores a weight: as a sparse initializer, as values and codes, or as a dense constant.
 
-`docs/formats.md` describes the three; the comments here say why they are as they are.
+`docs/formats.md` describes the three.
 """
 
 import math
@@ -26,15 +26,15 @@ Indices = Literal["smallest", "int64"]
 Bits = npt.NDArray[np.unsignedinteger]
 
 ALIGNMENT = {4: 8, 2: 16, 1: 32}
-"""Bytes of an element -> what rows and columns must be multiples of for sparse tensor cores: what NVIDIA's
-documentation of cuSPARSELt asks of a structured matrix."""
+"""Bytes of an element -> what rows and columns must be multiples of for sparse tensor cores, by NVIDIA's documentation
+of structured matrices in cuSPARSELt."""
 MAX_GROUP = 16
 _CHUNK = 1 << 20  # elements processed at a time
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """What the manifest says of a parameter and its sites.
+    """The encoding of a parameter, for the manifest's records of its sites.
 
     Attributes:
         layout: `dense` where the format does not encode it.
@@ -42,7 +42,7 @@ class Encoded:
         reason: why it is dense, or another remark.
         swapped: the initializer holds the weight with its last two dimensions swapped.
         negative_zeros: zeros of negative sign that were written as +0.
-        details: what else is said of each site.
+        details: of each site, in the manifest.
     """
 
     layout: str

@@ -39,7 +39,7 @@ class Value:
     Attributes:
         maker: the node that computes it.
         rank: of an input of the graph, if the file states it.
-        alias_of: the value that this one is, while the graph is read: an output of a local function.
+        alias_of: while the graph is read, the value that this one stands for: an output of a local function.
     """
 
     name: str

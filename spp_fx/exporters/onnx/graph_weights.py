@@ -111,13 +111,14 @@ def read(folder: Path, manifest: Manifest) -> Weights:
         FormatError: the graph is damaged, or lacks a tensor that the manifest names.
     """
     graph = GraphWeights(folder / GRAPH)
-    others = set(graph.stored)
+    stored = graph.stored
+    others = set(stored)
     parts: dict[str, Part] = {}
     where: dict[str, str] = {}
     for at, record in enumerate(manifest.tensors):
         part = parts[record.name] = record.part or Part(initializer=record.name)
         where[record.name] = f"{folder / MANIFEST}: tensors.{at}.part"
-        if part.initializer in graph.stored:
+        if part.initializer in stored:
             continue
         value = graph.find(part.initializer)
         if value.maker is None:

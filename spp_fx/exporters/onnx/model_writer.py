@@ -1,8 +1,9 @@
 """Writing a whole model as one ONNX graph, in the memory of a few tensors.
 
 onnxruntime opens the graph, with its weights as inputs, before anything is written. Then the parameters are read
-from the model folder and written one by one. The written file is read back and compared with the model bit for bit,
-by code that shares nothing with the writer; that of a small model is also run, and its logits are compared.
+from the model folder and written one by one. The written file is read back by a parser of
+its own (`graph_weights`) and compared with the model bit for bit. That of a small model is also run, and its logits
+are compared.
 """
 
 from collections.abc import Iterator

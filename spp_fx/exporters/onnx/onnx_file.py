@@ -1,4 +1,4 @@
-"""An .onnx file and the tensors stored in it. Nothing in it is trusted, and no code is shared with the writer."""
+"""An .onnx file and the tensors stored in it. Nothing in it is trusted, and no code that writes tensors is used."""
 
 import math
 import os
@@ -30,13 +30,13 @@ _BITS = {
     for name, number in TensorProto.DataType.items()
     if name in ("INT4", "UINT4", "FLOAT4E2M1", "INT2", "UINT2")
 }
-"""Bits of the types with several elements in a byte, as far as the onnx package has them."""
+"""Bits of the types with several elements in a byte, of those that the installed onnx package has."""
 
 
 class OnnxFile:
     """An .onnx file whose tensors are read one by one, when they are needed.
 
-    External data is read only from files inside the file's folder. bfloat16 comes as ml_dtypes.bfloat16.
+    External data is read only from files inside the file's folder. bfloat16 is read as ml_dtypes.bfloat16.
 
     Attributes:
         dense: initializers by name.

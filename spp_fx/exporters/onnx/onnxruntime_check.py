@@ -380,7 +380,7 @@ def _cast(source: str, target: str, to: int) -> NodeProto:
 
 
 def _types(graph: GraphProto) -> dict[str, int]:
-    """Element types of the values of a graph, as far as they are known."""
+    """The known element types of the values of a graph."""
     values = {
         value.name: value.type.tensor_type.elem_type
         for value in [*graph.input, *graph.value_info, *graph.output]

@@ -12,7 +12,7 @@ from spp_fx.exporters.onnx.constants import Flow, State, Unfoldable, chain_of, f
 from spp_fx.exporters.onnx.graph_values import GraphValues, Node, Stored, Value, reachable, sources_of
 from spp_fx.exporters.onnx.operators import FLOATS, FOLLOWED, LOOKUPS, QUANTIZE, SUMS
 
-NO_SITE = ("lm_head", "wte", "wpe", "word_embeddings")
+_NO_SITE = ("lm_head", "wte", "wpe", "word_embeddings")
 """Modules whose matrices are not sites, as are those that begin with embed, in graphs without a manifest."""
 _ROUTERS = ("router", "gate")
 """Modules whose matrices are not sites if the largest of their results are chosen."""
@@ -112,7 +112,7 @@ class Factor:
 
 
 class Factors:
-    """All stored tensors of a file by what its products do with them: each weight is in exactly one of four.
+    """All stored tensors of a file by what its products do with them: each weight is in exactly one of four tables.
 
     Attributes:
         sites: name -> the factor that it is.
@@ -395,7 +395,7 @@ class Factors:
 
 
 class _Uses:
-    """What becomes of values further on in the graph."""
+    """Which nodes the numbers of a value reach."""
 
     def __init__(self, values: GraphValues, flow: Flow) -> None:
         self.flow = flow
@@ -502,7 +502,7 @@ def _depends_on_inputs(index: Value | None) -> bool:
 
 def _is_no_site(name: str) -> bool:
     """Whether a matrix's own module is named like an embedding or a head."""
-    return _module(name) in NO_SITE or _module(name).startswith("embed")
+    return _module(name) in _NO_SITE or _module(name).startswith("embed")
 
 
 def _module(name: str) -> str:
