@@ -55,7 +55,10 @@ class Registry(MutableMapping[str, T]):
             for entry in entry_points(group=self._group):
                 _load(entry, self.what)
         if name not in self:
-            raise UsageError(f"unknown {self.what} '{name}'; known: {', '.join(sorted(self))}")
+            raise UsageError(
+                f"unknown {self.what} '{name}'; known: {', '.join(sorted(self))}. If a package brings it, install the "
+                f"package (entry points {self._group})"
+            )
         return self[name]
 
     def __getitem__(self, name: str) -> T:
@@ -81,7 +84,7 @@ class Registry(MutableMapping[str, T]):
 def _load(entry: EntryPoint, what: str) -> None:
     try:
         entry.load()
-    except ImportError as error:
+    except (ImportError, SyntaxError) as error:
         package = entry.dist.name if entry.dist else "a package"
         raise UsageError(f"{what} '{entry.name}' of {package} cannot be imported: {error}") from error
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
 
 import numpy as np
 
+from spp_fx.errors import UsageError
 from spp_fx.options import check_options, check_values
 from spp_fx.registry import Registry, naming
 
@@ -211,6 +212,51 @@ def make_method(name: str, **options: Any) -> Method:
     """A method by name with its options; UsageError for an unknown name, or an option that it does not have."""
     check_options(METHODS, name, options)
     return METHODS.find(name)(**options)
+
+
+_TRIED_ROWS = 64
+
+
+def check_update(method: Method, shape: tuple[int, ...]) -> None:
+    """Try `update` on some rows of a weight of this shape; what it gets wrong would only show while training.
+
+    Raises:
+        UsageError: it fails, changes the shape, moves a zero, or gives other numbers for a part of the rows.
+    """
+    import torch
+
+    m, n = shape[-2:]
+    group = method.row_group((m, n))
+    rows = min(m, _TRIED_ROWS) if group >= _TRIED_ROWS else min(m, _TRIED_ROWS // group * group)
+    part = max(1, min(group, rows) // 2)
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, n, generator=generator, dtype=torch.float64)
+    weight[:, ::2] = 0
+    specs = method.factors((m, n))
+    factors = {key: torch.randn(spec.shape, generator=generator).double() for key, spec in specs.items()}
+
+    def updated(count: int) -> Tensor:
+        own = {key: factors[key][spec.index((0, count))] for key, spec in specs.items()}
+        return method.update(weight[:count], **own)
+
+    try:
+        whole, some = updated(rows), updated(part)
+    except (RuntimeError, TypeError, KeyError) as error:
+        raise UsageError(
+            f"{method.name}: update fails for rows of a weight of shape [{m}, {n}]: {str(error).splitlines()[0]}. It "
+            "gets parts of a weight too: take group sizes from the shapes that it is given"
+        ) from error
+    if whole.shape != weight.shape:
+        raise UsageError(
+            f"{method.name}: update of shape {list(whole.shape)} for a weight of {list(weight.shape)}"
+        )
+    if bool(whole[weight == 0].any()):
+        raise UsageError(f"{method.name}: update is not zero where the weight is zero")
+    if not torch.allclose(some, whole[:part], rtol=1e-9, atol=1e-12):
+        raise UsageError(
+            f"{method.name}: update of the first {part} rows alone is not that of all; rows and columns of each "
+            "FactorSpec must say how many rows and columns of the weight share one entry"
+        )
 
 
 def initial_factor(spec: FactorSpec, key: str, seed: int, device: torch.device) -> Tensor:

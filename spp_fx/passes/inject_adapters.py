@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import fx, nn
 
-from spp_fx.adapters.method import METHODS, Method, initial_factor
+from spp_fx.adapters.method import METHODS, Method, check_update, initial_factor
 from spp_fx.adapters.op import DROPOUT, DROPOUT_SEED, op_options, ops_of
 from spp_fx.errors import PostconditionError, PreconditionError, UsageError
 from spp_fx.graph.program import ADAPTER, Program, Site, Use, factor_attribute
@@ -87,7 +87,8 @@ def adaptable(
         shapes: of the sites, (out, in) or (experts, out, in), by name.
 
     Raises:
-        UsageError: it takes none; names the options that would work for all.
+        UsageError: it takes none; names the options that would work for all. Or its update is wrong, see
+            `check_update`.
     """
     skipped = {name: reason for name, shape in shapes.items() if (reason := method.refusal(shape))}
     if len(skipped) == len(shapes):
@@ -96,7 +97,9 @@ def adaptable(
         raise UsageError(
             f"{name}: {reason} ({len(skipped)} of {len(shapes)} sites)" + (f"; {remedy}" if remedy else "")
         )
-    return tuple(name for name in shapes if name not in skipped), skipped
+    taken = tuple(name for name in shapes if name not in skipped)
+    check_update(method, shapes[taken[0]])
+    return taken, skipped
 
 
 def dropout_of(method: Method) -> float:

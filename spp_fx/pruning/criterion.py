@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from spp_fx.errors import PatternError
 from spp_fx.options import check_options, check_values
 from spp_fx.pruning.select import keep, row_blocks
 from spp_fx.pruning.statistics import Inputs
@@ -56,11 +57,21 @@ class Criterion:
             PatternError: the pattern cannot hold, or the inputs cannot be used.
         """
         if not self.by_row:
-            return keep(self.score(weight, inputs), pattern, by_row=False), None
+            return keep(self._checked_score(weight, inputs), pattern, by_row=False), None
         mask = torch.empty(weight.shape, dtype=torch.bool, device=weight.device)
         for rows, target in row_blocks(weight, mask):
-            target.copy_(keep(self.score(rows, inputs), pattern, by_row=True))
+            target.copy_(keep(self._checked_score(rows, inputs), pattern, by_row=True))
         return mask, None
+
+    def _checked_score(self, weight: Tensor, inputs: Inputs) -> Tensor:
+        score = self.score(weight, inputs)
+        if score.shape != weight.shape:
+            raise PatternError(
+                f"{self.name}: the score has shape {list(score.shape)}, the weight {list(weight.shape)}"
+            )
+        if bool(score.isnan().any()):
+            raise PatternError(f"{self.name}: the score of an entry is NaN")
+        return score
 
     def update(self, weight: Tensor, inputs: Inputs, mask: Tensor) -> Tensor | None:
         """New values for a mask that something else chose; None where this criterion changes none."""

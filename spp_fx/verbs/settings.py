@@ -26,7 +26,7 @@ class PruneSettings:
     )
     ratios: tuple[str, ...] = option(
         (),
-        "Another pattern for some sites: down_proj@4:8, 'model.layers.0.*@30%'. The last that fits counts.",
+        "Another pattern for some sites: down_proj@4:8, 'model.layers.0.*@30%'. The last match wins.",
         flag="ratio",
         metavar="NAME@PATTERN",
     )
@@ -57,7 +57,7 @@ class Calibration:
 class InjectSettings:
     """How to make an adapter."""
 
-    method: str = option("spp", "Adapter method.")
+    method: str = option("spp", "Adapter method; `--method NAME --help` shows the options of NAME.")
     seed: int = option(0, "Seed of the factors' initial values.")
     targets: tuple[str, ...] = option((), TARGETS, split=True)
     skip: tuple[str, ...] = option((), "Sites that get no adapter, named as for --targets.", split=True)

@@ -1,11 +1,12 @@
 """Methods by name, their settings, and the start of their factors."""
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 
-from spp_fx.adapters.method import FactorSpec, initial_factor, make_method
+from spp_fx.adapters.method import FactorSpec, Method, check_update, initial_factor, make_method
 from spp_fx.adapters.spp import SPP
 from spp_fx.errors import UsageError
 
@@ -85,3 +86,46 @@ def test_making_a_start_leaves_the_global_generator_alone():
     before = torch.get_rng_state()
     initial_factor(FactorSpec((4, 8), "kaiming"), "a", 0, CPU)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+GROUPED = FactorSpec((8, 32), "zeros", rows=16, columns=1)
+
+
+@pytest.mark.parametrize(
+    ("update", "spec", "message"),
+    [
+        (lambda w, g: w * g.repeat_interleave(16, -2), GROUPED, "take group sizes from the shapes"),
+        (lambda w, g: 0 * w + g, FactorSpec((128, 1), "zeros", rows=1), "not zero where the weight is zero"),
+        (lambda w, g: w * g, FactorSpec((128, 7), "zeros", rows=1), "update fails for rows"),
+        (lambda w, g: w[:1] * g.sum(), GROUPED, r"update of shape \[1, 32\] for a weight of \[64, 32\]"),
+        (lambda w, g: w * g.sum(), FactorSpec((128, 1), "zeros", rows=1), "rows alone is not that of all"),
+    ],
+    ids=["a fixed group size", "a moved zero", "no broadcast", "a lost shape", "rows that see one another"],
+)
+def test_an_update_that_breaks_the_contract_is_refused_before_training(update, spec, message):
+    with pytest.raises(UsageError, match=f"wrong: .*{message}"):
+        check_update(made_up(update, spec), (128, 32))
+
+
+@pytest.mark.parametrize("shape", [(128, 32), (24, 32), (3, 48, 6), (1, 2)])
+def test_an_update_that_keeps_the_contract_passes(shape):
+    for rank in (1, 2, 4, 16):
+        for name in ("spp", "sqft"):
+            method = make_method(name, rank=rank)
+            if not method.refusal(shape):
+                check_update(method, shape)
+    by_shape = made_up(lambda w, g: w * g.repeat_interleave(w.shape[-2] // g.shape[-2], -2), GROUPED)
+    check_update(by_shape, (128, 32))
+
+
+def made_up(update, spec: FactorSpec) -> Method:
+    @dataclass(frozen=True)
+    class MadeUp(Method):
+        def factors(self, shape):
+            return {"g": spec}
+
+        def update(self, weight, g):
+            return update(weight, g)
+
+    MadeUp.name = "wrong"
+    return MadeUp()

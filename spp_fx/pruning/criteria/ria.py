@@ -22,7 +22,7 @@ class Ria(Criterion):
     """
 
     permute: bool = option(
-        False, "reorder inputs over the groups of N:M where the weights before can absorb it"
+        False, "reorder inputs over the groups of N:M where the preceding weights can be reordered"
     )
 
     @property
