@@ -14,7 +14,6 @@ from typing import Any
 
 CALLS = ("fsync", "write", "pwrite", "copy_file_range", "ftruncate", "truncate")
 EVENTS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "ctypes.dlsym")
-PART_BYTES = 2**20
 PATIENCE = 1800.0
 
 
@@ -112,12 +111,10 @@ def _child(words: list[str], at_call: int, report: Any = None) -> None:
     import torch
 
     from spp_fx.cli import run
-    from spp_fx.storage import writer as parts
 
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)  # it shares the cores with other tests
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    parts.PART_BYTES = PART_BYTES  # many parts of a small file
     seen = 0
 
     def count() -> None:
@@ -149,7 +146,7 @@ def _hook(count: Callable[[], None]) -> None:
 
     for name in CALLS:
         setattr(os, name, counted(getattr(os, name)))
-    from spp_fx.storage import output as place
+    from spp_fx.storage import workspace
 
-    place._rename = counted(place._rename)
+    workspace._exchange = counted(workspace._exchange)
     sys.addaudithook(lambda event, _: count() if event in EVENTS else None)

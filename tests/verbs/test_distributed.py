@@ -86,7 +86,9 @@ def test_two_processes_follow_the_loss_curve_of_one(world, start, way):
 
 
 def test_splitting_needs_processes_to_split_over(world, start):
-    assert "this is one; start with torchrun" in one_line(command(*LINE.split(), "--shard", "world").err)
+    assert "this is a single one; start with torchrun" in one_line(
+        command(*LINE.split(), "--shard", "world").err
+    )
     assert "is not one of 'world', 'node'" in one_line(command(*LINE.split(), "--shard", "all").err)
 
 
