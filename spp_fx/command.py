@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 import click
 from click.core import ParameterSource
@@ -78,7 +78,7 @@ def command(
         for key, hint in get_type_hints(function).items():
             for each in (hint, *get_args(hint)):
                 if is_dataclass(each):
-                    settings[key] = each, each is hint  # type: ignore[assignment]
+                    settings[key] = cast("type[Any]", each), each is hint
 
         def callback(as_json: bool, quiet: bool, debug: bool, allow_links: bool, **values: Any) -> Any:
             from spp_fx.storage.links import links_allowed

@@ -6,7 +6,6 @@ two of them. Those that depend on the sample's tokens (hidden states) are kept f
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch.fx.node import map_arg
 from spp_fx.errors import FormatError, PreconditionError
 from spp_fx.graph.program import SITE, Program, Use, child_path
 from spp_fx.graph.rewrite import reach
+from spp_fx.storage.output import fsync_file, fsync_folder
 
 SIZE = torch.ops.aten.sym_size.int
 
@@ -101,8 +101,8 @@ class FileStates:
 
     def finish(self, layer: int) -> None:
         for path in self._of_layer(layer).iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+            fsync_file(path)
+        fsync_folder(self._of_layer(layer))
 
     def forget(self, layer: int) -> None:
         """Remove what a layer read."""

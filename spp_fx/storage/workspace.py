@@ -52,7 +52,7 @@ class Workspace:
 
     Attributes:
         folder: for the files of the output.
-        store: for files that are not output, directly in it, under names that the workspace does not use.
+        store: for files and folders that are not output, under names that the workspace does not use.
         journal: of both.
     """
 

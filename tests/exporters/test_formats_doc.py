@@ -2,31 +2,17 @@
 
 import json
 import re
-import shutil
 from math import prod
 from pathlib import Path
 
 import numpy as np
-import pytest
-import torch
 
 import spp_fx
 from spp_fx.exporters.format import FORMATS
 from spp_fx.exporters.manifest import read_manifest
 from spp_fx.sparsity.lock import load_lock
-from tests.exporters.test_cusparselt import model_folder
 
 DOCS = Path(__file__).parents[2] / "docs"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    """A model with its lock, in bfloat16."""
-    root = tmp_path_factory.mktemp("doc")
-    folder = model_folder(root / "m", dtype=torch.bfloat16)
-    lock = spp_fx.export(folder, root / "plain", "safetensors").out / "sparsity.lock.json"
-    shutil.copy(lock, folder)
-    return folder
 
 
 def test_the_table_names_every_format():
@@ -57,15 +43,15 @@ def give_back(path: Path) -> bytes:
     return b"".join(out)
 
 
-def test_the_specification_is_enough_to_write_a_reader(model, tmp_path):
-    out = spp_fx.export(model, tmp_path / "out", "sparse-bitmask").out
+def test_the_specification_is_enough_to_write_a_reader(locked_model, tmp_path):
+    out = spp_fx.export(locked_model, tmp_path / "out", "sparse-bitmask").out
     for path in (out / "sparse").glob("*.safetensors"):
-        assert give_back(path) == (model / path.name).read_bytes()
+        assert give_back(path) == (locked_model / path.name).read_bytes()
 
 
-def test_the_specification_names_what_the_files_hold(model, tmp_path):
+def test_the_specification_names_what_the_files_hold(locked_model, tmp_path):
     """Keys, versions and names of the document are those of a real export."""
-    out = spp_fx.export(model, tmp_path / "out", "sparse-bitmask").out
+    out = spp_fx.export(locked_model, tmp_path / "out", "sparse-bitmask").out
     words = (DOCS / "sparse-bitmask.md").read_text()
     raw = (out / "sparse" / "model.safetensors").read_bytes()
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
@@ -73,7 +59,7 @@ def test_the_specification_names_what_the_files_hold(model, tmp_path):
     assert list(metadata) == re.findall(r"^\| `(format|version|header)` \|", words, re.MULTILINE)
     assert f"| `version` | `{metadata['version']}` |" in words
     assert read_manifest(out).requirements == {"version": 1, "model_has_lock": 1}
-    for entry in load_lock(model / "sparsity.lock.json").sites:
+    for entry in load_lock(locked_model / "sparsity.lock.json").sites:
         assert entry.name not in header
         assert header[f"{entry.name}.bitmask"]["shape"] == [-(-prod(entry.shape) // 8)]
         assert header[f"{entry.name}.values"]["dtype"] == "BF16"

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import sys
 import tomllib
 from pathlib import Path
@@ -16,23 +15,12 @@ from spp_fx.exporters.format import FORMATS
 from spp_fx.exporters.manifest import read_manifest, sha256
 from spp_fx.verbs.verify import verify
 from tests.command import command, must, rewrite, tensors
-from tests.exporters.test_cusparselt import model_folder
 
 TEXT = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text().partition("### A format")[2]
 
 
 def block(language: str) -> str:
     return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)[0]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    """A model with its lock, in bfloat16."""
-    root = tmp_path_factory.mktemp("model")
-    folder = model_folder(root / "m", dtype=torch.bfloat16)
-    lock = spp_fx.export(folder, root / "plain", "safetensors").out / "sparsity.lock.json"
-    shutil.copy(lock, folder)
-    return folder
 
 
 @pytest.fixture
@@ -55,23 +43,23 @@ def installed(tmp_path, monkeypatch):
         del sys.modules[loaded]
 
 
-def test_it_is_exported_verified_and_unpacked(installed, model, tmp_path):
+def test_it_is_exported_verified_and_unpacked(installed, locked_model, tmp_path):
     out = tmp_path / "out"
-    data = must("export", model, "--format", installed, "-o", out, "--json", "-q").json
+    data = must("export", locked_model, "--format", installed, "-o", out, "--json", "-q").json
     assert data["format"] == "coordinates"
-    assert data["checks"] == {"tensors_equal": len(tensors(model)), "masks_equal": 7}
+    assert data["checks"] == {"tensors_equal": len(tensors(locked_model)), "masks_equal": 7}
     assert must("verify", out, "--json", "-q").json["kind"] == "coordinates"
-    must("verify", out, "--against", model)
+    must("verify", out, "--against", locked_model)
 
     must("unpack", out, "-o", tmp_path / "back")
-    ours, theirs = tensors(tmp_path / "back"), tensors(model)
+    ours, theirs = tensors(tmp_path / "back"), tensors(locked_model)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_its_options_reach_the_command_line(installed, model, tmp_path):
+def test_its_options_reach_the_command_line(installed, locked_model, tmp_path):
     out = tmp_path / "out"
-    must("export", model, "--format", installed, "--index", "int32", "--dtype", "float16", "-o", out)
+    must("export", locked_model, "--format", installed, "--index", "int32", "--dtype", "float16", "-o", out)
     name = read_manifest(out).tensors[0].name
     written = tensors(out)
     assert written[f"{name}.positions"].dtype == torch.int32
@@ -79,21 +67,21 @@ def test_its_options_reach_the_command_line(installed, model, tmp_path):
 
     helped = " ".join(command("export", "--help").out.split())
     assert "--index [int32|int64] coordinates: Type of the positions. [default: int64]" in helped
-    refused = command("export", model, "--format", installed, "--with-past", "-o", tmp_path / "x")
+    refused = command("export", locked_model, "--format", installed, "--with-past", "-o", tmp_path / "x")
     assert refused.code == 2
     said = "coordinates has no option with-past; it has: dtype, index; onnx, onnx-dense, onnx-packed have it"
     assert said in " ".join(refused.err.split())
-    refused = command("export", model, "--format", "cutlass", "--index", "int32", "-o", tmp_path / "x")
+    refused = command("export", locked_model, "--format", "cutlass", "--index", "int32", "-o", tmp_path / "x")
     assert "cutlass has no option index; it has: dtype; coordinates has it" in refused.err
 
 
-def test_a_value_that_an_option_does_not_take_is_refused(installed, model, tmp_path):
+def test_a_value_that_an_option_does_not_take_is_refused(installed, locked_model, tmp_path):
     with pytest.raises(UsageError, match="coordinates: index must be one of int32, int64, got int8"):
-        spp_fx.export(model, tmp_path / "x", installed, index="int8")
+        spp_fx.export(locked_model, tmp_path / "x", installed, index="int8")
     with pytest.raises(
         UsageError, match="cutlass: dtype must be one of float32, float16, bfloat16, got float8"
     ):
-        spp_fx.export(model, tmp_path / "x", "cutlass", dtype="float8")
+        spp_fx.export(locked_model, tmp_path / "x", "cutlass", dtype="float8")
 
 
 def change(out: Path, edit) -> None:
@@ -110,8 +98,8 @@ def renew_digest(out: Path) -> None:
     (out / "export.json").write_text(json.dumps(manifest))
 
 
-def test_a_damaged_copy_fails(installed, model, tmp_path):
-    out = spp_fx.export(model, tmp_path / "out", installed).out
+def test_a_damaged_copy_fails(installed, locked_model, tmp_path):
+    out = spp_fx.export(locked_model, tmp_path / "out", installed).out
     name = read_manifest(out).tensors[0].name
     change(out, lambda values: values[f"{name}.values"][3].fill_(0))
     with pytest.raises(FormatError, match="has changed since it was exported"):

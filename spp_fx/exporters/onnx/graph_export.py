@@ -276,6 +276,7 @@ def _take_out_parameters(graph: ir.Graph, names: set[str]) -> tuple[GraphParamet
     for name in [name for name in graph.initializers if name in names]:
         tensor = graph.initializers.pop(name).const_value
         assert tensor is not None
+        # onnx_ir types the shape as a protocol; that of a constant has `numpy`.
         shape: tuple[int, ...] = tensor.shape.numpy()  # type: ignore[union-attr]
         found.append(GraphParameter(name, shape, int(tensor.dtype)))
     return tuple(found)
