@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from spp_fx.command import HELP, command, read_config
+from spp_fx.command import HELP, beside, command, default_out, read_config
 from spp_fx.console import Output
 from spp_fx.errors import SppFxError, escaped
 from spp_fx.registry import Registry
@@ -25,6 +25,7 @@ from spp_fx.verbs.settings import (
     MergeSettings,
     OptimizeSettings,
     PruneSettings,
+    TeachSettings,
     TrainData,
     TrainSettings,
     VerifySettings,
@@ -133,18 +134,6 @@ def model_folder(name: str) -> Path:
     from spp_fx.storage.folder import resolve_model
 
     return resolve_model(name)
-
-
-def default_out(model: str, suffix: str) -> Path:
-    """MODEL-suffix beside a model folder; in the current folder where MODEL is a hub id."""
-    path = Path(model)
-    return beside(path, suffix) if path.exists() else Path.cwd() / f"{path.name}-{suffix}"
-
-
-def beside(folder: Path, suffix: str) -> Path:
-    """FOLDER-suffix beside a folder."""
-    folder = folder.resolve()
-    return folder.parent / f"{folder.name}-{suffix}"
 
 
 def criteria() -> Registry[Any]:
@@ -276,6 +265,33 @@ def train_command(
             base=texts.base, callbacks=[ProgressCallback(bar.update)], say=output.say, **options,
         )  # fmt: skip
     leave()
+    output.result(done)
+
+
+@verb(
+    "teach", MODEL, out_option("Folder to write. Default: MODEL-taught."), force_option(), FRESH, REMOTE_CODE
+)
+def teach_command(
+    output: Output, model: str, settings: TeachSettings, out: Path | None, **options: Any
+) -> None:
+    """Keep what a MODEL predicts for a text, to train from without the model: 'spp-fx train --teacher OUT'.
+
+    Tokens are drawn from its predictions and kept with their counts, an unbiased sample of the whole distribution. A
+    predicted token takes at most 3 bytes per sample and 5 more (5 per sample and 5 for vocabularies over 65,536), less
+    where the model is sure. Training needs the same text, --seq-len, --loss-on and --packing.
+
+    \b
+    spp-fx teach my-model --data text.txt --seq-len 512 -o taught
+    spp-fx train my-sparse-spp --data text.txt --teacher taught --teacher-weight 0.67
+    spp-fx teach my-model --data alpaca.json --loss-on answer --samples 64 --temperature 2
+    """
+    from spp_fx.verbs.teach import teach
+
+    with output.steps_bar("teaching") as bar:
+        done = teach(
+            model_folder(model), out or default_out(model, "taught"), **vars(settings), **options,
+            tick=bar.update, say=output.say,
+        )  # fmt: skip
     output.result(done)
 
 

@@ -137,6 +137,14 @@ def window_length(program: Program, asked: int | None, default: int = 512) -> in
     return asked
 
 
+def torch_device(name: str | None) -> torch.device:
+    """The device of a --device option; by default a GPU if torch has one. UsageError for a name that torch refuses."""
+    try:
+        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
+
+
 @dataclass(frozen=True)
 class Drawn:
     """Windows of a text, (samples, length) int64, and the rows of the data that were skipped."""
