@@ -11,7 +11,7 @@ from spp_fx.adapters.method import (
     Factors,
     FactorSpec,
     Method,
-    TrainingDefaults,
+    Run,
     register,
 )
 from spp_fx.options import at_least_one, option
@@ -52,6 +52,6 @@ class LoRS(Method):
         grads["lors_a"].add_(grad_y.t() @ (x @ b.t()), alpha=self.scale)
         grads["lors_b"].add_((grad_y @ a).t() @ x, alpha=self.scale)
 
-    def defaults(self, width: float, steps: int | None) -> TrainingDefaults:
-        """The paper's rate, at every width."""
-        return TrainingDefaults(lr=2e-5)
+    def rate(self, run: Run) -> float:
+        """The sum of `rank` products is added to every weight."""
+        return run.rate_of_product(self.scale, self.rank, run.spread)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from spp_fx.adapters.method import DROPOUT_OPTION, SCALE_OPTION, FactorSpec, Method, register
+from spp_fx.adapters.method import DROPOUT_OPTION, SCALE_OPTION, FactorSpec, Method, Run, register
 from spp_fx.options import at_least_one, option
 
 if TYPE_CHECKING:
@@ -30,3 +30,7 @@ class SQFT(Method):
 
     def update(self, weight: Tensor, **factors: Tensor) -> Tensor:
         return self.scale * (factors["sqft_b"] @ factors["sqft_a"]) * (weight != 0)
+
+    def rate(self, run: Run) -> float:
+        """The sum of `rank` products is added to every weight."""
+        return run.rate_of_product(self.scale, self.rank, run.spread)

@@ -95,7 +95,10 @@ class TrainSettings:
         None, "Passes over the data. Default: 3, unless --steps is given.", positive
     )
     lr: float | None = option(
-        None, "Peak learning rate. Default: the method's; for spp 4e-3 * sqrt(4096 / inputs).", positive
+        None,
+        "Peak learning rate of AdamW, the same for all factors, as papers state it. Default: from the method, the "
+        "steps, the width and the size of the weights (docs/decisions/0003).",
+        positive,
     )
     batch_size: int = option(16, "Rows per forward and device.", positive)
     accumulate: int = option(1, "Forwards per optimizer step.", positive)

@@ -4,17 +4,22 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from math import ceil, prod
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from spp_fx.adapters.adapter_folder import FACTORS, AdapterFolder, trainable_parameters, write_factors
+from spp_fx.adapters.method import Run
 from spp_fx.errors import SppFxError, UsageError
+from spp_fx.exporters.manifest import open_model
 from spp_fx.graph.program import Program
 from spp_fx.passes.shard import Over
+from spp_fx.storage.folder import ModelFolder
 from spp_fx.storage.links import links_option
 from spp_fx.storage.output import atomic_file
 from spp_fx.training.distributed import held_bytes, join
@@ -152,7 +157,9 @@ def train(
             say(line)
         for window in measured.windows:
             check_vocabulary(window, program.vocabulary, eval_data)
-    lr = default_rate(loaded, settings) if settings.lr is None else settings.lr
+    lr = settings.lr
+    if lr is None:
+        lr = default_rate(AdapterFolder.open(adapter), program, loaded.model, _steps(rows, settings))
     checkpoint = _checkpoint(adapter, settings)
     frozen_bytes = held_bytes(value for value in program.parameters() if not value.requires_grad)
     guide = _teacher(Path(teacher), program, settings.shard, trust_remote_code) if teacher else None
@@ -196,12 +203,39 @@ def train(
     )
 
 
-def default_rate(loaded: Loaded, settings: TrainSettings) -> float:
-    """The rate that the method suggests for the sites' width."""
-    program = loaded.program
-    width = median(program.sites[name].in_features for name in program.adapters)
-    method = next(iter(program.adapters.values()))
-    return method.defaults(width, settings.steps).lr
+def default_rate(adapter: AdapterFolder, program: Program, model: Path, steps: int) -> float:
+    """The median of the rates that the methods of the sites suggest for a run of so many steps."""
+    base = open_model(model)
+    return median(
+        method.rate(
+            Run(steps, program.sites[name].in_features, spread(base, adapter.matrices[name][0].tensor))
+        )
+        for name, method in program.adapters.items()
+    )
+
+
+SPREAD_NUMBERS = 1 << 18
+
+
+def spread(base: ModelFolder, tensor: str) -> float:
+    """The root mean square of a stored weight's non-zeros, 1 where it has none.
+
+    Of a large weight 2^18 numbers of its middle rows stand for all: a rate needs no more digits.
+    """
+    _, info = base.info(tensor)
+    rows = info.shape[0]
+    some = min(rows, max(1, SPREAD_NUMBERS * rows // prod(info.shape)))
+    start = (rows - some) // 2
+    values = base.read_rows(tensor, start, start + some).double()
+    return float(values[values != 0].square().mean().sqrt()) if values.any() else 1.0
+
+
+def _steps(rows: Rows, settings: TrainSettings) -> int:
+    """Optimizer steps of a run, over all processes."""
+    if settings.steps:
+        return settings.steps
+    batches = ceil(len(rows) / (settings.batch_size * PartialState().num_processes))
+    return max(1, ceil((settings.epochs or 3.0) * ceil(batches / settings.accumulate)))
 
 
 def _checkpoint(adapter: Path, settings: TrainSettings) -> str | None:

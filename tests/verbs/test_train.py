@@ -4,8 +4,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
+from spp_fx.storage.folder import ModelFolder
+from spp_fx.verbs.train import spread
 from tests.command import command
 
 
@@ -86,3 +89,28 @@ def test_resume_without_a_checkpoint_is_refused(adapter, text_file):
     ran = train(adapter, text_file, "--resume")
     assert ran.code == 2
     assert "--save-steps" in ran.err
+
+
+def test_the_default_rate_given_by_hand_is_the_same_run(adapter, text_file, tmp_path):
+    shutil.copytree(adapter, tmp_path / "again")
+    lr = train(adapter, text_file, "--json").json["lr"]
+    assert train(tmp_path / "again", text_file, "--lr", repr(lr)).code == 0
+    assert factors(adapter) == factors(tmp_path / "again")
+
+
+def test_epochs_get_the_rate_of_their_steps(adapter, text_file, tmp_path):
+    shutil.copytree(adapter, tmp_path / "again")
+    line = ("--data", text_file, "--seq-len", 32, "--batch-size", 3, "--accumulate", 2, "--json", "-q")
+    epochs = command("train", adapter, *line, "--epochs", 1.5).json
+    steps = command("train", tmp_path / "again", *line, "--steps", epochs["steps"]).json
+    assert epochs["lr"] == steps["lr"]
+
+
+def test_the_spread_of_a_weight_is_that_of_its_non_zeros(tmp_path):
+    weight = torch.zeros(64, 8, dtype=torch.bfloat16)
+    weight[:32, ::2], weight[32:, ::4] = 3, -3
+    (tmp_path / "config.json").write_text("{}")
+    values = {"some": weight, "none": torch.zeros(4, 4), "stack": weight[None].clone()}
+    save_file(values, tmp_path / "model.safetensors", {"format": "pt"})
+    model = ModelFolder.open(tmp_path)
+    assert [spread(model, name) for name in values] == [3, 1, 3]
