@@ -211,7 +211,7 @@ def prune_command(
 @verb(
     "inject", MODEL, out_option("Folder to write. Default: MODEL-METHOD."), force_option(),
     click.Option(["--dry-run"], is_flag=True, help="Only show what would be trained; config.json alone is enough."),
-    REMOTE_CODE, registry=methods,
+    REMOTE_CODE, registry=methods, per_site=True,
 )  # fmt: skip
 def inject_command(
     output: Output,
@@ -224,19 +224,24 @@ def inject_command(
 ) -> None:
     """Make an adapter folder for a pruned MODEL folder, with a lock of its masks.
 
+    A number of the method may be given again for some sites, NAME@VALUE, named as for --targets; the last match
+    wins.
+
     \b
     spp-fx inject my-sparse
     spp-fx inject my-sparse --rank 8 --targets q_proj,v_proj -o small-adapter
+    spp-fx inject my-sparse --rank 16 --rank down_proj@32 --rank 'model.layers.0.*@8' --scale q_proj@1
+    spp-fx inject my-sparse --budget 0.3% --budget-by error --teacher my-model
     spp-fx inject llama-7b --dry-run --json
     """
     from spp_fx.verbs.inject import inject
 
     folder = model_folder(model)
     target = None if dry_run else out or default_out(model, settings.method)
+    teacher = model_folder(settings.teacher) if settings.teacher else None
+    asked = vars(settings) | {"teacher": teacher} | method_options
     with output.bytes_bar("reading masks") as tick:
-        done = inject(
-            folder, target, **vars(settings), **method_options, **options, tick=tick, say=output.say
-        )
+        done = inject(folder, target, **asked, **options, tick=tick, say=output.say)
     output.result(done)
 
 

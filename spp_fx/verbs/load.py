@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from spp_fx.adapters.adapter_folder import AdapterFolder
+from spp_fx.adapters.per_site import as_overrides
 from spp_fx.errors import UsageError
 from spp_fx.exporters.manifest import open_model
 from spp_fx.graph.model import TOKENIZER_FILES, Readable, check_causal, load_model
@@ -81,7 +82,12 @@ def load_program(
             Causal(),
             Match(targets=tuple(adapter.matrices)),
             # check_base has checked the fingerprint of the base, and nothing here writes to it.
-            Inject(adapter.method, seed=adapter.config.seed, masks=False),
+            Inject(
+                adapter.method,
+                as_overrides(adapter.method, adapter.methods),
+                seed=adapter.config.seed,
+                masks=False,
+            ),
             # Shard itself packs, one layer at a time.
             Lower(kernel="fused", storage="dense" if shard else storage),
         ],
@@ -95,7 +101,7 @@ def load_program(
     factors: dict[str, nn.Parameter] = {}
     for site in adapter.matrices:
         owner, _, parameter = site.rpartition(".")
-        for key in adapter.method.factors(program.sites[site].shape):
+        for key in adapter.methods[site].factors(program.sites[site].shape):
             name = f"{owner}.{factor_attribute(parameter, key)}"
             factors[f"{site}.{key}"] = program.get_parameter(name)
     load_factors(factors, {name: adapter.shard.read(name) for name in factors}, adapter.shard.path)

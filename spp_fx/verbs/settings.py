@@ -61,6 +61,20 @@ class InjectSettings:
     seed: int = option(0, "Seed of the factors' initial values.")
     targets: tuple[str, ...] = option((), TARGETS, split=True)
     skip: tuple[str, ...] = option((), "Sites that get no adapter, named as for --targets.", split=True)
+    budget: str | None = option(
+        None,
+        "Instead of --rank: trained parameters at most, as a share of the model's (0.3%) or a count; ranks are chosen "
+        "by --budget-by.",
+    )
+    budget_by: Literal["size", "error"] = option(
+        "size",
+        "Ranks of the budget: size, the same for every site; error, in proportion to what pruning took from each, "
+        "||dense - pruned|| (--teacher).",
+    )
+    teacher: str | None = option(None, "The dense model that MODEL was pruned from, for --budget-by error.")
+
+    def __post_init__(self) -> None:
+        check_values(self)
 
 
 @dataclass(frozen=True)
