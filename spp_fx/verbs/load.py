@@ -46,6 +46,7 @@ def load_program(
     trust_remote_code: bool = False,
     packed: bool = False,
     checkpointed: bool = False,
+    layers: bool = False,
     shard: Over | None = None,
 ) -> Loaded:
     """The program of a model folder, or of an adapter folder with its factors in place.
@@ -54,6 +55,7 @@ def load_program(
         base: the adapter's base model, if it is not where the adapter says.
         packed: pack the frozen weights of adapted sites.
         checkpointed: checkpoint the activations of each decoder layer in training.
+        layers: find the decoder layers, `Program.units`; so do `checkpointed` and `shard`.
         shard: split the frozen weights of each layer over the processes of the `world` or of a `node`.
 
     Raises:
@@ -65,9 +67,11 @@ def load_program(
         check_causal(folder)
         program = trace(load_model(folder, trust_remote_code=trust_remote_code))
         run_pipeline(program, [Causal()])
+        if layers or shard:
+            run_pipeline(program, [Canonicalize(), Partition()])
         if shard:
             program.requires_grad_(False)
-            run_pipeline(program, [Canonicalize(), Partition(), Shard(over=shard)])
+            run_pipeline(program, [Shard(over=shard)])
         return Loaded(program, folder, {})
     adapter = AdapterFolder.open(folder)
     model = adapter.find_base(Path(base) if base else None)
@@ -92,7 +96,7 @@ def load_program(
             Lower(kernel="fused", storage="dense" if shard else storage),
         ],
     )
-    if checkpointed or shard:
+    if checkpointed or layers or shard:
         run_pipeline(program, [Partition()])
     if checkpointed:
         run_pipeline(program, [Checkpoint()])
