@@ -21,6 +21,8 @@ OPTIONS = {
     "sqft": {"rank": 2},
     "lors": {"rank": 2},
     "hira": {"rank": 2},
+    "masked-full": {},
+    "scale-lora": {"rank": 2},
     "grouped": {"gain": 0.5, "width": 2},
 }
 
