@@ -9,6 +9,7 @@ from spp_fx.adapters.method import (
     DROPOUT_OPTION,
     SCALE_OPTION,
     FactorSpec,
+    Kernels,
     Method,
     Run,
     register,
@@ -41,3 +42,8 @@ class HiRA(Method):
     def rate(self, run: Run) -> float:
         """Every weight is multiplied by the sum of `rank` products."""
         return run.rate_of_product(self.scale, self.rank)
+
+    def kernels(self, device: str) -> Kernels | None:
+        from spp_fx.adapters.low_rank import LowRank
+
+        return LowRank("hira_b", "hira_a", self.scale, multiplier="weight", pulled_back="weight")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from spp_fx.adapters.method import DROPOUT_OPTION, SCALE_OPTION, FactorSpec, Method, Run, register
+from spp_fx.adapters.method import DROPOUT_OPTION, SCALE_OPTION, FactorSpec, Kernels, Method, Run, register
 from spp_fx.options import at_least_one, option
 
 if TYPE_CHECKING:
@@ -34,3 +34,8 @@ class SQFT(Method):
     def rate(self, run: Run) -> float:
         """The sum of `rank` products is added to every weight."""
         return run.rate_of_product(self.scale, self.rank, run.spread)
+
+    def kernels(self, device: str) -> Kernels | None:
+        from spp_fx.adapters.low_rank import LowRank
+
+        return LowRank("sqft_b", "sqft_a", self.scale, multiplier="mask", pulled_back="mask")
