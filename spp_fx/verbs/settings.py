@@ -114,9 +114,13 @@ class TrainSettings:
     )
     lr: float | None = option(
         None,
-        "Peak learning rate of AdamW, the same for all factors, as papers state it. Default: from the method, the "
-        "steps, the width and the size of the weights (docs/decisions/0003).",
+        "Peak learning rate of AdamW, the same for all factors, as papers state it. Default: found for the run.",
         positive,
+    )
+    lr_trials: bool = option(
+        True,
+        "Without --lr: try rates around the method's own suggestion for a sixteenth of the steps (8 to 32) each, "
+        "3 to 7 of them; a run of less than 32 steps takes the suggestion.",
     )
     batch_size: int = option(16, "Rows per forward and device.", positive)
     accumulate: int = option(1, "Forwards per optimizer step.", positive)

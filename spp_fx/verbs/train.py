@@ -1,24 +1,20 @@
 """train: update the factors of an adapter folder in place."""
 
+import gc
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from math import ceil, prod
+from math import inf, isfinite
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from spp_fx.adapters.adapter_folder import FACTORS, AdapterFolder, trainable_parameters, write_factors
-from spp_fx.adapters.method import Run
 from spp_fx.errors import SppFxError, UsageError
-from spp_fx.exporters.manifest import open_model
 from spp_fx.graph.program import Program
-from spp_fx.storage.folder import ModelFolder
 from spp_fx.storage.links import links_option
 from spp_fx.storage.output import atomic_file
 from spp_fx.training.distributed import held_bytes, join
@@ -36,8 +32,9 @@ from spp_fx.training.samples import (
     pad_token,
     training_rows,
 )
-from spp_fx.training.state import checkpoints, is_whole
-from spp_fx.training.trainer import AdapterTrainer, CutEachEpoch, EarlyStop
+from spp_fx.training.state import OPTIMIZER, checkpoints, is_whole, load_state
+from spp_fx.training.trainer import AdapterTrainer, CutEachEpoch, EarlyStop, load_factors
+from spp_fx.verbs import rate
 from spp_fx.verbs.load import Loaded, load_program, load_tokenizer, window_length
 from spp_fx.verbs.settings import TrainSettings
 
@@ -48,6 +45,8 @@ class Trained:
 
     Attributes:
         rows: of an optimizer step, over all processes.
+        lr: the peak learning rate.
+        lr_trials: losses of the short runs that it was chosen by, by their rates; infinite where one diverged.
         loss: mean over all steps.
         losses: mean between reports, see `TrainSettings.logging_steps`.
         parts: what the loss is made up of, see `training.losses.Objective`: means over all steps, unweighted; None for
@@ -63,6 +62,7 @@ class Trained:
     steps: int
     rows: int
     lr: float
+    lr_trials: dict[float, float]
     seq_len: int
     loss: float
     losses: list[float]
@@ -81,6 +81,10 @@ class Trained:
             "adapter": str(self.adapter),
             "steps": self.steps,
             "lr": self.lr,
+            "lr_trials": [
+                {"lr": lr, "loss": loss if isfinite(loss) else None}
+                for lr, loss in sorted(self.lr_trials.items())
+            ],
             "seq_len": self.seq_len,
             "loss": self.loss,
             "losses": self.losses,
@@ -166,13 +170,18 @@ def train(
             say(line)
         for window in measured.windows:
             check_vocabulary(window, program.vocabulary, eval_data)
-    lr = settings.lr
-    if lr is None:
-        lr = default_rate(AdapterFolder.open(adapter), program, loaded.model, _steps(rows, settings))
     checkpoint = _checkpoint(adapter, settings)
     frozen_bytes = held_bytes(value for value in program.parameters() if not value.requires_grad)
     guide = _teacher(Path(teacher), program, settings, trust_remote_code) if teacher else None
     pad_id = pad_token(tokenizer, program.vocabulary)
+    lr, trials = settings.lr, {}
+    if lr is None and checkpoint is not None:
+        lr = _resumed_rate(checkpoint)
+    elif lr is None:
+        lr, trials = _default_rate(
+            adapter, loaded, rows, settings,
+            lambda short: _trainer(adapter, loaded, rows, None, short, short.lr or 0.0, [], guide, pad_id),
+        )  # fmt: skip
     trainer = _trainer(adapter, loaded, rows, measured, settings, lr, callbacks or [], guide, pad_id)
     before = _evaluate(loaded, measured)  # where the trainer has put the program
     together = trainer.accelerator
@@ -198,6 +207,7 @@ def train(
         steps=trainer.state.global_step,
         rows=settings.batch_size * settings.accumulate * together.num_processes,
         lr=lr,
+        lr_trials=trials,
         seq_len=length,
         loss=result.training_loss,
         losses=[float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
@@ -213,39 +223,51 @@ def train(
     )
 
 
-def default_rate(adapter: AdapterFolder, program: Program, model: Path, steps: int) -> float:
-    """The median of the rates that the methods of the sites suggest for a run of so many steps."""
-    base = open_model(model)
-    return median(
-        method.rate(
-            Run(steps, program.sites[name].in_features, spread(base, adapter.matrices[name][0].tensor))
-        )
-        for name, method in program.adapters.items()
-    )
+def _default_rate(
+    adapter: Path,
+    loaded: Loaded,
+    rows: Rows,
+    settings: TrainSettings,
+    short_run: Callable[[TrainSettings], AdapterTrainer],
+) -> tuple[float, dict[float, float]]:
+    """The rate where the user gives none, and the losses of the trials that led to it, by their rates.
 
-
-SPREAD_NUMBERS = 1 << 18
-
-
-def spread(base: ModelFolder, tensor: str) -> float:
-    """The root mean square of a stored weight's non-zeros, 1 where it has none.
-
-    Of a large weight 2^18 numbers of its middle rows stand for all: a rate needs no more digits.
+    Args:
+        short_run: makes the trainer of a trial.
     """
-    _, info = base.info(tensor)
-    rows = info.shape[0]
-    some = min(rows, max(1, SPREAD_NUMBERS * rows // prod(info.shape)))
-    start = (rows - some) // 2
-    values = base.read_rows(tensor, start, start + some).double()
-    return float(values[values != 0].square().mean().sqrt()) if values.any() else 1.0
+    steps = rate.steps_of(rows, settings)
+    suggestion = rate.suggested(adapter, loaded.program, loaded.model)
+    trials: dict[float, float] = {}
+    short = rate.trial_steps(steps) if settings.lr_trials else 0
+    if short == 0:
+        return rate.rounded(suggestion(steps)), trials
+    start = {name: value.detach().clone() for name, value in loaded.factors.items()}
+
+    def loss(multiple: float) -> float:
+        gc.collect()  # trainers refer to themselves; of several processes, each of them listens to the gradients
+        lr = rate.rounded(multiple * suggestion(short))
+        trainer = short_run(
+            replace(
+                settings, steps=short, epochs=None, lr=lr, logging_steps=1, save_steps=None, eval_steps=None,
+                early_stop=None, report_to=(),
+            )
+        )  # fmt: skip
+        trainer.train()
+        last = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry][-short // 4 :]
+        finite = all(bool(value.isfinite().all()) for value in loaded.factors.values())
+        load_factors(loaded.factors, start, adapter)
+        trials[lr] = sum(last) / len(last) if finite else inf
+        return trials[lr]
+
+    chosen = rate.rounded(rate.best_multiple(loss) * suggestion(steps))
+    gc.collect()
+    return chosen, trials
 
 
-def _steps(rows: Rows, settings: TrainSettings) -> int:
-    """Optimizer steps of a run, over all processes."""
-    if settings.steps:
-        return settings.steps
-    batches = ceil(len(rows) / (settings.batch_size * PartialState().num_processes))
-    return max(1, ceil((settings.epochs or 3.0) * ceil(batches / settings.accumulate)))
+def _resumed_rate(checkpoint: str) -> float:
+    """The peak rate of the run that wrote a checkpoint."""
+    (group, *_) = load_state(Path(checkpoint), OPTIMIZER)["optimizer"]["param_groups"]
+    return float(group["initial_lr"])
 
 
 def _checkpoint(adapter: Path, settings: TrainSettings) -> str | None:

@@ -1,14 +1,12 @@
 """Training an adapter folder: resumable to the bit, no pickle, all or nothing."""
 
+import math
 import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from spp_fx.storage.folder import ModelFolder
-from spp_fx.verbs.train import spread
 from tests.command import command
 
 
@@ -106,11 +104,27 @@ def test_epochs_get_the_rate_of_their_steps(adapter, text_file, tmp_path):
     assert epochs["lr"] == steps["lr"]
 
 
-def test_the_spread_of_a_weight_is_that_of_its_non_zeros(tmp_path):
-    weight = torch.zeros(64, 8, dtype=torch.bfloat16)
-    weight[:32, ::2], weight[32:, ::4] = 3, -3
-    (tmp_path / "config.json").write_text("{}")
-    values = {"some": weight, "none": torch.zeros(4, 4), "stack": weight[None].clone()}
-    save_file(values, tmp_path / "model.safetensors", {"format": "pt"})
-    model = ModelFolder.open(tmp_path)
-    assert [spread(model, name) for name in values] == [3, 1, 3]
+def test_short_trials_choose_the_rate_and_leave_no_trace(adapter, text_file, tmp_path):
+    shutil.copytree(adapter, tmp_path / "again")
+    found = train(adapter, text_file, "--steps", 32, "--json").json
+    tried = {each["lr"]: each["loss"] for each in found["lr_trials"]}
+    assert 3 <= len(tried) <= 7
+    assert abs(math.log2(found["lr"] * (32 / 8) ** (1 / 3) / min(tried, key=tried.__getitem__))) < 0.6
+    given = train(tmp_path / "again", text_file, "--steps", 32, "--lr", found["lr"], "--json").json
+    assert given["lr_trials"] == []
+    assert factors(adapter) == factors(tmp_path / "again")
+
+
+def test_without_trials_the_rate_is_the_suggestion(adapter, text_file):
+    report = train(adapter, text_file, "--steps", 33, "--no-lr-trials", "--json").json
+    assert report["lr_trials"] == []
+    assert report["lr"] > 0
+
+
+def test_a_resumed_run_keeps_the_rate_that_was_found(adapter, text_file):
+    first = train(adapter, text_file, "--steps", 32, "--save-steps", 16, "--json").json
+    whole = factors(adapter)
+    shutil.rmtree(adapter / "checkpoint-32")
+    again = train(adapter, text_file, "--steps", 32, "--save-steps", 16, "--resume", "--json").json
+    assert (again["lr"], again["lr_trials"]) == (first["lr"], [])
+    assert factors(adapter) == whole
