@@ -205,8 +205,10 @@ def write_adapter(
     matrices: Mapping[str, Iterable[StoredMatrix]],
     factors: "Mapping[str, Tensor]",
     lock: Lock,
+    init: str = "default",
 ) -> None:
     """Write the files of an adapter folder into `folder`, which becomes `target`."""
+    start = {} if init == "default" else {"init": init}
     config = AdapterConfig(
         format_version=FORMAT_VERSION,
         spp_fx_version=VERSION,
@@ -222,6 +224,7 @@ def write_adapter(
         inference_mode=True,
         seed=seed,
         sites={site: list(stored) for site, stored in matrices.items()},
+        **start,
     )
     (folder / CONFIG).write_text(config.model_dump_json(indent=2) + "\n")
     (folder / LOCK_NAME).write_text(lock.dumps())

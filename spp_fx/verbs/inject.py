@@ -18,11 +18,24 @@ from spp_fx.parallel import Tick, no_tick
 from spp_fx.passes.inject_adapters import adaptable
 from spp_fx.passes.match import Match
 from spp_fx.passes.pipeline import run_pipeline
+from spp_fx.pruning.layerwise import Tick as StepTick
+from spp_fx.pruning.layerwise import silent
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry, compare, lock_beside, make_entry
 from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.pattern import Pattern
 from spp_fx.storage.links import links_option
 from spp_fx.storage.workspace import Say, workspace
+from spp_fx.verbs.load import device_of, draw_windows, text_digest
+from spp_fx.verbs.settings import Calibration
+from spp_fx.verbs.starts import (
+    check_reachable,
+    check_start,
+    check_teacher,
+    partition,
+    site_gradients,
+    start_from_gradients,
+    walkable,
+)
 from spp_fx.verification import provenance
 from spp_fx.verification.model_sites import ModelSites, choose, find_sites, scan_sites
 
@@ -94,10 +107,15 @@ def inject(
     targets: Sequence[str] = (),
     skip: Sequence[str] = (),
     seed: int = 0,
+    init: str = "default",
+    calibration: Calibration | None = None,
+    teacher: str | Path | None = None,
+    device: str | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
     allow_links: bool = False,
     tick: Tick = no_tick,
+    walk_tick: StepTick = silent,
     say: Say = lambda line: None,
     **options: Any,
 ) -> Injected:
@@ -107,6 +125,10 @@ def inject(
         out: the folder to write; None for a dry run, which needs only config.json.
         targets: sites to adapt; see `Match`.
         skip: names of sites that get no adapter, as in `targets`.
+        init: the start of the factors: `default`, or `gradient`, see `Method.gradient_start`.
+        calibration: the text of the gradients.
+        teacher: folder of a model whose predictions stand in for the text's own tokens.
+        device: where layers run for `gradient`; by default a GPU if torch has one.
         allow_links: follow symbolic links that leave a folder; see `links.check_link`.
         say: called with notes for the user.
         options: of the method, such as `rank`.
@@ -120,13 +142,14 @@ def inject(
     if seed < 0:
         raise UsageError(f"--seed must not be negative, got {seed}")
     adapter = make_method(method, **options)
+    _check_init(adapter, init, calibration, teacher, device, out)
     if out is None:
         weights = any(model.glob("*.safetensors"))
         found = find_sites(open_model(model, weights=weights), trust_remote_code=trust_remote_code)
         return _inject(found, None, adapter, targets, skip, tick, say)[0]
     provenance.load(model)  # a damaged history is an error before the work
     with workspace(out, {"verb": "inject"}, force=force, sources=[model], say=say) as work:
-        found = find_sites(open_model(model), trust_remote_code=trust_remote_code)
+        found = find_sites(open_model(model), trust_remote_code=trust_remote_code, runnable=init != "default")
         result, lock = _inject(found, out, adapter, targets, skip, tick, say)
         factors = {
             f"{name}.{key}": initial_factor(spec, f"{name}.{key}", seed, torch.device("cpu"))
@@ -134,6 +157,24 @@ def inject(
             for key, spec in adapter.factors(site.shape).items()
         }
         fingerprint = found.folder.fingerprint()
+        inputs, start = {"model": fingerprint}, {}
+        if calibration is not None:
+            tokens = draw_windows(
+                model, found.program, calibration, trust_remote_code=trust_remote_code, say=say
+            ).tokens
+            partition(found.program, model)
+            check_reachable(found.program, result.sites)
+            guide = None
+            if teacher is not None:
+                guide = walkable(Path(teacher), trust_remote_code=trust_remote_code)
+                check_teacher(found.program, guide.program, Path(teacher))
+                inputs["teacher"] = guide.folder.fingerprint()
+            gradients = site_gradients(
+                found, result.sites, tokens, device=device_of(device), store=work.store, teacher=guide, tick=walk_tick,
+            )  # fmt: skip
+            factors = start_from_gradients(gradients, dict.fromkeys(result.sites, adapter), factors)
+            inputs["calibration"] = text_digest(tokens)
+            start = {"init": init, "samples": len(tokens), "seq_len": tokens.shape[1]}
         write_adapter(
             work.folder,
             target=out,
@@ -144,13 +185,13 @@ def inject(
             matrices={name: found.matrices[name] for name in result.sites},
             factors=factors,
             lock=lock,
+            init=init,
         )
         settings = {
             "method": method, **adapter.parameters(), "seed": seed, "targets": list(targets), "skip": list(skip),
+            **start,
         }  # fmt: skip
-        provenance.record(
-            model, work.folder, "inject", inputs={"model": fingerprint}, settings=settings, digests={}
-        )
+        provenance.record(model, work.folder, "inject", inputs=inputs, settings=settings, digests={})
     return result
 
 
@@ -181,6 +222,27 @@ def _inject(
     lock = _lock(found, sites, masks) if masks else Lock.of([])
     trainable = sum(_size(adapter, site) for site, _ in sites.values())
     return Injected(out, adapter, sites, refused, trainable, total), lock
+
+
+def _check_init(
+    method: Method,
+    init: str,
+    calibration: Calibration | None,
+    teacher: str | Path | None,
+    device: str | None,
+    out: Path | None,
+) -> None:
+    """UsageError for options of the start that do not go together."""
+    if init == "default":
+        given = {"--calib": calibration, "--teacher": teacher, "--device": device}
+        if unused := [option for option, value in given.items() if value is not None]:
+            raise UsageError(f"{unused[0]} is for --init gradient; the default start needs no model")
+        return
+    check_start(method, init)
+    if out is None:
+        raise UsageError(f"--dry-run needs no weights, --init {init} does; leave out one of them")
+    if calibration is None:
+        raise UsageError(f"--init {init} needs a text: give it with --calib FILE")
 
 
 def _size(method: Method, site: Site) -> int:

@@ -58,9 +58,21 @@ class InjectSettings:
     """How to make an adapter."""
 
     method: str = option("spp", "Adapter method; `--method NAME --help` shows the options of NAME.")
-    seed: int = option(0, "Seed of the factors' initial values.")
+    seed: int = option(0, "Seed of the factors' initial values, and of the draw of windows.")
     targets: tuple[str, ...] = option((), TARGETS, split=True)
     skip: tuple[str, ...] = option((), "Sites that get no adapter, named as for --targets.", split=True)
+    init: Literal["default", "gradient"] = option(
+        "default", "Start of the factors: the method's own, or from gradients on a text (--calib)."
+    )
+    teacher: str | None = option(
+        None, "Model folder whose predictions the gradients are of. Default: the text's own tokens."
+    )
+    device: str | None = option(
+        None, "Where layers run for --init. Default: cuda where there is one, else cpu."
+    )
+
+    def __post_init__(self) -> None:
+        check_values(self)
 
 
 @dataclass(frozen=True)
