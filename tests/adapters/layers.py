@@ -28,6 +28,10 @@ SPP = make_method("spp", rank=3, scale=SCALE)
 METHODS = {
     "spp": SPP,
     "sqft": make_method("sqft", rank=2, scale=SCALE, dropout=0.0),
+    "lors": make_method("lors", rank=2, scale=SCALE),
+    "hira": make_method("hira", rank=2, scale=SCALE),
+    "masked-full": make_method("masked-full"),
+    "scale-lora": make_method("scale-lora", rank=2),
     "grouped": make_method("grouped", gain=0.5),
 }
 OPS = ("definition", "fused", *PACKINGS)

@@ -1,6 +1,6 @@
 """Every execution of every method is held to the method's own formula, gradients included."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -10,14 +10,15 @@ from torch import Tensor
 from spp_fx.adapters import op as op_module
 from spp_fx.adapters.fold import FoldCounts, StoredFold, fold_matrix
 from spp_fx.adapters.method import METHODS as REGISTRY
-from spp_fx.adapters.method import FactorSpec, Method, make_method
-from spp_fx.adapters.op import op_options, ops_of
+from spp_fx.adapters.method import Method, initial_factor, make_method
+from spp_fx.adapters.op import apply_dropout, op_options, ops_of
 from spp_fx.errors import UsageError
 from tests.adapters.layers import (
     EXACT,
     EXECUTIONS,
     KERNELS,
     METHODS,
+    SCALE,
     arguments,
     expected,
     make_layer,
@@ -37,6 +38,7 @@ CASES = [
 ]
 
 methods = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+STRAIGHT_THROUGH = {"lors"}  # their gradients are by intent not those of what they compute
 executions = pytest.mark.parametrize("execution", EXECUTIONS)
 kernels = pytest.mark.parametrize("execution", KERNELS)
 
@@ -90,7 +92,10 @@ def test_gradcheck_and_opcheck(method, execution, dropout, monkeypatch):
         named = dict(zip(layer.factors, factors, strict=True))
         return run(execution, replace(layer, x=x, factors=named), seed, dropout)
 
-    assert torch.autograd.gradcheck(call, (layer.x, *layer.factors.values()))
+    factors = tuple(layer.factors.values())
+    if method.name in STRAIGHT_THROUGH:
+        factors = tuple(each.detach() for each in factors)
+    assert torch.autograd.gradcheck(call, (layer.x, *factors))
     op, given = arguments(execution, layer, seed, dropout)
     torch.library.opcheck(op, given)
 
@@ -100,12 +105,13 @@ def test_opcheck_of_the_backwards(method):
     layer = make_layer(method, 6, N)
     factors = [value.detach() for value in layer.factors.values()]
     options, dy = op_options(method), torch.randn(3, 6, dtype=torch.float64)
+    name = method.name.replace("-", "_")
     for needs_x in (True, False):
-        backward = getattr(torch.ops.spp_fx, f"{method.name}_linear_fused_backward").default
+        backward = getattr(torch.ops.spp_fx, f"{name}_linear_fused_backward").default
         given = (dy, layer.x.detach(), layer.weight, *factors, torch.tensor(7), *options, 0.4, needs_x)
         torch.library.opcheck(backward, given)
     stacked = [torch.stack([each, 2 * each]) for each in (layer.weight, layer.weight, *factors)]
-    backward = getattr(torch.ops.spp_fx, f"{method.name}_weight_backward").default
+    backward = getattr(torch.ops.spp_fx, f"{name}_weight_backward").default
     torch.library.opcheck(backward, (*stacked, *options))
 
 
@@ -245,7 +251,8 @@ def test_the_weight_of_a_stack_is_the_formula_expert_by_expert(method, base, tra
 def test_gradcheck_and_opcheck_of_the_weight_of_a_stack(method):
     weight, factors = stack(method)
     op, options = ops_of(method, (2, M, N)).weight, op_options(method)
-    assert torch.autograd.gradcheck(lambda *own: op(weight, *own, *options, 1.0), factors)
+    if method.name not in STRAIGHT_THROUGH:
+        assert torch.autograd.gradcheck(lambda *own: op(weight, *own, *options, 1.0), factors)
     torch.library.opcheck(op, (weight, *factors, *options, 1.0))
     with pytest.raises(UsageError, match="frozen"):
         op(weight.requires_grad_(), *factors, *options, 1.0)
@@ -291,16 +298,34 @@ def test_the_fold_is_the_formula(method, first_row, step, transposed):
     assert counts == FoldCounts(0, int((layer.weight[first_row:] != 0).sum()))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @methods
-def test_untrained_factors_fold_to_the_same_bits(method):
-    layer = make_layer(method, M, N)
-    start = {
-        key: torch.zeros(spec.shape) if spec.init == "zeros" else torch.rand(spec.shape)
-        for key, spec in method.factors((M, N)).items()
-    }
-    weight = layer.weight.to(torch.bfloat16)
-    folded = torch.cat(list(fold_matrix(method, weight, start, "keep", FoldCounts(), "site")))
-    assert torch.equal(folded.view(torch.int16), weight.view(torch.int16))
+def test_untrained_factors_fold_to_the_same_bits(method, dtype):
+    layer, cpu = make_layer(method, M, N), torch.device("cpu")
+    start = {key: initial_factor(spec, key, 0, cpu) for key, spec in method.factors((M, N)).items()}
+    weight, counts = layer.weight.to(dtype), FoldCounts()
+    folded = torch.cat(list(fold_matrix(method, weight, start, "keep", counts, "site")))
+    assert torch.equal(folded.view(torch.uint8), weight.view(torch.uint8))
+    assert counts == FoldCounts()
+    same(run("fused", replace(layer, factors=start)), layer.x @ layer.weight.t() + layer.bias)
+
+
+@methods
+def test_all_parts_of_the_factors_learn_within_two_steps(method):
+    """A row or column of a factor that started where no gradient ever reaches it would never move."""
+    layer, cpu = make_layer(method, M, N), torch.device("cpu")
+    specs = method.factors((M, N))
+    start = {key: initial_factor(spec, key, 0, cpu).double() for key, spec in specs.items()}
+    moved = start
+    for _ in range(2):
+        own = {key: value.clone().requires_grad_() for key, value in moved.items()}
+        loss = run("fused", replace(layer, factors=own)).square().sum()
+        grads = torch.autograd.grad(loss, list(own.values()))
+        moved = {key: own[key].detach() - 1e-3 * grad for key, grad in zip(own, grads, strict=True)}
+    for key, value in moved.items():
+        change = value != start[key]
+        assert change.any(-1).all(), key
+        assert change.any(-2).all(), key
 
 
 @methods
@@ -309,36 +334,27 @@ def test_the_options_make_the_same_method_again(method):
     assert all(each.metadata["help"] for each in fields(method))
 
 
-@dataclass(frozen=True)
-class StraightThrough(Method):
-    """As LoRS: W + (a b) * (W != 0), with the mask left out of the gradients, which need no G."""
-
-    name = "straight"
-
-    def factors(self, shape):
-        m, n = shape
-        return {"a": FactorSpec((m, 2), "zeros", rows=1), "b": FactorSpec((2, n), "kaiming", columns=1)}
-
-    def refusal(self, shape):
-        return None
-
-    def update(self, weight, a, b):
-        return (a @ b) * (weight != 0)
-
-    def factor_grads(self, x, grad_y, weight, factors, grads):
-        grads["a"] += grad_y.t() @ (x @ factors["b"].t())
-        grads["b"] += (grad_y @ factors["a"]).t() @ x
-
-
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("blocks", BLOCKS.values(), ids=BLOCKS)
-def test_a_method_may_take_gradients_of_its_own_from_the_activations(blocks, monkeypatch):
+@executions
+def test_the_gradients_of_lors_are_the_formulas_of_its_paper(execution, blocks, dropout, monkeypatch):
+    """dA = s dYᵀ (X Bᵀ) and dB = s (dY A)ᵀ X, which its published code computes without s; dX = dY W'."""
     small_blocks(monkeypatch, blocks)
-    layer = make_layer(StraightThrough(), M, N, (5,))
+    layer, seed = make_layer(METHODS["lors"], M, N, (5,)), torch.tensor(7) if dropout else None
     dy = torch.randn(5, M, dtype=torch.float64)
-    y = run("fused", layer)
-    same(y, expected(layer))
-    dx, da, db, _ = torch.autograd.grad(y, layer.leaves(), dy)
-    g, (a, b) = dy.t() @ layer.x, layer.factors.values()
-    for got, wanted in ((da, g @ b.t()), (db, a.t() @ g)):
-        same(got, wanted.detach())
-    same(dx, torch.autograd.grad(expected(layer), layer.x, dy)[0])
+    dx, da, db, _ = torch.autograd.grad(run(execution, layer, seed, dropout), layer.leaves(), dy)
+    x, (a, b) = apply_dropout(layer.x, seed, dropout), layer.factors.values()
+    same(da, SCALE * dy.t() @ (x @ b.t()))
+    same(db, SCALE * (dy @ a).t() @ x)
+    masked = SCALE * (a @ b) * (layer.weight != 0)
+    same(dx, dy @ layer.weight + apply_dropout(dy @ masked, seed, dropout))
+
+
+def test_the_gradients_of_a_stack_of_lors_are_those_of_its_matrices():
+    weight, factors = stack(METHODS["lors"])
+    op = ops_of(METHODS["lors"], (2, M, N)).weight
+    g = torch.randn_like(weight)
+    da, db = torch.autograd.grad(op(weight, *factors, *op_options(METHODS["lors"]), 1.0), factors, g)
+    a, b = (each.detach() for each in factors)
+    same(da, SCALE * g @ b.mT)
+    same(db, SCALE * a.mT @ g)

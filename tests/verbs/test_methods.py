@@ -16,7 +16,15 @@ from tests.effort import covering
 from tests.verbs.conftest import save_with_tokenizer
 
 ROOT = Path(__file__).parents[2]
-OPTIONS = {"spp": {"rank": 4}, "sqft": {"rank": 2}, "grouped": {"gain": 0.5, "width": 2}}
+OPTIONS = {
+    "spp": {"rank": 4},
+    "sqft": {"rank": 2},
+    "lors": {"rank": 2},
+    "hira": {"rank": 2},
+    "masked-full": {},
+    "scale-lora": {"rank": 2},
+    "grouped": {"gain": 0.5, "width": 2},
+}
 
 
 FAMILIES = ["llama", "mixtral"]  # linears only, and stacks of experts

@@ -1,0 +1,50 @@
+"""HiRA: a low-rank matrix that multiplies the weight, so that the update has the weight's own zeros."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import sqrt
+from typing import TYPE_CHECKING
+
+from spp_fx.adapters.method import (
+    DROPOUT_OPTION,
+    SCALE_OPTION,
+    FactorSpec,
+    Method,
+    TrainingDefaults,
+    register,
+)
+from spp_fx.options import at_least_one, option
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FIRST_STEP = 8e-3
+"""The rate 4e-3 times the scale 2 of SPP's paper, at 4096 inputs."""
+
+
+@register("hira")
+@dataclass(frozen=True)
+class HiRA(Method):
+    """W * (1 + s B A) — HiRA, ICLR 2025; its rank 32, and s = 1 as there."""
+
+    rank: int = option(32, "Rank r of the multiplier.", at_least_one)
+    scale: float = option(1.0, *SCALE_OPTION)
+    dropout: float = option(0.0, *DROPOUT_OPTION)
+
+    def factors(self, shape: tuple[int, ...]) -> dict[str, FactorSpec]:
+        *stack, m, n = shape
+        return {
+            "hira_a": FactorSpec((*stack, self.rank, n), "kaiming", columns=1),
+            "hira_b": FactorSpec((*stack, m, self.rank), "zeros", rows=1),
+        }
+
+    def update(self, weight: Tensor, **factors: Tensor) -> Tensor:
+        return weight * (self.scale * (factors["hira_b"] @ factors["hira_a"]))
+
+    def defaults(self, width: float, steps: int | None) -> TrainingDefaults:
+        """The rate at which Adam's first step moves the multiplier as far as in SPP's published settings.
+
+        That step is rate * s times the norm of r entries of A, of size 1/sqrt(3 inputs) each; SPP's has one entry.
+        """
+        return TrainingDefaults(lr=FIRST_STEP * sqrt(4096 / width / self.rank) / abs(self.scale))

@@ -1,0 +1,57 @@
+"""LoRS: a masked low-rank update whose gradients leave the mask out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from spp_fx.adapters.method import (
+    DROPOUT_OPTION,
+    SCALE_OPTION,
+    Factors,
+    FactorSpec,
+    Method,
+    TrainingDefaults,
+    register,
+)
+from spp_fx.options import at_least_one, option
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@register("lors")
+@dataclass(frozen=True)
+class LoRS(Method):
+    """W + s (A B) * (W != 0), differentiated as if the mask were not there — LoRS, 2025, section 3.
+
+    Its code leaves s out of the gradients of A and B; the paper's formulas have it, and so has this.
+    """
+
+    rank: int = option(16, "Rank r of the update.", at_least_one)
+    scale: float = option(2.0, f"{SCALE_OPTION[0]} LoRS writes it alpha / sqrt(r).", SCALE_OPTION[1])
+    dropout: float = option(0.0, *DROPOUT_OPTION)
+
+    def factors(self, shape: tuple[int, ...]) -> dict[str, FactorSpec]:
+        *stack, m, n = shape
+        return {
+            "lors_a": FactorSpec((*stack, m, self.rank), "zeros", rows=1),
+            "lors_b": FactorSpec((*stack, self.rank, n), "kaiming", columns=1),
+        }
+
+    def update(self, weight: Tensor, **factors: Tensor) -> Tensor:
+        change = self.scale * (factors["lors_a"] @ factors["lors_b"])
+        # Forwards exactly `change` or 0, since x - x is 0 and 0 - x is exact; backwards that of `change` alone.
+        return change + (change * (weight != 0) - change).detach()
+
+    def factor_grads(  # pyright: ignore[reportIncompatibleVariableOverride] - a function is a class variable
+        self, x: Tensor, grad_y: Tensor, weight: Tensor, factors: Factors, grads: dict[str, Tensor]
+    ) -> None:
+        """dA = s dYᵀ (X Bᵀ) and dB = s (dY A)ᵀ X: the pullback of `update`, without G."""
+        a, b = (factors[key].to(x.dtype) for key in ("lors_a", "lors_b"))
+        grads["lors_a"].add_(grad_y.t() @ (x @ b.t()), alpha=self.scale)
+        grads["lors_b"].add_((grad_y @ a).t() @ x, alpha=self.scale)
+
+    def defaults(self, width: float, steps: int | None) -> TrainingDefaults:
+        """The paper's rate, at every width."""
+        return TrainingDefaults(lr=2e-5)
