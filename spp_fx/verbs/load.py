@@ -16,6 +16,7 @@ from spp_fx.graph.program import Program, factor_attribute
 from spp_fx.graph.trace import trace
 from spp_fx.passes.canonicalize import Canonicalize
 from spp_fx.passes.causal import Causal
+from spp_fx.passes.fold_adapters import Fold
 from spp_fx.passes.inject_adapters import Inject
 from spp_fx.passes.lower import Lower
 from spp_fx.passes.match import Match
@@ -46,6 +47,7 @@ def load_program(
     packed: bool = False,
     checkpointed: bool = False,
     shard: Over | None = None,
+    folded: bool = False,
 ) -> Loaded:
     """The program of a model folder, or of an adapter folder with its factors in place.
 
@@ -54,9 +56,11 @@ def load_program(
         packed: pack the frozen weights of adapted sites.
         checkpointed: checkpoint the activations of each decoder layer in training.
         shard: split the frozen weights of each layer over the processes of the `world` or of a `node`.
+        folded: fold an adapter into the weights, as merge does; the program then has no factors.
 
     Raises:
         UsageError, FormatError: the folder is neither, or is damaged.
+        MaskError: a value folds to NaN or infinity.
     """
     folder = Path(folder)
     if not is_adapter(folder):
@@ -99,6 +103,9 @@ def load_program(
             name = f"{owner}.{factor_attribute(parameter, key)}"
             factors[f"{site}.{key}"] = program.get_parameter(name)
     load_factors(factors, {name: adapter.shard.read(name) for name in factors}, adapter.shard.path)
+    if folded:
+        run_pipeline(program, [Fold()])
+        return Loaded(program, model, {})
     return Loaded(program, model, factors)
 
 
