@@ -10,6 +10,7 @@ from spp_fx.adapters.method import (
     DROPOUT_OPTION,
     SCALE_OPTION,
     FactorSpec,
+    Kernels,
     Method,
     TrainingDefaults,
     register,
@@ -41,6 +42,11 @@ class HiRA(Method):
 
     def update(self, weight: Tensor, **factors: Tensor) -> Tensor:
         return weight * (self.scale * (factors["hira_b"] @ factors["hira_a"]))
+
+    def kernels(self, device: str) -> Kernels | None:
+        from spp_fx.adapters.low_rank import LowRank
+
+        return LowRank("hira_b", "hira_a", self.scale, multiplier="weight", pulled_back="weight")
 
     def defaults(self, width: float, steps: int | None) -> TrainingDefaults:
         """The rate at which Adam's first step moves the multiplier as far as in SPP's published settings.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from spp_fx.adapters.method import DROPOUT_OPTION, SCALE_OPTION, FactorSpec, Method, register
+from spp_fx.adapters.method import DROPOUT_OPTION, SCALE_OPTION, FactorSpec, Kernels, Method, register
 from spp_fx.options import at_least_one, option
 
 if TYPE_CHECKING:
@@ -30,3 +30,8 @@ class SQFT(Method):
 
     def update(self, weight: Tensor, **factors: Tensor) -> Tensor:
         return self.scale * (factors["sqft_b"] @ factors["sqft_a"]) * (weight != 0)
+
+    def kernels(self, device: str) -> Kernels | None:
+        from spp_fx.adapters.low_rank import LowRank
+
+        return LowRank("sqft_b", "sqft_a", self.scale, multiplier="mask", pulled_back="mask")
