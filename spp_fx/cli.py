@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from spp_fx.command import HELP, command
+from spp_fx.command import HELP, command, read_config
 from spp_fx.console import Output
-from spp_fx.errors import SppFxError, UsageError, escaped
+from spp_fx.errors import SppFxError, escaped
 from spp_fx.registry import Registry
 from spp_fx.verbs.settings import (
     Calibration,
@@ -211,7 +211,7 @@ def prune_command(
 @verb(
     "inject", MODEL, out_option("Folder to write. Default: MODEL-METHOD."), force_option(),
     click.Option(["--dry-run"], is_flag=True, help="Only show what would be trained; config.json alone is enough."),
-    REMOTE_CODE, registry=methods,
+    REMOTE_CODE, registry=methods, per_site=True,
 )  # fmt: skip
 def inject_command(
     output: Output,
@@ -225,10 +225,15 @@ def inject_command(
 ) -> None:
     """Make an adapter folder for a pruned MODEL folder, with a lock of its masks.
 
+    A number of the method may be given again for some sites, NAME@VALUE, named as for --targets; the last match
+    wins.
+
     \b
     spp-fx inject my-sparse
     spp-fx inject my-sparse --rank 8 --targets q_proj,v_proj -o small-adapter
     spp-fx inject my-sparse --init gradient --calib text.txt
+    spp-fx inject my-sparse --rank 16 --rank down_proj@32 --rank 'model.layers.0.*@8' --scale q_proj@1
+    spp-fx inject my-sparse --budget 0.3% --budget-by error --teacher my-model
     spp-fx inject llama-7b --dry-run --json
     """
     from spp_fx.verbs.inject import inject
@@ -237,7 +242,7 @@ def inject_command(
     target = None if dry_run else out or default_out(model, settings.method)
     asked = vars(settings) | {"teacher": model_folder(settings.teacher) if settings.teacher else None}
     run = partial(
-        inject, folder, target, **asked, **method_options, **options, calibration=calibration, say=output.say
+        inject, folder, target, **asked | method_options, **options, calibration=calibration, say=output.say
     )
     if settings.init == "default":
         with output.bytes_bar("reading masks") as tick:
@@ -246,32 +251,6 @@ def inject_command(
         with output.steps_bar("walking the layers") as bar:
             done = run(walk_tick=bar.update)
     output.result(done)
-
-
-def read_config(context: click.Context, parameter: click.Parameter, path: Path | None) -> None:
-    """Options from a YAML file as defaults, which the command line overrides."""
-    if path is None:
-        return
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"{path}: cannot be read as YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{path}: must be a mapping of options, one 'name: value' per line")
-    known = {"config": parameter} | {
-        name.lstrip("-").replace("-", "_"): each
-        for each in context.command.params
-        for name in (str(each.name), *each.opts)
-        if each is not parameter and len(name.lstrip("-")) > 1
-    }
-    del known["config"]
-    options: dict[str, Any] = {str(name).replace("-", "_"): value for name, value in content.items()}
-    if unknown := sorted(options.keys() - known.keys()):
-        raise UsageError(f"{path}: unknown option '{unknown[0]}'; known: {', '.join(sorted(known))}")
-    given = {str(known[name].name): value for name, value in options.items()}
-    context.default_map = {**(context.default_map or {}), **given}
 
 
 @verb(
@@ -287,10 +266,13 @@ def train_command(
 ) -> None:
     """Train an ADAPTER folder on text, instructions or chats; zeros of the base stay zero.
 
-    Training continues from the adapter's current factors. With --teacher the loss is the divergence from the teacher.
+    Training continues from the adapter's current factors. With --teacher the loss is the divergence from the
+    teacher's predictions, or a mixture with the text's loss and the distance of hidden states.
 
     \b
     spp-fx train my-sparse-spp --data text.txt --eval-data held-out.txt --steps 300
+    spp-fx train my-sparse-spp --data text.txt --teacher my-model --teacher-weight 0.67 --temperature 2
+    spp-fx train my-sparse-spp --data text.txt --teacher my-model --teacher-weight 0 --match-hidden 1
     spp-fx train my-sparse-spp --data alpaca.json --loss-on answer --packing --bf16 --epochs 3
     spp-fx train my-sparse-spp --config run.yaml --save-steps 100
     spp-fx train my-sparse-spp --config run.yaml --save-steps 100 --resume

@@ -11,6 +11,7 @@ from spp_fx.adapters.method import (
     SCALE_OPTION,
     Factors,
     FactorSpec,
+    Kernels,
     Method,
     TrainingDefaults,
     register,
@@ -49,6 +50,11 @@ class HiRA(Method):
 
         a = factors["hira_a"]
         return {**factors, "hira_a": at_norm_of(a, right_vectors(weight * grad, len(a)))}
+
+    def kernels(self, device: str) -> Kernels | None:
+        from spp_fx.adapters.low_rank import LowRank
+
+        return LowRank("hira_b", "hira_a", self.scale, multiplier="weight", pulled_back="weight")
 
     def defaults(self, width: float, steps: int | None) -> TrainingDefaults:
         """The rate at which Adam's first step moves the multiplier as far as in SPP's published settings.

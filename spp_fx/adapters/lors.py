@@ -10,6 +10,7 @@ from spp_fx.adapters.method import (
     SCALE_OPTION,
     Factors,
     FactorSpec,
+    Kernels,
     Method,
     TrainingDefaults,
     register,
@@ -43,6 +44,11 @@ class LoRS(Method):
         change = self.scale * (factors["lors_a"] @ factors["lors_b"])
         # Forwards exactly `change` or 0, since x - x is 0 and 0 - x is exact; backwards that of `change` alone.
         return change + (change * (weight != 0) - change).detach()
+
+    def kernels(self, device: str) -> Kernels | None:
+        from spp_fx.adapters.low_rank import LowRank
+
+        return LowRank("lors_a", "lors_b", self.scale, multiplier="mask", pulled_back="one")
 
     def factor_grads(  # pyright: ignore[reportIncompatibleVariableOverride] - a function is a class variable
         self, x: Tensor, grad_y: Tensor, weight: Tensor, factors: Factors, grads: dict[str, Tensor]

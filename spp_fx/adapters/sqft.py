@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from spp_fx.adapters.method import DROPOUT_OPTION, SCALE_OPTION, Factors, FactorSpec, Method, register
+from spp_fx.adapters.method import (
+    DROPOUT_OPTION,
+    SCALE_OPTION,
+    Factors,
+    FactorSpec,
+    Kernels,
+    Method,
+    register,
+)
 from spp_fx.options import at_least_one, option
 
 if TYPE_CHECKING:
@@ -37,3 +45,8 @@ class SQFT(Method):
 
         a = factors["sqft_a"]
         return {**factors, "sqft_a": at_norm_of(a, right_vectors(grad * (weight != 0), len(a)))}
+
+    def kernels(self, device: str) -> Kernels | None:
+        from spp_fx.adapters.low_rank import LowRank
+
+        return LowRank("sqft_b", "sqft_a", self.scale, multiplier="mask", pulled_back="mask")

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from spp_fx.adapters.adapter_folder import AdapterFolder
+from spp_fx.adapters.per_site import as_overrides
 from spp_fx.errors import FormatError, UsageError
 from spp_fx.exporters.manifest import open_model
 from spp_fx.graph.binding import assemble
@@ -18,6 +19,7 @@ from spp_fx.graph.program import Program, factor_attribute
 from spp_fx.graph.trace import trace
 from spp_fx.passes.canonicalize import Canonicalize
 from spp_fx.passes.causal import Causal
+from spp_fx.passes.fold_adapters import Fold
 from spp_fx.passes.inject_adapters import Inject
 from spp_fx.passes.lower import Lower
 from spp_fx.passes.match import Match
@@ -50,7 +52,9 @@ def load_program(
     trust_remote_code: bool = False,
     packed: bool = False,
     checkpointed: bool = False,
+    layers: bool = False,
     shard: Over | None = None,
+    folded: bool = False,
 ) -> Loaded:
     """The program of a model folder, or of an adapter folder with its factors in place.
 
@@ -58,10 +62,13 @@ def load_program(
         base: the adapter's base model, if it is not where the adapter says.
         packed: pack the frozen weights of adapted sites.
         checkpointed: checkpoint the activations of each decoder layer in training.
+        layers: find the decoder layers, `Program.units`; so do `checkpointed` and `shard`.
         shard: split the frozen weights of each layer over the processes of the `world` or of a `node`.
+        folded: fold an adapter into the weights, as merge does; the program then has no factors.
 
     Raises:
         UsageError, FormatError: the folder is neither, or is damaged.
+        MaskError: a value folds to NaN or infinity.
     """
     folder = Path(folder)
     if not is_adapter(folder):
@@ -69,9 +76,11 @@ def load_program(
         check_causal(folder)
         program = trace(load_model(folder, trust_remote_code=trust_remote_code))
         run_pipeline(program, [Causal()])
+        if layers or shard:
+            run_pipeline(program, [Canonicalize(), Partition()])
         if shard:
             program.requires_grad_(False)
-            run_pipeline(program, [Canonicalize(), Partition(), Shard(over=shard)])
+            run_pipeline(program, [Shard(over=shard)])
         return Loaded(program, folder, {})
     adapter = AdapterFolder.open(folder)
     model = adapter.find_base(Path(base) if base else None)
@@ -86,12 +95,17 @@ def load_program(
             Causal(),
             Match(targets=tuple(adapter.matrices)),
             # check_base has checked the fingerprint of the base, and nothing here writes to it.
-            Inject(adapter.method, seed=adapter.config.seed, masks=False),
+            Inject(
+                adapter.method,
+                as_overrides(adapter.method, adapter.methods),
+                seed=adapter.config.seed,
+                masks=False,
+            ),
             # Shard itself packs, one layer at a time.
             Lower(kernel="fused", storage="dense" if shard else storage),
         ],
     )
-    if checkpointed or shard:
+    if checkpointed or layers or shard:
         run_pipeline(program, [Partition()])
     if checkpointed:
         run_pipeline(program, [Checkpoint()])
@@ -100,10 +114,13 @@ def load_program(
     factors: dict[str, nn.Parameter] = {}
     for site in adapter.matrices:
         owner, _, parameter = site.rpartition(".")
-        for key in adapter.method.factors(program.sites[site].shape):
+        for key in adapter.methods[site].factors(program.sites[site].shape):
             name = f"{owner}.{factor_attribute(parameter, key)}"
             factors[f"{site}.{key}"] = program.get_parameter(name)
     load_factors(factors, {name: adapter.shard.read(name) for name in factors}, adapter.shard.path)
+    if folded:
+        run_pipeline(program, [Fold()])
+        return Loaded(program, model, {})
     return Loaded(program, model, factors)
 
 
