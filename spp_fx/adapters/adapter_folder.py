@@ -216,12 +216,14 @@ def write_adapter(
     matrices: Mapping[str, Iterable[StoredMatrix]],
     factors: "Mapping[str, Tensor]",
     lock: Lock,
+    init: str = "default",
 ) -> None:
     """Write the files of an adapter folder into `folder`, which becomes `target`.
 
     Args:
         methods: of each site; what differs from `method` is kept beside it.
     """
+    start = {} if init == "default" else {"init": init}
     config = AdapterConfig(
         format_version=FORMAT_VERSION,
         spp_fx_version=VERSION,
@@ -237,6 +239,7 @@ def write_adapter(
         inference_mode=True,
         seed=seed,
         sites={site: list(stored) for site, stored in matrices.items()},
+        **start,
         **to_patterns(method, methods),
     )
     (folder / CONFIG).write_text(config.model_dump_json(indent=2) + "\n")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from spp_fx.adapters.method import (
     DROPOUT_OPTION,
     SCALE_OPTION,
+    Factors,
     FactorSpec,
     Kernels,
     Method,
@@ -38,6 +39,13 @@ class HiRA(Method):
 
     def update(self, weight: Tensor, **factors: Tensor) -> Tensor:
         return weight * (self.scale * (factors["hira_b"] @ factors["hira_a"]))
+
+    def gradient_start(self, weight: Tensor, grad: Tensor, factors: Factors) -> dict[str, Tensor]:
+        """A: the first right singular vectors of W * G, the gradient with respect to s B A."""
+        from spp_fx.adapters.directions import at_norm_of, right_vectors
+
+        a = factors["hira_a"]
+        return {**factors, "hira_a": at_norm_of(a, right_vectors(weight * grad, len(a)))}
 
     def rate(self, run: Run) -> float:
         """Every weight is multiplied by the sum of `rank` products."""
