@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -200,12 +200,13 @@ def prune_command(
 @verb(
     "inject", MODEL, out_option("Folder to write. Default: MODEL-METHOD."), force_option(),
     click.Option(["--dry-run"], is_flag=True, help="Only show what would be trained; config.json alone is enough."),
-    REMOTE_CODE, registry=methods,
+    REMOTE_CODE, registry=methods, per_site=True,
 )  # fmt: skip
 def inject_command(
     output: Output,
     model: str,
     settings: InjectSettings,
+    calibration: Calibration | None,
     method_options: dict[str, Any],
     out: Path | None,
     dry_run: bool,
@@ -213,19 +214,31 @@ def inject_command(
 ) -> None:
     """Make an adapter folder for a pruned MODEL folder, with a lock of its masks.
 
+    A number of the method may be given again for some sites, NAME@VALUE, named as for --targets; the last match
+    wins.
+
     \b
     spp-fx inject my-sparse
     spp-fx inject my-sparse --rank 8 --targets q_proj,v_proj -o small-adapter
+    spp-fx inject my-sparse --init gradient --calib text.txt
+    spp-fx inject my-sparse --rank 16 --rank down_proj@32 --rank 'model.layers.0.*@8' --scale q_proj@1
+    spp-fx inject my-sparse --budget 0.3% --budget-by error --teacher my-model
     spp-fx inject llama-7b --dry-run --json
     """
     from spp_fx.verbs.inject import inject
 
     folder = model_folder(model)
     target = None if dry_run else out or default_out(model, settings.method)
-    with output.bytes_bar("reading masks") as tick:
-        done = inject(
-            folder, target, **vars(settings), **method_options, **options, tick=tick, say=output.say
-        )
+    asked = vars(settings) | {"teacher": model_folder(settings.teacher) if settings.teacher else None}
+    run = partial(
+        inject, folder, target, **asked | method_options, **options, calibration=calibration, say=output.say
+    )
+    if settings.init == "default":
+        with output.bytes_bar("reading masks") as tick:
+            done = run(tick=tick)
+    else:
+        with output.steps_bar("walking the layers") as bar:
+            done = run(walk_tick=bar.update)
     output.result(done)
 
 
@@ -373,15 +386,10 @@ def _write_reports(output: Output, verdicts: "Sequence[Verified]", settings: Ver
     if settings.github:
         for line in report.annotations(verdicts, root):
             click.echo(line, err=output.as_json)
-    writes: list[Callable[[], None]] = []
     step_summary = os.environ.get("GITHUB_STEP_SUMMARY") if settings.github else None
-    if path := settings.junit:
-        writes.append(partial(report.write_report, path, report.junit(verdicts, root)))
-    if path := settings.sarif:
-        writes.append(partial(report.write_report, path, report.sarif(verdicts, root)))
-    if step_summary:
-        writes.append(partial(report.append_report, Path(step_summary), report.summary(verdicts, root)))
-    report.write_all(writes)
+    report.write_reports(
+        verdicts, root, junit_to=settings.junit, sarif_to=settings.sarif, summary_to=step_summary
+    )
 
 
 def _verify(output: Output, checks: "Sequence[Check]", jobs: int | None) -> "list[Verified]":

@@ -10,8 +10,9 @@ from spp_fx.adapters.method import (
     SCALE_OPTION,
     Factors,
     FactorSpec,
+    Kernels,
     Method,
-    TrainingDefaults,
+    Run,
     register,
 )
 from spp_fx.options import at_least_one, option
@@ -44,6 +45,11 @@ class LoRS(Method):
         # Forwards exactly `change` or 0, since x - x is 0 and 0 - x is exact; backwards that of `change` alone.
         return change + (change * (weight != 0) - change).detach()
 
+    def kernels(self, device: str) -> Kernels | None:
+        from spp_fx.adapters.low_rank import LowRank
+
+        return LowRank("lors_a", "lors_b", self.scale, multiplier="mask", pulled_back="one")
+
     def factor_grads(  # pyright: ignore[reportIncompatibleVariableOverride] - a function is a class variable
         self, x: Tensor, grad_y: Tensor, weight: Tensor, factors: Factors, grads: dict[str, Tensor]
     ) -> None:
@@ -52,6 +58,13 @@ class LoRS(Method):
         grads["lors_a"].add_(grad_y.t() @ (x @ b.t()), alpha=self.scale)
         grads["lors_b"].add_((grad_y @ a).t() @ x, alpha=self.scale)
 
-    def defaults(self, width: float, steps: int | None) -> TrainingDefaults:
-        """The paper's rate, at every width."""
-        return TrainingDefaults(lr=2e-5)
+    def gradient_start(self, weight: Tensor, grad: Tensor, factors: Factors) -> dict[str, Tensor]:
+        """B: the first right singular vectors of G as it is, as in the paper; there of norm 1, here of B's."""
+        from spp_fx.adapters.directions import at_norm_of, right_vectors
+
+        b = factors["lors_b"]
+        return {**factors, "lors_b": at_norm_of(b, right_vectors(grad, len(b)))}
+
+    def rate(self, run: Run) -> float:
+        """The sum of `rank` products is added to every weight."""
+        return run.rate_of_product(self.scale, self.rank, run.spread)

@@ -29,7 +29,7 @@ from spp_fx.training.teacher_cache import (
     uniforms,
     write_drawn,
 )
-from spp_fx.verbs.load import load_program, load_tokenizer, torch_device, window_length
+from spp_fx.verbs.load import device_of, load_program, load_tokenizer, window_length
 from spp_fx.verbs.settings import TeachSettings
 
 FILE_PAIRS = 2**23
@@ -123,7 +123,7 @@ def teach(
         batch_size=batch_size, device=device, seed=seed, strict=strict,
     )  # fmt: skip
     check_output(out, force, [model], say)
-    where = torch_device(device)
+    where = device_of(device)
     loaded = load_program(model, trust_remote_code=trust_remote_code)
     program = loaded.program.eval().requires_grad_(False)
     tokenizer = load_tokenizer(loaded.model, trust_remote_code=trust_remote_code)
