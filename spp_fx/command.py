@@ -183,3 +183,39 @@ def _click_option(each: Field[Any], hint: Any, text: str, required: bool = True)
     if default is MISSING:
         return click.Option(names, type=kind, required=required, **settings)
     return click.Option(names, type=kind, default=default, show_default=True, **settings)
+
+
+def read_config(context: click.Context, parameter: click.Parameter, path: Path | None) -> None:
+    """Options from a YAML file as defaults, which the command line overrides."""
+    if path is None:
+        return
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{path}: cannot be read as YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path}: must be a mapping of options, one 'name: value' per line")
+    known = {"config": parameter} | {
+        name.lstrip("-").replace("-", "_"): each
+        for each in context.command.params
+        for name in (str(each.name), *each.opts)
+        if each is not parameter and len(name.lstrip("-")) > 1
+    }
+    del known["config"]
+    options: dict[str, Any] = {str(name).replace("-", "_"): value for name, value in content.items()}
+    if unknown := sorted(options.keys() - known.keys()):
+        raise UsageError(f"{path}: unknown option '{unknown[0]}'; known: {', '.join(sorted(known))}")
+    given = {str(known[name].name): value for name, value in options.items()}
+    context.default_map = {**(context.default_map or {}), **given}
+
+
+CONFIG = click.Option(
+    ["--config"],
+    type=click.Path(path_type=Path),
+    is_eager=True,
+    expose_value=False,
+    callback=read_config,
+    help="YAML file with any of these options, 'seq-len: 512'; the command line overrides it.",
+)

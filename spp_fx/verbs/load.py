@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from spp_fx.adapters.adapter_folder import AdapterFolder
 from spp_fx.errors import UsageError
@@ -46,6 +46,7 @@ def load_program(
     packed: bool = False,
     checkpointed: bool = False,
     shard: Over | None = None,
+    source: PreTrainedModel | None = None,
 ) -> Loaded:
     """The program of a model folder, or of an adapter folder with its factors in place.
 
@@ -54,6 +55,8 @@ def load_program(
         packed: pack the frozen weights of adapted sites.
         checkpointed: checkpoint the activations of each decoder layer in training.
         shard: split the frozen weights of each layer over the processes of the `world` or of a `node`.
+        source: the model of the folder, or the adapter's base, where it is loaded already: the program shares its
+            parameters.
 
     Raises:
         UsageError, FormatError: the folder is neither, or is damaged.
@@ -62,7 +65,7 @@ def load_program(
     if not is_adapter(folder):
         open_model(folder)
         check_causal(folder)
-        program = trace(load_model(folder, trust_remote_code=trust_remote_code))
+        program = trace(source or load_model(folder, trust_remote_code=trust_remote_code))
         run_pipeline(program, [Causal()])
         if shard:
             program.requires_grad_(False)
@@ -72,7 +75,7 @@ def load_program(
     model = adapter.find_base(Path(base) if base else None)
     adapter.check_base(open_model(model))
     check_causal(model)
-    program = trace(load_model(model, trust_remote_code=trust_remote_code))
+    program = trace(source or load_model(model, trust_remote_code=trust_remote_code))
     storage = "packed" if packed else "dense"
     run_pipeline(
         program,
@@ -123,7 +126,11 @@ def load_tokenizer(model: Path, *, trust_remote_code: bool = False) -> PreTraine
 
 def window_length(program: Program, asked: int | None, default: int = 512) -> int:
     """The length of windows of text: as given, else `default`, and at most the model's positions."""
-    most = program.positions
+    return fit_length(program.positions, asked, default)
+
+
+def fit_length(most: int | None, asked: int | None, default: int = 512) -> int:
+    """`window_length` for a model of at most so many positions."""
     if asked is None:
         return min(default, most or default)
     if asked < 2:
@@ -131,6 +138,16 @@ def window_length(program: Program, asked: int | None, default: int = 512) -> in
     if most and asked > most:
         raise UsageError(f"--seq-len {asked} is more than the model's {most} positions")
     return asked
+
+
+def torch_device(name: str | None) -> torch.device:
+    """A device by name, by default a GPU if torch has one; UsageError if there is no such device."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
 
 
 @dataclass(frozen=True)

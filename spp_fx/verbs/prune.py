@@ -41,7 +41,7 @@ from spp_fx.storage.links import links_option
 from spp_fx.storage.safetensors import Shard, TensorInfo, dtype_name, torch_dtype
 from spp_fx.storage.workspace import Say, Workspace, check_output, workspace
 from spp_fx.storage.writer import copy_others, rewrite_shard, write_safetensors, write_shards
-from spp_fx.verbs.load import Calibration, draw_windows
+from spp_fx.verbs.load import Calibration, draw_windows, torch_device
 from spp_fx.verification import provenance
 from spp_fx.verification.model_sites import ModelSites, choose, find_sites, tensors_of
 
@@ -285,7 +285,7 @@ def prune(
         raise UsageError(f"{repair or method} needs calibration text: give it with --calib FILE")
     check_output(out, force, [model], say)
     provenance.load(model)  # a damaged history is an error before the work
-    where = _device(device)
+    where = torch_device(device)
     folder = open_model(model)
     found = find_sites(folder, trust_remote_code=trust_remote_code, runnable=calibration is not None)
     for note in found.notes:
@@ -485,10 +485,3 @@ def _lock_folder(folder: ModelFolder, found: ModelSites, patterns: Mapping[str, 
             kind = found.program.sites[site].kind
             entries.append(make_entry(matrix.tensor, kind, mask, pattern, matrix.transposed))
     return Lock.of(entries)
-
-
-def _device(name: str | None) -> torch.device:
-    try:
-        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error

@@ -185,17 +185,48 @@ class LockSettings:
     targets: tuple[str, ...] = option((), TARGETS, split=True)
 
 
+def _rows(value: str) -> str | None:
+    return None if value == "auto" or (value.isdecimal() and int(value) > 0) else "must be a number or auto"
+
+
 @dataclass(frozen=True)
 class EvaluateSettings:
-    """What to measure."""
+    """What to measure: a text, tasks, or both."""
 
-    data: str = option(
-        MISSING,
+    data: str | None = option(
+        None,
         "Text file, .json or .jsonl records (text, instructions, chats), or the name of a dataset on the hub.",
     )
     strict: bool = option(False, STRICT, flag="strict-data")
-    seq_len: int | None = option(None, "Tokens per window. Default: 512, or what the model has.")
+    seq_len: int | None = option(None, "Tokens per window of the text. Default: 512, or what the model has.")
+    stride: int | None = option(
+        None,
+        "Overlapping windows: each predicts only its last N tokens. Default: --seq-len, no overlap.",
+        at_least_one,
+        metavar="N",
+    )
+    tasks: tuple[str, ...] = option(
+        (),
+        "Tasks of lm-evaluation-harness, comma-separated or repeated: names (hellaswag, mmlu), zero-shot (the seven "
+        "of the papers), a task's YAML file, or a folder of them. Needs: pip install 'spp-fx[tasks]'.",
+        split=True,
+    )
+    limit: int | None = option(None, "Documents of each task at most.", at_least_one)
+    shots: int | None = option(
+        None, "Examples in a task's prompt. Default: 5 for mmlu, else the task's own.", not_negative
+    )
+    batch_size: str = option("1", "Rows of a task per forward; auto: as many as fit.", _rows, metavar="N")
     base: Path | None = option(None, "Base model of an adapter, if it is not where the adapter says.")
+    device: str | None = option(None, "Where the model runs. Default: cuda where there is one, else cpu.")
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if self.data is None and not self.tasks:
+            raise UsageError("nothing to measure: give a text with --data, or --tasks")
+        if self.data is None and (self.stride or self.seq_len):
+            raise UsageError("--seq-len and --stride are of a text: give one with --data")
+        if not self.tasks and (self.limit or self.shots is not None or self.batch_size != "1"):
+            raise UsageError("--limit, --shots and --batch-size are of tasks: give some with --tasks")
 
 
 @dataclass(frozen=True)
