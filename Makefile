@@ -66,9 +66,10 @@ bench: install
 	@$(BIN)/python benchmarks/export_large.py
 	@$(BIN)/python benchmarks/linear_step.py
 	@$(BIN)/python benchmarks/linear_step.py --width 2048 --batch 1024 --rank 4 8 16 32 64 --only lors spp_fused
-	@$(BIN)/python benchmarks/model_step.py
+	@$(BIN)/python benchmarks/model_step.py --repeats 7
+	@$(BIN)/python benchmarks/model_step.py --model 110m --tokens 2048
 	@$(BIN)/python benchmarks/prune_layers.py
-	@$(BIN)/python benchmarks/model_step.py --seq-len 256 512 1024 2048 --dtype bfloat16 --only lors spp_fused
+	@$(BIN)/python benchmarks/model_step.py --model 110m --tokens 2048 --seq-len 256 512 1024 2048 --dtype bfloat16 --only lors spp_fused
 	@$(BIN)/python benchmarks/graph_overhead.py
 
 # Each prints JSON and fails on anything broken; the seeds are fixed, so that a failure comes again.

@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def measure(dtype: str, options: argparse.Namespace) -> dict[str, object]:
-    model = small_llama(options.layers, getattr(torch, dtype)).requires_grad_(False).train()
+    model = small_llama("110m", options.layers, getattr(torch, dtype)).requires_grad_(False).train()
     model.get_input_embeddings().requires_grad_(True)
     masked = trace(model)
     causal = trace(model)

@@ -211,12 +211,13 @@ def prune_command(
 @verb(
     "inject", MODEL, out_option("Folder to write. Default: MODEL-METHOD."), force_option(),
     click.Option(["--dry-run"], is_flag=True, help="Only show what would be trained; config.json alone is enough."),
-    REMOTE_CODE, registry=methods,
+    REMOTE_CODE, registry=methods, per_site=True,
 )  # fmt: skip
 def inject_command(
     output: Output,
     model: str,
     settings: InjectSettings,
+    calibration: Calibration | None,
     method_options: dict[str, Any],
     out: Path | None,
     dry_run: bool,
@@ -224,19 +225,31 @@ def inject_command(
 ) -> None:
     """Make an adapter folder for a pruned MODEL folder, with a lock of its masks.
 
+    A number of the method may be given again for some sites, NAME@VALUE, named as for --targets; the last match
+    wins.
+
     \b
     spp-fx inject my-sparse
     spp-fx inject my-sparse --rank 8 --targets q_proj,v_proj -o small-adapter
+    spp-fx inject my-sparse --init gradient --calib text.txt
+    spp-fx inject my-sparse --rank 16 --rank down_proj@32 --rank 'model.layers.0.*@8' --scale q_proj@1
+    spp-fx inject my-sparse --budget 0.3% --budget-by error --teacher my-model
     spp-fx inject llama-7b --dry-run --json
     """
     from spp_fx.verbs.inject import inject
 
     folder = model_folder(model)
     target = None if dry_run else out or default_out(model, settings.method)
-    with output.bytes_bar("reading masks") as tick:
-        done = inject(
-            folder, target, **vars(settings), **method_options, **options, tick=tick, say=output.say
-        )
+    asked = vars(settings) | {"teacher": model_folder(settings.teacher) if settings.teacher else None}
+    run = partial(
+        inject, folder, target, **asked | method_options, **options, calibration=calibration, say=output.say
+    )
+    if settings.init == "default":
+        with output.bytes_bar("reading masks") as tick:
+            done = run(tick=tick)
+    else:
+        with output.steps_bar("walking the layers") as bar:
+            done = run(walk_tick=bar.update)
     output.result(done)
 
 
@@ -249,10 +262,13 @@ def train_command(
 ) -> None:
     """Train an ADAPTER folder on text, instructions or chats; zeros of the base stay zero.
 
-    Training continues from the adapter's current factors. With --teacher the loss is the divergence from the teacher.
+    Training continues from the adapter's current factors. With --teacher the loss is the divergence from the
+    teacher's predictions, or a mixture with the text's loss and the distance of hidden states.
 
     \b
     spp-fx train my-sparse-spp --data text.txt --eval-data held-out.txt --steps 300
+    spp-fx train my-sparse-spp --data text.txt --teacher my-model --teacher-weight 0.67 --temperature 2
+    spp-fx train my-sparse-spp --data text.txt --teacher my-model --teacher-weight 0 --match-hidden 1
     spp-fx train my-sparse-spp --data alpaca.json --loss-on answer --packing --bf16 --epochs 3
     spp-fx train my-sparse-spp --config run.yaml --save-steps 100
     spp-fx train my-sparse-spp --config run.yaml --save-steps 100 --resume

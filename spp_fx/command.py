@@ -35,6 +35,7 @@ class Command(click.Command):
     fixed: Sequence[click.Parameter] = ()
     registry: Callable[[], Registry[Any]] | None = None
     choice = "method"
+    per_site = False
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if self.registry is not None:
@@ -45,7 +46,7 @@ class Command(click.Command):
                 chosen = following if word == f"--{self.choice}" else chosen
                 chosen = word.partition("=")[2] if word.startswith(f"--{self.choice}=") else chosen
             own = {name for each in self.fixed for name in (*each.opts, each.name)}
-            added = _choice_options(self.registry(), chosen)
+            added = _choice_options(self.registry(), chosen, self.per_site)
             if taken := [each.opts[0] for each in added if own.intersection([*each.opts, each.name])]:
                 raise UsageError(
                     f"{taken[0]}: an option for one --{self.choice} has the name of an option of '{self.name}'"
@@ -61,16 +62,20 @@ def command(
     *params: click.Parameter,
     registry: Callable[[], Registry[Any]] | None = None,
     choice: str = "method",
+    per_site: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """A command of a group with the options that every one has; its function gets an `Output` first.
 
     A parameter of the function that is annotated with a dataclass gets an instance, made of options that are its
     fields; with `X | None` it gets None where the first field, which must have no default, is not given.
+    Dataclasses that have a field of the same name share that option, as the first of them declares it.
 
     Args:
         params: of all other parameters.
         registry: what the option `choice` chooses from; the function's `{choice}_options` gets those options that
             are given and belong to what was chosen.
+        per_site: let numbers among these options differ between sites: `--rank 16 --rank down_proj@32`. The values
+            with a name are given as `overrides`, `rank:down_proj@32`.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -89,27 +94,35 @@ def command(
                 source = context.get_parameter_source
                 given = {key: options[key] for key in options if source(key) is not ParameterSource.DEFAULT}
                 check_options(registry(), values[choice], given)
-                values[f"{choice}_options"] = given
-            for key, (cls, required) in settings.items():
-                own = {each.name: values.pop(each.name) for each in fields(cls)}
-                values[key] = _instance(cls, own) if required or next(iter(own.values())) else None
+                values[f"{choice}_options"] = _overrides_apart(given) if per_site else given
+            made = {
+                key: _instance(cls, own) if required or next(iter(own.values())) else None
+                for key, (cls, required) in settings.items()
+                if (own := {each.name: values[each.name] for each in fields(cls)})
+            }
+            for name in {each.name for cls, _ in settings.values() for each in fields(cls)}:
+                del values[name]
+            values |= made
             _silence_libraries(debug)
             with links_allowed(allow_links):
                 return function(Output(as_json=as_json, quiet=quiet), **values)
 
         arguments = [each for each in params if isinstance(each, click.Argument)]
         options = [each for each in params if isinstance(each, click.Option)]
-        derived = [o for cls, required in settings.values() for o in _click_options(cls, required=required)]
+        derived: dict[str | None, click.Option] = {}
+        for cls, required in settings.values():
+            for each in _click_options(cls, required=required):
+                derived.setdefault(each.name, each)
         help_text = inspect.cleandoc(function.__doc__ or "")
         made = Command(
             name,
             callback=callback,
-            params=[*arguments, *COMMON, *options, *derived],
+            params=[*arguments, *COMMON, *options, *derived.values()],
             help=help_text,
             short_help=help_text.splitlines()[0],
             **HELP,
         )
-        made.fixed, made.registry, made.choice = made.params, registry, choice
+        made.fixed, made.registry, made.choice, made.per_site = made.params, registry, choice, per_site
         group.add_command(made)
         return function
 
@@ -138,7 +151,33 @@ def _click_options(cls: type[Any], *, required: bool = True) -> list[click.Optio
     return [_click_option(each, hints[each.name], each.metadata["help"], required) for each in fields(cls)]
 
 
-def _choice_options(registry: Registry[Any], chosen: str | None) -> list[click.Option]:
+class PerSite(click.Option):
+    """A number that may be given again for some sites: 16 as a number, `down_proj@32` as text."""
+
+    def type_cast_value(self, ctx: click.Context, value: Any) -> tuple[Any, ...]:
+        values = value if isinstance(value, tuple | list) else () if value is None else (value,)
+        found: list[Any] = []
+        for each in values:
+            _, at, number = str(each).rpartition("@")
+            converted = self.type.convert(number if at else each, self, ctx)
+            found.append(each if at else converted)
+        return tuple(found)
+
+
+def _overrides_apart(given: dict[str, Any]) -> dict[str, Any]:
+    """The options that are given, with the values for some sites as `overrides`."""
+    plain = {key: value for key, value in given.items() if not isinstance(value, tuple)}
+    overrides: list[str] = []
+    for key, values in given.items():
+        for value in values if isinstance(values, tuple) else ():
+            if isinstance(value, str):
+                overrides.append(f"{key}:{value}")
+            else:
+                plain[key] = value
+    return plain | ({"overrides": tuple(overrides)} if overrides else {})
+
+
+def _choice_options(registry: Registry[Any], chosen: str | None, per_site: bool) -> list[click.Option]:
     """The options of all classes of a registry; those of one name are as the chosen class has it."""
     if chosen is not None:
         registry.find(chosen)
@@ -153,7 +192,19 @@ def _choice_options(registry: Registry[Any], chosen: str | None) -> list[click.O
         text = each.metadata.get("help", "")
         if len(names) < len(registry):
             text = f"{', '.join(sorted(names))}: {text}"
-        found.append(_click_option(each, get_type_hints(cls)[key], text))
+        kind = value_type(get_type_hints(cls)[key])
+        if per_site and kind in (int, float):
+            default = default_of(each)
+            flag = each.metadata.get("flag") or key.replace("_", "-")
+            shown: dict[str, Any] = (
+                {} if default is MISSING else {"default": (default,), "show_default": str(default)}
+            )
+            metavar = f"[NAME@]{'INTEGER' if kind is int else 'FLOAT'}"
+            found.append(
+                PerSite([key, f"--{flag}"], type=kind, multiple=True, help=text, metavar=metavar, **shown)
+            )
+        else:
+            found.append(_click_option(each, kind, text))
     return found
 
 

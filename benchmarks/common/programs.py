@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from spp_fx.adapters.spp import SPP
+from spp_fx.adapters.method import Method
 from spp_fx.graph.program import ADAPTER, Program, opaque
 from spp_fx.graph.trace import trace
 from spp_fx.passes.canonicalize import Canonicalize
@@ -19,18 +19,25 @@ SCALE = 2.0
 Way = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 
-def small_llama(layers: int, dtype: torch.dtype) -> PreTrainedModel:
-    """The shape of llama2.c's 110M model (12 layers, 768 wide, 32,000 words), each decoder weight 2:4."""
+LLAMAS: dict[str, dict[str, int]] = {
+    "7b-share": {
+        "vocab_size": 2048, "hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 4,
+        "num_attention_heads": 16,
+    },
+    "110m": {
+        "vocab_size": 32000, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    },
+}  # fmt: skip
+"""Shapes of small Llamas: one whose linears have the share that they have in a 7B, and llama2.c's 110M model, whose
+vocabulary of 32,000 words takes a third of a step."""
+
+
+def small_llama(shape: str, layers: int | None, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of one of LLAMAS, each decoder weight 2:4; `layers` replaces how many the shape has."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=layers,
-        num_attention_heads=12,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-    )
+    sizes = LLAMAS[shape] | ({"num_hidden_layers": layers} if layers else {})
+    config = LlamaConfig(**sizes, max_position_embeddings=4096, tie_word_embeddings=True)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     for name, parameter in model.named_parameters():
         if "layers." in name and parameter.ndim == 2:
@@ -39,10 +46,10 @@ def small_llama(layers: int, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def abstract_program(model: PreTrainedModel, rank: int) -> Program:
-    """The program with SPP adapters that are not lowered yet."""
+def abstract_program(model: PreTrainedModel, method: Method) -> Program:
+    """The program with a method's adapters that are not lowered yet."""
     program = trace(model)
-    run_pipeline(program, [Canonicalize(), Causal(), Match(), Inject(SPP(rank=rank, scale=SCALE))])
+    run_pipeline(program, [Canonicalize(), Causal(), Match(), Inject(method)])
     return program.train()
 
 

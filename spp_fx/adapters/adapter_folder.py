@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from spp_fx.adapters.method import Method, make_method
+from spp_fx.adapters.per_site import from_patterns, to_patterns
 from spp_fx.errors import FormatError, UsageError
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry, load_lock
 from spp_fx.storage.folder import ModelFolder, PeftAdapter, is_adapter, peft_adapter
@@ -51,7 +52,10 @@ class StoredMatrix(BaseModel):
 
 
 class AdapterConfig(BaseModel):
-    """adapter_config.json: PEFT's keys where they mean the same, ours beside them."""
+    """adapter_config.json: PEFT's keys where they mean the same, ours beside them.
+
+    An option that differs between sites has a key of its own besides, such as `rank_pattern`, see `to_patterns`.
+    """
 
     model_config = ConfigDict(extra="allow", strict=True, defer_build=True)
 
@@ -76,6 +80,8 @@ class AdapterFolder:
     """An adapter folder that has been read and checked.
 
     Attributes:
+        method: with the options that sites have by default.
+        methods: of each site.
         matrices: the stored matrices of each site.
         lock: the masks of the base.
         shard: the file of the factors.
@@ -84,6 +90,7 @@ class AdapterFolder:
     path: Path
     config: AdapterConfig
     method: Method
+    methods: dict[str, Method]
     matrices: dict[str, tuple[StoredMatrix, ...]]
     lock: Lock
     shard: Shard
@@ -105,10 +112,12 @@ class AdapterFolder:
         config = _read_config(path / CONFIG)
         try:
             method = make_method(config.method, **config.method_parameters)
-        except (TypeError, UsageError) as error:
+            methods = from_patterns(method, config.sites, config.model_extra or {})
+        except (TypeError, UsageError, FormatError) as error:
             raise FormatError(f"{path / CONFIG}: {error}") from error
         matrices = {site: tuple(stored) for site, stored in config.sites.items()}
-        folder = cls(path, config, method, matrices, load_lock(path / LOCK_NAME), Shard.open(path / FACTORS))
+        lock, shard = load_lock(path / LOCK_NAME), Shard.open(path / FACTORS)
+        folder = cls(path, config, method, methods, matrices, lock, shard)
         folder._check()
         return folder
 
@@ -129,7 +138,7 @@ class AdapterFolder:
         """The factors of a site in float64, or of one expert of a stack."""
         return {
             key: self.shard.read_float64(f"{site}.{key}", expert)
-            for key in self.method.factors(self.shape(site))
+            for key in self.methods[site].factors(self.shape(site))
         }
 
     def find_base(self, base: Path | None = None) -> Path:
@@ -163,9 +172,10 @@ class AdapterFolder:
             if missing or not matrices:
                 raise FormatError(f"{self.path / LOCK_NAME}: has no entry for {[*missing, site][0]}")
             shape = self.shape(site)
-            if reason := self.method.refusal(shape):
+            if reason := self.methods[site].refusal(shape):
                 raise FormatError(f"{self.path / CONFIG}: {site}: {reason}")
-            expected |= {f"{site}.{key}": spec.shape for key, spec in self.method.factors(shape).items()}
+            factors = self.methods[site].factors(shape)
+            expected |= {f"{site}.{key}": spec.shape for key, spec in factors.items()}
         held = {name: info.shape for name, info in self.shard.header.tensors.items()}
         for name in sorted(expected.keys() | held.keys()):
             if name not in held:
@@ -201,12 +211,19 @@ def write_adapter(
     base: Path,
     fingerprint: str,
     method: Method,
+    methods: Mapping[str, Method],
     seed: int,
     matrices: Mapping[str, Iterable[StoredMatrix]],
     factors: "Mapping[str, Tensor]",
     lock: Lock,
+    init: str = "default",
 ) -> None:
-    """Write the files of an adapter folder into `folder`, which becomes `target`."""
+    """Write the files of an adapter folder into `folder`, which becomes `target`.
+
+    Args:
+        methods: of each site; what differs from `method` is kept beside it.
+    """
+    start = {} if init == "default" else {"init": init}
     config = AdapterConfig(
         format_version=FORMAT_VERSION,
         spp_fx_version=VERSION,
@@ -222,6 +239,8 @@ def write_adapter(
         inference_mode=True,
         seed=seed,
         sites={site: list(stored) for site, stored in matrices.items()},
+        **start,
+        **to_patterns(method, methods),
     )
     (folder / CONFIG).write_text(config.model_dump_json(indent=2) + "\n")
     (folder / LOCK_NAME).write_text(lock.dumps())

@@ -43,12 +43,14 @@ class FactorSpec:
         rows: how many consecutive rows of the weight share one entry of dimension -2; None if that
             dimension does not follow the weight's rows.
         columns: the same for dimension -1 and the weight's columns.
+        ones: a part of it that starts at 1 instead: its first row or its first column.
     """
 
     shape: tuple[int, ...]
     init: Literal["zeros", "kaiming"]
     rows: int | None = None
     columns: int | None = None
+    ones: Literal["row", "column"] | None = None
 
     @property
     def numel(self) -> int:
@@ -173,6 +175,22 @@ class Method(ABC):
         """
         return None
 
+    def gradient_start(self, weight: Tensor, grad: Tensor, factors: Factors) -> dict[str, Tensor] | None:
+        """The start of the factors from which the first steps lower the loss most, for `inject --init gradient`.
+
+        It stands for no change, as the default start does, and trained factors have the default's root mean square,
+        so that starts differ by their direction alone.
+
+        Args:
+            weight: of one matrix (out, in), float32.
+            grad: the gradient of the loss with respect to it (out, in), float32; not zero where the weight is.
+            factors: the default start of the matrix's factors.
+
+        Returns:
+            The start of every factor; None, for every matrix, where the method has no start but its default.
+        """
+        return None
+
     def defaults(self, width: float, steps: int | None) -> TrainingDefaults:
         """Settings to train with where the user gives none.
 
@@ -263,12 +281,17 @@ def initial_factor(spec: FactorSpec, key: str, seed: int, device: torch.device) 
     """A factor's initial value in float32; it depends on seed and key, not on the order of sites."""
     import torch
 
-    if spec.init == "zeros" or device.type == "meta":
+    if device.type == "meta":
         return torch.zeros(spec.shape, device=device)
-    digest = hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-    bound = 1 / sqrt(spec.shape[-1])
-    return torch.empty(spec.shape).uniform_(-bound, bound, generator=generator).to(device)
+    value = torch.zeros(spec.shape)
+    if spec.init == "kaiming":
+        digest = hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        bound = 1 / sqrt(spec.shape[-1])
+        value.uniform_(-bound, bound, generator=generator)
+    if spec.ones is not None:
+        value.select(-2 if spec.ones == "row" else -1, 0).fill_(1)
+    return value.to(device)
 
 
 def work_dtype(*tensors: Tensor) -> torch.dtype:

@@ -23,6 +23,7 @@ from torch.export import Dim, ExportedProgram, unflatten
 from torch.func import functional_call
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING
 
 from spp_fx.errors import SppFxError, UsageError
 from spp_fx.graph.flow import argument
@@ -165,7 +166,8 @@ def trace(model: PreTrainedModel | str | Path) -> Program:
     _training_dropout(model, exported)
     root = _tree(exported, model)
     program = Program(root, model.config, model.loss_function, tied_parameters(model), head_of(model))
-    program.loss_type = model.loss_type
+    # Most families without a loss of their own have no loss_type, either: the Trainer would count tokens wrongly.
+    program.loss_type = next((n for n, loss in LOSS_MAPPING.items() if loss is model.loss_function), None)
     _rehearse(program, model)
     return program.train(model.training)
 

@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from spp_fx.adapters.method import METHODS, Method, check_update, initial_factor
 from spp_fx.adapters.op import DROPOUT, DROPOUT_SEED, op_options, ops_of
+from spp_fx.adapters.per_site import method_by_site, parse_override
 from spp_fx.errors import PostconditionError, PreconditionError, UsageError
 from spp_fx.graph.program import ADAPTER, Program, Site, Use, factor_attribute
 from spp_fx.graph.rewrite import call, operand_chain, replace_node, training_flag
@@ -27,14 +28,21 @@ class Inject(Pass):
 
     Args:
         method: the adapter method.
+        overrides: other values of its numbers for some sites, `rank:down_proj@32`; see `method_by_site`.
         seed: of the factors' start.
         masks: keep each site's mask, a bit a weight, for `verify`.
     """
 
     name: ClassVar[str]
     method: Method = choice(METHODS, "spp")
+    overrides: tuple[str, ...] = ()
     seed: int = 0
     masks: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for text in self.overrides:
+            parse_override(self.method, text)
 
     def requires(self, program: Program) -> None:
         if not program.matched:
@@ -43,13 +51,13 @@ class Inject(Pass):
             raise PreconditionError("inject: the program has adapters already; fold them first")
 
     def apply(self, program: Program) -> PassReport:
-        method = self.method
-        taken, skipped = adaptable(method, {name: program.sites[name].shape for name in program.matched})
+        methods = method_by_site(self.method, self.overrides, program.matched)
+        taken, skipped = adaptable(methods, {name: program.sites[name].shape for name in program.matched})
         program.requires_grad_(False)
         report = PassReport(skipped=skipped)
         uses = program.uses()
         for name in taken:
-            site, weight = program.sites[name], program.weight(name)
+            site, weight, method = program.sites[name], program.weight(name), methods[name]
             specs = method.factors(site.shape)
             factors = {
                 key: nn.Parameter(initial_factor(spec, f"{name}.{key}", self.seed, weight.device))
@@ -79,26 +87,27 @@ class Inject(Pass):
 
 
 def adaptable(
-    method: Method, shapes: Mapping[str, tuple[int, ...]]
+    methods: Mapping[str, Method], shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The sites that a method takes, and why it does not take the others.
+    """The sites that their methods take, and why they do not take the others.
 
     Args:
+        methods: of the sites, by name; all of one class.
         shapes: of the sites, (out, in) or (experts, out, in), by name.
 
     Raises:
         UsageError: it takes none; names the options that would work for all. Or its update is wrong, see
             `check_update`.
     """
-    skipped = {name: reason for name, shape in shapes.items() if (reason := method.refusal(shape))}
+    skipped = {name: reason for name, shape in shapes.items() if (reason := methods[name].refusal(shape))}
     if len(skipped) == len(shapes):
         name, reason = next(iter(skipped.items()))
-        remedy = method.remedy(shapes.values())
+        remedy = methods[name].remedy(shapes.values())
         raise UsageError(
             f"{name}: {reason} ({len(skipped)} of {len(shapes)} sites)" + (f"; {remedy}" if remedy else "")
         )
     taken = tuple(name for name in shapes if name not in skipped)
-    check_update(method, shapes[taken[0]])
+    check_update(methods[taken[0]], shapes[taken[0]])
     return taken, skipped
 
 

@@ -1,40 +1,23 @@
-"""Hugging Face's Trainer over a program: only factors are trained and saved; progress; distillation."""
+"""Hugging Face's Trainer over a program: only factors are trained and saved; progress; teachers."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.nn.functional import kl_div
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 
 from spp_fx.adapters.adapter_folder import FACTORS
 from spp_fx.errors import FormatError
 from spp_fx.graph.program import Program
+from spp_fx.training.losses import PARTS, Layers, Objective, distillation_loss, hidden_loss, squares
 from spp_fx.training.samples import Windows
 from spp_fx.training.state import OPTIMIZER, RANDOM, load_state, random_state, save_state, set_random_state
-
-
-def distillation_loss(
-    student: Tensor, teacher: Tensor, labels: Tensor, count: Tensor | int | None = None
-) -> Tensor:
-    """Mean over predicted tokens of KL(teacher || student), in nats; Hinton et al., 2015, at temperature 1.
-
-    Args:
-        student: logits (batch, sequence, vocabulary).
-        teacher: logits of the same shape.
-        labels: (batch, sequence) int64; a position counts if the token after it is not -100.
-        count: what the sum is divided by, where a step has more batches than this; None: its own tokens.
-    """
-    learned = labels[:, 1:].flatten() != -100
-    ours = student[:, :-1].flatten(0, 1)[learned].float().log_softmax(-1)
-    theirs = teacher[:, :-1].flatten(0, 1)[learned].float().log_softmax(-1)
-    total = kl_div(ours, theirs, log_target=True, reduction="sum")
-    return total / (len(ours) if count is None else count)
 
 
 class ProgressCallback(TrainerCallback):
@@ -69,12 +52,30 @@ def load_factors(factors: Mapping[str, nn.Parameter], values: Mapping[str, Tenso
             parameter.copy_(values[name])
 
 
+INPUTS = ("input_ids", "attention_mask", "labels")
+
+
+class Taught(NamedTuple):
+    """What a teacher says of one batch: logits, and the hidden states that are asked for."""
+
+    logits: Tensor
+    states: list[Tensor]
+
+
+class Reference(NamedTuple):
+    """Of an optimizer step over all processes: its tokens, and the teacher's sums of squares, layer by layer."""
+
+    tokens: Tensor
+    sums: Tensor
+
+
 class AdapterTrainer(Trainer):
     """Trainer whose checkpoints hold the factors, and optimizer, schedule and generators without pickle.
 
     Args:
         factors: the trainable parameters, under the names that the adapter folder gives them.
-        teacher: a program whose distribution is learned instead of the labels; None learns the labels.
+        teacher: a program to learn from; None learns the labels.
+        objective: how the loss is made up where there is a teacher.
     """
 
     def __init__(
@@ -83,13 +84,21 @@ class AdapterTrainer(Trainer):
         model: Program,
         factors: dict[str, nn.Parameter],
         teacher: Program | None = None,
+        objective: Objective | None = None,
         **kwargs: Any,
     ) -> None:
         self.factors = factors
+        self.objective = objective = objective or Objective()
+        self.taught: Taught | None = None
+        self.reference: Reference | None = None
+        self.parts: dict[str, Tensor] = {}
+        self.first_step = 0
         super().__init__(model=model, **kwargs)
         if teacher is not None and not isinstance(teacher, FSDPModule):
             teacher = teacher.to(self.args.device)
         self.teacher = teacher
+        matches = teacher is not None and objective.match_hidden > 0
+        self.layers = (Layers.of(model), Layers.of(teacher)) if matches and teacher else None
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         # accelerate skips DistributedDataParallel for a model with any DTensor; of a sharded
@@ -106,17 +115,94 @@ class AdapterTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        if self.teacher is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        output = model(ids, mask)
-        with torch.no_grad():
-            taught = self.teacher(ids, mask).logits
-        loss = distillation_loss(output.logits, taught, inputs["labels"], num_items_in_batch)
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            # Losses are averaged over processes, tokens counted over all of them.
-            loss = loss * self.accelerator.num_processes
+        if self.teacher is None or (self.objective.teacher_weight == 0 and self.layers is None):
+            loss, output = super().compute_loss(model, inputs, True, num_items_in_batch)
+            self._add(model, {"text": loss})
+            return (loss, output) if return_outputs else loss
+        goal, ids, mask, labels = self.objective, *(inputs[key] for key in INPUTS)
+        # Losses are averaged over processes, tokens counted over all of them.
+        counted = num_items_in_batch is not None
+        scale = self.accelerator.num_processes if counted and self.args.average_tokens_across_devices else 1
+        text = {"labels": labels} if goal.teacher_weight < 1 else {}
+        if text and counted:
+            text["num_items_in_batch"] = num_items_in_batch
+        with self._states(0) as states:
+            output = model(ids, mask, **text)
+        taught, self.taught = self.taught or self._teach(ids, mask), None
+        parts: dict[str, Tensor] = {}
+        if text:
+            parts["text"] = output.loss
+        if goal.teacher_weight > 0:
+            parts["teacher"] = distillation_loss(
+                output.logits, taught.logits, labels, num_items_in_batch, goal.temperature
+            )
+        if self.layers is not None:
+            if not model.training or self.reference is None:
+                self.reference = self._refer([(taught, mask)], together=scale > 1)
+            parts["hidden"] = hidden_loss(states, taught.states, mask, *self.reference)
+        weights = {
+            "text": 1 - goal.teacher_weight,
+            "teacher": goal.teacher_weight,
+            "hidden": goal.match_hidden,
+        }
+        parts = {name: part * scale for name, part in parts.items()}
+        loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
+        self._add(model, parts)
         return (loss, output) if return_outputs else loss
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.layers is not None and batches:
+            # The hidden states are compared relative to those of the whole step, which its first batch needs already:
+            # with several batches the teacher runs twice over each.
+            with self.compute_loss_context_manager():
+                pairs = (self._teach_batch(batch, alone=len(batches) == 1) for batch in batches)
+                self.reference = self._refer(pairs, together=self.args.average_tokens_across_devices)
+        return batches, count
+
+    def _teach_batch(self, batch: dict[str, Any], alone: bool) -> tuple[Taught, Tensor]:
+        ids, mask, _ = (self._prepare_inputs(batch)[key] for key in INPUTS)
+        taught = self._teach(ids, mask)
+        if alone:
+            self.taught = taught
+        return taught, mask
+
+    def _teach(self, ids: Tensor, mask: Tensor) -> Taught:
+        assert self.teacher is not None
+        with torch.no_grad(), self._states(1) as states:
+            return Taught(self.teacher(ids, mask).logits, states)
+
+    def _states(self, which: int) -> AbstractContextManager[list[Tensor]]:
+        """A list of the hidden states of the student (0) or the teacher (1), empty where they are not compared."""
+        return nullcontext([]) if self.layers is None else self.layers[which].states()
+
+    def _refer(self, batches: Iterable[tuple[Taught, Tensor]], *, together: bool) -> Reference:
+        sums = torch.stack(
+            [
+                torch.cat([mask.sum().view(1).double(), squares(taught.states, mask)])
+                for taught, mask in batches
+            ]
+        ).sum(0)
+        if together:
+            sums = cast(Tensor, self.accelerator.reduce(sums, "sum"))
+        return Reference(sums[0], sums[1:])
+
+    def _add(self, model: nn.Module, parts: Mapping[str, Tensor]) -> None:
+        """Sum the parts of the training loss; those of an optimizer step add up to its mean."""
+        if not model.training:
+            return
+        if not self.parts:
+            self.first_step = self.state.global_step
+        for name, part in parts.items():
+            self.parts[name] = self.parts.get(name, 0) + part.detach().float()
+
+    def mean_parts(self) -> dict[str, float | None]:
+        """Each of `PARTS` as its mean over the steps of this run and all processes; None: not part of the loss."""
+        steps = max(1, self.state.global_step - self.first_step)
+        means = {
+            name: cast(Tensor, self.accelerator.reduce(total, "mean")) for name, total in self.parts.items()
+        }
+        return {name: float(means[name]) / steps if name in means else None for name in PARTS}
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or cast(str, self.args.output_dir))

@@ -17,8 +17,6 @@ from spp_fx.exporters.manifest import MANIFEST, open_model, read_manifest
 from spp_fx.graph.model import check_causal, load_model
 from spp_fx.graph.program import Program, positions_of, vocabulary_of
 from spp_fx.parallel import Tick, no_tick
-from spp_fx.passes.fold_adapters import Fold
-from spp_fx.passes.pipeline import run_pipeline
 from spp_fx.runtime import load as load_export
 from spp_fx.storage.folder import is_adapter
 from spp_fx.storage.links import links_option
@@ -26,7 +24,7 @@ from spp_fx.training.perplexity import Perplexity, perplexity
 from spp_fx.training.records import Skipped
 from spp_fx.training.samples import check_vocabulary, held_out
 from spp_fx.training.tasks import Scores, Tasks, find_tasks, number, run_tasks
-from spp_fx.verbs.load import fit_length, load_program, load_tokenizer, torch_device
+from spp_fx.verbs.load import device_of, fit_length, load_program, load_tokenizer
 from spp_fx.verbs.settings import EvaluateSettings
 
 
@@ -194,7 +192,7 @@ def evaluate_all(
     Raises:
         UsageError: as `evaluate`. Folders and tasks are checked before the first model is loaded.
     """
-    device = torch_device(settings.device)
+    device = device_of(settings.device)
     paths = [Path(model) for model in models]
     for path in paths:
         _check(path, settings.base)
@@ -266,9 +264,8 @@ def load_evaluated(
         return load_model(folder, trust_remote_code=trust_remote_code).to(device).eval(), folder  # type: ignore[arg-type]
     home = AdapterFolder.open(folder).find_base(base)
     model = load_model(home, trust_remote_code=trust_remote_code)
-    program = load_program(folder, base=home, source=model, trust_remote_code=trust_remote_code).program
-    run_pipeline(program, [Fold()])
-    _give_back(program, model)
+    loaded = load_program(folder, base=home, source=model, folded=True, trust_remote_code=trust_remote_code)
+    _give_back(loaded.program, model)
     return model.to(device).eval(), home  # type: ignore[arg-type]
 
 

@@ -1,7 +1,9 @@
 """inject: an adapter folder for a pruned model."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite, prod, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,19 @@ import torch
 
 from spp_fx.adapters.adapter_folder import write_adapter
 from spp_fx.adapters.method import Method, initial_factor, make_method
+from spp_fx.adapters.per_site import (
+    RANK,
+    check_ranked,
+    method_by_site,
+    parse_budget,
+    parse_override,
+    rank_of,
+    size_of,
+    spread,
+    with_rank,
+)
 from spp_fx.console import Table, grouped, shape
-from spp_fx.errors import MaskError, SppFxError, UsageError
+from spp_fx.errors import FormatError, MaskError, SppFxError, UsageError
 from spp_fx.exporters.manifest import open_model
 from spp_fx.graph.names import without_skipped
 from spp_fx.graph.program import Site
@@ -18,13 +31,26 @@ from spp_fx.parallel import Tick, no_tick
 from spp_fx.passes.inject_adapters import adaptable
 from spp_fx.passes.match import Match
 from spp_fx.passes.pipeline import run_pipeline
+from spp_fx.pruning.layerwise import Tick as StepTick
+from spp_fx.pruning.layerwise import silent
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry, compare, lock_beside, make_entry
 from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.pattern import Pattern
 from spp_fx.storage.links import links_option
 from spp_fx.storage.workspace import Say, workspace
+from spp_fx.verbs.load import device_of, draw_windows, text_digest
+from spp_fx.verbs.settings import Calibration
+from spp_fx.verbs.starts import (
+    check_reachable,
+    check_start,
+    check_teacher,
+    partition,
+    site_gradients,
+    start_from_gradients,
+    walkable,
+)
 from spp_fx.verification import provenance
-from spp_fx.verification.model_sites import ModelSites, choose, find_sites, scan_sites
+from spp_fx.verification.model_sites import ModelSites, choose, find_sites, scan_sites, tensors_of
 
 
 @dataclass(frozen=True)
@@ -33,6 +59,8 @@ class Injected:
 
     Attributes:
         out: the adapter folder, None for a dry run.
+        method: with the options that sites have by default.
+        methods: of each adapted site.
         sites: the adapted sites, each with the pattern found (None where no weight was read).
         refused: the other sites, each with the reason.
         trainable: number of parameters in all factors.
@@ -41,6 +69,7 @@ class Injected:
 
     out: Path | None
     method: Method
+    methods: dict[str, Method]
     sites: dict[str, tuple[Site, Pattern | None]]
     refused: dict[str, str]
     trainable: int
@@ -61,7 +90,8 @@ class Injected:
                     "kind": site.kind,
                     "shape": list(site.shape),
                     "pattern": None if pattern is None else str(pattern),
-                    "trainable_parameters": _size(self.method, site),
+                    "trainable_parameters": size_of(self.methods[name], site.shape),
+                    **self.methods[name].parameters(),
                 }
                 for name, (site, pattern) in self.sites.items()
             ],
@@ -73,11 +103,23 @@ class Injected:
 
     def lines(self) -> Iterator[str | Table]:
         if self.out is None:
+            differing = [
+                key
+                for key, value in self.method.parameters().items()
+                if key == RANK or any(getattr(own, key) != value for own in self.methods.values())
+            ]
             rows = [
-                (name, site.kind, shape(site.shape), str(pattern or "-"), f"{_size(self.method, site):,}")
+                (
+                    name,
+                    site.kind,
+                    shape(site.shape),
+                    str(pattern or "-"),
+                    *(f"{getattr(self.methods[name], key)}" for key in differing),
+                    f"{size_of(self.methods[name], site.shape):,}",
+                )
                 for name, (site, pattern) in self.sites.items()
             ]
-            yield Table(("site", "kind", "shape", "pattern", "trainable"), rows)
+            yield Table(("site", "kind", "shape", "pattern", *differing, "trainable"), rows)
         yield (
             f"{'would train' if self.out is None else f'{self.out}:'} {self.trainable:,} parameters over "
             f"{len(self.sites)} weights, {self.per_mille:.2f} per mille of {self.total:,}"
@@ -94,10 +136,18 @@ def inject(
     targets: Sequence[str] = (),
     skip: Sequence[str] = (),
     seed: int = 0,
+    overrides: Sequence[str] = (),
+    budget: str | int | None = None,
+    budget_by: str = "size",
+    teacher: str | Path | None = None,
+    init: str = "default",
+    calibration: Calibration | None = None,
+    device: str | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
     allow_links: bool = False,
     tick: Tick = no_tick,
+    walk_tick: StepTick = silent,
     say: Say = lambda line: None,
     **options: Any,
 ) -> Injected:
@@ -107,6 +157,15 @@ def inject(
         out: the folder to write; None for a dry run, which needs only config.json.
         targets: sites to adapt; see `Match`.
         skip: names of sites that get no adapter, as in `targets`.
+        overrides: other values of the method's numbers for some sites, such as `rank:down_proj@32`; see
+            `method_by_site`.
+        budget: trained parameters at most, such as `0.3%` of the model's; the ranks are chosen, see `spread`.
+        budget_by: what the ranks are in proportion to: `size`, the same for all; `error`, see `pruning_errors`.
+        teacher: the dense model's folder, for `error`; for `gradient`, a model whose predictions are learned
+            instead of the text's own tokens.
+        init: the start of the factors: `default`, or `gradient`, see `Method.gradient_start`.
+        calibration: the text of the gradients.
+        device: where layers run for `gradient`; by default a GPU if torch has one.
         allow_links: follow symbolic links that leave a folder; see `links.check_link`.
         say: called with notes for the user.
         options: of the method, such as `rank`.
@@ -120,71 +179,186 @@ def inject(
     if seed < 0:
         raise UsageError(f"--seed must not be negative, got {seed}")
     adapter = make_method(method, **options)
+    plan = _Plan(adapter, tuple(overrides), tuple(targets), tuple(skip), budget, budget_by, teacher, init)
+    plan.check(options, calibration, device, out)
     if out is None:
         weights = any(model.glob("*.safetensors"))
         found = find_sites(open_model(model, weights=weights), trust_remote_code=trust_remote_code)
-        return _inject(found, None, adapter, targets, skip, tick, say)[0]
+        return _inject(found, None, plan, tick, say)[0]
     provenance.load(model)  # a damaged history is an error before the work
     with workspace(out, {"verb": "inject"}, force=force, sources=[model], say=say) as work:
-        found = find_sites(open_model(model), trust_remote_code=trust_remote_code)
-        result, lock = _inject(found, out, adapter, targets, skip, tick, say)
+        found = find_sites(open_model(model), trust_remote_code=trust_remote_code, runnable=init != "default")
+        result, lock = _inject(found, out, plan, tick, say)
         factors = {
             f"{name}.{key}": initial_factor(spec, f"{name}.{key}", seed, torch.device("cpu"))
             for name, (site, _) in result.sites.items()
-            for key, spec in adapter.factors(site.shape).items()
+            for key, spec in result.methods[name].factors(site.shape).items()
         }
         fingerprint = found.folder.fingerprint()
+        inputs, start = {"model": fingerprint}, {}
+        if teacher is not None:
+            inputs["teacher"] = open_model(Path(teacher)).fingerprint()
+        if calibration is not None:
+            tokens = draw_windows(
+                model, found.program, calibration, trust_remote_code=trust_remote_code, say=say
+            ).tokens
+            partition(found.program, model)
+            check_reachable(found.program, result.sites)
+            guide = None
+            if teacher is not None:
+                guide = walkable(Path(teacher), trust_remote_code=trust_remote_code)
+                check_teacher(found.program, guide.program, Path(teacher))
+            gradients = site_gradients(
+                found, result.sites, tokens, device=device_of(device), store=work.store, teacher=guide, tick=walk_tick,
+            )  # fmt: skip
+            factors = start_from_gradients(gradients, result.methods, factors)
+            inputs["calibration"] = text_digest(tokens)
+            start = {"init": init, "samples": len(tokens), "seq_len": tokens.shape[1]}
         write_adapter(
             work.folder,
             target=out,
             base=model,
             fingerprint=fingerprint,
-            method=adapter,
+            method=result.method,
+            methods=result.methods,
             seed=seed,
             matrices={name: found.matrices[name] for name in result.sites},
             factors=factors,
             lock=lock,
+            init=init,
         )
         settings = {
-            "method": method, **adapter.parameters(), "seed": seed, "targets": list(targets), "skip": list(skip),
+            "method": method, **result.method.parameters(), "seed": seed, "targets": list(targets), "skip": list(skip),
+            **plan.more_settings(), **start,
         }  # fmt: skip
-        provenance.record(
-            model, work.folder, "inject", inputs={"model": fingerprint}, settings=settings, digests={}
-        )
+        provenance.record(model, work.folder, "inject", inputs=inputs, settings=settings, digests={})
     return result
 
 
-def _inject(
-    found: ModelSites,
-    out: Path | None,
-    adapter: Method,
-    targets: Sequence[str],
-    skip: Sequence[str],
-    tick: Tick,
-    say: Say,
-) -> tuple[Injected, Lock]:
+@dataclass(frozen=True)
+class _Plan:
+    """What the caller asked for."""
+
+    method: Method
+    overrides: tuple[str, ...]
+    targets: tuple[str, ...]
+    skip: tuple[str, ...]
+    budget: str | int | None
+    budget_by: str
+    teacher: str | Path | None
+    init: str
+
+    def check(
+        self, given: Iterable[str], calibration: Calibration | None, device: str | None, out: Path | None
+    ) -> None:
+        """Check, before any work, what does not depend on the model; `given` are options of the method."""
+        self._check_start(calibration, device, out)
+        ranked = [rule.option for rule in (parse_override(self.method, text) for text in self.overrides)]
+        if self.budget is None:
+            if self.budget_by != "size" or (self.teacher is not None and self.init == "default"):
+                raise UsageError(
+                    "--budget-by and --teacher belong to a budget; give one with --budget. --teacher is also for --init"
+                )
+            return
+        check_ranked(self.method)
+        if RANK in {*given, *ranked}:
+            raise UsageError("--budget chooses the ranks; leave --rank out")
+        if (self.budget_by == "error") != (self.teacher is not None) and (
+            self.teacher is None or self.init == "default"
+        ):
+            raise UsageError(
+                "--budget-by error compares with the dense model: give both --budget-by error and --teacher MODEL"
+            )
+        parse_budget(self.budget, 1 << 62)
+
+    def _check_start(self, calibration: Calibration | None, device: str | None, out: Path | None) -> None:
+        if self.init == "default":
+            given = {"--calib": calibration, "--device": device}
+            if unused := [option for option, value in given.items() if value is not None]:
+                raise UsageError(f"{unused[0]} is for --init gradient; the default start needs no model")
+            return
+        check_start(self.method, self.init)
+        if out is None:
+            raise UsageError(f"--dry-run needs no weights, --init {self.init} does; leave out one of them")
+        if calibration is None:
+            raise UsageError(f"--init {self.init} needs a text: give it with --calib FILE")
+
+    def more_settings(self) -> dict[str, Any]:
+        """What the history keeps, where it is not as by default."""
+        budget = {} if self.budget is None else {"budget": str(self.budget), "budget_by": self.budget_by}
+        return ({"overrides": list(self.overrides)} if self.overrides else {}) | budget
+
+
+def _inject(found: ModelSites, out: Path | None, plan: _Plan, tick: Tick, say: Say) -> tuple[Injected, Lock]:
     for note in found.notes:
         say(note)
     program = found.program
     total = sum(p.numel() for p in {id(p): p for p in program.parameters()}.values())
-    chosen, refused = choose(found, Match(targets=tuple(targets), dense=True))
-    chosen, skipped = without_skipped(chosen, skip, known=[*program.sites, *found.others])
+    chosen, refused = choose(found, Match(targets=plan.targets, dense=True))
+    chosen, skipped = without_skipped(chosen, plan.skip, known=[*program.sites, *found.others])
     refused |= skipped
     masks = scan_sites(found, chosen, tick) if found.folder.shards else {}
     if masks:
         (report,) = run_pipeline(program, [Match(targets=tuple(chosen))])
         refused |= {name: reason for name, reason in report.skipped.items() if name in chosen}
         chosen = list(program.matched)
-    taken, unfit = adaptable(adapter, {name: program.sites[name].shape for name in chosen})
+    shapes = {name: program.sites[name].shape for name in chosen}
+    methods = method_by_site(plan.method, plan.overrides, chosen)
+    if plan.budget is not None:
+        weights = dict.fromkeys(chosen, 1.0)
+        if plan.budget_by == "error" and plan.teacher is not None:
+            weights = pruning_errors(found, Path(plan.teacher), chosen)
+        methods, without = spread(methods, shapes, weights, parse_budget(plan.budget, total))
+        refused |= without
+        shapes = {name: shapes[name] for name in methods}
+    taken, unfit = adaptable(methods, shapes)
     refused |= unfit | found.others
     sites = {name: (program.sites[name], program.patterns.get(name)) for name in taken}
+    methods = {name: methods[name] for name in taken}
     lock = _lock(found, sites, masks) if masks else Lock.of([])
-    trainable = sum(_size(adapter, site) for site, _ in sites.values())
-    return Injected(out, adapter, sites, refused, trainable, total), lock
+    trainable = sum(size_of(methods[name], site.shape) for name, (site, _) in sites.items())
+    method = plan.method
+    if plan.budget is not None:
+        ((rank, _),) = Counter(map(rank_of, methods.values())).most_common(1)
+        method = with_rank(method, rank)
+    return Injected(out, method, methods, sites, refused, trainable, total), lock
 
 
-def _size(method: Method, site: Site) -> int:
-    return sum(spec.numel for spec in method.factors(site.shape).values())
+def pruning_errors(found: ModelSites, teacher: Path, sites: Iterable[str]) -> dict[str, float]:
+    """What pruning took from each site: the Frobenius norm of dense - pruned; of a stack, per expert.
+
+    Args:
+        teacher: the dense model's folder, with the tensors of the pruned one.
+
+    Raises:
+        UsageError: a model has no weights.
+        FormatError: the dense model has no such tensor, another shape, or values that are not finite.
+    """
+    if not found.folder.shards:
+        raise UsageError(f"{found.folder.path}: --budget-by error reads the weights, and it has none")
+    dense = open_model(teacher)
+    errors: dict[str, float] = {}
+    for site in sites:
+        squares, tensors = 0.0, tensors_of(found.matrices[site])
+        for name in tensors:
+            if name not in dense:
+                raise FormatError(
+                    f"{teacher}: has no tensor {name}, so it is not the dense model of {found.folder.path}"
+                )
+            own, other = (each.info(name) for each in (found.folder, dense))
+            if own[1].shape != other[1].shape:
+                raise FormatError(
+                    f"{teacher}: {name} has shape {list(other[1].shape)}, in {found.folder.path} {list(own[1].shape)}"
+                )
+            difference = other[0].read(name).float() - own[0].read(name).float()
+            squares += float(difference.square().sum(dtype=torch.float64))
+        experts = found.program.sites[site].shape[:-2]
+        errors[site] = sqrt(squares / prod(experts))
+        if not isfinite(errors[site]):
+            raise FormatError(
+                f"{site}: differs from the dense model by {errors[site]}; a weight is not finite"
+            )
+    return errors
 
 
 def _lock(

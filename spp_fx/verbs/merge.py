@@ -270,7 +270,7 @@ class FoldPlan:
         rows, columns = info.shape[-2:]
         row_bytes = columns * FLOATING[info.dtype].itemsize
         fold = StoredFold(
-            self.adapter.method,
+            self.adapter.methods[site],
             self.adapter.shape(site)[-2:],
             self.adapter.factors(site, matrix.expert),
             info.dtype,

@@ -58,9 +58,33 @@ class InjectSettings:
     """How to make an adapter."""
 
     method: str = option("spp", "Adapter method; `--method NAME --help` shows the options of NAME.")
-    seed: int = option(0, "Seed of the factors' initial values.")
+    seed: int = option(0, "Seed of the factors' initial values, and of the draw of windows.")
     targets: tuple[str, ...] = option((), TARGETS, split=True)
     skip: tuple[str, ...] = option((), "Sites that get no adapter, named as for --targets.", split=True)
+    init: Literal["default", "gradient"] = option(
+        "default", "Start of the factors: the method's own, or from gradients on a text (--calib)."
+    )
+    budget: str | None = option(
+        None,
+        "Instead of --rank: trained parameters at most, as a share of the model's (0.3%) or a count; ranks are chosen "
+        "by --budget-by.",
+    )
+    budget_by: Literal["size", "error"] = option(
+        "size",
+        "Ranks of the budget: size, the same for every site; error, in proportion to what pruning took from each, "
+        "||dense - pruned|| (--teacher).",
+    )
+    teacher: str | None = option(
+        None,
+        "The dense model that MODEL was pruned from, for --budget-by error; for --init gradient, the model whose "
+        "predictions are learned instead of the text's own tokens.",
+    )
+    device: str | None = option(
+        None, "Where layers run for --init. Default: cuda where there is one, else cpu."
+    )
+
+    def __post_init__(self) -> None:
+        check_values(self)
 
 
 @dataclass(frozen=True)
@@ -86,6 +110,10 @@ def _seed(value: int) -> str | None:
     return None if 0 <= value < 2**32 else f"must be 0 to {2**32 - 1}"
 
 
+def _share(value: float) -> str | None:
+    return None if 0 <= value <= 1 else "must be 0 to 1"
+
+
 @dataclass(frozen=True)
 class TrainSettings:
     """How to train; either `steps` or `epochs` ends it."""
@@ -100,6 +128,22 @@ class TrainSettings:
     batch_size: int = option(16, "Rows per forward and device.", positive)
     accumulate: int = option(1, "Forwards per optimizer step.", positive)
     seq_len: int | None = option(None, "Tokens per row at most. Default: 512, or what the model has.")
+    teacher_weight: float | None = option(
+        None,
+        "W, 0 to 1: the loss is (1 - W) * that of the text + W * that of --teacher. Default: 1.",
+        _share,
+    )
+    temperature: float | None = option(
+        None,
+        "T of the divergence from --teacher, T^2 * KL of predictions at T. Default: 1.",
+        positive,
+    )
+    match_hidden: float = option(
+        0.0,
+        "Weight of the distance of the hidden states from those of --teacher, which must have as many layers and the "
+        "same width; 0: off.",
+        not_negative,
+    )
     loss_on: Literal["all", "answer"] = option("all", "answer: leave prompts out of the loss.")
     packing: bool = option(False, "Put several short instructions or chats into one row.")
     weight_decay: float = option(1e-3, "Weight decay of AdamW.", not_negative)

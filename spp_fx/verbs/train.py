@@ -14,10 +14,10 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from spp_fx.adapters.adapter_folder import FACTORS, AdapterFolder, trainable_parameters, write_factors
 from spp_fx.errors import SppFxError, UsageError
 from spp_fx.graph.program import Program
-from spp_fx.passes.shard import Over
 from spp_fx.storage.links import links_option
 from spp_fx.storage.output import atomic_file
 from spp_fx.training.distributed import held_bytes, join
+from spp_fx.training.losses import Layers, Objective
 from spp_fx.training.perplexity import Perplexity, perplexity
 from spp_fx.training.records import Skipped
 from spp_fx.training.samples import (
@@ -45,6 +45,8 @@ class Trained:
         rows: of an optimizer step, over all processes.
         loss: mean over all steps.
         losses: mean between reports, see `TrainSettings.logging_steps`.
+        parts: what the loss is made up of, see `training.losses.Objective`: means over all steps, unweighted; None for
+            a part that it does not have.
         processes: how many trained together.
         frozen_bytes: of frozen weights that this process holds.
         before, after: of the evaluation data.
@@ -59,6 +61,7 @@ class Trained:
     seq_len: int
     loss: float
     losses: list[float]
+    parts: dict[str, float | None]
     processes: int
     seconds: float
     trainable: int
@@ -76,6 +79,7 @@ class Trained:
             "seq_len": self.seq_len,
             "loss": self.loss,
             "losses": self.losses,
+            "loss_parts": self.parts,
             "processes": self.processes,
             "seconds": self.seconds,
             "trainable_parameters": self.trainable,
@@ -91,6 +95,9 @@ class Trained:
             f"{self.adapter}: {self.steps} steps of {self.rows} x {self.seq_len} tokens in {self.seconds:.0f} s, "
             f"learning rate {self.lr:.3g}, loss {self.loss:.3f} on average, {self.losses[-1]:.3f} at the end"
         )
+        if sum(part is not None for part in self.parts.values()) > 1:
+            parts = (f"{name} {part:.3f}" for name, part in self.parts.items() if part is not None)
+            yield f"loss on average: {', '.join(parts)}"
         if self.before and self.after:
             yield f"perplexity {self.before.perplexity:.2f} -> {self.after.perplexity:.2f}"
 
@@ -126,6 +133,7 @@ def train(
     adapter = Path(adapter)
     if settings.eval_steps and eval_data is None:
         raise UsageError("--eval-steps needs --eval-data to evaluate on")
+    _check_teacher(teacher, settings)
     join(shards=settings.shard is not None)
     loaded = load_program(
         adapter,
@@ -133,6 +141,7 @@ def train(
         trust_remote_code=trust_remote_code,
         packed=settings.packed,
         checkpointed=settings.gradient_checkpointing,
+        layers=settings.match_hidden > 0,
         shard=settings.shard,
     )
     if not loaded.factors:
@@ -155,7 +164,7 @@ def train(
     lr = default_rate(loaded, settings) if settings.lr is None else settings.lr
     checkpoint = _checkpoint(adapter, settings)
     frozen_bytes = held_bytes(value for value in program.parameters() if not value.requires_grad)
-    guide = _teacher(Path(teacher), program, settings.shard, trust_remote_code) if teacher else None
+    guide = _teacher(Path(teacher), program, settings, trust_remote_code) if teacher else None
     pad_id = pad_token(tokenizer, program.vocabulary)
     trainer = _trainer(adapter, loaded, rows, measured, settings, lr, callbacks or [], guide, pad_id)
     before = _evaluate(loaded, measured)  # where the trainer has put the program
@@ -185,6 +194,7 @@ def train(
         seq_len=length,
         loss=result.training_loss,
         losses=[float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
+        parts=trainer.mean_parts(),
         processes=together.num_processes,
         seconds=result.metrics["train_runtime"],
         trainable=trainable_parameters(loaded.factors),
@@ -221,13 +231,37 @@ def _checkpoint(adapter: Path, settings: TrainSettings) -> str | None:
     return str(whole[-1])
 
 
-def _teacher(path: Path, student: Program, shard: Over | None, trust_remote_code: bool) -> Program:
-    teacher = load_program(path, trust_remote_code=trust_remote_code, shard=shard).program.eval()
+def _check_teacher(teacher: str | Path | None, settings: TrainSettings) -> None:
+    """UsageError for settings of a teacher without one."""
+    given = {
+        "--teacher-weight": settings.teacher_weight is not None,
+        "--temperature": settings.temperature is not None,
+        "--match-hidden": settings.match_hidden > 0,
+    }
+    if teacher is None and (unused := [flag for flag, is_given in given.items() if is_given]):
+        raise UsageError(f"{unused[0]} needs --teacher, the model to learn from")
+
+
+def _teacher(path: Path, student: Program, settings: TrainSettings, trust_remote_code: bool) -> Program:
+    match = settings.match_hidden > 0
+    teacher = load_program(
+        path, trust_remote_code=trust_remote_code, layers=match, shard=settings.shard
+    ).program.eval()
     if teacher.vocabulary != student.vocabulary:
         raise UsageError(
             f"{path}: its vocabulary has {teacher.vocabulary} tokens, the student's "
             f"{student.vocabulary}; a teacher must share the tokenizer"
         )
+    if match:
+        theirs, ours = (
+            f"{len(program.units)} layers of width {Layers.of(program).width}"
+            for program in (teacher, student)
+        )
+        if theirs != ours:
+            raise UsageError(
+                f"{path}: has {theirs}, the student {ours}; --match-hidden compares layer with layer, so train "
+                "without it"
+            )
     return teacher.requires_grad_(False)
 
 
@@ -251,6 +285,12 @@ def _trainer(
     pad_id: int,
 ) -> AdapterTrainer:
     set_seed(settings.seed)
+    given = settings.teacher_weight
+    objective = Objective(
+        teacher_weight=1.0 if given is None else given,
+        temperature=settings.temperature or 1.0,
+        match_hidden=settings.match_hidden,
+    )
     evaluated = evaluation_rows(measured.windows) if settings.eval_steps and measured else None
     arguments = TrainingArguments(
         output_dir=str(adapter),
@@ -289,6 +329,7 @@ def _trainer(
         model=loaded.program,
         factors=loaded.factors,
         teacher=teacher,
+        objective=objective,
         args=arguments,
         train_dataset=rows,
         eval_dataset=evaluated,

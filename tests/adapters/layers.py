@@ -30,6 +30,8 @@ METHODS = {
     "sqft": make_method("sqft", rank=2, scale=SCALE, dropout=0.0),
     "lors": make_method("lors", rank=2, scale=SCALE),
     "hira": make_method("hira", rank=2, scale=SCALE),
+    "masked-full": make_method("masked-full"),
+    "scale-lora": make_method("scale-lora", rank=2),
     "grouped": make_method("grouped", gain=0.5),
 }
 OPS = ("definition", "fused", *PACKINGS)

@@ -10,7 +10,7 @@ from torch import Tensor
 from spp_fx.adapters import op as op_module
 from spp_fx.adapters.fold import FoldCounts, StoredFold, fold_matrix
 from spp_fx.adapters.method import METHODS as REGISTRY
-from spp_fx.adapters.method import Method, make_method
+from spp_fx.adapters.method import Method, initial_factor, make_method
 from spp_fx.adapters.op import apply_dropout, op_options, ops_of
 from spp_fx.errors import UsageError
 from tests.adapters.layers import (
@@ -105,12 +105,13 @@ def test_opcheck_of_the_backwards(method):
     layer = make_layer(method, 6, N)
     factors = [value.detach() for value in layer.factors.values()]
     options, dy = op_options(method), torch.randn(3, 6, dtype=torch.float64)
+    name = method.name.replace("-", "_")
     for needs_x in (True, False):
-        backward = getattr(torch.ops.spp_fx, f"{method.name}_linear_fused_backward").default
+        backward = getattr(torch.ops.spp_fx, f"{name}_linear_fused_backward").default
         given = (dy, layer.x.detach(), layer.weight, *factors, torch.tensor(7), *options, 0.4, needs_x)
         torch.library.opcheck(backward, given)
     stacked = [torch.stack([each, 2 * each]) for each in (layer.weight, layer.weight, *factors)]
-    backward = getattr(torch.ops.spp_fx, f"{method.name}_weight_backward").default
+    backward = getattr(torch.ops.spp_fx, f"{name}_weight_backward").default
     torch.library.opcheck(backward, (*stacked, *options))
 
 
@@ -297,16 +298,34 @@ def test_the_fold_is_the_formula(method, first_row, step, transposed):
     assert counts == FoldCounts(0, int((layer.weight[first_row:] != 0).sum()))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @methods
-def test_untrained_factors_fold_to_the_same_bits(method):
-    layer = make_layer(method, M, N)
-    start = {
-        key: torch.zeros(spec.shape) if spec.init == "zeros" else torch.rand(spec.shape)
-        for key, spec in method.factors((M, N)).items()
-    }
-    weight = layer.weight.to(torch.bfloat16)
-    folded = torch.cat(list(fold_matrix(method, weight, start, "keep", FoldCounts(), "site")))
-    assert torch.equal(folded.view(torch.int16), weight.view(torch.int16))
+def test_untrained_factors_fold_to_the_same_bits(method, dtype):
+    layer, cpu = make_layer(method, M, N), torch.device("cpu")
+    start = {key: initial_factor(spec, key, 0, cpu) for key, spec in method.factors((M, N)).items()}
+    weight, counts = layer.weight.to(dtype), FoldCounts()
+    folded = torch.cat(list(fold_matrix(method, weight, start, "keep", counts, "site")))
+    assert torch.equal(folded.view(torch.uint8), weight.view(torch.uint8))
+    assert counts == FoldCounts()
+    same(run("fused", replace(layer, factors=start)), layer.x @ layer.weight.t() + layer.bias)
+
+
+@methods
+def test_all_parts_of_the_factors_learn_within_two_steps(method):
+    """A row or column of a factor that started where no gradient ever reaches it would never move."""
+    layer, cpu = make_layer(method, M, N), torch.device("cpu")
+    specs = method.factors((M, N))
+    start = {key: initial_factor(spec, key, 0, cpu).double() for key, spec in specs.items()}
+    moved = start
+    for _ in range(2):
+        own = {key: value.clone().requires_grad_() for key, value in moved.items()}
+        loss = run("fused", replace(layer, factors=own)).square().sum()
+        grads = torch.autograd.grad(loss, list(own.values()))
+        moved = {key: own[key].detach() - 1e-3 * grad for key, grad in zip(own, grads, strict=True)}
+    for key, value in moved.items():
+        change = value != start[key]
+        assert change.any(-1).all(), key
+        assert change.any(-2).all(), key
 
 
 @methods

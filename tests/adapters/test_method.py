@@ -73,6 +73,21 @@ def test_the_kaiming_start_fills_its_interval():
     assert 0.99 * bound < start.max() <= bound
 
 
+@pytest.mark.parametrize(("ones", "at"), [("row", (..., 0, slice(None))), ("column", (..., 0))])
+def test_a_row_or_column_may_start_as_ones(ones, at):
+    plain = initial_factor(FactorSpec((2, 4, 8), "kaiming"), "key", 0, CPU)
+    start = initial_factor(FactorSpec((2, 4, 8), "kaiming", ones=ones), "key", 0, CPU)
+    assert torch.equal(start[at], torch.ones_like(start[at]))
+    plain[at] = 1
+    assert torch.equal(start, plain)
+
+
+def test_the_multipliers_of_scale_lora_start_at_exactly_one():
+    specs = make_method("scale-lora", rank=5).factors((2, 12, 9))
+    a, b = (initial_factor(spec, key, 0, CPU) for key, spec in specs.items())
+    assert torch.equal(b @ a, torch.ones(2, 12, 9))
+
+
 def test_the_start_is_a_function_of_seed_and_key_alone():
     spec = FactorSpec((4, 8), "kaiming")
     first = initial_factor(spec, "a", 0, CPU)
@@ -110,10 +125,11 @@ def test_an_update_that_breaks_the_contract_is_refused_before_training(update, s
 @pytest.mark.parametrize("shape", [(128, 32), (24, 32), (3, 48, 6), (1, 2)])
 def test_an_update_that_keeps_the_contract_passes(shape):
     for rank in (1, 2, 4, 16):
-        for name in ("spp", "sqft"):
+        for name in ("spp", "sqft", "lors", "hira", "scale-lora"):
             method = make_method(name, rank=rank)
             if not method.refusal(shape):
                 check_update(method, shape)
+    check_update(make_method("masked-full"), shape)
     by_shape = made_up(lambda w, g: w * g.repeat_interleave(w.shape[-2] // g.shape[-2], -2), GROUPED)
     check_update(by_shape, (128, 32))
 

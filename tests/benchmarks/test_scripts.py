@@ -21,7 +21,7 @@ TINY = {
     "gpu_runtime.py": "--device cpu --shapes 128x256 --tokens 1 4 --repeats 1 --llama tiny --llama-layers 1 "
     "--batches 1 --prompt 4 --new-tokens 2",
     "model_step.py": "--layers 1 --tokens 32 --seq-len 16 --repeats 1 --dtype bfloat16 "
-    "--only lors spp_fused spp_packed sqft sqft_checkpoint",
+    "--only lors spp_fused spp_packed sqft sqft_checkpoint sqft_fused",
     "graph_overhead.py": "--layers 1 --tokens 32 --seq-len 16 --repeats 1 --dtype float32",
     "pack.py": "--gb 0.02 --rows 256 --repeats 1",
     "export_large.py": "--layers 1 --hidden 128 --intermediate 256 --formats onnx-packed",
@@ -80,6 +80,9 @@ def test_it_runs(script, tmp_path):
         (case, *_) = report["results"]
         assert case["ratio_to_lors"]["lors"] == 1
         assert {"spp_fused", "spp_packed", "sqft", "sqft_checkpoint"} < case["peak_mib"].keys()
+    if script in ("linear_step.py", "gpu_train_step.py"):
+        ours = {f"{name}_{way}" for name in ("sqft", "lors", "hira") for way in ("fused", "packed")}
+        assert ours | {"hira"} < case["milliseconds"].keys()
 
 
 def test_nothing_is_claimed_of_a_gpu_that_is_not_there():

@@ -47,6 +47,15 @@ def start(world, monkeypatch) -> bytes:
     return (world / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.fixture
+def instructions(world) -> None:
+    """Rows of different lengths, so that processes have different numbers of tokens."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    rows = [" ".join(letters[: 1 + 5 * number % 17]) for number in range(40)]
+    lines = (json.dumps({"instruction": row, "output": row[::-1]}) for row in rows)
+    (world / "data.jsonl").write_text("\n".join(lines))
+
+
 def restore(world: Path, start: bytes) -> None:
     path = world / "adapter" / "adapter_model.safetensors"
     path.unlink()
@@ -59,9 +68,19 @@ WAYS = {
         f"{ACCELERATE} --num_processes",
         "--shard node --packed --gradient-checkpointing --teacher dense --accumulate 2",
     ),
+    "matched": (
+        TORCHRUN,
+        "--data data.jsonl --seq-len 64 --accumulate 2 --teacher dense --teacher-weight 0.5 --temperature 2 "
+        "--match-hidden 1",
+    ),
+    "matched-split": (
+        TORCHRUN,
+        "--data data.jsonl --seq-len 64 --shard world --gradient-checkpointing --teacher dense --match-hidden 1",
+    ),
 }
 
 
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("way", WAYS)
 def test_two_processes_follow_the_loss_curve_of_one(world, start, way):
     if "packed" in way and release(torch.__version__) < SPLITS_INTEGERS:
@@ -78,6 +97,8 @@ def test_two_processes_follow_the_loss_curve_of_one(world, start, way):
     assert 0.5 <= part < 0.51 if "--shard" in more else part == 1
     assert len(two["losses"]) == 6
     torch.testing.assert_close(torch.tensor(two["losses"]), torch.tensor(one["losses"]), rtol=1e-5, atol=1e-5)
+    for name, part in one["loss_parts"].items():
+        assert two["loss_parts"][name] == (None if part is None else pytest.approx(part, rel=1e-4)), name
     for name, value in load_file(world / "adapter" / "adapter_model.safetensors").items():
         torch.testing.assert_close(value, alone[name], rtol=1e-3, atol=1e-3, msg=name)
     must("merge", "adapter", "-o", "together")

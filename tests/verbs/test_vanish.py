@@ -84,6 +84,7 @@ def make_case(root: Path, kind: Type, weight: np.ndarray, alpha: np.ndarray, bet
         target=adapter,
         base=base,
         fingerprint=ModelFolder.open(base).fingerprint(),
+        methods={},
         method=make_method("spp", rank=RANK, scale=SCALE, dropout=0.0),
         seed=0,
         matrices={
