@@ -16,6 +16,7 @@ from spp_fx.console import Table
 from spp_fx.exporters.manifest import MANIFEST, open_model, read_manifest
 from spp_fx.graph.model import check_causal, load_model
 from spp_fx.graph.program import Program, positions_of, vocabulary_of
+from spp_fx.graph.trace import shown
 from spp_fx.parallel import Tick, no_tick
 from spp_fx.runtime import load as load_export
 from spp_fx.storage.folder import is_adapter
@@ -271,11 +272,11 @@ def load_evaluated(
 
 def _give_back(program: Program, model: PreTrainedModel) -> None:
     """Give a model the weights of its program where a pass has replaced the parameter, not only its values."""
+    made = {shown(name): value for name, value in program.named_parameters(remove_duplicate=False)}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            made = program.get_parameter(name)
-            if made is not parameter:
-                parameter.copy_(made)
+            if made[name] is not parameter:
+                parameter.copy_(made[name])
 
 
 def is_export(folder: Path) -> bool:
