@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from spp_fx.adapters.adapter_folder import write_adapter
+from spp_fx.adapters.fold import FLOATING
 from spp_fx.adapters.method import Method, initial_factor, make_method
 from spp_fx.adapters.per_site import (
     RANK,
@@ -25,12 +26,14 @@ from spp_fx.adapters.per_site import (
 from spp_fx.console import Table, grouped, shape
 from spp_fx.errors import FormatError, MaskError, SppFxError, UsageError
 from spp_fx.exporters.manifest import open_model
+from spp_fx.graph.binding import NOT_STORED
 from spp_fx.graph.names import without_skipped
 from spp_fx.graph.program import Site
 from spp_fx.parallel import Tick, no_tick
 from spp_fx.passes.inject_adapters import adaptable
 from spp_fx.passes.match import Match
 from spp_fx.passes.pipeline import run_pipeline
+from spp_fx.passes.train_norms import vectors
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry, compare, lock_beside, make_entry
 from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.pattern import Pattern
@@ -48,15 +51,17 @@ class Injected:
         out: the adapter folder, None for a dry run.
         method: with the options that sites have by default.
         methods: of each adapted site.
+        trained: norms and biases that are trained themselves, with their sizes.
         sites: the adapted sites, each with the pattern found (None where no weight was read).
         refused: the other sites, each with the reason.
-        trainable: number of parameters in all factors.
+        trainable: number of parameters in all factors, norms and biases.
         total: number of parameters of the model.
     """
 
     out: Path | None
     method: Method
     methods: dict[str, Method]
+    trained: dict[str, int]
     sites: dict[str, tuple[Site, Pattern | None]]
     refused: dict[str, str]
     trainable: int
@@ -82,6 +87,7 @@ class Injected:
                 }
                 for name, (site, pattern) in self.sites.items()
             ],
+            "trained": [{"name": name, "parameters": size} for name, size in self.trained.items()],
             "refused": self.refused,
             "trainable_parameters": self.trainable,
             "total_parameters": self.total,
@@ -111,6 +117,8 @@ class Injected:
             f"{'would train' if self.out is None else f'{self.out}:'} {self.trainable:,} parameters over "
             f"{len(self.sites)} weights, {self.per_mille:.2f} per mille of {self.total:,}"
         )
+        if self.trained:
+            yield f"  {sum(self.trained.values()):,} of them in {len(self.trained)} norms and biases"
         yield from (f"  not taken: {line}" for line in grouped(self.refused))
 
 
@@ -124,6 +132,7 @@ def inject(
     skip: Sequence[str] = (),
     seed: int = 0,
     overrides: Sequence[str] = (),
+    train_norms: bool = False,
     budget: str | int | None = None,
     budget_by: str = "size",
     teacher: str | Path | None = None,
@@ -142,6 +151,7 @@ def inject(
         skip: names of sites that get no adapter, as in `targets`.
         overrides: other values of the method's numbers for some sites, such as `rank:down_proj@32`; see
             `method_by_site`.
+        train_norms: also train norms and biases, see `vectors`.
         budget: trained parameters at most, such as `0.3%` of the model's; the ranks are chosen, see `spread`.
         budget_by: what the ranks are in proportion to: `size`, the same for all; `error`, see `pruning_errors`.
         teacher: the dense model's folder, for `error`.
@@ -158,7 +168,9 @@ def inject(
     if seed < 0:
         raise UsageError(f"--seed must not be negative, got {seed}")
     adapter = make_method(method, **options)
-    plan = _Plan(adapter, tuple(overrides), tuple(targets), tuple(skip), budget, budget_by, teacher)
+    plan = _Plan(
+        adapter, tuple(overrides), tuple(targets), tuple(skip), train_norms, budget, budget_by, teacher
+    )
     plan.check(options)
     if out is None:
         weights = any(model.glob("*.safetensors"))
@@ -173,6 +185,8 @@ def inject(
             for name, (site, _) in result.sites.items()
             for key, spec in result.methods[name].factors(site.shape).items()
         }
+        trained = {name: _tensors(found, name) for name in result.trained}
+        factors |= {name: _start(found, name, tensors) for name, tensors in trained.items()}
         fingerprint = found.folder.fingerprint()
         write_adapter(
             work.folder,
@@ -185,6 +199,7 @@ def inject(
             matrices={name: found.matrices[name] for name in result.sites},
             factors=factors,
             lock=lock,
+            trained=trained,
         )
         settings = {
             "method": method, **result.method.parameters(), "seed": seed, "targets": list(targets), "skip": list(skip),
@@ -205,6 +220,7 @@ class _Plan:
     overrides: tuple[str, ...]
     targets: tuple[str, ...]
     skip: tuple[str, ...]
+    train_norms: bool
     budget: str | int | None
     budget_by: str
     teacher: str | Path | None
@@ -228,7 +244,8 @@ class _Plan:
     def more_settings(self) -> dict[str, Any]:
         """What the history keeps, where it is not as by default."""
         budget = {} if self.budget is None else {"budget": str(self.budget), "budget_by": self.budget_by}
-        return ({"overrides": list(self.overrides)} if self.overrides else {}) | budget
+        overrides = {"overrides": list(self.overrides)} if self.overrides else {}
+        return overrides | budget | ({"train_norms": True} if self.train_norms else {})
 
 
 def _inject(found: ModelSites, out: Path | None, plan: _Plan, tick: Tick, say: Say) -> tuple[Injected, Lock]:
@@ -246,11 +263,20 @@ def _inject(found: ModelSites, out: Path | None, plan: _Plan, tick: Tick, say: S
         chosen = list(program.matched)
     shapes = {name: program.sites[name].shape for name in chosen}
     methods = method_by_site(plan.method, plan.overrides, chosen)
+    trained: dict[str, int] = {}
+    if plan.train_norms:
+        trained, others = _trained(found)
+        refused |= others
     if plan.budget is not None:
+        left = parse_budget(plan.budget, total) - sum(trained.values())
+        if left < 1:
+            raise UsageError(
+                f"--budget {plan.budget}: the norms and biases alone take {sum(trained.values()):,}"
+            )
         weights = dict.fromkeys(chosen, 1.0)
         if plan.teacher is not None:
             weights = pruning_errors(found, Path(plan.teacher), chosen)
-        methods, without = spread(methods, shapes, weights, parse_budget(plan.budget, total))
+        methods, without = spread(methods, shapes, weights, left)
         refused |= without
         shapes = {name: shapes[name] for name in methods}
     taken, unfit = adaptable(methods, shapes)
@@ -259,11 +285,56 @@ def _inject(found: ModelSites, out: Path | None, plan: _Plan, tick: Tick, say: S
     methods = {name: methods[name] for name in taken}
     lock = _lock(found, sites, masks) if masks else Lock.of([])
     trainable = sum(size_of(methods[name], site.shape) for name, (site, _) in sites.items())
+    trainable += sum(trained.values())
     method = plan.method
     if plan.budget is not None:
         ((rank, _),) = Counter(map(rank_of, methods.values())).most_common(1)
         method = with_rank(method, rank)
-    return Injected(out, method, methods, sites, refused, trainable, total), lock
+    return Injected(out, method, methods, trained, sites, refused, trainable, total), lock
+
+
+def _trained(found: ModelSites) -> tuple[dict[str, int], dict[str, str]]:
+    """The norms and biases to train with their sizes, and the reasons why others are not."""
+    program = found.program
+    if program.untraced is not None:
+        raise UsageError(f"{found.folder.path}: --train-norms needs the model's graph: {program.untraced}")
+    names, refused = vectors(program)
+    taken: dict[str, int] = {}
+    for name in names:
+        tensors = _tensors(found, name)
+        kinds = {found.folder.info(tensor)[1].dtype for tensor in tensors}
+        if found.folder.shards and not tensors:
+            refused[name] = found.binding.refused.get(name, NOT_STORED)
+        elif odd := sorted(kinds - FLOATING.keys()):
+            refused[name] = f"is stored as {odd[0]}, which is not a plain floating type"
+        elif len(tensors) > 1 and any(_differs(found, tensors[0], other) for other in tensors[1:]):
+            refused[name] = f"is stored twice with different values, as {' and '.join(tensors)}"
+        else:
+            taken[name] = program.get_parameter(name).numel()
+    if not taken:
+        raise UsageError(f"{found.folder.path}: has no norm or bias to train; leave --train-norms out")
+    return taken, refused
+
+
+def _tensors(found: ModelSites, parameter: str) -> list[str]:
+    """The stored tensors of a vector: one, or one for each name that the parameter has."""
+    bound = (found.matrices.get(name, ()) for name in found.program.names_of(parameter))
+    return [matrix.tensor for matrices in bound for matrix in matrices]
+
+
+def _differs(found: ModelSites, one: str, other: str) -> bool:
+    first, second = (found.folder.info(name)[0].read(name) for name in (one, other))
+    return first.dtype != second.dtype or not torch.equal(first, second)
+
+
+def _start(found: ModelSites, parameter: str, tensors: Sequence[str]) -> torch.Tensor:
+    """The base's value of a vector, in float32 at least."""
+    value = found.folder.info(tensors[0])[0].read(tensors[0])
+    if not bool(value.isfinite().all()):
+        raise FormatError(
+            f"{found.folder.path}: {tensors[0]} holds NaN or infinity; {parameter} cannot be trained"
+        )
+    return value.to(torch.promote_types(value.dtype, torch.float32)).view(-1)
 
 
 def pruning_errors(found: ModelSites, teacher: Path, sites: Iterable[str]) -> dict[str, float]:

@@ -61,6 +61,10 @@ class InjectSettings:
     seed: int = option(0, "Seed of the factors' initial values.")
     targets: tuple[str, ...] = option((), TARGETS, split=True)
     skip: tuple[str, ...] = option((), "Sites that get no adapter, named as for --targets.", split=True)
+    train_norms: bool = option(
+        False,
+        "Also train the norms and biases of the decoder; they are a share of a per mille and no mask is touched.",
+    )
     budget: str | None = option(
         None,
         "Instead of --rank: trained parameters at most, as a share of the model's (0.3%) or a count; ranks are chosen "
