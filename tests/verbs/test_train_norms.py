@@ -18,6 +18,7 @@ from tests.command import command, must, rewrite, save_tokenizer, tensors
 from tests.families import batch, make_model
 from tests.verbs.test_distributed import launch
 
+LINE = ["--seq-len", "16", "--batch-size", "4", "--lr", "0.01", "--steps", "4", "-q"]
 FAMILIES = ["llama", "gpt2", "mixtral"]  # norms alone; biases and transposed weights; stacks of experts
 
 
@@ -127,11 +128,7 @@ def test_training_moves_them_without_weight_decay_and_resumes(folder, adapter, t
 
     monkeypatch.setattr(AdapterTrainer, "create_optimizer", spy)
     whole = shutil.copytree(adapter, tmp_path / "whole")
-    line = [
-        "--data",
-        folder / "text.txt",
-        *["--seq-len", "16", "--batch-size", "4", "--lr", "0.01", "--steps", "4", "-q"],
-    ]
+    line = ["--data", folder / "text.txt", *LINE]
     must("train", whole, *line, "--weight-decay", 0.1, "--save-steps", 2)
     trained = set(AdapterFolder.open(whole).trained)
     for decay, names in groups:
@@ -139,7 +136,7 @@ def test_training_moves_them_without_weight_decay_and_resumes(folder, adapter, t
     assert set().union(*(names for _, names in groups)) == tensors(whole).keys()
     before, after = tensors(adapter), tensors(whole)
     moved = {name for name in trained if not torch.equal(before[name], after[name])}
-    still = {name for name in trained - moved}
+    still = trained - moved
     assert len(moved) > len(still)
     assert all("k_proj" in name or "c_attn" in name or "experts" in name for name in still), still
     shutil.rmtree(whole / "checkpoint-4")
