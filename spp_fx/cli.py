@@ -217,6 +217,7 @@ def inject_command(
     output: Output,
     model: str,
     settings: InjectSettings,
+    calibration: Calibration | None,
     method_options: dict[str, Any],
     out: Path | None,
     dry_run: bool,
@@ -230,6 +231,7 @@ def inject_command(
     \b
     spp-fx inject my-sparse
     spp-fx inject my-sparse --rank 8 --targets q_proj,v_proj -o small-adapter
+    spp-fx inject my-sparse --init gradient --calib text.txt
     spp-fx inject my-sparse --rank 16 --rank down_proj@32 --rank 'model.layers.0.*@8' --scale q_proj@1
     spp-fx inject my-sparse --budget 0.3% --budget-by error --teacher my-model
     spp-fx inject llama-7b --dry-run --json
@@ -238,10 +240,16 @@ def inject_command(
 
     folder = model_folder(model)
     target = None if dry_run else out or default_out(model, settings.method)
-    teacher = model_folder(settings.teacher) if settings.teacher else None
-    asked = vars(settings) | {"teacher": teacher} | method_options
-    with output.bytes_bar("reading masks") as tick:
-        done = inject(folder, target, **asked, **options, tick=tick, say=output.say)
+    asked = vars(settings) | {"teacher": model_folder(settings.teacher) if settings.teacher else None}
+    run = partial(
+        inject, folder, target, **asked | method_options, **options, calibration=calibration, say=output.say
+    )
+    if settings.init == "default":
+        with output.bytes_bar("reading masks") as tick:
+            done = run(tick=tick)
+    else:
+        with output.steps_bar("walking the layers") as bar:
+            done = run(walk_tick=bar.update)
     output.result(done)
 
 

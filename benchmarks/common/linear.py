@@ -15,16 +15,28 @@ REFERENCE = "lors"
 Way = Callable[[Tensor, Tensor, Tensor, Tensor, float], Tensor]
 
 
-def op(overload: Callable[..., Tensor], method: Method) -> Way:
-    options = op_options(method)
-    return lambda x, w, alpha, beta, scale: overload(x, w, alpha, beta, None, None, *options, 0.0)
+def op(overload: Callable[..., Tensor], method: Method, *packed: Tensor) -> Way:
+    """An op as a way, which takes a factor that follows W's rows first. With `packed`, it does not look at W."""
+
+    def way(x: Tensor, weight: Tensor, first: Tensor, second: Tensor, scale: float) -> Tensor:
+        specs = method.factors(tuple(weight.shape))
+        given = dict(
+            zip(sorted(specs, key=lambda name: specs[name].rows is None), (first, second), strict=True)
+        )
+        factors = [given[name] for name in specs]
+        return overload(x, *(packed or (weight,)), *factors, None, None, *op_options(method), 0.0)
+
+    return way
 
 
-OTHERS: dict[str, Way] = {
+RIVALS: dict[str, Way] = {
     "lors": rivals.lors,
     "sqft": rivals.sqft,
     "sqft_checkpoint": rivals.sqft_checkpoint,
+    "hira": rivals.hira,
 }
+LOW_RANK = ("sqft", "lors", "hira")
+"""Our methods of a low-rank product, whose factors are (m, r) and (r, n)."""
 
 
 def measure(
@@ -81,27 +93,18 @@ def make_steps(
 
         return run
 
-    method = make_method("spp", rank=rank, scale=2.0)
-    ops = ops_of(method, (width, width))
-    ways: dict[str, Way] = {
-        "spp_fused": op(ops.fused, method),
-        "spp_reference": op(ops.linear, method),
-        "spp_literal": rivals.spp_literal,
-        "spp_literal_checkpoint": rivals.spp_literal_checkpoint,
-        "spp_packed": packed_way(weight, ops.packed["2:4"], method),
-    }
-    return {name: step(way, low_rank) for name, way in OTHERS.items()} | {
-        name: step(way, spp) for name, way in ways.items()
-    }
-
-
-def packed_way(weight: Tensor, overload: Callable[..., Tensor], method: Method) -> Way:
-    """The fused op on the weight packed; the dense one that a step hands over is not looked at."""
-    values, positions = PACKINGS["2:4"].pack(weight).values()
-    options = op_options(method)
-    return lambda x, _, alpha, beta, scale: overload(
-        x, values, positions, alpha, beta, None, None, *options, 0.0
-    )
+    steps = {name: step(way, low_rank) for name, way in RIVALS.items()}
+    steps |= {"spp_literal": step(rivals.spp_literal, spp)}
+    steps |= {"spp_literal_checkpoint": step(rivals.spp_literal_checkpoint, spp)}
+    packed = tuple(PACKINGS["2:4"].pack(weight).values())
+    for name in ("spp", *LOW_RANK):
+        method = make_method(name, rank=rank, scale=2.0)
+        ops, factors = ops_of(method, (width, width)), spp if name == "spp" else low_rank
+        steps[f"{name}_fused"] = step(op(ops.fused, method), factors)
+        steps[f"{name}_packed"] = step(op(ops.packed["2:4"], method, *packed), factors)
+        if name == "spp":
+            steps["spp_reference"] = step(op(ops.linear, method), factors)
+    return steps
 
 
 def kept(step: Callable[[], object]) -> int:

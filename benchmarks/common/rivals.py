@@ -50,6 +50,11 @@ def sqft_checkpoint(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: floa
     return checkpoint(sqft, x, weight, a, b, scale, use_reentrant=False)
 
 
+def hira(x: Tensor, weight: Tensor, b: Tensor, a: Tensor, scale: float) -> Tensor:
+    """HiRA: W * (1 + s B A), differentiated by autograd; factors b (m, r) and a (r, n)."""
+    return linear(x, weight + scale * (weight * (b @ a).to(weight.dtype)))
+
+
 def spp_literal(x: Tensor, weight: Tensor, alpha: Tensor, beta: Tensor, scale: float) -> Tensor:
     """SPP's Eq. 5 as its authors run it: a second product with W * beta * repeat(alpha)."""
     rows = weight.shape[0] // alpha.shape[0]

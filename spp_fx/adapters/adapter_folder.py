@@ -236,6 +236,7 @@ def write_adapter(
     factors: "Mapping[str, Tensor]",
     lock: Lock,
     trained: Mapping[str, Iterable[str]] | None = None,
+    init: str = "default",
 ) -> None:
     """Write the files of an adapter folder into `folder`, which becomes `target`.
 
@@ -244,6 +245,7 @@ def write_adapter(
         factors: with the values of trained norms and biases.
         trained: the checkpoint's tensors of each of these.
     """
+    start = {} if init == "default" else {"init": init}
     config = AdapterConfig(
         format_version=FORMAT_VERSION,
         spp_fx_version=VERSION,
@@ -260,6 +262,7 @@ def write_adapter(
         seed=seed,
         sites={site: list(stored) for site, stored in matrices.items()},
         trained_parameters={name: list(tensors) for name, tensors in (trained or {}).items()} or None,
+        **start,
         **to_patterns(method, methods),
     )
     left_out = None if config.trained_parameters else {"trained_parameters"}

@@ -1,4 +1,4 @@
-"""Compiled loops of SPP for the CPU: tile and pullback over a bfloat16 W, and the fold.
+"""Compiled loops for the CPU: SPP's tile and pullback over a bfloat16 W and its fold; passes over low-rank tiles.
 
 Elements are integers of their width, since numba has no bfloat16. Loops run along slices of rows: LLVM then
 knows that an index is not negative, and uses vectors.
@@ -40,17 +40,22 @@ FEW_THREADS = 6
 NO_INDEX, NO_OFFSETS = np.zeros((1, 1), np.uint8), np.zeros(1, np.int64)
 
 DENSE, TWO_OF_FOUR, BITMASK = 0, 1, 2
+ONE, MASK, WEIGHT = 0, 1, 2
+MULTIPLIERS = {"one": ONE, "mask": MASK, "weight": WEIGHT}
+ZERO = np.float32(0)
 I16, I32, F32 = ir.IntType(16), ir.IntType(32), ir.FloatType()
 
 
 @intrinsic
 def widen(typing, element):
-    """A bfloat16 (uint16) as float32; a float32 as it is."""
+    """A bfloat16 (uint16) or the bits of a float32 (uint32) as float32; a float32 as it is."""
 
     def generate(context, builder, signature, arguments):
         (value,) = arguments
         if signature.args[0] == types.float32:
             return value
+        if signature.args[0] == types.uint32:
+            return builder.bitcast(value, F32)
         return builder.bitcast(builder.shl(builder.zext(value, I32), I32(16)), F32)
 
     return types.float32(element), generate
@@ -117,6 +122,44 @@ def spp_pullback(
         dbeta[first + i, 0] = total * scale
 
 
+@partial(compiled, error_model="numpy")
+def low_rank_combine(storage, values, index, offsets, multiplier, scale, base, buffer, product, out):
+    """Rows of base * W + s * product * M; product (rows, n) float32."""
+    nibbles = np.empty(2 * index.shape[1], np.uint8)
+    for i in range(out.shape[0]):
+        row = row_of(storage, values, index, offsets, i, nibbles, buffer)
+        change, target = product[i], out[i]
+        if multiplier == WEIGHT:
+            for c in range(row.shape[0]):
+                target[c] = narrow(widen(row[c]) * (base + scale * change[c]), target[c])
+        elif multiplier == MASK:
+            for c in range(row.shape[0]):
+                w, moved = widen(row[c]), scale * change[c]
+                target[c] = narrow(base * w + (moved if w != ZERO else ZERO), target[c])
+        else:
+            for c in range(row.shape[0]):
+                target[c] = narrow(base * widen(row[c]) + scale * change[c], target[c])
+
+
+@partial(compiled, error_model="numpy")
+def low_rank_multiply(storage, values, index, offsets, multiplier, buffer, g, out):
+    """Rows of G * M in float32."""
+    nibbles = np.empty(2 * index.shape[1], np.uint8)
+    for i in range(out.shape[0]):
+        gradient, target = g[i], out[i]
+        if multiplier == ONE:
+            for c in range(target.shape[0]):
+                target[c] = widen(gradient[c])
+            continue
+        row = row_of(storage, values, index, offsets, i, nibbles, buffer)
+        if multiplier == WEIGHT:
+            for c in range(row.shape[0]):
+                target[c] = widen(row[c]) * widen(gradient[c])
+        else:
+            for c in range(row.shape[0]):
+                target[c] = widen(gradient[c]) if widen(row[c]) != ZERO else ZERO
+
+
 def takes(adapted: AdaptedWeight, other: torch.dtype) -> bool:
     """Whether the loops take these types, and are faster than torch; `other` is the dtype of W' or of G."""
     import torch
@@ -153,6 +196,47 @@ def pullback(adapted: AdaptedWeight, grad: Tensor, start: int, stop: int, grads:
     )  # fmt: skip
 
 
+def low_rank_takes(adapted: AdaptedWeight, other: torch.dtype) -> bool:
+    """Whether the loops take these types, and are faster than torch; `other` is the dtype of W' or of G."""
+    import torch
+
+    return (
+        torch.get_num_threads() <= FEW_THREADS
+        and adapted.rows.dtype in (torch.bfloat16, torch.float32)
+        and all(factor.dtype in (torch.bfloat16, torch.float32) for factor in adapted.factors.values())
+        and other in (torch.bfloat16, torch.float32)
+    )
+
+
+def low_rank_tile(
+    adapted: AdaptedWeight, start: int, stop: int, multiplier: str, scale: float, base: float,
+    product: Tensor, out: Tensor,
+) -> None:  # fmt: skip
+    """Rows start..stop of base * W + scale * product * M into `out`; product float32, M as `LowRank` names it."""
+    from spp_fx.sparsity.packing import as_array
+
+    for other in (product, out):
+        _check(adapted, other, start, stop)
+    low_rank_combine(
+        *_storage(adapted, start, stop), MULTIPLIERS[multiplier], np.float32(scale), np.float32(base),
+        _row_buffer(adapted), as_array(product), as_array(out),
+    )  # fmt: skip
+
+
+def low_rank_gradient(
+    adapted: AdaptedWeight, start: int, stop: int, multiplier: str, grad: Tensor, out: Tensor
+) -> None:
+    """Rows start..stop of G * M into `out`, float32."""
+    from spp_fx.sparsity.packing import as_array
+
+    for other in (grad, out):
+        _check(adapted, other, start, stop)
+    low_rank_multiply(
+        *_storage(adapted, start, stop), MULTIPLIERS[multiplier], _row_buffer(adapted),
+        as_array(grad.contiguous()), as_array(out),
+    )  # fmt: skip
+
+
 def _check(adapted: AdaptedWeight, other: Tensor, start: int, stop: int) -> None:
     """ValueError unless the shapes fit: compiled loops do not check bounds."""
     m, n = adapted.rows.shape
@@ -167,22 +251,31 @@ def _spp(adapted: AdaptedWeight) -> tuple[tuple[Any, Any], np.float32, Any]:
     from spp_fx.sparsity.packing import as_array
 
     alpha, beta = (as_array(adapted.factors[key].contiguous()) for key in ("spp_alpha", "spp_beta"))
-    return (alpha, beta), np.float32(cast("SPP", adapted.method).scale), np.empty(alpha.shape[1], np.uint16)
+    return (alpha, beta), np.float32(cast("SPP", adapted.method).scale), _row_buffer(adapted)
+
+
+def _row_buffer(adapted: AdaptedWeight) -> Any:
+    """A buffer for the bits of one row of W."""
+    return np.empty(adapted.rows.shape[1], np.dtype(f"u{adapted.rows.dtype.itemsize}"))
 
 
 def _storage(adapted: AdaptedWeight, start: int, stop: int) -> tuple[int, Any, Any, Any]:
-    """Kind, values, index and offsets of rows start..stop."""
+    """Kind, values as bits, index and offsets of rows start..stop."""
     from spp_fx.adapters.rows import PackedRows2of4, PackedRowsBitmask
     from spp_fx.sparsity.packing import as_array
+
+    def bits(values: Tensor) -> Any:
+        array = as_array(values)
+        return array.view(f"u{array.itemsize}")
 
     rows = adapted.rows
     if isinstance(rows, PackedRows2of4):
         values, index = rows.values[start:stop], rows.positions[start:stop]
-        return TWO_OF_FOUR, as_array(values.reshape(-1)), as_array(index), NO_OFFSETS
+        return TWO_OF_FOUR, bits(values.reshape(-1)), as_array(index), NO_OFFSETS
     if isinstance(rows, PackedRowsBitmask):
         index, offsets = as_array(rows.bits[start:stop]), as_array(rows.offsets[start : stop + 1])
-        return BITMASK, as_array(rows.values), index, offsets
-    return DENSE, as_array(rows.take(start, stop).reshape(-1)), NO_INDEX, NO_OFFSETS
+        return BITMASK, bits(rows.values), index, offsets
+    return DENSE, bits(rows.take(start, stop).reshape(-1)), NO_INDEX, NO_OFFSETS
 
 
 def _bitcast(argument: Any, result: Any, target: ir.Type) -> Callable[..., Any]:

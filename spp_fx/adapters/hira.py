@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 from spp_fx.adapters.method import (
     DROPOUT_OPTION,
     SCALE_OPTION,
+    Factors,
     FactorSpec,
+    Kernels,
     Method,
     TrainingDefaults,
     register,
@@ -41,6 +43,18 @@ class HiRA(Method):
 
     def update(self, weight: Tensor, **factors: Tensor) -> Tensor:
         return weight * (self.scale * (factors["hira_b"] @ factors["hira_a"]))
+
+    def gradient_start(self, weight: Tensor, grad: Tensor, factors: Factors) -> dict[str, Tensor]:
+        """A: the first right singular vectors of W * G, the gradient with respect to s B A."""
+        from spp_fx.adapters.directions import at_norm_of, right_vectors
+
+        a = factors["hira_a"]
+        return {**factors, "hira_a": at_norm_of(a, right_vectors(weight * grad, len(a)))}
+
+    def kernels(self, device: str) -> Kernels | None:
+        from spp_fx.adapters.low_rank import LowRank
+
+        return LowRank("hira_b", "hira_a", self.scale, multiplier="weight", pulled_back="weight")
 
     def defaults(self, width: float, steps: int | None) -> TrainingDefaults:
         """The rate at which Adam's first step moves the multiplier as far as in SPP's published settings.

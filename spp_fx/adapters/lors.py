@@ -10,6 +10,7 @@ from spp_fx.adapters.method import (
     SCALE_OPTION,
     Factors,
     FactorSpec,
+    Kernels,
     Method,
     TrainingDefaults,
     register,
@@ -44,6 +45,11 @@ class LoRS(Method):
         # Forwards exactly `change` or 0, since x - x is 0 and 0 - x is exact; backwards that of `change` alone.
         return change + (change * (weight != 0) - change).detach()
 
+    def kernels(self, device: str) -> Kernels | None:
+        from spp_fx.adapters.low_rank import LowRank
+
+        return LowRank("lors_a", "lors_b", self.scale, multiplier="mask", pulled_back="one")
+
     def factor_grads(  # pyright: ignore[reportIncompatibleVariableOverride] - a function is a class variable
         self, x: Tensor, grad_y: Tensor, weight: Tensor, factors: Factors, grads: dict[str, Tensor]
     ) -> None:
@@ -51,6 +57,13 @@ class LoRS(Method):
         a, b = (factors[key].to(x.dtype) for key in ("lors_a", "lors_b"))
         grads["lors_a"].add_(grad_y.t() @ (x @ b.t()), alpha=self.scale)
         grads["lors_b"].add_((grad_y @ a).t() @ x, alpha=self.scale)
+
+    def gradient_start(self, weight: Tensor, grad: Tensor, factors: Factors) -> dict[str, Tensor]:
+        """B: the first right singular vectors of G as it is, as in the paper; there of norm 1, here of B's."""
+        from spp_fx.adapters.directions import at_norm_of, right_vectors
+
+        b = factors["lors_b"]
+        return {**factors, "lors_b": at_norm_of(b, right_vectors(grad, len(b)))}
 
     def defaults(self, width: float, steps: int | None) -> TrainingDefaults:
         """The paper's rate, at every width."""

@@ -175,6 +175,22 @@ class Method(ABC):
         """
         return None
 
+    def gradient_start(self, weight: Tensor, grad: Tensor, factors: Factors) -> dict[str, Tensor] | None:
+        """The start of the factors from which the first steps lower the loss most, for `inject --init gradient`.
+
+        It stands for no change, as the default start does, and trained factors have the default's root mean square,
+        so that starts differ by their direction alone.
+
+        Args:
+            weight: of one matrix (out, in), float32.
+            grad: the gradient of the loss with respect to it (out, in), float32; not zero where the weight is.
+            factors: the default start of the matrix's factors.
+
+        Returns:
+            The start of every factor; None, for every matrix, where the method has no start but its default.
+        """
+        return None
+
     def defaults(self, width: float, steps: int | None) -> TrainingDefaults:
         """Settings to train with where the user gives none.
 

@@ -127,7 +127,7 @@ class AdaptedWeight:
         if (kernels := self._kernels(out.dtype)) is not None:
             kernels.tile(self, start, stop, base, target)
             return target
-        for first, last in self._tiles(start, stop, 2 * TILE_ELEMENTS):
+        for first, last in self.tiles(start, stop, 2 * TILE_ELEMENTS):
             own = {key: value[self.specs[key].index((first, last))] for key, value in self.factors.items()}
             self.method.tile(self.rows.take(first, last), own, base, target[first - start : last - start])
         return target
@@ -137,7 +137,7 @@ class AdaptedWeight:
         if (kernels := self._kernels(grad.dtype)) is not None:
             kernels.pullback(self, grad, start, stop, grads)
             return
-        for first, last in self._tiles(start, stop, TILE_ELEMENTS):
+        for first, last in self.tiles(start, stop, TILE_ELEMENTS):
             block, weight = grad[first - start : last - start], self.rows.take(first, last)
             self.add_grads(first, last, grads, partial(self.method.pullback, block, weight))
 
@@ -164,7 +164,8 @@ class AdaptedWeight:
         kernels = self.method.kernels(self.device.type)
         return kernels if kernels is not None and kernels.takes(self, other) else None
 
-    def _tiles(self, start: int, stop: int, elements: int) -> Iterable[tuple[int, int]]:
+    def tiles(self, start: int, stop: int, elements: int) -> Iterable[tuple[int, int]]:
+        """Rows start..stop in tiles of at most so many elements on a CPU, else in one piece."""
         if self.device.type != "cpu":
             return [(start, stop)]
         return row_ranges(start, stop, self.rows.shape[1], self.group, elements)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import TYPE_CHECKING
 
-from spp_fx.adapters.method import DROPOUT_OPTION, FactorSpec, Method, TrainingDefaults, register
+from spp_fx.adapters.method import DROPOUT_OPTION, Factors, FactorSpec, Method, TrainingDefaults, register
 from spp_fx.options import at_least_one, option
 
 if TYPE_CHECKING:
@@ -34,6 +34,17 @@ class ScaleLoRA(Method):
 
     def update(self, weight: Tensor, **factors: Tensor) -> Tensor:
         return weight * (factors["scale_lora_b"] @ factors["scale_lora_a"] - 1)
+
+    def gradient_start(self, weight: Tensor, grad: Tensor, factors: Factors) -> dict[str, Tensor]:
+        """The rows of A after the first, which is ones: the first right singular vectors of W * G."""
+        import torch
+
+        from spp_fx.adapters.directions import at_norm_of, right_vectors
+
+        ones, others = factors["scale_lora_a"].split([1, self.rank - 1])
+        if self.rank > 1:
+            others = at_norm_of(others, right_vectors(weight * grad, self.rank - 1))
+        return {**factors, "scale_lora_a": torch.cat([ones, others])}
 
     def defaults(self, width: float, steps: int | None) -> TrainingDefaults:
         """The rate at which Adam's first step moves the multiplier about as far as in SPP's published settings.

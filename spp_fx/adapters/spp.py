@@ -80,6 +80,17 @@ class SPP(Method):
         column = (beta.to(work) * self.scale).view(len(alpha), 1, -1)
         grads["spp_alpha"] += torch.bmm(column, product).squeeze(1)
 
+    def gradient_start(self, weight: Tensor, grad: Tensor, factors: Factors) -> dict[str, Tensor]:
+        """alpha: of each block of W * G, the first right singular vector.
+
+        At beta = 0, dL/dbeta_i = s (W * G)_i alpha_j, so a first step along it gains s² |(W * G)_j alpha_j|².
+        """
+        from spp_fx.adapters.directions import at_norm_of, right_vectors
+
+        alpha = factors["spp_alpha"]
+        blocks = (weight * grad).view(len(alpha), -1, weight.shape[1])
+        return {**factors, "spp_alpha": at_norm_of(alpha, right_vectors(blocks, 1).squeeze(1))}
+
     def kernels(self, device: str) -> Kernels | None:
         modules = {"cpu": "spp_fx.adapters.cpu", "cuda": "spp_fx.adapters.gpu"}
         return cast("Kernels | None", optional_module(modules[device])) if device in modules else None

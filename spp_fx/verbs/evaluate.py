@@ -65,6 +65,8 @@ def evaluate(
 ) -> Evaluated:
     """Perplexity of a text in consecutive windows, each predicting from its own start.
 
+    An adapter is folded into its base in memory: the perplexity is that of the model that merge would write.
+
     Instructions and chats are measured as the whole text that the model would see, the prompt like the answer.
 
     Args:
@@ -75,7 +77,7 @@ def evaluate(
         UsageError: the text or the model cannot be used.
     """
     model = Path(model)
-    loaded = load_program(model, base=base, trust_remote_code=trust_remote_code)
+    loaded = load_program(model, base=base, trust_remote_code=trust_remote_code, folded=True)
     program = loaded.program.eval()
     tokenizer = load_tokenizer(loaded.model, trust_remote_code=trust_remote_code)
     length = window_length(program, seq_len)

@@ -34,11 +34,24 @@ from spp_fx.passes.inject_adapters import adaptable
 from spp_fx.passes.match import Match
 from spp_fx.passes.pipeline import run_pipeline
 from spp_fx.passes.train_norms import vectors
+from spp_fx.pruning.layerwise import Tick as StepTick
+from spp_fx.pruning.layerwise import silent
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry, compare, lock_beside, make_entry
 from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.pattern import Pattern
 from spp_fx.storage.links import links_option
 from spp_fx.storage.workspace import Say, workspace
+from spp_fx.verbs.load import device_of, draw_windows, text_digest
+from spp_fx.verbs.settings import Calibration
+from spp_fx.verbs.starts import (
+    check_reachable,
+    check_start,
+    check_teacher,
+    partition,
+    site_gradients,
+    start_from_gradients,
+    walkable,
+)
 from spp_fx.verification import provenance
 from spp_fx.verification.model_sites import ModelSites, choose, find_sites, scan_sites, tensors_of
 
@@ -136,10 +149,14 @@ def inject(
     budget: str | int | None = None,
     budget_by: str = "size",
     teacher: str | Path | None = None,
+    init: str = "default",
+    calibration: Calibration | None = None,
+    device: str | None = None,
     force: bool = False,
     trust_remote_code: bool = False,
     allow_links: bool = False,
     tick: Tick = no_tick,
+    walk_tick: StepTick = silent,
     say: Say = lambda line: None,
     **options: Any,
 ) -> Injected:
@@ -154,7 +171,11 @@ def inject(
         train_norms: also train norms and biases, see `vectors`.
         budget: trained parameters at most, such as `0.3%` of the model's; the ranks are chosen, see `spread`.
         budget_by: what the ranks are in proportion to: `size`, the same for all; `error`, see `pruning_errors`.
-        teacher: the dense model's folder, for `error`.
+        teacher: the dense model's folder, for `error`; for `gradient`, a model whose predictions are learned
+            instead of the text's own tokens.
+        init: the start of the factors: `default`, or `gradient`, see `Method.gradient_start`.
+        calibration: the text of the gradients.
+        device: where layers run for `gradient`; by default a GPU if torch has one.
         allow_links: follow symbolic links that leave a folder; see `links.check_link`.
         say: called with notes for the user.
         options: of the method, such as `rank`.
@@ -168,17 +189,16 @@ def inject(
     if seed < 0:
         raise UsageError(f"--seed must not be negative, got {seed}")
     adapter = make_method(method, **options)
-    plan = _Plan(
-        adapter, tuple(overrides), tuple(targets), tuple(skip), train_norms, budget, budget_by, teacher
-    )
-    plan.check(options)
+    names = (tuple(overrides), tuple(targets), tuple(skip))
+    plan = _Plan(adapter, *names, train_norms, budget, budget_by, teacher, init)
+    plan.check(options, calibration, device, out)
     if out is None:
         weights = any(model.glob("*.safetensors"))
         found = find_sites(open_model(model, weights=weights), trust_remote_code=trust_remote_code)
         return _inject(found, None, plan, tick, say)[0]
     provenance.load(model)  # a damaged history is an error before the work
     with workspace(out, {"verb": "inject"}, force=force, sources=[model], say=say) as work:
-        found = find_sites(open_model(model), trust_remote_code=trust_remote_code)
+        found = find_sites(open_model(model), trust_remote_code=trust_remote_code, runnable=init != "default")
         result, lock = _inject(found, out, plan, tick, say)
         factors = {
             f"{name}.{key}": initial_factor(spec, f"{name}.{key}", seed, torch.device("cpu"))
@@ -188,6 +208,25 @@ def inject(
         trained = {name: _tensors(found, name) for name in result.trained}
         factors |= {name: _start(found, name, tensors) for name, tensors in trained.items()}
         fingerprint = found.folder.fingerprint()
+        inputs, start = {"model": fingerprint}, {}
+        if teacher is not None:
+            inputs["teacher"] = open_model(Path(teacher)).fingerprint()
+        if calibration is not None:
+            tokens = draw_windows(
+                model, found.program, calibration, trust_remote_code=trust_remote_code, say=say
+            ).tokens
+            partition(found.program, model)
+            check_reachable(found.program, result.sites)
+            guide = None
+            if teacher is not None:
+                guide = walkable(Path(teacher), trust_remote_code=trust_remote_code)
+                check_teacher(found.program, guide.program, Path(teacher))
+            gradients = site_gradients(
+                found, result.sites, tokens, device=device_of(device), store=work.store, teacher=guide, tick=walk_tick,
+            )  # fmt: skip
+            factors = start_from_gradients(gradients, result.methods, factors)
+            inputs["calibration"] = text_digest(tokens)
+            start = {"init": init, "samples": len(tokens), "seq_len": tokens.shape[1]}
         write_adapter(
             work.folder,
             target=out,
@@ -200,14 +239,12 @@ def inject(
             factors=factors,
             lock=lock,
             trained=trained,
+            init=init,
         )
         settings = {
             "method": method, **result.method.parameters(), "seed": seed, "targets": list(targets), "skip": list(skip),
-            **plan.more_settings(),
+            **plan.more_settings(), **start,
         }  # fmt: skip
-        inputs = {"model": fingerprint}
-        if teacher is not None:
-            inputs["teacher"] = open_model(Path(teacher)).fingerprint()
         provenance.record(model, work.folder, "inject", inputs=inputs, settings=settings, digests={})
     return result
 
@@ -224,22 +261,42 @@ class _Plan:
     budget: str | int | None
     budget_by: str
     teacher: str | Path | None
+    init: str
 
-    def check(self, given: Iterable[str]) -> None:
+    def check(
+        self, given: Iterable[str], calibration: Calibration | None, device: str | None, out: Path | None
+    ) -> None:
         """Check, before any work, what does not depend on the model; `given` are options of the method."""
+        self._check_start(calibration, device, out)
         ranked = [rule.option for rule in (parse_override(self.method, text) for text in self.overrides)]
         if self.budget is None:
-            if self.budget_by != "size" or self.teacher is not None:
-                raise UsageError("--budget-by and --teacher belong to a budget; give one with --budget")
+            if self.budget_by != "size" or (self.teacher is not None and self.init == "default"):
+                raise UsageError(
+                    "--budget-by and --teacher belong to a budget; give one with --budget. --teacher is also for --init"
+                )
             return
         check_ranked(self.method)
         if RANK in {*given, *ranked}:
             raise UsageError("--budget chooses the ranks; leave --rank out")
-        if (self.budget_by == "error") != (self.teacher is not None):
+        if (self.budget_by == "error") != (self.teacher is not None) and (
+            self.teacher is None or self.init == "default"
+        ):
             raise UsageError(
                 "--budget-by error compares with the dense model: give both --budget-by error and --teacher MODEL"
             )
         parse_budget(self.budget, 1 << 62)
+
+    def _check_start(self, calibration: Calibration | None, device: str | None, out: Path | None) -> None:
+        if self.init == "default":
+            given = {"--calib": calibration, "--device": device}
+            if unused := [option for option, value in given.items() if value is not None]:
+                raise UsageError(f"{unused[0]} is for --init gradient; the default start needs no model")
+            return
+        check_start(self.method, self.init)
+        if out is None:
+            raise UsageError(f"--dry-run needs no weights, --init {self.init} does; leave out one of them")
+        if calibration is None:
+            raise UsageError(f"--init {self.init} needs a text: give it with --calib FILE")
 
     def more_settings(self) -> dict[str, Any]:
         """What the history keeps, where it is not as by default."""
@@ -274,7 +331,7 @@ def _inject(found: ModelSites, out: Path | None, plan: _Plan, tick: Tick, say: S
                 f"--budget {plan.budget}: the norms and biases alone take {sum(trained.values()):,}"
             )
         weights = dict.fromkeys(chosen, 1.0)
-        if plan.teacher is not None:
+        if plan.budget_by == "error" and plan.teacher is not None:
             weights = pruning_errors(found, Path(plan.teacher), chosen)
         methods, without = spread(methods, shapes, weights, left)
         refused |= without

@@ -58,12 +58,15 @@ class InjectSettings:
     """How to make an adapter."""
 
     method: str = option("spp", "Adapter method; `--method NAME --help` shows the options of NAME.")
-    seed: int = option(0, "Seed of the factors' initial values.")
+    seed: int = option(0, "Seed of the factors' initial values, and of the draw of windows.")
     targets: tuple[str, ...] = option((), TARGETS, split=True)
     skip: tuple[str, ...] = option((), "Sites that get no adapter, named as for --targets.", split=True)
     train_norms: bool = option(
         False,
         "Also train the norms and biases of the decoder; they are a share of a per mille and no mask is touched.",
+    )
+    init: Literal["default", "gradient"] = option(
+        "default", "Start of the factors: the method's own, or from gradients on a text (--calib)."
     )
     budget: str | None = option(
         None,
@@ -75,7 +78,14 @@ class InjectSettings:
         "Ranks of the budget: size, the same for every site; error, in proportion to what pruning took from each, "
         "||dense - pruned|| (--teacher).",
     )
-    teacher: str | None = option(None, "The dense model that MODEL was pruned from, for --budget-by error.")
+    teacher: str | None = option(
+        None,
+        "The dense model that MODEL was pruned from, for --budget-by error; for --init gradient, the model whose "
+        "predictions are learned instead of the text's own tokens.",
+    )
+    device: str | None = option(
+        None, "Where layers run for --init. Default: cuda where there is one, else cpu."
+    )
 
     def __post_init__(self) -> None:
         check_values(self)

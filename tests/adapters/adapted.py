@@ -1,14 +1,30 @@
-"""Weights with SPP factors in every storage, for the tests of compiled kernels."""
+"""Weights with factors in every storage, for the tests of compiled kernels."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from spp_fx.adapters.method import make_method
 from spp_fx.adapters.op import AdaptedWeight
 from spp_fx.adapters.rows import PACKINGS, DenseRows, Rows
 from spp_fx.adapters.spp import SPP
 
 SHAPES = [(8, 12, 2), (64, 300, 4), (40, 1024, 1), (33, 20, 33)]
+
+
+LOW_RANK = ["sqft", "hira", "lors"]
+
+
+def make_low_rank(adapted: AdaptedWeight, name: str, rank: int = 3, scale: float = 1.5) -> AdaptedWeight:
+    """The same weight with random factors of a method of a low-rank product, in the dtype of those it has."""
+    generator = torch.Generator().manual_seed(rank)
+    method = make_method(name, rank=rank, scale=scale)
+    like = next(iter(adapted.factors.values()))
+    specs = method.factors(adapted.rows.shape)
+    factors = {key: torch.randn(spec.shape, generator=generator).to(like) for key, spec in specs.items()}
+    return replace(adapted, method=method, factors=factors)
 
 
 def make(m: int, n: int, r: int, dtype: torch.dtype, storage: str, device: str = "cpu") -> AdaptedWeight:

@@ -1,13 +1,14 @@
-"""The compiled loops of SPP over a bfloat16 weight, held to torch's expressions."""
+"""The compiled loops, held to torch's expressions: SPP's over a bfloat16 weight, and those of low-rank tiles."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from spp_fx.adapters import cpu
+from spp_fx.adapters import cpu, low_rank, op
 from spp_fx.adapters.rows import DenseRows
-from tests.adapters.adapted import SHAPES, in_torch, make, ranges, with_factors
+from tests.adapters.adapted import LOW_RANK, SHAPES, in_torch, make, make_low_rank, ranges, with_factors
+from tests.effort import covering
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -83,3 +84,52 @@ def test_many_threads_are_left_to_torch(monkeypatch):
     adapted = make(8, 12, 2, torch.bfloat16, "dense")
     monkeypatch.setattr(torch, "get_num_threads", lambda: cpu.FEW_THREADS + 1)
     assert not cpu.takes(adapted, torch.bfloat16)
+
+
+@covering(
+    name=LOW_RANK,
+    storage=["dense", "2:4", "bitmask"],
+    dtype=[torch.bfloat16, torch.float32],
+    other=[torch.bfloat16, torch.float32],
+    shape=SHAPES,
+    rank=[1, 3, 16, 19],
+)
+def test_a_low_rank_tile_and_its_pullback_are_those_of_torch(
+    name, storage, dtype, other, shape, rank, monkeypatch
+):
+    adapted = make_low_rank(make(*shape, dtype, storage), name, rank)
+    assert cpu.low_rank_takes(adapted, other)
+    monkeypatch.setattr(op, "TILE_ELEMENTS", 5 * shape[1])
+    m, n, _ = shape
+    for start, stop in [(0, m), (m - 3, m)]:
+        for base in (0.0, 1.0):
+            built, expected = (torch.full((stop - start + 1, n), 7.0, dtype=other) for _ in range(2))
+            adapted.build(start, stop, base, built)
+            with monkeypatch.context() as patch:
+                patch.setattr(low_rank, "_cpu", lambda *_: None)
+                adapted.build(start, stop, base, expected)
+            # A product may be rounded once where torch rounds it twice; where terms cancel, that is seen.
+            rtol = 8e-3 if other == torch.bfloat16 else 1e-5
+            torch.testing.assert_close(built, expected, rtol=rtol, atol=1e-5)
+        g = torch.randn(stop - start, n, generator=torch.Generator().manual_seed(3)).to(other)
+        got, expected = ({k: torch.ones_like(v) for k, v in adapted.factors.items()} for _ in range(2))
+        adapted.pull_back(g, start, stop, got)
+        with monkeypatch.context() as patch:
+            patch.setattr(low_rank, "_cpu", lambda *_: None)
+            adapted.pull_back(g, start, stop, expected)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", LOW_RANK)
+def test_under_autocast_a_low_rank_tile_keeps_its_precision(name):
+    adapted = make_low_rank(make(8, 12, 2, torch.float32, "dense"), name)
+    expected, got = (torch.empty(8, 12) for _ in range(2))
+    grads = [{k: torch.zeros_like(v) for k, v in adapted.factors.items()} for _ in range(2)]
+    g = torch.randn(8, 12)
+    adapted.build(0, 8, 1.0, expected)
+    adapted.pull_back(g, 0, 8, grads[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        adapted.build(0, 8, 1.0, got)
+        adapted.pull_back(g, 0, 8, grads[1])
+    assert torch.equal(got, expected)
+    assert all(torch.equal(grads[0][key], grads[1][key]) for key in grads[0])

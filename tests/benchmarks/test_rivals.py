@@ -66,6 +66,17 @@ def test_sqft_has_the_true_gradients(rivals, numbers, way):
     close(db, a.t() @ masked)
 
 
+def test_hira_has_the_true_gradients(rivals, numbers):
+    x, weight, a, b, dy = numbers
+    y, dx, da, db = gradients(rivals.hira, *numbers)
+    effective = weight * (1 + SCALE * (a @ b))
+    weighted = SCALE * (dy.t() @ x) * weight
+    close(y, x @ effective.t())
+    close(dx, dy @ effective)
+    close(da, weighted @ b.t())
+    close(db, a.t() @ weighted)
+
+
 @pytest.mark.parametrize("way", ["spp_literal", "spp_literal_checkpoint"])
 def test_literal_spp_is_the_definition(rivals, numbers, way):
     x, weight, _, alpha, dy = numbers

@@ -80,6 +80,9 @@ def test_it_runs(script, tmp_path):
         (case, *_) = report["results"]
         assert case["ratio_to_lors"]["lors"] == 1
         assert {"spp_fused", "spp_packed", "sqft", "sqft_checkpoint"} < case["peak_mib"].keys()
+    if script in ("linear_step.py", "gpu_train_step.py"):
+        ours = {f"{name}_{way}" for name in ("sqft", "lors", "hira") for way in ("fused", "packed")}
+        assert ours | {"hira"} < case["milliseconds"].keys()
 
 
 def test_nothing_is_claimed_of_a_gpu_that_is_not_there():

@@ -41,27 +41,34 @@ def family(request) -> str:
 
 
 @pytest.fixture(scope="module")
-def folder(family, method, tmp_path_factory, text_file) -> Path:
-    """A folder with a sparse model and adapters of a method over it."""
-    import spp_fx
-
-    root = tmp_path_factory.mktemp(f"{method}-{family}")
+def sparse(family, tmp_path_factory, text_file) -> Path:
+    root = tmp_path_factory.mktemp(family)
     save_with_tokenizer(root / "dense", text_file, family)
     must("prune", root / "dense", "-o", root / "sparse", "-q")
-    spp_fx.inject(root / "sparse", root / "adapter", method=method, **OPTIONS[method])
-    return root
+    return root / "sparse"
+
+
+@pytest.fixture(scope="module")
+def folder(sparse, method, tmp_path_factory) -> Path:
+    """The folder of an adapter of a method over a sparse model."""
+    import spp_fx
+
+    out = tmp_path_factory.mktemp(method) / "adapter"
+    spp_fx.inject(sparse, out, method=method, **OPTIONS[method])
+    return out
 
 
 LINE = "--seq-len 16 --steps 4 --lr 0.02 --batch-size 8 -q"
-WAYS = {"dense": "", "packed": "--packed --gradient-checkpointing"}
+WAYS = {"dense": "", "packed": "--packed", "checkpointed": "--packed --gradient-checkpointing"}
 
 
-@covering(indirect=("family", "method"), family=FAMILIES, method=OPTIONS, way=WAYS)
-def test_a_method_trains_merges_and_verifies(folder, method, way, text_file, tmp_path):
-    start = tensors(folder / "adapter")
+@covering(1, indirect=("family", "method"), family=FAMILIES, method=OPTIONS, way=WAYS)
+def test_a_method_trains_merges_and_verifies(sparse, folder, method, way, text_file, tmp_path):
+    start = tensors(folder)
     adapter = tmp_path / "adapter"
-    shutil.copytree(folder / "adapter", adapter)
-    must("train", adapter, "--data", text_file, *LINE.split(), *WAYS[way].split())
+    shutil.copytree(folder, adapter)
+    line = ["train", adapter, "--data", text_file, *LINE.split(), *WAYS[way].split()]
+    trained_perplexity = must(*line, "--eval-data", text_file, "--json").json["perplexity"]
     trained = tensors(adapter)
     assert {name.rpartition(".")[2] for name in trained} == {name.rpartition(".")[2] for name in start}
     assert all(not torch.equal(value, start[name]) for name, value in trained.items())
@@ -70,15 +77,19 @@ def test_a_method_trains_merges_and_verifies(folder, method, way, text_file, tmp
     unchanged = [site["name"] for site in report["sites"] if not site["changed"]]
     assert len(unchanged) < len(report["sites"]) / 2
     assert all(".experts." in name for name in unchanged)  # that no token was routed to
-    must("verify", tmp_path / "merged", "--pattern", "2:4", "--against", folder / "sparse", "-q")
+    must("verify", tmp_path / "merged", "--pattern", "2:4", "--against", sparse, "-q")
     must("verify", adapter, "-q")
+    measure = ("--data", text_file, "--seq-len", 16, "--json", "-q")
+    perplexity = must("eval", tmp_path / "merged", *measure).json["perplexity"]
+    assert must("eval", adapter, *measure).json["perplexity"] == perplexity
+    assert trained_perplexity == pytest.approx(perplexity, rel=1e-4)
 
 
 @pytest.mark.slow
 @covering(1, indirect=("family", "method"), family=FAMILIES, method=OPTIONS)
 def test_two_processes_train_a_method_as_one_does(folder, method, text_file, tmp_path):
     for name in ("one", "two"):
-        shutil.copytree(folder / "adapter", tmp_path / name)
+        shutil.copytree(folder, tmp_path / name)
     words = ["--data", text_file, *LINE.split(), "--logging-steps", "1", "--json"]
     one = must("train", tmp_path / "one", *words).json
     line = [
@@ -98,6 +109,6 @@ def test_two_processes_train_a_method_as_one_does(folder, method, text_file, tmp
     # AdamW turns the rounding of a gradient near zero into a step, so the curves are compared and not the factors.
     assert len(two["losses"]) == 4
     torch.testing.assert_close(torch.tensor(two["losses"]), torch.tensor(one["losses"]), rtol=2e-4, atol=0)
-    start = tensors(folder / "adapter")
+    start = tensors(folder)
     moved = [name for name, value in tensors(tmp_path / "two").items() if not torch.equal(value, start[name])]
     assert len(moved) >= len(start) // 2
