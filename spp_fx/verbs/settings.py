@@ -127,7 +127,14 @@ class TrainSettings:
         None, "Passes over the data. Default: 3, unless --steps is given.", positive
     )
     lr: float | None = option(
-        None, "Peak learning rate. Default: the method's; for spp 4e-3 * sqrt(4096 / inputs).", positive
+        None,
+        "Peak learning rate of AdamW, the same for all factors, as papers state it. Default: found for the run.",
+        positive,
+    )
+    lr_trials: bool = option(
+        True,
+        "Without --lr: try rates around the method's own suggestion for a sixteenth of the steps (8 to 32) each, "
+        "3 to 7 of them; a run of less than 32 steps takes the suggestion.",
     )
     batch_size: int = option(16, "Rows per forward and device.", positive)
     accumulate: int = option(1, "Forwards per optimizer step.", positive)
