@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, prod, sqrt
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -41,17 +42,9 @@ from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.pattern import Pattern
 from spp_fx.storage.links import links_option
 from spp_fx.storage.workspace import Say, workspace
-from spp_fx.verbs.load import device_of, draw_windows, text_digest
+from spp_fx.verbs.load import device_of, text_digest
 from spp_fx.verbs.settings import Calibration
-from spp_fx.verbs.starts import (
-    check_reachable,
-    check_start,
-    check_teacher,
-    partition,
-    site_gradients,
-    start_from_gradients,
-    walkable,
-)
+from spp_fx.verbs.starts import TextGradients, check_start, start_from_gradients
 from spp_fx.verification import provenance
 from spp_fx.verification.model_sites import ModelSites, choose, find_sites, scan_sites, tensors_of
 
@@ -170,7 +163,8 @@ def inject(
             `method_by_site`.
         train_norms: also train norms and biases, see `vectors`.
         budget: trained parameters at most, such as `0.3%` of the model's; the ranks are chosen, see `spread`.
-        budget_by: what the ranks are in proportion to: `size`, the same for all; `error`, see `pruning_errors`.
+        budget_by: what the ranks are in proportion to: `size`, the same for all; `error`, see `pruning_errors`;
+            `gradient`, the norm of W * G on a text.
         teacher: the dense model's folder, for `error`; for `gradient`, a model whose predictions are learned
             instead of the text's own tokens.
         init: the start of the factors: `default`, or `gradient`, see `Method.gradient_start`.
@@ -192,14 +186,25 @@ def inject(
     names = (tuple(overrides), tuple(targets), tuple(skip))
     plan = _Plan(adapter, *names, train_norms, budget, budget_by, teacher, init)
     plan.check(options, calibration, device, out)
+
+    def walked(found: ModelSites, store: Path) -> TextGradients | None:
+        if calibration is None:
+            return None
+        where, guide = device_of(device), None if teacher is None else Path(teacher)
+        return TextGradients(found, calibration, guide, where, store, trust_remote_code, walk_tick, say)
+
     if out is None:
         weights = any(model.glob("*.safetensors"))
-        found = find_sites(open_model(model, weights=weights), trust_remote_code=trust_remote_code)
-        return _inject(found, None, plan, tick, say)[0]
+        found = find_sites(
+            open_model(model, weights=weights), trust_remote_code=trust_remote_code, runnable=plan.walks
+        )
+        with TemporaryDirectory(prefix="spp-fx-inject-") as store:
+            return _inject(found, None, plan, tick, say, walked(found, Path(store)))[0]
     provenance.load(model)  # a damaged history is an error before the work
     with workspace(out, {"verb": "inject"}, force=force, sources=[model], say=say) as work:
-        found = find_sites(open_model(model), trust_remote_code=trust_remote_code, runnable=init != "default")
-        result, lock = _inject(found, out, plan, tick, say)
+        found = find_sites(open_model(model), trust_remote_code=trust_remote_code, runnable=plan.walks)
+        gradients = walked(found, work.store)
+        result, lock = _inject(found, out, plan, tick, say, gradients)
         factors = {
             f"{name}.{key}": initial_factor(spec, f"{name}.{key}", seed, torch.device("cpu"))
             for name, (site, _) in result.sites.items()
@@ -211,20 +216,10 @@ def inject(
         inputs, start = {"model": fingerprint}, {}
         if teacher is not None:
             inputs["teacher"] = open_model(Path(teacher)).fingerprint()
-        if calibration is not None:
-            tokens = draw_windows(
-                model, found.program, calibration, trust_remote_code=trust_remote_code, say=say
-            ).tokens
-            partition(found.program, model)
-            check_reachable(found.program, result.sites)
-            guide = None
-            if teacher is not None:
-                guide = walkable(Path(teacher), trust_remote_code=trust_remote_code)
-                check_teacher(found.program, guide.program, Path(teacher))
-            gradients = site_gradients(
-                found, result.sites, tokens, device=device_of(device), store=work.store, teacher=guide, tick=walk_tick,
-            )  # fmt: skip
-            factors = start_from_gradients(gradients, result.methods, factors)
+        if gradients is not None:
+            if init != "default":
+                factors = start_from_gradients(gradients.of(result.sites), result.methods, factors)
+            tokens = gradients.tokens
             inputs["calibration"] = text_digest(tokens)
             start = {"init": init, "samples": len(tokens), "seq_len": tokens.shape[1]}
         write_adapter(
@@ -267,36 +262,42 @@ class _Plan:
         self, given: Iterable[str], calibration: Calibration | None, device: str | None, out: Path | None
     ) -> None:
         """Check, before any work, what does not depend on the model; `given` are options of the method."""
-        self._check_start(calibration, device, out)
+        self._check_walk(calibration, device)
+        check_start(self.method, self.init)
+        if out is None and self.init != "default":
+            raise UsageError(f"--dry-run needs no weights, --init {self.init} does; leave out one of them")
+        if self.teacher is not None and self.budget_by != "error" and not self.walks:
+            raise UsageError(
+                "--teacher is the dense model for --budget-by error, or the model to learn from for --init gradient "
+                "and --budget-by gradient; leave it out"
+            )
         ranked = [rule.option for rule in (parse_override(self.method, text) for text in self.overrides)]
         if self.budget is None:
-            if self.budget_by != "size" or (self.teacher is not None and self.init == "default"):
-                raise UsageError(
-                    "--budget-by and --teacher belong to a budget; give one with --budget. --teacher is also for --init"
-                )
+            if self.budget_by != "size":
+                raise UsageError(f"--budget-by {self.budget_by} belongs to a budget; give one with --budget")
             return
         check_ranked(self.method)
         if RANK in {*given, *ranked}:
             raise UsageError("--budget chooses the ranks; leave --rank out")
-        if (self.budget_by == "error") != (self.teacher is not None) and (
-            self.teacher is None or self.init == "default"
-        ):
-            raise UsageError(
-                "--budget-by error compares with the dense model: give both --budget-by error and --teacher MODEL"
-            )
+        if self.budget_by == "error" and self.teacher is None:
+            raise UsageError("--budget-by error compares with the dense model: give it with --teacher MODEL")
         parse_budget(self.budget, 1 << 62)
 
-    def _check_start(self, calibration: Calibration | None, device: str | None, out: Path | None) -> None:
-        if self.init == "default":
+    @property
+    def walks(self) -> bool:
+        """Whether gradients are taken, layer by layer."""
+        return self.init != "default" or self.budget_by == "gradient"
+
+    def _check_walk(self, calibration: Calibration | None, device: str | None) -> None:
+        if not self.walks:
             given = {"--calib": calibration, "--device": device}
             if unused := [option for option, value in given.items() if value is not None]:
-                raise UsageError(f"{unused[0]} is for --init gradient; the default start needs no model")
-            return
-        check_start(self.method, self.init)
-        if out is None:
-            raise UsageError(f"--dry-run needs no weights, --init {self.init} does; leave out one of them")
-        if calibration is None:
-            raise UsageError(f"--init {self.init} needs a text: give it with --calib FILE")
+                raise UsageError(
+                    f"{unused[0]} is for --init gradient and --budget-by gradient; nothing else reads it"
+                )
+        elif calibration is None:
+            asked = f"--init {self.init}" if self.init != "default" else "--budget-by gradient"
+            raise UsageError(f"{asked} needs a text: give it with --calib FILE")
 
     def more_settings(self) -> dict[str, Any]:
         """What the history keeps, where it is not as by default."""
@@ -305,7 +306,9 @@ class _Plan:
         return overrides | budget | ({"train_norms": True} if self.train_norms else {})
 
 
-def _inject(found: ModelSites, out: Path | None, plan: _Plan, tick: Tick, say: Say) -> tuple[Injected, Lock]:
+def _inject(
+    found: ModelSites, out: Path | None, plan: _Plan, tick: Tick, say: Say, gradients: TextGradients | None
+) -> tuple[Injected, Lock]:
     for note in found.notes:
         say(note)
     program = found.program
@@ -333,6 +336,8 @@ def _inject(found: ModelSites, out: Path | None, plan: _Plan, tick: Tick, say: S
         weights = dict.fromkeys(chosen, 1.0)
         if plan.budget_by == "error" and plan.teacher is not None:
             weights = pruning_errors(found, Path(plan.teacher), chosen)
+        elif plan.budget_by == "gradient" and gradients is not None:
+            weights = gradients.norms(chosen)
         methods, without = spread(methods, shapes, weights, left)
         refused |= without
         shapes = {name: shapes[name] for name in methods}

@@ -73,18 +73,18 @@ class InjectSettings:
         "Instead of --rank: trained parameters at most, as a share of the model's (0.3%) or a count; ranks are chosen "
         "by --budget-by.",
     )
-    budget_by: Literal["size", "error"] = option(
+    budget_by: Literal["size", "error", "gradient"] = option(
         "size",
         "Ranks of the budget: size, the same for every site; error, in proportion to what pruning took from each, "
-        "||dense - pruned|| (--teacher).",
+        "||dense - pruned|| (--teacher); gradient, to ||weight * gradient|| on a text (--calib).",
     )
     teacher: str | None = option(
         None,
-        "The dense model that MODEL was pruned from, for --budget-by error; for --init gradient, the model whose "
-        "predictions are learned instead of the text's own tokens.",
+        "The dense model that MODEL was pruned from, for --budget-by error; for --init gradient and --budget-by "
+        "gradient, the model whose predictions are learned instead of the text's own tokens.",
     )
     device: str | None = option(
-        None, "Where layers run for --init. Default: cuda where there is one, else cpu."
+        None, "Where layers run for gradients. Default: cuda where there is one, else cpu."
     )
 
     def __post_init__(self) -> None:
