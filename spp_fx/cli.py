@@ -244,7 +244,7 @@ def inject_command(
     run = partial(
         inject, folder, target, **asked | method_options, **options, calibration=calibration, say=output.say
     )
-    if settings.init == "default":
+    if calibration is None:
         with output.bytes_bar("reading masks") as tick:
             done = run(tick=tick)
     else:

@@ -167,6 +167,8 @@ class Program(nn.Module):
             missing until their weights are read.
         matched: the sites that later passes treat, with their patterns; filled by `match`.
         adapters: the method that each injected site carries; filled by `inject`.
+        trained: parameters of the model that are trained themselves, and the dtype that each has in the
+            model; filled by `train-norms`.
         units: paths of the decoder layers' graph modules, in order; filled by `partition`.
         packings: how the weight of a site is packed, if it is; see `passes.frozen_weights`.
         masks: the mask that each injected site had before injection; `verify` compares with it.
@@ -207,6 +209,7 @@ class Program(nn.Module):
         self.patterns: dict[str, Pattern | None] = {}
         self.matched: dict[str, Pattern | None] = {}
         self.adapters: dict[str, Method] = {}
+        self.trained: dict[str, torch.dtype] = {}
         self.units: list[str] = []
         self.packings: dict[str, str] = {}
         self.masks: dict[str, PackedMask] = {}

@@ -26,6 +26,7 @@ from spp_fx.passes.match import Match
 from spp_fx.passes.partition import Checkpoint, Partition
 from spp_fx.passes.pipeline import run_pipeline
 from spp_fx.passes.shard import Over, Shard
+from spp_fx.passes.train_norms import TrainNorms
 from spp_fx.pruning.layerwise import Part, replace_tensor
 from spp_fx.storage.folder import ModelFolder, is_adapter
 from spp_fx.storage.safetensors import torch_dtype
@@ -108,6 +109,8 @@ def load_program(
             Lower(kernel="fused", storage="dense" if shard else storage),
         ],
     )
+    if adapter.trained:
+        run_pipeline(program, [TrainNorms(tuple(adapter.trained))])
     if checkpointed or layers or shard:
         run_pipeline(program, [Partition()])
     if checkpointed:
@@ -120,6 +123,7 @@ def load_program(
         for key in adapter.methods[site].factors(program.sites[site].shape):
             name = f"{owner}.{factor_attribute(parameter, key)}"
             factors[f"{site}.{key}"] = program.get_parameter(name)
+    factors |= {name: program.get_parameter(name) for name in adapter.trained}
     load_factors(factors, {name: adapter.shard.read(name) for name in factors}, adapter.shard.path)
     if folded:
         run_pipeline(program, [Fold()])

@@ -61,6 +61,10 @@ class InjectSettings:
     seed: int = option(0, "Seed of the factors' initial values, and of the draw of windows.")
     targets: tuple[str, ...] = option((), TARGETS, split=True)
     skip: tuple[str, ...] = option((), "Sites that get no adapter, named as for --targets.", split=True)
+    train_norms: bool = option(
+        False,
+        "Also train the norms and biases of the decoder; they are a share of a per mille and no mask is touched.",
+    )
     init: Literal["default", "gradient"] = option(
         "default", "Start of the factors: the method's own, or from gradients on a text (--calib)."
     )
@@ -69,18 +73,18 @@ class InjectSettings:
         "Instead of --rank: trained parameters at most, as a share of the model's (0.3%) or a count; ranks are chosen "
         "by --budget-by.",
     )
-    budget_by: Literal["size", "error"] = option(
+    budget_by: Literal["size", "error", "gradient"] = option(
         "size",
         "Ranks of the budget: size, the same for every site; error, in proportion to what pruning took from each, "
-        "||dense - pruned|| (--teacher).",
+        "||dense - pruned|| (--teacher); gradient, to ||weight * gradient|| on a text (--calib).",
     )
     teacher: str | None = option(
         None,
-        "The dense model that MODEL was pruned from, for --budget-by error; for --init gradient, the model whose "
-        "predictions are learned instead of the text's own tokens.",
+        "The dense model that MODEL was pruned from, for --budget-by error; for --init gradient and --budget-by "
+        "gradient, the model whose predictions are learned instead of the text's own tokens.",
     )
     device: str | None = option(
-        None, "Where layers run for --init. Default: cuda where there is one, else cpu."
+        None, "Where layers run for gradients. Default: cuda where there is one, else cpu."
     )
 
     def __post_init__(self) -> None:
@@ -123,7 +127,14 @@ class TrainSettings:
         None, "Passes over the data. Default: 3, unless --steps is given.", positive
     )
     lr: float | None = option(
-        None, "Peak learning rate. Default: the method's; for spp 4e-3 * sqrt(4096 / inputs).", positive
+        None,
+        "Peak learning rate of AdamW, the same for all factors, as papers state it. Default: found for the run.",
+        positive,
+    )
+    lr_trials: bool = option(
+        True,
+        "Without --lr: try rates around the method's own suggestion for a sixteenth of the steps (8 to 32) each, "
+        "3 to 7 of them; a run of less than 32 steps takes the suggestion.",
     )
     batch_size: int = option(16, "Rows per forward and device.", positive)
     accumulate: int = option(1, "Forwards per optimizer step.", positive)
