@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import TYPE_CHECKING
 
-from spp_fx.adapters.method import DROPOUT_OPTION, FactorSpec, Method, TrainingDefaults, register
+from spp_fx.adapters.method import DROPOUT_OPTION, FactorSpec, Kernels, Method, TrainingDefaults, register
 from spp_fx.options import at_least_one, option
 
 if TYPE_CHECKING:
@@ -34,6 +34,13 @@ class ScaleLoRA(Method):
 
     def update(self, weight: Tensor, **factors: Tensor) -> Tensor:
         return weight * (factors["scale_lora_b"] @ factors["scale_lora_a"] - 1)
+
+    def kernels(self, device: str) -> Kernels | None:
+        from spp_fx.adapters.low_rank import LowRank
+
+        return LowRank(
+            "scale_lora_b", "scale_lora_a", 1.0, multiplier="weight", pulled_back="weight", offset=-1.0
+        )
 
     def defaults(self, width: float, steps: int | None) -> TrainingDefaults:
         """The rate at which Adam's first step moves the multiplier about as far as in SPP's published settings.
