@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from spp_fx.command import HELP, command, read_config
+from spp_fx.command import CONFIG, HELP, command
 from spp_fx.console import Output
 from spp_fx.errors import SppFxError, escaped
 from spp_fx.registry import Registry
@@ -217,6 +217,7 @@ def inject_command(
     output: Output,
     model: str,
     settings: InjectSettings,
+    calibration: Calibration | None,
     method_options: dict[str, Any],
     out: Path | None,
     dry_run: bool,
@@ -230,6 +231,7 @@ def inject_command(
     \b
     spp-fx inject my-sparse
     spp-fx inject my-sparse --rank 8 --targets q_proj,v_proj -o small-adapter
+    spp-fx inject my-sparse --init gradient --calib text.txt
     spp-fx inject my-sparse --rank 16 --rank down_proj@32 --rank 'model.layers.0.*@8' --scale q_proj@1
     spp-fx inject my-sparse --budget 0.3% --budget-by error --teacher my-model
     spp-fx inject llama-7b --dry-run --json
@@ -238,20 +240,22 @@ def inject_command(
 
     folder = model_folder(model)
     target = None if dry_run else out or default_out(model, settings.method)
-    teacher = model_folder(settings.teacher) if settings.teacher else None
-    asked = vars(settings) | {"teacher": teacher} | method_options
-    with output.bytes_bar("reading masks") as tick:
-        done = inject(folder, target, **asked, **options, tick=tick, say=output.say)
+    asked = vars(settings) | {"teacher": model_folder(settings.teacher) if settings.teacher else None}
+    run = partial(
+        inject, folder, target, **asked | method_options, **options, calibration=calibration, say=output.say
+    )
+    if calibration is None:
+        with output.bytes_bar("reading masks") as tick:
+            done = run(tick=tick)
+    else:
+        with output.steps_bar("walking the layers") as bar:
+            done = run(walk_tick=bar.update)
     output.result(done)
 
 
 @verb(
     "train", ADAPTER,
-    click.Option(
-        ["--config"], type=FOLDER, is_eager=True, expose_value=False, callback=read_config,
-        help="YAML file with any of these options, 'seq-len: 512'; the command line overrides it.",
-    ),
-    REMOTE_CODE,
+    CONFIG, REMOTE_CODE,
 )  # fmt: skip
 def train_command(
     output: Output, adapter: Path, texts: TrainData, settings: TrainSettings, **options: Any
@@ -486,32 +490,36 @@ def inspect_command(output: Output, model: str, trust_remote_code: bool) -> None
     output.result(done)
 
 
-@verb("eval", MODEL, REMOTE_CODE)
-def eval_command(output: Output, model: str, settings: EvaluateSettings, trust_remote_code: bool) -> None:
-    """Perplexity of a text under a MODEL folder, or an adapter folder over its base.
+@verb("eval", click.Argument(["models"], nargs=-1, metavar="[MODEL]..."), REMOTE_CODE)
+def eval_command(
+    output: Output, models: tuple[str, ...], settings: EvaluateSettings, trust_remote_code: bool
+) -> None:
+    """Perplexity of a text, or scores of tasks, under each MODEL: a model folder, an adapter or an export.
 
-    Data is read as in train. Instructions and chats are measured as the whole text that the model would
-    see, prompt and answer, as --loss-on all does.
+    An adapter is evaluated as the model that merge would write, without writing it. Data is read as in train.
+    Instructions and chats are measured as the whole text that the model would see, as --loss-on all does.
 
     \b
     spp-fx eval my-merged --data held-out.txt
-    spp-fx eval my-merged --data alpaca.json
+    spp-fx eval dense sparse sparse-spp --data held-out.txt --seq-len 2048 --stride 512
+    spp-fx eval my-merged --tasks zero-shot,mmlu --batch-size 8
+    spp-fx eval my-merged --tasks my-task.yaml --limit 100
     """
-    from spp_fx.verbs.evaluate import evaluate
+    from spp_fx.verbs.evaluate import evaluate_all
 
     with output.steps_bar("evaluating") as bar:
-        windows = 0
+        done = 0
 
         def tick(what: str, count: int) -> None:
-            nonlocal windows
-            windows += count
-            bar.update(windows, item=what)
+            nonlocal done
+            done += count
+            bar.update(done, item=what)
 
-        folder = model_folder(model)
-        done = evaluate(
-            folder, **vars(settings), trust_remote_code=trust_remote_code, tick=tick, say=output.say
+        folders = [model_folder(model) for model in models or (".",)]
+        compared = evaluate_all(
+            folders, settings, trust_remote_code=trust_remote_code, tick=tick, say=output.say
         )
-    output.result(done)
+    output.result(compared.models[0] if len(folders) == 1 else compared)
 
 
 @verb("opt", MODEL, REMOTE_CODE)

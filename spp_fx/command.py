@@ -68,6 +68,7 @@ def command(
 
     A parameter of the function that is annotated with a dataclass gets an instance, made of options that are its
     fields; with `X | None` it gets None where the first field, which must have no default, is not given.
+    Dataclasses that have a field of the same name share that option, as the first of them declares it.
 
     Args:
         params: of all other parameters.
@@ -94,21 +95,29 @@ def command(
                 given = {key: options[key] for key in options if source(key) is not ParameterSource.DEFAULT}
                 check_options(registry(), values[choice], given)
                 values[f"{choice}_options"] = _overrides_apart(given) if per_site else given
-            for key, (cls, required) in settings.items():
-                own = {each.name: values.pop(each.name) for each in fields(cls)}
-                values[key] = _instance(cls, own) if required or next(iter(own.values())) else None
+            made = {
+                key: _instance(cls, own) if required or next(iter(own.values())) else None
+                for key, (cls, required) in settings.items()
+                if (own := {each.name: values[each.name] for each in fields(cls)})
+            }
+            for name in {each.name for cls, _ in settings.values() for each in fields(cls)}:
+                del values[name]
+            values |= made
             _silence_libraries(debug)
             with links_allowed(allow_links):
                 return function(Output(as_json=as_json, quiet=quiet), **values)
 
         arguments = [each for each in params if isinstance(each, click.Argument)]
         options = [each for each in params if isinstance(each, click.Option)]
-        derived = [o for cls, required in settings.values() for o in _click_options(cls, required=required)]
+        derived: dict[str | None, click.Option] = {}
+        for cls, required in settings.values():
+            for each in _click_options(cls, required=required):
+                derived.setdefault(each.name, each)
         help_text = inspect.cleandoc(function.__doc__ or "")
         made = Command(
             name,
             callback=callback,
-            params=[*arguments, *COMMON, *options, *derived],
+            params=[*arguments, *COMMON, *options, *derived.values()],
             help=help_text,
             short_help=help_text.splitlines()[0],
             **HELP,
@@ -251,3 +260,13 @@ def read_config(context: click.Context, parameter: click.Parameter, path: Path |
         raise UsageError(f"{path}: unknown option '{unknown[0]}'; known: {', '.join(sorted(known))}")
     given = {str(known[name].name): value for name, value in options.items()}
     context.default_map = {**(context.default_map or {}), **given}
+
+
+CONFIG = click.Option(
+    ["--config"],
+    type=click.Path(path_type=Path),
+    is_eager=True,
+    expose_value=False,
+    callback=read_config,
+    help="YAML file with any of these options, 'seq-len: 512'; the command line overrides it.",
+)

@@ -12,6 +12,7 @@ from spp_fx.adapters.method import (
     FactorSpec,
     Kernels,
     Method,
+    Run,
     register,
 )
 from spp_fx.options import at_least_one, option
@@ -43,6 +44,17 @@ class LoRAStar(Method):
 
     def update(self, weight: Tensor, **factors: Tensor) -> Tensor:
         return self.scale * (factors["lora_star_b"] @ factors["lora_star_a"])
+
+    def gradient_start(self, weight: Tensor, grad: Tensor, factors: Factors) -> dict[str, Tensor]:
+        """A: the first right singular vectors of G as it is, since the update is dense."""
+        from spp_fx.adapters.directions import at_norm_of, right_vectors
+
+        a = factors["lora_star_a"]
+        return {**factors, "lora_star_a": at_norm_of(a, right_vectors(grad, len(a)))}
+
+    def rate(self, run: Run) -> float:
+        """The sum of `rank` products is added to every weight."""
+        return run.rate_of_product(self.scale, self.rank, run.spread)
 
     def kernels(self, device: str) -> Kernels | None:
         from spp_fx.adapters.low_rank import LowRank

@@ -12,7 +12,7 @@ from spp_fx.adapters.method import (
     FactorSpec,
     Kernels,
     Method,
-    TrainingDefaults,
+    Run,
     register,
 )
 from spp_fx.options import at_least_one, option
@@ -58,6 +58,13 @@ class LoRS(Method):
         grads["lors_a"].add_(grad_y.t() @ (x @ b.t()), alpha=self.scale)
         grads["lors_b"].add_((grad_y @ a).t() @ x, alpha=self.scale)
 
-    def defaults(self, width: float, steps: int | None) -> TrainingDefaults:
-        """The paper's rate, at every width."""
-        return TrainingDefaults(lr=2e-5)
+    def gradient_start(self, weight: Tensor, grad: Tensor, factors: Factors) -> dict[str, Tensor]:
+        """B: the first right singular vectors of G as it is, as in the paper; there of norm 1, here of B's."""
+        from spp_fx.adapters.directions import at_norm_of, right_vectors
+
+        b = factors["lors_b"]
+        return {**factors, "lors_b": at_norm_of(b, right_vectors(grad, len(b)))}
+
+    def rate(self, run: Run) -> float:
+        """The sum of `rank` products is added to every weight."""
+        return run.rate_of_product(self.scale, self.rank, run.spread)

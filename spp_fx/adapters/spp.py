@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import gcd, sqrt
+from math import gcd
 from typing import TYPE_CHECKING, Any, cast
 
 from spp_fx.adapters.method import (
@@ -15,7 +15,7 @@ from spp_fx.adapters.method import (
     FoldKernel,
     Kernels,
     Method,
-    TrainingDefaults,
+    Run,
     register,
     work_dtype,
 )
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LARGEST_RANK = 256
-PAPER_RATE, PAPER_WIDTH = 4e-3, 4096
 
 
 @register("spp")
@@ -80,6 +79,17 @@ class SPP(Method):
         column = (beta.to(work) * self.scale).view(len(alpha), 1, -1)
         grads["spp_alpha"] += torch.bmm(column, product).squeeze(1)
 
+    def gradient_start(self, weight: Tensor, grad: Tensor, factors: Factors) -> dict[str, Tensor]:
+        """alpha: of each block of W * G, the first right singular vector.
+
+        At beta = 0, dL/dbeta_i = s (W * G)_i alpha_j, so a first step along it gains s² |(W * G)_j alpha_j|².
+        """
+        from spp_fx.adapters.directions import at_norm_of, right_vectors
+
+        alpha = factors["spp_alpha"]
+        blocks = (weight * grad).view(len(alpha), -1, weight.shape[1])
+        return {**factors, "spp_alpha": at_norm_of(alpha, right_vectors(blocks, 1).squeeze(1))}
+
     def kernels(self, device: str) -> Kernels | None:
         modules = {"cpu": "spp_fx.adapters.cpu", "cuda": "spp_fx.adapters.gpu"}
         return cast("Kernels | None", optional_module(modules[device])) if device in modules else None
@@ -92,13 +102,9 @@ class SPP(Method):
         height = len(scaled) // len(alpha)
         return lambda stored, out, start: kernel(stored, alpha, scaled[start:], height, start, out)
 
-    def defaults(self, width: float, steps: int | None) -> TrainingDefaults:
-        """The paper's rate for 7B, 4e-3 at width 4096, scaled like alpha's start: by 1/sqrt(inputs).
-
-        alpha starts as U(-1/sqrt n, 1/sqrt n) and Adam moves every entry by about the rate, so a rate in
-        proportion to 1/sqrt(n) moves it by the same share at every width.
-        """
-        return TrainingDefaults(lr=PAPER_RATE * sqrt(PAPER_WIDTH / width))
+    def rate(self, run: Run) -> float:
+        """Every weight is multiplied by one product of an alpha and a beta."""
+        return run.rate_of_product(self.scale)
 
     def remedy(self, shapes: Iterable[tuple[int, ...]]) -> str | None:
         return f"ranks that fit all matched sites: {', '.join(map(str, self.usable_ranks(shapes)))}"

@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from spp_fx.adapters.method import DROPOUT_OPTION, SCALE_OPTION, FactorSpec, Kernels, Method, register
+from spp_fx.adapters.method import (
+    DROPOUT_OPTION,
+    SCALE_OPTION,
+    Factors,
+    FactorSpec,
+    Kernels,
+    Method,
+    Run,
+    register,
+)
 from spp_fx.options import at_least_one, option
 
 if TYPE_CHECKING:
@@ -30,6 +39,17 @@ class SQFT(Method):
 
     def update(self, weight: Tensor, **factors: Tensor) -> Tensor:
         return self.scale * (factors["sqft_b"] @ factors["sqft_a"]) * (weight != 0)
+
+    def gradient_start(self, weight: Tensor, grad: Tensor, factors: Factors) -> dict[str, Tensor]:
+        """A: the first right singular vectors of G where the weight is not zero."""
+        from spp_fx.adapters.directions import at_norm_of, right_vectors
+
+        a = factors["sqft_a"]
+        return {**factors, "sqft_a": at_norm_of(a, right_vectors(grad * (weight != 0), len(a)))}
+
+    def rate(self, run: Run) -> float:
+        """The sum of `rank` products is added to every weight."""
+        return run.rate_of_product(self.scale, self.rank, run.spread)
 
     def kernels(self, device: str) -> Kernels | None:
         from spp_fx.adapters.low_rank import LowRank

@@ -32,7 +32,7 @@ Shared = dict[str, Any]
 
 
 class States(Protocol):
-    """The values that each layer reads of each sample; at most two layers' are kept at a time."""
+    """The values that each layer reads of each sample."""
 
     def save(self, layer: int, sample: int, values: Sequence[Any]) -> None:
         """Keep what a layer will read; samples come in order."""
@@ -44,6 +44,10 @@ class States(Protocol):
 
     def finish(self, layer: int) -> None:
         """All samples of this layer were saved, and nothing before it is read any more."""
+        ...
+
+    def forget(self, layer: int) -> None:
+        """Remove what a layer read."""
         ...
 
 
@@ -60,7 +64,11 @@ class MemoryStates:
         return [_copy(value) for value in self._values[layer, sample]]
 
     def finish(self, layer: int) -> None:
-        for key in [key for key in self._values if key[0] < layer]:
+        for before in range(layer):
+            self.forget(before)
+
+    def forget(self, layer: int) -> None:
+        for key in [key for key in self._values if key[0] == layer]:
             del self._values[key]
 
 
@@ -155,11 +163,15 @@ class Layer:
 class Walk:
     """The layers of a partitioned program in the order in which they run.
 
+    Attributes:
+        end: values from before the end of the last layer that depend on the sample and are read after it; only
+            where the walk goes `to_end`, which keeps them from layer to layer.
+
     Raises:
         PreconditionError: the program has no units, or they are not called one after another by one graph.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, *, to_end: bool = False) -> None:
         if not program.units:
             raise PreconditionError("calibration walks layer by layer: run partition first")
         self.program = program
@@ -171,8 +183,9 @@ class Walk:
             for i, node in enumerate(nodes)
             if node.op == "call_module" and child_path(owner.path, node) in program.units
         ]
-        self._prefix = nodes[: calls[0]]
-        later = set(nodes[calls[0] : calls[-1] + 1])
+        self._prefix, self._suffix = nodes[: calls[0]], nodes[calls[-1] + 1 :]
+        last = len(nodes) if to_end else calls[-1] + 1
+        later = set(nodes[calls[0] : last])
         self._shared = {
             node for node in _untainted(self._way, owner, self._prefix) if not later.isdisjoint(node.users)
         }
@@ -181,10 +194,11 @@ class Walk:
             Layer(
                 child_path(owner.path, nodes[start]),
                 tuple(nodes[start:stop]),
-                self._reads(nodes, start, calls[-1]),
+                self._reads(nodes, start, last),
             )
             for start, stop in zip(calls, stops, strict=True)
         )
+        self.end = self._reads(nodes, stops[-1], last)
 
     def enter(self, tokens: Tensor) -> tuple[list[Any], Shared]:
         """What the first layer reads of a sample, and what all samples share.
@@ -192,11 +206,7 @@ class Walk:
         Args:
             tokens: (1, length) int64.
         """
-        arguments: Sequence[Any] = (tokens, torch.ones_like(tokens))
-        for use in self._way:
-            interpreter = _started(use.module, arguments)
-            _run(interpreter, _before(use.node))
-            arguments, _ = interpreter.fetch_args_kwargs_from_env(use.node)
+        _, arguments = self._enter_owner(tokens)
         interpreter = _started(self._owner.module, arguments)
         _run(interpreter, self._prefix)
         values = [interpreter.env[node] for node in self.layers[0].reads]
@@ -208,10 +218,28 @@ class Walk:
         interpreter.run_node(self.layers[index].nodes[0])
 
     def run(self, index: int, values: Sequence[Any], shared: Shared) -> list[Any]:
-        """Run one layer, which is not the last; what the next one reads."""
+        """Run one layer; what the next one reads, or after the last one what `leave` does."""
         interpreter = self._at(index, values, shared, None)
         _run(interpreter, self.layers[index].nodes)
-        return [interpreter.env[node] for node in self.layers[index + 1].reads]
+        reads = self.layers[index + 1].reads if index + 1 < len(self.layers) else self.end
+        return [interpreter.env[node] for node in reads]
+
+    def leave(self, tokens: Tensor, values: Sequence[Any], shared: Shared) -> Tensor:
+        """The logits (1, length, vocabulary) from the values of `end`, of a walk that goes `to_end`.
+
+        Args:
+            tokens: (1, length) int64, as `enter` took them.
+        """
+        interpreters, _ = self._enter_owner(tokens)
+        interpreter = self._with(self.end, values, shared, None)
+        _run(interpreter, self._suffix)
+        result = interpreter.env[self._suffix[-1]]
+        for use, outer in zip(reversed(self._way), reversed(interpreters), strict=True):
+            outer.env[use.node] = result
+            nodes = _from(use.node)[1:]
+            _run(outer, nodes)
+            result = outer.env[nodes[-1]]
+        return result
 
     def entry_tensors(self) -> list[str]:
         """Names of the parameters and buffers that `enter` uses."""
@@ -222,18 +250,42 @@ class Walk:
         """Names of the parameters and buffers that a layer uses."""
         return _tensors(self._owner.path, self._owner.module, self.layers[index].nodes)
 
+    def end_tensors(self) -> list[str]:
+        """Names of the parameters and buffers that `leave` uses."""
+        names = _tensors(self._owner.path, self._owner.module, self._suffix)
+        for use in self._way:
+            nodes = [*_before(use.node), *_from(use.node)[1:]]
+            names += _tensors(use.path, use.module, nodes)
+        return list(dict.fromkeys(names))
+
+    def _enter_owner(self, tokens: Tensor) -> tuple[list[Interpreter], Sequence[Any]]:
+        """The graphs on the way to the one that calls the layers, each run up to that call, and its arguments."""
+        arguments: Sequence[Any] = (tokens, torch.ones_like(tokens))
+        interpreters: list[Interpreter] = []
+        for use in self._way:
+            interpreter = _started(use.module, arguments)
+            _run(interpreter, _before(use.node))
+            arguments, _ = interpreter.fetch_args_kwargs_from_env(use.node)
+            interpreters.append(interpreter)
+        return interpreters, arguments
+
     def _at(self, index: int, values: Sequence[Any], shared: Shared, observe: Observe | None) -> Interpreter:
+        return self._with(self.layers[index].reads, values, shared, observe)
+
+    def _with(
+        self, reads: Sequence[fx.Node], values: Sequence[Any], shared: Shared, observe: Observe | None
+    ) -> Interpreter:
         interpreter = Interpreter(self._owner.module, observe)
         # A layer may write to what it is given.
         interpreter.env = {
             node: value.clone() if isinstance(value := shared[node.name], Tensor) else value
             for node in self._shared
         }
-        interpreter.env |= dict(zip(self.layers[index].reads, values, strict=True))
+        interpreter.env |= dict(zip(reads, values, strict=True))
         return interpreter
 
     def _reads(self, nodes: list[fx.Node], start: int, last: int) -> tuple[fx.Node, ...]:
-        later = set(nodes[start : last + 1])
+        later = set(nodes[start:last])
         return tuple(n for n in nodes[:start] if n not in self._shared and not later.isdisjoint(n.users))
 
 
@@ -262,6 +314,11 @@ def _way_in(program: Program) -> tuple[Use, list[Use]]:
 def _before(node: fx.Node) -> list[fx.Node]:
     nodes = list(node.graph.nodes)
     return nodes[: nodes.index(node)]
+
+
+def _from(node: fx.Node) -> list[fx.Node]:
+    nodes = list(node.graph.nodes)
+    return nodes[nodes.index(node) :]
 
 
 def _started(module: fx.GraphModule, arguments: Sequence[Any]) -> Interpreter:

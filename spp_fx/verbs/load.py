@@ -1,17 +1,19 @@
 """Load programs with weights, tokenizers and calibration text from model and adapter folders."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from spp_fx.adapters.adapter_folder import AdapterFolder
 from spp_fx.adapters.per_site import as_overrides
-from spp_fx.errors import UsageError
+from spp_fx.errors import FormatError, UsageError
 from spp_fx.exporters.manifest import open_model
+from spp_fx.graph.binding import assemble
 from spp_fx.graph.model import TOKENIZER_FILES, Readable, check_causal, load_model
 from spp_fx.graph.program import Program, factor_attribute
 from spp_fx.graph.trace import trace
@@ -24,11 +26,15 @@ from spp_fx.passes.match import Match
 from spp_fx.passes.partition import Checkpoint, Partition
 from spp_fx.passes.pipeline import run_pipeline
 from spp_fx.passes.shard import Over, Shard
-from spp_fx.storage.folder import is_adapter
+from spp_fx.passes.train_norms import TrainNorms
+from spp_fx.pruning.layerwise import Part, replace_tensor
+from spp_fx.storage.folder import ModelFolder, is_adapter
+from spp_fx.storage.safetensors import torch_dtype
 from spp_fx.training.records import Skipped, read_samples
 from spp_fx.training.samples import check_vocabulary, token_stream
 from spp_fx.training.trainer import load_factors
 from spp_fx.verbs.settings import Calibration
+from spp_fx.verification.model_sites import ModelSites
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,7 @@ def load_program(
     layers: bool = False,
     shard: Over | None = None,
     folded: bool = False,
+    source: PreTrainedModel | None = None,
 ) -> Loaded:
     """The program of a model folder, or of an adapter folder with its factors in place.
 
@@ -60,6 +67,8 @@ def load_program(
         layers: find the decoder layers, `Program.units`; so do `checkpointed` and `shard`.
         shard: split the frozen weights of each layer over the processes of the `world` or of a `node`.
         folded: fold an adapter into the weights, as merge does; the program then has no factors.
+        source: the model of the folder, or the adapter's base, where it is loaded already: the program shares its
+            parameters.
 
     Raises:
         UsageError, FormatError: the folder is neither, or is damaged.
@@ -69,7 +78,7 @@ def load_program(
     if not is_adapter(folder):
         open_model(folder)
         check_causal(folder)
-        program = trace(load_model(folder, trust_remote_code=trust_remote_code))
+        program = trace(source or load_model(folder, trust_remote_code=trust_remote_code))
         run_pipeline(program, [Causal()])
         if layers or shard:
             run_pipeline(program, [Canonicalize(), Partition()])
@@ -81,7 +90,7 @@ def load_program(
     model = adapter.find_base(Path(base) if base else None)
     adapter.check_base(open_model(model))
     check_causal(model)
-    program = trace(load_model(model, trust_remote_code=trust_remote_code))
+    program = trace(source or load_model(model, trust_remote_code=trust_remote_code))
     storage = "packed" if packed else "dense"
     run_pipeline(
         program,
@@ -100,6 +109,8 @@ def load_program(
             Lower(kernel="fused", storage="dense" if shard else storage),
         ],
     )
+    if adapter.trained:
+        run_pipeline(program, [TrainNorms(tuple(adapter.trained))])
     if checkpointed or layers or shard:
         run_pipeline(program, [Partition()])
     if checkpointed:
@@ -112,6 +123,7 @@ def load_program(
         for key in adapter.methods[site].factors(program.sites[site].shape):
             name = f"{owner}.{factor_attribute(parameter, key)}"
             factors[f"{site}.{key}"] = program.get_parameter(name)
+    factors |= {name: program.get_parameter(name) for name in adapter.trained}
     load_factors(factors, {name: adapter.shard.read(name) for name in factors}, adapter.shard.path)
     if folded:
         run_pipeline(program, [Fold()])
@@ -140,7 +152,11 @@ def load_tokenizer(model: Path, *, trust_remote_code: bool = False) -> PreTraine
 
 def window_length(program: Program, asked: int | None, default: int = 512) -> int:
     """The length of windows of text: as given, else `default`, and at most the model's positions."""
-    most = program.positions
+    return fit_length(program.positions, asked, default)
+
+
+def fit_length(most: int | None, asked: int | None, default: int = 512) -> int:
+    """`window_length` for a model of at most so many positions."""
     if asked is None:
         return min(default, most or default)
     if asked < 2:
@@ -148,6 +164,80 @@ def window_length(program: Program, asked: int | None, default: int = 512) -> in
     if most and asked > most:
         raise UsageError(f"--seq-len {asked} is more than the model's {most} positions")
     return asked
+
+
+@dataclass(frozen=True)
+class FolderWeights:
+    """Tensors that are read from a folder before a layer runs, and freed after it."""
+
+    found: ModelSites
+
+    @property
+    def folder(self) -> ModelFolder:
+        return self.found.folder
+
+    def fill(self, program: Program, names: Iterable[str], device: torch.device) -> None:
+        """Read parameters and stored buffers, in the dtype that the program computes in.
+
+        Raises:
+            FormatError: the folder has no tensor for a parameter.
+        """
+        for name in names:
+            current = _current(program, name)
+            source = self._source(program, name)
+            if source is None and current.device.type == "meta":
+                raise FormatError(
+                    f"{self.folder.path}: {name}: "
+                    f"{self.found.binding.refused.get(name, 'the checkpoint holds no tensor for it')}"
+                )
+            tensor = current if source is None else self._read(source, current)
+            if current.is_floating_point() and (not tensor.is_floating_point() or tensor.itemsize < 2):
+                raise FormatError(
+                    f"{self.folder.path}: {name} is stored as {tensor.dtype}, which has a meaning only with its "
+                    "scales; decompress the model first"
+                )
+            replace_tensor(program, name, tensor.to(device=device, dtype=current.dtype))
+
+    def empty(self, program: Program, names: Iterable[str]) -> None:
+        for name in names:
+            if self._source(program, name) is not None:
+                replace_tensor(program, name, _current(program, name).to("meta"))
+
+    def stored(self, program: Program, name: str) -> Tensor:
+        parameter = program.get_parameter(name).data
+        dtypes = {self.folder.info(matrix.tensor)[1].dtype for matrix in self.found.matrices[name]}
+        if {torch_dtype(dtype) for dtype in dtypes} == {parameter.dtype}:
+            return parameter
+        return self._read(name, parameter).to(parameter.device)
+
+    def parts(self, program: Program, site: str) -> list[Part]:
+        return [(matrix.expert, matrix.start, matrix.stop) for matrix in self.found.matrices[site]]
+
+    def _source(self, program: Program, name: str) -> str | None:
+        """The name under which the folder holds a tensor: its own, or that of a parameter that shares it."""
+        first = program.tied.get(name, name)
+        group = [name, first, *(other for other, owner in program.tied.items() if owner == first)]
+        return next((each for each in group if each in self.found.matrices), None)
+
+    def _read(self, name: str, like: Tensor) -> Tensor:
+        return assemble(self.found.matrices[name], tuple(like.shape), self.folder.read)
+
+
+def _current(program: Program, name: str) -> Tensor:
+    path, _, attribute = name.rpartition(".")
+    tensor = getattr(program.get_submodule(path), attribute)
+    assert isinstance(tensor, Tensor)
+    return tensor.detach()
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device of an option: as named, else a GPU if torch has one; UsageError where torch cannot use it."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
 
 
 @dataclass(frozen=True)
@@ -198,3 +288,8 @@ def draw_windows(
         )
         begins = torch.randperm(starts, generator=generator)[:samples]
     return Drawn(torch.stack([tokens[begin : begin + length] for begin in begins.tolist()]), skipped)
+
+
+def text_digest(tokens: Tensor) -> str:
+    """BLAKE2b-256 of windows as `draw_windows` gives them, as histories record it."""
+    return blake2b(tokens.numpy().tobytes(), digest_size=32).hexdigest()

@@ -1,6 +1,6 @@
 """prune: make a dense model folder sparse, tensor by tensor or decoder layer by decoder layer."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from hashlib import blake2b
 from math import prod
@@ -12,10 +12,9 @@ import transformers
 from torch import Tensor
 
 from spp_fx.console import Table, grouped
-from spp_fx.errors import FormatError, MaskError, UsageError
+from spp_fx.errors import MaskError, UsageError
 from spp_fx.exporters.manifest import open_model, sha256
-from spp_fx.graph.binding import assemble, take_apart
-from spp_fx.graph.program import Program
+from spp_fx.graph.binding import take_apart
 from spp_fx.parallel import in_order
 from spp_fx.passes.causal import Causal
 from spp_fx.passes.match import Match
@@ -24,11 +23,9 @@ from spp_fx.passes.pipeline import run_pipeline
 from spp_fx.pruning.criterion import CRITERIA, make_criterion
 from spp_fx.pruning.layerwise import (
     LayerResult,
-    Part,
     Tick,
     outside_of_layers,
     prune_layers,
-    replace_tensor,
     silent,
 )
 from spp_fx.pruning.recipe import MatrixReport, Recipe, check_patterns, patterns_of, prune_matrix
@@ -38,10 +35,10 @@ from spp_fx.sparsity.pattern import Pattern, parse_pattern, scan_bits
 from spp_fx.sparsity.scan import scan_stored
 from spp_fx.storage.folder import OWN_FILES, ModelFolder
 from spp_fx.storage.links import links_option
-from spp_fx.storage.safetensors import Shard, TensorInfo, dtype_name, torch_dtype
+from spp_fx.storage.safetensors import Shard, TensorInfo, dtype_name
 from spp_fx.storage.workspace import Say, Workspace, check_output, workspace
 from spp_fx.storage.writer import copy_others, rewrite_shard, write_safetensors, write_shards
-from spp_fx.verbs.load import Calibration, draw_windows
+from spp_fx.verbs.load import Calibration, FolderWeights, device_of, draw_windows, text_digest
 from spp_fx.verification import provenance
 from spp_fx.verification.model_sites import ModelSites, choose, find_sites, tensors_of
 
@@ -83,70 +80,6 @@ class LayerStore:
 
 def _file(layer: int) -> str:
     return f"layer-{layer:05d}.safetensors"
-
-
-@dataclass(frozen=True)
-class FolderWeights:
-    """Tensors that are read from a folder before a layer runs, and freed after it."""
-
-    found: ModelSites
-
-    @property
-    def folder(self) -> ModelFolder:
-        return self.found.folder
-
-    def fill(self, program: Program, names: Iterable[str], device: torch.device) -> None:
-        """Read parameters and stored buffers, in the dtype that the program computes in.
-
-        Raises:
-            FormatError: the folder has no tensor for a parameter.
-        """
-        for name in names:
-            current = _current(program, name)
-            source = self._source(program, name)
-            if source is None and current.device.type == "meta":
-                raise FormatError(
-                    f"{self.folder.path}: {name}: "
-                    f"{self.found.binding.refused.get(name, 'the checkpoint holds no tensor for it')}"
-                )
-            tensor = current if source is None else self._read(source, current)
-            if current.is_floating_point() and (not tensor.is_floating_point() or tensor.itemsize < 2):
-                raise FormatError(
-                    f"{self.folder.path}: {name} is stored as {tensor.dtype}, which has a meaning only with its "
-                    "scales; decompress the model first"
-                )
-            replace_tensor(program, name, tensor.to(device=device, dtype=current.dtype))
-
-    def empty(self, program: Program, names: Iterable[str]) -> None:
-        for name in names:
-            if self._source(program, name) is not None:
-                replace_tensor(program, name, _current(program, name).to("meta"))
-
-    def stored(self, program: Program, name: str) -> Tensor:
-        parameter = program.get_parameter(name).data
-        dtypes = {self.folder.info(matrix.tensor)[1].dtype for matrix in self.found.matrices[name]}
-        if {torch_dtype(dtype) for dtype in dtypes} == {parameter.dtype}:
-            return parameter
-        return self._read(name, parameter).to(parameter.device)
-
-    def parts(self, program: Program, site: str) -> list[Part]:
-        return [(matrix.expert, matrix.start, matrix.stop) for matrix in self.found.matrices[site]]
-
-    def _source(self, program: Program, name: str) -> str | None:
-        """The name under which the folder holds a tensor: its own, or that of a parameter that shares it."""
-        first = program.tied.get(name, name)
-        group = [name, first, *(other for other, owner in program.tied.items() if owner == first)]
-        return next((each for each in group if each in self.found.matrices), None)
-
-    def _read(self, name: str, like: Tensor) -> Tensor:
-        return assemble(self.found.matrices[name], tuple(like.shape), self.folder.read)
-
-
-def _current(program: Program, name: str) -> Tensor:
-    path, _, attribute = name.rpartition(".")
-    tensor = getattr(program.get_submodule(path), attribute)
-    assert isinstance(tensor, Tensor)
-    return tensor.detach()
 
 
 @dataclass(frozen=True)
@@ -285,7 +218,7 @@ def prune(
         raise UsageError(f"{repair or method} needs calibration text: give it with --calib FILE")
     check_output(out, force, [model], say)
     provenance.load(model)  # a damaged history is an error before the work
-    where = _device(device)
+    where = device_of(device)
     folder = open_model(model)
     found = find_sites(folder, trust_remote_code=trust_remote_code, runnable=calibration is not None)
     for note in found.notes:
@@ -351,7 +284,7 @@ def _record(found: ModelSites, folder: Path, settings: Mapping[str, Any], tokens
     """Add this step to the model's history, with the digests of the files on disk."""
     inputs = {"model": found.folder.fingerprint()}
     if tokens is not None:
-        inputs["calibration"] = blake2b(tokens.numpy().tobytes(), digest_size=32).hexdigest()
+        inputs["calibration"] = text_digest(tokens)
     names = [shard.name for shard in found.folder.shards]
     digests = in_order(sha256, (folder / name for name in names))
     provenance.record(
@@ -485,10 +418,3 @@ def _lock_folder(folder: ModelFolder, found: ModelSites, patterns: Mapping[str, 
             kind = found.program.sites[site].kind
             entries.append(make_entry(matrix.tensor, kind, mask, pattern, matrix.transposed))
     return Lock.of(entries)
-
-
-def _device(name: str | None) -> torch.device:
-    try:
-        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,255 @@
+"""Gradients of the loss with respect to the weights of one layer after another, in the memory of one layer."""
+
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, log_softmax
+
+from spp_fx.errors import PatternError
+from spp_fx.graph.program import Program
+from spp_fx.pruning.layerwise import LayerTensors, Tick, outside_of_layers, silent
+from spp_fx.pruning.walk import Shared, States, Walk
+
+
+@dataclass(frozen=True)
+class SiteGradient:
+    """The weight of one site and the gradient of the mean loss with respect to it, in the same orientation.
+
+    Attributes:
+        site: its name.
+        weight: (out, in) or (experts, out, in), in the dtype that the program computes in.
+        grad: the same shape, float32; dense: it is not zero where the weight is.
+    """
+
+    site: str
+    weight: Tensor
+    grad: Tensor
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that is walked: its program, and where the program's tensors and the values between layers are.
+
+    Attributes:
+        program: partitioned, in eval mode, without adapters.
+        weights: where its tensors come from.
+        states: what every layer reads of every sample is kept here, so `FileStates` for a large model.
+    """
+
+    program: Program
+    weights: LayerTensors
+    states: States
+
+
+def without_gradient(program: Program, sites: Iterable[str]) -> dict[str, str]:
+    """The sites whose gradients `layer_gradients` does not give, with reasons."""
+    sites = tuple(sites)
+    reasons = {
+        name: "is outside the decoder layers, where no gradient is taken"
+        if program.sites[name].layer not in program.units
+        else "is shared by several layers, so that no single layer has its gradient"
+        for name in outside_of_layers(program, sites)
+    }
+    tied = {name: other for name in sites for other in program.names_of(name) if other != name}
+    return {name: f"shares its weight with {other}" for name, other in tied.items()} | reasons
+
+
+def layer_gradients(
+    source: Source,
+    tokens: Tensor,
+    sites: Collection[str],
+    *,
+    device: torch.device,
+    teacher: Source | None = None,
+    tick: Tick = silent,
+) -> Generator[SiteGradient, None, None]:
+    """Walk forward through the layers and back, and give each layer's gradients before going to the one before it.
+
+    The loss is the mean over all predicted tokens of all samples: the cross entropy of the text, or the divergence
+    KL(teacher || student) from a teacher's predictions. Memory holds the weights of one layer with their gradients,
+    and the activations of one layer for one sample; `states` holds the inputs of every layer for every sample, each
+    until the layer is done. An expert that received no token has a gradient of zeros.
+
+        for each in layer_gradients(Source(program, FolderWeights(found), FileStates(folder)), tokens, sites, ...):
+            saliency[each.site] = (each.weight * each.grad).norm()
+
+    Layers come in descending order. What is given is valid until the next one is asked for.
+
+    Args:
+        source: the model.
+        tokens: (samples, length) int64, length at least 2.
+        sites: names of sites, none of them in `without_gradient`.
+        device: where layers run.
+        teacher: a model with the same vocabulary, walked before.
+
+    Raises:
+        PatternError: the loss or a gradient is not finite; names the site.
+    """
+    walk = _Walk(Walk(source.program, to_end=True), source, tokens, device)
+    guide = None
+    passes, done = 2 * len(walk.walk.layers) + 1, 0
+    if teacher is not None:
+        guide = _Walk(Walk(teacher.program, to_end=True), teacher, tokens, device)
+        passes += len(guide.walk.layers)
+
+    def progress(what: str) -> None:
+        nonlocal done
+        done += 1
+        tick(done, passes * len(tokens), what)
+
+    guide_shared = None if guide is None else guide.forward(progress, keep=False)
+    shared = walk.forward(progress, keep=True)
+    with walk.in_place(walk.walk.end_tensors()):
+        if guide is None or guide_shared is None:
+            walk.loss(shared, None, progress)
+        else:
+            with guide.in_place(guide.walk.end_tensors()):
+                walk.loss(shared, lambda sample: guide.logits(sample, guide_shared), progress)
+    for index in reversed(range(len(walk.walk.layers))):
+        path = walk.walk.layers[index].path
+        own = [name for name in sites if source.program.sites[name].layer == path]
+        with walk.in_place(walk.walk.layer_tensors(index)):
+            grads = walk.backward(index, own, shared, progress)
+            for name in own:
+                transposed, grad = source.program.sites[name].transposed, grads.pop(name)
+                weight = source.program.canonical_weight(name).detach()
+                yield SiteGradient(name, weight, grad.transpose(-1, -2) if transposed else grad)
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """One model and the samples that go through it; each call leaves none of a layer's weights behind."""
+
+    walk: Walk
+    source: Source
+    tokens: Tensor
+    device: torch.device
+
+    @torch.no_grad()
+    def forward(self, progress: Callable[[str], None], *, keep: bool) -> Shared:
+        """Save what every layer reads, and the end; without `keep` only the end stays. What all samples share."""
+        shared: Shared = {}
+        states = self.source.states
+        with self.in_place(self.walk.entry_tensors()):
+            for i in range(len(self.tokens)):
+                values, shared = self.walk.enter(self._sample(i))
+                states.save(0, i, values)
+        for index, layer in enumerate(self.walk.layers):
+            with self.in_place(self.walk.layer_tensors(index)):
+                for i in range(len(self.tokens)):
+                    states.save(index + 1, i, self.walk.run(index, self._load(index, i), shared))
+                    progress(f"{layer.path}: {'forward' if keep else 'teacher'}")
+            if not keep:
+                states.forget(index)
+        return shared
+
+    @torch.no_grad()
+    def logits(self, sample: int, shared: Shared) -> Tensor:
+        """(1, length, vocabulary) of a sample, from the end's values."""
+        return self.walk.leave(self._sample(sample), self._load(len(self.walk.layers), sample), shared)
+
+    @torch.enable_grad()
+    def loss(
+        self, shared: Shared, target: Callable[[int], Tensor] | None, progress: Callable[[str], None]
+    ) -> None:
+        """Replace the end's values by the gradients of the loss, which is the sum over a sample's predictions.
+
+        The mean over all samples would be too small a number for the gradients of float16.
+        """
+        end = len(self.walk.layers)
+        for i in range(len(self.tokens)):
+            leaves = _leaves(self._load(end, i))
+            tokens = self._sample(i)
+            logits = self.walk.leave(tokens, _copies(leaves), shared)[0, :-1].float()
+            if target is None:
+                loss = cross_entropy(logits, tokens[0, 1:], reduction="sum")
+            else:
+                wanted = log_softmax(target(i)[0, :-1].float(), -1)
+                loss = (wanted.exp() * (wanted - log_softmax(logits, -1))).sum()
+            if not bool(loss.isfinite()):
+                raise PatternError(f"the loss of calibration sample {i + 1} is {loss.item()}")
+            self.source.states.save(end, i, _gradients([loss], [torch.ones_like(loss)], leaves))
+            progress("loss: backward")
+
+    @torch.enable_grad()
+    def backward(
+        self, index: int, sites: Sequence[str], shared: Shared, progress: Callable[[str], None]
+    ) -> dict[str, Tensor]:
+        """Gradients of the sites of a layer, as they are stored; the layer's values become their gradients."""
+        program, states, path = self.source.program, self.source.states, self.walk.layers[index].path
+        weights = {name: program.get_parameter(name) for name in sites}
+        sums = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in weights.items()}
+        required = {name: weight.requires_grad for name, weight in weights.items()}
+        try:
+            for weight in weights.values():
+                weight.requires_grad_(True)
+            for i in range(len(self.tokens)):
+                values = self._load(index, i)
+                leaves = _leaves(values) if index else values
+                outputs = self.walk.run(index, _copies(leaves), shared)
+                known = self._load(index + 1, i)
+                found = _gradients(outputs, known, [*leaves, *weights.values()])
+                for name, grad in zip(weights, found[len(leaves) :], strict=True):
+                    if grad is not None:
+                        sums[name] += grad
+                if index > 0:
+                    states.save(index, i, found[: len(leaves)])
+                progress(f"{path}: backward")
+        finally:
+            for name, weight in weights.items():
+                weight.requires_grad_(required[name])
+        states.forget(index + 1)
+        predictions = self.tokens.shape[0] * (self.tokens.shape[1] - 1)
+        for name, total in sums.items():
+            if not bool(total.div_(predictions).isfinite().all()):
+                raise PatternError(f"{name}: its gradient on the calibration text is NaN or infinite")
+        return sums
+
+    @contextmanager
+    def in_place(self, names: list[str]) -> Generator[None, None, None]:
+        self.source.weights.fill(self.source.program, names, self.device)
+        try:
+            yield
+        finally:
+            self.source.weights.empty(self.source.program, names)
+
+    def _sample(self, index: int) -> Tensor:
+        return self.tokens[index : index + 1].to(self.device)
+
+    def _load(self, index: int, sample: int) -> list[Any]:
+        values = self.source.states.load(index, sample)
+        return [value.to(self.device) if isinstance(value, Tensor) else value for value in values]
+
+
+def _leaves(values: Sequence[Any]) -> list[Any]:
+    """The values, floating tensors as leaves of a new autograd graph."""
+    return [
+        value.requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for value in values
+    ]
+
+
+def _copies(leaves: Sequence[Any]) -> list[Any]:
+    """The same values for a graph, which may write to what it is given: autograd allows that for copies of leaves."""
+    return [value.clone() if isinstance(value, Tensor) else value for value in leaves]
+
+
+def _gradients(outputs: Sequence[Any], grads: Sequence[Any], inputs: Sequence[Any]) -> list[Tensor | None]:
+    """The gradient of each input that can have one, given those of outputs; None for the others."""
+    pairs = [
+        (output, grad)
+        for output, grad in zip(outputs, grads, strict=True)
+        if isinstance(output, Tensor) and output.requires_grad and isinstance(grad, Tensor)
+    ]
+    at = [i for i, value in enumerate(inputs) if isinstance(value, Tensor) and value.requires_grad]
+    result: list[Tensor | None] = [None] * len(inputs)
+    if pairs and at:
+        made, given = zip(*pairs, strict=True)
+        found = torch.autograd.grad(made, [inputs[i] for i in at], given, allow_unused=True)
+        for i, grad in zip(at, found, strict=True):
+            result[i] = grad
+    return result
