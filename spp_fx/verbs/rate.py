@@ -17,7 +17,7 @@ from spp_fx.verbs.settings import TrainSettings
 
 FEWEST_STEPS = 32
 """A shorter run gets the suggested rate as it is."""
-TRIAL_SHARE, SHORTEST_TRIAL, LONGEST_TRIAL = 1 / 16, 8, 32
+TRIAL_SHARE, SHORTEST_TRIAL, LONGEST_TRIAL = 1 / 5, 10, 24
 MOST_TRIALS = 7
 SPREAD_NUMBERS = 1 << 18
 

@@ -39,8 +39,8 @@ def test_a_flat_loss_keeps_the_suggestion():
     assert best_multiple(lambda multiple: 2.0) == 1
 
 
-@pytest.mark.parametrize(("steps", "short"), [(1, 0), (31, 0), (32, 8), (320, 20), (100_000, 32)])
-def test_a_trial_is_a_sixteenth_within_bounds(steps, short):
+@pytest.mark.parametrize(("steps", "short"), [(1, 0), (31, 0), (32, 10), (100, 20), (100_000, 24)])
+def test_a_trial_is_a_fifth_within_bounds(steps, short):
     assert trial_steps(steps) == short
 
 
