@@ -91,6 +91,20 @@ def best_multiple(loss: Callable[[float], float], most: int = MOST_TRIALS) -> fl
     return exp2(best + (left - right) / (2 * (left - 2 * here + right)))
 
 
+def carried_over(short: float, whole: float, left: float) -> float:
+    """The suggestion for a whole run, corrected by what trials showed.
+
+    A longer run takes a lower rate to average out the noise of its steps. Where the loss itself goes to zero, as the
+    divergence from a teacher that can be imitated, so does the noise, and the rate stays.
+
+    Args:
+        short, whole: suggestions for a trial and for the run.
+        left: the share of the untrained loss that the best trial ended with.
+    """
+    share = min(max(left, 0.0), 1.0) if isfinite(left) else 1.0
+    return short ** (1 - share) * whole**share
+
+
 def rounded(rate: float) -> float:
     """Two significant digits: more would claim what the trials cannot know."""
     return float(f"{rate:.1e}")
