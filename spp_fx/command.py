@@ -260,3 +260,13 @@ def read_config(context: click.Context, parameter: click.Parameter, path: Path |
         raise UsageError(f"{path}: unknown option '{unknown[0]}'; known: {', '.join(sorted(known))}")
     given = {str(known[name].name): value for name, value in options.items()}
     context.default_map = {**(context.default_map or {}), **given}
+
+
+CONFIG = click.Option(
+    ["--config"],
+    type=click.Path(path_type=Path),
+    is_eager=True,
+    expose_value=False,
+    callback=read_config,
+    help="YAML file with any of these options, 'seq-len: 512'; the command line overrides it.",
+)

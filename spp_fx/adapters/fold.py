@@ -211,6 +211,21 @@ def _first(flags: Tensor) -> tuple[int, int]:
     return index // flags.shape[1], index % flags.shape[1]
 
 
+def round_stored(value: NDArray[np.float64], dtype: str) -> Stored:
+    """float64 to the numbers of a stored dtype (one of `FLOATING`), rounded once to nearest even; without torch."""
+    with np.errstate(over="ignore", under="ignore"):
+        if dtype != "BF16":
+            plain = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype]
+            return value.astype(plain).view(FLOATING[dtype])
+        # To odd in float32, as in `round_once`.
+        single = value.astype("<f4")
+        bits = single.view("<i4").astype(np.int64)
+        error = value - single
+    away = (error != 0) & (bits & 1 == 0) & np.isfinite(single)
+    bits = (bits + np.where(away, np.where((error > 0) == (value > 0), 1, -1), 0)) & 0xFFFFFFFF
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2")
+
+
 def round_once(value: Tensor, dtype: torch.dtype) -> Tensor:
     """float64 to a floating dtype, rounded once to nearest even.
 
