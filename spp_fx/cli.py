@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from spp_fx.command import CONFIG, HELP, command
+from spp_fx.command import CONFIG, FRESH, HELP, RECIPE, REMOTE_CODE, command, force_option, out_option
 from spp_fx.console import Output
 from spp_fx.errors import SppFxError, escaped
 from spp_fx.registry import Registry
@@ -38,12 +38,6 @@ if TYPE_CHECKING:
 FOLDER = click.Path(path_type=Path)
 MODEL = click.Argument(["model"], default=".")
 ADAPTER = click.Argument(["adapter"], type=FOLDER, default=Path())
-FRESH = click.Option(["--fresh"], is_flag=True, help="Start over, ignoring what an interrupted run left.")
-REMOTE_CODE = click.Option(
-    ["--trust-remote-code"],
-    is_flag=True,
-    help="Run code that comes with the model folder. Off: such models are refused.",
-)
 
 
 def main() -> None:
@@ -121,14 +115,6 @@ verb = partial(command, cli)
 """The decorator of a verb's function."""
 
 
-def out_option(text: str) -> click.Option:
-    return click.Option(["out", "-o", "--out"], type=FOLDER, help=text)
-
-
-def force_option(text: str = "Replace the output if it exists.") -> click.Option:
-    return click.Option(["--force"], is_flag=True, help=text)
-
-
 def model_folder(name: str) -> Path:
     from spp_fx.storage.folder import resolve_model
 
@@ -171,6 +157,8 @@ def methods() -> Registry[Any]:
     out_option("Folder to write. Default: MODEL-PATTERN."),
     force_option(),
     FRESH,
+    RECIPE,
+    CONFIG,
     REMOTE_CODE,
     registry=criteria,
 )
@@ -211,7 +199,7 @@ def prune_command(
 @verb(
     "inject", MODEL, out_option("Folder to write. Default: MODEL-METHOD."), force_option(),
     click.Option(["--dry-run"], is_flag=True, help="Only show what would be trained; config.json alone is enough."),
-    REMOTE_CODE, registry=methods, per_site=True,
+    RECIPE, CONFIG, REMOTE_CODE, registry=methods, per_site=True,
 )  # fmt: skip
 def inject_command(
     output: Output,
@@ -255,7 +243,7 @@ def inject_command(
 
 @verb(
     "train", ADAPTER,
-    CONFIG, REMOTE_CODE,
+    RECIPE, CONFIG, REMOTE_CODE,
 )  # fmt: skip
 def train_command(
     output: Output, adapter: Path, texts: TrainData, settings: TrainSettings, **options: Any
@@ -520,6 +508,24 @@ def eval_command(
             folders, settings, trust_remote_code=trust_remote_code, tick=tick, say=output.say
         )
     output.result(compared.models[0] if len(folders) == 1 else compared)
+
+
+@verb(
+    "recipes", click.Argument(["name"], required=False),
+    click.Option(["--devices"], type=click.IntRange(1), help="Devices that share the rows of a step. Default: 1."),
+)  # fmt: skip
+def recipes_command(output: Output, name: str | None, devices: int | None) -> None:
+    """List the papers' settings, or print those of NAME as a file for --config.
+
+    \b
+    spp-fx recipes
+    spp-fx recipes spp-llama-7b --devices 8 > run.yaml
+    spp-fx inject my-sparse --config run.yaml
+    spp-fx train my-sparse-spp --config run.yaml --data alpaca.json
+    """
+    from spp_fx.verbs.recipes import list_recipes
+
+    output.result(list_recipes(name, devices))
 
 
 @verb("opt", MODEL, REMOTE_CODE)

@@ -268,7 +268,7 @@ def write_adapter(
     left_out = None if config.trained_parameters else {"trained_parameters"}
     (folder / CONFIG).write_text(config.model_dump_json(indent=2, exclude=left_out) + "\n")
     (folder / LOCK_NAME).write_text(lock.dumps())
-    (folder / "README.md").write_text(_card(target, base, config, factors))
+    (folder / "README.md").write_text(_card(target, base, config, method, factors))
     write_factors(folder / FACTORS, factors)
 
 
@@ -285,8 +285,15 @@ def _read_config(path: Path) -> AdapterConfig:
         raise FormatError(f"{path}: {where}: {fault['msg']}") from error
 
 
-def _card(target: Path, base: Path, config: AdapterConfig, factors: "Mapping[str, Tensor]") -> str:
+def _card(
+    target: Path, base: Path, config: AdapterConfig, method: Method, factors: "Mapping[str, Tensor]"
+) -> str:
     rank = "" if config.r is None else f", rank {config.r}"
+    zeros = (
+        "It trains the non-zeros and leaves every zero where it is"
+        if method.masked
+        else "Its update is dense while training, and merging removes what lies on zeros"
+    )
     count = len(config.trained_parameters or ())
     beside = f" and {count} norms and biases" if count else ""
     return f"""---
@@ -298,8 +305,9 @@ tags: [sparse, {config.method}]
 # {target.name}
 
 Factors of {config.method.upper()}{rank}, for the pruned model `{base.name}`:
-{trainable_parameters(factors):,} trainable parameters over {len(config.sites)} weights{beside}. It trains the
-non-zeros and leaves every zero where it is; `{LOCK_NAME}` holds the masks.
+{trainable_parameters(factors):,} trainable parameters over {len(config.sites)} weights{beside}.
+{zeros};
+`{LOCK_NAME}` holds the masks.
 
 ```
 spp-fx train {target.name} --data text.txt

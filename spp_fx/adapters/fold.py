@@ -8,7 +8,7 @@ column. Only the definition needs torch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -38,14 +38,29 @@ Vanish = Literal["keep", "error", "allow"]
 
 @dataclass
 class FoldCounts:
-    """Elements of a weight: non-zeros whose folded value rounds to zero, and those whose stored value changed."""
+    """Elements of a weight, as the fold meets them.
+
+    Attributes:
+        vanished: non-zeros whose folded value rounds to zero.
+        changed: those whose stored value changed.
+        removed: zeros that a dense update would have filled (`Method.masked` is False).
+        removed_square, update_square: sum of squares of such an update, where the weight is zero and everywhere.
+    """
 
     vanished: int = 0
     changed: int = 0
+    removed: int = 0
+    removed_square: float = 0.0
+    update_square: float = 0.0
 
     def add(self, other: FoldCounts) -> None:
-        self.vanished += other.vanished
-        self.changed += other.changed
+        for each in fields(self):
+            setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
+
+    @property
+    def removed_share(self) -> float:
+        """The share of the update's squared norm that lay where the weight is zero."""
+        return self.removed_square / self.update_square if self.update_square else 0.0
 
 
 @dataclass(frozen=True)
@@ -196,6 +211,12 @@ def _fold_block(
             folded = torch.where(to_zero, torch.copysign(smallest, sign), folded)
     folded = torch.where(nonzero, folded, weight)
     counts.changed += int((folded != weight).sum())
+    if not method.masked:
+        update = method.update(weight.double(), **factors)
+        removed = update[~nonzero]
+        counts.removed += int(removed.count_nonzero())
+        counts.removed_square += float(removed.square().sum())
+        counts.update_square += float(update.square().sum())
     return folded
 
 

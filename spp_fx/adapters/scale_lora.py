@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from spp_fx.adapters.method import DROPOUT_OPTION, Factors, FactorSpec, Method, Run, register
+from spp_fx.adapters.method import DROPOUT_OPTION, Factors, FactorSpec, Kernels, Method, Run, register
 from spp_fx.options import at_least_one, option
 
 if TYPE_CHECKING:
@@ -35,6 +35,13 @@ class ScaleLoRA(Method):
 
     def update(self, weight: Tensor, **factors: Tensor) -> Tensor:
         return weight * (factors["scale_lora_b"] @ factors["scale_lora_a"] - 1)
+
+    def kernels(self, device: str) -> Kernels | None:
+        from spp_fx.adapters.low_rank import LowRank
+
+        return LowRank(
+            "scale_lora_b", "scale_lora_a", 1.0, multiplier="weight", pulled_back="weight", offset=-1.0
+        )
 
     def gradient_start(self, weight: Tensor, grad: Tensor, factors: Factors) -> dict[str, Tensor]:
         """The rows of A after the first, which is ones: the first right singular vectors of W * G."""

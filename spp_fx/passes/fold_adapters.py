@@ -51,7 +51,9 @@ class Fold(Pass):
             counts = FoldCounts()
             factors = factors_of(program, name)
             folded[name] = _fold(program, name, method, factors, self.vanish, counts)
-            report.changed[name] = f"{counts.changed} changed, {counts.vanished} folded to zero"
+            report.changed[name] = f"{counts.changed} changed, {counts.vanished} folded to zero" + (
+                f", {counts.removed} removed by the mask" if counts.removed else ""
+            )
         rounded = {name: _rounded(program, name) for name in program.trained}
         for name, method in list(program.adapters.items()):
             target = program.canonical_weight(name).detach()
@@ -142,7 +144,7 @@ def _take_out_stack(node: fx.Node, method: Method, site: Site) -> None:
 def _canonical(made: fx.Node, method: Method, site: Site) -> fx.Node:
     """The frozen weight, as (..., out, in), that an effective weight is made from."""
     parameter = site.name.rpartition(".")[2]
-    own = {factor_attribute(parameter, key) for key in method.factors(site.shape)}
+    own = {factor_attribute(parameter, key) for key in method.factors(site.shape)} | {"training"}
     made_of = reach([made], lambda node: node.all_input_nodes)
     (source,) = (each for each in made_of if each.op == "get_attr" and each.target not in own)
     return next(user for user in source.users if user.target in VIEWS) if site.transposed else source

@@ -6,7 +6,7 @@ and scans the masks.
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,9 @@ class Merged:
     nbytes: int
 
     def to_json(self) -> dict[str, Any]:
-        files = sorted(p for p in self.out.rglob("*") if p.is_file())
+        files, total = sorted(p for p in self.out.rglob("*") if p.is_file()), FoldCounts()
+        for counts in self.counts.values():
+            total.add(counts)
         return {
             "ok": True,
             "out": str(self.out),
@@ -68,6 +70,8 @@ class Merged:
                     "name": name,
                     "changed": counts.changed,
                     "vanished": counts.vanished,
+                    "removed": counts.removed,
+                    "removed_share": counts.removed_share,
                     "mask_equal": self.mask_equal[name],
                 }
                 for name, counts in self.counts.items()
@@ -78,7 +82,9 @@ class Merged:
                 "sites": len(self.counts),
                 "trained": len(self.trained),
                 "masks_equal": sum(equal is True for equal in self.mask_equal.values()),
-                "vanished": sum(counts.vanished for counts in self.counts.values()),
+                "vanished": total.vanished,
+                "removed": total.removed,
+                "removed_share": total.removed_share,
                 "untouched": self.untouched,
                 "bytes": self.nbytes,
             },
@@ -94,6 +100,9 @@ class Merged:
             yield f"  {summary['masks_equal']} of {summary['sites']} masks equal to the lock, read back from disk"
         if summary["vanished"]:
             yield f"  {summary['vanished']} values folded to zero (--vanish {self.vanish})"
+        if summary["removed"]:
+            share = f"{summary['removed_share']:.1%}"
+            yield f"  the mask removed {summary['removed']:,} entries of the update, {share} of its squared norm"
 
 
 @links_option
@@ -266,14 +275,14 @@ class FoldPlan:
             def write(shard: Shard) -> tuple[dict[str, FoldCounts], Future[None] | None]:
                 known = work.finished(shard.name)
                 if known is not None:
-                    return {name: FoldCounts(*both) for name, both in known["folded"].items()}, None
+                    return {name: FoldCounts(*each) for name, each in known["folded"].items()}, None
                 target = within(work.folder, shard.name)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 counts: dict[str, FoldCounts] = {}
                 for tensor, nbytes, met in rewrite(shard, target, self.changes(shard)):
                     counts.setdefault(tensor, FoldCounts()).add(met)
                     tick(tensor, nbytes)
-                facts = {name: [each.vanished, each.changed] for name, each in counts.items()}
+                facts = {name: astuple(each) for name, each in counts.items()}
                 return counts, syncing.submit(work.finish, shard.name, folded=facts)
 
             done = list(in_order(write, folder.shards, min(thread_count(), len(folder.shards))))

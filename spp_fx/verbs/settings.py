@@ -161,6 +161,7 @@ class TrainSettings:
     schedule: Literal[
         "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
     ] = option("linear", "Schedule of the learning rate.")
+    min_lr: float = option(0.0, "Rate at the end of --schedule cosine.", not_negative)
     warmup: float = option(0.03, "Warmup steps; below 1, a share of all steps.", not_negative)
     clip: float = option(1.0, "Largest norm of the gradient; 0: none.", not_negative)
     bf16: bool = option(False, "Compute under bfloat16 autocast.")
@@ -187,6 +188,10 @@ class TrainSettings:
         check_values(self)
         if self.steps is not None and self.epochs is not None:
             raise UsageError("give --steps or --epochs, not both")
+        if self.min_lr and self.schedule != "cosine":
+            raise UsageError(f"--min-lr is of --schedule cosine, not of {self.schedule}")
+        if self.min_lr and self.lr is not None and self.min_lr > self.lr:
+            raise UsageError(f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}")
         if self.early_stop and not self.eval_steps:
             raise UsageError("--early-stop needs --eval-steps, the evaluations to count")
 
