@@ -40,15 +40,7 @@ from spp_fx.storage.links import links_option
 from spp_fx.storage.workspace import Say, workspace
 from spp_fx.verbs.load import device_of, draw_windows, text_digest
 from spp_fx.verbs.settings import Calibration
-from spp_fx.verbs.starts import (
-    check_reachable,
-    check_start,
-    check_teacher,
-    partition,
-    site_gradients,
-    start_from_gradients,
-    walkable,
-)
+from spp_fx.verbs.starts import check_start, start_factors
 from spp_fx.verification import provenance
 from spp_fx.verification.model_sites import ModelSites, choose, find_sites, scan_sites, tensors_of
 
@@ -161,11 +153,12 @@ def inject(
             `method_by_site`.
         budget: trained parameters at most, such as `0.3%` of the model's; the ranks are chosen, see `spread`.
         budget_by: what the ranks are in proportion to: `size`, the same for all; `error`, see `pruning_errors`.
-        teacher: the dense model's folder, for `error`; for `gradient`, a model whose predictions are learned
-            instead of the text's own tokens.
-        init: the start of the factors: `default`, or `gradient`, see `Method.gradient_start`.
-        calibration: the text of the gradients.
-        device: where layers run for `gradient`; by default a GPU if torch has one.
+        teacher: the dense model's folder, for `error` and `reconstruct`; for `gradient`, a model whose predictions
+            are learned instead of the text's own tokens.
+        init: the start of the factors: `default`; `gradient`, see `Method.gradient_start`; or `reconstruct`, see
+            `start_by_reconstruction`.
+        calibration: the text for a start that is not the default.
+        device: where layers run for such a start; by default a GPU if torch has one.
         allow_links: follow symbolic links that leave a folder; see `links.check_link`.
         say: called with notes for the user.
         options: of the method, such as `rank`.
@@ -195,23 +188,18 @@ def inject(
             for key, spec in result.methods[name].factors(site.shape).items()
         }
         fingerprint = found.folder.fingerprint()
-        inputs, start = {"model": fingerprint}, {}
+        inputs, start = {"model": fingerprint}, dict[str, Any]()
         if teacher is not None:
             inputs["teacher"] = open_model(Path(teacher)).fingerprint()
         if calibration is not None:
             tokens = draw_windows(
                 model, found.program, calibration, trust_remote_code=trust_remote_code, say=say
             ).tokens
-            partition(found.program, model)
-            check_reachable(found.program, result.sites)
-            guide = None
-            if teacher is not None:
-                guide = walkable(Path(teacher), trust_remote_code=trust_remote_code)
-                check_teacher(found.program, guide.program, Path(teacher))
-            gradients = site_gradients(
-                found, result.sites, tokens, device=device_of(device), store=work.store, teacher=guide, tick=walk_tick,
+            factors = start_factors(
+                init, found, result.methods, tokens, factors, teacher=None if teacher is None else Path(teacher),
+                device=device_of(device), store=work.store, trust_remote_code=trust_remote_code, tick=walk_tick,
+                say=say,
             )  # fmt: skip
-            factors = start_from_gradients(gradients, result.methods, factors)
             inputs["calibration"] = text_digest(tokens)
             start = {"init": init, "samples": len(tokens), "seq_len": tokens.shape[1]}
         write_adapter(
@@ -275,13 +263,17 @@ class _Plan:
         if self.init == "default":
             given = {"--calib": calibration, "--device": device}
             if unused := [option for option, value in given.items() if value is not None]:
-                raise UsageError(f"{unused[0]} is for --init gradient; the default start needs no model")
+                raise UsageError(
+                    f"{unused[0]} is for --init gradient or reconstruct; the default start needs no model"
+                )
             return
         check_start(self.method, self.init)
         if out is None:
             raise UsageError(f"--dry-run needs no weights, --init {self.init} does; leave out one of them")
         if calibration is None:
             raise UsageError(f"--init {self.init} needs a text: give it with --calib FILE")
+        if self.init == "reconstruct" and self.teacher is None:
+            raise UsageError("--init reconstruct needs the dense model: give it with --teacher MODEL")
 
     def more_settings(self) -> dict[str, Any]:
         """What the history keeps, where it is not as by default."""

@@ -61,8 +61,10 @@ class InjectSettings:
     seed: int = option(0, "Seed of the factors' initial values, and of the draw of windows.")
     targets: tuple[str, ...] = option((), TARGETS, split=True)
     skip: tuple[str, ...] = option((), "Sites that get no adapter, named as for --targets.", split=True)
-    init: Literal["default", "gradient"] = option(
-        "default", "Start of the factors: the method's own, or from gradients on a text (--calib)."
+    init: Literal["default", "gradient", "reconstruct"] = option(
+        "default",
+        "Start of the factors. default: the method's own. On a text (--calib), gradient: where the loss falls "
+        "fastest; reconstruct: the outputs closest to those of the dense model (--teacher).",
     )
     budget: str | None = option(
         None,
@@ -76,8 +78,8 @@ class InjectSettings:
     )
     teacher: str | None = option(
         None,
-        "The dense model that MODEL was pruned from, for --budget-by error; for --init gradient, the model whose "
-        "predictions are learned instead of the text's own tokens.",
+        "The dense model that MODEL was pruned from, for --budget-by error and --init reconstruct; for --init "
+        "gradient, the model whose predictions are learned instead of the text's own tokens.",
     )
     device: str | None = option(
         None, "Where layers run for --init. Default: cuda where there is one, else cpu."
