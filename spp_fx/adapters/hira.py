@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import sqrt
 from typing import TYPE_CHECKING
 
 from spp_fx.adapters.method import (
@@ -13,16 +12,13 @@ from spp_fx.adapters.method import (
     FactorSpec,
     Kernels,
     Method,
-    TrainingDefaults,
+    Run,
     register,
 )
 from spp_fx.options import at_least_one, option
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-FIRST_STEP = 8e-3
-"""The rate 4e-3 times the scale 2 of SPP's paper, at 4096 inputs."""
 
 
 @register("hira")
@@ -51,14 +47,11 @@ class HiRA(Method):
         a = factors["hira_a"]
         return {**factors, "hira_a": at_norm_of(a, right_vectors(weight * grad, len(a)))}
 
+    def rate(self, run: Run) -> float:
+        """Every weight is multiplied by the sum of `rank` products."""
+        return run.rate_of_product(self.scale, self.rank)
+
     def kernels(self, device: str) -> Kernels | None:
         from spp_fx.adapters.low_rank import LowRank
 
         return LowRank("hira_b", "hira_a", self.scale, multiplier="weight", pulled_back="weight")
-
-    def defaults(self, width: float, steps: int | None) -> TrainingDefaults:
-        """The rate at which Adam's first step moves the multiplier as far as in SPP's published settings.
-
-        That step is rate * s times the norm of r entries of A, of size 1/sqrt(3 inputs) each; SPP's has one entry.
-        """
-        return TrainingDefaults(lr=FIRST_STEP * sqrt(4096 / width / self.rank) / abs(self.scale))

@@ -12,7 +12,7 @@ from spp_fx.adapters.method import (
     FactorSpec,
     Kernels,
     Method,
-    TrainingDefaults,
+    Run,
     register,
 )
 from spp_fx.options import at_least_one, option
@@ -65,6 +65,6 @@ class LoRS(Method):
         b = factors["lors_b"]
         return {**factors, "lors_b": at_norm_of(b, right_vectors(grad, len(b)))}
 
-    def defaults(self, width: float, steps: int | None) -> TrainingDefaults:
-        """The paper's rate, at every width."""
-        return TrainingDefaults(lr=2e-5)
+    def rate(self, run: Run) -> float:
+        """The sum of `rank` products is added to every weight."""
+        return run.rate_of_product(self.scale, self.rank, run.spread)

@@ -10,7 +10,7 @@ from spp_fx.adapters.method import (
     Factors,
     FactorSpec,
     Method,
-    TrainingDefaults,
+    Run,
     register,
     work_dtype,
 )
@@ -37,9 +37,6 @@ class MaskedFull(Method):
         """dD = G * (W != 0)."""
         grads["full_delta"] += grad.to(work_dtype(grad)) * (weight != 0)
 
-    def defaults(self, width: float, steps: int | None) -> TrainingDefaults:
-        """3e-3 at 128 inputs, which suits the models of docs/methods.md, in proportion to 1 / inputs.
-
-        Adam moves every entry by about the rate, and a change of n entries of one sign grows an output by n of it.
-        """
-        return TrainingDefaults(lr=3e-3 * 128 / width)
+    def rate(self, run: Run) -> float:
+        """Adam moves every weight by about the rate a step."""
+        return run.rate_of_sum(run.spread)

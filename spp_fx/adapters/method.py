@@ -76,11 +76,41 @@ def _entries(group: int | None, taken: tuple[int, int] | None) -> Axis:
     return np.arange(start, stop) // group
 
 
-@dataclass(frozen=True)
-class TrainingDefaults:
-    """Settings of training that suit a method; `lr` is the peak learning rate."""
+SHARE, REFERENCE_STEPS, REFERENCE_WIDTH = 0.0173, 60, 128
 
-    lr: float
+
+@dataclass(frozen=True)
+class Run:
+    """What the best learning rate of a run depends on, beside the method.
+
+    Attributes:
+        steps: of the optimizer.
+        width: the median of the adapted sites' input features.
+        spread: root mean square of a site's non-zero weights, the median of the sites.
+    """
+
+    steps: int
+    width: float
+    spread: float
+
+    def share(self) -> float:
+        """The share of its size by which one step of AdamW may best change a weight; measured in decision 0003."""
+        return SHARE * (REFERENCE_STEPS / self.steps) ** (2 / 3) * (REFERENCE_WIDTH / self.width) ** 0.25
+
+    def rate_of_product(self, scale: float, rank: int = 1, unit: float = 1.0) -> float:
+        """The rate of two factors of which one starts at zero: the change is s times `rank` products of them.
+
+        Adam moves each factor by about the rate a step, and the start is soon forgotten: the products grow with the
+        square of the rate. Measured, `rank` of them add up like rank^0.8.
+
+        Args:
+            unit: what the change is relative to, 1 for multipliers of the weight.
+        """
+        return sqrt(self.share() * unit / (abs(scale) * rank**0.8))
+
+    def rate_of_sum(self, unit: float = 1.0) -> float:
+        """The rate of a factor of which the change is a plain sum: by it the best share is twice as large."""
+        return 2 * self.share() * unit
 
 
 class Kernels(Protocol):
@@ -112,6 +142,9 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
+    masked: ClassVar[bool] = True
+    """Whether `update` is zero where the weight is zero. If False, the update is dense while training; the mask is
+    applied to it in evaluation and by the fold, which counts what that removes."""
     factor_grads: ClassVar[Callable[..., None] | None] = None
     """(self, x, grad_y, weight, factors, grads): adds the factors' gradients to `grads` from the input (b, in) and
     rows of the output's gradient (b, rows), for methods that never form G = grad_yᵀ x."""
@@ -129,7 +162,10 @@ class Method(ABC):
 
     @abstractmethod
     def update(self, weight: Tensor, **factors: Tensor) -> Tensor:
-        """The change of `weight` (..., out, in) that the factors stand for; zero where the weight is zero."""
+        """The change of `weight` (..., out, in) that the factors stand for.
+
+        It is zero where the weight is zero, unless the method is not `masked`.
+        """
 
     def effective_weight(self, weight: Tensor, **factors: Tensor) -> Tensor:
         """The weight that the adapted site stands for, in the promoted dtype of its inputs."""
@@ -191,14 +227,11 @@ class Method(ABC):
         """
         return None
 
-    def defaults(self, width: float, steps: int | None) -> TrainingDefaults:
-        """Settings to train with where the user gives none.
-
-        Args:
-            width: the median of the adapted sites' input features.
-            steps: of training, None where epochs end it.
+    def rate(self, run: Run) -> float:
+        """The peak learning rate of AdamW where the user gives none: by default that of one product of two factors
+        that multiplies the weight.
         """
-        return TrainingDefaults(lr=3e-4)
+        return run.rate_of_product(1.0)
 
     def remedy(self, shapes: Iterable[tuple[int, ...]]) -> str | None:
         """Options that would suit sites of these shapes, none of which the method takes; None if unknown."""
@@ -207,6 +240,20 @@ class Method(ABC):
     def parameters(self) -> dict[str, Any]:
         """The options, as the adapter's configuration stores them."""
         return {each.name: getattr(self, each.name) for each in fields(self)}
+
+
+@dataclass(frozen=True)
+class MaskedUpdate(Method):
+    """A method with a dense update as it is evaluated and folded: W + update * (W != 0)."""
+
+    name: ClassVar[str] = "masked-update"
+    dense: Method
+
+    def factors(self, shape: tuple[int, ...]) -> dict[str, FactorSpec]:
+        return self.dense.factors(shape)
+
+    def update(self, weight: Tensor, **factors: Tensor) -> Tensor:
+        return self.dense.update(weight, **factors) * (weight != 0)
 
 
 def finite_factor(value: float) -> str | None:
@@ -268,7 +315,7 @@ def check_update(method: Method, shape: tuple[int, ...]) -> None:
         raise UsageError(
             f"{method.name}: update of shape {list(whole.shape)} for a weight of {list(weight.shape)}"
         )
-    if bool(whole[weight == 0].any()):
+    if method.masked and bool(whole[weight == 0].any()):
         raise UsageError(f"{method.name}: update is not zero where the weight is zero")
     if not torch.allclose(some, whole[:part], rtol=1e-9, atol=1e-12):
         raise UsageError(

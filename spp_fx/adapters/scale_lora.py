@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import sqrt
 from typing import TYPE_CHECKING
 
-from spp_fx.adapters.method import DROPOUT_OPTION, Factors, FactorSpec, Method, TrainingDefaults, register
+from spp_fx.adapters.method import DROPOUT_OPTION, Factors, FactorSpec, Kernels, Method, Run, register
 from spp_fx.options import at_least_one, option
 
 if TYPE_CHECKING:
@@ -35,6 +34,13 @@ class ScaleLoRA(Method):
     def update(self, weight: Tensor, **factors: Tensor) -> Tensor:
         return weight * (factors["scale_lora_b"] @ factors["scale_lora_a"] - 1)
 
+    def kernels(self, device: str) -> Kernels | None:
+        from spp_fx.adapters.low_rank import LowRank
+
+        return LowRank(
+            "scale_lora_b", "scale_lora_a", 1.0, multiplier="weight", pulled_back="weight", offset=-1.0
+        )
+
     def gradient_start(self, weight: Tensor, grad: Tensor, factors: Factors) -> dict[str, Tensor]:
         """The rows of A after the first, which is ones: the first right singular vectors of W * G."""
         import torch
@@ -46,10 +52,6 @@ class ScaleLoRA(Method):
             others = at_norm_of(others, right_vectors(weight * grad, self.rank - 1))
         return {**factors, "scale_lora_a": torch.cat([ones, others])}
 
-    def defaults(self, width: float, steps: int | None) -> TrainingDefaults:
-        """The rate at which Adam's first step moves the multiplier about as far as in SPP's published settings.
-
-        Where row and column start as ones, both factors move it by the rate. SPP's beta, at rate 4e-3 and scale 2,
-        moves it by 8e-3 / sqrt(3 * 4096) for the 4096 inputs of the paper.
-        """
-        return TrainingDefaults(lr=4e-3 / sqrt(3 * 4096) * 4096 / width)
+    def rate(self, run: Run) -> float:
+        """Row and column of ones: every weight is multiplied by a sum of what moves by the rate."""
+        return run.rate_of_sum()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import gcd, sqrt
+from math import gcd
 from typing import TYPE_CHECKING, Any, cast
 
 from spp_fx.adapters.method import (
@@ -15,7 +15,7 @@ from spp_fx.adapters.method import (
     FoldKernel,
     Kernels,
     Method,
-    TrainingDefaults,
+    Run,
     register,
     work_dtype,
 )
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LARGEST_RANK = 256
-PAPER_RATE, PAPER_WIDTH = 4e-3, 4096
 
 
 @register("spp")
@@ -103,13 +102,9 @@ class SPP(Method):
         height = len(scaled) // len(alpha)
         return lambda stored, out, start: kernel(stored, alpha, scaled[start:], height, start, out)
 
-    def defaults(self, width: float, steps: int | None) -> TrainingDefaults:
-        """The paper's rate for 7B, 4e-3 at width 4096, scaled like alpha's start: by 1/sqrt(inputs).
-
-        alpha starts as U(-1/sqrt n, 1/sqrt n) and Adam moves every entry by about the rate, so a rate in
-        proportion to 1/sqrt(n) moves it by the same share at every width.
-        """
-        return TrainingDefaults(lr=PAPER_RATE * sqrt(PAPER_WIDTH / width))
+    def rate(self, run: Run) -> float:
+        """Every weight is multiplied by one product of an alpha and a beta."""
+        return run.rate_of_product(self.scale)
 
     def remedy(self, shapes: Iterable[tuple[int, ...]]) -> str | None:
         return f"ranks that fit all matched sites: {', '.join(map(str, self.usable_ranks(shapes)))}"

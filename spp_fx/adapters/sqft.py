@@ -12,6 +12,7 @@ from spp_fx.adapters.method import (
     FactorSpec,
     Kernels,
     Method,
+    Run,
     register,
 )
 from spp_fx.options import at_least_one, option
@@ -45,6 +46,10 @@ class SQFT(Method):
 
         a = factors["sqft_a"]
         return {**factors, "sqft_a": at_norm_of(a, right_vectors(grad * (weight != 0), len(a)))}
+
+    def rate(self, run: Run) -> float:
+        """The sum of `rank` products is added to every weight."""
+        return run.rate_of_product(self.scale, self.rank, run.spread)
 
     def kernels(self, device: str) -> Kernels | None:
         from spp_fx.adapters.low_rank import LowRank

@@ -1,8 +1,10 @@
 """The starts of an adapter's factors that need the model and a text: from gradients, or by least squares."""
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from math import isfinite, prod, sqrt
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
@@ -22,8 +24,8 @@ from spp_fx.pruning.gradients import SiteGradient, Source, layer_gradients, with
 from spp_fx.pruning.layerwise import Tick, silent
 from spp_fx.pruning.reconstruct import Solved, check_linear, layer_inputs, solve_rows
 from spp_fx.pruning.walk import FileStates, Walk
-from spp_fx.storage.workspace import Say
-from spp_fx.verbs.load import FolderWeights
+from spp_fx.verbs.load import FolderWeights, draw_windows
+from spp_fx.verbs.settings import Calibration
 from spp_fx.verification.model_sites import ModelSites, find_sites
 
 _PROBE = 1024
@@ -46,56 +48,6 @@ def check_start(method: Method, init: str) -> None:
     raise UsageError(f"{method.name} has only its default start: {reason}. Leave out --init")
 
 
-def start_factors(
-    init: str,
-    found: ModelSites,
-    methods: Mapping[str, Method],
-    tokens: Tensor,
-    factors: Mapping[str, Tensor],
-    *,
-    teacher: Path | None,
-    device: torch.device,
-    store: Path,
-    trust_remote_code: bool = False,
-    tick: Tick = silent,
-    say: Say = lambda line: None,
-) -> dict[str, Tensor]:
-    """The start of the factors of all sites by name on disk.
-
-    Args:
-        init: `gradient` or `reconstruct`.
-        found: the pruned model, with a program that is runnable.
-        methods: of the sites.
-        tokens: (samples, length) int64.
-        factors: the default start.
-        teacher: the folder of another model, which `reconstruct` needs.
-
-    Raises:
-        UsageError: the model's layers cannot be walked, a site is not in them, the teacher is of another kind.
-    """
-    partition(found.program, found.folder.path)
-    check_reachable(found.program, methods)
-    if init == "gradient":
-        guide = None if teacher is None else walkable(teacher, trust_remote_code=trust_remote_code)
-        if guide is not None:
-            check_teacher(found.program, guide.program, guide.folder.path)
-        gradients = site_gradients(
-            found, methods, tokens, device=device, store=store, teacher=guide, tick=tick
-        )
-        return start_from_gradients(gradients, methods, factors)
-    assert teacher is not None
-    dense = find_sites(open_model(teacher), trust_remote_code=trust_remote_code)
-    check_dense(found, dense, methods)
-    done = start_by_reconstruction(
-        found, dense, methods, tokens, factors, device=device, store=store, tick=tick
-    )
-    before, after = (fmean(pair[at] for pair in done.errors.values()) for at in (0, 1))
-    say(
-        f"output error on the calibration text, mean of {len(done.errors)} weights: {before:.2%} -> {after:.2%}"
-    )
-    return done.factors
-
-
 def walkable(folder: Path, *, trust_remote_code: bool = False) -> ModelSites:
     """A model folder whose decoder layers can be run one by one; its program computes once its tensors are filled in.
 
@@ -110,7 +62,8 @@ def walkable(folder: Path, *, trust_remote_code: bool = False) -> ModelSites:
 def partition(program: Program, folder: Path) -> None:
     """Prepare a program for `site_gradients`; UsageError where its layers cannot be walked."""
     try:
-        run_pipeline(program, [Partition(), Causal()])
+        if not program.units:
+            run_pipeline(program, [Partition(), Causal()])
         Walk(program, to_end=True)
     except (PreconditionError, PostconditionError) as error:
         raise UsageError(
@@ -170,6 +123,96 @@ def site_gradients(
             yield from layer_gradients(source, tokens, [*sites], device=device, teacher=guide, tick=tick)
 
 
+@dataclass(frozen=True)
+class TextGradients:
+    """Gradients of a model folder's sites on a text that is drawn and tokenized once.
+
+    Attributes:
+        found: as `find_sites` gives it, runnable.
+        teacher: the folder of a model whose predictions are learned; None: the text's own tokens.
+        store: a folder for what walks keep.
+    """
+
+    found: ModelSites
+    calibration: Calibration
+    teacher: Path | None
+    device: torch.device
+    store: Path
+    trust_remote_code: bool
+    tick: Tick
+    say: Callable[[str], None]
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """(samples, length) int64; the program is ready to be walked from here on."""
+        model, program = self.found.folder.path, self.found.program
+        drawn = draw_windows(
+            model, program, self.calibration, trust_remote_code=self.trust_remote_code, say=self.say
+        )
+        partition(program, model)
+        return drawn.tokens
+
+    @cached_property
+    def guide(self) -> ModelSites | None:
+        if self.teacher is None:
+            return None
+        guide = walkable(self.teacher, trust_remote_code=self.trust_remote_code)
+        check_teacher(self.found.program, guide.program, self.teacher)
+        return guide
+
+    def of(self, sites: Iterable[str]) -> Generator[SiteGradient, None, None]:
+        """One walk; UsageError where a site has no gradient or the model cannot be walked."""
+        names, tokens = [*sites], self.tokens
+        check_reachable(self.found.program, names)
+        return site_gradients(
+            self.found,
+            names,
+            tokens,
+            device=self.device,
+            store=self.store,
+            teacher=self.guide,
+            tick=self.tick,
+        )
+
+    def norms(self, sites: Iterable[str]) -> dict[str, float]:
+        """The Frobenius norm of W * G of each site; of a stack, per expert."""
+        norms: dict[str, float] = {}
+        for each in self.of(sites):
+            norm = float((each.weight.float() * each.grad).norm())
+            norms[each.site] = norm / sqrt(prod(each.weight.shape[:-2]))
+            if not isfinite(norms[each.site]):
+                raise UsageError(f"{each.site}: its gradient on the text is not finite; use another text")
+        return norms
+
+
+def start_factors(
+    init: str, text: TextGradients, methods: Mapping[str, Method], factors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The start of the factors of all sites by name on disk.
+
+    Args:
+        init: `gradient` or `reconstruct`, which needs `text.teacher`.
+        methods: of the sites; see `check_start`.
+        factors: the default start; may hold more.
+
+    Raises:
+        UsageError: the model's layers cannot be walked, a site is not in them, or the teacher is another model.
+    """
+    if init == "gradient":
+        return start_from_gradients(text.of(methods), methods, factors)
+    assert text.teacher is not None
+    dense = find_sites(open_model(text.teacher), trust_remote_code=text.trust_remote_code)
+    check_dense(text.found, dense, methods)
+    done = start_by_reconstruction(
+        text.found, dense, methods, text.tokens, factors, device=text.device, store=text.store, tick=text.tick
+    )
+    before, after = (fmean(pair[at] for pair in done.errors.values()) for at in (0, 1))
+    text.say(
+        f"output error on the calibration text, mean of {len(done.errors)} weights: {before:.2%} -> {after:.2%}"
+    )
+    return done.factors
+
+
 @contextmanager
 def _source(found: ModelSites, device: torch.device, store: Path) -> Generator[Source, None, None]:
     if device.type != "cpu":
@@ -215,6 +258,7 @@ def start_by_reconstruction(
         tokens, device, store: as in `site_gradients`.
         factors: the default start, by name on disk.
     """
+    check_reachable(found.program, methods)
     result, errors = dict(factors), dict[str, tuple[float, float]]()
     reader = FolderWeights(dense)
     with _source(found, device, store) as source:

@@ -1,11 +1,12 @@
 """train: update the factors of an adapter folder in place."""
 
+import gc
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from math import inf, isfinite
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -31,8 +32,9 @@ from spp_fx.training.samples import (
     pad_token,
     training_rows,
 )
-from spp_fx.training.state import checkpoints, is_whole
-from spp_fx.training.trainer import AdapterTrainer, CutEachEpoch, EarlyStop
+from spp_fx.training.state import OPTIMIZER, checkpoints, is_whole, load_state
+from spp_fx.training.trainer import AdapterTrainer, CutEachEpoch, EarlyStop, load_factors
+from spp_fx.verbs import rate
 from spp_fx.verbs.load import Loaded, load_program, load_tokenizer, window_length
 from spp_fx.verbs.settings import TrainSettings
 
@@ -43,6 +45,8 @@ class Trained:
 
     Attributes:
         rows: of an optimizer step, over all processes.
+        lr: the peak learning rate.
+        lr_trials: losses of the short runs that it was chosen by, by their rates; infinite where one diverged.
         loss: mean over all steps.
         losses: mean between reports, see `TrainSettings.logging_steps`.
         parts: what the loss is made up of, see `training.losses.Objective`: means over all steps, unweighted; None for
@@ -58,6 +62,7 @@ class Trained:
     steps: int
     rows: int
     lr: float
+    lr_trials: dict[float, float]
     seq_len: int
     loss: float
     losses: list[float]
@@ -76,6 +81,10 @@ class Trained:
             "adapter": str(self.adapter),
             "steps": self.steps,
             "lr": self.lr,
+            "lr_trials": [
+                {"lr": lr, "loss": loss if isfinite(loss) else None}
+                for lr, loss in sorted(self.lr_trials.items())
+            ],
             "seq_len": self.seq_len,
             "loss": self.loss,
             "losses": self.losses,
@@ -161,11 +170,18 @@ def train(
             say(line)
         for window in measured.windows:
             check_vocabulary(window, program.vocabulary, eval_data)
-    lr = default_rate(loaded, settings) if settings.lr is None else settings.lr
     checkpoint = _checkpoint(adapter, settings)
     frozen_bytes = held_bytes(value for value in program.parameters() if not value.requires_grad)
     guide = _teacher(Path(teacher), program, settings, trust_remote_code) if teacher else None
     pad_id = pad_token(tokenizer, program.vocabulary)
+    lr, trials = settings.lr, {}
+    if lr is None and checkpoint is not None:
+        lr = _resumed_rate(checkpoint)
+    elif lr is None:
+        lr, trials = _default_rate(
+            adapter, loaded, rows, settings,
+            lambda short: _trainer(adapter, loaded, rows, None, short, short.lr or 0.0, [], guide, pad_id),
+        )  # fmt: skip
     trainer = _trainer(adapter, loaded, rows, measured, settings, lr, callbacks or [], guide, pad_id)
     before = _evaluate(loaded, measured)  # where the trainer has put the program
     together = trainer.accelerator
@@ -191,6 +207,7 @@ def train(
         steps=trainer.state.global_step,
         rows=settings.batch_size * settings.accumulate * together.num_processes,
         lr=lr,
+        lr_trials=trials,
         seq_len=length,
         loss=result.training_loss,
         losses=[float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
@@ -206,12 +223,51 @@ def train(
     )
 
 
-def default_rate(loaded: Loaded, settings: TrainSettings) -> float:
-    """The rate that the method suggests for the sites' width."""
-    program = loaded.program
-    width = median(program.sites[name].in_features for name in program.adapters)
-    method = next(iter(program.adapters.values()))
-    return method.defaults(width, settings.steps).lr
+def _default_rate(
+    adapter: Path,
+    loaded: Loaded,
+    rows: Rows,
+    settings: TrainSettings,
+    short_run: Callable[[TrainSettings], AdapterTrainer],
+) -> tuple[float, dict[float, float]]:
+    """The rate where the user gives none, and the losses of the trials that led to it, by their rates.
+
+    Args:
+        short_run: makes the trainer of a trial.
+    """
+    steps = rate.steps_of(rows, settings)
+    suggestion = rate.suggested(adapter, loaded.program, loaded.model)
+    trials: dict[float, float] = {}
+    short = rate.trial_steps(steps) if settings.lr_trials else 0
+    if short == 0:
+        return rate.rounded(suggestion(steps)), trials
+    start = {name: value.detach().clone() for name, value in loaded.factors.items()}
+
+    def loss(multiple: float) -> float:
+        gc.collect()  # trainers refer to themselves; of several processes, each of them listens to the gradients
+        lr = rate.rounded(multiple * suggestion(short))
+        trainer = short_run(
+            replace(
+                settings, steps=short, epochs=None, lr=lr, logging_steps=1, save_steps=None, eval_steps=None,
+                early_stop=None, report_to=(),
+            )
+        )  # fmt: skip
+        trainer.train()
+        last = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry][-short // 4 :]
+        finite = all(bool(value.isfinite().all()) for value in loaded.factors.values())
+        load_factors(loaded.factors, start, adapter)
+        trials[lr] = sum(last) / len(last) if finite else inf
+        return trials[lr]
+
+    chosen = rate.rounded(rate.best_multiple(loss) * suggestion(steps))
+    gc.collect()
+    return chosen, trials
+
+
+def _resumed_rate(checkpoint: str) -> float:
+    """The peak rate of the run that wrote a checkpoint."""
+    (group, *_) = load_state(Path(checkpoint), OPTIMIZER)["optimizer"]["param_groups"]
+    return float(group["initial_lr"])
 
 
 def _checkpoint(adapter: Path, settings: TrainSettings) -> str | None:
@@ -302,7 +358,8 @@ def _trainer(
         gradient_accumulation_steps=settings.accumulate,
         weight_decay=settings.weight_decay,
         warmup_steps=settings.warmup,
-        lr_scheduler_type=settings.schedule,
+        lr_scheduler_type="cosine_with_min_lr" if settings.min_lr else settings.schedule,
+        lr_scheduler_kwargs={"min_lr": settings.min_lr} if settings.min_lr else {},
         max_grad_norm=settings.clip,
         bf16=settings.bf16,
         logging_steps=min(settings.logging_steps, settings.steps or settings.logging_steps),

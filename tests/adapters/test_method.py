@@ -1,14 +1,15 @@
 """Methods by name, their settings, and the start of their factors."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
-from spp_fx.adapters.method import FactorSpec, Method, check_update, initial_factor, make_method
+from spp_fx.adapters.method import FactorSpec, Method, Run, check_update, initial_factor, make_method
 from spp_fx.adapters.spp import SPP
 from spp_fx.errors import UsageError
+from tests.adapters.layers import METHODS
 
 CPU = torch.device("cpu")
 
@@ -145,3 +146,32 @@ def made_up(update, spec: FactorSpec) -> Method:
 
     MadeUp.name = "wrong"
     return MadeUp()
+
+
+RUN = Run(steps=100, width=512, spread=0.05)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_longer_run_and_a_wider_model_get_a_lower_rate(name):
+    method = METHODS[name]
+    rate = method.rate(RUN)
+    assert 0 < method.rate(replace(RUN, steps=800)) < rate < 1
+    assert 0 < method.rate(replace(RUN, width=8192)) < rate
+
+
+@pytest.mark.parametrize("name", ["spp", "hira", "sqft", "lors"])
+def test_the_rate_makes_up_for_the_scale(name):
+    """The change is s times a product of two factors, of which each moves by the rate."""
+    small, large = (make_method(name, scale=scale) for scale in (0.5, -8.0))
+    assert small.rate(RUN) == pytest.approx(4 * large.rate(RUN))
+
+
+@pytest.mark.parametrize(("name", "power"), [("sqft", 0.5), ("lors", 0.5), ("masked-full", 1)])
+def test_what_is_added_to_weights_follows_their_size(name, power):
+    method = METHODS[name]
+    assert method.rate(replace(RUN, spread=0.2)) == pytest.approx(4**power * method.rate(RUN))
+
+
+@pytest.mark.parametrize("name", ["spp", "hira", "scale-lora"])
+def test_what_multiplies_weights_does_not(name):
+    assert METHODS[name].rate(replace(RUN, spread=0.2)) == METHODS[name].rate(RUN)

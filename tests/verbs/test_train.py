@@ -1,5 +1,6 @@
 """Training an adapter folder: resumable to the bit, no pickle, all or nothing."""
 
+import math
 import shutil
 from pathlib import Path
 
@@ -86,3 +87,44 @@ def test_resume_without_a_checkpoint_is_refused(adapter, text_file):
     ran = train(adapter, text_file, "--resume")
     assert ran.code == 2
     assert "--save-steps" in ran.err
+
+
+def test_the_default_rate_given_by_hand_is_the_same_run(adapter, text_file, tmp_path):
+    shutil.copytree(adapter, tmp_path / "again")
+    lr = train(adapter, text_file, "--json").json["lr"]
+    assert train(tmp_path / "again", text_file, "--lr", repr(lr)).code == 0
+    assert factors(adapter) == factors(tmp_path / "again")
+
+
+def test_epochs_get_the_rate_of_their_steps(adapter, text_file, tmp_path):
+    shutil.copytree(adapter, tmp_path / "again")
+    line = ("--data", text_file, "--seq-len", 32, "--batch-size", 3, "--accumulate", 2, "--json", "-q")
+    epochs = command("train", adapter, *line, "--epochs", 1.5).json
+    steps = command("train", tmp_path / "again", *line, "--steps", epochs["steps"]).json
+    assert epochs["lr"] == steps["lr"]
+
+
+def test_short_trials_choose_the_rate_and_leave_no_trace(adapter, text_file, tmp_path):
+    shutil.copytree(adapter, tmp_path / "again")
+    found = train(adapter, text_file, "--steps", 32, "--json").json
+    tried = {each["lr"]: each["loss"] for each in found["lr_trials"]}
+    assert 3 <= len(tried) <= 7
+    assert abs(math.log2(found["lr"] * (32 / 8) ** (1 / 3) / min(tried, key=tried.__getitem__))) < 0.6
+    given = train(tmp_path / "again", text_file, "--steps", 32, "--lr", found["lr"], "--json").json
+    assert given["lr_trials"] == []
+    assert factors(adapter) == factors(tmp_path / "again")
+
+
+def test_without_trials_the_rate_is_the_suggestion(adapter, text_file):
+    report = train(adapter, text_file, "--steps", 33, "--no-lr-trials", "--json").json
+    assert report["lr_trials"] == []
+    assert report["lr"] > 0
+
+
+def test_a_resumed_run_keeps_the_rate_that_was_found(adapter, text_file):
+    first = train(adapter, text_file, "--steps", 32, "--save-steps", 16, "--json").json
+    whole = factors(adapter)
+    shutil.rmtree(adapter / "checkpoint-32")
+    again = train(adapter, text_file, "--steps", 32, "--save-steps", 16, "--resume", "--json").json
+    assert (again["lr"], again["lr_trials"]) == (first["lr"], [])
+    assert factors(adapter) == whole

@@ -1,0 +1,96 @@
+"""The learning rate of a run: what its method suggests, and short trials around that."""
+
+from collections.abc import Callable
+from math import ceil, exp2, inf, isfinite, prod
+from pathlib import Path
+from statistics import median
+
+from accelerate import PartialState
+
+from spp_fx.adapters.adapter_folder import AdapterFolder
+from spp_fx.adapters.method import Run
+from spp_fx.exporters.manifest import open_model
+from spp_fx.graph.program import Program
+from spp_fx.storage.folder import ModelFolder
+from spp_fx.training.samples import Rows
+from spp_fx.verbs.settings import TrainSettings
+
+FEWEST_STEPS = 32
+"""A shorter run gets the suggested rate as it is."""
+TRIAL_SHARE, SHORTEST_TRIAL, LONGEST_TRIAL = 1 / 16, 8, 32
+MOST_TRIALS = 7
+SPREAD_NUMBERS = 1 << 18
+
+
+def steps_of(rows: Rows, settings: TrainSettings) -> int:
+    """Optimizer steps of a run, over all processes."""
+    if settings.steps:
+        return settings.steps
+    batches = ceil(len(rows) / (settings.batch_size * PartialState().num_processes))
+    return max(1, ceil((settings.epochs or 3.0) * ceil(batches / settings.accumulate)))
+
+
+def suggested(adapter: Path, program: Program, model: Path) -> Callable[[int], float]:
+    """The rate for a number of steps: the median of those that the methods of the sites suggest."""
+    base, matrices = open_model(model), AdapterFolder.open(adapter).matrices
+    sites = [
+        (method, program.sites[name].in_features, spread(base, matrices[name][0].tensor))
+        for name, method in program.adapters.items()
+    ]
+    return lambda steps: median(method.rate(Run(steps, width, size)) for method, width, size in sites)
+
+
+def spread(base: ModelFolder, tensor: str) -> float:
+    """The root mean square of a stored weight's non-zeros, 1 where it has none.
+
+    Of a large weight 2^18 numbers of its middle rows stand for all: a rate needs no more digits.
+    """
+    _, info = base.info(tensor)
+    rows = info.shape[0]
+    some = min(rows, max(1, SPREAD_NUMBERS * rows // prod(info.shape)))
+    start = (rows - some) // 2
+    values = base.read_rows(tensor, start, start + some).double()
+    return float(values[values != 0].square().mean().sqrt()) if values.any() else 1.0
+
+
+def trial_steps(steps: int) -> int:
+    """Steps of each trial before a run of `steps`; 0: none."""
+    if steps < FEWEST_STEPS:
+        return 0
+    return min(max(round(steps * TRIAL_SHARE), SHORTEST_TRIAL), LONGEST_TRIAL)
+
+
+def best_multiple(loss: Callable[[float], float], most: int = MOST_TRIALS) -> float:
+    """The multiple of the suggested rate at which a trial's loss is lowest.
+
+    Multiples a factor of 2 apart are tried from 1 on, towards the lower loss, until the lowest has a higher one on
+    each side, or `most` are tried; then the lowest point of the parabola through these three is taken.
+
+    Args:
+        loss: of a trial at a multiple; not finite where it diverges.
+    """
+    tried: dict[int, float] = {}
+
+    def at(power: int) -> float:
+        if power not in tried:
+            found = loss(exp2(power))
+            tried[power] = found if isfinite(found) else inf
+        return tried[power]
+
+    best = 0
+    while at(best) == inf and len(tried) < most:
+        best -= 1
+    while len(tried) < most:
+        lower = min((best - 1, best + 1), key=at)
+        if at(lower) >= at(best):
+            break
+        best = lower
+    left, here, right = (tried.get(power, inf) for power in (best - 1, best, best + 1))
+    if not isfinite(left + here + right) or left + right <= 2 * here:
+        return exp2(best)
+    return exp2(best + (left - right) / (2 * (left - 2 * here + right)))
+
+
+def rounded(rate: float) -> float:
+    """Two significant digits: more would claim what the trials cannot know."""
+    return float(f"{rate:.1e}")

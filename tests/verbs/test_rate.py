@@ -1,0 +1,54 @@
+"""The learning rate that train takes by itself: the size of weights, and the search around a suggestion."""
+
+from math import inf, log2, nan
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from spp_fx.storage.folder import ModelFolder
+from spp_fx.verbs.rate import MOST_TRIALS, best_multiple, spread, trial_steps
+
+
+@pytest.mark.parametrize("best", [0.11, 0.7, 1.0, 1.3, 9.0])
+def test_the_lowest_point_of_a_parabola_is_found(best):
+    found = best_multiple(lambda multiple: 3 + 0.1 * log2(multiple / best) ** 2)
+    assert found == pytest.approx(best)
+
+
+@pytest.mark.parametrize("bad", [inf, nan])
+def test_rates_that_diverge_are_left(bad):
+    found = best_multiple(lambda multiple: bad if multiple > 0.3 else 1 / multiple)
+    assert found == 0.25
+
+
+def test_where_every_rate_diverges_the_search_ends():
+    tried = []
+    best_multiple(lambda multiple: tried.append(multiple) or inf)
+    assert len(tried) == MOST_TRIALS
+
+
+def test_a_loss_that_falls_for_ever_ends_the_search():
+    tried = []
+    found = best_multiple(lambda multiple: tried.append(multiple) or -multiple)
+    assert len(tried) <= MOST_TRIALS
+    assert found == max(tried) >= 8
+
+
+def test_a_flat_loss_keeps_the_suggestion():
+    assert best_multiple(lambda multiple: 2.0) == 1
+
+
+@pytest.mark.parametrize(("steps", "short"), [(1, 0), (31, 0), (32, 8), (320, 20), (100_000, 32)])
+def test_a_trial_is_a_sixteenth_within_bounds(steps, short):
+    assert trial_steps(steps) == short
+
+
+def test_the_spread_of_a_weight_is_that_of_its_non_zeros(tmp_path):
+    weight = torch.zeros(64, 8, dtype=torch.bfloat16)
+    weight[:32, ::2], weight[32:, ::4] = 3, -3
+    (tmp_path / "config.json").write_text("{}")
+    values = {"some": weight, "none": torch.zeros(4, 4), "stack": weight[None].clone()}
+    save_file(values, tmp_path / "model.safetensors", {"format": "pt"})
+    model = ModelFolder.open(tmp_path)
+    assert [spread(model, name) for name in values] == [3, 1, 3]
