@@ -56,13 +56,6 @@ class LoRAStar(Method):
         """The sum of `rank` products is added to every weight."""
         return run.rate_of_product(self.scale, self.rank, run.spread)
 
-    def gradient_start(self, weight: Tensor, grad: Tensor, factors: Factors) -> dict[str, Tensor]:
-        """A: the first right singular vectors of G, since training has no mask."""
-        from spp_fx.adapters.directions import at_norm_of, right_vectors
-
-        a = factors["lora_star_a"]
-        return {**factors, "lora_star_a": at_norm_of(a, right_vectors(grad, len(a)))}
-
     def kernels(self, device: str) -> Kernels | None:
         from spp_fx.adapters.low_rank import LowRank
 
