@@ -65,8 +65,10 @@ class InjectSettings:
         False,
         "Also train the norms and biases of the decoder; they are a share of a per mille and no mask is touched.",
     )
-    init: Literal["default", "gradient"] = option(
-        "default", "Start of the factors: the method's own, or from gradients on a text (--calib)."
+    init: Literal["default", "gradient", "reconstruct"] = option(
+        "default",
+        "Start of the factors. default: the method's own. On a text (--calib), gradient: where the loss falls "
+        "fastest; reconstruct: the outputs closest to those of the dense model (--teacher).",
     )
     budget: str | None = option(
         None,
@@ -80,8 +82,8 @@ class InjectSettings:
     )
     teacher: str | None = option(
         None,
-        "The dense model that MODEL was pruned from, for --budget-by error; for --init gradient and --budget-by "
-        "gradient, the model whose predictions are learned instead of the text's own tokens.",
+        "The dense model that MODEL was pruned from, for --budget-by error and --init reconstruct; for --init gradient "
+        "and --budget-by gradient, the model whose predictions are learned instead of the text's own tokens.",
     )
     device: str | None = option(
         None, "Where layers run for gradients. Default: cuda where there is one, else cpu."
