@@ -177,6 +177,7 @@ class AdapterTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.taught = None
         if self.layers is not None and batches:
             # The hidden states are compared relative to those of the whole step, which its first batch needs already:
             # with several batches the teacher runs twice over each.
