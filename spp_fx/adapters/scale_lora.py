@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from spp_fx.adapters.method import DROPOUT_OPTION, Factors, FactorSpec, Kernels, Method, Run, register
 from spp_fx.options import at_least_one, option
@@ -20,6 +20,8 @@ class ScaleLoRA(Method):
     Column 0 of B and row 0 of A start as ones, the other columns of B as zeros: B A is exactly 1, while the other
     rows of A, which start at random, let all r components learn.
     """
+
+    masked_gradient: ClassVar[bool] = True
 
     rank: int = option(16, "Rank r of the multipliers.", at_least_one)
     dropout: float = option(0.0, *DROPOUT_OPTION)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from spp_fx.adapters.method import (
     DROPOUT_OPTION,
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class SQFT(Method):
     """W + s (B A) * (W != 0) — SQFT, EMNLP 2024 findings; defaults are the paper's: s = alpha / r = 64 / 32."""
+
+    masked_gradient: ClassVar[bool] = True
 
     rank: int = option(32, "Rank r of the update.", at_least_one)
     scale: float = option(2.0, *SCALE_OPTION)

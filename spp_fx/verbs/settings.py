@@ -133,7 +133,7 @@ class TrainSettings:
     )
     lr_trials: bool = option(
         True,
-        "Without --lr: try rates around the method's own suggestion for a sixteenth of the steps (8 to 32) each, "
+        "Without --lr: try rates around the method's own suggestion for a fifth of the steps (10 to 24) each, "
         "3 to 7 of them; a run of less than 32 steps takes the suggestion.",
     )
     batch_size: int = option(16, "Rows per forward and device.", positive)

@@ -242,6 +242,7 @@ def _default_rate(
     if short == 0:
         return rate.rounded(suggestion(steps)), trials
     start = {name: value.detach().clone() for name, value in loaded.factors.items()}
+    untrained: list[float] = []
 
     def loss(multiple: float) -> float:
         gc.collect()  # trainers refer to themselves; of several processes, each of them listens to the gradients
@@ -253,15 +254,18 @@ def _default_rate(
             )
         )  # fmt: skip
         trainer.train()
-        last = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry][-short // 4 :]
+        losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+        untrained.append(losses[0])
+        last = losses[-short // 4 :]
         finite = all(bool(value.isfinite().all()) for value in loaded.factors.values())
         load_factors(loaded.factors, start, adapter)
         trials[lr] = sum(last) / len(last) if finite else inf
         return trials[lr]
 
-    chosen = rate.rounded(rate.best_multiple(loss) * suggestion(steps))
+    multiple = rate.best_multiple(loss)
     gc.collect()
-    return chosen, trials
+    left = min(trials.values()) / untrained[0]
+    return rate.rounded(multiple * rate.carried_over(suggestion(short), suggestion(steps), left)), trials
 
 
 def _resumed_rate(checkpoint: str) -> float:
