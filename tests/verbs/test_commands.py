@@ -22,6 +22,7 @@ from spp_fx.verbs.settings import (
     LockSettings,
     MergeSettings,
     PruneSettings,
+    TeachSettings,
 )
 from tests.command import command
 
@@ -76,6 +77,7 @@ def test_every_help_text_shows_an_example(name):
         ("merge", MergeSettings),
         ("lock", LockSettings),
         ("evaluate", EvaluateSettings),
+        ("teach", TeachSettings),
     ],
 )
 def test_the_options_of_a_verb_are_its_keyword_arguments(verb, settings):
