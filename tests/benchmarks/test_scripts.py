@@ -22,7 +22,7 @@ TINY = {
     "gpu_runtime.py": "--device cpu --shapes 128x256 --tokens 1 4 --repeats 1 --llama tiny --llama-layers 1 "
     "--batches 1 --prompt 4 --new-tokens 2",
     "model_step.py": "--layers 1 --tokens 32 --seq-len 16 --repeats 1 --dtype bfloat16 "
-    "--only lors spp_fused spp_packed sqft sqft_checkpoint sqft_fused",
+    "--only lors spp_fused spp_packed sqft sqft_checkpoint hira sqft_fused lors_fused hira_fused",
     "graph_overhead.py": "--layers 1 --tokens 32 --seq-len 16 --repeats 1 --dtype float32",
     "pack.py": "--gb 0.02 --rows 256 --repeats 1",
     "export_large.py": "--layers 1 --hidden 128 --intermediate 256 --formats onnx-packed",
