@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from spp_fx.adapters.method import DROPOUT_OPTION, Factors, FactorSpec, Method, Run, register
+from spp_fx.adapters.method import (
+    DROPOUT_OPTION,
+    Factors,
+    FactorSpec,
+    FoldKernel,
+    Kernels,
+    Method,
+    Run,
+    register,
+)
 from spp_fx.options import at_least_one, option
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from spp_fx.adapters.low_rank import LowRank
 
 
 @register("scale-lora")
@@ -33,6 +45,17 @@ class ScaleLoRA(Method):
 
     def update(self, weight: Tensor, **factors: Tensor) -> Tensor:
         return weight * (factors["scale_lora_b"] @ factors["scale_lora_a"] - 1)
+
+    def kernels(self, device: str) -> Kernels | None:
+        return self._low_rank()
+
+    def fold_kernel(self, factors: Mapping[str, Any], dtype: str) -> FoldKernel | None:
+        return self._low_rank().fold_kernel(factors, dtype)
+
+    def _low_rank(self) -> LowRank:
+        from spp_fx.adapters.low_rank import LowRank
+
+        return LowRank("scale_lora_b", "scale_lora_a", 1.0, "weight", "weight", offset=-1.0)
 
     def gradient_start(self, weight: Tensor, grad: Tensor, factors: Factors) -> dict[str, Tensor]:
         """The rows of A after the first, which is ones: the first right singular vectors of W * G."""
