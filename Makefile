@@ -7,12 +7,13 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow nightly install check bench soak fuzz clean help
+.PHONY: demo test test-slow test-tasks nightly install check bench soak fuzz clean help
 
 help:
 	@echo "make demo     prune, train, merge, verify and export a small model, a few minutes on two cores"
 	@echo "make test     the test suite"
 	@echo "make test-slow its long runs: benchmarks, several processes, kills"
+	@echo "make test-tasks the tests of eval --tasks; installs lm-evaluation-harness"
 	@echo "make nightly  every combination, many more examples, every trace made anew: some hours"
 	@echo "make check    lint, format, types, layers"
 	@echo "make bench    benchmarks, JSON on stdout"
@@ -29,6 +30,11 @@ test: install
 # What starts many processes or trains for long; `make test` leaves it out, every submission runs both.
 test-slow: install
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not nightly"
+
+# The tests of `eval --tasks`, which need lm-evaluation-harness; they skip without it.
+test-tasks: install
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[tasks]"
+	$(BIN)/python -m pytest tests/verbs/test_tasks.py -m "slow or not slow"
 
 # All tests, with forty times the examples of hypothesis and no export of torch used twice; then the fuzz and the soak.
 nightly: install

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from spp_fx.command import HELP, command, read_config
+from spp_fx.command import CONFIG, FRESH, HELP, RECIPE, REMOTE_CODE, command, force_option, out_option
 from spp_fx.console import Output
 from spp_fx.errors import SppFxError, escaped
 from spp_fx.registry import Registry
@@ -38,12 +38,6 @@ if TYPE_CHECKING:
 FOLDER = click.Path(path_type=Path)
 MODEL = click.Argument(["model"], default=".")
 ADAPTER = click.Argument(["adapter"], type=FOLDER, default=Path())
-FRESH = click.Option(["--fresh"], is_flag=True, help="Start over, ignoring what an interrupted run left.")
-REMOTE_CODE = click.Option(
-    ["--trust-remote-code"],
-    is_flag=True,
-    help="Run code that comes with the model folder. Off: such models are refused.",
-)
 
 
 def main() -> None:
@@ -121,14 +115,6 @@ verb = partial(command, cli)
 """The decorator of a verb's function."""
 
 
-def out_option(text: str) -> click.Option:
-    return click.Option(["out", "-o", "--out"], type=FOLDER, help=text)
-
-
-def force_option(text: str = "Replace the output if it exists.") -> click.Option:
-    return click.Option(["--force"], is_flag=True, help=text)
-
-
 def model_folder(name: str) -> Path:
     from spp_fx.storage.folder import resolve_model
 
@@ -171,6 +157,8 @@ def methods() -> Registry[Any]:
     out_option("Folder to write. Default: MODEL-PATTERN."),
     force_option(),
     FRESH,
+    RECIPE,
+    CONFIG,
     REMOTE_CODE,
     registry=criteria,
 )
@@ -211,7 +199,7 @@ def prune_command(
 @verb(
     "inject", MODEL, out_option("Folder to write. Default: MODEL-METHOD."), force_option(),
     click.Option(["--dry-run"], is_flag=True, help="Only show what would be trained; config.json alone is enough."),
-    REMOTE_CODE, registry=methods, per_site=True,
+    RECIPE, CONFIG, REMOTE_CODE, registry=methods, per_site=True,
 )  # fmt: skip
 def inject_command(
     output: Output,
@@ -244,7 +232,7 @@ def inject_command(
     run = partial(
         inject, folder, target, **asked | method_options, **options, calibration=calibration, say=output.say
     )
-    if settings.init == "default":
+    if calibration is None:
         with output.bytes_bar("reading masks") as tick:
             done = run(tick=tick)
     else:
@@ -255,11 +243,7 @@ def inject_command(
 
 @verb(
     "train", ADAPTER,
-    click.Option(
-        ["--config"], type=FOLDER, is_eager=True, expose_value=False, callback=read_config,
-        help="YAML file with any of these options, 'seq-len: 512'; the command line overrides it.",
-    ),
-    REMOTE_CODE,
+    RECIPE, CONFIG, REMOTE_CODE,
 )  # fmt: skip
 def train_command(
     output: Output, adapter: Path, texts: TrainData, settings: TrainSettings, **options: Any
@@ -494,32 +478,54 @@ def inspect_command(output: Output, model: str, trust_remote_code: bool) -> None
     output.result(done)
 
 
-@verb("eval", MODEL, REMOTE_CODE)
-def eval_command(output: Output, model: str, settings: EvaluateSettings, trust_remote_code: bool) -> None:
-    """Perplexity of a text under a MODEL folder, or an adapter folder over its base.
+@verb("eval", click.Argument(["models"], nargs=-1, metavar="[MODEL]..."), REMOTE_CODE)
+def eval_command(
+    output: Output, models: tuple[str, ...], settings: EvaluateSettings, trust_remote_code: bool
+) -> None:
+    """Perplexity of a text, or scores of tasks, under each MODEL: a model folder, an adapter or an export.
 
-    Data is read as in train. Instructions and chats are measured as the whole text that the model would
-    see, prompt and answer, as --loss-on all does.
+    An adapter is evaluated as the model that merge would write, without writing it. Data is read as in train.
+    Instructions and chats are measured as the whole text that the model would see, as --loss-on all does.
 
     \b
     spp-fx eval my-merged --data held-out.txt
-    spp-fx eval my-merged --data alpaca.json
+    spp-fx eval dense sparse sparse-spp --data held-out.txt --seq-len 2048 --stride 512
+    spp-fx eval my-merged --tasks zero-shot,mmlu --batch-size 8
+    spp-fx eval my-merged --tasks my-task.yaml --limit 100
     """
-    from spp_fx.verbs.evaluate import evaluate
+    from spp_fx.verbs.evaluate import evaluate_all
 
     with output.steps_bar("evaluating") as bar:
-        windows = 0
+        done = 0
 
         def tick(what: str, count: int) -> None:
-            nonlocal windows
-            windows += count
-            bar.update(windows, item=what)
+            nonlocal done
+            done += count
+            bar.update(done, item=what)
 
-        folder = model_folder(model)
-        done = evaluate(
-            folder, **vars(settings), trust_remote_code=trust_remote_code, tick=tick, say=output.say
+        folders = [model_folder(model) for model in models or (".",)]
+        compared = evaluate_all(
+            folders, settings, trust_remote_code=trust_remote_code, tick=tick, say=output.say
         )
-    output.result(done)
+    output.result(compared.models[0] if len(folders) == 1 else compared)
+
+
+@verb(
+    "recipes", click.Argument(["name"], required=False),
+    click.Option(["--devices"], type=click.IntRange(1), help="Devices that share the rows of a step. Default: 1."),
+)  # fmt: skip
+def recipes_command(output: Output, name: str | None, devices: int | None) -> None:
+    """List the papers' settings, or print those of NAME as a file for --config.
+
+    \b
+    spp-fx recipes
+    spp-fx recipes spp-llama-7b --devices 8 > run.yaml
+    spp-fx inject my-sparse --config run.yaml
+    spp-fx train my-sparse-spp --config run.yaml --data alpaca.json
+    """
+    from spp_fx.verbs.recipes import list_recipes
+
+    output.result(list_recipes(name, devices))
 
 
 @verb("opt", MODEL, REMOTE_CODE)

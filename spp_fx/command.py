@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
@@ -27,6 +27,21 @@ COMMON = (
         ["--allow-links"], is_flag=True, help="Follow symbolic links that leave a folder. Off: refused."
     ),
 )
+
+FRESH = click.Option(["--fresh"], is_flag=True, help="Start over, ignoring what an interrupted run left.")
+REMOTE_CODE = click.Option(
+    ["--trust-remote-code"],
+    is_flag=True,
+    help="Run code that comes with the model folder. Off: such models are refused.",
+)
+
+
+def out_option(text: str) -> click.Option:
+    return click.Option(["out", "-o", "--out"], type=click.Path(path_type=Path), help=text)
+
+
+def force_option(text: str = "Replace the output if it exists.") -> click.Option:
+    return click.Option(["--force"], is_flag=True, help=text)
 
 
 class Command(click.Command):
@@ -89,10 +104,15 @@ def command(
             from spp_fx.storage.links import links_allowed
 
             context = click.get_current_context()
+            _drop_replaced(context, values)
             if registry is not None:
                 options = {key: values.pop(key) for key in context.meta["chosen options"]}
                 source = context.get_parameter_source
-                given = {key: options[key] for key in options if source(key) is not ParameterSource.DEFAULT}
+                given = {
+                    key: options[key]
+                    for key in options
+                    if source(key) is not ParameterSource.DEFAULT and key not in context.meta["replaced"]
+                }
                 check_options(registry(), values[choice], given)
                 values[f"{choice}_options"] = _overrides_apart(given) if per_site else given
             made = {
@@ -127,6 +147,18 @@ def command(
         return function
 
     return decorate
+
+
+def _drop_replaced(context: click.Context, values: dict[str, Any]) -> None:
+    """Take back defaults of a file or recipe where the command line gives the alternative, as --steps for epochs."""
+    source = context.get_parameter_source
+    typed = [name for name in values if source(name) is ParameterSource.COMMANDLINE]
+    replaced = [
+        name for name in values if source(name) is ParameterSource.DEFAULT_MAP and _replaced(name, typed)
+    ]
+    for name in replaced:
+        values[name] = next(each.default for each in context.command.params if each.name == name)
+    context.meta["replaced"] = replaced
 
 
 def _silence_libraries(debug: bool) -> None:
@@ -237,7 +269,10 @@ def _click_option(each: Field[Any], hint: Any, text: str, required: bool = True)
 
 
 def read_config(context: click.Context, parameter: click.Parameter, path: Path | None) -> None:
-    """Options from a YAML file as defaults, which the command line overrides."""
+    """Options from a YAML file as defaults, which the command line overrides.
+
+    The file is a mapping of options, or has a section for each of several commands, as `spp-fx recipes NAME` writes it.
+    """
     if path is None:
         return
     import yaml
@@ -248,15 +283,77 @@ def read_config(context: click.Context, parameter: click.Parameter, path: Path |
         raise UsageError(f"{path}: cannot be read as YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path}: must be a mapping of options, one 'name: value' per line")
-    known = {"config": parameter} | {
+    verbs = cast(click.Group, context.find_root().command).commands
+    sections = {name: value for name, value in content.items() if name in verbs and isinstance(value, dict)}
+    if sections:
+        if outside := [str(name) for name in content if name not in sections]:
+            raise UsageError(
+                f"{path}: '{outside[0]}' stands outside the sections of commands ({', '.join(sections)})"
+            )
+        content = sections.get(str(context.command.name), {})
+    _set_defaults(context, content, str(path), first=True)
+
+
+def read_recipe(context: click.Context, parameter: click.Parameter, name: str | None) -> None:
+    """A paper's options as defaults, which --config and the command line override."""
+    if name is None:
+        return
+    from spp_fx.verbs.recipes import find_recipe, processes
+
+    options = find_recipe(name).options(str(context.command.name), processes())
+    _set_defaults(context, options, f"--recipe {name}", first=False)
+
+
+def _set_defaults(context: click.Context, content: dict[Any, Any], where: str, *, first: bool) -> None:
+    """Make options defaults of a command.
+
+    Args:
+        where: what an error message begins with.
+        first: whether they come before defaults that are set already.
+    """
+    params = [each for each in context.command.params if each.expose_value]
+    known = {
         name.lstrip("-").replace("-", "_"): each
-        for each in context.command.params
+        for each in params
         for name in (str(each.name), *each.opts)
-        if each is not parameter and len(name.lstrip("-")) > 1
+        if len(name.lstrip("-")) > 1
     }
-    del known["config"]
     options: dict[str, Any] = {str(name).replace("-", "_"): value for name, value in content.items()}
     if unknown := sorted(options.keys() - known.keys()):
-        raise UsageError(f"{path}: unknown option '{unknown[0]}'; known: {', '.join(sorted(known))}")
-    given = {str(known[name].name): value for name, value in options.items()}
-    context.default_map = {**(context.default_map or {}), **given}
+        raise UsageError(f"{where}: unknown option '{unknown[0]}'; known: {', '.join(sorted(known))}")
+    given: dict[str, Any] = {}
+    for name, value in options.items():
+        each = known[name]
+        # One value of an option that may be repeated: click would take a text letter by letter.
+        single = isinstance(each, click.Option) and each.multiple and not isinstance(value, list | tuple)
+        given[str(each.name)] = [value] if single else value
+    set_before: dict[str, Any] = dict(context.default_map or {})
+    over, under = (given, set_before) if first else (set_before, given)
+    context.default_map = {name: value for name, value in under.items() if not _replaced(name, over)} | over
+
+
+ALTERNATIVES = (("steps", "epochs"), ("rank", "budget"))
+"""Options of which one is given instead of the other."""
+
+
+def _replaced(name: str, by: Collection[str]) -> bool:
+    """Whether options that count more hold an alternative to one."""
+    return any(name in pair and any(other in by for other in pair if other != name) for pair in ALTERNATIVES)
+
+
+CONFIG = click.Option(
+    ["--config"],
+    type=click.Path(path_type=Path),
+    is_eager=True,
+    expose_value=False,
+    callback=read_config,
+    help="YAML file with any of these options, 'seq-len: 512'; the command line overrides it.",
+)
+RECIPE = click.Option(
+    ["--recipe"],
+    metavar="NAME",
+    is_eager=True,
+    expose_value=False,
+    callback=read_recipe,
+    help="A paper's settings, 'spp-fx recipes' lists them; --config and the command line override it.",
+)

@@ -55,6 +55,10 @@ class AdapterConfig(BaseModel):
     """adapter_config.json: PEFT's keys where they mean the same, ours beside them.
 
     An option that differs between sites has a key of its own besides, such as `rank_pattern`, see `to_patterns`.
+
+    Attributes:
+        trained_parameters: norms and biases that are trained themselves, each with the tensors of the checkpoint that
+            hold it; None, and not written, where there are none.
     """
 
     model_config = ConfigDict(extra="allow", strict=True, defer_build=True)
@@ -73,6 +77,7 @@ class AdapterConfig(BaseModel):
     inference_mode: bool
     seed: int
     sites: dict[str, list[StoredMatrix]]
+    trained_parameters: dict[str, list[str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,11 @@ class AdapterFolder:
             return (out, entry.shape[-1])
         return (max(matrix.expert or 0 for matrix in matrices) + 1, out, entry.shape[-1])
 
+    @property
+    def trained(self) -> dict[str, list[str]]:
+        """Norms and biases that are trained, by parameter: the tensors of the checkpoint that hold it."""
+        return self.config.trained_parameters or {}
+
     def factors(self, site: str, expert: int | None = None) -> dict[str, NDArray[np.float64]]:
         """The factors of a site in float64, or of one expert of a stack."""
         return {
@@ -176,6 +186,15 @@ class AdapterFolder:
                 raise FormatError(f"{self.path / CONFIG}: {site}: {reason}")
             factors = self.methods[site].factors(shape)
             expected |= {f"{site}.{key}": spec.shape for key, spec in factors.items()}
+        for name in self.trained:
+            if name in expected:
+                raise FormatError(f"{self.path / CONFIG}: {name} is trained, and a factor has its name")
+            info = self.shard.header.tensors.get(name)
+            if info is not None and (len(info.shape) != 1 or info.dtype not in ("F32", "F64")):
+                raise FormatError(
+                    f"{where}: {name} has shape {list(info.shape)} and type {info.dtype}, expected a vector of F32"
+                )
+            expected[name] = info.shape if info is not None else ()
         held = {name: info.shape for name, info in self.shard.header.tensors.items()}
         for name in sorted(expected.keys() | held.keys()):
             if name not in held:
@@ -216,12 +235,15 @@ def write_adapter(
     matrices: Mapping[str, Iterable[StoredMatrix]],
     factors: "Mapping[str, Tensor]",
     lock: Lock,
+    trained: Mapping[str, Iterable[str]] | None = None,
     init: str = "default",
 ) -> None:
     """Write the files of an adapter folder into `folder`, which becomes `target`.
 
     Args:
         methods: of each site; what differs from `method` is kept beside it.
+        factors: with the values of trained norms and biases.
+        trained: the checkpoint's tensors of each of these.
     """
     start = {} if init == "default" else {"init": init}
     config = AdapterConfig(
@@ -239,12 +261,14 @@ def write_adapter(
         inference_mode=True,
         seed=seed,
         sites={site: list(stored) for site, stored in matrices.items()},
+        trained_parameters={name: list(tensors) for name, tensors in (trained or {}).items()} or None,
         **start,
         **to_patterns(method, methods),
     )
-    (folder / CONFIG).write_text(config.model_dump_json(indent=2) + "\n")
+    left_out = None if config.trained_parameters else {"trained_parameters"}
+    (folder / CONFIG).write_text(config.model_dump_json(indent=2, exclude=left_out) + "\n")
     (folder / LOCK_NAME).write_text(lock.dumps())
-    (folder / "README.md").write_text(_card(target, base, config, factors))
+    (folder / "README.md").write_text(_card(target, base, config, method, factors))
     write_factors(folder / FACTORS, factors)
 
 
@@ -261,8 +285,17 @@ def _read_config(path: Path) -> AdapterConfig:
         raise FormatError(f"{path}: {where}: {fault['msg']}") from error
 
 
-def _card(target: Path, base: Path, config: AdapterConfig, factors: "Mapping[str, Tensor]") -> str:
+def _card(
+    target: Path, base: Path, config: AdapterConfig, method: Method, factors: "Mapping[str, Tensor]"
+) -> str:
     rank = "" if config.r is None else f", rank {config.r}"
+    zeros = (
+        "It trains the non-zeros and leaves every zero where it is"
+        if method.masked
+        else "Its update is dense while training, and merging removes what lies on zeros"
+    )
+    count = len(config.trained_parameters or ())
+    beside = f" and {count} norms and biases" if count else ""
     return f"""---
 library_name: spp-fx
 base_model: {base.name}
@@ -272,8 +305,9 @@ tags: [sparse, {config.method}]
 # {target.name}
 
 Factors of {config.method.upper()}{rank}, for the pruned model `{base.name}`:
-{trainable_parameters(factors):,} trainable parameters over {len(config.sites)} weights. It trains the
-non-zeros and leaves every zero where it is; `{LOCK_NAME}` holds the masks.
+{trainable_parameters(factors):,} trainable parameters over {len(config.sites)} weights{beside}.
+{zeros};
+`{LOCK_NAME}` holds the masks.
 
 ```
 spp-fx train {target.name} --data text.txt

@@ -8,7 +8,7 @@ column. Only the definition needs torch.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -38,14 +38,29 @@ Vanish = Literal["keep", "error", "allow"]
 
 @dataclass
 class FoldCounts:
-    """Elements of a weight: non-zeros whose folded value rounds to zero, and those whose stored value changed."""
+    """Elements of a weight, as the fold meets them.
+
+    Attributes:
+        vanished: non-zeros whose folded value rounds to zero.
+        changed: those whose stored value changed.
+        removed: zeros that a dense update would have filled (`Method.masked` is False).
+        removed_square, update_square: sum of squares of such an update, where the weight is zero and everywhere.
+    """
 
     vanished: int = 0
     changed: int = 0
+    removed: int = 0
+    removed_square: float = 0.0
+    update_square: float = 0.0
 
     def add(self, other: FoldCounts) -> None:
-        self.vanished += other.vanished
-        self.changed += other.changed
+        for each in fields(self):
+            setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
+
+    @property
+    def removed_share(self) -> float:
+        """The share of the update's squared norm that lay where the weight is zero."""
+        return self.removed_square / self.update_square if self.update_square else 0.0
 
 
 @dataclass(frozen=True)
@@ -196,6 +211,12 @@ def _fold_block(
             folded = torch.where(to_zero, torch.copysign(smallest, sign), folded)
     folded = torch.where(nonzero, folded, weight)
     counts.changed += int((folded != weight).sum())
+    if not method.masked:
+        update = method.update(weight.double(), **factors)
+        removed = update[~nonzero]
+        counts.removed += int(removed.count_nonzero())
+        counts.removed_square += float(removed.square().sum())
+        counts.update_square += float(update.square().sum())
     return folded
 
 
@@ -209,6 +230,21 @@ def _first(flags: Tensor) -> tuple[int, int]:
 
     index = int(flags.flatten().to(torch.uint8).argmax())
     return index // flags.shape[1], index % flags.shape[1]
+
+
+def round_stored(value: NDArray[np.float64], dtype: str) -> Stored:
+    """float64 to the numbers of a stored dtype (one of `FLOATING`), rounded once to nearest even; without torch."""
+    with np.errstate(over="ignore", under="ignore"):
+        if dtype != "BF16":
+            plain = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype]
+            return value.astype(plain).view(FLOATING[dtype])
+        # To odd in float32, as in `round_once`.
+        single = value.astype("<f4")
+        bits = single.view("<i4").astype(np.int64)
+        error = value - single
+    away = (error != 0) & (bits & 1 == 0) & np.isfinite(single)
+    bits = (bits + np.where(away, np.where((error > 0) == (value > 0), 1, -1), 0)) & 0xFFFFFFFF
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype("<u2")
 
 
 def round_once(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -142,6 +142,9 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
+    masked: ClassVar[bool] = True
+    """Whether `update` is zero where the weight is zero. If False, the update is dense while training; the mask is
+    applied to it in evaluation and by the fold, which counts what that removes."""
     factor_grads: ClassVar[Callable[..., None] | None] = None
     """(self, x, grad_y, weight, factors, grads): adds the factors' gradients to `grads` from the input (b, in) and
     rows of the output's gradient (b, rows), for methods that never form G = grad_yᵀ x."""
@@ -159,7 +162,10 @@ class Method(ABC):
 
     @abstractmethod
     def update(self, weight: Tensor, **factors: Tensor) -> Tensor:
-        """The change of `weight` (..., out, in) that the factors stand for; zero where the weight is zero."""
+        """The change of `weight` (..., out, in) that the factors stand for.
+
+        It is zero where the weight is zero, unless the method is not `masked`.
+        """
 
     def effective_weight(self, weight: Tensor, **factors: Tensor) -> Tensor:
         """The weight that the adapted site stands for, in the promoted dtype of its inputs."""
@@ -236,6 +242,20 @@ class Method(ABC):
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
 
+@dataclass(frozen=True)
+class MaskedUpdate(Method):
+    """A method with a dense update as it is evaluated and folded: W + update * (W != 0)."""
+
+    name: ClassVar[str] = "masked-update"
+    dense: Method
+
+    def factors(self, shape: tuple[int, ...]) -> dict[str, FactorSpec]:
+        return self.dense.factors(shape)
+
+    def update(self, weight: Tensor, **factors: Tensor) -> Tensor:
+        return self.dense.update(weight, **factors) * (weight != 0)
+
+
 def finite_factor(value: float) -> str | None:
     return None if isfinite(value) and value != 0 else "must be a finite number other than 0"
 
@@ -295,7 +315,7 @@ def check_update(method: Method, shape: tuple[int, ...]) -> None:
         raise UsageError(
             f"{method.name}: update of shape {list(whole.shape)} for a weight of {list(weight.shape)}"
         )
-    if bool(whole[weight == 0].any()):
+    if method.masked and bool(whole[weight == 0].any()):
         raise UsageError(f"{method.name}: update is not zero where the weight is zero")
     if not torch.allclose(some, whole[:part], rtol=1e-9, atol=1e-12):
         raise UsageError(

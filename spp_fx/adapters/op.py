@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.nn.functional import linear
 
-from spp_fx.adapters.method import FactorSpec, Kernels, Method
+from spp_fx.adapters.method import FactorSpec, Kernels, MaskedUpdate, Method
 from spp_fx.adapters.rows import DENSE, PACKINGS, DenseRows, Rows, Storage, row_ranges, workspace
 from spp_fx.errors import UsageError
 
@@ -28,6 +28,8 @@ TILE_ELEMENTS = 1 << 18
 `pull_back` reads a tile of its products twice; `build`, which reads once, takes tiles of twice the size.
 """
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+DENSE_UPDATE = "dense_update"
+"""The last option of the ops of a method that is not `masked`: whether the update is dense, as in training."""
 SCHEMA_TYPES = {int: "int", float: "float", bool: "bool", str: "str"}
 
 
@@ -330,9 +332,14 @@ def ops_of(method: Method, shape: tuple[int, ...]) -> MethodOps:
     return _make_ops(type(method), tuple(method.factors(shape)))
 
 
-def op_options(method: Method) -> tuple[Any, ...]:
-    """The options of a method as its ops take them."""
-    return tuple(getattr(method, name) for name in _option_types(type(method)))
+def op_options(method: Method, training: Any = True) -> tuple[Any, ...]:
+    """The options of a method as its ops take them.
+
+    Args:
+        training: whether the update of a method that is not `masked` is to be dense: a bool, or a node that gives it.
+    """
+    own = [name for name in _option_types(type(method)) if name != DENSE_UPDATE]
+    return (*(getattr(method, name) for name in own), *(() if method.masked else (training,)))
 
 
 @cache
@@ -342,12 +349,16 @@ def _option_types(method: type[Method]) -> dict[str, str]:
     names = [each.name for each in fields(method) if each.name != "dropout"]
     if unknown := [name for name in names if hints[name] not in SCHEMA_TYPES]:
         raise UsageError(f"{method.name}: the option {unknown[0]} must be an int, float, bool or str")
-    return {name: SCHEMA_TYPES[hints[name]] for name in names}
+    return {name: SCHEMA_TYPES[hints[name]] for name in names} | (
+        {} if method.masked else {DENSE_UPDATE: "bool"}
+    )
 
 
 @cache
 def _make(method: type[Method], options: tuple[Any, ...]) -> Method:
-    return method(**dict(zip(_option_types(method), options, strict=True)))
+    values = dict(zip(_option_types(method), options, strict=True))
+    dense = values.pop(DENSE_UPDATE, True)
+    return method(**values) if dense else MaskedUpdate(method(**values))
 
 
 @cache

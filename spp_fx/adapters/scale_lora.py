@@ -55,7 +55,9 @@ class ScaleLoRA(Method):
     def _low_rank(self) -> LowRank:
         from spp_fx.adapters.low_rank import LowRank
 
-        return LowRank("scale_lora_b", "scale_lora_a", 1.0, "weight", "weight", offset=-1.0)
+        return LowRank(
+            "scale_lora_b", "scale_lora_a", 1.0, multiplier="weight", pulled_back="weight", offset=-1.0
+        )
 
     def gradient_start(self, weight: Tensor, grad: Tensor, factors: Factors) -> dict[str, Tensor]:
         """The rows of A after the first, which is ones: the first right singular vectors of W * G."""

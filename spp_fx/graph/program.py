@@ -140,6 +140,17 @@ def is_size(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), int | torch.SymInt)
 
 
+def vocabulary_of(config: PretrainedConfig) -> int:
+    """How many tokens a model has. Multimodal configurations hold it in their text's."""
+    return config.get_text_config(decoder=True).vocab_size
+
+
+def positions_of(config: PretrainedConfig) -> int | None:
+    """How many positions a model was made for, if its configuration says so."""
+    said = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return said if said and said > 0 else None  # XLNet says -1
+
+
 class Program(nn.Module):
     """A causal language model as nested fx graphs; called like the Hugging Face model it was traced from.
 
@@ -156,6 +167,8 @@ class Program(nn.Module):
             missing until their weights are read.
         matched: the sites that later passes treat, with their patterns; filled by `match`.
         adapters: the method that each injected site carries; filled by `inject`.
+        trained: parameters of the model that are trained themselves, and the dtype that each has in the
+            model; filled by `train-norms`.
         units: paths of the decoder layers' graph modules, in order; filled by `partition`.
         packings: how the weight of a site is packed, if it is; see `passes.frozen_weights`.
         masks: the mask that each injected site had before injection; `verify` compares with it.
@@ -196,6 +209,7 @@ class Program(nn.Module):
         self.patterns: dict[str, Pattern | None] = {}
         self.matched: dict[str, Pattern | None] = {}
         self.adapters: dict[str, Method] = {}
+        self.trained: dict[str, torch.dtype] = {}
         self.units: list[str] = []
         self.packings: dict[str, str] = {}
         self.masks: dict[str, PackedMask] = {}
@@ -270,14 +284,13 @@ class Program(nn.Module):
 
     @property
     def vocabulary(self) -> int:
-        """How many tokens there are: ids lie below it. Multimodal configurations hold it in their text's."""
-        return self.config.get_text_config(decoder=True).vocab_size
+        """How many tokens there are: ids lie below it."""
+        return vocabulary_of(self.config)
 
     @property
     def positions(self) -> int | None:
         """How many positions the model was made for, if its configuration says so."""
-        said = getattr(self.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        return said if said and said > 0 else None  # XLNet says -1
+        return positions_of(self.config)
 
     @property
     def device(self) -> torch.device:

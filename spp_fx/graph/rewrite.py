@@ -56,6 +56,21 @@ def change_call(node: fx.Node, target: Callable[..., Any], *args: Any) -> None:
     erase_unused(*before)
 
 
+def cast_result(node: fx.Node, dtype: torch.dtype) -> None:
+    """Let what uses a node use its value cast to a dtype."""
+    with node.graph.inserting_after(node):
+        made = call(node.graph, aten._to_copy.default, node, dtype=dtype)
+    made.meta = dict(node.meta)
+    node.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
+
+
+def drop_cast(node: fx.Node) -> None:
+    """The inverse of `cast_result`."""
+    (made,) = node.users
+    made.replace_all_uses_with(node)
+    erase_unused(made)
+
+
 def erase_unused(*nodes: fx.Node) -> None:
     """Erase those of some nodes that nothing uses, and then what only they used; a graph's inputs stay."""
     waiting, erased = list(nodes), set[fx.Node]()

@@ -6,15 +6,16 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, fx
 
-from spp_fx.adapters.fold import FoldCounts, Vanish, fold_matrix
+from spp_fx.adapters.fold import FoldCounts, Vanish, fold_matrix, round_once
 from spp_fx.adapters.method import Factors, Method
 from spp_fx.adapters.op import ops_of
-from spp_fx.errors import PostconditionError, PreconditionError
+from spp_fx.errors import MaskError, PostconditionError, PreconditionError
 from spp_fx.graph.program import ADAPTER, Program, Site, factor_attribute, matrices
 from spp_fx.graph.rewrite import VIEWS, erase_unused, reach, replace_by_call
 from spp_fx.passes.base import Pass, PassReport, register
 from spp_fx.passes.frozen_weights import unpack_site
 from spp_fx.passes.inject_adapters import dropout_of
+from spp_fx.passes.train_norms import freeze_norms
 
 aten = torch.ops.aten
 
@@ -23,6 +24,8 @@ aten = torch.ops.aten
 @dataclass(frozen=True)
 class Fold(Pass):
     """Write every adapted site's effective weight into its parameter and take the adapter out.
+
+    Norms and biases that were trained are rounded once to the model's dtype.
 
     Args:
         vanish: what to do with a non-zero that would fold to zero: keep, error or allow.
@@ -48,7 +51,10 @@ class Fold(Pass):
             counts = FoldCounts()
             factors = factors_of(program, name)
             folded[name] = _fold(program, name, method, factors, self.vanish, counts)
-            report.changed[name] = f"{counts.changed} changed, {counts.vanished} folded to zero"
+            report.changed[name] = f"{counts.changed} changed, {counts.vanished} folded to zero" + (
+                f", {counts.removed} removed by the mask" if counts.removed else ""
+            )
+        rounded = {name: _rounded(program, name) for name in program.trained}
         for name, method in list(program.adapters.items()):
             target = program.canonical_weight(name).detach()
             with torch.no_grad():
@@ -62,12 +68,21 @@ class Fold(Pass):
             del program.adapters[name]
         for module in {use.module for each in uses.values() for use in each}:
             module.recompile()
+        report.changed.update(dict.fromkeys(rounded, "trained"))
+        freeze_norms(program, rounded)
         return report
 
     def ensures(self, program: Program) -> None:
         left = [*program.adapters, *program.uses(ADAPTER)]
         if left:
             raise PostconditionError(f"fold: adapters are left: {left[:4]}")
+
+
+def _rounded(program: Program, name: str) -> Tensor:
+    value = round_once(program.get_parameter(name).detach().double(), program.trained[name])
+    if not bool(value.isfinite().all()):
+        raise MaskError(f"{name}: is not finite; nothing is folded. Train with a lower --lr")
+    return value
 
 
 def factors_of(program: Program, site: str) -> dict[str, Tensor]:
@@ -129,7 +144,7 @@ def _take_out_stack(node: fx.Node, method: Method, site: Site) -> None:
 def _canonical(made: fx.Node, method: Method, site: Site) -> fx.Node:
     """The frozen weight, as (..., out, in), that an effective weight is made from."""
     parameter = site.name.rpartition(".")[2]
-    own = {factor_attribute(parameter, key) for key in method.factors(site.shape)}
+    own = {factor_attribute(parameter, key) for key in method.factors(site.shape)} | {"training"}
     made_of = reach([made], lambda node: node.all_input_nodes)
     (source,) = (each for each in made_of if each.op == "get_attr" and each.target not in own)
     return next(user for user in source.users if user.target in VIEWS) if site.transposed else source

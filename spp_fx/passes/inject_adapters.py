@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
@@ -132,7 +132,7 @@ def _inject_linear(node: fx.Node, method: Method, site: Site, attributes: Sequen
         factors = [graph.get_attr(attribute) for attribute in attributes]
         seed, p = _dropout(graph, method)
         linear = ops_of(method, site.shape).linear
-        adapted = call(graph, linear, x, weight, *factors, bias, seed, *op_options(method), p)
+        adapted = call(graph, linear, x, weight, *factors, bias, seed, *_options(graph, method), p)
     replace_node(node, adapted, **{ADAPTER: site.name})
 
 
@@ -146,7 +146,8 @@ def _inject_stack(node: fx.Node, method: Method, site: Site, attributes: Sequenc
         seed, p = _dropout(graph, method)
         canonical = call(graph, aten.transpose.int, source, -2, -1) if site.transposed else source
         base = 1.0 if seed is None else 0.0
-        value = call(graph, ops_of(method, site.shape).weight, canonical, *factors, *op_options(method), base)
+        options = _options(graph, method)
+        value = call(graph, ops_of(method, site.shape).weight, canonical, *factors, *options, base)
         stored = call(graph, aten.transpose.int, value, -2, -1) if site.transposed else value
     value.meta = {ADAPTER: site.name}
     if seed is None:
@@ -164,6 +165,11 @@ def _inject_stack(node: fx.Node, method: Method, site: Site, attributes: Sequenc
         branch = call(graph, node.target, *arguments, **node.kwargs)
         total = call(graph, aten.add.Tensor, node, branch)
     node.replace_all_uses_with(total, delete_user_cb=lambda user: user is not total)
+
+
+def _options(graph: fx.Graph, method: Method) -> tuple[Any, ...]:
+    """What the ops take; evaluation masks an update that is dense in training."""
+    return op_options(method) if method.masked else op_options(method, training_flag(graph))
 
 
 def _dropout(graph: fx.Graph, method: Method) -> tuple[fx.Node | None, fx.Node | float]:

@@ -1,7 +1,7 @@
 """lower: choose how adapter nodes are executed."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, fx
@@ -85,13 +85,13 @@ def _expand_linear(node: fx.Node, method: Method, ops: MethodOps) -> None:
     """x W'^T + b, or with dropout x W^T + b + dropout(x) U^T, with W' and U in aten nodes."""
     graph, count = node.graph, len(ops.factors)
     x, weight, *rest = node.args
-    factors, (bias, seed), p = rest[:count], rest[count : count + 2], rest[-1]
+    factors, (bias, seed), (dense, p) = rest[:count], rest[count : count + 2], rest[-2:]
     with graph.inserting_before(node):
         if seed is None:
-            effective = _inline(graph, method, ops, [weight, *factors], base=1.0)
+            effective = _inline(graph, method, ops, [weight, *factors], dense, base=1.0)
             result = call(graph, aten.linear.default, x, effective, bias)
         else:
-            update = _inline(graph, method, ops, [weight, *factors], base=0.0)
+            update = _inline(graph, method, ops, [weight, *factors], dense, base=0.0)
             base = call(graph, aten.linear.default, x, weight, bias)
             dropped = call(graph, DROPOUT, x, seed, p)
             branch = call(graph, aten.linear.default, dropped, update)
@@ -101,18 +101,34 @@ def _expand_linear(node: fx.Node, method: Method, ops: MethodOps) -> None:
 
 def _expand_weight(node: fx.Node, method: Method, ops: MethodOps) -> None:
     weights: list[Any] = list(node.args[: 1 + len(ops.factors)])
-    base: Any = node.args[-1]
+    dense, base = cast(tuple[Any, Any], node.args[-2:])
     with node.graph.inserting_before(node):
-        result = _inline(node.graph, method, ops, weights, base)
+        result = _inline(node.graph, method, ops, weights, dense, base)
     replace_node(node, result)
 
 
-def _inline(graph: fx.Graph, method: Method, ops: MethodOps, weights: list[Any], base: float) -> fx.Node:
-    """The method's own definition as nodes: the effective weight, or for base 0 the update."""
+def _inline(
+    graph: fx.Graph, method: Method, ops: MethodOps, weights: list[Any], dense: Any, base: float
+) -> fx.Node:
+    """The method's own definition as nodes: the effective weight, or for base 0 the update.
+
+    Args:
+        dense: for a method that is not `masked`, the node that says whether its update is dense.
+    """
+
+    def update(weight: Tensor, *values: Tensor) -> Tensor:
+        return method.update(weight, **dict(zip(ops.factors, values, strict=True)))
 
     def definition(weight: Tensor, *values: Tensor) -> Tensor:
         named = dict(zip(ops.factors, values, strict=True))
         result = method.effective_weight(weight, **named) if base else method.update(weight, **named)
         return result.to(weight.dtype)
 
-    return inline(graph, definition, weights)
+    if method.masked:
+        return inline(graph, definition, weights)
+    weight = weights[0]
+    kept = call(graph, aten.bitwise_or.Scalar, call(graph, aten.ne.Scalar, weight, 0), dense)
+    result = call(graph, aten.mul.Tensor, inline(graph, update, weights), kept)
+    if base:
+        result = call(graph, aten.add.Tensor, weight, result)
+    return call(graph, aten.type_as.default, result, weight)

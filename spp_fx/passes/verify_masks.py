@@ -46,4 +46,6 @@ class Verify(Pass):
             report.changed[name] = f"{pattern or 'mask'} holds" + (
                 ", mask equal" if name in program.masks else ""
             )
+            if name in program.adapters and not program.adapters[name].masked:
+                report.changed[name] += "; the update is dense until fold"
         return report

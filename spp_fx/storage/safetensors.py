@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,6 +114,14 @@ _FLOATING = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _COMPARED_BYTES = 4 * 2**20
 _READ_BYTES = 2**30  # one read call: some systems refuse or cut 2 GiB
 _GIT_LFS = b"version https://git-lfs.github.com/spec/"[: _PREFIX.size]
+
+
+def as_float64(data: NDArray[Any], dtype: str) -> NDArray[np.float64]:
+    """The numbers that stored bytes, or bits, of F64, F32, F16 or BF16 stand for, flat."""
+    stored = data.reshape(-1).view(_FLOATING[dtype])
+    if dtype == "BF16":  # the upper half of a float32
+        stored = (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -430,10 +438,7 @@ class Shard:
             shape, start = shape[1:], start + row * nbytes
         data = np.empty(nbytes, dtype=np.uint8)
         self._fill(info, start, data.data)
-        stored = data.view(_FLOATING[info.dtype])
-        if info.dtype == "BF16":  # the upper half of a float32
-            stored = (stored.astype(np.uint32) << 16).view(np.float32)
-        return stored.astype(np.float64).reshape(shape)
+        return as_float64(data, info.dtype).reshape(shape)
 
     def row_blocks(self, name: str, max_bytes: int = BLOCK_BYTES) -> "Iterator[torch.Tensor]":
         """Consecutive blocks of rows, each of at most `max_bytes` bytes but at least one row.

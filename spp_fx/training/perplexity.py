@@ -16,7 +16,7 @@ class Perplexity:
 
     Attributes:
         loss: natural logarithm, per predicted token.
-        tokens: how many were predicted: all but the first of each window.
+        tokens: how many were predicted: all but the first of each window, or with overlapping windows of the text.
         windows: how many windows there were.
     """
 
@@ -34,6 +34,8 @@ def perplexity(
     logits_of: Callable[[Tensor, Tensor], Tensor],
     windows: Sequence[Tensor],
     tick: Callable[[int], None] = lambda n: None,
+    *,
+    overlap: int = 0,
 ) -> Perplexity:
     """Each window predicts its own tokens from the second on; the mean is over all of them.
 
@@ -41,16 +43,20 @@ def perplexity(
         logits_of: (input_ids, attention_mask), both (b, length) int64, to logits (b, length, vocabulary).
         windows: (length,) int64 each.
         tick: called with the number of windows done.
+        overlap: tokens at the start of each window but the first that the window before has predicted; they are
+            read and not predicted again.
     """
     total, count = 0.0, 0
-    for batch in _batches(windows):
-        ids = torch.stack(batch)
-        logits = logits_of(ids, torch.ones_like(ids))[:, :-1].float()
-        targets = ids[:, 1:].flatten().to(logits.device)
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
-        total += float(loss.double().sum())
-        count += loss.numel()
-        tick(len(batch))
+    for first, group in ((True, windows[:1]), (False, windows[1:])) if overlap else ((True, windows),):
+        known = 1 if first else max(1, overlap)
+        for batch in _batches(group):
+            ids = torch.stack(batch)
+            logits = logits_of(ids, torch.ones_like(ids))[:, known - 1 : -1].float()
+            targets = ids[:, known:].flatten().to(logits.device)
+            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
+            total += float(loss.double().sum())
+            count += loss.numel()
+            tick(len(batch))
     return Perplexity(total / count, count, len(windows))
 
 

@@ -256,10 +256,15 @@ Rows = Windows | Samples
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Text to measure: windows of tokens, (length,) int64 each, and the rows of the data left out of them."""
+    """Text to measure: windows of tokens, (length,) int64 each, and the rows of the data left out of them.
+
+    Attributes:
+        overlap: tokens at the start of each window but the first that the one before has, too.
+    """
 
     windows: list[Tensor]
     skipped: Skipped
+    overlap: int = 0
 
 
 def training_rows(
@@ -298,20 +303,34 @@ def training_rows(
 
 
 def held_out(
-    data: str | Path, tokenizer: PreTrainedTokenizerBase, length: int, *, strict: bool = False
+    data: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    *,
+    stride: int | None = None,
+    strict: bool = False,
 ) -> HeldOut:
     """Every window of a file or dataset, the last of which may be shorter; none has fewer than two tokens.
 
     The samples stand one after the other, instructions and chats as the whole text that the model would see: a
     prompt is measured like its answer, as --loss-on all learns it.
 
+    Args:
+        stride: tokens from the start of one window to that of the next, at most `length`, the default.
+
     Raises:
         UsageError: the data cannot be used, or has fewer than two tokens.
     """
+    stride = length if stride is None else stride
+    if not 1 <= stride <= length:
+        raise UsageError(f"--stride must be 1 to {length}, the tokens of a window, got {stride}")
     tokens, skipped = token_stream(tokenizer, read_samples(data, strict=strict), strict=strict)
     if tokens.numel() < 2:
         raise UsageError(f"{data}: has fewer than two tokens, so nothing can be predicted")
-    return HeldOut([window for window in tokens.split(length) if window.numel() > 1], skipped)
+    # The first window, and then one for each `stride` tokens that are left.
+    count = 1 + max(0, -(-(tokens.numel() - length) // stride))
+    windows = [tokens[start : start + length] for start in range(0, count * stride, stride)]
+    return HeldOut([window for window in windows if window.numel() > 1], skipped, length - stride)
 
 
 def evaluation_rows(windows: list[Tensor]) -> list[dict[str, Tensor]]:

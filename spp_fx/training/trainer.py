@@ -88,6 +88,7 @@ class AdapterTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         self.factors = factors
+        self.undecayed = frozenset(model.trained)
         self.objective = objective = objective or Objective()
         self.taught: Taught | None = None
         self.reference: Reference | None = None
@@ -99,6 +100,11 @@ class AdapterTrainer(Trainer):
         self.teacher = teacher
         matches = teacher is not None and objective.match_hidden > 0
         self.layers = (Layers.of(model), Layers.of(teacher)) if matches and teacher else None
+
+    def get_decay_parameter_names(self, model: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
+        """Every factor; norms and biases that are trained themselves have no weight decay: 0 is not their rest."""
+        names = super().get_decay_parameter_names(model, *args, **kwargs)
+        return [name for name in names if name not in self.undecayed]
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         # accelerate skips DistributedDataParallel for a model with any DTensor; of a sharded

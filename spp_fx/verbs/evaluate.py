@@ -1,38 +1,52 @@
-"""eval: the perplexity of a text, or of instructions and chats, under a model or an adapter over its base."""
+"""eval: perplexity of a text and scores of tasks, for models, adapters over their base, and exports."""
 
-from collections.abc import Callable, Iterator
+import gc
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from spp_fx.adapters.adapter_folder import AdapterFolder
+from spp_fx.console import Table
+from spp_fx.exporters.manifest import MANIFEST, open_model, read_manifest
+from spp_fx.graph.model import check_causal, load_model
+from spp_fx.graph.program import Program, positions_of, vocabulary_of
+from spp_fx.graph.trace import shown
 from spp_fx.parallel import Tick, no_tick
+from spp_fx.runtime import load as load_export
+from spp_fx.storage.folder import is_adapter
 from spp_fx.storage.links import links_option
 from spp_fx.training.perplexity import Perplexity, perplexity
 from spp_fx.training.records import Skipped
 from spp_fx.training.samples import check_vocabulary, held_out
-from spp_fx.verbs.load import load_program, load_tokenizer, window_length
+from spp_fx.training.tasks import Scores, Tasks, find_tasks, number, run_tasks
+from spp_fx.verbs.load import device_of, fit_length, load_program, load_tokenizer
+from spp_fx.verbs.settings import EvaluateSettings
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class Measured:
     """Perplexity of a text, and how it was measured.
 
     Attributes:
         data: the file or dataset.
-        skipped: its rows that hold nothing to measure.
+        stride: tokens from one window to the next.
+        skipped: rows of the data that hold nothing to measure.
     """
 
-    model: Path
     data: str
     seq_len: int
+    stride: int
     result: Perplexity
     skipped: Skipped
-    seconds: float
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "model": str(self.model),
             "data": self.data,
             "perplexity": self.result.perplexity,
             "loss": self.result.loss,
@@ -40,54 +54,243 @@ class Evaluated:
             "windows": self.result.windows,
             "skipped_rows": self.skipped.count,
             "seq_len": self.seq_len,
-            "seconds": self.seconds,
+            "stride": self.stride,
         }
 
-    def lines(self) -> Iterator[str]:
-        yield (
-            f"perplexity {self.result.perplexity:.2f} over {self.result.tokens:,} tokens "
-            f"({self.result.windows} windows of {self.seq_len})"
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What one model reached: on a text, on tasks, or both.
+
+    Attributes:
+        text, scores: None where there was no text, no tasks.
+    """
+
+    model: Path
+    text: Measured | None
+    scores: Scores | None
+    seconds: float
+
+    @property
+    def result(self) -> Perplexity:
+        """The perplexity of the text."""
+        if self.text is None:
+            raise ValueError("evaluate measured no text: give it data")
+        return self.text.result
+
+    def to_json(self) -> dict[str, Any]:
+        tasks = self.scores and {"tasks": self.scores.to_json(), "mean_accuracy": self.scores.mean_accuracy}
+        return (
+            {"model": str(self.model)}
+            | (self.text.to_json() if self.text else {})
+            | (tasks or {})
+            | {"seconds": self.seconds}
         )
+
+    def lines(self) -> Iterator[str | Table]:
+        if self.text:
+            result, step = (
+                self.text.result,
+                f", {self.text.stride} apart" * (self.text.stride < self.text.seq_len),
+            )
+            yield (
+                f"perplexity {result.perplexity:.2f} over {result.tokens:,} tokens "
+                f"({result.windows} windows of {self.text.seq_len}{step})"
+            )
+        if self.scores:
+            yield Table(("task", "shots", "metric", "value", "stderr"), list(self.scores.rows()))
+            if (mean := self.scores.mean_accuracy) is not None:
+                yield f"mean accuracy {mean:.4f}"
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Several models on the same text and tasks."""
+
+    models: tuple[Evaluated, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"models": [each.to_json() for each in self.models]}
+
+    def lines(self) -> Iterator[str | Table]:
+        headings, rows = ["model"], [[str(each.model)] for each in self.models]
+        if self.models[0].text:
+            headings += ["perplexity", "tokens"]
+            for row, each in zip(rows, self.models, strict=True):
+                row += [f"{each.result.perplexity:.2f}", f"{each.result.tokens:,}"]
+        if scores := self.models[0].scores:
+            mean = scores.mean_accuracy is not None
+            headings += [f"{name} {scores.main(name).partition(',')[0]}" for name in scores.names]
+            headings += ["mean"] * mean
+            for row, each in zip(rows, self.models, strict=True):
+                own = each.scores
+                assert own is not None
+                row += [number(own.metrics[name][own.main(name)]) for name in own.names]
+                row += [number(own.mean_accuracy)] * mean
+        yield Table(headings, rows)
 
 
 @links_option
 def evaluate(
     model: str | Path,
-    data: str | Path,
+    data: str | Path | None = None,
     *,
     seq_len: int | None = None,
+    stride: int | None = None,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    shots: int | None = None,
+    batch_size: str = "1",
     base: str | Path | None = None,
+    device: str | None = None,
     strict: bool = False,
     trust_remote_code: bool = False,
     allow_links: bool = False,
     tick: Tick = no_tick,
     say: Callable[[str], None] = lambda line: None,
 ) -> Evaluated:
-    """Perplexity of a text in consecutive windows, each predicting from its own start.
+    """Perplexity of a text and scores of tasks under a model folder, an adapter folder or an export.
 
-    An adapter is folded into its base in memory: the perplexity is that of the model that merge would write.
-
+    An adapter is folded into its base in memory: the numbers are those of the folder that `merge` writes.
     Instructions and chats are measured as the whole text that the model would see, the prompt like the answer.
 
     Args:
         data: a text file, .json or .jsonl records, or the name of a dataset of the hub, as for `train`.
+        stride: tokens from one window of the text to the next: each predicts only its last `stride` tokens, and the
+            first one all of its own. By default `seq_len`: windows do not overlap, each predicts from its own start.
+        tasks: of lm-evaluation-harness, by name or file; see `training.tasks.find_tasks`.
+        limit: documents of a task at most.
+        shots: examples in a task's prompt; None: as the papers and the harness have it.
+        batch_size: rows of a task in one forward, or "auto".
+        base: the base model of an adapter, if it is not where the adapter says.
+        device: where the model runs; by default a GPU if torch has one.
         strict: rows with nothing in them are an error; else they are skipped, counted, and reported by `say`.
 
     Raises:
-        UsageError: the text or the model cannot be used.
+        UsageError: the text, the tasks or the model cannot be used.
     """
-    model = Path(model)
-    loaded = load_program(model, base=base, trust_remote_code=trust_remote_code, folded=True)
-    program = loaded.program.eval()
-    tokenizer = load_tokenizer(loaded.model, trust_remote_code=trust_remote_code)
-    length = window_length(program, seq_len)
-    text = held_out(data, tokenizer, length, strict=strict)
+    settings = EvaluateSettings(
+        data=None if data is None else str(data), tasks=tuple(tasks), limit=limit, shots=shots,
+        batch_size=batch_size, seq_len=seq_len, stride=stride, strict=strict,
+        base=None if base is None else Path(base), device=device,
+    )  # fmt: skip
+    done = evaluate_all([model], settings, trust_remote_code=trust_remote_code, tick=tick, say=say)
+    return done.models[0]
+
+
+@links_option
+def evaluate_all(
+    models: Sequence[str | Path],
+    settings: EvaluateSettings,
+    *,
+    trust_remote_code: bool = False,
+    allow_links: bool = False,
+    tick: Tick = no_tick,
+    say: Callable[[str], None] = lambda line: None,
+) -> Compared:
+    """`evaluate` for several models, one after the other; one is in memory at a time.
+
+    Raises:
+        UsageError: as `evaluate`. Folders and tasks are checked before the first model is loaded.
+    """
+    device = device_of(settings.device)
+    paths = [Path(model) for model in models]
+    for path in paths:
+        _check(path, settings.base)
+    tasks = find_tasks(settings.tasks, settings.shots) if settings.tasks else None
+    done: list[Evaluated] = []
+    for path in paths:
+        done.append(_evaluate(path, settings, tasks, device, trust_remote_code, tick, say))
+        # A model is cyclic garbage: without this, two would be in memory.
+        gc.collect()
+    return Compared(tuple(done))
+
+
+def _evaluate(
+    path: Path,
+    settings: EvaluateSettings,
+    tasks: Tasks | None,
+    device: torch.device,
+    trust_remote_code: bool,
+    tick: Tick,
+    say: Callable[[str], None],
+) -> Evaluated:
+    begin = perf_counter()
+    model, home = load_evaluated(path, settings.base, device, trust_remote_code)
+    tokenizer = load_tokenizer(home, trust_remote_code=trust_remote_code)
+    text = scores = None
+    if settings.data is not None:
+        text = _measure(model, tokenizer, settings.data, settings, tick, say)
+    if tasks is not None:
+        scores = run_tasks(
+            model, tokenizer, tasks, limit=settings.limit, batch_size=settings.batch_size,
+            tick=lambda count: tick(f"{path.name}: rows of tasks", count),
+        )  # fmt: skip
+    return Evaluated(path, text, scores, perf_counter() - begin)
+
+
+def _measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: str,
+    settings: EvaluateSettings,
+    tick: Tick,
+    say: Callable[[str], None],
+) -> Measured:
+    length = fit_length(positions_of(model.config), settings.seq_len)
+    text = held_out(data, tokenizer, length, stride=settings.stride, strict=settings.strict)
     if line := text.skipped.line(data):
         say(line)
     for window in text.windows:
-        check_vocabulary(window, program.vocabulary, data)
-    start = perf_counter()
-    result = perplexity(
-        lambda ids, mask: program(ids, mask).logits, text.windows, lambda n: tick("windows", n)
-    )
-    return Evaluated(model, str(data), length, result, text.skipped, perf_counter() - start)
+        check_vocabulary(window, vocabulary_of(model.config), data)
+
+    def logits(ids: Tensor, mask: Tensor) -> Tensor:
+        placed = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+        return model(**placed, use_cache=False).logits
+
+    result = perplexity(logits, text.windows, lambda count: tick("windows", count), overlap=text.overlap)
+    return Measured(data, length, length - text.overlap, result, text.skipped)
+
+
+def load_evaluated(
+    folder: Path, base: Path | None, device: torch.device, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, Path]:
+    """The transformers model of a model folder, an adapter folder or an export, and the folder of its tokenizer.
+
+    Of an adapter it is the base with the folded weights: to the bit those that `merge` writes.
+    """
+    if is_export(folder):
+        return load_export(folder, device=device, trust_remote_code=trust_remote_code), folder
+    if not is_adapter(folder):
+        return load_model(folder, trust_remote_code=trust_remote_code).to(device).eval(), folder  # type: ignore[arg-type]
+    home = AdapterFolder.open(folder).find_base(base)
+    model = load_model(home, trust_remote_code=trust_remote_code)
+    loaded = load_program(folder, base=home, source=model, folded=True, trust_remote_code=trust_remote_code)
+    _give_back(loaded.program, model)
+    return model.to(device).eval(), home  # type: ignore[arg-type]
+
+
+def _give_back(program: Program, model: PreTrainedModel) -> None:
+    """Give a model the weights of its program where a pass has replaced the parameter, not only its values."""
+    made = {shown(name): value for name, value in program.named_parameters(remove_duplicate=False)}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if made[name] is not parameter:
+                parameter.copy_(made[name])
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder is an export that transformers cannot load by itself."""
+    return (folder / MANIFEST).is_file() and read_manifest(folder).format != "safetensors"
+
+
+def _check(folder: Path, base: Path | None) -> None:
+    """UsageError or FormatError before any work for a folder that cannot be evaluated."""
+    if is_adapter(folder):
+        adapter = AdapterFolder.open(folder)
+        home = adapter.find_base(base)
+        adapter.check_base(open_model(home))
+        check_causal(home)
+    elif not is_export(folder):
+        open_model(folder)
+        check_causal(folder)

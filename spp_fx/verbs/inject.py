@@ -5,11 +5,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite, prod, sqrt
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from spp_fx.adapters.adapter_folder import write_adapter
+from spp_fx.adapters.fold import FLOATING
 from spp_fx.adapters.method import Method, initial_factor, make_method
 from spp_fx.adapters.per_site import (
     RANK,
@@ -25,12 +27,14 @@ from spp_fx.adapters.per_site import (
 from spp_fx.console import Table, grouped, shape
 from spp_fx.errors import FormatError, MaskError, SppFxError, UsageError
 from spp_fx.exporters.manifest import open_model
+from spp_fx.graph.binding import NOT_STORED
 from spp_fx.graph.names import without_skipped
 from spp_fx.graph.program import Site
 from spp_fx.parallel import Tick, no_tick
 from spp_fx.passes.inject_adapters import adaptable
 from spp_fx.passes.match import Match
 from spp_fx.passes.pipeline import run_pipeline
+from spp_fx.passes.train_norms import vectors
 from spp_fx.pruning.layerwise import Tick as StepTick
 from spp_fx.pruning.layerwise import silent
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry, compare, lock_beside, make_entry
@@ -38,17 +42,9 @@ from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.pattern import Pattern
 from spp_fx.storage.links import links_option
 from spp_fx.storage.workspace import Say, workspace
-from spp_fx.verbs.load import device_of, draw_windows, text_digest
+from spp_fx.verbs.load import device_of, text_digest
 from spp_fx.verbs.settings import Calibration
-from spp_fx.verbs.starts import (
-    check_reachable,
-    check_start,
-    check_teacher,
-    partition,
-    site_gradients,
-    start_from_gradients,
-    walkable,
-)
+from spp_fx.verbs.starts import TextGradients, check_start, start_from_gradients
 from spp_fx.verification import provenance
 from spp_fx.verification.model_sites import ModelSites, choose, find_sites, scan_sites, tensors_of
 
@@ -61,15 +57,17 @@ class Injected:
         out: the adapter folder, None for a dry run.
         method: with the options that sites have by default.
         methods: of each adapted site.
+        trained: norms and biases that are trained themselves, with their sizes.
         sites: the adapted sites, each with the pattern found (None where no weight was read).
         refused: the other sites, each with the reason.
-        trainable: number of parameters in all factors.
+        trainable: number of parameters in all factors, norms and biases.
         total: number of parameters of the model.
     """
 
     out: Path | None
     method: Method
     methods: dict[str, Method]
+    trained: dict[str, int]
     sites: dict[str, tuple[Site, Pattern | None]]
     refused: dict[str, str]
     trainable: int
@@ -95,6 +93,7 @@ class Injected:
                 }
                 for name, (site, pattern) in self.sites.items()
             ],
+            "trained": [{"name": name, "parameters": size} for name, size in self.trained.items()],
             "refused": self.refused,
             "trainable_parameters": self.trainable,
             "total_parameters": self.total,
@@ -124,6 +123,8 @@ class Injected:
             f"{'would train' if self.out is None else f'{self.out}:'} {self.trainable:,} parameters over "
             f"{len(self.sites)} weights, {self.per_mille:.2f} per mille of {self.total:,}"
         )
+        if self.trained:
+            yield f"  {sum(self.trained.values()):,} of them in {len(self.trained)} norms and biases"
         yield from (f"  not taken: {line}" for line in grouped(self.refused))
 
 
@@ -137,6 +138,7 @@ def inject(
     skip: Sequence[str] = (),
     seed: int = 0,
     overrides: Sequence[str] = (),
+    train_norms: bool = False,
     budget: str | int | None = None,
     budget_by: str = "size",
     teacher: str | Path | None = None,
@@ -159,8 +161,10 @@ def inject(
         skip: names of sites that get no adapter, as in `targets`.
         overrides: other values of the method's numbers for some sites, such as `rank:down_proj@32`; see
             `method_by_site`.
+        train_norms: also train norms and biases, see `vectors`.
         budget: trained parameters at most, such as `0.3%` of the model's; the ranks are chosen, see `spread`.
-        budget_by: what the ranks are in proportion to: `size`, the same for all; `error`, see `pruning_errors`.
+        budget_by: what the ranks are in proportion to: `size`, the same for all; `error`, see `pruning_errors`;
+            `gradient`, the norm of W * G on a text.
         teacher: the dense model's folder, for `error`; for `gradient`, a model whose predictions are learned
             instead of the text's own tokens.
         init: the start of the factors: `default`, or `gradient`, see `Method.gradient_start`.
@@ -179,39 +183,43 @@ def inject(
     if seed < 0:
         raise UsageError(f"--seed must not be negative, got {seed}")
     adapter = make_method(method, **options)
-    plan = _Plan(adapter, tuple(overrides), tuple(targets), tuple(skip), budget, budget_by, teacher, init)
+    names = (tuple(overrides), tuple(targets), tuple(skip))
+    plan = _Plan(adapter, *names, train_norms, budget, budget_by, teacher, init)
     plan.check(options, calibration, device, out)
+
+    def walked(found: ModelSites, store: Path) -> TextGradients | None:
+        if calibration is None:
+            return None
+        where, guide = device_of(device), None if teacher is None else Path(teacher)
+        return TextGradients(found, calibration, guide, where, store, trust_remote_code, walk_tick, say)
+
     if out is None:
         weights = any(model.glob("*.safetensors"))
-        found = find_sites(open_model(model, weights=weights), trust_remote_code=trust_remote_code)
-        return _inject(found, None, plan, tick, say)[0]
+        found = find_sites(
+            open_model(model, weights=weights), trust_remote_code=trust_remote_code, runnable=plan.walks
+        )
+        with TemporaryDirectory(prefix="spp-fx-inject-") as store:
+            return _inject(found, None, plan, tick, say, walked(found, Path(store)))[0]
     provenance.load(model)  # a damaged history is an error before the work
     with workspace(out, {"verb": "inject"}, force=force, sources=[model], say=say) as work:
-        found = find_sites(open_model(model), trust_remote_code=trust_remote_code, runnable=init != "default")
-        result, lock = _inject(found, out, plan, tick, say)
+        found = find_sites(open_model(model), trust_remote_code=trust_remote_code, runnable=plan.walks)
+        gradients = walked(found, work.store)
+        result, lock = _inject(found, out, plan, tick, say, gradients)
         factors = {
             f"{name}.{key}": initial_factor(spec, f"{name}.{key}", seed, torch.device("cpu"))
             for name, (site, _) in result.sites.items()
             for key, spec in result.methods[name].factors(site.shape).items()
         }
+        trained = {name: _tensors(found, name) for name in result.trained}
+        factors |= {name: _start(found, name, tensors) for name, tensors in trained.items()}
         fingerprint = found.folder.fingerprint()
         inputs, start = {"model": fingerprint}, {}
         if teacher is not None:
             inputs["teacher"] = open_model(Path(teacher)).fingerprint()
-        if calibration is not None:
-            tokens = draw_windows(
-                model, found.program, calibration, trust_remote_code=trust_remote_code, say=say
-            ).tokens
-            partition(found.program, model)
-            check_reachable(found.program, result.sites)
-            guide = None
-            if teacher is not None:
-                guide = walkable(Path(teacher), trust_remote_code=trust_remote_code)
-                check_teacher(found.program, guide.program, Path(teacher))
-            gradients = site_gradients(
-                found, result.sites, tokens, device=device_of(device), store=work.store, teacher=guide, tick=walk_tick,
-            )  # fmt: skip
-            factors = start_from_gradients(gradients, result.methods, factors)
+        if gradients is not None:
+            if init != "default":
+                factors = start_from_gradients(gradients.of(result.sites), result.methods, factors)
+            tokens = gradients.tokens
             inputs["calibration"] = text_digest(tokens)
             start = {"init": init, "samples": len(tokens), "seq_len": tokens.shape[1]}
         write_adapter(
@@ -225,6 +233,7 @@ def inject(
             matrices={name: found.matrices[name] for name in result.sites},
             factors=factors,
             lock=lock,
+            trained=trained,
             init=init,
         )
         settings = {
@@ -243,6 +252,7 @@ class _Plan:
     overrides: tuple[str, ...]
     targets: tuple[str, ...]
     skip: tuple[str, ...]
+    train_norms: bool
     budget: str | int | None
     budget_by: str
     teacher: str | Path | None
@@ -252,44 +262,53 @@ class _Plan:
         self, given: Iterable[str], calibration: Calibration | None, device: str | None, out: Path | None
     ) -> None:
         """Check, before any work, what does not depend on the model; `given` are options of the method."""
-        self._check_start(calibration, device, out)
+        self._check_walk(calibration, device)
+        check_start(self.method, self.init)
+        if out is None and self.init != "default":
+            raise UsageError(f"--dry-run needs no weights, --init {self.init} does; leave out one of them")
+        if self.teacher is not None and self.budget_by != "error" and not self.walks:
+            raise UsageError(
+                "--teacher is the dense model for --budget-by error, or the model to learn from for --init gradient "
+                "and --budget-by gradient; leave it out"
+            )
         ranked = [rule.option for rule in (parse_override(self.method, text) for text in self.overrides)]
         if self.budget is None:
-            if self.budget_by != "size" or (self.teacher is not None and self.init == "default"):
-                raise UsageError(
-                    "--budget-by and --teacher belong to a budget; give one with --budget. --teacher is also for --init"
-                )
+            if self.budget_by != "size":
+                raise UsageError(f"--budget-by {self.budget_by} belongs to a budget; give one with --budget")
             return
         check_ranked(self.method)
         if RANK in {*given, *ranked}:
             raise UsageError("--budget chooses the ranks; leave --rank out")
-        if (self.budget_by == "error") != (self.teacher is not None) and (
-            self.teacher is None or self.init == "default"
-        ):
-            raise UsageError(
-                "--budget-by error compares with the dense model: give both --budget-by error and --teacher MODEL"
-            )
+        if self.budget_by == "error" and self.teacher is None:
+            raise UsageError("--budget-by error compares with the dense model: give it with --teacher MODEL")
         parse_budget(self.budget, 1 << 62)
 
-    def _check_start(self, calibration: Calibration | None, device: str | None, out: Path | None) -> None:
-        if self.init == "default":
+    @property
+    def walks(self) -> bool:
+        """Whether gradients are taken, layer by layer."""
+        return self.init != "default" or self.budget_by == "gradient"
+
+    def _check_walk(self, calibration: Calibration | None, device: str | None) -> None:
+        if not self.walks:
             given = {"--calib": calibration, "--device": device}
             if unused := [option for option, value in given.items() if value is not None]:
-                raise UsageError(f"{unused[0]} is for --init gradient; the default start needs no model")
-            return
-        check_start(self.method, self.init)
-        if out is None:
-            raise UsageError(f"--dry-run needs no weights, --init {self.init} does; leave out one of them")
-        if calibration is None:
-            raise UsageError(f"--init {self.init} needs a text: give it with --calib FILE")
+                raise UsageError(
+                    f"{unused[0]} is for --init gradient and --budget-by gradient; nothing else reads it"
+                )
+        elif calibration is None:
+            asked = f"--init {self.init}" if self.init != "default" else "--budget-by gradient"
+            raise UsageError(f"{asked} needs a text: give it with --calib FILE")
 
     def more_settings(self) -> dict[str, Any]:
         """What the history keeps, where it is not as by default."""
         budget = {} if self.budget is None else {"budget": str(self.budget), "budget_by": self.budget_by}
-        return ({"overrides": list(self.overrides)} if self.overrides else {}) | budget
+        overrides = {"overrides": list(self.overrides)} if self.overrides else {}
+        return overrides | budget | ({"train_norms": True} if self.train_norms else {})
 
 
-def _inject(found: ModelSites, out: Path | None, plan: _Plan, tick: Tick, say: Say) -> tuple[Injected, Lock]:
+def _inject(
+    found: ModelSites, out: Path | None, plan: _Plan, tick: Tick, say: Say, gradients: TextGradients | None
+) -> tuple[Injected, Lock]:
     for note in found.notes:
         say(note)
     program = found.program
@@ -304,11 +323,22 @@ def _inject(found: ModelSites, out: Path | None, plan: _Plan, tick: Tick, say: S
         chosen = list(program.matched)
     shapes = {name: program.sites[name].shape for name in chosen}
     methods = method_by_site(plan.method, plan.overrides, chosen)
+    trained: dict[str, int] = {}
+    if plan.train_norms:
+        trained, others = _trained(found)
+        refused |= others
     if plan.budget is not None:
+        left = parse_budget(plan.budget, total) - sum(trained.values())
+        if left < 1:
+            raise UsageError(
+                f"--budget {plan.budget}: the norms and biases alone take {sum(trained.values()):,}"
+            )
         weights = dict.fromkeys(chosen, 1.0)
         if plan.budget_by == "error" and plan.teacher is not None:
             weights = pruning_errors(found, Path(plan.teacher), chosen)
-        methods, without = spread(methods, shapes, weights, parse_budget(plan.budget, total))
+        elif plan.budget_by == "gradient" and gradients is not None:
+            weights = gradients.norms(chosen)
+        methods, without = spread(methods, shapes, weights, left)
         refused |= without
         shapes = {name: shapes[name] for name in methods}
     taken, unfit = adaptable(methods, shapes)
@@ -317,11 +347,56 @@ def _inject(found: ModelSites, out: Path | None, plan: _Plan, tick: Tick, say: S
     methods = {name: methods[name] for name in taken}
     lock = _lock(found, sites, masks) if masks else Lock.of([])
     trainable = sum(size_of(methods[name], site.shape) for name, (site, _) in sites.items())
+    trainable += sum(trained.values())
     method = plan.method
     if plan.budget is not None:
         ((rank, _),) = Counter(map(rank_of, methods.values())).most_common(1)
         method = with_rank(method, rank)
-    return Injected(out, method, methods, sites, refused, trainable, total), lock
+    return Injected(out, method, methods, trained, sites, refused, trainable, total), lock
+
+
+def _trained(found: ModelSites) -> tuple[dict[str, int], dict[str, str]]:
+    """The norms and biases to train with their sizes, and the reasons why others are not."""
+    program = found.program
+    if program.untraced is not None:
+        raise UsageError(f"{found.folder.path}: --train-norms needs the model's graph: {program.untraced}")
+    names, refused = vectors(program)
+    taken: dict[str, int] = {}
+    for name in names:
+        tensors = _tensors(found, name)
+        kinds = {found.folder.info(tensor)[1].dtype for tensor in tensors}
+        if found.folder.shards and not tensors:
+            refused[name] = found.binding.refused.get(name, NOT_STORED)
+        elif odd := sorted(kinds - FLOATING.keys()):
+            refused[name] = f"is stored as {odd[0]}, which is not a plain floating type"
+        elif len(tensors) > 1 and any(_differs(found, tensors[0], other) for other in tensors[1:]):
+            refused[name] = f"is stored twice with different values, as {' and '.join(tensors)}"
+        else:
+            taken[name] = program.get_parameter(name).numel()
+    if not taken:
+        raise UsageError(f"{found.folder.path}: has no norm or bias to train; leave --train-norms out")
+    return taken, refused
+
+
+def _tensors(found: ModelSites, parameter: str) -> list[str]:
+    """The stored tensors of a vector: one, or one for each name that the parameter has."""
+    bound = (found.matrices.get(name, ()) for name in found.program.names_of(parameter))
+    return [matrix.tensor for matrices in bound for matrix in matrices]
+
+
+def _differs(found: ModelSites, one: str, other: str) -> bool:
+    first, second = (found.folder.info(name)[0].read(name) for name in (one, other))
+    return first.dtype != second.dtype or not torch.equal(first, second)
+
+
+def _start(found: ModelSites, parameter: str, tensors: Sequence[str]) -> torch.Tensor:
+    """The base's value of a vector, in float32 at least."""
+    value = found.folder.info(tensors[0])[0].read(tensors[0])
+    if not bool(value.isfinite().all()):
+        raise FormatError(
+            f"{found.folder.path}: {tensors[0]} holds NaN or infinity; {parameter} cannot be trained"
+        )
+    return value.to(torch.promote_types(value.dtype, torch.float32)).view(-1)
 
 
 def pruning_errors(found: ModelSites, teacher: Path, sites: Iterable[str]) -> dict[str, float]:

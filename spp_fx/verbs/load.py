@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from spp_fx.adapters.adapter_folder import AdapterFolder
 from spp_fx.adapters.per_site import as_overrides
@@ -26,6 +26,7 @@ from spp_fx.passes.match import Match
 from spp_fx.passes.partition import Checkpoint, Partition
 from spp_fx.passes.pipeline import run_pipeline
 from spp_fx.passes.shard import Over, Shard
+from spp_fx.passes.train_norms import TrainNorms
 from spp_fx.pruning.layerwise import Part, replace_tensor
 from spp_fx.storage.folder import ModelFolder, is_adapter
 from spp_fx.storage.safetensors import torch_dtype
@@ -55,6 +56,7 @@ def load_program(
     layers: bool = False,
     shard: Over | None = None,
     folded: bool = False,
+    source: PreTrainedModel | None = None,
 ) -> Loaded:
     """The program of a model folder, or of an adapter folder with its factors in place.
 
@@ -65,6 +67,8 @@ def load_program(
         layers: find the decoder layers, `Program.units`; so do `checkpointed` and `shard`.
         shard: split the frozen weights of each layer over the processes of the `world` or of a `node`.
         folded: fold an adapter into the weights, as merge does; the program then has no factors.
+        source: the model of the folder, or the adapter's base, where it is loaded already: the program shares its
+            parameters.
 
     Raises:
         UsageError, FormatError: the folder is neither, or is damaged.
@@ -74,7 +78,7 @@ def load_program(
     if not is_adapter(folder):
         open_model(folder)
         check_causal(folder)
-        program = trace(load_model(folder, trust_remote_code=trust_remote_code))
+        program = trace(source or load_model(folder, trust_remote_code=trust_remote_code))
         run_pipeline(program, [Causal()])
         if layers or shard:
             run_pipeline(program, [Canonicalize(), Partition()])
@@ -86,7 +90,7 @@ def load_program(
     model = adapter.find_base(Path(base) if base else None)
     adapter.check_base(open_model(model))
     check_causal(model)
-    program = trace(load_model(model, trust_remote_code=trust_remote_code))
+    program = trace(source or load_model(model, trust_remote_code=trust_remote_code))
     storage = "packed" if packed else "dense"
     run_pipeline(
         program,
@@ -105,6 +109,8 @@ def load_program(
             Lower(kernel="fused", storage="dense" if shard else storage),
         ],
     )
+    if adapter.trained:
+        run_pipeline(program, [TrainNorms(tuple(adapter.trained))])
     if checkpointed or layers or shard:
         run_pipeline(program, [Partition()])
     if checkpointed:
@@ -117,6 +123,7 @@ def load_program(
         for key in adapter.methods[site].factors(program.sites[site].shape):
             name = f"{owner}.{factor_attribute(parameter, key)}"
             factors[f"{site}.{key}"] = program.get_parameter(name)
+    factors |= {name: program.get_parameter(name) for name in adapter.trained}
     load_factors(factors, {name: adapter.shard.read(name) for name in factors}, adapter.shard.path)
     if folded:
         run_pipeline(program, [Fold()])
@@ -145,7 +152,11 @@ def load_tokenizer(model: Path, *, trust_remote_code: bool = False) -> PreTraine
 
 def window_length(program: Program, asked: int | None, default: int = 512) -> int:
     """The length of windows of text: as given, else `default`, and at most the model's positions."""
-    most = program.positions
+    return fit_length(program.positions, asked, default)
+
+
+def fit_length(most: int | None, asked: int | None, default: int = 512) -> int:
+    """`window_length` for a model of at most so many positions."""
     if asked is None:
         return min(default, most or default)
     if asked < 2:
@@ -220,11 +231,13 @@ def _current(program: Program, name: str) -> Tensor:
 
 
 def device_of(name: str | None) -> torch.device:
-    """The device of an option: as named, else a GPU if torch has one."""
+    """The device of an option: as named, else a GPU if torch has one; UsageError where torch cannot use it."""
     try:
-        return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,16 @@ and scans the masks.
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from spp_fx.adapters.adapter_folder import CONFIG, FACTORS, AdapterFolder, StoredMatrix
-from spp_fx.adapters.fold import FLOATING, FoldCounts, StoredFold, Vanish
+from spp_fx.adapters.fold import FLOATING, FoldCounts, StoredFold, Vanish, round_stored
 from spp_fx.errors import FormatError, MaskError, UsageError
 from spp_fx.exporters.manifest import open_model, sha256
 from spp_fx.parallel import Tick, in_order, no_tick, thread_count
@@ -24,7 +25,7 @@ from spp_fx.sparsity.pattern import scan_bits
 from spp_fx.sparsity.scan import scan_stored
 from spp_fx.storage.folder import OWN_FILES, ModelFolder, within
 from spp_fx.storage.links import links_option
-from spp_fx.storage.safetensors import Shard, TensorInfo
+from spp_fx.storage.safetensors import Shard, TensorInfo, as_float64
 from spp_fx.storage.workspace import Say, Workspace, workspace
 from spp_fx.storage.writer import SPAN, Bytes, Change, copy_others, rewrite
 from spp_fx.verification import provenance
@@ -40,6 +41,7 @@ class Merged:
     Attributes:
         out, base: the merged model folder and that of the base model.
         counts: of each folded tensor.
+        trained: of each tensor of norms and biases that were trained themselves, how many numbers changed.
         mask_equal: whether the mask of a folded tensor, read back from disk, is the lock's; None if not read.
         vanish: what was done with values that folded to zero.
         untouched: how many tensors were copied.
@@ -49,13 +51,16 @@ class Merged:
     out: Path
     base: Path
     counts: dict[str, FoldCounts]
+    trained: dict[str, int]
     mask_equal: dict[str, bool | None]
     vanish: Vanish
     untouched: int
     nbytes: int
 
     def to_json(self) -> dict[str, Any]:
-        files = sorted(p for p in self.out.rglob("*") if p.is_file())
+        files, total = sorted(p for p in self.out.rglob("*") if p.is_file()), FoldCounts()
+        for counts in self.counts.values():
+            total.add(counts)
         return {
             "ok": True,
             "out": str(self.out),
@@ -65,15 +70,21 @@ class Merged:
                     "name": name,
                     "changed": counts.changed,
                     "vanished": counts.vanished,
+                    "removed": counts.removed,
+                    "removed_share": counts.removed_share,
                     "mask_equal": self.mask_equal[name],
                 }
                 for name, counts in self.counts.items()
             ],
+            "trained": [{"name": name, "changed": changed} for name, changed in self.trained.items()],
             "files": [{"name": p.relative_to(self.out).as_posix(), "bytes": p.stat().st_size} for p in files],
             "summary": {
                 "sites": len(self.counts),
+                "trained": len(self.trained),
                 "masks_equal": sum(equal is True for equal in self.mask_equal.values()),
-                "vanished": sum(counts.vanished for counts in self.counts.values()),
+                "vanished": total.vanished,
+                "removed": total.removed,
+                "removed_share": total.removed_share,
                 "untouched": self.untouched,
                 "bytes": self.nbytes,
             },
@@ -81,13 +92,17 @@ class Merged:
 
     def lines(self) -> Iterator[str]:
         summary = self.to_json()["summary"]
-        yield f"{self.out}: {summary['sites']} weights folded, {summary['untouched']} copied"
+        norms = f", {summary['trained']} norms and biases taken from the adapter" if self.trained else ""
+        yield f"{self.out}: {summary['sites']} weights folded{norms}, {summary['untouched']} copied"
         if None in self.mask_equal.values():
             yield "  masks NOT verified"
         else:
             yield f"  {summary['masks_equal']} of {summary['sites']} masks equal to the lock, read back from disk"
         if summary["vanished"]:
             yield f"  {summary['vanished']} values folded to zero (--vanish {self.vanish})"
+        if summary["removed"]:
+            share = f"{summary['removed_share']:.1%}"
+            yield f"  the mask removed {summary['removed']:,} entries of the update, {share} of its squared norm"
 
 
 @links_option
@@ -107,8 +122,9 @@ def merge(
     """Write base + adapter as a model folder with the base's names, shards, dtypes and metadata.
 
     With `verify_sparsity` the base's masks are checked against the lock before anything is folded. What was written is
-    read back from disk by another reader: every folded tensor must have the lock's mask, every other tensor the base's
-    bytes. When a run was stopped, the next one continues after its finished shards and writes the same bytes.
+    read back from disk by another reader: every folded tensor must have the lock's mask, every trained norm or bias
+    the adapter's value, rounded once, every other tensor the base's bytes. When a run was stopped, the next one
+    continues after its finished shards and writes the same bytes.
 
     Args:
         base: the base model, if it is not where the adapter says.
@@ -157,7 +173,7 @@ def merge(
                 pass
         copy_others(folder, work.folder, skip=OWN_FILES)
         counts = fold.write(folder, work, tick)
-        proof = Proof(locked, counts, vanish, tick if verify_sparsity else no_tick)
+        proof = Proof(source, fold.trained, locked, counts, vanish, tick if verify_sparsity else no_tick)
         (proof.read_back if verify_sparsity else proof.take_over)(folder, work.folder)
         (work.folder / LOCK_NAME).write_text(Lock.of(proof.entries.values()).dumps())
         provenance.record(
@@ -168,9 +184,10 @@ def merge(
             settings={"vanish": vanish, "verify_sparsity": verify_sparsity},
             digests=proof.digests,
         )
-    mask_equal = {name: proof.mask_equal.get(name) for name in counts}
     untouched = len(folder.names) - len(counts)
-    return Merged(out, base, counts, mask_equal, vanish, untouched, folder.stored_bytes)
+    trained = {name: counts.pop(name).changed for name in list(counts) if name in fold.trained}
+    mask_equal = {name: proof.mask_equal.get(name) for name in counts}
+    return Merged(out, base, counts, trained, mask_equal, vanish, untouched, folder.stored_bytes)
 
 
 def _locked(adapter: AdapterFolder, base: ModelFolder) -> dict[str, LockEntry]:
@@ -201,10 +218,15 @@ Owners = tuple[tuple[str, StoredMatrix], ...]
 
 @dataclass(frozen=True)
 class FoldPlan:
-    """The stored tensors that folding changes, each with the matrices in it."""
+    """The stored tensors that folding changes, each with the matrices in it.
+
+    Attributes:
+        trained: the tensors of norms and biases that the adapter's own values replace, with the parameter's name.
+    """
 
     adapter: AdapterFolder
     owners: Mapping[str, Owners]
+    trained: Mapping[str, str]
     vanish: Vanish
 
     @classmethod
@@ -227,7 +249,20 @@ class FoldPlan:
             site = group[0][0]
             if fault := _fault(base.info(name)[1], group, adapter.shape(site)):
                 raise FormatError(f"{adapter.path / CONFIG}: sites.{site}: {name}: {fault}")
-        return cls(adapter, owners, vanish)
+        trained: dict[str, str] = {}
+        for parameter, tensors in adapter.trained.items():
+            for name in tensors:
+                where = f"{adapter.path / CONFIG}: trained_parameters.{parameter}: {name}"
+                if name in owners or name in trained or name in adapter.lock.by_name():
+                    raise FormatError(f"{where}: is another parameter's, too")
+                info, shape = base.info(name)[1], adapter.shard.info(parameter).shape
+                if info.dtype not in FLOATING or info.shape != shape:
+                    raise FormatError(
+                        f"{where}: has shape {list(info.shape)} and type {info.dtype} in the base, {list(shape)} in "
+                        "the adapter"
+                    )
+                trained[name] = parameter
+        return cls(adapter, owners, trained, vanish)
 
     def write(self, folder: ModelFolder, work: Workspace, tick: Tick) -> dict[str, FoldCounts]:
         """Write every shard that is not finished yet; returns the counts by tensor, in the order of the files.
@@ -240,14 +275,14 @@ class FoldPlan:
             def write(shard: Shard) -> tuple[dict[str, FoldCounts], Future[None] | None]:
                 known = work.finished(shard.name)
                 if known is not None:
-                    return {name: FoldCounts(*both) for name, both in known["folded"].items()}, None
+                    return {name: FoldCounts(*each) for name, each in known["folded"].items()}, None
                 target = within(work.folder, shard.name)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 counts: dict[str, FoldCounts] = {}
                 for tensor, nbytes, met in rewrite(shard, target, self.changes(shard)):
                     counts.setdefault(tensor, FoldCounts()).add(met)
                     tick(tensor, nbytes)
-                facts = {name: [each.vanished, each.changed] for name, each in counts.items()}
+                facts = {name: astuple(each) for name, each in counts.items()}
                 return counts, syncing.submit(work.finish, shard.name, folded=facts)
 
             done = list(in_order(write, folder.shards, min(thread_count(), len(folder.shards))))
@@ -259,6 +294,9 @@ class FoldPlan:
     def changes(self, shard: Shard) -> "Iterator[Change[Folded]]":
         """The spans of a shard that folding changes, by offset."""
         for info in shard.header.tensors.values():
+            if (parameter := self.trained.get(info.name)) is not None:
+                value = partial(self.adapter.shard.read_float64, parameter)
+                yield Change(info.start, info.end, partial(_take, value, info))
             owners = self.owners.get(info.name, ())
             size = info.nbytes // max(1, len(owners))
             for index, (site, matrix) in enumerate(owners):
@@ -306,6 +344,19 @@ def _fold(
     return info.name, before.size, counts
 
 
+def _take(read: Callable[[], NDArray[np.float64]], info: TensorInfo, before: Bytes, after: Bytes) -> Folded:
+    """Replace a stored vector by the adapter's."""
+    stored, out = (data.view(FLOATING[info.dtype]) for data in (before, after))
+    out[:] = round_stored(read(), info.dtype)
+    value = as_float64(out, info.dtype)
+    if not np.isfinite(value).all():
+        entry = int(np.argmin(np.isfinite(value)))
+        raise MaskError(
+            f"{info.name}: entry {entry} becomes {value[entry]}; nothing is written. Train with a lower --lr"
+        )
+    return info.name, before.size, FoldCounts(0, int((stored != out).sum()))
+
+
 def _fault(info: TensorInfo, owners: Owners, shape: tuple[int, ...]) -> str | None:
     """Why a stored tensor does not fit what the adapter says about it; `shape` is that of the first site."""
     site, matrix = owners[0]
@@ -338,6 +389,7 @@ class Proof:
     """Compares every byte on disk with the lock or with the base.
 
     Attributes:
+        adapter, trained: the adapter, and the tensors that its own values replaced, see `FoldPlan`.
         locked: the entries that masks are compared with, by tensor.
         counts: of each folded tensor; every other tensor must have the base's bytes.
         vanish: under `allow`, a mask may have lost the values that underflowed to zero, and no other.
@@ -347,6 +399,8 @@ class Proof:
         digests: SHA-256 by weight file.
     """
 
+    adapter: AdapterFolder
+    trained: Mapping[str, str]
     locked: Mapping[str, LockEntry]
     counts: Mapping[str, FoldCounts]
     vanish: Vanish
@@ -372,6 +426,8 @@ class Proof:
                 for name in shard.header.tensors:
                     if name in self.locked:
                         yield partial(self._prove, shard, copy, self.locked[name])
+                    elif name in self.trained:
+                        yield partial(self._prove_trained, copy, name)
 
         # Hashing a file takes as long as scanning many masks, which need not wait for it.
         for _ in in_order(lambda task: task(), tasks(), ahead=1024):
@@ -418,6 +474,22 @@ class Proof:
             entry if equal else make_entry(entry.name, entry.kind, mask, pattern, entry.transposed)
         )
         self.tick(entry.name, copy.info(entry.name).nbytes)
+
+    def _prove_trained(self, copy: Shard, name: str) -> None:
+        """A trained vector must hold the stored numbers nearest to the adapter's."""
+        expected = self.adapter.shard.read_float64(self.trained[name])
+        written, info = copy.read_float64(name), copy.info(name)
+        bits = np.frombuffer(copy.read_bytes(name, 0, info.nbytes), f"<u{FLOATING[info.dtype].itemsize}")
+        one = np.array(1, bits.dtype)
+        nearest = np.isfinite(written)
+        with np.errstate(invalid="ignore"):
+            for neighbour in (bits + one, bits - one):  # of larger and of smaller magnitude
+                nearest &= ~(
+                    np.abs(as_float64(neighbour, info.dtype) - expected) < np.abs(written - expected)
+                )
+        if not nearest.all():
+            raise FormatError(f"{copy.name}: read back, {name} is not the adapter's, rounded to {info.dtype}")
+        self.tick(name, info.nbytes)
 
 
 def _reopen(shard: Shard, path: Path) -> Shard:

@@ -61,6 +61,10 @@ class InjectSettings:
     seed: int = option(0, "Seed of the factors' initial values, and of the draw of windows.")
     targets: tuple[str, ...] = option((), TARGETS, split=True)
     skip: tuple[str, ...] = option((), "Sites that get no adapter, named as for --targets.", split=True)
+    train_norms: bool = option(
+        False,
+        "Also train the norms and biases of the decoder; they are a share of a per mille and no mask is touched.",
+    )
     init: Literal["default", "gradient"] = option(
         "default", "Start of the factors: the method's own, or from gradients on a text (--calib)."
     )
@@ -69,18 +73,18 @@ class InjectSettings:
         "Instead of --rank: trained parameters at most, as a share of the model's (0.3%) or a count; ranks are chosen "
         "by --budget-by.",
     )
-    budget_by: Literal["size", "error"] = option(
+    budget_by: Literal["size", "error", "gradient"] = option(
         "size",
         "Ranks of the budget: size, the same for every site; error, in proportion to what pruning took from each, "
-        "||dense - pruned|| (--teacher).",
+        "||dense - pruned|| (--teacher); gradient, to ||weight * gradient|| on a text (--calib).",
     )
     teacher: str | None = option(
         None,
-        "The dense model that MODEL was pruned from, for --budget-by error; for --init gradient, the model whose "
-        "predictions are learned instead of the text's own tokens.",
+        "The dense model that MODEL was pruned from, for --budget-by error; for --init gradient and --budget-by "
+        "gradient, the model whose predictions are learned instead of the text's own tokens.",
     )
     device: str | None = option(
-        None, "Where layers run for --init. Default: cuda where there is one, else cpu."
+        None, "Where layers run for gradients. Default: cuda where there is one, else cpu."
     )
 
     def __post_init__(self) -> None:
@@ -157,6 +161,7 @@ class TrainSettings:
     schedule: Literal[
         "linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"
     ] = option("linear", "Schedule of the learning rate.")
+    min_lr: float = option(0.0, "Rate at the end of --schedule cosine.", not_negative)
     warmup: float = option(0.03, "Warmup steps; below 1, a share of all steps.", not_negative)
     clip: float = option(1.0, "Largest norm of the gradient; 0: none.", not_negative)
     bf16: bool = option(False, "Compute under bfloat16 autocast.")
@@ -183,6 +188,10 @@ class TrainSettings:
         check_values(self)
         if self.steps is not None and self.epochs is not None:
             raise UsageError("give --steps or --epochs, not both")
+        if self.min_lr and self.schedule != "cosine":
+            raise UsageError(f"--min-lr is of --schedule cosine, not of {self.schedule}")
+        if self.min_lr and self.lr is not None and self.min_lr > self.lr:
+            raise UsageError(f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}")
         if self.early_stop and not self.eval_steps:
             raise UsageError("--early-stop needs --eval-steps, the evaluations to count")
 
@@ -236,17 +245,48 @@ class LockSettings:
     targets: tuple[str, ...] = option((), TARGETS, split=True)
 
 
+def _rows(value: str) -> str | None:
+    return None if value == "auto" or (value.isdecimal() and int(value) > 0) else "must be a number or auto"
+
+
 @dataclass(frozen=True)
 class EvaluateSettings:
-    """What to measure."""
+    """What to measure: a text, tasks, or both."""
 
-    data: str = option(
-        MISSING,
+    data: str | None = option(
+        None,
         "Text file, .json or .jsonl records (text, instructions, chats), or the name of a dataset on the hub.",
     )
     strict: bool = option(False, STRICT, flag="strict-data")
-    seq_len: int | None = option(None, "Tokens per window. Default: 512, or what the model has.")
+    seq_len: int | None = option(None, "Tokens per window of the text. Default: 512, or what the model has.")
+    stride: int | None = option(
+        None,
+        "Overlapping windows: each predicts only its last N tokens. Default: --seq-len, no overlap.",
+        at_least_one,
+        metavar="N",
+    )
+    tasks: tuple[str, ...] = option(
+        (),
+        "Tasks of lm-evaluation-harness, comma-separated or repeated: names (hellaswag, mmlu), zero-shot (the seven "
+        "of the papers), a task's YAML file, or a folder of them. Needs: pip install 'spp-fx[tasks]'.",
+        split=True,
+    )
+    limit: int | None = option(None, "Documents of each task at most.", at_least_one)
+    shots: int | None = option(
+        None, "Examples in a task's prompt. Default: 5 for mmlu, else the task's own.", not_negative
+    )
+    batch_size: str = option("1", "Rows of a task per forward; auto: as many as fit.", _rows, metavar="N")
     base: Path | None = option(None, "Base model of an adapter, if it is not where the adapter says.")
+    device: str | None = option(None, "Where the model runs. Default: cuda where there is one, else cpu.")
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if self.data is None and not self.tasks:
+            raise UsageError("nothing to measure: give a text with --data, or --tasks")
+        if self.data is None and (self.stride or self.seq_len):
+            raise UsageError("--seq-len and --stride are of a text: give one with --data")
+        if not self.tasks and (self.limit or self.shots is not None or self.batch_size != "1"):
+            raise UsageError("--limit, --shots and --batch-size are of tasks: give some with --tasks")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,10 @@
 """The starts of an adapter's factors that need the model and a text."""
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from math import isfinite, prod, sqrt
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,7 +21,8 @@ from spp_fx.passes.pipeline import run_pipeline
 from spp_fx.pruning.gradients import SiteGradient, Source, layer_gradients, without_gradient
 from spp_fx.pruning.layerwise import Tick, silent
 from spp_fx.pruning.walk import FileStates, Walk
-from spp_fx.verbs.load import FolderWeights
+from spp_fx.verbs.load import FolderWeights, draw_windows
+from spp_fx.verbs.settings import Calibration
 from spp_fx.verification.model_sites import ModelSites, find_sites
 
 
@@ -47,7 +51,8 @@ def walkable(folder: Path, *, trust_remote_code: bool = False) -> ModelSites:
 def partition(program: Program, folder: Path) -> None:
     """Prepare a program for `site_gradients`; UsageError where its layers cannot be walked."""
     try:
-        run_pipeline(program, [Partition(), Causal()])
+        if not program.units:
+            run_pipeline(program, [Partition(), Causal()])
         Walk(program, to_end=True)
     except (PreconditionError, PostconditionError) as error:
         raise UsageError(
@@ -105,6 +110,68 @@ def site_gradients(
             return
         with _source(teacher, device, store) as guide:
             yield from layer_gradients(source, tokens, [*sites], device=device, teacher=guide, tick=tick)
+
+
+@dataclass(frozen=True)
+class TextGradients:
+    """Gradients of a model folder's sites on a text that is drawn and tokenized once.
+
+    Attributes:
+        found: as `find_sites` gives it, runnable.
+        teacher: the folder of a model whose predictions are learned; None: the text's own tokens.
+        store: a folder for what walks keep.
+    """
+
+    found: ModelSites
+    calibration: Calibration
+    teacher: Path | None
+    device: torch.device
+    store: Path
+    trust_remote_code: bool
+    tick: Tick
+    say: Callable[[str], None]
+
+    @cached_property
+    def tokens(self) -> Tensor:
+        """(samples, length) int64; the program is ready to be walked from here on."""
+        model, program = self.found.folder.path, self.found.program
+        drawn = draw_windows(
+            model, program, self.calibration, trust_remote_code=self.trust_remote_code, say=self.say
+        )
+        partition(program, model)
+        return drawn.tokens
+
+    @cached_property
+    def guide(self) -> ModelSites | None:
+        if self.teacher is None:
+            return None
+        guide = walkable(self.teacher, trust_remote_code=self.trust_remote_code)
+        check_teacher(self.found.program, guide.program, self.teacher)
+        return guide
+
+    def of(self, sites: Iterable[str]) -> Generator[SiteGradient, None, None]:
+        """One walk; UsageError where a site has no gradient or the model cannot be walked."""
+        names, tokens = [*sites], self.tokens
+        check_reachable(self.found.program, names)
+        return site_gradients(
+            self.found,
+            names,
+            tokens,
+            device=self.device,
+            store=self.store,
+            teacher=self.guide,
+            tick=self.tick,
+        )
+
+    def norms(self, sites: Iterable[str]) -> dict[str, float]:
+        """The Frobenius norm of W * G of each site; of a stack, per expert."""
+        norms: dict[str, float] = {}
+        for each in self.of(sites):
+            norm = float((each.weight.float() * each.grad).norm())
+            norms[each.site] = norm / sqrt(prod(each.weight.shape[:-2]))
+            if not isfinite(norms[each.site]):
+                raise UsageError(f"{each.site}: its gradient on the text is not finite; use another text")
+        return norms
 
 
 @contextmanager

@@ -32,6 +32,7 @@ METHODS = {
     "hira": make_method("hira", rank=2, scale=SCALE),
     "masked-full": make_method("masked-full"),
     "scale-lora": make_method("scale-lora", rank=2),
+    "lora-star": make_method("lora-star", rank=2, scale=SCALE, dropout=0.0),
     "grouped": make_method("grouped", gain=0.5),
 }
 OPS = ("definition", "fused", *PACKINGS)
@@ -85,10 +86,12 @@ def expected(layer: Layer, seed: Tensor | None = None, dropout: float = 0.0) -> 
     return y if layer.bias is None else y + layer.bias
 
 
-def arguments(execution: str, layer: Layer, seed: Tensor | None = None, dropout: float = 0.0):
+def arguments(
+    execution: str, layer: Layer, seed: Tensor | None = None, dropout: float = 0.0, training: bool = True
+):
     """An op and what it is called with; the execution is one of OPS."""
     ops = ops_of(layer.method, tuple(layer.weight.shape))
-    rest = (*layer.factors.values(), layer.bias, seed, *op_options(layer.method), dropout)
+    rest = (*layer.factors.values(), layer.bias, seed, *op_options(layer.method, training), dropout)
     if execution in PACKINGS:
         tensors = PACKINGS[execution].pack(layer.weight.detach())
         return ops.packed[execution], (layer.x, *tensors.values(), *rest)
@@ -96,11 +99,13 @@ def arguments(execution: str, layer: Layer, seed: Tensor | None = None, dropout:
     return op, (layer.x, layer.weight, *rest)
 
 
-def run(execution: str, layer: Layer, seed: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+def run(
+    execution: str, layer: Layer, seed: Tensor | None = None, dropout: float = 0.0, training: bool = True
+) -> Tensor:
     """The layer's output by one of EXECUTIONS."""
     if execution == "reference":
-        return lowered(layer, dropout)(layer.x, seed, dropout)
-    op, given = arguments(execution, layer, seed, dropout)
+        return lowered(layer, dropout, training)(layer.x, seed, dropout)
+    op, given = arguments(execution, layer, seed, dropout, training)
     return op(*given)
 
 
@@ -121,7 +126,7 @@ def linear_program(weight: Tensor, bias: Tensor | None) -> Program:
     return Program(fx.GraphModule(outer, calls), PretrainedConfig(), lambda **_: None, {}, None)
 
 
-def lowered(layer: Layer, dropout: float):
+def lowered(layer: Layer, dropout: float, training: bool = True):
     """The reference expansion of a layer, as a function of (x, seed, dropout) on the layer's own tensors."""
     bias = None if layer.bias is None else layer.bias.detach()
     program = linear_program(layer.weight.detach(), bias)
@@ -129,7 +134,7 @@ def lowered(layer: Layer, dropout: float):
     inject = Inject(make_method(layer.method.name, **options))
     passes = [Canonicalize(), Match(targets=("layer",), dense=True), inject, Lower(kernel="reference")]
     run_pipeline(program, passes)
-    module = program.get_submodule("layer")
+    module = program.get_submodule("layer").train(training)
     targets = {str(node.target) for node in module.graph.nodes}
     assert not any("_linear" in target for target in targets), targets
     own = {"weight": layer.weight, "bias": layer.bias} | layer.factors

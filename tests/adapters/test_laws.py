@@ -186,6 +186,35 @@ def near(value: Tensor, exact: Tensor) -> bool:
     return bool((value.double() - exact).norm() <= 1e-2 * exact.norm())
 
 
+DENSE = [name for name, method in METHODS.items() if not method.masked]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@executions
+@pytest.mark.parametrize("name", DENSE)
+def test_evaluation_masks_an_update_that_is_dense_in_training(name, execution, dropout, monkeypatch):
+    small_blocks(monkeypatch, 9 * N)
+    layer, seed = make_layer(METHODS[name], M, N), torch.tensor(7) if dropout else None
+    masked = METHODS[name].update(layer.weight, **layer.factors) * (layer.weight != 0)
+    x = apply_dropout(layer.x, seed, dropout)
+    wanted = layer.x @ layer.weight.t() + x @ masked.t() + layer.bias
+    got = run(execution, layer, seed, dropout, training=False)
+    same(got, wanted)
+    assert not torch.allclose(got, run(execution, layer, seed, dropout))
+    dy = torch.randn_like(wanted)
+    for a, b in zip(*(torch.autograd.grad(y, layer.leaves(), dy) for y in (got, wanted)), strict=True):
+        same(a, b)
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_evaluation_masks_the_dense_update_of_a_stack(name):
+    method, (weight, factors) = METHODS[name], stack(METHODS[name])
+    op, named = ops_of(method, (2, M, N)).weight, dict(zip(method.factors((2, M, N)), factors, strict=True))
+    masked = method.update(weight, **named) * (weight != 0)
+    same(op(weight, *factors, *op_options(method, False), 1.0), weight + masked)
+    same(op(weight, *factors, *op_options(method, False), 0.0), masked)
+
+
 @kernels
 @methods
 def test_a_kernel_keeps_only_its_inputs_for_backward(method, execution):
@@ -272,8 +301,11 @@ def test_parts_of_the_factors_give_parts_of_the_update(method):
 @methods
 def test_zeros_of_the_weight_stay_zero_whatever_the_factors(method):
     layer = make_layer(method, M, N)
-    total = method.effective_weight(layer.weight, **{k: 1e6 * v for k, v in layer.factors.items()})
-    assert torch.equal(total == 0, layer.weight == 0)
+    large = {key: 1e6 * value.detach() for key, value in layer.factors.items()}
+    (folded,) = fold_matrix(method, layer.weight, large, "error", FoldCounts(), "site")
+    assert torch.equal(folded == 0, layer.weight == 0)
+    if method.masked:
+        assert torch.equal(method.effective_weight(layer.weight, **large), folded)
 
 
 @pytest.mark.parametrize(("first_row", "step", "transposed"), [(0, 12, False), (0, 5, False), (3, 2, True)])
@@ -281,7 +313,8 @@ def test_zeros_of_the_weight_stay_zero_whatever_the_factors(method):
 def test_the_fold_is_the_formula(method, first_row, step, transposed):
     """Of a whole matrix and of a part of one, stored either way round, some rows at a time."""
     layer = make_layer(method, M, N)
-    whole = method.effective_weight(layer.weight, **layer.factors).detach().numpy()
+    kept, update = layer.weight != 0, method.update(layer.weight, **layer.factors).detach()
+    whole = torch.where(kept, layer.weight + update, 0).numpy()
     factors = {key: value.detach().numpy() for key, value in layer.factors.items()}
     fold = StoredFold(method, (M, N), factors, "F64", "error", "site", first_row)
     stored = layer.weight[first_row:].numpy()
@@ -295,7 +328,15 @@ def test_the_fold_is_the_formula(method, first_row, step, transposed):
         for start in range(0, len(stored), step):
             counts.add(fold.rows(stored[start : start + step], out[start : start + step], start))
     np.testing.assert_allclose(out, whole[first_row:], rtol=EXACT, atol=0)
-    assert counts == FoldCounts(0, int((layer.weight[first_row:] != 0).sum()))
+    removed = torch.where(kept, 0, update)[first_row:]
+    assert (counts.vanished, counts.changed) == (0, int(kept[first_row:].sum()))
+    assert (
+        counts.removed
+        == int(removed.count_nonzero())
+        == (0 if method.masked else int((~kept[first_row:]).sum()))
+    )
+    share = float(removed.square().sum() / update[first_row:].square().sum())
+    assert counts.removed_share == pytest.approx(share, rel=EXACT)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.adapters.layers import OUTSIDE
-from tests.command import must, tensors
+from tests.command import must, randomize, tensors
 from tests.effort import covering
 from tests.verbs.conftest import save_with_tokenizer
 
@@ -23,6 +23,7 @@ OPTIONS = {
     "hira": {"rank": 2},
     "masked-full": {},
     "scale-lora": {"rank": 2},
+    "lora-star": {"rank": 2, "dropout": 0.0},
     "grouped": {"gain": 0.5, "width": 2},
 }
 
@@ -83,6 +84,31 @@ def test_a_method_trains_merges_and_verifies(sparse, folder, method, way, text_f
     perplexity = must("eval", tmp_path / "merged", *measure).json["perplexity"]
     assert must("eval", adapter, *measure).json["perplexity"] == perplexity
     assert trained_perplexity == pytest.approx(perplexity, rel=1e-4)
+
+
+def test_merge_says_what_the_mask_took_from_a_dense_update(pristine, tmp_path):
+    must(
+        "inject", pristine / "sparse", "-o", tmp_path / "adapter", "--method", "lora-star", "--rank", 2, "-q"
+    )
+    randomize(tmp_path / "adapter")
+    weights, factors = tensors(pristine / "sparse"), tensors(tmp_path / "adapter")
+    done = must("merge", tmp_path / "adapter", "-o", tmp_path / "merged", "--json").json
+    total = torch.zeros(2, dtype=torch.float64)
+    for site in done["sites"]:
+        a, b = (factors[f"{site['name']}.lora_star_{key}"].double() for key in "ab")
+        weight, update = weights[site["name"]], 2 * b @ a
+        removed = update[weight == 0]
+        assert site["removed"] == removed.numel() == int((weight == 0).sum())
+        assert site["removed_share"] == pytest.approx(float(removed.square().sum() / update.square().sum()))
+        total += torch.stack([removed.square().sum(), update.square().sum()])
+    share = float(total[0] / total[1])
+    assert 0.3 < share < 0.7
+    assert done["summary"]["removed"] == sum(site["removed"] for site in done["sites"])
+    assert done["summary"]["removed_share"] == pytest.approx(share)
+    said = must("merge", tmp_path / "adapter", "-o", tmp_path / "again").out
+    assert (
+        f"the mask removed {done['summary']['removed']:,} entries of the update, {share:.1%} of its" in said
+    )
 
 
 @pytest.mark.slow

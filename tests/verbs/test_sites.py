@@ -81,8 +81,10 @@ def test_an_adapter_without_differences_is_written_as_before(pristine, tmp_path)
         ("--rank q_proj@4 --budget 1%", "--budget chooses the ranks; leave --rank out"),
         ("--budget lots", "--budget takes a share of the model's parameters"),
         ("--budget 10", "10 parameters give no site a rank"),
-        ("--budget 1% --budget-by error", "give both --budget-by error and --teacher MODEL"),
-        ("--budget-by error", "belong to a budget"),
+        ("--budget 1% --budget-by error", "compares with the dense model: give it with --teacher MODEL"),
+        ("--budget-by error", "--budget-by error belongs to a budget"),
+        ("--budget 1% --budget-by gradient", "--budget-by gradient needs a text: give it with --calib FILE"),
+        ("--budget 1% --teacher {dense}", "--teacher is the dense model for --budget-by error"),
         ("--budget 9% --budget-by error --teacher {dense}/..", "config.json"),
     ],
 )
@@ -126,3 +128,30 @@ def test_the_budgets_error_needs_the_model_that_was_pruned(pristine, tmp_path):
     save_file({"model.norm.weight": torch.ones(4)}, other / "model.safetensors", {"format": "pt"})
     with pytest.raises(FormatError, match=r"has no tensor .* so it is not the dense model"):
         spp_fx.inject(pristine / "sparse", None, budget="5%", budget_by="error", teacher=other)
+
+
+def test_a_budget_by_the_gradient_follows_the_norm_of_weight_times_gradient(pristine, text_file, tmp_path):
+    text = ["--calib", text_file, "--samples", 4, "--seq-len", 16]
+    line = ["inject", pristine / "sparse", "--budget", "8%", "--budget-by", "gradient", *text]
+    report = must(*line, "--dry-run", "--json").json
+    must(*line, "-o", tmp_path / "a", "-q")
+    ranks = {site["name"]: site["rank"] for site in report["sites"]}
+    assert {site: method.rank for site, method in AdapterFolder.open(tmp_path / "a").methods.items()} == ranks
+    step = json.loads((tmp_path / "a" / "sparsity.provenance.json").read_text())["steps"][-1]
+    assert step["settings"]["budget_by"] == "gradient"
+    assert "calibration" in step["inputs"]
+
+    from spp_fx.verbs.load import draw_windows, load_program
+    from spp_fx.verbs.settings import Calibration
+
+    program = load_program(pristine / "sparse").program.train(False)
+    drawn = draw_windows(pristine / "sparse", program, Calibration(text_file, samples=4, seq_len=16))
+    program(drawn.tokens, labels=drawn.tokens).loss.backward()
+    norms = {name: float((p * p.grad).norm()) for name, p in program.named_parameters() if name in ranks}
+    ordered = sorted(ranks, key=norms.__getitem__)
+    by_shape: dict[tuple[int, ...], list[int]] = {}
+    shapes = {site["name"]: tuple(site["shape"]) for site in report["sites"]}
+    for name in ordered:
+        by_shape.setdefault(shapes[name], []).append(ranks[name])
+    assert all(found == sorted(found) for found in by_shape.values())
+    assert len(set(ranks.values())) > 1
