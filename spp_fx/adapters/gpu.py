@@ -149,10 +149,12 @@ def low_rank_reduce_kernel(
     if multiplier != 0:
         seen = tl.load(offsets + row) if storage == 2 else row
         if storage == 2:
-            for before in range(chunk):
-                passed = before * block_columns + tl.arange(0, block_columns)
-                byte = tl.load(index + row[:, None] * ((n + 7) // 8) + (passed // 8)[None, :])
-                seen += tl.sum((byte.to(tl.int32) >> (passed % 8)[None, :]) & 1, axis=1)
+            for passed in range(0, n, block_columns):
+                before = passed + tl.arange(0, block_columns)
+                earlier = held[:, None] & (before < chunk * block_columns)[None, :]
+                place = index + row[:, None] * ((n + 7) // 8) + (before // 8)[None, :]
+                byte = tl.load(place, mask=earlier, other=0)
+                seen += tl.sum((byte.to(tl.int32) >> (before % 8)[None, :]) & 1, axis=1)
         stored, seen = load_weight(storage, values, index, offsets, row, column, valid, seen, n)
         w = stored.to(work)
         h = h * w if multiplier == 2 else tl.where(w != 0, h, 0.0)
