@@ -1,6 +1,8 @@
 """The fold: one rounding, every zero where it was."""
 
+from collections.abc import Callable
 from fractions import Fraction
+from itertools import chain
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from spp_fx.adapters import fold as fold_module
 from spp_fx.adapters.fold import FoldCounts, fold_matrix, round_once
+from spp_fx.adapters.method import make_method
 from spp_fx.adapters.spp import SPP
 from spp_fx.errors import MaskError
 from tests.effort import examples
@@ -87,6 +90,107 @@ def test_every_element_is_the_formula_within_half_a_unit_in_the_last_place(dtype
             # float64 itself errs by at most four roundings of the terms.
             slack = 4 * Fraction(2) ** -53 * (abs(w) + abs(change))
             assert error <= ulp(w + change, dtype) / 2 + slack
+
+
+Entry = Callable[[Fraction, list[Fraction], list[Fraction]], Fraction]
+# What a weight w becomes, of a row of one factor and a column of the other, and their names.
+LOW_RANK: dict[str, tuple[str, str, Entry]] = {
+    "sqft": ("sqft_b", "sqft_a", lambda w, b, a: w + TWO_THIRDS * dot(b, a)),
+    "lors": ("lors_a", "lors_b", lambda w, b, a: w + TWO_THIRDS * dot(b, a)),
+    "lora-star": ("lora_star_b", "lora_star_a", lambda w, b, a: w + TWO_THIRDS * dot(b, a)),
+    "hira": ("hira_b", "hira_a", lambda w, b, a: w * (1 + TWO_THIRDS * dot(b, a))),
+    "scale-lora": ("scale_lora_b", "scale_lora_a", lambda w, b, a: w * dot(b, a)),
+}
+TWO_THIRDS = Fraction(2 / 3)  # the float64
+
+
+def dot(a: list[Fraction], b: list[Fraction]) -> Fraction:
+    return sum((x * y for x, y in zip(a, b, strict=True)), Fraction(0))
+
+
+def fractions(matrix: Tensor) -> list[list[Fraction]]:
+    return [[Fraction(value) for value in row] for row in matrix.tolist()]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [*LOW_RANK, "masked-full"])
+def test_every_method_folds_to_within_half_a_unit_in_the_last_place(name, dtype):
+    """Against the formula in exact fractions."""
+    m, n, rank = 6, 10, 3
+    options = {} if name == "masked-full" else {"rank": rank}
+    options |= {} if name in ("masked-full", "scale-lora") else {"scale": 2 / 3}
+    method, (weight, _, _) = make_method(name, **options), draw(0, m, n, 1, dtype)
+    generator = torch.Generator().manual_seed(1)
+    factors = {
+        key: torch.randn(spec.shape, generator=generator) for key, spec in method.factors((m, n)).items()
+    }
+    (folded,) = fold_matrix(method, weight, factors, "allow", FoldCounts(), "site")
+    if name == "masked-full":
+        wanted = [
+            [w + d for w, d in zip(*rows, strict=True)]
+            for rows in zip(fractions(weight), fractions(factors["full_delta"]), strict=True)
+        ]
+    else:
+        left, right, entry = LOW_RANK[name]
+        b, a = fractions(factors[left]), fractions(factors[right].t())
+        wanted = [
+            [entry(w, b[i], a[c]) for c, w in enumerate(row)] for i, row in enumerate(fractions(weight))
+        ]
+    for w, got, value in zip(
+        weight.flatten().tolist(), folded.flatten().tolist(), chain(*wanted), strict=True
+    ):
+        if w == 0:
+            assert got == 0
+            continue
+        # float64 itself errs by a rounding of each of some ten terms, none larger than this.
+        slack = 16 * Fraction(2) ** -53 * 30 * max(1, abs(Fraction(w)))
+        assert abs(Fraction(got) - value) <= ulp(value, dtype) / 2 + slack
+
+
+@pytest.mark.parametrize("name", ["hira", "lors"])
+def test_arithmetic_in_bfloat16_makes_new_zeros_and_the_fold_makes_none(name):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 128, generator=generator)
+    weight = (weight * (torch.rand(64, 128, generator=generator) < 0.5)).bfloat16()
+    method = make_method(name, rank=4)
+    factors = {
+        key: torch.randn(spec.shape, generator=generator).bfloat16()
+        for key, spec in method.factors((64, 128)).items()
+    }
+    assert int((method.effective_weight(weight, **factors) == 0).sum()) > int((weight == 0).sum())
+    counts = FoldCounts()
+    (folded,) = fold_matrix(method, weight, factors, "keep", counts, "site")
+    assert torch.equal(folded != 0, weight != 0)
+    assert counts.vanished == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("name", "rows", "columns"),
+    [
+        (
+            "hira",
+            [[1.0], [2.0]],
+            [[-1.0, 1.0, -0.5, 0.25]],
+        ),  # 1 + B A = 0 in the first column, and in the third
+        ("lors", [[1.0], [2.0]], [[-0.5, 1.0, -0.25, 0.25]]),  # W = -A B there
+    ],
+)
+def test_a_weight_that_a_low_rank_update_cancels_follows_vanish(name, rows, columns, dtype):
+    weight = torch.tensor([[0.5, 0.0, -2.0, 1.0], [0.0, 3.0, 0.5, 1.0]], dtype=dtype)
+    method = make_method(name, rank=1, scale=1.0)
+    left, right, _ = LOW_RANK[name]
+    factors = {left: torch.tensor(rows), right: torch.tensor(columns)}
+    cancelled = torch.tensor([[True, False, False, False], [False, False, True, False]])
+    for vanish in ("keep", "allow"):
+        counts = FoldCounts()
+        (folded,) = fold_matrix(method, weight, factors, vanish, counts, "site")
+        assert counts.vanished == 2
+        kept = torch.finfo(dtype).tiny if vanish == "keep" else 0.0
+        assert folded[cancelled].tolist() == [kept, kept]
+        assert torch.equal((folded != 0)[~cancelled], (weight != 0)[~cancelled])
+    with pytest.raises(MaskError, match=r"site: row 0, column 0 would fold to zero, and at least 1 more"):
+        list(fold_matrix(method, weight, factors, "error", FoldCounts(), "site"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,6 +1,7 @@
 """Every execution of every method is held to the method's own formula, gradients included."""
 
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,8 +58,10 @@ def same(got: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(got, wanted, rtol=EXACT, atol=EXACT)
 
 
-def test_every_registered_method_is_held_to_the_laws():
+def test_every_registered_method_is_held_to_the_laws_and_documented():
     assert set(REGISTRY) == set(METHODS)
+    documentation = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+    assert all(f"| `{name}` | W" in documentation for name in {*REGISTRY} - {"grouped"})
 
 
 @pytest.mark.parametrize(("rows", "dropout", "bias", "blocks"), CASES, ids=str)
