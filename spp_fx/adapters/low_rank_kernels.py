@@ -11,6 +11,8 @@ numba vectorizes by itself does not; it takes three times as long.
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +34,7 @@ from spp_fx.adapters.cpu import (
     widen,
 )
 from spp_fx.compiled import compiled
+from spp_fx.parallel import openmp
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +48,8 @@ ZERO = np.float32(0)
 ROWS = 4
 STRIP = 8
 """Rows whose gradients are multiplied at once: more of them add up before dA is read and written."""
+PARTS = 4
+"""Into so many parts rows are divided for threads."""
 
 
 def _vectors() -> tuple[int, int]:
@@ -196,14 +201,14 @@ def dot_block(typing, first, i, second, j, out, o):
 
 
 @partial(compiled, error_model="numpy")
-def tile(storage, values, index, offsets, multiplier, base, left, right, buffer, out):
-    """Rows of base * W + M * (left right); left (rows, r) and right (r, n) are padded."""
+def tile(storage, values, index, offsets, multiplier, base, left, right, buffer, start, stop, out):
+    """Rows start..stop of base * W + M * (left right); left (rows, r) and right (r, n) are padded."""
     nibbles = np.empty(2 * index.shape[1], np.uint8)
     strip = np.empty((ROWS, right.shape[1]), np.float32)
-    for first in range(0, out.shape[0], ROWS):
+    for first in range(start, stop, ROWS):
         for c in range(0, right.shape[1], COLUMNS):
             multiply_block(left, first, 0, right, right.shape[0], c, strip, 0, False)
-        for i in range(first, min(first + ROWS, out.shape[0])):
+        for i in range(first, min(first + ROWS, stop)):
             row = row_of(storage, values, index, offsets, i, nibbles, buffer)
             change, target = strip[i - first], out[i]
             if multiplier == WEIGHT:
@@ -219,13 +224,13 @@ def tile(storage, values, index, offsets, multiplier, base, left, right, buffer,
 
 
 @partial(compiled, error_model="numpy")
-def pullback(storage, values, index, offsets, multiplier, left, right, buffer, g, dleft, dright):
-    """dleft = (G * M) right^T, and dright = left^T (G * M), which begins at zero; left (r, rows) is transposed."""
+def pullback(storage, values, index, offsets, multiplier, left, right, buffer, start, stop, g, dleft, dright):
+    """Of rows start..stop: dleft = (G * M) right^T, and dright += left^T (G * M); left (r, rows) is transposed."""
     nibbles = np.empty(2 * index.shape[1], np.uint8)
     strip = np.zeros((STRIP, right.shape[1]), np.float32)
     rank, width = right.shape
-    for first in range(0, g.shape[0], STRIP):
-        last = min(first + STRIP, g.shape[0])
+    for first in range(start, stop, STRIP):
+        last = min(first + STRIP, stop)
         for i in range(first, last):
             gradient, target = g[i], strip[i - first]
             if multiplier == ONE:
@@ -281,11 +286,14 @@ def low_rank_tile(
 
     check_range(adapted, out, start, stop)
     rows, n = out.shape
-    left = _padded(as_array(b), _up(rows, ROWS), len(a))
-    tile(
-        *storage_of(adapted, start, stop), MULTIPLIERS[multiplier], np.float32(base),
-        left, _padded(as_array(a), len(a), _up(n, COLUMNS)), row_buffer(adapted), as_array(out),
-    )  # fmt: skip
+    left, right = _padded(as_array(b), _up(rows, ROWS), len(a)), _padded(as_array(a), len(a), _up(n, COLUMNS))
+    weight, target = storage_of(adapted, start, stop), as_array(out)
+
+    def run(part: int, first: int, last: int) -> None:
+        buffer = row_buffer(adapted)
+        tile(*weight, MULTIPLIERS[multiplier], np.float32(base), left, right, buffer, first, last, target)
+
+    _on_threads(run, rows)
 
 
 def low_rank_pullback(
@@ -299,13 +307,50 @@ def low_rank_pullback(
     check_range(adapted, grad, start, stop)
     rows, n = grad.shape
     height, width = _up(len(a), ROWS), _up(n, COLUMNS)
-    left = _padded(as_array(b.t().contiguous()), height, _up(rows, STRIP))
-    dleft, dright = np.empty((_up(rows, STRIP), height), np.float32), np.zeros((height, width), np.float32)
-    pullback(
-        *storage_of(adapted, start, stop), MULTIPLIERS[multiplier], left, _padded(as_array(a), height, width),
-        row_buffer(adapted), as_array(grad.contiguous()), dleft, dright,
-    )  # fmt: skip
-    return torch.from_numpy(dleft)[:rows, : len(a)], torch.from_numpy(dright)[: len(a), :n]
+    left, right = (
+        _padded(as_array(b.t().contiguous()), height, _up(rows, STRIP)),
+        _padded(as_array(a), height, width),
+    )
+    weight, g = storage_of(adapted, start, stop), as_array(grad.contiguous())
+    dleft = np.empty((_up(rows, STRIP), height), np.float32)
+    dright = np.zeros((PARTS, height, width), np.float32)
+
+    def run(part: int, first: int, last: int) -> None:
+        buffer, kind = row_buffer(adapted), MULTIPLIERS[multiplier]
+        pullback(*weight, kind, left, right, buffer, first, last, g, dleft, dright[part])
+
+    _on_threads(run, rows)
+    return torch.from_numpy(dleft)[:rows, : len(a)], torch.from_numpy(dright.sum(0))[: len(a), :n]
+
+
+def _on_threads(run: Callable[[int, int, int], None], rows: int) -> None:
+    """Call `run` with each of PARTS parts of the rows and its range, on as many of torch's threads as there are.
+
+    Parts do not depend on the number of threads, and so neither do sums. The threads are OpenMP's, as torch's own:
+    between products these wait busily, and would take turns with others.
+    """
+    import torch
+
+    step = max(STRIP, _up(-(-rows // PARTS), STRIP))
+    # The iterator of a list is safe to share between threads.
+    parts = iter([(part, first, min(first + step, rows)) for part, first in enumerate(range(0, rows, step))])
+    failures: list[BaseException] = []
+
+    def work(_: object) -> None:
+        try:
+            while (part := next(parts, None)) is not None:
+                run(*part)
+        except BaseException as error:  # noqa: BLE001 - raised below: a callback cannot
+            failures.append(error)
+
+    parallel = openmp() if torch.get_num_threads() > 1 else None
+    if parallel is None:
+        work(None)
+    else:
+        callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(work)
+        parallel(ctypes.cast(callback, ctypes.c_void_p), None, min(torch.get_num_threads(), PARTS), 0)
+    if failures:
+        raise failures[0]
 
 
 def _up(count: int, multiple: int) -> int:

@@ -129,6 +129,35 @@ def compare_with_torch(adapted, other, monkeypatch):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [1, 8, 9, 40])
+def test_threads_share_the_rows_and_change_no_sum(rows, monkeypatch):
+    adapted = make_low_rank(make(40, 300, 4, torch.bfloat16, "2:4"), "sqft")
+    g = torch.randn(rows, 300, generator=torch.Generator().manual_seed(3)).bfloat16()
+
+    def both() -> list[torch.Tensor]:
+        grads = {key: torch.zeros_like(value) for key, value in adapted.factors.items()}
+        adapted.pull_back(g, 0, rows, grads)
+        return [adapted.build(0, rows, 1.0, torch.empty_like(g)), *grads.values()]
+
+    monkeypatch.setattr(low_rank_kernels, "openmp", lambda: None)
+    alone = both()
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert all(torch.equal(a, b) for a, b in zip(alone, both(), strict=True))
+
+
+def test_what_fails_on_a_thread_is_raised(monkeypatch):
+    adapted = make_low_rank(make(40, 300, 4, torch.bfloat16, "dense"), "sqft")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+    def fail(*_: object) -> None:
+        raise MemoryError("none left")
+
+    monkeypatch.setattr(low_rank_kernels, "tile", fail)
+    with pytest.raises(MemoryError, match="none left"):
+        adapted.build(0, 40, 1.0, torch.empty(40, 300, dtype=torch.bfloat16))
+
+
 @pytest.mark.parametrize("name", LOW_RANK)
 def test_under_autocast_a_low_rank_tile_keeps_its_precision(name):
     adapted = make_low_rank(make(8, 12, 2, torch.float32, "dense"), name)
