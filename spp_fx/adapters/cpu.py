@@ -105,7 +105,7 @@ def spp_tile(storage, values, index, offsets, alpha, beta, first, height, scale,
 def spp_pullback(
     storage, values, index, offsets, alpha, beta, first, height, scale, buffer, g, dalpha, dbeta
 ):
-    """dbeta_i = s sum_c (G W)_ic alpha_jc, written, and dalpha_jc = s sum_i beta_i (G W)_ic, added to."""
+    """dbeta_i = s sum_c (G W)_ic alpha_jc and dalpha_jc = s sum_i beta_i (G W)_ic, added to."""
     nibbles = np.empty(2 * index.shape[1], np.uint8)
     for i in range(g.shape[0]):
         row = row_of(storage, values, index, offsets, i, nibbles, buffer)
@@ -116,7 +116,7 @@ def spp_pullback(
             product = widen(gradient[c]) * widen(row[c])
             target[c] += factor * product
             total += product * shared[c]
-        dbeta[first + i, 0] = total * scale
+        dbeta[first + i, 0] += total * scale
 
 
 def takes(adapted: AdaptedWeight, other: torch.dtype) -> bool:

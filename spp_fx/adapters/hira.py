@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from spp_fx.adapters.method import (
     DROPOUT_OPTION,
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class HiRA(Method):
     """W * (1 + s B A) — HiRA, ICLR 2025; its rank 32, and s = 1 as there."""
+
+    masked_gradient: ClassVar[bool] = True
 
     rank: int = option(32, "Rank r of the multiplier.", at_least_one)
     scale: float = option(1.0, *SCALE_OPTION)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from spp_fx.adapters.method import (
     DROPOUT_OPTION,
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class MaskedFull(Method):
     """W + D * (W != 0) with all of D trained — Eq. 3 of SPP, ICML 2024; as many numbers as W has, in float32."""
+
+    masked_gradient: ClassVar[bool] = True
 
     dropout: float = option(0.0, *DROPOUT_OPTION)
 

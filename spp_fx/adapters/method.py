@@ -149,6 +149,10 @@ class Method(ABC):
     """(self, x, grad_y, weight, factors, grads): adds the factors' gradients to `grads` from the input (b, in) and
     rows of the output's gradient (b, rows), for methods that never form G = grad_yᵀ x."""
 
+    masked_gradient: ClassVar[bool] = False
+    """Whether the factors' gradients depend on the effective weight's only where the weight is non-zero, as they do
+    unless `update` has gradients of its own; the rest of it may then be taken as zero."""
+
     def __post_init__(self) -> None:
         check_values(self, self.name)
 

@@ -18,6 +18,7 @@ from torch.nn.functional import linear
 
 from spp_fx.adapters.method import FactorSpec, Kernels, MaskedUpdate, Method
 from spp_fx.adapters.rows import DENSE, PACKINGS, DenseRows, Rows, Storage, row_ranges, workspace
+from spp_fx.compiled import optional_module
 from spp_fx.errors import UsageError
 
 BLOCK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
@@ -215,14 +216,38 @@ def fused_backward(
             add = partial(adapted.method.factor_grads, branches.dropped, dy_block, weight)
             adapted.add_grads(start, stop, grads, add)
             continue
-        g = torch.mm(dy_block.t(), branches.dropped, out=scratch[: stop - start])
-        adapted.pull_back(g, start, stop, grads)
+        _pull_back_products(adapted, branches.dropped, dy_block, start, stop, scratch, grads)
     if not needs_x:
         return x.new_empty(0), *grads.values()
     result = dx.total()
     if branches.masked:
         result += apply_dropout(dbranch.total(), seed, p)
     return result.view(x.shape), *grads.values()
+
+
+def _pull_back_products(
+    adapted: AdaptedWeight,
+    x: Tensor,
+    dy: Tensor,
+    start: int,
+    stop: int,
+    scratch: Tensor,
+    grads: dict[str, Tensor],
+) -> None:
+    """Form rows start..stop of G = dyᵀ x, only where W is non-zero if that is faster, and pull them back."""
+    g = scratch[: stop - start]
+    sparse = optional_module("spp_fx.adapters.sparse_products") if adapted.method.masked_gradient else None
+    if sparse is not None and sparse.takes(x, dy):
+        weight = adapted.rows.take(start, stop)
+        parts = -(-len(x) // sparse.MOST_BATCH)
+        for x_part, dy_part in zip(x.chunk(parts), dy.chunk(parts), strict=True):
+            if not sparse.kept_gradient(x_part, dy_part, weight, g):
+                break  # the weight is not sparse enough, which the first part has shown
+            adapted.pull_back(g, start, stop, grads)
+        else:
+            return
+    torch.mm(dy.t(), x, out=g)
+    adapted.pull_back(g, start, stop, grads)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from spp_fx.adapters.method import (
     DROPOUT_OPTION,
@@ -32,6 +32,8 @@ class ScaleLoRA(Method):
     Column 0 of B and row 0 of A start as ones, the other columns of B as zeros: B A is exactly 1, while the other
     rows of A, which start at random, let all r components learn.
     """
+
+    masked_gradient: ClassVar[bool] = True
 
     rank: int = option(16, "Rank r of the multipliers.", at_least_one)
     dropout: float = option(0.0, *DROPOUT_OPTION)

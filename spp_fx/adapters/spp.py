@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import gcd
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from spp_fx.adapters.method import (
     DROPOUT_OPTION,
@@ -33,6 +33,8 @@ LARGEST_RANK = 256
 @dataclass(frozen=True)
 class SPP(Method):
     """W * (1 + s * beta * repeat(alpha)) — SPP, ICML 2024, Eq. 4 and 5."""
+
+    masked_gradient: ClassVar[bool] = True
 
     rank: int = option(16, "Rank r; for spp a divisor of a site's outputs, or it is skipped.", at_least_one)
     scale: float = option(2.0, *SCALE_OPTION)
@@ -75,7 +77,7 @@ class SPP(Method):
         work = work_dtype(grad, alpha)
         product = _product(grad, weight, work).view(len(alpha), -1, alpha.shape[1])
         row = (alpha.to(work) * self.scale).unsqueeze(2)
-        grads["spp_beta"].copy_(torch.bmm(product, row).view(-1, 1))
+        grads["spp_beta"] += torch.bmm(product, row).view(-1, 1)
         column = (beta.to(work) * self.scale).view(len(alpha), 1, -1)
         grads["spp_alpha"] += torch.bmm(column, product).squeeze(1)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from spp_fx.adapters.method import (
     DROPOUT_OPTION,
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class SQFT(Method):
     """W + s (B A) * (W != 0) — SQFT, EMNLP 2024 findings; defaults are the paper's: s = alpha / r = 64 / 32."""
+
+    masked_gradient: ClassVar[bool] = True
 
     rank: int = option(32, "Rank r of the update.", at_least_one)
     scale: float = option(2.0, *SCALE_OPTION)

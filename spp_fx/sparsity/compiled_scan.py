@@ -119,7 +119,7 @@ _WORD = 64  # elements of one mask word
 
 def compile_scan(itemsize: int) -> ScanElements:
     """`scan_elements` for elements of 1, 2, 4 or 8 bytes; a call lets other threads run."""
-    machine_code = _compile(_SCAN_ELEMENTS.replace("iW", f"i{8 * itemsize}"), "scan", _SCAN)
+    machine_code = compile_assembly(_SCAN_ELEMENTS.replace("iW", f"i{8 * itemsize}"), "scan", _SCAN)
 
     def scan(elements: NDArray[Any], kind: ElementType, out: NDArray[np.uint8]) -> tuple[int, int]:
         words = elements.size // _WORD
@@ -149,7 +149,7 @@ def compile_count(group: int, kept: int) -> CountInWords:
     )
     assembly = _COUNT_IN_WORDS.replace("STEPS", steps).replace("GROUP", str(group))
     assembly = assembly.replace("RAISE", str(fields.raised)).replace("TOP", str(fields.top))
-    machine_code = _compile(assembly, "count", _COUNT)
+    machine_code = compile_assembly(assembly, "count", _COUNT)
 
     def count(words: NDArray[np.uint64]) -> int:
         if words.dtype != np.uint64 or not words.flags.c_contiguous:
@@ -165,7 +165,7 @@ def _address(array: NDArray[Any]) -> int:
     return array.__array_interface__["data"][0]
 
 
-def _compile(assembly: str, name: str, signature: Any) -> Any:
+def compile_assembly(assembly: str, name: str, signature: Any) -> Any:
     """A function of a module as machine code for this CPU."""
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
