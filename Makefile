@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow test-tasks nightly install check bench soak fuzz clean help
+.PHONY: demo test test-slow test-tasks nightly install check bench study soak fuzz clean help
 
 help:
 	@echo "make demo     prune, train, merge, verify and export a small model, a few minutes on two cores"
@@ -17,6 +17,7 @@ help:
 	@echo "make nightly  every combination, many more examples, every trace made anew: some hours"
 	@echo "make check    lint, format, types, layers"
 	@echo "make bench    benchmarks, JSON on stdout"
+	@echo "make study    every method at equal parameters and steps, into docs/recovery.md: over an hour"
 	@echo "make soak     a hundred kills of every verb, and the full fuzz: an hour or two"
 	@echo "make fuzz     10,000 damaged inputs"
 	@echo "make install  only the environment, in $(VENV)"
@@ -71,6 +72,10 @@ bench: install
 	@$(BIN)/python benchmarks/prune_layers.py
 	@$(BIN)/python benchmarks/model_step.py --model 110m --tokens 2048 --seq-len 256 512 1024 2048 --dtype bfloat16 --only lors spp_fused
 	@$(BIN)/python benchmarks/graph_overhead.py
+
+# Methods and ablations on real models, about an hour and a quarter on two cores; goes on where it was stopped.
+study: install
+	@$(BIN)/python benchmarks/study.py
 
 # Each prints JSON and fails on anything broken; the seeds are fixed, so that a failure comes again.
 soak: install fuzz

@@ -57,7 +57,10 @@ WAYS = {
     "spp_literal_checkpoint": rival(rivals.spp_literal_checkpoint, low_rank=False),
     "sqft": rival(rivals.sqft),
     "sqft_checkpoint": rival(rivals.sqft_checkpoint),
+    "hira": rival(rivals.hira),
     "sqft_fused": ours("sqft"),
+    "lors_fused": ours("lors"),
+    "hira_fused": ours("hira"),
 }
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from spp_fx.verbs.merge import merge
     from spp_fx.verbs.prune import prune
     from spp_fx.verbs.settings import Calibration, TrainSettings
+    from spp_fx.verbs.teach import teach
     from spp_fx.verbs.train import train
     from spp_fx.verbs.unpack import unpack
     from spp_fx.verbs.verify import verify
@@ -54,6 +55,7 @@ _HOMES = {
     "print_program": "spp_fx.graph.printer",
     "prune": "spp_fx.verbs.prune",
     "run_pipeline": "spp_fx.passes.pipeline",
+    "teach": "spp_fx.verbs.teach",
     "trace": "spp_fx.graph.trace",
     "train": "spp_fx.verbs.train",
     "unpack": "spp_fx.verbs.unpack",
@@ -79,6 +81,7 @@ __all__ = [
     "prune",
     "run_pipeline",
     "runtime",
+    "teach",
     "trace",
     "train",
     "unpack",

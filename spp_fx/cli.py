@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -13,10 +13,24 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from spp_fx.command import CONFIG, FRESH, HELP, RECIPE, REMOTE_CODE, command, force_option, out_option
+from spp_fx.command import (
+    CONFIG,
+    FRESH,
+    HELP,
+    RECIPE,
+    REMOTE_CODE,
+    beside,
+    command,
+    criteria,
+    default_out,
+    force_option,
+    formats,
+    methods,
+    model_folder,
+    out_option,
+)  # fmt: skip
 from spp_fx.console import Output
 from spp_fx.errors import SppFxError, escaped
-from spp_fx.registry import Registry
 from spp_fx.verbs.settings import (
     Calibration,
     EvaluateSettings,
@@ -25,6 +39,7 @@ from spp_fx.verbs.settings import (
     MergeSettings,
     OptimizeSettings,
     PruneSettings,
+    TeachSettings,
     TrainData,
     TrainSettings,
     VerifySettings,
@@ -113,42 +128,6 @@ def cli() -> None:
 
 verb = partial(command, cli)
 """The decorator of a verb's function."""
-
-
-def model_folder(name: str) -> Path:
-    from spp_fx.storage.folder import resolve_model
-
-    return resolve_model(name)
-
-
-def default_out(model: str, suffix: str) -> Path:
-    """MODEL-suffix beside a model folder; in the current folder where MODEL is a hub id."""
-    path = Path(model)
-    return beside(path, suffix) if path.exists() else Path.cwd() / f"{path.name}-{suffix}"
-
-
-def beside(folder: Path, suffix: str) -> Path:
-    """FOLDER-suffix beside a folder."""
-    folder = folder.resolve()
-    return folder.parent / f"{folder.name}-{suffix}"
-
-
-def criteria() -> Registry[Any]:
-    from spp_fx.pruning.criterion import CRITERIA
-
-    return CRITERIA
-
-
-def formats() -> Registry[Any]:
-    from spp_fx.exporters.format import FORMATS
-
-    return FORMATS
-
-
-def methods() -> Registry[Any]:
-    from spp_fx.adapters.method import METHODS
-
-    return METHODS
 
 
 @verb(
@@ -276,6 +255,33 @@ def train_command(
     output.result(done)
 
 
+@verb(
+    "teach", MODEL, out_option("Folder to write. Default: MODEL-taught."), force_option(), FRESH, REMOTE_CODE
+)
+def teach_command(
+    output: Output, model: str, settings: TeachSettings, out: Path | None, **options: Any
+) -> None:
+    """Keep what a MODEL predicts for a text, to train from without the model: 'spp-fx train --teacher OUT'.
+
+    Tokens are drawn from its predictions and kept with their counts, an unbiased sample of the whole distribution. A
+    predicted token takes at most 3 bytes per sample and 5 more (5 per sample and 5 for vocabularies over 65,536), less
+    where the model is sure. Training needs the same text, --seq-len, --loss-on and --packing.
+
+    \b
+    spp-fx teach my-model --data text.txt --seq-len 512 -o taught
+    spp-fx train my-sparse-spp --data text.txt --teacher taught --teacher-weight 0.67
+    spp-fx teach my-model --data alpaca.json --loss-on answer --samples 64 --temperature 2
+    """
+    from spp_fx.verbs.teach import teach
+
+    with output.steps_bar("teaching") as bar:
+        done = teach(
+            model_folder(model), out or default_out(model, "taught"), **vars(settings), **options,
+            tick=bar.update, say=output.say,
+        )  # fmt: skip
+    output.result(done)
+
+
 @verb("merge", ADAPTER, out_option("Folder to write. Default: ADAPTER-merged."), force_option(), FRESH)
 def merge_command(
     output: Output, adapter: Path, settings: MergeSettings, out: Path | None, **options: Any
@@ -354,15 +360,10 @@ def _write_reports(output: Output, verdicts: "Sequence[Verified]", settings: Ver
     if settings.github:
         for line in report.annotations(verdicts, root):
             click.echo(line, err=output.as_json)
-    writes: list[Callable[[], None]] = []
     step_summary = os.environ.get("GITHUB_STEP_SUMMARY") if settings.github else None
-    if path := settings.junit:
-        writes.append(partial(report.write_report, path, report.junit(verdicts, root)))
-    if path := settings.sarif:
-        writes.append(partial(report.write_report, path, report.sarif(verdicts, root)))
-    if step_summary:
-        writes.append(partial(report.append_report, Path(step_summary), report.summary(verdicts, root)))
-    report.write_all(writes)
+    report.write_reports(
+        verdicts, root, junit_to=settings.junit, sarif_to=settings.sarif, summary_to=step_summary
+    )
 
 
 def _verify(output: Output, checks: "Sequence[Check]", jobs: int | None) -> "list[Verified]":

@@ -229,7 +229,7 @@ def _choice_options(registry: Registry[Any], chosen: str | None, per_site: bool)
             default = default_of(each)
             flag = each.metadata.get("flag") or key.replace("_", "-")
             shown: dict[str, Any] = (
-                {} if default is MISSING else {"default": (default,), "show_default": str(default)}
+                {} if default is MISSING else {"default": (default,), "show_default": True}
             )
             metavar = f"[NAME@]{'INTEGER' if kind is int else 'FLOAT'}"
             found.append(
@@ -266,6 +266,42 @@ def _click_option(each: Field[Any], hint: Any, text: str, required: bool = True)
     if default is MISSING:
         return click.Option(names, type=kind, required=required, **settings)
     return click.Option(names, type=kind, default=default, show_default=True, **settings)
+
+
+def model_folder(name: str) -> Path:
+    from spp_fx.storage.folder import resolve_model
+
+    return resolve_model(name)
+
+
+def criteria() -> Registry[Any]:
+    from spp_fx.pruning.criterion import CRITERIA
+
+    return CRITERIA
+
+
+def formats() -> Registry[Any]:
+    from spp_fx.exporters.format import FORMATS
+
+    return FORMATS
+
+
+def methods() -> Registry[Any]:
+    from spp_fx.adapters.method import METHODS
+
+    return METHODS
+
+
+def default_out(model: str, suffix: str) -> Path:
+    """MODEL-suffix beside a model folder; in the current folder where MODEL is a hub id."""
+    path = Path(model)
+    return beside(path, suffix) if path.exists() else Path.cwd() / f"{path.name}-{suffix}"
+
+
+def beside(folder: Path, suffix: str) -> Path:
+    """FOLDER-suffix beside a folder."""
+    folder = folder.resolve()
+    return folder.parent / f"{folder.name}-{suffix}"
 
 
 def read_config(context: click.Context, parameter: click.Parameter, path: Path | None) -> None:

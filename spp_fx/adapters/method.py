@@ -76,26 +76,23 @@ def _entries(group: int | None, taken: tuple[int, int] | None) -> Axis:
     return np.arange(start, stop) // group
 
 
-SHARE, REFERENCE_STEPS, REFERENCE_WIDTH = 0.0173, 60, 128
+STEPS, WIDTH = 60, 128
+"""Of the runs that the suggested rates were measured in; see docs/decisions/0003."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What the best learning rate of a run depends on, beside the method.
+    """What the best learning rate of a site's factors depends on, beside the method.
 
     Attributes:
         steps: of the optimizer.
-        width: the median of the adapted sites' input features.
-        spread: root mean square of a site's non-zero weights, the median of the sites.
+        width: the site's input features.
+        spread: root mean square of its non-zero weights.
     """
 
     steps: int
     width: float
     spread: float
-
-    def share(self) -> float:
-        """The share of its size by which one step of AdamW may best change a weight; measured in decision 0003."""
-        return SHARE * (REFERENCE_STEPS / self.steps) ** (2 / 3) * (REFERENCE_WIDTH / self.width) ** 0.25
 
     def rate_of_product(self, scale: float, rank: int = 1, unit: float = 1.0) -> float:
         """The rate of two factors of which one starts at zero: the change is s times `rank` products of them.
@@ -106,11 +103,12 @@ class Run:
         Args:
             unit: what the change is relative to, 1 for multipliers of the weight.
         """
-        return sqrt(self.share() * unit / (abs(scale) * rank**0.8))
+        share = 0.0173 * (WIDTH / self.width) ** 0.25 * (STEPS / self.steps) ** 0.9
+        return sqrt(share * unit / (abs(scale) * rank**0.8))
 
     def rate_of_sum(self, unit: float = 1.0) -> float:
-        """The rate of a factor of which the change is a plain sum: by it the best share is twice as large."""
-        return 2 * self.share() * unit
+        """The rate of a factor that is itself the change."""
+        return 0.04 * (WIDTH / self.width) ** 0.25 * (STEPS / self.steps) ** 0.25 * unit
 
 
 class Kernels(Protocol):

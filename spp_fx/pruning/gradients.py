@@ -89,11 +89,11 @@ def layer_gradients(
     Raises:
         PatternError: the loss or a gradient is not finite; names the site.
     """
-    walk = _Walk(Walk(source.program, to_end=True), source, tokens, device)
+    walk = SampleWalk(Walk(source.program, to_end=True), source, tokens, device)
     guide = None
     passes, done = 2 * len(walk.walk.layers) + 1, 0
     if teacher is not None:
-        guide = _Walk(Walk(teacher.program, to_end=True), teacher, tokens, device)
+        guide = SampleWalk(Walk(teacher.program, to_end=True), teacher, tokens, device)
         passes += len(guide.walk.layers)
 
     def progress(what: str) -> None:
@@ -121,8 +121,8 @@ def layer_gradients(
 
 
 @dataclass(frozen=True)
-class _Walk:
-    """One model and the samples that go through it; each call leaves none of a layer's weights behind."""
+class SampleWalk:
+    """One model and the samples that go through it; each call leaves none of its weights behind."""
 
     walk: Walk
     source: Source
@@ -130,18 +130,23 @@ class _Walk:
     device: torch.device
 
     @torch.no_grad()
-    def forward(self, progress: Callable[[str], None], *, keep: bool) -> Shared:
-        """Save what every layer reads, and the end; without `keep` only the end stays. What all samples share."""
+    def enter(self) -> Shared:
+        """Save what the first layer reads; what all samples share."""
         shared: Shared = {}
-        states = self.source.states
         with self.in_place(self.walk.entry_tensors()):
             for i in range(len(self.tokens)):
                 values, shared = self.walk.enter(self._sample(i))
-                states.save(0, i, values)
+                self.source.states.save(0, i, values)
+        return shared
+
+    @torch.no_grad()
+    def forward(self, progress: Callable[[str], None], *, keep: bool) -> Shared:
+        """Save what every layer reads, and the end; without `keep` only the end stays. What all samples share."""
+        shared, states = self.enter(), self.source.states
         for index, layer in enumerate(self.walk.layers):
             with self.in_place(self.walk.layer_tensors(index)):
                 for i in range(len(self.tokens)):
-                    states.save(index + 1, i, self.walk.run(index, self._load(index, i), shared))
+                    states.save(index + 1, i, self.walk.run(index, self.load(index, i), shared))
                     progress(f"{layer.path}: {'forward' if keep else 'teacher'}")
             if not keep:
                 states.forget(index)
@@ -150,7 +155,7 @@ class _Walk:
     @torch.no_grad()
     def logits(self, sample: int, shared: Shared) -> Tensor:
         """(1, length, vocabulary) of a sample, from the end's values."""
-        return self.walk.leave(self._sample(sample), self._load(len(self.walk.layers), sample), shared)
+        return self.walk.leave(self._sample(sample), self.load(len(self.walk.layers), sample), shared)
 
     @torch.enable_grad()
     def loss(
@@ -162,7 +167,7 @@ class _Walk:
         """
         end = len(self.walk.layers)
         for i in range(len(self.tokens)):
-            leaves = _leaves(self._load(end, i))
+            leaves = _leaves(self.load(end, i))
             tokens = self._sample(i)
             logits = self.walk.leave(tokens, _copies(leaves), shared)[0, :-1].float()
             if target is None:
@@ -188,10 +193,10 @@ class _Walk:
             for weight in weights.values():
                 weight.requires_grad_(True)
             for i in range(len(self.tokens)):
-                values = self._load(index, i)
+                values = self.load(index, i)
                 leaves = _leaves(values) if index else values
                 outputs = self.walk.run(index, _copies(leaves), shared)
-                known = self._load(index + 1, i)
+                known = self.load(index + 1, i)
                 found = _gradients(outputs, known, [*leaves, *weights.values()])
                 for name, grad in zip(weights, found[len(leaves) :], strict=True):
                     if grad is not None:
@@ -211,6 +216,7 @@ class _Walk:
 
     @contextmanager
     def in_place(self, names: list[str]) -> Generator[None, None, None]:
+        """Parameters and buffers have their values within the block."""
         self.source.weights.fill(self.source.program, names, self.device)
         try:
             yield
@@ -220,7 +226,8 @@ class _Walk:
     def _sample(self, index: int) -> Tensor:
         return self.tokens[index : index + 1].to(self.device)
 
-    def _load(self, index: int, sample: int) -> list[Any]:
+    def load(self, index: int, sample: int) -> list[Any]:
+        """What a layer reads of a sample."""
         values = self.source.states.load(index, sample)
         return [value.to(self.device) if isinstance(value, Tensor) else value for value in values]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from spp_fx.errors import SppFxError, UsageError
 
-REPLACEABLE = ("config.json", "adapter_config.json", "export.json", "sparsity.lock.json")
+REPLACEABLE = ("config.json", "adapter_config.json", "export.json", "sparsity.lock.json", "teacher.json")
 """--force replaces a non-empty folder only if it holds one of these files."""
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})

@@ -61,6 +61,34 @@ def distillation_loss(
     return total / (len(ours) if count is None else count)
 
 
+def sampled_loss(
+    student: Tensor,
+    draws: Tensor,
+    counts: Tensor,
+    entropy: Tensor,
+    count: Tensor | int | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """As `distillation_loss`, estimated from tokens drawn from the teacher; its gradient is unbiased.
+
+    The cross entropy of the drawn tokens minus the teacher's own entropy. Single estimates may be below zero.
+
+    Args:
+        student: logits (batch, sequence, vocabulary).
+        draws: (batch, sequence, most) int64, different tokens of each position.
+        counts: of the same shape, how often each was drawn; all zero where nothing is learned.
+        entropy: (batch, sequence) of the teacher at this temperature, in nats.
+        count: as for `distillation_loss`.
+    """
+    learned = counts.sum(-1) > 0
+    ours = _tempered(student[learned], temperature).log_softmax(-1)
+    shares = counts[learned].float()
+    shares = shares / shares.sum(-1, keepdim=True)
+    cross = -(ours.gather(-1, draws[learned]) * shares).sum(-1)
+    total = (cross - entropy[learned]).sum() * temperature**2
+    return total / (len(ours) if count is None else count)
+
+
 def _tempered(logits: Tensor, temperature: float) -> Tensor:
     return logits.float() if temperature == 1 else logits.float() / temperature
 

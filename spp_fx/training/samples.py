@@ -163,21 +163,24 @@ class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
     Args:
         tokens: (tokens,) int64, at least one window.
         length: tokens per window.
+        fixed: windows begin at the same tokens in every epoch, and none is left out to make room.
     """
 
-    def __init__(self, tokens: Tensor, length: int) -> None:
+    def __init__(self, tokens: Tensor, length: int, *, fixed: bool = False) -> None:
         self.tokens = tokens
         self.length = length
+        self.fixed = fixed
         self.shift = 0
 
     def cut(self, epoch: int) -> None:
         """Choose where the windows of an epoch begin."""
         room = self.tokens.numel() - len(self) * self.length
-        self.shift = int(epoch * GOLDEN * self.length) % self.length if room >= self.length else 0
+        moves = room >= self.length and not self.fixed
+        self.shift = int(epoch * GOLDEN * self.length) % self.length if moves else 0
 
     def __len__(self) -> int:
         whole = self.tokens.numel() // self.length
-        return max(1, whole - 1)
+        return whole if self.fixed else max(1, whole - 1)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         start = self.shift + index * self.length
@@ -240,15 +243,21 @@ def pack(samples: Sequence[Tokens], length: int) -> list[Tokens]:
 
 
 def pad(rows: Sequence[dict[str, Tensor]], pad_token: int) -> dict[str, Tensor]:
-    """Rows of several lengths as one batch: padded on the right, padding neither seen nor learned."""
-    longest = max(row["input_ids"].numel() for row in rows)
-    fill = {"input_ids": pad_token, "attention_mask": 0, "labels": IGNORED}
-    return {
-        key: torch.stack(
-            [torch.nn.functional.pad(row[key], (0, longest - row[key].numel()), value=value) for row in rows]
-        )
-        for key, value in fill.items()
-    }
+    """Rows of several lengths as one batch: padded on the right, padding neither seen nor learned.
+
+    Values of a token that have several numbers, such as `draws`, are padded with zeros in that dimension, too.
+    """
+    fill = {"input_ids": pad_token, "labels": IGNORED}
+
+    def padded(key: str) -> Tensor:
+        values = [row[key] for row in rows]
+        shape = [max(sizes) for sizes in zip(*(value.shape for value in values), strict=True)]
+        batch = values[0].new_full((len(rows), *shape), fill.get(key, 0))
+        for row, value in zip(batch, values, strict=True):
+            row[tuple(slice(size) for size in value.shape)] = value
+        return batch
+
+    return {key: padded(key) for key in rows[0]}
 
 
 Rows = Windows | Samples
@@ -275,10 +284,12 @@ def training_rows(
     loss_on: str,
     packing: bool,
     strict: bool = False,
+    fixed: bool = False,
 ) -> tuple[Rows, Skipped]:
     """The rows of a data file or dataset: full windows of text, or one sample (packed: several) to a row.
 
     Args:
+        fixed: windows of text begin at the same tokens in every epoch, see `Windows`.
         strict: rows with nothing to learn are an error; else they are left out and counted.
 
     Raises:
@@ -296,7 +307,7 @@ def training_rows(
                 f"{data}: its {tokens.numel()} tokens do not fill a window of {length}; use more text or a smaller "
                 "--seq-len"
             )
-        return Windows(tokens, length), skipped
+        return Windows(tokens, length, fixed=fixed), skipped
     answer_only = loss_on == "answer"
     samples, skipped = tokenize(tokenizer, records, answer_only=answer_only, length=length, strict=strict)
     return Samples(samples, length=length, packing=packing), skipped

@@ -15,7 +15,15 @@ from transformers import Trainer, TrainerCallback
 from spp_fx.adapters.adapter_folder import FACTORS
 from spp_fx.errors import FormatError
 from spp_fx.graph.program import Program
-from spp_fx.training.losses import PARTS, Layers, Objective, distillation_loss, hidden_loss, squares
+from spp_fx.training.losses import (
+    PARTS,
+    Layers,
+    Objective,
+    distillation_loss,
+    hidden_loss,
+    sampled_loss,
+    squares,
+)
 from spp_fx.training.samples import Windows
 from spp_fx.training.state import OPTIMIZER, RANDOM, load_state, random_state, save_state, set_random_state
 
@@ -53,9 +61,11 @@ def load_factors(factors: Mapping[str, nn.Parameter], values: Mapping[str, Tenso
 
 
 INPUTS = ("input_ids", "attention_mask", "labels")
+DRAWN = ("draws", "counts", "entropy")
+"""What rows of `teacher_cache.TaughtRows` have beside the inputs."""
 
 
-class Taught(NamedTuple):
+class Predicted(NamedTuple):
     """What a teacher says of one batch: logits, and the hidden states that are asked for."""
 
     logits: Tensor
@@ -74,8 +84,8 @@ class AdapterTrainer(Trainer):
 
     Args:
         factors: the trainable parameters, under the names that the adapter folder gives them.
-        teacher: a program to learn from; None learns the labels.
-        objective: how the loss is made up where there is a teacher.
+        teacher: a program to learn from; None learns from what the rows have, labels and perhaps `DRAWN`.
+        objective: how the loss is made up where there is a teacher or what was drawn from one.
     """
 
     def __init__(
@@ -90,7 +100,7 @@ class AdapterTrainer(Trainer):
         self.factors = factors
         self.undecayed = frozenset(model.trained)
         self.objective = objective = objective or Objective()
-        self.taught: Taught | None = None
+        self.taught: Predicted | None = None
         self.reference: Reference | None = None
         self.parts: dict[str, Tensor] = {}
         self.first_step = 0
@@ -121,11 +131,14 @@ class AdapterTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        if self.teacher is None or (self.objective.teacher_weight == 0 and self.layers is None):
-            loss, output = super().compute_loss(model, inputs, True, num_items_in_batch)
+        drawn = [inputs[key] for key in DRAWN if key in inputs]
+        goal, ids, mask, labels = self.objective, *(inputs[key] for key in INPUTS)
+        learns = goal.teacher_weight > 0 and bool(drawn or self.teacher)
+        if not learns and self.layers is None:
+            plain = {key: inputs[key] for key in INPUTS}
+            loss, output = super().compute_loss(model, plain, True, num_items_in_batch)
             self._add(model, {"text": loss})
             return (loss, output) if return_outputs else loss
-        goal, ids, mask, labels = self.objective, *(inputs[key] for key in INPUTS)
         # Losses are averaged over processes, tokens counted over all of them.
         counted = num_items_in_batch is not None
         scale = self.accelerator.num_processes if counted and self.args.average_tokens_across_devices else 1
@@ -134,18 +147,24 @@ class AdapterTrainer(Trainer):
             text["num_items_in_batch"] = num_items_in_batch
         with self._states(0) as states:
             output = model(ids, mask, **text)
-        taught, self.taught = self.taught or self._teach(ids, mask), None
         parts: dict[str, Tensor] = {}
         if text:
             parts["text"] = output.loss
-        if goal.teacher_weight > 0:
-            parts["teacher"] = distillation_loss(
-                output.logits, taught.logits, labels, num_items_in_batch, goal.temperature
+        if drawn:
+            draws, counts, entropy = drawn
+            parts["teacher"] = sampled_loss(
+                output.logits, draws, counts, entropy, num_items_in_batch, goal.temperature
             )
-        if self.layers is not None:
-            if not model.training or self.reference is None:
-                self.reference = self._refer([(taught, mask)], together=scale > 1)
-            parts["hidden"] = hidden_loss(states, taught.states, mask, *self.reference)
+        else:
+            taught, self.taught = self.taught or self._teach(ids, mask), None
+            if learns:
+                parts["teacher"] = distillation_loss(
+                    output.logits, taught.logits, labels, num_items_in_batch, goal.temperature
+                )
+            if self.layers is not None:
+                if not model.training or self.reference is None:
+                    self.reference = self._refer([(taught, mask)], together=scale > 1)
+                parts["hidden"] = hidden_loss(states, taught.states, mask, *self.reference)
         weights = {
             "text": 1 - goal.teacher_weight,
             "teacher": goal.teacher_weight,
@@ -166,23 +185,23 @@ class AdapterTrainer(Trainer):
                 self.reference = self._refer(pairs, together=self.args.average_tokens_across_devices)
         return batches, count
 
-    def _teach_batch(self, batch: dict[str, Any], alone: bool) -> tuple[Taught, Tensor]:
+    def _teach_batch(self, batch: dict[str, Any], alone: bool) -> tuple[Predicted, Tensor]:
         ids, mask, _ = (self._prepare_inputs(batch)[key] for key in INPUTS)
         taught = self._teach(ids, mask)
         if alone:
             self.taught = taught
         return taught, mask
 
-    def _teach(self, ids: Tensor, mask: Tensor) -> Taught:
+    def _teach(self, ids: Tensor, mask: Tensor) -> Predicted:
         assert self.teacher is not None
         with torch.no_grad(), self._states(1) as states:
-            return Taught(self.teacher(ids, mask).logits, states)
+            return Predicted(self.teacher(ids, mask).logits, states)
 
     def _states(self, which: int) -> AbstractContextManager[list[Tensor]]:
         """A list of the hidden states of the student (0) or the teacher (1), empty where they are not compared."""
         return nullcontext([]) if self.layers is None else self.layers[which].states()
 
-    def _refer(self, batches: Iterable[tuple[Taught, Tensor]], *, together: bool) -> Reference:
+    def _refer(self, batches: Iterable[tuple[Predicted, Tensor]], *, together: bool) -> Reference:
         sums = torch.stack(
             [
                 torch.cat([mask.sum().view(1).double(), squares(taught.states, mask)])

@@ -167,19 +167,30 @@ def train_tokenizer(text: Path) -> PreTrainedTokenizerFast:
 
 
 def train_model(
-    folder: Path, text: Path, steps: int, update: Callable[[int, int, str], None], seed: int = 0
+    folder: Path,
+    text: Path,
+    steps: int,
+    update: Callable[[int, int, str], None],
+    seed: int = 0,
+    *,
+    config: LlamaConfig | None = None,
+    learning_rate: float = 4e-3,
+    batch: int = 16,
+    window: int = WINDOW,
 ) -> None:
-    """Train a Llama of about 1.3 million parameters and save it as a model folder.
+    """Train a Llama, by default of about 1.3 million parameters, and save it as a model folder.
 
     Args:
         folder: to write; must not exist.
         text: training text.
-        steps: of 16 windows.
+        steps: of `batch` windows; with 0 the weights stay random.
         update: called with steps done, steps in all, and a note.
+        config: of the model, with `VOCABULARY` tokens.
+        window: tokens a window.
     """
     set_seed(seed)
     tokenizer = train_tokenizer(text)
-    config = LlamaConfig(
+    config = config or LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=128,
         intermediate_size=384,
@@ -188,17 +199,16 @@ def train_model(
         num_key_value_heads=4,
         max_position_embeddings=512,
         tie_word_embeddings=True,
-        bos_token_id=SPECIAL.index(BOS),
-        eos_token_id=SPECIAL.index(EOS),
     )
+    config.bos_token_id, config.eos_token_id = SPECIAL.index(BOS), SPECIAL.index(EOS)
     model = LlamaForCausalLM(config)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        learning_rate=4e-3,
+        learning_rate=learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=0.05,
-        per_device_train_batch_size=16,
+        per_device_train_batch_size=batch,
         weight_decay=0.1,
         logging_steps=10,
         save_strategy="no",
@@ -212,13 +222,14 @@ def train_model(
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=training_rows(text, tokenizer, WINDOW, loss_on="all", packing=False)[0],
+        train_dataset=training_rows(text, tokenizer, window, loss_on="all", packing=False)[0],
         callbacks=[ProgressCallback(update)],
     )
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ == "PrinterCallback":
             trainer.remove_callback(type(callback))
-    trainer.train()
+    if steps:
+        trainer.train()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -44,7 +44,7 @@ from spp_fx.storage.links import links_option
 from spp_fx.storage.workspace import Say, workspace
 from spp_fx.verbs.load import device_of, text_digest
 from spp_fx.verbs.settings import Calibration
-from spp_fx.verbs.starts import TextGradients, check_start, start_from_gradients
+from spp_fx.verbs.starts import TextGradients, check_start, start_factors
 from spp_fx.verification import provenance
 from spp_fx.verification.model_sites import ModelSites, choose, find_sites, scan_sites, tensors_of
 
@@ -165,11 +165,12 @@ def inject(
         budget: trained parameters at most, such as `0.3%` of the model's; the ranks are chosen, see `spread`.
         budget_by: what the ranks are in proportion to: `size`, the same for all; `error`, see `pruning_errors`;
             `gradient`, the norm of W * G on a text.
-        teacher: the dense model's folder, for `error`; for `gradient`, a model whose predictions are learned
-            instead of the text's own tokens.
-        init: the start of the factors: `default`, or `gradient`, see `Method.gradient_start`.
-        calibration: the text of the gradients.
-        device: where layers run for `gradient`; by default a GPU if torch has one.
+        teacher: the dense model's folder, for `error` and `reconstruct`; for `gradient`, a model whose predictions
+            are learned instead of the text's own tokens.
+        init: the start of the factors: `default`; `gradient`, see `Method.gradient_start`; or `reconstruct`, see
+            `start_by_reconstruction`.
+        calibration: the text for gradients and reconstruction.
+        device: where layers run for them; by default a GPU if torch has one.
         allow_links: follow symbolic links that leave a folder; see `links.check_link`.
         say: called with notes for the user.
         options: of the method, such as `rank`.
@@ -213,12 +214,12 @@ def inject(
         trained = {name: _tensors(found, name) for name in result.trained}
         factors |= {name: _start(found, name, tensors) for name, tensors in trained.items()}
         fingerprint = found.folder.fingerprint()
-        inputs, start = {"model": fingerprint}, {}
+        inputs, start = {"model": fingerprint}, dict[str, Any]()
         if teacher is not None:
             inputs["teacher"] = open_model(Path(teacher)).fingerprint()
         if gradients is not None:
             if init != "default":
-                factors = start_from_gradients(gradients.of(result.sites), result.methods, factors)
+                factors = start_factors(init, gradients, result.methods, factors)
             tokens = gradients.tokens
             inputs["calibration"] = text_digest(tokens)
             start = {"init": init, "samples": len(tokens), "seq_len": tokens.shape[1]}
@@ -268,9 +269,11 @@ class _Plan:
             raise UsageError(f"--dry-run needs no weights, --init {self.init} does; leave out one of them")
         if self.teacher is not None and self.budget_by != "error" and not self.walks:
             raise UsageError(
-                "--teacher is the dense model for --budget-by error, or the model to learn from for --init gradient "
-                "and --budget-by gradient; leave it out"
+                "--teacher is the dense model for --budget-by error and --init reconstruct, or the model to learn from "
+                "for --init gradient and --budget-by gradient; leave it out"
             )
+        if self.teacher is None and self.init == "reconstruct":
+            raise UsageError("--init reconstruct needs the dense model: give it with --teacher MODEL")
         ranked = [rule.option for rule in (parse_override(self.method, text) for text in self.overrides)]
         if self.budget is None:
             if self.budget_by != "size":
@@ -285,7 +288,7 @@ class _Plan:
 
     @property
     def walks(self) -> bool:
-        """Whether gradients are taken, layer by layer."""
+        """Whether the model is run on a text, layer by layer."""
         return self.init != "default" or self.budget_by == "gradient"
 
     def _check_walk(self, calibration: Calibration | None, device: str | None) -> None:
@@ -293,7 +296,8 @@ class _Plan:
             given = {"--calib": calibration, "--device": device}
             if unused := [option for option, value in given.items() if value is not None]:
                 raise UsageError(
-                    f"{unused[0]} is for --init gradient and --budget-by gradient; nothing else reads it"
+                    f"{unused[0]} is for --init gradient, --init reconstruct and --budget-by gradient; nothing else "
+                    "reads it"
                 )
         elif calibration is None:
             asked = f"--init {self.init}" if self.init != "default" else "--budget-by gradient"

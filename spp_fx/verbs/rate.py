@@ -17,7 +17,7 @@ from spp_fx.verbs.settings import TrainSettings
 
 FEWEST_STEPS = 32
 """A shorter run gets the suggested rate as it is."""
-TRIAL_SHARE, SHORTEST_TRIAL, LONGEST_TRIAL = 1 / 16, 8, 32
+TRIAL_SHARE, SHORTEST_TRIAL, LONGEST_TRIAL = 1 / 5, 10, 24
 MOST_TRIALS = 7
 SPREAD_NUMBERS = 1 << 18
 
@@ -89,6 +89,20 @@ def best_multiple(loss: Callable[[float], float], most: int = MOST_TRIALS) -> fl
     if not isfinite(left + here + right) or left + right <= 2 * here:
         return exp2(best)
     return exp2(best + (left - right) / (2 * (left - 2 * here + right)))
+
+
+def carried_over(short: float, whole: float, left: float) -> float:
+    """The suggestion for a whole run, corrected by what trials showed.
+
+    A longer run takes a lower rate to average out the noise of its steps. Where the loss itself goes to zero, as the
+    divergence from a teacher that can be imitated, so does the noise, and the rate stays.
+
+    Args:
+        short, whole: suggestions for a trial and for the run.
+        left: the share of the untrained loss that the best trial ended with.
+    """
+    share = min(max(left, 0.0), 1.0) if isfinite(left) else 1.0
+    return short ** (1 - share) * whole**share
 
 
 def rounded(rate: float) -> float:

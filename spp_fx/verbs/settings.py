@@ -65,8 +65,10 @@ class InjectSettings:
         False,
         "Also train the norms and biases of the decoder; they are a share of a per mille and no mask is touched.",
     )
-    init: Literal["default", "gradient"] = option(
-        "default", "Start of the factors: the method's own, or from gradients on a text (--calib)."
+    init: Literal["default", "gradient", "reconstruct"] = option(
+        "default",
+        "Start of the factors. default: the method's own. On a text (--calib), gradient: where the loss falls "
+        "fastest; reconstruct: the outputs closest to those of the dense model (--teacher).",
     )
     budget: str | None = option(
         None,
@@ -80,8 +82,8 @@ class InjectSettings:
     )
     teacher: str | None = option(
         None,
-        "The dense model that MODEL was pruned from, for --budget-by error; for --init gradient and --budget-by "
-        "gradient, the model whose predictions are learned instead of the text's own tokens.",
+        "The dense model that MODEL was pruned from, for --budget-by error and --init reconstruct; for --init gradient "
+        "and --budget-by gradient, the model whose predictions are learned instead of the text's own tokens.",
     )
     device: str | None = option(
         None, "Where layers run for gradients. Default: cuda where there is one, else cpu."
@@ -106,12 +108,20 @@ class TrainData:
         "Text whose perplexity is measured before and after, read as --data is; of instructions and chats the whole "
         "text counts, prompts too.",
     )
-    teacher: str | None = option(None, "Model folder whose predictions are learned, such as the dense model.")
+    teacher: str | None = option(
+        None,
+        "Model folder whose predictions are learned, such as the dense model; or a folder of its sampled tokens, made "
+        "by 'spp-fx teach'.",
+    )
     base: Path | None = option(None, "Base model, if it is not where the adapter says.")
 
 
 def _seed(value: int) -> str | None:
     return None if 0 <= value < 2**32 else f"must be 0 to {2**32 - 1}"
+
+
+def _samples(value: int) -> str | None:
+    return None if 1 <= value < 2**16 else f"must be 1 to {2**16 - 1}"
 
 
 def _share(value: float) -> str | None:
@@ -133,7 +143,7 @@ class TrainSettings:
     )
     lr_trials: bool = option(
         True,
-        "Without --lr: try rates around the method's own suggestion for a sixteenth of the steps (8 to 32) each, "
+        "Without --lr: try rates around the method's own suggestion for a fifth of the steps (10 to 24) each, "
         "3 to 7 of them; a run of less than 32 steps takes the suggestion.",
     )
     batch_size: int = option(16, "Rows per forward and device.", positive)
@@ -146,7 +156,7 @@ class TrainSettings:
     )
     temperature: float | None = option(
         None,
-        "T of the divergence from --teacher, T^2 * KL of predictions at T. Default: 1.",
+        "T of the divergence from --teacher, T^2 * KL of predictions at T. Default: 1, or that of sampled tokens.",
         positive,
     )
     match_hidden: float = option(
@@ -194,6 +204,31 @@ class TrainSettings:
             raise UsageError(f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}")
         if self.early_stop and not self.eval_steps:
             raise UsageError("--early-stop needs --eval-steps, the evaluations to count")
+
+
+@dataclass(frozen=True)
+class TeachSettings:
+    """What to keep of a teacher's predictions."""
+
+    data: str = option(MISSING, "What to predict: the text that will be trained on, read as in train.")
+    samples: int = option(
+        32, "Tokens drawn per predicted token, 1 to 65535: more bytes and less noise.", _samples
+    )
+    temperature: float = option(1.0, "Draw from softmax(logits / T); training is at this T.", positive)
+    seq_len: int | None = option(
+        None, "Tokens per row at most, as in training. Default: 512, or what the model has."
+    )
+    loss_on: Literal["all", "answer"] = option(
+        "all", "answer: leave prompts out, as training with this option does."
+    )
+    packing: bool = option(False, "Put several short instructions or chats into one row, as in training.")
+    batch_size: int = option(8, "Rows per forward.", at_least_one)
+    device: str | None = option(None, "Where the teacher runs. Default: cuda where there is one, else cpu.")
+    seed: int = option(0, "Seed of the draws.", _seed)
+    strict: bool = option(False, STRICT, flag="strict-data")
+
+    def __post_init__(self) -> None:
+        check_values(self)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,14 @@
-"""The starts of an adapter's factors that need the model and a text."""
+"""The starts of an adapter's factors that need the model and a text: from gradients, or by least squares."""
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from math import isfinite, prod, sqrt
 from pathlib import Path
+from statistics import fmean
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,17 +22,26 @@ from spp_fx.passes.partition import Partition
 from spp_fx.passes.pipeline import run_pipeline
 from spp_fx.pruning.gradients import SiteGradient, Source, layer_gradients, without_gradient
 from spp_fx.pruning.layerwise import Tick, silent
+from spp_fx.pruning.reconstruct import Solved, check_linear, layer_inputs, solve_rows
 from spp_fx.pruning.walk import FileStates, Walk
 from spp_fx.verbs.load import FolderWeights, draw_windows
 from spp_fx.verbs.settings import Calibration
 from spp_fx.verification.model_sites import ModelSites, find_sites
 
+_PROBE = 1024
+"""Rows and columns of a weight that options are tried on before a model is read."""
+
 
 def check_start(method: Method, init: str) -> None:
     """UsageError unless a method has a start of this name."""
+    if init == "reconstruct":
+        shape = (_PROBE, _PROBE)
+        if method.refusal(shape) is None:
+            check_linear(method, shape)
+        return
     if init == "default" or type(method).gradient_start is not Method.gradient_start:
         return
-    specs = method.factors((64 * 64, 64 * 64))
+    specs = method.factors((_PROBE, _PROBE))
     reason = "its factors start at zero, and no other start keeps the weights"
     if any(spec.init != "zeros" for spec in specs.values()):
         reason = "it defines no gradient_start"
@@ -174,12 +185,137 @@ class TextGradients:
         return norms
 
 
+def start_factors(
+    init: str, text: TextGradients, methods: Mapping[str, Method], factors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The start of the factors of all sites by name on disk.
+
+    Args:
+        init: `gradient` or `reconstruct`, which needs `text.teacher`.
+        methods: of the sites; see `check_start`.
+        factors: the default start; may hold more.
+
+    Raises:
+        UsageError: the model's layers cannot be walked, a site is not in them, or the teacher is another model.
+    """
+    if init == "gradient":
+        return start_from_gradients(text.of(methods), methods, factors)
+    assert text.teacher is not None
+    dense = find_sites(open_model(text.teacher), trust_remote_code=text.trust_remote_code)
+    check_dense(text.found, dense, methods)
+    done = start_by_reconstruction(
+        text.found, dense, methods, text.tokens, factors, device=text.device, store=text.store, tick=text.tick
+    )
+    before, after = (fmean(pair[at] for pair in done.errors.values()) for at in (0, 1))
+    text.say(
+        f"output error on the calibration text, mean of {len(done.errors)} weights: {before:.2%} -> {after:.2%}"
+    )
+    return done.factors
+
+
 @contextmanager
 def _source(found: ModelSites, device: torch.device, store: Path) -> Generator[Source, None, None]:
     if device.type != "cpu":
         found.program.move_constants(torch.device("cpu"), device)
     with TemporaryDirectory(prefix="states-", dir=store) as folder:
         yield Source(found.program.eval(), FolderWeights(found), FileStates(Path(folder)))
+
+
+@dataclass(frozen=True)
+class Reconstructed:
+    """Factors that bring each site's outputs on the calibration text close to the dense model's.
+
+    Attributes:
+        factors: by name on disk.
+        errors: of each site, the squared error of its outputs before and after, relative to the squared norm of the
+            dense weight's outputs; 0, 0 where they are all zero.
+    """
+
+    factors: dict[str, Tensor]
+    errors: dict[str, tuple[float, float]]
+
+
+def start_by_reconstruction(
+    found: ModelSites,
+    dense: ModelSites,
+    methods: Mapping[str, Method],
+    tokens: Tensor,
+    factors: Mapping[str, Tensor],
+    *,
+    device: torch.device,
+    store: Path,
+    tick: Tick = silent,
+) -> Reconstructed:
+    """The start of all factors, layer by layer, by `solve_rows`; each layer sees the outputs of those before it.
+
+    The factors that are not solved for start along the singular vectors of the gradient of the same squared error,
+    (W - W_dense) X Xᵀ, where the method has a start from gradients, and by default otherwise.
+
+    Args:
+        found: as `walkable` gives it.
+        dense: the dense model.
+        methods: of every site; see `check_start`.
+        tokens, device, store: as in `site_gradients`.
+        factors: the default start, by name on disk.
+    """
+    check_reachable(found.program, methods)
+    result, errors = dict(factors), dict[str, tuple[float, float]]()
+    reader = FolderWeights(dense)
+    with _source(found, device, store) as source:
+        for each in layer_inputs(source, tokens, [*methods], device=device, tick=tick):
+            reader.fill(dense.program, [each.site], device)
+            target = dense.program.canonical_weight(each.site)
+            solved: list[Solved] = []
+            names = {
+                key: f"{each.site}.{key}" for key in methods[each.site].factors(tuple(each.weight.shape))
+            }
+            for expert in _experts(each.weight):
+                own = {key: factors[name][expert].to(device) for key, name in names.items()}
+                inputs = each.inputs.get(0 if expert is ... else expert)
+                if inputs is None or inputs.hessian is None:  # an expert without tokens
+                    solved.append(Solved(own, 0.0, 0.0, 0.0))
+                    continue
+                weight, wanted = each.weight[expert].float(), target[expert].float()
+                solved.append(_reconstruct(methods[each.site], weight, wanted, inputs.hessian, own))
+                change = methods[each.site].update(weight, **solved[-1].factors) * (weight != 0)
+                each.weight[expert].copy_(weight + change)
+            reader.empty(dense.program, [each.site])
+            for key, name in names.items():
+                result[name] = _joined([part.factors[key] for part in solved], each.weight)
+            energy = sum(part.energy for part in solved) or 1.0
+            errors[each.site] = (
+                sum(part.before for part in solved) / energy,
+                sum(part.after for part in solved) / energy,
+            )
+    return Reconstructed(result, errors)
+
+
+def _reconstruct(
+    method: Method, weight: Tensor, dense: Tensor, hessian: Tensor, factors: dict[str, Tensor]
+) -> Solved:
+    grad = (weight - dense) @ hessian
+    return solve_rows(method, weight, dense, hessian, method.gradient_start(weight, grad, factors) or factors)
+
+
+def check_dense(found: ModelSites, dense: ModelSites, sites: Iterable[str]) -> None:
+    """UsageError unless a dense model has every site in the same shape; names the first that differs."""
+    for name in sites:
+        shape, other = found.program.sites[name].shape, dense.program.sites.get(name)
+        if other is None or other.shape != shape:
+            has = "has no such weight" if other is None else f"has shape {list(other.shape)}"
+            raise UsageError(
+                f"{name}: is of shape {list(shape)}, {dense.folder.path} {has}; --teacher must be the dense model that "
+                "the pruned one was made from"
+            )
+
+
+def _experts(weight: Tensor) -> Sequence[Any]:
+    """The indices of the matrices of a weight: of each expert, or of the whole."""
+    return range(weight.shape[0]) if weight.ndim == 3 else [...]
+
+
+def _joined(parts: Sequence[Tensor], weight: Tensor) -> Tensor:
+    return (torch.stack([*parts]) if weight.ndim == 3 else parts[0]).cpu()
 
 
 def start_from_gradients(
@@ -197,14 +333,12 @@ def start_from_gradients(
         method = methods[each.site]
         names = {key: f"{each.site}.{key}" for key in method.factors(tuple(each.weight.shape))}
         default = {key: factors[name].to(each.grad.device) for key, name in names.items()}
-        experts = range(each.weight.shape[0]) if each.weight.ndim == 3 else [...]
         parts = [
             method.gradient_start(
                 each.weight[at].float(), each.grad[at], {key: value[at] for key, value in default.items()}
             )
-            for at in experts
+            for at in _experts(each.weight)
         ]
         for key, name in names.items():
-            own = [part[key] for part in parts if part is not None]
-            result[name] = (torch.stack(own) if each.weight.ndim == 3 else own[0]).cpu()
+            result[name] = _joined([part[key] for part in parts if part is not None], each.weight)
     return result

@@ -33,6 +33,7 @@ from spp_fx.training.samples import (
     training_rows,
 )
 from spp_fx.training.state import OPTIMIZER, checkpoints, is_whole, load_state
+from spp_fx.training.teacher_cache import CacheText, TaughtRows, TeacherCache, is_cache
 from spp_fx.training.trainer import AdapterTrainer, CutEachEpoch, EarlyStop, load_factors
 from spp_fx.verbs import rate
 from spp_fx.verbs.load import Loaded, load_program, load_tokenizer, window_length
@@ -131,9 +132,10 @@ def train(
     `samples.held_out`. Rows with nothing in them are skipped, and `say` reports them.
 
     Checkpoints (`checkpoint-N`) go into the adapter folder; `resume` continues an interrupted run
-    to the same factors that an uninterrupted one reaches. With a `teacher` (the dense model, say) its distribution is
-    learned instead of the text's own tokens. Started by torchrun or accelerate launch, every process calls
-    this; `batch_size` is that of each, and the first one writes. Training continues from the current factors.
+    to the same factors that an uninterrupted one reaches. With a `teacher` (the dense model, say, or a folder that
+    `teach` made) its distribution is learned instead of the text's own tokens, or both, see `training.losses`.
+    Started by torchrun or accelerate launch, every process calls this; `batch_size` is that of each, and the first one
+    writes. Training continues from the current factors.
 
     Raises:
         UsageError: settings or data that cannot be used, nothing to resume.
@@ -142,7 +144,7 @@ def train(
     adapter = Path(adapter)
     if settings.eval_steps and eval_data is None:
         raise UsageError("--eval-steps needs --eval-data to evaluate on")
-    _check_teacher(teacher, settings)
+    cache = _open_teacher(teacher, settings)
     join(shards=settings.shard is not None)
     loaded = load_program(
         adapter,
@@ -157,13 +159,21 @@ def train(
         raise UsageError(f"{adapter} is a model folder; make an adapter with 'spp-fx inject {adapter}'")
     program = loaded.program
     tokenizer = load_tokenizer(loaded.model, trust_remote_code=trust_remote_code)
-    length = window_length(program, settings.seq_len)
+    asked = settings.seq_len
+    length = window_length(program, cache.manifest.text.seq_len if cache and asked is None else asked)
+    loss_on, packing = settings.loss_on, settings.packing
     rows, skipped = training_rows(
-        data, tokenizer, length, loss_on=settings.loss_on, packing=settings.packing, strict=settings.strict
-    )
+        data, tokenizer, length,
+        loss_on=loss_on, packing=packing, strict=settings.strict, fixed=cache is not None,
+    )  # fmt: skip
     if line := skipped.line(data):
         say(line)
     check_vocabulary(rows.tokens, program.vocabulary, data)
+    if cache is not None:
+        text = CacheText.of(
+            rows, data, tokenizer, program.vocabulary, seq_len=length, loss_on=loss_on, packing=packing
+        )
+        cache.check_text(text)
     measured = held_out(eval_data, tokenizer, length, strict=settings.strict) if eval_data else None
     if eval_data and measured:
         if line := measured.skipped.line(eval_data):
@@ -172,7 +182,7 @@ def train(
             check_vocabulary(window, program.vocabulary, eval_data)
     checkpoint = _checkpoint(adapter, settings)
     frozen_bytes = held_bytes(value for value in program.parameters() if not value.requires_grad)
-    guide = _teacher(Path(teacher), program, settings, trust_remote_code) if teacher else None
+    guide = cache or (_teacher(Path(teacher), program, settings, trust_remote_code) if teacher else None)
     pad_id = pad_token(tokenizer, program.vocabulary)
     lr, trials = settings.lr, {}
     if lr is None and checkpoint is not None:
@@ -242,6 +252,7 @@ def _default_rate(
     if short == 0:
         return rate.rounded(suggestion(steps)), trials
     start = {name: value.detach().clone() for name, value in loaded.factors.items()}
+    untrained: list[float] = []
 
     def loss(multiple: float) -> float:
         gc.collect()  # trainers refer to themselves; of several processes, each of them listens to the gradients
@@ -253,15 +264,18 @@ def _default_rate(
             )
         )  # fmt: skip
         trainer.train()
-        last = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry][-short // 4 :]
+        losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+        untrained.append(losses[0])
+        last = losses[-short // 4 :]
         finite = all(bool(value.isfinite().all()) for value in loaded.factors.values())
         load_factors(loaded.factors, start, adapter)
         trials[lr] = sum(last) / len(last) if finite else inf
         return trials[lr]
 
-    chosen = rate.rounded(rate.best_multiple(loss) * suggestion(steps))
+    multiple = rate.best_multiple(loss)
     gc.collect()
-    return chosen, trials
+    left = min(trials.values()) / untrained[0]
+    return rate.rounded(multiple * rate.carried_over(suggestion(short), suggestion(steps), left)), trials
 
 
 def _resumed_rate(checkpoint: str) -> float:
@@ -287,8 +301,12 @@ def _checkpoint(adapter: Path, settings: TrainSettings) -> str | None:
     return str(whole[-1])
 
 
-def _check_teacher(teacher: str | Path | None, settings: TrainSettings) -> None:
-    """UsageError for settings of a teacher without one."""
+def _open_teacher(teacher: str | Path | None, settings: TrainSettings) -> TeacherCache | None:
+    """The teacher's sampled tokens, if that is what it is.
+
+    Raises:
+        UsageError: settings of a teacher without one, or those that its sampled tokens do not serve.
+    """
     given = {
         "--teacher-weight": settings.teacher_weight is not None,
         "--temperature": settings.temperature is not None,
@@ -296,6 +314,19 @@ def _check_teacher(teacher: str | Path | None, settings: TrainSettings) -> None:
     }
     if teacher is None and (unused := [flag for flag, is_given in given.items() if is_given]):
         raise UsageError(f"{unused[0]} needs --teacher, the model to learn from")
+    if teacher is None or not is_cache(teacher):
+        return None
+    cache = TeacherCache.open(Path(teacher))
+    if given["--match-hidden"]:
+        raise UsageError(
+            f"{teacher}: holds sampled tokens; --match-hidden needs the teacher itself, a model folder"
+        )
+    if settings.temperature not in (None, cache.manifest.temperature):
+        raise UsageError(
+            f"{teacher}: was sampled at a temperature of {cache.manifest.temperature:g}, --temperature is "
+            f"{settings.temperature:g}; leave it out, or run 'spp-fx teach' at that temperature"
+        )
+    return cache
 
 
 def _teacher(path: Path, student: Program, settings: TrainSettings, trust_remote_code: bool) -> Program:
@@ -337,14 +368,15 @@ def _trainer(
     settings: TrainSettings,
     lr: float,
     callbacks: list[TrainerCallback],
-    teacher: Program | None,
+    teacher: Program | TeacherCache | None,
     pad_id: int,
 ) -> AdapterTrainer:
     set_seed(settings.seed)
     given = settings.teacher_weight
+    cache = teacher if isinstance(teacher, TeacherCache) else None
     objective = Objective(
         teacher_weight=1.0 if given is None else given,
-        temperature=settings.temperature or 1.0,
+        temperature=cache.manifest.temperature if cache else settings.temperature or 1.0,
         match_hidden=settings.match_hidden,
     )
     evaluated = evaluation_rows(measured.windows) if settings.eval_steps and measured else None
@@ -385,10 +417,10 @@ def _trainer(
     trainer = AdapterTrainer(
         model=loaded.program,
         factors=loaded.factors,
-        teacher=teacher,
+        teacher=teacher if isinstance(teacher, Program) else None,
         objective=objective,
         args=arguments,
-        train_dataset=rows,
+        train_dataset=TaughtRows(rows, cache) if cache else rows,
         eval_dataset=evaluated,
         data_collator=partial(pad, pad_token=pad_id),
         callbacks=[*own, *callbacks],

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -81,6 +82,21 @@ def append_report(target: Path, text: str) -> None:
             file.write(text)
     except OSError as error:
         raise _unwritten(target, error.strerror or str(error)) from error
+
+
+def write_reports(
+    verdicts: Sequence[Verified], root: Root, *, junit_to: Path | None, sarif_to: Path | None,
+    summary_to: str | None,
+) -> None:  # fmt: skip
+    """Write the reports whose files are given; raises as `write_all`."""
+    writes: list[Callable[[], None]] = []
+    if junit_to:
+        writes.append(partial(write_report, junit_to, junit(verdicts, root)))
+    if sarif_to:
+        writes.append(partial(write_report, sarif_to, sarif(verdicts, root)))
+    if summary_to:
+        writes.append(partial(append_report, Path(summary_to), summary(verdicts, root)))
+    write_all(writes)
 
 
 def write_all(writes: Iterable[Callable[[], None]]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ TINY = {
     "gpu_runtime.py": "--device cpu --shapes 128x256 --tokens 1 4 --repeats 1 --llama tiny --llama-layers 1 "
     "--batches 1 --prompt 4 --new-tokens 2",
     "model_step.py": "--layers 1 --tokens 32 --seq-len 16 --repeats 1 --dtype bfloat16 "
-    "--only lors spp_fused spp_packed sqft sqft_checkpoint sqft_fused",
+    "--only lors spp_fused spp_packed sqft sqft_checkpoint hira sqft_fused lors_fused hira_fused",
     "graph_overhead.py": "--layers 1 --tokens 32 --seq-len 16 --repeats 1 --dtype float32",
     "pack.py": "--gb 0.02 --rows 256 --repeats 1",
     "export_large.py": "--layers 1 --hidden 128 --intermediate 256 --formats onnx-packed",
@@ -29,6 +30,9 @@ TINY = {
     "planted.py": "--gb 0.02 --hidden 128 --intermediate 256 --plants 2 --only BF16 F64",
     "scan.py": "--gib 0.05 --repeats 1",
     "stream.py": "--gb 0.02 --hidden 128 --intermediate 256 --repeats 1",
+    "learning_rate.py": "--width 32 --dense-steps 2 --steps 4 --factors 2 --batch 2 --seq-len 16",
+    "study.py": "--models demo --dense-steps 2 --criteria wanda --patterns 2:4 --steps 2 --batch 2 --seeds 2 --jobs 1 "
+    "--results OUT/runs.jsonl --docs OUT --work OUT/work --only spp 'alpha zero'",
     "prune_layers.py": "--no-floor --layers 1 --hidden 64 --intermediate 128 --samples 2 --seq-len 16",
     "prune_criteria.py": "MODEL --calib TEXT --data TEXT --samples 2 --seq-len 32 --ways wanda --patterns 2:4",
 }
@@ -58,7 +62,7 @@ def test_it_runs(script, tmp_path):
         options = options.replace("MODEL", str(tmp_path / "model")).replace(
             "TEXT", str(tmp_path / "text.txt")
         )
-    result = run(script, *options.split())
+    result = run(script, *shlex.split(options.replace("OUT", str(tmp_path))))
     assert result.returncode == 0, result.stderr[-2000:]
     report = json.loads(result.stdout)
     assert report["question"]
@@ -76,6 +80,16 @@ def test_it_runs(script, tmp_path):
             "onnx, int64 indices": 2.5,
             "safetensors": 1.0,
         }
+    if script == "learning_rate.py":
+        (case,) = report["results"]
+        assert case["excess"] == pytest.approx(case["loss"] / min(case["loss"], *case["grid"].values()) - 1)
+        assert case["before"]["lr"] == pytest.approx(4e-3 * (4096 / 32) ** 0.5)
+    if script == "study.py":
+        page = (tmp_path / "recovery.md").read_text()
+        assert "| spp |" in page
+        assert "| alpha zero |" in page
+        assert (tmp_path / "pictures" / "recovery-demo-wanda.svg").read_text().endswith("</svg>\n")
+        assert all(len(json.loads(row["run"])) == 6 for row in report["results"])
     if script in ("linear_step.py", "gpu_train_step.py", "model_step.py"):
         (case, *_) = report["results"]
         assert case["ratio_to_lors"]["lors"] == 1

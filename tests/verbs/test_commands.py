@@ -22,6 +22,7 @@ from spp_fx.verbs.settings import (
     LockSettings,
     MergeSettings,
     PruneSettings,
+    TeachSettings,
 )
 from tests.command import command
 
@@ -76,6 +77,7 @@ def test_every_help_text_shows_an_example(name):
         ("merge", MergeSettings),
         ("lock", LockSettings),
         ("evaluate", EvaluateSettings),
+        ("teach", TeachSettings),
     ],
 )
 def test_the_options_of_a_verb_are_its_keyword_arguments(verb, settings):
@@ -92,7 +94,7 @@ def test_the_options_of_a_method_reach_the_command_line(monkeypatch):
 
     monkeypatch.setitem(METHODS, "mirror", Mirror)
     shown = " ".join(command("inject", "--help").out.split())
-    assert "--power INTEGER mirror: of the mirror [default: 2]" in shown
+    assert "--power [NAME@]INTEGER mirror: of the mirror [default: 2]" in shown
     refused = command("inject", "nowhere", "--power", "3")
     assert refused.code == 2
     assert "spp has no option power" in refused.err

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from spp_fx.storage.folder import ModelFolder
-from spp_fx.verbs.rate import MOST_TRIALS, best_multiple, spread, trial_steps
+from spp_fx.verbs.rate import MOST_TRIALS, best_multiple, carried_over, spread, trial_steps
 
 
 @pytest.mark.parametrize("best", [0.11, 0.7, 1.0, 1.3, 9.0])
@@ -39,8 +39,15 @@ def test_a_flat_loss_keeps_the_suggestion():
     assert best_multiple(lambda multiple: 2.0) == 1
 
 
-@pytest.mark.parametrize(("steps", "short"), [(1, 0), (31, 0), (32, 8), (320, 20), (100_000, 32)])
-def test_a_trial_is_a_sixteenth_within_bounds(steps, short):
+@pytest.mark.parametrize(
+    ("left", "found"), [(1.2, 0.02), (1.0, 0.02), (0.5, 0.04), (0.0, 0.08), (nan, 0.02), (inf, 0.02)]
+)
+def test_a_rate_falls_with_the_steps_as_far_as_a_loss_is_left(left, found):
+    assert carried_over(0.08, 0.02, left) == pytest.approx(found)
+
+
+@pytest.mark.parametrize(("steps", "short"), [(1, 0), (31, 0), (32, 10), (100, 20), (100_000, 24)])
+def test_a_trial_is_a_fifth_within_bounds(steps, short):
     assert trial_steps(steps) == short
 
 

@@ -66,20 +66,47 @@ def test_every_expert_has_a_start_of_its_own(text_file, tmp_path):
     assert len({tuple(part.flatten().tolist()) for part in stack}) == len(stack) == 4
 
 
+@pytest.mark.parametrize("method", ["spp", "sqft"])
+def test_a_reconstruction_is_closer_to_the_dense_model_right_away(pristine, text_file, tmp_path, method):
+    start = ("--init", "reconstruct", "--calib", text_file, *TEXT, "--teacher", pristine / "dense")
+    result = must(
+        "inject", pristine / "sparse", "-o", tmp_path / "adapter", "--method", method, "--rank", 4, *start
+    )
+    before, after = (float(word.rstrip("%")) for word in result.err.strip().split(": ")[-1].split(" -> "))
+    assert 0 < after < before
+    must("merge", tmp_path / "adapter", "-o", tmp_path / "merged", "-q")
+    must("verify", tmp_path / "merged", "--against", pristine / "sparse")
+    model, merged = tensors(pristine / "sparse"), tensors(tmp_path / "merged")
+    assert any(not torch.equal(model[name], merged[name]) for name in model)
+    config, step = facts(tmp_path / "adapter")
+    assert config["init"] == step["settings"]["init"] == "reconstruct"
+    assert step["inputs"].keys() == {"model", "calibration", "teacher"}
+
+
 @pytest.mark.parametrize(
     ("options", "word"),
     [
         (("--init", "gradient"), "--calib"),
         (("--calib", "TEXT"), "--init gradient"),
-        (("--teacher", "DENSE"), "--init gradient"),
+        (("--teacher", "DENSE"), "--init"),
+        (("--init", "reconstruct", "--calib", "TEXT"), "--teacher MODEL"),
+        (
+            ("--init", "gradient", "--calib", "TEXT", "--method", "masked-full"),
+            "masked-full has only its default",
+        ),
+        (
+            ("--init", "reconstruct", "--calib", "TEXT", "--teacher", "DENSE", "--method", "masked-full"),
+            "masked-full",
+        ),
         (("--init", "gradient", "--calib", "TEXT", "--dry-run"), "--dry-run needs no weights"),
         (("--init", "gradient", "--calib", "TEXT", "--samples", 100000), "too short"),
     ],
 )
 def test_what_a_start_cannot_be_made_of_is_refused(options, word, made, tmp_path):
     words = [{"TEXT": made / "text.txt", "DENSE": made / "dense"}.get(option, option) for option in options]
+    rank = () if "masked-full" in options else ("--rank", 4)
     out = () if "--dry-run" in options else ("-o", tmp_path / "out")
-    result = command("inject", made / "sparse", "--rank", 4, *words, *out)
+    result = command("inject", made / "sparse", *rank, *words, *out)
     assert result.code == 2, result.err
     assert word in one_line(result.err)
     assert not list(tmp_path.iterdir())
