@@ -207,7 +207,7 @@ def pullback(adapted: AdaptedWeight, grad: Tensor, start: int, stop: int, grads:
         storage=kind, **_constants(adapted, alpha.dtype),
     )  # fmt: skip
     dalpha, dbeta = grads["spp_alpha"], grads["spp_beta"]
-    dbeta[start:stop] = (row_sums * scale).unsqueeze(1).to(dbeta.dtype)
+    dbeta[start:stop] += (row_sums * scale).unsqueeze(1).to(dbeta.dtype)
     first = start // height
     dalpha[first : first + blocks] += (column_sums.sum(1) * scale).to(dalpha.dtype)
 
