@@ -237,7 +237,7 @@ def _choice_options(registry: Registry[Any], chosen: str | None, per_site: bool)
             default = default_of(each)
             flag = each.metadata.get("flag") or key.replace("_", "-")
             shown: dict[str, Any] = (
-                {} if default is MISSING else {"default": (default,), "show_default": str(default)}
+                {} if default is MISSING else {"default": (default,), "show_default": True}
             )
             metavar = f"[NAME@]{'INTEGER' if kind is int else 'FLOAT'}"
             found.append(
