@@ -186,6 +186,14 @@ def _click_options(cls: type[Any], *, required: bool = True) -> list[click.Optio
 class PerSite(click.Option):
     """A number that may be given again for some sites: 16 as a number, `down_proj@32` as text."""
 
+    def consume_value(self, ctx: click.Context, opts: Any) -> tuple[Any, ParameterSource]:
+        value, source = super().consume_value(ctx, opts)
+        if source is ParameterSource.COMMANDLINE and all("@" in str(each) for each in value):
+            # The value for all sites is still that of a file or recipe.
+            before = (ctx.default_map or {}).get(str(self.name), ())
+            value = (*(before if isinstance(before, list | tuple) else (before,)), *value)
+        return value, source
+
     def type_cast_value(self, ctx: click.Context, value: Any) -> tuple[Any, ...]:
         values = value if isinstance(value, tuple | list) else () if value is None else (value,)
         found: list[Any] = []
@@ -229,7 +237,7 @@ def _choice_options(registry: Registry[Any], chosen: str | None, per_site: bool)
             default = default_of(each)
             flag = each.metadata.get("flag") or key.replace("_", "-")
             shown: dict[str, Any] = (
-                {} if default is MISSING else {"default": (default,), "show_default": str(default)}
+                {} if default is MISSING else {"default": (default,), "show_default": True}
             )
             metavar = f"[NAME@]{'INTEGER' if kind is int else 'FLOAT'}"
             found.append(

@@ -1,5 +1,6 @@
-"""A map over threads with results in order; progress callbacks."""
+"""A map over threads with results in order; torch's own threads; progress callbacks."""
 
+import ctypes
 import os
 import threading
 from collections import deque
@@ -7,7 +8,8 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
-from typing import TypeVar
+from functools import cache
+from typing import Any, TypeVar
 
 Tick = Callable[[str, int], None]
 """A progress callback: called with what was done and how many bytes it covered."""
@@ -99,3 +101,18 @@ def in_order(
 def _go_on(stop: threading.Event | None) -> None:
     if stop is not None and stop.is_set():
         raise _StoppedError
+
+
+@cache
+def openmp() -> Any:
+    """OpenMP's call that runs a function on the threads that torch uses; None if torch has another OpenMP, or none.
+
+    It takes the function's address, its argument, how many threads, and 0.
+    """
+    try:
+        parallel = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOW | os.RTLD_NOLOAD).GOMP_parallel
+    except (OSError, AttributeError):  # not loaded; or no such flag on this system
+        return None
+    parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    parallel.restype = None
+    return parallel

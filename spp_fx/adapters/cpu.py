@@ -1,4 +1,4 @@
-"""Compiled loops for the CPU: SPP's tile and pullback over a bfloat16 W and its fold; passes over low-rank tiles.
+"""Compiled loops of SPP for the CPU: tile and pullback over a bfloat16 W, and the fold.
 
 Elements are integers of their width, since numba has no bfloat16. Loops run along slices of rows: LLVM then
 knows that an index is not negative, and uses vectors.
@@ -40,9 +40,6 @@ FEW_THREADS = 6
 NO_INDEX, NO_OFFSETS = np.zeros((1, 1), np.uint8), np.zeros(1, np.int64)
 
 DENSE, TWO_OF_FOUR, BITMASK = 0, 1, 2
-ONE, MASK, WEIGHT = 0, 1, 2
-MULTIPLIERS = {"one": ONE, "mask": MASK, "weight": WEIGHT}
-ZERO = np.float32(0)
 I16, I32, F32 = ir.IntType(16), ir.IntType(32), ir.FloatType()
 
 
@@ -122,44 +119,6 @@ def spp_pullback(
         dbeta[first + i, 0] += total * scale
 
 
-@partial(compiled, error_model="numpy")
-def low_rank_combine(storage, values, index, offsets, multiplier, scale, base, buffer, product, out):
-    """Rows of base * W + s * product * M; product (rows, n) float32."""
-    nibbles = np.empty(2 * index.shape[1], np.uint8)
-    for i in range(out.shape[0]):
-        row = row_of(storage, values, index, offsets, i, nibbles, buffer)
-        change, target = product[i], out[i]
-        if multiplier == WEIGHT:
-            for c in range(row.shape[0]):
-                target[c] = narrow(widen(row[c]) * (base + scale * change[c]), target[c])
-        elif multiplier == MASK:
-            for c in range(row.shape[0]):
-                w, moved = widen(row[c]), scale * change[c]
-                target[c] = narrow(base * w + (moved if w != ZERO else ZERO), target[c])
-        else:
-            for c in range(row.shape[0]):
-                target[c] = narrow(base * widen(row[c]) + scale * change[c], target[c])
-
-
-@partial(compiled, error_model="numpy")
-def low_rank_multiply(storage, values, index, offsets, multiplier, buffer, g, out):
-    """Rows of G * M in float32."""
-    nibbles = np.empty(2 * index.shape[1], np.uint8)
-    for i in range(out.shape[0]):
-        gradient, target = g[i], out[i]
-        if multiplier == ONE:
-            for c in range(target.shape[0]):
-                target[c] = widen(gradient[c])
-            continue
-        row = row_of(storage, values, index, offsets, i, nibbles, buffer)
-        if multiplier == WEIGHT:
-            for c in range(row.shape[0]):
-                target[c] = widen(row[c]) * widen(gradient[c])
-        else:
-            for c in range(row.shape[0]):
-                target[c] = widen(gradient[c]) if widen(row[c]) != ZERO else ZERO
-
-
 def takes(adapted: AdaptedWeight, other: torch.dtype) -> bool:
     """Whether the loops take these types, and are faster than torch; `other` is the dtype of W' or of G."""
     import torch
@@ -176,10 +135,10 @@ def tile(adapted: AdaptedWeight, start: int, stop: int, base: float, out: Tensor
     """`Kernels.tile` of SPP for types that `takes` takes."""
     from spp_fx.sparsity.packing import as_array
 
-    _check(adapted, out, start, stop)
+    check_range(adapted, out, start, stop)
     factors, scale, buffer = _spp(adapted)
     spp_tile(
-        *_storage(adapted, start, stop), *factors, start, adapted.group, scale, np.float32(base), buffer,
+        *storage_of(adapted, start, stop), *factors, start, adapted.group, scale, np.float32(base), buffer,
         as_array(out),
     )  # fmt: skip
 
@@ -188,56 +147,15 @@ def pullback(adapted: AdaptedWeight, grad: Tensor, start: int, stop: int, grads:
     """`Kernels.pullback` of SPP for types that `takes` takes."""
     from spp_fx.sparsity.packing import as_array
 
-    _check(adapted, grad, start, stop)
+    check_range(adapted, grad, start, stop)
     factors, scale, buffer = _spp(adapted)
     spp_pullback(
-        *_storage(adapted, start, stop), *factors, start, adapted.group, scale, buffer,
+        *storage_of(adapted, start, stop), *factors, start, adapted.group, scale, buffer,
         as_array(grad.contiguous()), as_array(grads["spp_alpha"]), as_array(grads["spp_beta"]),
     )  # fmt: skip
 
 
-def low_rank_takes(adapted: AdaptedWeight, other: torch.dtype) -> bool:
-    """Whether the loops take these types, and are faster than torch; `other` is the dtype of W' or of G."""
-    import torch
-
-    return (
-        torch.get_num_threads() <= FEW_THREADS
-        and adapted.rows.dtype in (torch.bfloat16, torch.float32)
-        and all(factor.dtype in (torch.bfloat16, torch.float32) for factor in adapted.factors.values())
-        and other in (torch.bfloat16, torch.float32)
-    )
-
-
-def low_rank_tile(
-    adapted: AdaptedWeight, start: int, stop: int, multiplier: str, scale: float, base: float,
-    product: Tensor, out: Tensor,
-) -> None:  # fmt: skip
-    """Rows start..stop of base * W + scale * product * M into `out`; product float32, M as `LowRank` names it."""
-    from spp_fx.sparsity.packing import as_array
-
-    for other in (product, out):
-        _check(adapted, other, start, stop)
-    low_rank_combine(
-        *_storage(adapted, start, stop), MULTIPLIERS[multiplier], np.float32(scale), np.float32(base),
-        _row_buffer(adapted), as_array(product), as_array(out),
-    )  # fmt: skip
-
-
-def low_rank_gradient(
-    adapted: AdaptedWeight, start: int, stop: int, multiplier: str, grad: Tensor, out: Tensor
-) -> None:
-    """Rows start..stop of G * M into `out`, float32."""
-    from spp_fx.sparsity.packing import as_array
-
-    for other in (grad, out):
-        _check(adapted, other, start, stop)
-    low_rank_multiply(
-        *_storage(adapted, start, stop), MULTIPLIERS[multiplier], _row_buffer(adapted),
-        as_array(grad.contiguous()), as_array(out),
-    )  # fmt: skip
-
-
-def _check(adapted: AdaptedWeight, other: Tensor, start: int, stop: int) -> None:
+def check_range(adapted: AdaptedWeight, other: Tensor, start: int, stop: int) -> None:
     """ValueError unless the shapes fit: compiled loops do not check bounds."""
     m, n = adapted.rows.shape
     if other.shape != (stop - start, n) or not 0 <= start <= stop <= m:
@@ -251,15 +169,15 @@ def _spp(adapted: AdaptedWeight) -> tuple[tuple[Any, Any], np.float32, Any]:
     from spp_fx.sparsity.packing import as_array
 
     alpha, beta = (as_array(adapted.factors[key].contiguous()) for key in ("spp_alpha", "spp_beta"))
-    return (alpha, beta), np.float32(cast("SPP", adapted.method).scale), _row_buffer(adapted)
+    return (alpha, beta), np.float32(cast("SPP", adapted.method).scale), row_buffer(adapted)
 
 
-def _row_buffer(adapted: AdaptedWeight) -> Any:
+def row_buffer(adapted: AdaptedWeight) -> Any:
     """A buffer for the bits of one row of W."""
     return np.empty(adapted.rows.shape[1], np.dtype(f"u{adapted.rows.dtype.itemsize}"))
 
 
-def _storage(adapted: AdaptedWeight, start: int, stop: int) -> tuple[int, Any, Any, Any]:
+def storage_of(adapted: AdaptedWeight, start: int, stop: int) -> tuple[int, Any, Any, Any]:
     """Kind, values as bits, index and offsets of rows start..stop."""
     from spp_fx.adapters.rows import PackedRows2of4, PackedRowsBitmask
     from spp_fx.sparsity.packing import as_array
@@ -308,36 +226,48 @@ def fold_float16(words: Any, alpha: Any, scaled: Any, height: int, start: int, o
 
 
 @njit(inline="always")
-def _fold_half(words, alpha, scaled, height, start, out, mantissa, bias):
-    """The fold of a format of 16 bits, given how many of them its mantissa takes, and its exponent's bias."""
-    changed = zero = broken = np.int64(0)
+def half_value(word, mantissa, bias):
+    """The value of a word of 16 bits in float64, given how many of them its mantissa takes, and its exponent's bias."""
+    stored = word & _U16(0x7FFF)
+    weight = np.float64(_float32_of(_U32(stored) << _U32(23 - mantissa))) * np.float64(2.0 ** (127 - bias))
+    return -weight if stored != word else weight
+
+
+@njit(inline="always")
+def round_half(exact, word, mantissa, bias):
+    """A float64 rounded to 16 bits, or `word` where that is zero; whether it changed, is zero, is not finite."""
     infinity = _U16(0x8000) - _U16(1 << mantissa)
-    widen, rebias = _U32(23 - mantissa), np.float64(2.0 ** (127 - bias))
     cut = _U64(52 - mantissa)  # bits of a float64 below the last kept one
     half = (_U64(1) << (cut - _U64(1))) - _U64(1)
     smallest = _U64(1024 - bias) << _U64(52)  # the bits of the smallest normal number
     offset = _U64(1023 - bias) << _U64(mantissa)
     unit_bits = _U64(1023 + 53 - bias - mantissa) << _U64(52)
     unit = 2.0 ** (53 - bias - mantissa)  # its own unit in the last place is the least subnormal
+    stored = word & _U16(0x7FFF)
+    bits = _bits_of(exact)
+    magnitude = bits & _MAGNITUDE
+    normal = (magnitude + half + ((magnitude >> cut) & _U64(1))) >> cut
+    small = _bits_of(np.abs(exact) + unit) - unit_bits
+    value = small if magnitude < smallest else normal - offset
+    kept = stored != _U16(0)
+    rounded = _U16(value) | _U16((bits >> _U64(48)) & _U64(0x8000))
+    changed, zero = np.int64(kept & (rounded != word)), np.int64(kept & (value == _U64(0)))
+    return rounded if kept else word, changed, zero, np.int64((value >= infinity) | (stored >= infinity))
+
+
+@njit(inline="always")
+def _fold_half(words, alpha, scaled, height, start, out, mantissa, bias):
+    changed = zero = broken = np.int64(0)
     for row in range(words.shape[0]):
         factor, line, source, target = scaled[row], alpha[(start + row) // height], words[row], out[row]
         for column in range(source.shape[0]):
             word = source[column]
-            stored = word & _U16(0x7FFF)
-            weight = np.float64(_float32_of(_U32(stored) << widen)) * rebias
-            weight = -weight if stored != word else weight
+            weight = half_value(word, mantissa, bias)
             exact = weight + weight * (factor * line[column])
-            bits = _bits_of(exact)
-            magnitude = bits & _MAGNITUDE
-            normal = (magnitude + half + ((magnitude >> cut) & _U64(1))) >> cut
-            small = _bits_of(np.abs(exact) + unit) - unit_bits
-            value = small if magnitude < smallest else normal - offset
-            kept = stored != _U16(0)
-            rounded = _U16(value) | _U16((bits >> _U64(48)) & _U64(0x8000))
-            target[column] = rounded if kept else word
-            changed += np.int64(kept & (rounded != word))
-            zero += np.int64(kept & (value == _U64(0)))
-            broken += np.int64((value >= infinity) | (stored >= infinity))
+            target[column], moved, vanished, invalid = round_half(exact, word, mantissa, bias)
+            changed += moved
+            zero += vanished
+            broken += invalid
     return changed, zero, broken
 
 

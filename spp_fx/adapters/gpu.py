@@ -1,8 +1,9 @@
-"""SPP's tile and pullback as Triton kernels: one program takes some rows and walks along their columns.
+"""Tile and pullback of SPP and of low-rank updates as Triton kernels.
 
-Both read a packed weight at its packed size and unpack it in registers. Sums are taken in a fixed order: each
-program writes the sums of its own rows, and those are added afterwards, so results repeat to the bit. Triton's
-interpreter runs the same code on the CPU (TRITON_INTERPRET=1), which is how it is tested without a GPU.
+A program takes some rows and walks along their columns, or takes one tile. All read a packed weight at its packed
+size and unpack it in registers. Sums are taken in a fixed order: each program writes the sums of its own rows, and
+those are added afterwards, so results repeat to the bit. Triton's interpreter runs the same code on the CPU
+(TRITON_INTERPRET=1), which is how it is tested without a GPU.
 """
 
 # Kernels are a language of their own: their parameters have no Python types.
@@ -21,7 +22,10 @@ from spp_fx.adapters.rows import DenseRows, PackedRows2of4, PackedRowsBitmask, R
 from spp_fx.adapters.spp import SPP
 
 ROWS, COLUMNS = 16, 256
+LOW_RANK_ROWS, LOW_RANK_COLUMNS = 64, 128
+"""A tile whose sums a program writes for every entry of both factors."""
 DENSE, TWO_OF_FOUR, BITMASK = 0, 1, 2
+MULTIPLIERS = {"one": 0, "mask": 1, "weight": 2}
 
 
 @triton.jit
@@ -94,7 +98,79 @@ def reduce_kernel(
     tl.store(row_sums + (row - start), along, mask=held)
 
 
+@triton.jit
+def low_rank_build_kernel(
+    values, index, offsets, left, right, out, start, stop, base,
+    rank: tl.constexpr, multiplier: tl.constexpr,
+    n: tl.constexpr, storage: tl.constexpr, work: tl.constexpr, block_rows: tl.constexpr, block_columns: tl.constexpr,
+):  # fmt: skip
+    """out = base * W + M * (left right) for block_rows rows; left (stop - start, rank), right (rank, n)."""
+    row = start + tl.program_id(0).to(tl.int64) * block_rows + tl.arange(0, block_rows)
+    held = row < stop
+    row = tl.where(held, row, start)
+    seen = tl.load(offsets + row) if storage == 2 else row
+    for first in range(0, n, block_columns):
+        column = first + tl.arange(0, block_columns)
+        inside = column < n
+        valid = held[:, None] & inside[None, :]
+        stored, seen = load_weight(storage, values, index, offsets, row, column, valid, seen, n)
+        w = stored.to(work)
+        change = tl.zeros([block_rows, block_columns], dtype=work)
+        for k in range(rank):
+            b = tl.load(left + (row - start) * rank + k)
+            a = tl.load(right + k * n + column, mask=inside, other=0.0)
+            change += b[:, None] * a[None, :]
+        if multiplier == 2:
+            result = w * (base + change)
+        elif multiplier == 1:
+            result = base * w + tl.where(w != 0, change, 0.0)
+        else:
+            result = base * w + change
+        place = out + (row - start)[:, None] * n + column[None, :]
+        tl.store(place, result.to(out.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def low_rank_reduce_kernel(
+    g, values, index, offsets, left, right, left_sums, right_sums, start, stop,
+    rank: tl.constexpr, multiplier: tl.constexpr,
+    n: tl.constexpr, storage: tl.constexpr, work: tl.constexpr, block_rows: tl.constexpr, block_columns: tl.constexpr,
+):  # fmt: skip
+    """Of a tile of H = G * M: left_sums = H right^T by tile of columns, right_sums = left^T H by tile of rows."""
+    tile, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    row = start + tile * block_rows + tl.arange(0, block_rows)
+    held = row < stop
+    row = tl.where(held, row, start)
+    column = chunk * block_columns + tl.arange(0, block_columns)
+    inside = column < n
+    valid = held[:, None] & inside[None, :]
+    place = g + (row - start)[:, None] * n + column[None, :]
+    h = tl.load(place, mask=valid, other=0.0).to(work)
+    if multiplier != 0:
+        seen = tl.load(offsets + row) if storage == 2 else row
+        if storage == 2:
+            for passed in range(0, n, block_columns):
+                before = passed + tl.arange(0, block_columns)
+                earlier = held[:, None] & (before < chunk * block_columns)[None, :]
+                place = index + row[:, None] * ((n + 7) // 8) + (before // 8)[None, :]
+                byte = tl.load(place, mask=earlier, other=0)
+                seen += tl.sum((byte.to(tl.int32) >> (before % 8)[None, :]) & 1, axis=1)
+        stored, seen = load_weight(storage, values, index, offsets, row, column, valid, seen, n)
+        w = stored.to(work)
+        h = h * w if multiplier == 2 else tl.where(w != 0, h, 0.0)
+    for k in range(rank):
+        b = tl.load(left + (row - start) * rank + k, mask=held, other=0.0)
+        a = tl.load(right + k * n + column, mask=inside, other=0.0)
+        along = left_sums + (chunk * (stop - start) + row - start) * rank + k
+        tl.store(along, tl.sum(h * a[None, :], axis=1), mask=held)
+        tl.store(right_sums + (tile * rank + k) * n + column, tl.sum(h * b[:, None], axis=0), mask=inside)
+
+
 def takes(adapted: AdaptedWeight, other: torch.dtype) -> bool:
+    return True
+
+
+def low_rank_takes(adapted: AdaptedWeight, other: torch.dtype) -> bool:
     return True
 
 
@@ -106,7 +182,7 @@ def tile(adapted: AdaptedWeight, start: int, stop: int, base: float, out: Tensor
         grid = (triton.cdiv(stop - start, ROWS),)
         build_kernel[grid](
             *storage, alpha, beta, out, start, stop, adapted.group, cast(SPP, adapted.method).scale, base,
-            storage=kind, **_constants(adapted),
+            storage=kind, **_constants(adapted, alpha.dtype),
         )  # fmt: skip
 
 
@@ -128,12 +204,50 @@ def pullback(adapted: AdaptedWeight, grad: Tensor, start: int, stop: int, grads:
     column_sums = torch.empty(blocks, tiles, alpha.shape[1], dtype=work, device=grad.device)
     reduce_kernel[(blocks * tiles,)](
         grad, *storage, alpha, beta, row_sums, column_sums, start, stop, height, span, tiles,
-        storage=kind, **_constants(adapted),
+        storage=kind, **_constants(adapted, alpha.dtype),
     )  # fmt: skip
     dalpha, dbeta = grads["spp_alpha"], grads["spp_beta"]
-    dbeta[start:stop] = (row_sums * scale).unsqueeze(1).to(dbeta.dtype)
+    dbeta[start:stop] += (row_sums * scale).unsqueeze(1).to(dbeta.dtype)
     first = start // height
     dalpha[first : first + blocks] += (column_sums.sum(1) * scale).to(dalpha.dtype)
+
+
+def low_rank_tile(
+    adapted: AdaptedWeight,
+    start: int,
+    stop: int,
+    multiplier: str,
+    base: float,
+    b: Tensor,
+    a: Tensor,
+    out: Tensor,
+) -> None:
+    """Rows start..stop of base * W + M * (B A) into `out` as one kernel; b (stop - start, r) and a (r, n)."""
+    if stop > start:
+        kind, *storage = _storage(adapted.rows)
+        grid = (triton.cdiv(stop - start, ROWS),)
+        low_rank_build_kernel[grid](
+            *storage, b.contiguous(), a.contiguous(), out, start, stop, base,
+            rank=len(a), multiplier=MULTIPLIERS[multiplier], storage=kind, **_constants(adapted, a.dtype),
+        )  # fmt: skip
+
+
+def low_rank_pullback(
+    adapted: AdaptedWeight, grad: Tensor, start: int, stop: int, multiplier: str, b: Tensor, a: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(G * M) A^T (stop - start, r) and B^T (G * M) (r, n) of rows start..stop, as one kernel and two sums."""
+    (rank, n), rows = a.shape, stop - start
+    tiles, chunks = triton.cdiv(rows, LOW_RANK_ROWS), triton.cdiv(n, LOW_RANK_COLUMNS)
+    left, right = a.new_empty(chunks, rows, rank), a.new_empty(tiles, rank, n)
+    if rows:
+        kind, *storage = _storage(adapted.rows)
+        constants = _constants(adapted, a.dtype)
+        constants |= {"block_rows": LOW_RANK_ROWS, "block_columns": LOW_RANK_COLUMNS}
+        low_rank_reduce_kernel[(tiles, chunks)](
+            grad.contiguous(), *storage, b.contiguous(), a.contiguous(), left, right, start, stop,
+            rank=rank, multiplier=MULTIPLIERS[multiplier], storage=kind, **constants,
+        )  # fmt: skip
+    return left.sum(0), right.sum(0)
 
 
 def _storage(rows: Rows) -> tuple[int, Tensor, Tensor, Tensor]:
@@ -147,8 +261,8 @@ def _storage(rows: Rows) -> tuple[int, Tensor, Tensor, Tensor]:
     raise TypeError(f"no kernel reads {type(rows).__name__}")
 
 
-def _constants(adapted: AdaptedWeight) -> dict[str, Any]:
-    double = torch.float64 in (adapted.rows.dtype, adapted.factors["spp_alpha"].dtype)
+def _constants(adapted: AdaptedWeight, factors: torch.dtype) -> dict[str, Any]:
+    double = torch.float64 in (adapted.rows.dtype, factors)
     return {
         "n": adapted.rows.shape[1],
         "work": tl.float64 if double else tl.float32,

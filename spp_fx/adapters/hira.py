@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from spp_fx.adapters.method import (
     DROPOUT_OPTION,
     SCALE_OPTION,
     Factors,
     FactorSpec,
+    FoldKernel,
     Kernels,
     Method,
     Run,
@@ -19,6 +21,8 @@ from spp_fx.options import at_least_one, option
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from spp_fx.adapters.low_rank import LowRank
 
 
 @register("hira")
@@ -54,6 +58,12 @@ class HiRA(Method):
         return run.rate_of_product(self.scale, self.rank)
 
     def kernels(self, device: str) -> Kernels | None:
+        return self._low_rank()
+
+    def fold_kernel(self, factors: Mapping[str, Any], dtype: str) -> FoldKernel | None:
+        return self._low_rank().fold_kernel(factors, dtype)
+
+    def _low_rank(self) -> LowRank:
         from spp_fx.adapters.low_rank import LowRank
 
         return LowRank("hira_b", "hira_a", self.scale, multiplier="weight", pulled_back="weight")

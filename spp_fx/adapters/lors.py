@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spp_fx.adapters.method import (
     DROPOUT_OPTION,
     SCALE_OPTION,
     Factors,
     FactorSpec,
+    FoldKernel,
     Kernels,
     Method,
     Run,
@@ -19,6 +21,8 @@ from spp_fx.options import at_least_one, option
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from spp_fx.adapters.low_rank import LowRank
 
 
 @register("lors")
@@ -46,6 +50,12 @@ class LoRS(Method):
         return change + (change * (weight != 0) - change).detach()
 
     def kernels(self, device: str) -> Kernels | None:
+        return self._low_rank()
+
+    def fold_kernel(self, factors: Mapping[str, Any], dtype: str) -> FoldKernel | None:
+        return self._low_rank().fold_kernel(factors, dtype)
+
+    def _low_rank(self) -> LowRank:
         from spp_fx.adapters.low_rank import LowRank
 
         return LowRank("lors_a", "lors_b", self.scale, multiplier="mask", pulled_back="one")

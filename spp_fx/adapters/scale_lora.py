@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from spp_fx.adapters.method import DROPOUT_OPTION, Factors, FactorSpec, Kernels, Method, Run, register
+from spp_fx.adapters.method import (
+    DROPOUT_OPTION,
+    Factors,
+    FactorSpec,
+    FoldKernel,
+    Kernels,
+    Method,
+    Run,
+    register,
+)
 from spp_fx.options import at_least_one, option
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from spp_fx.adapters.low_rank import LowRank
 
 
 @register("scale-lora")
@@ -37,6 +49,12 @@ class ScaleLoRA(Method):
         return weight * (factors["scale_lora_b"] @ factors["scale_lora_a"] - 1)
 
     def kernels(self, device: str) -> Kernels | None:
+        return self._low_rank()
+
+    def fold_kernel(self, factors: Mapping[str, Any], dtype: str) -> FoldKernel | None:
+        return self._low_rank().fold_kernel(factors, dtype)
+
+    def _low_rank(self) -> LowRank:
         from spp_fx.adapters.low_rank import LowRank
 
         return LowRank(

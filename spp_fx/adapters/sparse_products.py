@@ -12,7 +12,6 @@ number of threads.
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -24,6 +23,7 @@ from llvmlite import binding
 from torch import Tensor
 
 from spp_fx.adapters.rows import workspace
+from spp_fx.parallel import openmp
 from spp_fx.sparsity.compiled_scan import compile_assembly
 
 BLOCK = 1024
@@ -130,7 +130,7 @@ def _run(kernel: Any, count: int, job: Sequence[int]) -> bool:
     state = np.array([0, 0, count, *job], np.int64)
     address = state.__array_interface__["data"][0]
     threads = min(torch.get_num_threads(), count)
-    parallel = _openmp() if threads > 1 else None
+    parallel = openmp() if threads > 1 else None
     if parallel is not None:
         parallel(kernel.address, address, threads, 0)
     elif threads > 1:
@@ -142,18 +142,6 @@ def _run(kernel: Any, count: int, job: Sequence[int]) -> bool:
     else:
         kernel(address)
     return not state[1]
-
-
-@cache
-def _openmp() -> Any:
-    """OpenMP's call that runs a function on its threads; None if torch has another OpenMP, or none."""
-    try:
-        parallel = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOW | os.RTLD_NOLOAD).GOMP_parallel
-    except (OSError, AttributeError):
-        return None
-    parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-    parallel.restype = None
-    return parallel
 
 
 @cache

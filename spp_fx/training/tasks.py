@@ -113,8 +113,9 @@ def find_tasks(names: Sequence[str], shots: int | None = None) -> Tasks:
         manager = _manager(kind, wanted)
         merged: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
         found: list[str] = []
-        for name in wanted:
-            for spec in _specs(kind, name, manager):
+        # A name that does not exist is an error before the documents of others are downloaded.
+        for name, specs in [(name, _specs(kind, name, manager)) for name in wanted]:
+            for spec in specs:
                 part = _load(manager, name, spec)
                 if twice := sorted(part["tasks"].keys() & merged["tasks"].keys()):
                     raise UsageError(f"--tasks: {escaped(twice[0])} is asked for twice")

@@ -14,13 +14,14 @@ from spp_fx.adapters.spp import SPP
 SHAPES = [(8, 12, 2), (64, 300, 4), (40, 1024, 1), (33, 20, 33)]
 
 
-LOW_RANK = ["sqft", "hira", "lors"]
+LOW_RANK = ["sqft", "hira", "lors", "scale-lora"]
 
 
 def make_low_rank(adapted: AdaptedWeight, name: str, rank: int = 3, scale: float = 1.5) -> AdaptedWeight:
     """The same weight with random factors of a method of a low-rank product, in the dtype of those it has."""
     generator = torch.Generator().manual_seed(rank)
-    method = make_method(name, rank=rank, scale=scale)
+    options = {} if name == "scale-lora" else {"scale": scale}
+    method = make_method(name, rank=rank, **options)
     like = next(iter(adapted.factors.values()))
     specs = method.factors(adapted.rows.shape)
     factors = {key: torch.randn(spec.shape, generator=generator).to(like) for key, spec in specs.items()}

@@ -6,7 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spp_fx.adapters import fold as fold_module
 from spp_fx.adapters.fold import FLOATING, FoldCounts, StoredFold, fold_matrix
+from spp_fx.adapters.method import make_method
 from spp_fx.adapters.spp import SPP
 from spp_fx.errors import MaskError
 from tests.effort import examples
@@ -131,3 +133,30 @@ def test_errors_name_row_and_column_of_the_stored_tensor(way):
     both["spp_alpha"][3, 7] = 1.0  # rows 9 to 11 of the site are rows 3 to 5 of this part
     with pytest.raises(MaskError, match="site: row 3, column 7 folds to inf"):
         by_stored(weight, both, "keep", "F16", first_row=6)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("name", ["sqft", "lors", "hira", "scale-lora"])
+def test_kernels_of_low_rank_updates_give_the_bits_of_the_definition(name, dtype, transposed, monkeypatch):
+    monkeypatch.setattr(fold_module, "BLOCK_ELEMENTS", 5 * 70)
+    method, weight = make_method(name, rank=3), any_weight(dtype, 33, 70, seed=1)
+    # Of a size at which the sum stays finite.
+    weight = torch.where(weight.abs() < torch.finfo(weight.dtype).max / 1e3, weight, torch.ones_like(weight))
+    random = torch.Generator().manual_seed(2)
+    values = {
+        key: torch.randn(spec.shape, generator=random, dtype=torch.float64).numpy()
+        for key, spec in method.factors((33, 70)).items()
+    }
+    words = stored(weight.t() if transposed else weight)
+    source = words.T if transposed else words
+    both = []
+    for way in ("kernel", "definition"):
+        fold, out = StoredFold(method, (33, 70), values, dtype, "keep", "site"), np.empty_like(words)
+        assert fold.method.fold_kernel(values, dtype) is not None
+        if way == "definition":
+            monkeypatch.setattr(type(method), "fold_kernel", lambda *_: None)
+        counts = fold.rows(source, out.T if transposed else out, 0)
+        both.append((out.tobytes(), counts))
+    assert both[0] == both[1]
+    assert both[0][1].changed > 0

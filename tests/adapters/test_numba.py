@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from spp_fx.adapters import cpu, low_rank, op
+from spp_fx.adapters import cpu, low_rank, low_rank_kernels, op
 from spp_fx.adapters.rows import DenseRows
 from tests.adapters.adapted import LOW_RANK, SHAPES, in_torch, make, make_low_rank, ranges, with_factors
-from tests.effort import covering
+from tests.effort import covering, nightly
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -89,24 +89,33 @@ def test_many_threads_are_left_to_torch(monkeypatch):
 @covering(
     name=LOW_RANK,
     storage=["dense", "2:4", "bitmask"],
-    dtype=[torch.bfloat16, torch.float32],
-    other=[torch.bfloat16, torch.float32],
+    types=[(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32)],
     shape=SHAPES,
     rank=[1, 3, 16, 19],
 )
-def test_a_low_rank_tile_and_its_pullback_are_those_of_torch(
-    name, storage, dtype, other, shape, rank, monkeypatch
-):
-    adapted = make_low_rank(make(*shape, dtype, storage), name, rank)
-    assert cpu.low_rank_takes(adapted, other)
-    monkeypatch.setattr(op, "TILE_ELEMENTS", 5 * shape[1])
-    m, n, _ = shape
+def test_a_low_rank_tile_and_its_pullback_are_those_of_torch(name, storage, types, shape, rank, monkeypatch):
+    compare_with_torch(make_low_rank(make(*shape, types[0], storage), name, rank), types[1], monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "types", [nightly((torch.bfloat16, torch.float32)), nightly((torch.float32, torch.bfloat16))]
+)
+def test_w_and_what_is_built_of_it_may_have_two_types(types, monkeypatch):
+    for name in LOW_RANK:
+        adapted = make_low_rank(make(*SHAPES[1], types[0], "dense"), name, 3)
+        compare_with_torch(adapted, types[1], monkeypatch)
+
+
+def compare_with_torch(adapted, other, monkeypatch):
+    assert low_rank_kernels.low_rank_takes(adapted, other)
+    m, n = adapted.rows.shape
+    monkeypatch.setattr(op, "TILE_ELEMENTS", 5 * n)
     for start, stop in [(0, m), (m - 3, m)]:
         for base in (0.0, 1.0):
             built, expected = (torch.full((stop - start + 1, n), 7.0, dtype=other) for _ in range(2))
             adapted.build(start, stop, base, built)
             with monkeypatch.context() as patch:
-                patch.setattr(low_rank, "_cpu", lambda *_: None)
+                patch.setattr(low_rank, "_compiled", lambda *_: None)
                 adapted.build(start, stop, base, expected)
             # A product may be rounded once where torch rounds it twice; where terms cancel, that is seen.
             rtol = 8e-3 if other == torch.bfloat16 else 1e-5
@@ -115,9 +124,38 @@ def test_a_low_rank_tile_and_its_pullback_are_those_of_torch(
         got, expected = ({k: torch.ones_like(v) for k, v in adapted.factors.items()} for _ in range(2))
         adapted.pull_back(g, start, stop, got)
         with monkeypatch.context() as patch:
-            patch.setattr(low_rank, "_cpu", lambda *_: None)
+            patch.setattr(low_rank, "_compiled", lambda *_: None)
             adapted.pull_back(g, start, stop, expected)
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9, 40])
+def test_threads_share_the_rows_and_change_no_sum(rows, monkeypatch):
+    adapted = make_low_rank(make(40, 300, 4, torch.bfloat16, "2:4"), "sqft")
+    g = torch.randn(rows, 300, generator=torch.Generator().manual_seed(3)).bfloat16()
+
+    def both() -> list[torch.Tensor]:
+        grads = {key: torch.zeros_like(value) for key, value in adapted.factors.items()}
+        adapted.pull_back(g, 0, rows, grads)
+        return [adapted.build(0, rows, 1.0, torch.empty_like(g)), *grads.values()]
+
+    monkeypatch.setattr(low_rank_kernels, "openmp", lambda: None)
+    alone = both()
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert all(torch.equal(a, b) for a, b in zip(alone, both(), strict=True))
+
+
+def test_what_fails_on_a_thread_is_raised(monkeypatch):
+    adapted = make_low_rank(make(40, 300, 4, torch.bfloat16, "dense"), "sqft")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+    def fail(*_: object) -> None:
+        raise MemoryError("none left")
+
+    monkeypatch.setattr(low_rank_kernels, "tile", fail)
+    with pytest.raises(MemoryError, match="none left"):
+        adapted.build(0, 40, 1.0, torch.empty(40, 300, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("name", LOW_RANK)

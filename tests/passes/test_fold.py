@@ -5,6 +5,7 @@ import torch
 from torch import fx, nn
 from transformers import PretrainedConfig
 
+from spp_fx.adapters.lora_star import LoRAStar
 from spp_fx.adapters.spp import SPP
 from spp_fx.errors import MaskError, PostconditionError, PreconditionError, UsageError
 from spp_fx.graph.program import ADAPTER, Program
@@ -14,6 +15,7 @@ from spp_fx.passes.inject_adapters import Inject
 from spp_fx.passes.lower import Lower
 from spp_fx.passes.match import Match
 from spp_fx.passes.pipeline import run_pipeline
+from tests.families import batch
 from tests.passes.programs import adapted, canonical
 
 aten = torch.ops.aten
@@ -43,9 +45,11 @@ def fill_factors(program: Program, value: float = 0.25) -> None:
 
 @pytest.mark.parametrize("kernel", [None, "reference", "fused"])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_a_weight_used_twice_in_one_graph_folds_once(kernel, dropout):
+@pytest.mark.parametrize("method", [SPP, LoRAStar])
+def test_a_weight_used_twice_in_one_graph_folds_once(method, kernel, dropout):
     program = shared_weight_program()
-    run_pipeline(program, [Canonicalize(), Match(targets=("layer",)), Inject(SPP(rank=4, dropout=dropout))])
+    inject = Inject(method(rank=4, dropout=dropout))
+    run_pipeline(program, [Canonicalize(), Match(targets=("layer",)), inject])
     program.eval()
     if kernel:
         run_pipeline(program, [Lower(kernel=kernel)])
@@ -54,7 +58,8 @@ def test_a_weight_used_twice_in_one_graph_folds_once(kernel, dropout):
     x = torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     adapted_output = program.root(x)
     run_pipeline(program, [Fold()])
-    expected = before * (1 + 2.0 * 0.25 * 0.25)
+    change = 2.0 * 0.25 * 0.25
+    expected = before * (1 + change) if method is SPP else before + 4 * change * (before != 0)
     assert torch.equal(program.weight("layer.weight"), expected)
     torch.testing.assert_close(program.root(x), adapted_output, rtol=0, atol=1e-12)
     assert [name for name, _ in program.named_parameters()] == ["layer.weight"]
@@ -68,6 +73,23 @@ def test_folded_graphs_are_the_graphs_before(kernel):
     run_pipeline(program, [Fold()])
     assert {path: [n.target for n in m.graph.nodes] for path, m in program.graphs()} == targets
     assert program.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.parametrize("kernel", ["reference", "fused"])
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+def test_a_dense_update_is_evaluated_as_it_is_folded(family, kernel):
+    """Of transposed weights and stacks, too; in training it is not."""
+    program = canonical(family)
+    targets = {path: [n.target for n in m.graph.nodes] for path, m in program.graphs()}
+    adapted(program, kernel, "lora-star", dropout=0.0)
+    fill_factors(program, 0.1)
+    ids = batch()
+    with torch.no_grad():
+        evaluated, trained = program.eval()(ids).logits, program.train()(ids).logits
+        run_pipeline(program, [Fold()])
+        torch.testing.assert_close(program.eval()(ids).logits, evaluated, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(trained, evaluated, atol=1e-3)
+    assert {path: [n.target for n in m.graph.nodes] for path, m in program.graphs()} == targets
 
 
 def test_untrained_factors_fold_to_the_same_bits():

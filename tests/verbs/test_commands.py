@@ -94,7 +94,7 @@ def test_the_options_of_a_method_reach_the_command_line(monkeypatch):
 
     monkeypatch.setitem(METHODS, "mirror", Mirror)
     shown = " ".join(command("inject", "--help").out.split())
-    assert "--power INTEGER mirror: of the mirror [default: 2]" in shown
+    assert "--power [NAME@]INTEGER mirror: of the mirror [default: 2]" in shown
     refused = command("inject", "nowhere", "--power", "3")
     assert refused.code == 2
     assert "spp has no option power" in refused.err

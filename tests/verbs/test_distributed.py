@@ -106,6 +106,22 @@ def test_two_processes_follow_the_loss_curve_of_one(world, start, way):
         assert torch.equal(tensors(world / "together")[name] != 0, value != 0), name
 
 
+@pytest.mark.parametrize("options", ["", "--shard world --teacher dense"])
+def test_two_processes_find_the_rate_of_one(world, start, options):
+    """--steps 32 is the shortest run that has trials; the last --steps counts."""
+    more = ("--steps", 32, *options.split())
+    one = must(
+        *LINE.split(), "--batch-size", 4, "--steps", 32, *options.replace("--shard world", "").split()
+    ).json
+    restore(world, start)
+    two = launch(world, 2, "--batch-size", 2, *more)
+    assert [each["lr"] for each in two["lr_trials"]] == [each["lr"] for each in one["lr_trials"]]
+    for ours, theirs in zip(two["lr_trials"], one["lr_trials"], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+    assert two["lr"] == pytest.approx(one["lr"], rel=0.1)  # rounded to two digits
+    assert two["losses"][-1] == pytest.approx(one["losses"][-1], rel=0.05)
+
+
 def test_splitting_needs_processes_to_split_over(world, start):
     assert "this is a single one; start with torchrun" in one_line(
         command(*LINE.split(), "--shard", "world").err

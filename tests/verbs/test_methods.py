@@ -28,7 +28,7 @@ OPTIONS = {
 }
 
 
-FAMILIES = ["llama", "mixtral"]  # linears only, and stacks of experts
+FAMILIES = ["llama", "mixtral", "gpt2"]  # linears only, stacks of experts, transposed weights
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def folder(sparse, method, tmp_path_factory) -> Path:
 
 
 LINE = "--seq-len 16 --steps 4 --lr 0.02 --batch-size 8 -q"
-WAYS = {"dense": "", "packed": "--packed", "checkpointed": "--packed --gradient-checkpointing"}
+WAYS = {"dense": "", "packed": "--packed --gradient-checkpointing"}
 
 
 @covering(1, indirect=("family", "method"), family=FAMILIES, method=OPTIONS, way=WAYS)

@@ -70,6 +70,17 @@ def test_an_adapter_without_differences_is_written_as_before(pristine, tmp_path)
     assert list(config)[-1] == "sites"
 
 
+def test_the_command_line_adds_sites_to_the_ranks_of_a_file(pristine, tmp_path):
+    (tmp_path / "run.yaml").write_text("rank: [2, 'up_proj@16', 'down_proj@16']\nscale: 0.5\n")
+    line = ["inject", pristine / "sparse", "--config", tmp_path / "run.yaml", "--dry-run", "--json"]
+    for words, rank, up in (([], 2, 16), (["--rank", "down_proj@8"], 2, 16), (["--rank", 4], 4, 4)):
+        report = must(*line, *words).json
+        assert (report["rank"], report["scale"]) == (rank, 0.5)
+        ranks = {site["name"].split(".")[-2]: site["rank"] for site in report["sites"]}
+        assert ranks["up_proj"] == up
+        assert ranks["down_proj"] == (8 if "down_proj@8" in words else up)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -66,6 +66,7 @@ def test_an_untrained_adapter_merges_to_the_same_bytes(folder, adapter, tmp_path
     assert all(each["changed"] == 0 for each in report["trained"])
 
 
+@pytest.mark.parametrize("folder", ["llama"], indirect=True)
 def test_the_lock_holds_no_norm_and_the_configuration_names_them(folder, tmp_path):
     must("inject", folder / "sparse", "-o", tmp_path / "plain", "--rank", 4, "-q")
     lock = "sparsity.lock.json"
@@ -145,6 +146,7 @@ def test_training_moves_them_without_weight_decay_and_resumes(folder, adapter, t
     must("eval", whole, "--data", folder / "text.txt", "--seq-len", 16, "-q")
 
 
+@pytest.mark.parametrize("folder", ["llama"], indirect=True)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
 def test_a_value_that_is_not_finite_is_refused_and_nothing_is_written(value, adapter, folder, tmp_path):
     stored = tensors(folder / "sparse")
@@ -163,6 +165,7 @@ def test_a_value_that_is_not_finite_is_refused_and_nothing_is_written(value, ada
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.parametrize("folder", ["llama"], indirect=True)
 def test_the_proof_finds_a_value_that_is_not_the_nearest(adapter, tmp_path, monkeypatch):
     import spp_fx.verbs.merge as merge
 
@@ -180,6 +183,7 @@ def test_the_proof_finds_a_value_that_is_not_the_nearest(adapter, tmp_path, monk
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.parametrize("folder", ["llama"], indirect=True)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -207,6 +211,7 @@ def test_a_damaged_adapter_is_refused(change, message, adapter, tmp_path):
     assert message in result.err
 
 
+@pytest.mark.parametrize("folder", ["llama"], indirect=True)
 def test_the_result_counts_them_and_a_budget_includes_them(folder):
     line = ["inject", folder / "sparse", "--train-norms", "--dry-run"]
     report = must(*line, "--rank", 4, "--json").json
