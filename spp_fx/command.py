@@ -115,11 +115,18 @@ def command(
                 }
                 check_options(registry(), values[choice], given)
                 values[f"{choice}_options"] = _overrides_apart(given) if per_site else given
-            made = {
-                key: _instance(cls, own) if required or next(iter(own.values())) else None
-                for key, (cls, required) in settings.items()
-                if (own := {each.name: values[each.name] for each in fields(cls)})
-            }
+            made: dict[str, Any] = {}
+            for key, (cls, required) in settings.items():
+                own = {each.name: values[each.name] for each in fields(cls)}
+                made[key] = _instance(cls, own) if required or next(iter(own.values())) else None
+                if made[key] is None:
+                    others = (
+                        each.name
+                        for other, _ in settings.values()
+                        if other is not cls
+                        for each in fields(other)
+                    )
+                    _refuse_unread(context, list(own), set(others))
             for name in {each.name for cls, _ in settings.values() for each in fields(cls)}:
                 del values[name]
             values |= made
@@ -159,6 +166,15 @@ def _drop_replaced(context: click.Context, values: dict[str, Any]) -> None:
     for name in replaced:
         values[name] = next(each.default for each in context.command.params if each.name == name)
     context.meta["replaced"] = replaced
+
+
+def _refuse_unread(context: click.Context, own: Sequence[str], others: Collection[str]) -> None:
+    """UsageError for an option of a dataclass whose first field is not given, unless another one has it, too."""
+    flags = {each.name: each.opts[0] for each in context.command.params}
+    source = context.get_parameter_source
+    for name in own[1:]:
+        if name not in others and source(name) is not ParameterSource.DEFAULT:
+            raise UsageError(f"{flags[name]} belongs to {flags[own[0]]}; give that, too, or leave it out")
 
 
 def _silence_libraries(debug: bool) -> None:

@@ -32,7 +32,7 @@ class Tasks:
     """Tasks that the harness has loaded, with their documents.
 
     Attributes:
-        names: tasks and groups as they were asked for.
+        names: the tasks that were asked for, and the groups that have a number of their own in place of their tasks.
         loaded: what the harness' `evaluate` takes.
     """
 
@@ -45,7 +45,7 @@ class Scores:
     """What a model reached.
 
     Attributes:
-        names: tasks and groups that were asked for.
+        names: of `Tasks`.
         metrics: by task and group, under the harness' own names: `acc,none`, `acc_stderr,none`.
         shots, samples: examples in the prompt, and documents, of each task.
     """
@@ -67,7 +67,8 @@ class Scores:
         if len(mains) < 2 or any(not key.startswith("acc,") for key in mains):
             return None
         values = [self.metrics[name][key] for name, key in zip(self.names, mains, strict=True)]
-        return sum(value or 0.0 for value in values) / len(values)
+        known = [value for value in values if value is not None]
+        return sum(known) / len(known) if len(known) == len(values) else None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -121,11 +122,21 @@ def find_tasks(names: Sequence[str], shots: int | None = None) -> Tasks:
                     raise UsageError(f"--tasks: {escaped(twice[0])} is asked for twice")
                 for task in part["tasks"].values():
                     _set_shots(task, SHOTS.get(name) if shots is None else shots)
-                members = {each for group in part["group_map"].values() for each in group}
-                found += [each for each in (*part["groups"], *part["tasks"]) if each not in members]
+                found += _scored(part)
                 for key, table in merged.items():
                     table |= part[key]
     return Tasks(tuple(found), merged)
+
+
+def _scored(part: Mapping[str, Any]) -> list[str]:
+    """What has a number of its own: groups that sum up their tasks, and the tasks that are in none of these."""
+    groups = [name for name, group in part["groups"].items() if group.has_aggregation]
+    inside, waiting = set[str](), [*groups]
+    while waiting:
+        members = part["group_map"].get(waiting.pop(), ())
+        waiting += [each for each in members if each not in inside]
+        inside.update(members)
+    return [each for each in (*groups, *part["tasks"]) if each not in inside]
 
 
 def _harness(module: str) -> Any:
@@ -253,7 +264,7 @@ def run_tasks(
     metrics = {**result["results"], **result.get("groups", {})}
     return Scores(
         tasks.names,
-        {name: _numbers(values) for name, values in metrics.items()},
+        {name: own for name, values in metrics.items() if (own := _numbers(values))},
         {name: int(count) for name, count in result["n-shot"].items()},
         {name: int(count["effective"]) for name, count in result["n-samples"].items()},
     )

@@ -34,7 +34,6 @@ from spp_fx.storage.writer import write_safetensors
 from spp_fx.training.samples import IGNORED, Rows
 
 MANIFEST = "teacher.json"
-MAX_SAMPLES = 2**16 - 1
 _CHUNK = 2**24
 """Probabilities, in float64, that are held at once."""
 
@@ -169,13 +168,6 @@ def uniforms(seed: int, row: int, count: int) -> Tensor:
 
 def _dtypes(samples: int, vocabulary: int) -> tuple[str, str]:
     return "U8" if samples < 2**8 else "U16", "U16" if vocabulary <= 2**16 else "U32"
-
-
-def bytes_per_token(samples: int, vocabulary: int) -> int:
-    """What a predicted token takes at most: as many pairs as samples, their number and the entropy."""
-    sizes = {"U8": 1, "U16": 2, "U32": 4}
-    count, token = (sizes[dtype] for dtype in _dtypes(samples, vocabulary))
-    return samples * (token + count) + count + 4
 
 
 _NUMPY = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import isfinite, prod, sqrt
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -43,7 +43,7 @@ from spp_fx.sparsity.pattern import Pattern
 from spp_fx.storage.links import links_option
 from spp_fx.storage.workspace import Say, workspace
 from spp_fx.verbs.load import device_of, text_digest
-from spp_fx.verbs.settings import Calibration
+from spp_fx.verbs.settings import Calibration, InjectSettings
 from spp_fx.verbs.starts import TextGradients, check_start, start_factors
 from spp_fx.verification import provenance
 from spp_fx.verification.model_sites import ModelSites, choose, find_sites, scan_sites, tensors_of
@@ -140,9 +140,9 @@ def inject(
     overrides: Sequence[str] = (),
     train_norms: bool = False,
     budget: str | int | None = None,
-    budget_by: str = "size",
+    budget_by: Literal["size", "error", "gradient"] = "size",
     teacher: str | Path | None = None,
-    init: str = "default",
+    init: Literal["default", "gradient", "reconstruct"] = "default",
     calibration: Calibration | None = None,
     device: str | None = None,
     force: bool = False,
@@ -181,6 +181,7 @@ def inject(
         MaskError: the model is not the one its own lock describes.
     """
     model, out = Path(model), None if out is None else Path(out)
+    InjectSettings(init=init, budget_by=budget_by)  # refuses another word
     if seed < 0:
         raise UsageError(f"--seed must not be negative, got {seed}")
     adapter = make_method(method, **options)
@@ -202,7 +203,8 @@ def inject(
         with TemporaryDirectory(prefix="spp-fx-inject-") as store:
             return _inject(found, None, plan, tick, say, walked(found, Path(store)))[0]
     provenance.load(model)  # a damaged history is an error before the work
-    with workspace(out, {"verb": "inject"}, force=force, sources=[model], say=say) as work:
+    sources = [model] if teacher is None else [model, Path(teacher)]
+    with workspace(out, {"verb": "inject"}, force=force, sources=sources, say=say) as work:
         found = find_sites(open_model(model), trust_remote_code=trust_remote_code, runnable=plan.walks)
         gradients = walked(found, work.store)
         result, lock = _inject(found, out, plan, tick, say, gradients)

@@ -166,6 +166,15 @@ def fit_length(most: int | None, asked: int | None, default: int = 512) -> int:
     return asked
 
 
+def check_teacher(student: Program, teacher: Program, folder: Path) -> None:
+    """UsageError if a teacher's predictions are not about the same tokens."""
+    if teacher.vocabulary != student.vocabulary:
+        raise UsageError(
+            f"{folder}: its vocabulary has {teacher.vocabulary} tokens, the student's {student.vocabulary}; a teacher "
+            "must share the tokenizer"
+        )
+
+
 @dataclass(frozen=True)
 class FolderWeights:
     """Tensors that are read from a folder before a layer runs, and freed after it."""

@@ -60,6 +60,11 @@ def trial_steps(steps: int) -> int:
     return min(max(round(steps * TRIAL_SHARE), SHORTEST_TRIAL), LONGEST_TRIAL)
 
 
+def warmup_share(warmup: float, steps: int) -> float:
+    """The warmup of a run of so many steps as a share of them, below 1; a trial warms up for the same share."""
+    return warmup if warmup < 1 else min(warmup / steps, 0.99)
+
+
 def best_multiple(loss: Callable[[float], float], most: int = MOST_TRIALS) -> float:
     """The multiple of the suggested rate at which a trial's loss is lowest.
 

@@ -24,7 +24,7 @@ from spp_fx.pruning.gradients import SiteGradient, Source, layer_gradients, with
 from spp_fx.pruning.layerwise import Tick, silent
 from spp_fx.pruning.reconstruct import Solved, check_linear, layer_inputs, solve_rows
 from spp_fx.pruning.walk import FileStates, Walk
-from spp_fx.verbs.load import FolderWeights, draw_windows
+from spp_fx.verbs.load import FolderWeights, check_teacher, draw_windows
 from spp_fx.verbs.settings import Calibration
 from spp_fx.verification.model_sites import ModelSites, find_sites
 
@@ -70,15 +70,6 @@ def partition(program: Program, folder: Path) -> None:
             f"{folder}: gradients are taken layer by layer, which this model does not allow: {error}. Use the "
             "default start"
         ) from error
-
-
-def check_teacher(student: Program, teacher: Program, folder: Path) -> None:
-    """UsageError if a teacher's predictions are not about the same tokens."""
-    if teacher.vocabulary != student.vocabulary:
-        raise UsageError(
-            f"{folder}: its vocabulary has {teacher.vocabulary} tokens, the student's {student.vocabulary}; a teacher "
-            "must share the tokenizer"
-        )
 
 
 def check_reachable(program: Program, sites: Iterable[str]) -> None:
@@ -339,6 +330,8 @@ def start_from_gradients(
             )
             for at in _experts(each.weight)
         ]
-        for key, name in names.items():
-            result[name] = _joined([part[key] for part in parts if part is not None], each.weight)
+        if known := [part for part in parts if part is not None]:
+            result |= {
+                name: _joined([part[key] for part in known], each.weight) for key, name in names.items()
+            }
     return result

@@ -36,7 +36,7 @@ from spp_fx.training.state import OPTIMIZER, checkpoints, is_whole, load_state
 from spp_fx.training.teacher_cache import CacheText, TaughtRows, TeacherCache, is_cache
 from spp_fx.training.trainer import AdapterTrainer, CutEachEpoch, EarlyStop, load_factors
 from spp_fx.verbs import rate
-from spp_fx.verbs.load import Loaded, load_program, load_tokenizer, window_length
+from spp_fx.verbs.load import Loaded, check_teacher, load_program, load_tokenizer, window_length
 from spp_fx.verbs.settings import TrainSettings
 
 
@@ -101,9 +101,10 @@ class Trained:
         }
 
     def lines(self) -> Iterator[str]:
+        end = f", {self.losses[-1]:.3f} at the end" if self.losses else ""
         yield (
             f"{self.adapter}: {self.steps} steps of {self.rows} x {self.seq_len} tokens in {self.seconds:.0f} s, "
-            f"learning rate {self.lr:.3g}, loss {self.loss:.3f} on average, {self.losses[-1]:.3f} at the end"
+            f"learning rate {self.lr:.3g}, loss {self.loss:.3f} on average{end}"
         )
         if sum(part is not None for part in self.parts.values()) > 1:
             parts = (f"{name} {part:.3f}" for name, part in self.parts.items() if part is not None)
@@ -189,11 +190,15 @@ def train(
         lr = _resumed_rate(checkpoint)
     elif lr is None:
         lr, trials = _default_rate(
-            adapter, loaded, rows, settings,
-            lambda short: _trainer(adapter, loaded, rows, None, short, short.lr or 0.0, [], guide, pad_id),
+            adapter, loaded, rows, settings, say,
+            lambda short, at: _trainer(adapter, loaded, rows, None, short, at, [], guide, pad_id),
         )  # fmt: skip
+    if settings.min_lr > lr:
+        raise UsageError(
+            f"--min-lr {settings.min_lr:g} is above the learning rate of this run, {lr:g}; lower it, or give --lr"
+        )
     trainer = _trainer(adapter, loaded, rows, measured, settings, lr, callbacks or [], guide, pad_id)
-    before = _evaluate(loaded, measured)  # where the trainer has put the program
+    before = _evaluate(loaded, measured, settings)  # where the trainer has put the program
     together = trainer.accelerator
     together.wait_for_everyone()
     if checkpoint is None and together.is_main_process:
@@ -227,7 +232,7 @@ def train(
         trainable=trainable_parameters(loaded.factors),
         frozen_bytes=frozen_bytes,
         before=before,
-        after=_evaluate(loaded, measured),
+        after=_evaluate(loaded, measured, settings),
         skipped=skipped,
         eval_skipped=measured.skipped if measured else None,
     )
@@ -238,12 +243,14 @@ def _default_rate(
     loaded: Loaded,
     rows: Rows,
     settings: TrainSettings,
-    short_run: Callable[[TrainSettings], AdapterTrainer],
+    say: Callable[[str], None],
+    short_run: Callable[[TrainSettings, float], AdapterTrainer],
 ) -> tuple[float, dict[float, float]]:
     """The rate where the user gives none, and the losses of the trials that led to it, by their rates.
 
     Args:
-        short_run: makes the trainer of a trial.
+        say: called with what is about to take time.
+        short_run: makes the trainer of a trial with a rate.
     """
     steps = rate.steps_of(rows, settings)
     suggestion = rate.suggested(adapter, loaded.program, loaded.model)
@@ -251,18 +258,20 @@ def _default_rate(
     short = rate.trial_steps(steps) if settings.lr_trials else 0
     if short == 0:
         return rate.rounded(suggestion(steps)), trials
+    say(
+        f"finding a learning rate: 3 to {rate.MOST_TRIALS} trials of {short} steps (--lr or --no-lr-trials: none)"
+    )
+    trial = replace(
+        settings, steps=short, epochs=None, warmup=rate.warmup_share(settings.warmup, steps), min_lr=0.0,
+        logging_steps=1, save_steps=None, eval_steps=None, early_stop=None, report_to=(),
+    )  # fmt: skip
     start = {name: value.detach().clone() for name, value in loaded.factors.items()}
     untrained: list[float] = []
 
     def loss(multiple: float) -> float:
         gc.collect()  # trainers refer to themselves; of several processes, each of them listens to the gradients
         lr = rate.rounded(multiple * suggestion(short))
-        trainer = short_run(
-            replace(
-                settings, steps=short, epochs=None, lr=lr, logging_steps=1, save_steps=None, eval_steps=None,
-                early_stop=None, report_to=(),
-            )
-        )  # fmt: skip
+        trainer = short_run(trial, lr)
         trainer.train()
         losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
         untrained.append(losses[0])
@@ -274,7 +283,7 @@ def _default_rate(
 
     multiple = rate.best_multiple(loss)
     gc.collect()
-    left = min(trials.values()) / untrained[0]
+    left = min(trials.values()) / untrained[0] if untrained[0] else 1.0
     return rate.rounded(multiple * rate.carried_over(suggestion(short), suggestion(steps), left)), trials
 
 
@@ -334,11 +343,7 @@ def _teacher(path: Path, student: Program, settings: TrainSettings, trust_remote
     teacher = load_program(
         path, trust_remote_code=trust_remote_code, layers=match, shard=settings.shard
     ).program.eval()
-    if teacher.vocabulary != student.vocabulary:
-        raise UsageError(
-            f"{path}: its vocabulary has {teacher.vocabulary} tokens, the student's "
-            f"{student.vocabulary}; a teacher must share the tokenizer"
-        )
+    check_teacher(student, teacher, path)
     if match:
         theirs, ours = (
             f"{len(program.units)} layers of width {Layers.of(program).width}"
@@ -352,12 +357,14 @@ def _teacher(path: Path, student: Program, settings: TrainSettings, trust_remote
     return teacher.requires_grad_(False)
 
 
-def _evaluate(loaded: Loaded, measured: HeldOut | None) -> Perplexity | None:
+def _evaluate(loaded: Loaded, measured: HeldOut | None, settings: TrainSettings) -> Perplexity | None:
     if measured is None:
         return None
     program = loaded.program.eval()
     device = program.device
-    return perplexity(lambda ids, mask: program(ids.to(device), mask.to(device)).logits, measured.windows)
+    # A trainer leaves its autocast around the forward once it has trained: before that it would be missing.
+    with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
+        return perplexity(lambda ids, mask: program(ids.to(device), mask.to(device)).logits, measured.windows)
 
 
 def _trainer(
@@ -394,7 +401,7 @@ def _trainer(
         lr_scheduler_kwargs={"min_lr": settings.min_lr} if settings.min_lr else {},
         max_grad_norm=settings.clip,
         bf16=settings.bf16,
-        logging_steps=min(settings.logging_steps, settings.steps or settings.logging_steps),
+        logging_steps=min(settings.logging_steps, rate.steps_of(rows, settings)),
         save_strategy="steps" if settings.save_steps else "no",
         save_steps=settings.save_steps or 500,
         save_total_limit=2,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from spp_fx.errors import SppFxError
 from spp_fx.training.losses import distillation_loss, sampled_loss
-from spp_fx.training.teacher_cache import Drawn, bytes_per_token, draw, uniforms, write_drawn
+from spp_fx.training.teacher_cache import Drawn, draw, uniforms, write_drawn
 
 VOCABULARY = 11
 
@@ -106,7 +106,6 @@ def test_many_samples_are_the_divergence_itself():
 def test_a_token_takes_no_more_bytes_than_is_said(tmp_path, samples, vocabulary):
     drawn = draw(torch.zeros(200, 1000), uniforms(0, 0, 200), samples)
     file = write_drawn(tmp_path / "tokens.safetensors", [drawn], samples, vocabulary)
-    most = bytes_per_token(samples, vocabulary)
-    assert most == {(4, 1000): 17, (4, 70000): 25, (300, 1000): 1206, (300, 70000): 1806}[samples, vocabulary]
+    most = {(4, 1000): 17, (4, 70000): 25, (300, 1000): 1206, (300, 70000): 1806}[samples, vocabulary]
     assert (file.positions, file.pairs) == (200, 200 * samples)
     assert (tmp_path / "tokens.safetensors").stat().st_size == pytest.approx(200 * most, abs=600)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from spp_fx.storage.folder import ModelFolder
-from spp_fx.verbs.rate import MOST_TRIALS, best_multiple, carried_over, spread, trial_steps
+from spp_fx.verbs.rate import MOST_TRIALS, best_multiple, carried_over, spread, trial_steps, warmup_share
 
 
 @pytest.mark.parametrize("best", [0.11, 0.7, 1.0, 1.3, 9.0])
@@ -49,6 +49,11 @@ def test_a_rate_falls_with_the_steps_as_far_as_a_loss_is_left(left, found):
 @pytest.mark.parametrize(("steps", "short"), [(1, 0), (31, 0), (32, 10), (100, 20), (100_000, 24)])
 def test_a_trial_is_a_fifth_within_bounds(steps, short):
     assert trial_steps(steps) == short
+
+
+@pytest.mark.parametrize(("warmup", "share"), [(0.03, 0.03), (1, 0.01), (50, 0.5), (100, 0.99), (500, 0.99)])
+def test_warmup_is_a_share_of_the_run(warmup, share):
+    assert warmup_share(warmup, 100) == share
 
 
 def test_the_spread_of_a_weight_is_that_of_its_non_zeros(tmp_path):

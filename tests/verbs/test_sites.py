@@ -7,6 +7,7 @@ import torch
 
 import spp_fx
 from spp_fx.adapters.adapter_folder import AdapterFolder
+from spp_fx.errors import UsageError
 from tests.command import command, must, randomize, tensors
 
 LINE = ["--seq-len", "16", "--steps", "2", "--batch-size", "4", "-q"]
@@ -166,3 +167,17 @@ def test_a_budget_by_the_gradient_follows_the_norm_of_weight_times_gradient(pris
         by_shape.setdefault(shapes[name], []).append(ranks[name])
     assert all(found == sorted(found) for found in by_shape.values())
     assert len(set(ranks.values())) > 1
+
+
+def test_the_teacher_is_not_replaced(world):
+    options = f"--budget 9% --budget-by error --teacher {world / 'merged'} -o {world / 'merged'} --force"
+    result = command("inject", world / "sparse", *options.split())
+    assert result.code == 2
+    assert "is the input" in result.err
+    assert (world / "merged" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("options", [{"init": "gradients"}, {"budget": "5%", "budget_by": "errors"}])
+def test_a_word_that_is_not_a_choice_is_refused_in_python_too(options, pristine):
+    with pytest.raises(UsageError, match="must be one of"):
+        spp_fx.inject(pristine / "sparse", None, **options)

@@ -88,6 +88,7 @@ def test_a_reconstruction_is_closer_to_the_dense_model_right_away(pristine, text
     [
         (("--init", "gradient"), "--calib"),
         (("--calib", "TEXT"), "--init gradient"),
+        (("--samples", 4), "--samples belongs to --calib"),
         (("--teacher", "DENSE"), "--init"),
         (("--init", "reconstruct", "--calib", "TEXT"), "--teacher MODEL"),
         (

@@ -155,6 +155,17 @@ def test_a_group_of_tasks_has_its_own_number(made, tasks):
 
 @needs_harness
 @pytest.mark.slow
+def test_a_group_without_a_number_is_its_tasks(made, tasks):
+    (tasks / "both.yaml").write_text("group: both\ntask: [choice, wording]\n")
+    (tasks / "all.yaml").write_text("group: all\ntask: [both, writing]\n")
+    table = must("eval", made / "sparse", made / "sparse", "--tasks", tasks, "-q").out
+    assert all(name in table for name in ("choice acc", "wording word_perplexity", "writing exact_match"))
+    report = must("eval", made / "sparse", "--tasks", tasks / "both.yaml", "--json", "-q").json
+    assert report["tasks"].keys() == {"choice", "wording"}
+
+
+@needs_harness
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "said"),
     [

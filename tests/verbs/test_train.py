@@ -130,3 +130,32 @@ def test_a_resumed_run_keeps_the_rate_that_was_found(adapter, text_file):
     again = train(adapter, text_file, "--steps", 32, "--save-steps", 16, "--resume", "--json").json
     assert (again["lr"], again["lr_trials"]) == (first["lr"], [])
     assert factors(adapter) == whole
+
+
+def test_trials_warm_up_for_the_runs_share_of_steps(adapter, text_file, tmp_path):
+    shutil.copytree(adapter, tmp_path / "again")
+    steps = train(adapter, text_file, "--steps", 32, "--warmup", 24, "--json").json
+    share = train(tmp_path / "again", text_file, "--steps", 32, "--warmup", 0.75, "--json").json
+    assert (steps["lr"], steps["lr_trials"]) == (share["lr"], share["lr_trials"])
+    assert steps["losses"] == share["losses"]
+
+
+def test_a_lowest_rate_above_the_one_that_is_found_is_refused(adapter, text_file):
+    before = factors(adapter)
+    ran = train(adapter, text_file, "--steps", 32, "--schedule", "cosine", "--min-lr", 0.9)
+    assert ran.code == 2
+    assert "--min-lr 0.9 is above the learning rate of this run" in ran.err
+    assert factors(adapter) == before
+
+
+def test_evaluation_before_and_after_is_in_the_same_precision(adapter, text_file):
+    line = ("--steps", 1, "--lr", 1e-12, "--bf16", "--eval-data", text_file, "--json")
+    report = train(adapter, text_file, *line).json
+    assert report["perplexity_before"] == report["perplexity"]
+
+
+def test_a_run_of_fewer_steps_than_a_report_says_its_last_loss(adapter, text_file):
+    line = ("--data", text_file, "--seq-len", 32, "--batch-size", 64, "--epochs", 1, "--lr", 0.01, "-q")
+    ran = command("train", adapter, *line)
+    assert ran.code == 0, ran.err
+    assert "at the end" in ran.out
