@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spp_fx.adapters.adapter_folder import AdapterFolder
 from spp_fx.console import Table
+from spp_fx.errors import UsageError
 from spp_fx.exporters.manifest import MANIFEST, open_model, read_manifest
 from spp_fx.graph.model import check_causal, load_model
 from spp_fx.graph.program import Program, positions_of, vocabulary_of
