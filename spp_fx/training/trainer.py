@@ -113,8 +113,7 @@ class AdapterTrainer(Trainer):
 
     def get_decay_parameter_names(self, model: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
         """Every factor; norms and biases that are trained themselves have no weight decay: 0 is not their rest."""
-        names = super().get_decay_parameter_names(model, *args, **kwargs)
-        return [name for name in names if name not in self.undecayed]
+        return [name for name, _ in model.named_parameters() if name not in self.undecayed]
 
     def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
         # accelerate skips DistributedDataParallel for a model with any DTensor; of a sharded

@@ -86,7 +86,7 @@ class InjectSettings:
         "and --budget-by gradient, the model whose predictions are learned instead of the text's own tokens.",
     )
     device: str | None = option(
-        None, "Where layers run for gradients. Default: cuda where there is one, else cpu."
+        None, "Where layers run for gradients and reconstruction. Default: cuda where there is one, else cpu."
     )
 
     def __post_init__(self) -> None:

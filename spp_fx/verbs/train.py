@@ -259,7 +259,7 @@ def _default_rate(
     if short == 0:
         return rate.rounded(suggestion(steps)), trials
     say(
-        f"finding a learning rate: 3 to {rate.MOST_TRIALS} trials of {short} steps (--lr or --no-lr-trials: none)"
+        f"finding a learning rate: 3 to {rate.MOST_TRIALS} trials of {short} steps; --lr or --no-lr-trials skips them"
     )
     trial = replace(
         settings, steps=short, epochs=None, warmup=rate.warmup_share(settings.warmup, steps), min_lr=0.0,
