@@ -112,7 +112,7 @@ def demo(out: Path | None, screen: Output) -> DemoResult:
         )
         with screen.steps_bar("training adapter") as bar:
             settings = TrainSettings(steps=ADAPTER_STEPS, seq_len=WINDOW)
-            train(adapter, text, settings, callbacks=[ProgressCallback(bar.update)])
+            train(adapter, text, settings, callbacks=[ProgressCallback(bar.update)], say=screen.say)
         screen.say("$ spp-fx merge model-2of4-spp --verify-sparsity")
         merge(adapter, merged)
         recovered = _perplexity(merged, valid, screen)
