@@ -1,6 +1,7 @@
 """Ranks and scales site by site, and a budget, from inject to merge."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 import spp_fx
 from spp_fx.adapters.adapter_folder import AdapterFolder
 from spp_fx.errors import UsageError
-from tests.command import command, must, randomize, tensors
+from tests.command import command, listing, must, randomize, tensors
 
 LINE = ["--seq-len", "16", "--steps", "2", "--batch-size", "4", "-q"]
 
@@ -169,12 +170,13 @@ def test_a_budget_by_the_gradient_follows_the_norm_of_weight_times_gradient(pris
     assert len(set(ranks.values())) > 1
 
 
-def test_the_teacher_is_not_replaced(world):
-    options = f"--budget 9% --budget-by error --teacher {world / 'merged'} -o {world / 'merged'} --force"
-    result = command("inject", world / "sparse", *options.split())
+def test_the_teacher_is_not_replaced(pristine, tmp_path):
+    dense = shutil.copytree(pristine / "dense", tmp_path / "dense")
+    options = f"--budget 9% --budget-by error --teacher {dense} -o {dense} --force"
+    result = command("inject", pristine / "sparse", *options.split())
     assert result.code == 2
     assert "is the input" in result.err
-    assert (world / "merged" / "model.safetensors").is_file()
+    assert listing(dense) == listing(pristine / "dense")
 
 
 @pytest.mark.parametrize("options", [{"init": "gradients"}, {"budget": "5%", "budget_by": "errors"}])

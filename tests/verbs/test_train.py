@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from spp_fx.errors import UsageError
+from spp_fx.verbs import train as verb
 from tests.command import command
 
 
@@ -98,8 +100,9 @@ def test_the_default_rate_given_by_hand_is_the_same_run(adapter, text_file, tmp_
 
 def test_epochs_get_the_rate_of_their_steps(adapter, text_file, tmp_path):
     shutil.copytree(adapter, tmp_path / "again")
-    line = ("--data", text_file, "--seq-len", 32, "--batch-size", 3, "--accumulate", 2, "--json", "-q")
-    epochs = command("train", adapter, *line, "--epochs", 1.5).json
+    line = ("--data", text_file, "--seq-len", 32, "--batch-size", 3, "--accumulate", 2, "--no-lr-trials")
+    line += ("--json", "-q")
+    epochs = command("train", adapter, *line, "--epochs", 0.3).json
     steps = command("train", tmp_path / "again", *line, "--steps", epochs["steps"]).json
     assert epochs["lr"] == steps["lr"]
 
@@ -132,17 +135,22 @@ def test_a_resumed_run_keeps_the_rate_that_was_found(adapter, text_file):
     assert factors(adapter) == whole
 
 
-def test_trials_warm_up_for_the_runs_share_of_steps(adapter, text_file, tmp_path):
-    shutil.copytree(adapter, tmp_path / "again")
-    steps = train(adapter, text_file, "--steps", 32, "--warmup", 24, "--json").json
-    share = train(tmp_path / "again", text_file, "--steps", 32, "--warmup", 0.75, "--json").json
-    assert (steps["lr"], steps["lr_trials"]) == (share["lr"], share["lr_trials"])
-    assert steps["losses"] == share["losses"]
+def test_trials_warm_up_for_the_runs_share_of_steps_and_have_no_lowest_rate(adapter, text_file, monkeypatch):
+    trials = []
+
+    def stop(adapter, loaded, rows, measured, settings, *others):
+        trials.append(settings)
+        raise UsageError("stopped")
+
+    monkeypatch.setattr(verb, "_trainer", stop)
+    line = ("--steps", 32, "--warmup", 24, "--schedule", "cosine", "--min-lr", 0.9)
+    assert "stopped" in train(adapter, text_file, *line).err
+    assert [(each.steps, each.warmup, each.min_lr) for each in trials] == [(10, 0.75, 0.0)]
 
 
 def test_a_lowest_rate_above_the_one_that_is_found_is_refused(adapter, text_file):
     before = factors(adapter)
-    ran = train(adapter, text_file, "--steps", 32, "--schedule", "cosine", "--min-lr", 0.9)
+    ran = train(adapter, text_file, "--no-lr-trials", "--schedule", "cosine", "--min-lr", 0.9)
     assert ran.code == 2
     assert "--min-lr 0.9 is above the learning rate of this run" in ran.err
     assert factors(adapter) == before
