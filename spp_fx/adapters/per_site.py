@@ -140,11 +140,9 @@ def parse_budget(text: str | int, total: int) -> int:
     Raises:
         UsageError: it is neither, or less than one parameter.
     """
-    number, share = str(text).strip(), 1.0
-    if number.endswith("%"):
-        number, share = number[:-1], total / 100
+    number = str(text).strip()
     try:
-        count = float(number) * share if share != 1.0 else int(number.replace("_", ""))
+        count = float(number[:-1]) * total / 100 if number.endswith("%") else int(number)
     except ValueError:
         count = 0.0
     if not (1 <= count < inf):

@@ -150,3 +150,4 @@ def test_a_budget_that_is_none_is_refused(text):
     with pytest.raises(UsageError, match="--budget takes a share of the model's parameters"):
         parse_budget(text, 1000)
     assert [parse_budget(each, 1000) for each in ("0.3%", 30, "1_000", "100%")] == [3, 30, 1000, 1000]
+    assert [parse_budget("2.5%", total) for total in (100, 656_000)] == [2, 16_400]
