@@ -318,10 +318,14 @@ def main() -> None:
     options = parser.parse_args()
     from common import study_report
 
+    every = list(variants(ablated=True))
+    if unknown := set(options.only or ()) - {variant.name for variant in every}:
+        parser.error(f"--only {min(unknown)}: there are {', '.join(variant.name for variant in every)}")
     if not options.report:
         train_all(options)
-    rows = list(read(options.results).values())
-    study_report.write(rows, list(variants(ablated=True)), options.docs)
+    if not (rows := list(read(options.results).values())):
+        parser.error(f"{options.results} holds no runs")
+    study_report.write(rows, every, options.docs)
     results = [row for row in rows if "reference" not in row]
     print(json.dumps({"question": "which method wins back most", "results": results}, indent=1))
 
