@@ -109,8 +109,10 @@ def from_patterns(method: Method, sites: Iterable[str], config: Mapping[str, Any
         if not key.endswith(PATTERN) or not values:  # PEFT writes empty ones
             continue
         option = key.removesuffix(PATTERN)
-        if option not in numeric or not isinstance(values, dict):
+        if option not in numeric:
             raise FormatError(f"{key}: {method.name} has no number {option} that differs between sites")
+        if not isinstance(values, dict):
+            raise FormatError(f"{key}: must be an object of modules and their values")
         for module, value in values.items():
             if module not in modules:
                 raise FormatError(f"{key}: {module} is not one of the adapter's sites")
