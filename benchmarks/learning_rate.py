@@ -32,7 +32,7 @@ FACTORS = (0.25, 0.5, 2, 4)
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--width", type=int, nargs="+", default=[64, 128])
-    parser.add_argument("--model", type=Path, help="a pruned folder; then --data is needed, too")
+    parser.add_argument("--model", type=Path, help="a pruned folder, in place of --width; needs --data")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--dense", type=Path, help="of --model, for --teacher")
     parser.add_argument(
@@ -49,6 +49,10 @@ def main() -> None:
     parser.add_argument("--teacher", action="store_true", help="learn from the dense model")
     parser.add_argument("--factors", type=float, nargs="+", default=list(FACTORS))
     options = parser.parse_args()
+    if options.model and not options.data:
+        parser.error("--model needs --data")
+    if options.model and options.teacher and not options.dense:
+        parser.error("--model with --teacher needs --dense")
     with tempfile.TemporaryDirectory() as name:
         results = [
             measure(case, method, steps, options, Path(name))

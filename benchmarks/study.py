@@ -92,13 +92,10 @@ class Settings:
 
 def variants(ablated: bool) -> Iterator[Variant]:
     """What is trained on a pruned model; `ablated`: the paper's ablations, too."""
-    from spp_fx.adapters.method import METHODS as KNOWN
-
     for method in METHODS:
-        if method in KNOWN:
-            yield Variant(
-                "methods", method, method, rank=RANK if method == "spp" else None, equal=method != "spp"
-            )
+        yield Variant(
+            "methods", method, method, rank=RANK if method == "spp" else None, equal=method != "spp"
+        )
     if not ablated:
         return
     from common.ablations import STARTS
@@ -173,8 +170,8 @@ def one_run(
             "init": "gradient",
             "calibration": Calibration(case.text, samples=32, seq_len=case.window, seed=seed),
         }
-    if variant.method == "sqft":
-        options["dropout"] = 0.0
+    if variant.method in ("sqft", "lora-star"):
+        options["dropout"] = 0.0  # as the others
     injected = inject(case.pruned, adapter, method=variant.method, seed=seed, force=True, **options)
     if variant.start in STARTS:
         set_start(adapter, variant.start, seed)
@@ -321,10 +318,14 @@ def main() -> None:
     options = parser.parse_args()
     from common import study_report
 
+    every = list(variants(ablated=True))
+    if unknown := set(options.only or ()) - {variant.name for variant in every}:
+        parser.error(f"--only {min(unknown)}: there are {', '.join(variant.name for variant in every)}")
     if not options.report:
         train_all(options)
-    rows = list(read(options.results).values())
-    study_report.write(rows, list(variants(ablated=True)), options.docs)
+    if not (rows := list(read(options.results).values())):
+        parser.error(f"{options.results} holds no runs")
+    study_report.write(rows, every, options.docs)
     results = [row for row in rows if "reference" not in row]
     print(json.dumps({"question": "which method wins back most", "results": results}, indent=1))
 

@@ -19,9 +19,9 @@ TITLES = {
 INTRODUCTION = """# What each method wins back
 
 `make study` writes this page, and `benchmarks/results/study.jsonl` holds every run. Numbers are perplexities of
-held-out text: the mean of the seeds and, in brackets, the lowest and highest. Every method trains as many numbers as
-SPP of rank 16 (masked-full: all) for {steps} steps, at the best rate of a grid of factors of 2, chosen by the training
-loss."""
+held-out text: the mean of the seeds and, in brackets, the lowest and highest. Every method trains at most as many
+numbers as SPP of rank 16 (masked-full: all) for {steps} steps, at the best rate of a grid of factors of 2, chosen by
+the training loss."""
 
 
 class Variant(Protocol):

@@ -192,7 +192,8 @@ class AdapterFolder:
             info = self.shard.header.tensors.get(name)
             if info is not None and (len(info.shape) != 1 or info.dtype not in ("F32", "F64")):
                 raise FormatError(
-                    f"{where}: {name} has shape {list(info.shape)} and type {info.dtype}, expected a vector of F32"
+                    f"{where}: {name} has shape {list(info.shape)} and type {info.dtype}, expected a vector of F32 or "
+                    "F64"
                 )
             expected[name] = info.shape if info is not None else ()
         held = {name: info.shape for name, info in self.shard.header.tensors.items()}

@@ -1,8 +1,7 @@
 """Tile and pullback of methods whose update is a product of two small matrices, for any dtype and device.
 
 B A is made tile by tile in the cache: by compiled loops (`low_rank_kernels`), by a Triton kernel (`gpu`), or by torch.
-With H = G times what B A is multiplied by, the
-factors' gradients are two small products: dB = s H Aᵀ and dA = s Bᵀ H.
+With H = G times what B A is multiplied by, the factors' gradients are two small products: dB = s H Aᵀ and dA = s Bᵀ H.
 """
 
 from __future__ import annotations

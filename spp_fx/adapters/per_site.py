@@ -109,8 +109,10 @@ def from_patterns(method: Method, sites: Iterable[str], config: Mapping[str, Any
         if not key.endswith(PATTERN) or not values:  # PEFT writes empty ones
             continue
         option = key.removesuffix(PATTERN)
-        if option not in numeric or not isinstance(values, dict):
+        if option not in numeric:
             raise FormatError(f"{key}: {method.name} has no number {option} that differs between sites")
+        if not isinstance(values, dict):
+            raise FormatError(f"{key}: must be an object of modules and their values")
         for module, value in values.items():
             if module not in modules:
                 raise FormatError(f"{key}: {module} is not one of the adapter's sites")
@@ -140,11 +142,9 @@ def parse_budget(text: str | int, total: int) -> int:
     Raises:
         UsageError: it is neither, or less than one parameter.
     """
-    number, share = str(text).strip(), 1.0
-    if number.endswith("%"):
-        number, share = number[:-1], total / 100
+    number = str(text).strip()
     try:
-        count = float(number) * share if share != 1.0 else int(number.replace("_", ""))
+        count = float(number[:-1]) * total / 100 if number.endswith("%") else int(number)
     except ValueError:
         count = 0.0
     if not (1 <= count < inf):

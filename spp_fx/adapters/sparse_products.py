@@ -34,6 +34,8 @@ PANEL, KEPT, LANES = 16, 8, 16
 MOST_BATCH = 2048
 """Rows of the batch that are laid out at once; bounds the copies."""
 LEAST_BATCH = 64
+LOOKED_AT = 8
+"""Rows of a weight that are looked at before X and dY are laid out: unstructured ones are too dense there already."""
 
 _ELEMENTS = {torch.float32: ("float", "f32"), torch.bfloat16: ("bfloat", "bf16")}
 _VECTOR = "<16 x float>"
@@ -72,6 +74,8 @@ def kept_gradient(x: Tensor, grad_y: Tensor, weight: Tensor, out: Tensor) -> boo
     if len(x) > MOST_BATCH or weight.shape != (m, n) or out.shape != (m, n) or len(grad_y) != b:
         shapes = ", ".join(str(tuple(each.shape)) for each in (x, grad_y, weight, out))
         raise ValueError(f"x, grad_y, weight and out of shapes {shapes} do not fit together")
+    if int(weight[:LOOKED_AT].ne(0).reshape(-1, PANEL).sum(1).max()) > KEPT:
+        return False
     size = x.dtype.itemsize
     columns, rows = _columns("columns of x", x, KEPT), _columns("columns of grad_y", grad_y, 0)
     kind = _ELEMENTS[x.dtype]

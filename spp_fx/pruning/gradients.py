@@ -109,6 +109,7 @@ def layer_gradients(
         else:
             with guide.in_place(guide.walk.end_tensors()):
                 walk.loss(shared, lambda sample: guide.logits(sample, guide_shared), progress)
+            guide.source.states.forget(len(guide.walk.layers))
     for index in reversed(range(len(walk.walk.layers))):
         path = walk.walk.layers[index].path
         own = [name for name in sites if source.program.sites[name].layer == path]
@@ -118,6 +119,7 @@ def layer_gradients(
                 transposed, grad = source.program.sites[name].transposed, grads.pop(name)
                 weight = source.program.canonical_weight(name).detach()
                 yield SiteGradient(name, weight, grad.transpose(-1, -2) if transposed else grad)
+    source.states.forget(0)
 
 
 @dataclass(frozen=True)

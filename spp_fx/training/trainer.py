@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback
 
 from spp_fx.adapters.adapter_folder import FACTORS
 from spp_fx.errors import FormatError
-from spp_fx.graph.program import Program
+from spp_fx.graph.program import Program, factor_attribute
 from spp_fx.training.losses import (
     PARTS,
     Layers,
@@ -79,6 +79,16 @@ class Reference(NamedTuple):
     sums: Tensor
 
 
+def undecayed(program: Program) -> set[str]:
+    """What is trained without weight decay, since zero is not where it rests: norms and biases, factors from one."""
+    found = set(program.trained)
+    for site, method in program.adapters.items():
+        owner, _, parameter = site.rpartition(".")
+        specs = method.factors(program.sites[site].shape)
+        found |= {f"{owner}.{factor_attribute(parameter, key)}" for key, spec in specs.items() if spec.ones}
+    return found
+
+
 class AdapterTrainer(Trainer):
     """Trainer whose checkpoints hold the factors, and optimizer, schedule and generators without pickle.
 
@@ -98,7 +108,7 @@ class AdapterTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         self.factors = factors
-        self.undecayed = frozenset(model.trained)
+        self.undecayed = undecayed(model)
         self.objective = objective = objective or Objective()
         self.taught: Predicted | None = None
         self.reference: Reference | None = None
@@ -112,7 +122,7 @@ class AdapterTrainer(Trainer):
         self.layers = (Layers.of(model), Layers.of(teacher)) if matches and teacher else None
 
     def get_decay_parameter_names(self, model: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
-        """Every factor; norms and biases that are trained themselves have no weight decay: 0 is not their rest."""
+        """All that is trained, without `undecayed`."""
         names = super().get_decay_parameter_names(model, *args, **kwargs)
         return [name for name in names if name not in self.undecayed]
 

@@ -14,7 +14,7 @@ from spp_fx.adapters.spp import SPP
 SHAPES = [(8, 12, 2), (64, 300, 4), (40, 1024, 1), (33, 20, 33)]
 
 
-LOW_RANK = ["sqft", "hira", "lors", "scale-lora"]
+LOW_RANK = ["sqft", "hira", "lors", "scale-lora", "lora-star"]
 
 
 def make_low_rank(adapted: AdaptedWeight, name: str, rank: int = 3, scale: float = 1.5) -> AdaptedWeight:

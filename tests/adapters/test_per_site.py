@@ -78,7 +78,7 @@ def test_a_site_whose_name_ends_anothers_keeps_its_own_options():
         ({"rank_pattern": {"model.layers.0.self_attn.q_proj": 2.0}}, "must be int, got 2.0"),
         ({"rank_pattern": {"model.layers.0.self_attn.q_proj": True}}, "must be int, got True"),
         ({"alpha_pattern": {"model.layers.0.self_attn.q_proj": 2}}, "spp has no number alpha"),
-        ({"rank_pattern": [1]}, "spp has no number rank that differs"),
+        ({"rank_pattern": [1]}, "rank_pattern: must be an object of modules and their values"),
     ],
 )
 def test_a_configuration_that_means_nothing_is_refused(config, message):
@@ -150,3 +150,4 @@ def test_a_budget_that_is_none_is_refused(text):
     with pytest.raises(UsageError, match="--budget takes a share of the model's parameters"):
         parse_budget(text, 1000)
     assert [parse_budget(each, 1000) for each in ("0.3%", 30, "1_000", "100%")] == [3, 30, 1000, 1000]
+    assert [parse_budget("2.5%", total) for total in (100, 656_000)] == [2, 16_400]

@@ -96,6 +96,14 @@ def test_a_denser_weight_is_refused():
         sparse_products.kept_gradient(x, dy, weight[:512], torch.empty(528, 32))
 
 
+def test_an_unstructured_weight_is_refused_before_anything_is_laid_out(monkeypatch):
+    torch.manual_seed(0)
+    weight = torch.randn(64, 64) * (torch.rand(64, 64) < 0.5)
+    monkeypatch.delattr(sparse_products, "_columns")
+    x, dy = torch.randn(64, 64), torch.randn(64, 64)
+    assert not sparse_products.kept_gradient(x, dy, weight, torch.empty(64, 64))
+
+
 def test_what_it_is_not_made_for_is_left_to_dense_products(monkeypatch):
     x = torch.ones(64, 32)
     assert sparse_products.takes(x, x)
@@ -115,7 +123,7 @@ def test_what_it_is_not_made_for_is_left_to_dense_products(monkeypatch):
 @pytest.mark.parametrize("execution", ["fused", "bitmask"])
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_a_step_has_the_gradients_of_the_formula(method, execution, dense_rows, monkeypatch):
-    """In several row blocks and parts of the batch; of spp the weight's rows need whole blocks of m/3."""
+    """In several row blocks and parts of the batch; 96 rows are a multiple of 16, and of spp's rank 3."""
     monkeypatch.setitem(op_module.BLOCK_ELEMENTS, "cpu", 48 * 32)
     monkeypatch.setattr(sparse_products, "MOST_BATCH", 70)
     calls: list[bool] = []

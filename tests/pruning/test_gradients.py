@@ -2,7 +2,6 @@
 
 import gc
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
@@ -127,9 +126,7 @@ def test_one_layer_and_its_gradients_are_held_at_a_time(tmp_path):
         before.append((each.site, weakref.ref(each.grad)))
     assert weights.held == []
     assert weights.most == {(), ("0",), ("1",)}
-    assert sorted(path.name for path in Path(tmp_path).iterdir()) == ["states-00000"] or not list(
-        tmp_path.iterdir()
-    )
+    assert not list(tmp_path.iterdir())
     assert not any(parameter.grad is not None for parameter in program.parameters())
 
 
