@@ -16,8 +16,11 @@ from spp_fx.pruning.walk import Walk
 
 BLOCK_ELEMENTS = 1 << 24
 """Elements of the products of one block of rows."""
+DAMPING = 1e-4
+"""Added to the diagonal of X Xᵀ, relative to its mean: moves that the inputs hardly see would be large, and untold
+in float32."""
 RIDGE = 1e-6
-"""Of the normal equations, relative to the mean of their diagonal."""
+"""Of the normal equations, relative to the mean of their diagonal: two of a row's directions may be the same."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ def solve_rows(method: Method, weight: Tensor, dense: Tensor, hessian: Tensor, f
 
     The update of row i is a sum over b_ik z_ik, so with C = X Xᵀ its b solves (Z C Zᵀ) b = Z C d, d = w_dense - w
     (and less what the other factors add already). For SPP, z = s w * alpha and beta = z C d / z C z. A row that
-    gains nothing keeps its start. The cost is r products of the size of W with C.
+    gains nothing keeps its start. The cost is r + 3 products of the size of W with C.
 
     Args:
         weight: the pruned matrix (m, n), float32.
@@ -156,14 +159,14 @@ def solve_rows(method: Method, weight: Tensor, dense: Tensor, hessian: Tensor, f
     assert key is not None
     count = factors[key].shape[-1]
     result = factors[key].clone()
+    damping = DAMPING * float(hessian.diagonal().mean())
     before = after = energy = 0.0
     for start, stop in row_ranges(0, m, n * count, 1, BLOCK_ELEMENTS):
         own = {name: value[specs[name].index((start, stop))] for name, value in factors.items()}
         w, mask = weight[start:stop], weight[start:stop] != 0
         here = own[key]
-        first = (
-            method.update(w, **own) * mask
-        )  # what merge keeps, also of a method that trains without the mask
+        # Times the mask: what merge keeps, also of a method that trains without it.
+        first = method.update(w, **own) * mask
         basis = torch.stack(
             [
                 method.update(w, **own | {key: here + unit}) * mask - first
@@ -174,15 +177,17 @@ def solve_rows(method: Method, weight: Tensor, dense: Tensor, hessian: Tensor, f
         products = basis @ hessian
         system = torch.einsum("krn,jrn->rkj", products.double(), basis.double())
         right = torch.einsum("krn,rn->rk", products.double(), gap.double())
+        system += damping * torch.einsum("krn,jrn->rkj", basis.double(), basis.double())
         size = system.diagonal(dim1=1, dim2=2).mean(-1)
         ridge = torch.where(size > 0, RIDGE * size, 1)
         eye = torch.eye(count, dtype=system.dtype, device=w.device)
-        change = torch.linalg.solve(system + ridge[:, None, None] * eye, right)
-        gain = 2 * (change * right).sum(-1) - torch.einsum("rk,rkj,rj->r", change, system, change)
-        useful = (gain > 0) & gain.isfinite()
-        result[start:stop] += torch.where(useful[:, None], change, 0).to(result.dtype)
-        lost = float(((gap @ hessian).double() * gap.double()).sum())
-        whole = dense[start:stop]
-        energy += float(((whole @ hessian).double() * whole.double()).sum())
-        before, after = before + lost, after + lost - float(gain[useful].sum())
+        change = torch.linalg.solve(system + ridge[:, None, None] * eye, right).to(result.dtype)
+        lost, left, whole = (
+            ((rows @ hessian).double() * rows.double()).sum(-1)
+            for rows in (gap, gap - torch.einsum("rk,krn->rn", change, basis), dense[start:stop])
+        )
+        useful = left < lost
+        result[start:stop] += torch.where(useful[:, None], change, 0)
+        before, after = before + float(lost.sum()), after + float(torch.where(useful, left, lost).sum())
+        energy += float(whole.sum())
     return Solved({**factors, key: result}, before, max(after, 0.0), energy)

@@ -164,7 +164,6 @@ def test_a_tensor_that_is_missing_is_not_made_up(world, monkeypatch, lost, line)
 @pytest.mark.parametrize(
     "line",
     [
-        "eval packed --data text.txt",
         "inject packed -o new",
         "prune packed -o new",
         "inspect packed",
