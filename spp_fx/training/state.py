@@ -97,6 +97,11 @@ def checkpoints(folder: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
+def checkpoint_step(checkpoint: Path) -> int:
+    """How many steps the run of a checkpoint had done."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
 def is_whole(checkpoint: Path) -> bool:
     """Whether a checkpoint was written to its end: the Trainer writes its own state last.
 

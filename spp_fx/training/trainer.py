@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput
 
 from spp_fx.adapters.adapter_folder import FACTORS
 from spp_fx.errors import FormatError
@@ -249,6 +251,14 @@ class AdapterTrainer(Trainer):
         path = Path(resume_from_checkpoint) / FACTORS
         load_factors(self.factors, load_file(path), path)
 
+    def take_over(self, checkpoint: str) -> TrainOutput:
+        """The result of a run whose last checkpoint has every step, as after a kill that came too late for its end."""
+        self._load_from_checkpoint(checkpoint)
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        self.first_step = self.state.global_step
+        losses = [float(entry["loss"]) for entry in self.state.log_history if "loss" in entry]
+        return TrainOutput(self.state.global_step, sum(losses) / len(losses), {"train_runtime": 0.0})
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:
             state = {"optimizer": self.optimizer.state_dict(), "scheduler": self.lr_scheduler.state_dict()}  # type: ignore[union-attr]
@@ -270,6 +280,13 @@ class AdapterTrainer(Trainer):
         # A process that the interrupted run did not have keeps its own generators.
         if checkpoint is not None and (Path(checkpoint) / f"{name}.json").is_file():
             set_random_state(load_state(Path(checkpoint), name))
+
+
+class ReportLast(TrainerCallback):
+    """Reports the loss of the steps since the last report when training ends, whenever that is."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_log |= state.global_step >= state.max_steps
 
 
 class CutEachEpoch(TrainerCallback):

@@ -32,9 +32,9 @@ from spp_fx.training.samples import (
     pad_token,
     training_rows,
 )
-from spp_fx.training.state import OPTIMIZER, checkpoints, is_whole, load_state
+from spp_fx.training.state import OPTIMIZER, checkpoint_step, checkpoints, is_whole, load_state
 from spp_fx.training.teacher_cache import CacheText, TaughtRows, TeacherCache, is_cache
-from spp_fx.training.trainer import AdapterTrainer, CutEachEpoch, EarlyStop, load_factors
+from spp_fx.training.trainer import AdapterTrainer, CutEachEpoch, EarlyStop, ReportLast, load_factors
 from spp_fx.verbs import rate
 from spp_fx.verbs.load import Loaded, check_teacher, load_program, load_tokenizer, window_length
 from spp_fx.verbs.settings import TrainSettings
@@ -205,7 +205,10 @@ def train(
         for folder in checkpoints(adapter):
             shutil.rmtree(folder)
     together.wait_for_everyone()
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    if checkpoint is not None and checkpoint_step(Path(checkpoint)) >= rate.steps_of(rows, settings):
+        result = trainer.take_over(checkpoint)
+    else:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
     broken = [name for name, value in loaded.factors.items() if not bool(value.isfinite().all())]
     if broken or result.training_loss != result.training_loss:
         raise SppFxError(
@@ -418,7 +421,9 @@ def _trainer(
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
     )
-    own: list[TrainerCallback] = [CutEachEpoch(rows)] if isinstance(rows, Windows) else []
+    own: list[TrainerCallback] = [ReportLast()]
+    if isinstance(rows, Windows):
+        own.append(CutEachEpoch(rows))
     if settings.early_stop:
         own.append(EarlyStop(loaded.factors, settings.early_stop))
     trainer = AdapterTrainer(

@@ -112,7 +112,10 @@ def test_merge_says_what_the_mask_took_from_a_dense_update(pristine, tmp_path):
 
 
 @pytest.mark.slow
-@covering(1, indirect=("family", "method"), family=FAMILIES, method=OPTIONS)
+# GPT-2 has dropout of its own, which each process draws for itself.
+@covering(
+    1, indirect=("family", "method"), family=[each for each in FAMILIES if each != "gpt2"], method=OPTIONS
+)
 def test_two_processes_train_a_method_as_one_does(folder, method, text_file, tmp_path):
     for name in ("one", "two"):
         shutil.copytree(folder, tmp_path / name)

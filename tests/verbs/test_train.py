@@ -49,6 +49,21 @@ def test_a_resumed_run_ends_with_the_bytes_of_an_undisturbed_one(adapter, text_f
     assert factors(adapter) == whole
 
 
+def test_a_run_killed_after_its_last_checkpoint_is_finished_without_a_further_step(adapter, text_file):
+    start = factors(adapter)
+    first = train(adapter, text_file, "--save-steps", 12, "--json").json
+    whole = factors(adapter)
+    (adapter / "adapter_model.safetensors").write_bytes(start)
+    again = train(adapter, text_file, "--save-steps", 12, "--resume", "--json").json
+    assert (again["steps"], again["losses"]) == (first["steps"], first["losses"])
+    assert factors(adapter) == whole
+
+
+def test_the_last_report_holds_the_last_step(adapter, text_file):
+    report = train(adapter, text_file, "--steps", 3, "--logging-steps", 2, "--json").json
+    assert len(report["losses"]) == 2
+
+
 def test_checkpoints_hold_no_pickle(adapter, text_file):
     train(adapter, text_file, "--save-steps", 10)
     files = [p for p in (adapter / "checkpoint-20").rglob("*") if p.is_file()]
