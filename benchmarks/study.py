@@ -18,17 +18,21 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))  # for tests.traces
 CRITERIA, PATTERNS = ("wanda", "sparsegpt"), ("2:4", "2:8", "50%", "75%")
 METHODS = ("spp", "hira", "sqft", "lors", "scale-lora", "lora-star", "masked-full")
 RANK = 16
 PUBLISHED = {"spp": 4e-3, "sqft": 3e-4, "lors": 2e-5}
 """The papers' rates for models of 7 billion parameters."""
+CALIBRATED = ("gradient", "reconstruct")
+"""Starts that `spp-fx inject --init` takes from a text."""
 MULTIPLES = (0.5, 1.0, 2.0)
 MOST_RATES = 6
 DENSE_STEPS = 900
@@ -43,7 +47,7 @@ class Variant:
         lr: a fixed rate; None: the best of a grid.
         default: train by `spp-fx train` without a rate.
         equal: choose the rank by SPP's number of parameters.
-        start: of SPP's factors, see `ablations.STARTS`; or `gradient`.
+        start: of SPP's factors, see `ablations.STARTS`; or of any method's, one of CALIBRATED.
     """
 
     group: str
@@ -68,6 +72,7 @@ class Case:
     model: str
     criterion: str
     pattern: str
+    dense: Path
     pruned: Path
     text: Path
     valid: Path
@@ -107,8 +112,11 @@ def variants(ablated: bool) -> Iterator[Variant]:
             equal=method != "spp", lr=lr,
         )  # fmt: skip
     yield Variant("start", "beta zero", "spp", rank=RANK)
-    for start in (*STARTS, "gradient"):
+    for start in (*STARTS, *CALIBRATED):
         yield Variant("start", start, "spp", rank=RANK, start=start)
+    yield Variant("start-lors", "left factor zero", "lors", equal=True)
+    for start in CALIBRATED:
+        yield Variant("start-lors", start, "lors", equal=True, start=start)
     yield Variant("form", "residual", "spp", rank=RANK)
     yield Variant("form", "multipliers from 1", "spp-multipliers", rank=RANK)
     yield Variant("form", "residual without beta", "spp-without-beta", rank=RANK)
@@ -116,11 +124,19 @@ def variants(ablated: bool) -> Iterator[Variant]:
         yield Variant("rank", f"r = {rank}", "spp", rank=rank)
 
 
-def run_variant(case: Case, variant: Variant, settings: Settings) -> str:
-    """Every run of a variant that is not in the results yet; returns a line to show."""
+def trace_once() -> None:
+    """Make a process trace each model once: it trains the same one hundreds of times, and a trace takes longer."""
     import torch
 
+    import spp_fx.graph.trace as tracing
+    from tests import traces
+
     torch.set_num_threads(1)
+    tracing.trace = traces.once(tracing.trace)  # before the verbs take it from there
+
+
+def run_variant(case: Case, variant: Variant, settings: Settings) -> str:
+    """Every run of a variant that is not in the results yet; returns a line to show."""
     import common.ablations  # noqa: F401 - registers SPP's variants
 
     def run(multiple: float | None, seed: int) -> dict[str, Any]:
@@ -164,12 +180,12 @@ def one_run(
     adapter = settings.work / f"adapter-{os.getpid()}"
     options: dict[str, Any] = {} if variant.rank is None else {"rank": variant.rank}
     if variant.equal and variant.method != "masked-full":
-        options["budget"] = inject(case.pruned, None, method="spp", rank=RANK).trainable
-    if variant.start == "gradient":
-        options |= {
-            "init": "gradient",
-            "calibration": Calibration(case.text, samples=32, seq_len=case.window, seed=seed),
-        }
+        options["budget"] = parameters_of_spp(case.pruned)
+    if variant.start in CALIBRATED:
+        calibration = Calibration(case.text, samples=32, seq_len=case.window, seed=seed)
+        options |= {"init": variant.start, "calibration": calibration}
+        if variant.start == "reconstruct":
+            options["teacher"] = case.dense
     if variant.method in ("sqft", "lora-star"):
         options["dropout"] = 0.0  # as the others
     injected = inject(case.pruned, adapter, method=variant.method, seed=seed, force=True, **options)
@@ -197,6 +213,14 @@ def one_run(
         row |= cost(adapter, settings.batch, case.window)
     shutil.rmtree(adapter)
     return row
+
+
+@cache
+def parameters_of_spp(pruned: Path) -> int:
+    """How many numbers SPP of RANK trains on a model."""
+    from spp_fx.verbs.inject import inject
+
+    return inject(pruned, None, method="spp", rank=RANK).trainable
 
 
 def cost(adapter: Path, batch: int, window: int) -> dict[str, float]:
@@ -238,19 +262,19 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
         for criterion in options.criteria:
             for pattern in options.patterns:
                 pruned = options.work / f"{model}-{criterion}-{pattern.replace(':', 'of').replace('%', '')}"
-                case = Case(model, criterion, pattern, pruned, text, valid)
+                case = Case(model, criterion, pattern, dense, pruned, text, valid)
                 if not pruned.exists():
-                    prune_to(case, dense)
+                    prune_to(case)
                 reference(f"{model} {criterion} {pattern}", pruned, valid, options.results)
                 yield case
 
 
-def prune_to(case: Case, dense: Path) -> None:
+def prune_to(case: Case) -> None:
     from spp_fx.verbs.prune import prune
     from spp_fx.verbs.settings import Calibration
 
     calibration = Calibration(case.text, samples=64, seq_len=case.window)
-    prune(dense, case.pruned, method=case.criterion, pattern=case.pattern, calibration=calibration)
+    prune(case.dense, case.pruned, method=case.criterion, pattern=case.pattern, calibration=calibration)
 
 
 def reference(name: str, model: Path, valid: Path, results: Path) -> None:
@@ -308,7 +332,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=("story-656k", "demo"), default=["story-656k", "demo"])
     parser.add_argument("--criteria", nargs="+", default=list(CRITERIA))
     parser.add_argument("--patterns", nargs="+", default=list(PATTERNS))
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--batch", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="+", help="names of what is trained, as the tables have them")
@@ -335,7 +359,7 @@ def train_all(options: argparse.Namespace) -> None:
     options.results.parent.mkdir(parents=True, exist_ok=True)
     settings = Settings(options.results, options.work, options.steps, options.batch, options.seeds)
     context = get_context("spawn")
-    with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
+    with ProcessPoolExecutor(options.jobs, mp_context=context, initializer=trace_once) as pool:
         waiting = []
         for case in cases(options):
             ablated = case.criterion == options.criteria[0] and case.pattern == options.patterns[0]

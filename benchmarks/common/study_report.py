@@ -11,6 +11,7 @@ Row = Mapping[str, Any]
 TITLES = {
     "defaults": "The default of `spp-fx train` against the papers' settings",
     "start": "Starts of SPP",
+    "start-lors": "Starts of LoRS",
     "form": "Forms of SPP",
     "rank": "Ranks of SPP",
 }
