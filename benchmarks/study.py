@@ -101,6 +101,7 @@ def variants(ablated: bool) -> Iterator[Variant]:
         yield Variant(
             "methods", method, method, rank=RANK if method == "spp" else None, equal=method != "spp"
         )
+    yield Variant("methods", "lors, gradient start", "lors", equal=True, start="gradient")  # the paper's
     if not ablated:
         return
     from common.ablations import STARTS

@@ -17,12 +17,9 @@ TITLES = {
 }
 
 
-INTRODUCTION = """# What each method wins back
-
-`make study` writes this page, and `benchmarks/results/study.jsonl` holds every run. Numbers are perplexities of
-held-out text: the mean of the seeds and, in brackets, the lowest and highest. Every method trains at most as many
-numbers as SPP of rank 16 (masked-full: all) for {steps} steps, at the best rate of a grid of factors of 2, chosen by
-the training loss."""
+MOMENTS = (lambda n: 0, lambda n: (n - 1) // 2, lambda n: n - 1)
+MARK = "<!-- make study writes everything below this line -->"
+"""What stands above it in recovery.md is written by hand."""
 
 
 class Variant(Protocol):
@@ -37,11 +34,12 @@ class Variant(Protocol):
 
 
 def write(rows: Sequence[Row], variants: Sequence[Variant], docs: Path) -> None:
-    """Write recovery.md and one picture a pruned model's criterion into `docs`."""
+    """Write recovery.md, below MARK, and a picture for each pair of model and criterion into `docs`."""
     references = {row["reference"]: row["perplexity"] for row in rows if "reference" in row}
     runs = [row for row in rows if "reference" not in row]
-    steps = sorted({row["steps"] for row in runs})
-    lines = [INTRODUCTION.format(steps=", ".join(map(str, steps))), ""]
+    page = docs / "recovery.md"
+    above = page.read_text().split(MARK)[0] if page.exists() else "# What each method wins back\n\n"
+    lines = [above + MARK, ""]
     methods = [variant for variant in variants if variant.group == "methods"]
     for model, criterion in sorted({(row["model"], row["criterion"]) for row in runs}):
         found = [row for row in runs if (row["model"], row["criterion"]) == (model, criterion)]
@@ -69,7 +67,7 @@ def write(rows: Sequence[Row], variants: Sequence[Variant], docs: Path) -> None:
         lines += ["", *_costs(found, methods, patterns[0])]
         for group, title in TITLES.items():
             lines += _ablation(found, [each for each in variants if each.group == group], title)
-    (docs / "recovery.md").write_text("\n".join(lines).rstrip() + "\n")
+    page.write_text("\n".join(lines).rstrip() + "\n")
 
 
 def perplexities(rows: Iterable[Row], pattern: str, what: str) -> list[float]:
@@ -94,13 +92,14 @@ def _ablation(rows: Sequence[Row], variants: Sequence[Variant], title: str) -> l
         named = {variant.name: _best(rows, pattern, variant.what) for variant in variants}
         if sum(bool(found) for found in named.values()) < 2:
             continue
-        lines += [f"### {title}, {pattern}", "", *_markdown(["", "perplexity", "rate", "trained"])]
+        head = ["", "perplexity", "rate", "trained", "loss: first tenth", "half way", "last"]
+        lines += [f"### {title}, {pattern}", "", *_markdown(head)]
         for name, found in named.items():
             if found:
-                values = [row["perplexity"] for row in found]
-                lines.append(
-                    _line([name, _spread(values), f"{found[0]['lr']:.3g}", f"{found[0]['parameters']:,}"])
-                )
+                values, curves = [row["perplexity"] for row in found], [row["losses"] for row in found]
+                losses = (mean(curve[at(len(curve))] for curve in curves) for at in MOMENTS)
+                cells = [_spread(values), f"{found[0]['lr']:.3g}", f"{found[0]['parameters']:,}"]
+                lines.append(_line([name, *cells, *(f"{loss:.3f}" for loss in losses)]))
         lines.append("")
     return lines
 
