@@ -121,6 +121,9 @@ def variants(ablated: bool) -> Iterator[Variant]:
     yield Variant("form", "residual", "spp", rank=RANK)
     yield Variant("form", "multipliers from 1", "spp-multipliers", rank=RANK)
     yield Variant("form", "residual without beta", "spp-without-beta", rank=RANK)
+    # With few blocks, one alpha serves many rows, as in a large model.
+    yield Variant("form", "residual, r = 2", "spp", rank=2)
+    yield Variant("form", "residual without beta, r = 2", "spp-without-beta", rank=2)
     for rank in (4, 8, 16, 32, 64):
         yield Variant("rank", f"r = {rank}", "spp", rank=rank)
 
