@@ -95,23 +95,24 @@ class Settings:
     known: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
 
 
+def equal_to_spp(method: str) -> dict[str, Any]:
+    """As many trained numbers as SPP of RANK has."""
+    return {"rank": RANK} if method == "spp" else {"equal": True}
+
+
 def variants(ablated: bool) -> Iterator[Variant]:
     """What is trained on a pruned model; `ablated`: the paper's ablations, too."""
     for method in METHODS:
-        yield Variant(
-            "methods", method, method, rank=RANK if method == "spp" else None, equal=method != "spp"
-        )
+        yield Variant("methods", method, method, **equal_to_spp(method))
     yield Variant("methods", "lors, gradient start", "lors", equal=True, start="gradient")  # the paper's
     if not ablated:
         return
     from common.ablations import STARTS
 
-    yield Variant("defaults", "train without a rate", "spp", rank=RANK, default=True)
+    for method in METHODS:
+        yield Variant("defaults", f"{method} without a rate", method, default=True, **equal_to_spp(method))
     for method, lr in PUBLISHED.items():
-        yield Variant(
-            "defaults", f"{method} at its paper's rate", method, rank=RANK if method == "spp" else None,
-            equal=method != "spp", lr=lr,
-        )  # fmt: skip
+        yield Variant("defaults", f"{method} at its paper's rate", method, lr=lr, **equal_to_spp(method))
     yield Variant("start", "beta zero", "spp", rank=RANK)
     for start in (*STARTS, *CALIBRATED):
         yield Variant("start", start, "spp", rank=RANK, start=start)
