@@ -5,7 +5,7 @@
 
 Every finished run is a line of --results, and is not run again: a study that was stopped goes on where it was. Each
 method trains at multiples of its suggested rate until the lowest training loss has a higher one on each side, then at
-the best one with the other seeds. --report alone writes the tables and pictures from the results. On two cores the
+the best one with the other seeds; the ablations are of the first pruned model. --report alone writes the tables and pictures from the results. On two cores the
 whole takes about an hour and a quarter.
 """
 
@@ -36,6 +36,8 @@ CALIBRATED = ("gradient", "reconstruct")
 MULTIPLES = (0.5, 1.0, 2.0)
 MOST_RATES = 6
 DENSE_STEPS = 900
+BATCH = {"story-656k": 6, "demo": 3}
+"""Rows of a step; one of the demo's model takes twice the time."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Case:
-    """A pruned model, and the texts that it is trained and measured on."""
+    """A pruned model, and the texts that it is trained and measured on; a step has `batch` rows of `window` tokens."""
 
     model: str
     criterion: str
@@ -76,6 +78,7 @@ class Case:
     pruned: Path
     text: Path
     valid: Path
+    batch: int
     window: int = 128
 
     @property
@@ -90,7 +93,6 @@ class Settings:
     results: Path
     work: Path
     steps: int
-    batch: int
     seeds: int
     known: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
 
@@ -201,7 +203,7 @@ def one_run(
         program = load_program(adapter)
         lr = multiple * suggested(adapter, program.program, program.model)(settings.steps)
     training = TrainSettings(
-        steps=settings.steps, lr=lr, batch_size=settings.batch, seq_len=case.window, seed=seed, force=True,
+        steps=settings.steps, lr=lr, batch_size=case.batch, seq_len=case.window, seed=seed, force=True,
         logging_steps=max(1, settings.steps // 10),
     )  # fmt: skip
     start = time.process_time()
@@ -215,7 +217,7 @@ def one_run(
         "cpu_seconds": round(seconds, 2),
     }  # fmt: skip
     if seed == 0 and multiple in (1.0, None):
-        row |= cost(adapter, settings.batch, case.window)
+        row |= cost(adapter, case.batch, case.window)
     shutil.rmtree(adapter)
     return row
 
@@ -267,7 +269,9 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
         for criterion in options.criteria:
             for pattern in options.patterns:
                 pruned = options.work / f"{model}-{criterion}-{pattern.replace(':', 'of').replace('%', '')}"
-                case = Case(model, criterion, pattern, dense, pruned, text, valid)
+                case = Case(
+                    model, criterion, pattern, dense, pruned, text, valid, options.batch or BATCH[model]
+                )
                 if not pruned.exists():
                     prune_to(case)
                 reference(f"{model} {criterion} {pattern}", pruned, valid, options.results)
@@ -334,11 +338,11 @@ def main() -> None:
         "--work", type=Path, default=ROOT / "build" / "study", help="models and pruned models"
     )
     parser.add_argument("--story", type=Path, help="folder with story-656k/ and tinystories/")
-    parser.add_argument("--models", nargs="+", choices=("story-656k", "demo"), default=["story-656k", "demo"])
+    parser.add_argument("--models", nargs="+", choices=list(BATCH), default=list(BATCH))
     parser.add_argument("--criteria", nargs="+", default=list(CRITERIA))
     parser.add_argument("--patterns", nargs="+", default=list(PATTERNS))
     parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--batch", type=int, default=6)
+    parser.add_argument("--batch", type=int, help="rows of a step, instead of the model's own")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="+", help="names of what is trained, as the tables have them")
     parser.add_argument("--dense-steps", type=int, default=DENSE_STEPS, help="of training the demo's model")
@@ -362,19 +366,20 @@ def main() -> None:
 def train_all(options: argparse.Namespace) -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     options.results.parent.mkdir(parents=True, exist_ok=True)
-    settings = Settings(options.results, options.work, options.steps, options.batch, options.seeds)
+    settings = Settings(options.results, options.work, options.steps, options.seeds)
     trace_once()
     context = get_context("spawn")
     with ProcessPoolExecutor(options.jobs, mp_context=context, initializer=trace_once) as pool:
         waiting = []
-        for case in cases(options):
-            ablated = case.criterion == options.criteria[0] and case.pattern == options.patterns[0]
+        for at, case in enumerate(cases(options)):
             known = {
                 name: row
                 for name, row in read(options.results).items()
                 if json.loads(name)[:3] == list(case.key)
             }
-            asked = [each for each in variants(ablated) if not options.only or each.name in options.only]
+            asked = [
+                each for each in variants(ablated=at == 0) if not options.only or each.name in options.only
+            ]
             for variant in {each.what: each for each in asked}.values():
                 waiting.append(pool.submit(run_variant, case, variant, replace(settings, known=known)))
         for done in as_completed(waiting):
