@@ -5,8 +5,8 @@
 
 Every finished run is a line of --results, and is not run again: a study that was stopped goes on where it was. Each
 method trains at multiples of its suggested rate until the lowest training loss has a higher one on each side, then at
-the best one with the other seeds; the ablations are of the first pruned model. --report alone writes the tables and pictures from the results. On two cores the
-whole takes about an hour and a quarter.
+the best one with the other seeds. The ablations are of the first pruned model. --report alone writes the tables and
+pictures from the results. On two cores the whole takes about an hour and a quarter.
 """
 
 import argparse
