@@ -15,10 +15,11 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from functools import cache
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -65,6 +66,11 @@ class Variant:
     def what(self) -> str:
         """What is trained, whichever table asks for it."""
         return json.dumps([self.method, self.rank, self.lr, self.default, self.equal, self.start])
+
+    @property
+    def cost(self) -> str:
+        """What a step's cost depends on."""
+        return json.dumps([self.method, self.rank, self.equal])
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,7 @@ def variants(ablated: bool) -> Iterator[Variant]:
         yield Variant("rank", f"r = {rank}", "spp", rank=rank)
 
 
-def trace_once() -> None:
+def set_up() -> None:
     """Make a process trace each model once, and take one core: it trains the same model hundreds of times."""
     import torch
 
@@ -140,11 +146,11 @@ def trace_once() -> None:
 
     torch.set_num_threads(1)
     tracing.trace = traces.once(tracing.trace)  # before the verbs take it from there
+    import_module("common.ablations")  # registers SPP's variants
 
 
 def run_variant(case: Case, variant: Variant, settings: Settings) -> str:
     """Every run of a variant that is not in the results yet; returns a line to show."""
-    import common.ablations  # noqa: F401 - registers SPP's variants
 
     def run(multiple: float | None, seed: int) -> dict[str, Any]:
         name = json.dumps([*case.key, variant.what, multiple, seed])
@@ -175,29 +181,14 @@ def one_run(
     case: Case, variant: Variant, settings: Settings, multiple: float | None, seed: int
 ) -> dict[str, Any]:
     """Inject, train and measure once."""
-    from common.ablations import STARTS, set_start
-
     from spp_fx.verbs.evaluate import evaluate
-    from spp_fx.verbs.inject import inject
     from spp_fx.verbs.load import load_program
     from spp_fx.verbs.rate import suggested
-    from spp_fx.verbs.settings import Calibration, TrainSettings
+    from spp_fx.verbs.settings import TrainSettings
     from spp_fx.verbs.train import train
 
     adapter = settings.work / f"adapter-{os.getpid()}"
-    options: dict[str, Any] = {} if variant.rank is None else {"rank": variant.rank}
-    if variant.equal and variant.method != "masked-full":
-        options["budget"] = parameters_of_spp(case.pruned)
-    if variant.start in CALIBRATED:
-        calibration = Calibration(case.text, samples=32, seq_len=case.window, seed=seed)
-        options |= {"init": variant.start, "calibration": calibration}
-        if variant.start == "reconstruct":
-            options["teacher"] = case.dense
-    if variant.method in ("sqft", "lora-star"):
-        options["dropout"] = 0.0  # as the others
-    injected = inject(case.pruned, adapter, method=variant.method, seed=seed, force=True, **options)
-    if variant.start in STARTS:
-        set_start(adapter, variant.start, seed)
+    trainable = injected(case, variant, adapter, seed)
     lr = variant.lr
     if multiple is not None:
         program = load_program(adapter)
@@ -211,15 +202,36 @@ def one_run(
     seconds = time.process_time() - start
     row = {
         "model": case.model, "criterion": case.criterion, "pattern": case.pattern,
-        "method": variant.method, "lr": trained.lr, "steps": trained.steps, "parameters": injected.trainable,
+        "method": variant.method, "lr": trained.lr, "steps": trained.steps, "parameters": trainable,
         "loss": sum(trained.losses[-2:]) / len(trained.losses[-2:]), "losses": trained.losses,
         "perplexity": evaluate(adapter, case.valid, seq_len=case.window).result.perplexity,
         "cpu_seconds": round(seconds, 2),
     }  # fmt: skip
-    if seed == 0 and multiple in (1.0, None):
-        row |= cost(adapter, case.batch, case.window)
     shutil.rmtree(adapter)
     return row
+
+
+def injected(case: Case, variant: Variant, adapter: Path, seed: int) -> int:
+    """Make the adapter folder of a variant; how many numbers it trains."""
+    from common.ablations import STARTS, set_start
+
+    from spp_fx.verbs.inject import inject
+    from spp_fx.verbs.settings import Calibration
+
+    options: dict[str, Any] = {} if variant.rank is None else {"rank": variant.rank}
+    if variant.equal and variant.method != "masked-full":
+        options["budget"] = parameters_of_spp(case.pruned)
+    if variant.start in CALIBRATED:
+        calibration = Calibration(case.text, samples=32, seq_len=case.window, seed=seed)
+        options |= {"init": variant.start, "calibration": calibration}
+        if variant.start == "reconstruct":
+            options["teacher"] = case.dense
+    if variant.method in ("sqft", "lora-star"):
+        options["dropout"] = 0.0  # as the others
+    done = inject(case.pruned, adapter, method=variant.method, seed=seed, force=True, **options)
+    if variant.start in STARTS:
+        set_start(adapter, variant.start, seed)
+    return done.trainable
 
 
 @cache
@@ -230,10 +242,32 @@ def parameters_of_spp(pruned: Path) -> int:
     return inject(pruned, None, method="spp", rank=RANK).trainable
 
 
-def cost(adapter: Path, batch: int, window: int) -> dict[str, float]:
-    """CPU time of a step's forward and backward on one thread, and what it allocates at most beside the weights."""
+def measure_costs(case: Case, asked: Sequence[Variant], settings: Settings) -> None:
+    """Note what a step's forward and backward of each method takes, in turn: milliseconds on one thread, and MiB."""
+    from common import timing
+
+    run = json.dumps(["cost", *case.key])
+    if run in read(settings.results):
+        return
+    steps = {}
+    for variant in asked:
+        if variant.cost not in steps:
+            adapter = settings.work / "adapter-cost"
+            injected(case, variant, adapter, 0)
+            steps[variant.cost] = step_of(adapter, case.batch, case.window)
+            shutil.rmtree(adapter)
+    times = timing.interleaved(steps, 5, warmup=1)
+    costs = {
+        name: {"ms": median(times[name]), "mib": timing.cpu_peak(step) / 2**20}
+        for name, step in steps.items()
+    }
+    row = dict(zip(("model", "criterion", "pattern"), case.key, strict=True)) | {"run": run, "cost": costs}
+    with settings.results.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def step_of(adapter: Path, batch: int, window: int) -> Callable[[], None]:
     import torch
-    from common.timing import cpu_peak
 
     from spp_fx.verbs.load import load_program
 
@@ -246,12 +280,7 @@ def cost(adapter: Path, batch: int, window: int) -> dict[str, float]:
         assert loss is not None
         loss.backward()
 
-    times: list[float] = []
-    for _ in range(6):
-        start = time.process_time()
-        step()
-        times.append(time.process_time() - start)
-    return {"step_ms": round(1e3 * median(times[1:]), 1), "peak_mib": round(cpu_peak(step) / 2**20, 1)}
+    return step
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
@@ -359,7 +388,7 @@ def main() -> None:
     if not (rows := list(read(options.results).values())):
         parser.error(f"{options.results} holds no runs")
     study_report.write(rows, every, options.docs)
-    results = [row for row in rows if "reference" not in row]
+    results = [row for row in rows if "method" in row]
     print(json.dumps({"question": "which method wins back most", "results": results}, indent=1))
 
 
@@ -367,9 +396,9 @@ def train_all(options: argparse.Namespace) -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     options.results.parent.mkdir(parents=True, exist_ok=True)
     settings = Settings(options.results, options.work, options.steps, options.seeds)
-    trace_once()
+    set_up()
     context = get_context("spawn")
-    with ProcessPoolExecutor(options.jobs, mp_context=context, initializer=trace_once) as pool:
+    with ProcessPoolExecutor(options.jobs, mp_context=context, initializer=set_up) as pool:
         waiting = []
         for at, case in enumerate(cases(options)):
             known = {
@@ -384,6 +413,13 @@ def train_all(options: argparse.Namespace) -> None:
                 waiting.append(pool.submit(run_variant, case, variant, replace(settings, known=known)))
         for done in as_completed(waiting):
             print(done.result(), file=sys.stderr, flush=True)
+    for at, case in enumerate(cases(options)):  # once the processes have left the cores
+        if case.pattern == options.patterns[0]:
+            measure_costs(case, asked(options, ablated=at == 0), settings)
+
+
+def asked(options: argparse.Namespace, *, ablated: bool) -> list[Variant]:
+    return [each for each in variants(ablated) if not options.only or each.name in options.only]
 
 
 if __name__ == "__main__":

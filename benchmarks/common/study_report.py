@@ -17,6 +17,7 @@ TITLES = {
 }
 
 
+BLANK = ("", "", "")
 MOMENTS = (lambda n: 0, lambda n: (n - 1) // 2, lambda n: n - 1)
 MARK = "<!-- make study writes everything below this line -->"
 """What stands above it in recovery.md is written by hand."""
@@ -31,19 +32,23 @@ class Variant(Protocol):
     def name(self) -> str: ...
     @property
     def what(self) -> str: ...
+    @property
+    def cost(self) -> str: ...
 
 
 def write(rows: Sequence[Row], variants: Sequence[Variant], docs: Path) -> None:
     """Write recovery.md, below MARK, and a picture for each pair of model and criterion into `docs`."""
     references = {row["reference"]: row["perplexity"] for row in rows if "reference" in row}
-    runs = [row for row in rows if "reference" not in row]
+    costs = {(row["model"], row["criterion"]): row["cost"] for row in rows if "cost" in row}
+    runs = [row for row in rows if "method" in row]
     page = docs / "recovery.md"
     above = page.read_text().split(MARK)[0] if page.exists() else "# What each method wins back\n\n"
     lines = [above + MARK, ""]
     methods = [variant for variant in variants if variant.group == "methods"]
-    for model, criterion in sorted({(row["model"], row["criterion"]) for row in runs}):
+    for model, criterion in dict.fromkeys((row["model"], row["criterion"]) for row in runs):
         found = [row for row in runs if (row["model"], row["criterion"]) == (model, criterion)]
-        patterns = sorted({row["pattern"] for row in found})
+        patterns = list(dict.fromkeys(row["pattern"] for row in found))
+        cost = costs.get((model, criterion), {})
         picture = docs / "pictures" / f"recovery-{model}-{criterion}.svg"
         table = {
             pattern: {
@@ -56,17 +61,20 @@ def write(rows: Sequence[Row], variants: Sequence[Variant], docs: Path) -> None:
         picture.parent.mkdir(parents=True, exist_ok=True)
         picture.write_text(dots(table))
         lines += [f"## {model}, {criterion}", "", f"![perplexity by method](pictures/{picture.name})", ""]
-        lines += _markdown(["", *patterns])
-        lines += [_line(["not pruned", *[f"{references[model]:.2f}" for _ in patterns]])]
-        lines += [
-            _line(["pruned", *[f"{references[f'{model} {criterion} {each}']:.2f}" for each in patterns]])
-        ]
+        lines += _markdown(["", *patterns, "trained", "ms", "MiB"])
+        lines += [_line(["not pruned", *[f"{references[model]:.2f}" for _ in patterns], *BLANK])]
+        pruned = [f"{references[f'{model} {criterion} {each}']:.2f}" for each in patterns]
+        lines += [_line(["pruned", *pruned, *BLANK])]
         for variant in methods:
             cells = [_spread(table[pattern].get(variant.name, [])) for pattern in patterns]
-            lines += [_line([variant.name, *cells])] if any(cells) else []
-        lines += ["", *_costs(found, methods, patterns[0])]
+            if any(cells):
+                trained = next(row["parameters"] for row in found if row["what"] == variant.what)
+                lines += [_line([variant.name, *cells, f"{trained:,}", *_cost(cost, variant)])]
+        lines.append("")
         for group, title in TITLES.items():
-            lines += _ablation(found, [each for each in variants if each.group == group], title)
+            lines += _ablation(
+                found, [each for each in variants if each.group == group], title, cost, methods
+            )
     page.write_text("\n".join(lines).rstrip() + "\n")
 
 
@@ -86,47 +94,30 @@ def _best(rows: Iterable[Row], pattern: str, what: str) -> list[Row]:
     return by_rate[min(first, key=first.__getitem__)] if first else []
 
 
-def _ablation(rows: Sequence[Row], variants: Sequence[Variant], title: str) -> list[str]:
+def _ablation(
+    rows: Sequence[Row], variants: Sequence[Variant], title: str, cost: Row, methods: Sequence[Variant]
+) -> list[str]:
     lines: list[str] = []
-    for pattern in sorted({row["pattern"] for row in rows}):
-        named = {variant.name: _best(rows, pattern, variant.what) for variant in variants}
-        if sum(bool(found) for found in named.values()) < 2:
+    told = {variant.what for variant in methods}
+    for pattern in dict.fromkeys(row["pattern"] for row in rows):
+        found = {v: best for v in variants if (best := _best(rows, pattern, v.what))}
+        if {variant.what for variant in found} <= told:
             continue
-        head = ["", "perplexity", "rate", "trained", "loss: first tenth", "half way", "last"]
+        head = ["", "perplexity", "rate", "trained", "ms", "MiB", "loss: first tenth", "half way", "last"]
         lines += [f"### {title}, {pattern}", "", *_markdown(head)]
-        for name, found in named.items():
-            if found:
-                values, curves = [row["perplexity"] for row in found], [row["losses"] for row in found]
-                losses = (mean(curve[at(len(curve))] for curve in curves) for at in MOMENTS)
-                cells = [_spread(values), f"{found[0]['lr']:.3g}", f"{found[0]['parameters']:,}"]
-                lines.append(_line([name, *cells, *(f"{loss:.3f}" for loss in losses)]))
+        for variant, best in found.items():
+            curves = [row["losses"] for row in best]
+            losses = (mean(curve[at(len(curve))] for curve in curves) for at in MOMENTS)
+            cells = [_spread([row["perplexity"] for row in best]), f"{best[0]['lr']:.3g}"]
+            cells += [f"{best[0]['parameters']:,}", *_cost(cost, variant)]
+            lines.append(_line([variant.name, *cells, *(f"{loss:.3f}" for loss in losses)]))
         lines.append("")
     return lines
 
 
-def _costs(rows: Sequence[Row], variants: Sequence[Variant], pattern: str) -> list[str]:
-    lines = [
-        f"Cost at {pattern}: CPU time of a step's forward and backward on one thread, and the memory that it takes",
-        "beside the weights.",
-        "",
-        *_markdown(["", "trained", "rate", "ms", "MiB"]),
-    ]
-    for variant in variants:
-        measured = [
-            row
-            for row in rows
-            if (row["pattern"], row["what"]) == (pattern, variant.what) and "step_ms" in row
-        ]
-        if measured:
-            (row, *_), (best, *_) = measured, _best(rows, pattern, variant.what)
-            cells = [
-                f"{row['parameters']:,}",
-                f"{best['lr']:.3g}",
-                f"{row['step_ms']:.0f}",
-                f"{row['peak_mib']:.0f}",
-            ]
-            lines.append(_line([variant.name, *cells]))
-    return [*lines, ""]
+def _cost(costs: Row, variant: Variant) -> list[str]:
+    cost = costs.get(variant.cost)
+    return [f"{cost['ms']:.0f}", f"{cost['mib']:.0f}"] if cost else ["", ""]
 
 
 def _spread(values: Sequence[float]) -> str:
