@@ -406,10 +406,7 @@ def train_all(options: argparse.Namespace) -> None:
                 for name, row in read(options.results).items()
                 if json.loads(name)[:3] == list(case.key)
             }
-            asked = [
-                each for each in variants(ablated=at == 0) if not options.only or each.name in options.only
-            ]
-            for variant in {each.what: each for each in asked}.values():
+            for variant in {each.what: each for each in asked(options, ablated=at == 0)}.values():
                 waiting.append(pool.submit(run_variant, case, variant, replace(settings, known=known)))
         for done in as_completed(waiting):
             print(done.result(), file=sys.stderr, flush=True)
