@@ -26,7 +26,7 @@ FAMILIES = ["llama", "gpt2", "mixtral"]  # norms alone; biases and transposed we
 def folder(request, tmp_path_factory) -> Path:
     """sparse/ in bfloat16, one norm of it stored in float32, and adapter/ over it, untrained."""
     root = tmp_path_factory.mktemp(f"norms-{request.param}")
-    make_model(request.param, dtype=torch.bfloat16).save_pretrained(root / "dense")
+    make_model(request.param, dtype=torch.bfloat16, one_layer=True).save_pretrained(root / "dense")
     save_tokenizer(root / "dense")
     generator = torch.Generator().manual_seed(0)
 
