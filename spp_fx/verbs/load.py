@@ -87,6 +87,7 @@ def load_program(
             run_pipeline(program, [Shard(over=shard)])
         return Loaded(program, folder, {})
     adapter = AdapterFolder.open(folder)
+    adapter.check_finite()
     model = adapter.find_base(Path(base) if base else None)
     adapter.check_base(open_model(model))
     check_causal(model)
