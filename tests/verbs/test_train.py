@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from spp_fx.errors import UsageError
+from spp_fx.verbs import rate
 from spp_fx.verbs import train as verb
 from tests.command import command
 
@@ -47,6 +48,24 @@ def test_a_resumed_run_ends_with_the_bytes_of_an_undisturbed_one(adapter, text_f
     (adapter / "adapter_model.safetensors").write_bytes(start)
     assert train(adapter, text_file, "--save-steps", 12, "--resume").code == 0
     assert factors(adapter) == whole
+    refused = train(adapter, text_file, "--resume", "--lr", 0.5)
+    assert refused.code == 2
+    assert "which a resumed run keeps; 0.5 needs a new run" in refused.err
+    longer = (
+        "train",
+        adapter,
+        "--data",
+        text_file,
+        "--seq-len",
+        32,
+        "--batch-size",
+        4,
+        "--steps",
+        26,
+        "--resume",
+    )
+    changes = command(*longer).err
+    assert "checkpoint-24: the run goes on with steps 26 instead of 24, and so ends elsewhere" in changes
 
 
 def test_a_run_killed_after_its_last_checkpoint_is_finished_without_a_further_step(adapter, text_file):
@@ -132,7 +151,20 @@ def test_short_trials_choose_the_rate_and_leave_no_trace(adapter, text_file, tmp
     )  # (10 / 32)^0.45 is 2^-0.75
     given = train(tmp_path / "again", text_file, "--steps", 32, "--lr", found["lr"], "--json").json
     assert given["lr_trials"] == []
+    assert found["lr_trial_seconds"] > 0 == given["lr_trial_seconds"]
     assert factors(adapter) == factors(tmp_path / "again")
+
+
+def test_a_short_run_never_ends_above_its_start_by_default(adapter, text_file, monkeypatch, tmp_path):
+    train(adapter, text_file, "--lr", 0.1)  # with random weights it cannot get much worse
+    shutil.copytree(adapter, tmp_path / "wild")
+    monkeypatch.setattr(rate, "suggested", lambda *where: lambda steps: 300.0)
+    line = ("--steps", 8, "--schedule", "constant", "--eval-data", text_file, "--json")
+    wild = train(tmp_path / "wild", text_file, *line, "--lr", 300).json
+    assert wild["perplexity"] > 1.01 * wild["perplexity_before"]
+    report = train(adapter, text_file, *line).json
+    assert report["perplexity"] <= report["perplexity_before"]
+    assert report["lr"] == min(each["lr"] for each in report["lr_trials"]) < 300
 
 
 def test_without_trials_the_rate_is_the_suggestion(adapter, text_file):
