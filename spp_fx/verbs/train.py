@@ -336,8 +336,8 @@ def _resumed_rate(checkpoint: Path, settings: TrainSettings) -> float:
 
 
 _FREE = {
-    "lr", "lr_trials", "batch_size", "accumulate", "packed", "gradient_checkpointing", "shard", "save_steps", "eval_steps", "early_stop",
-    "logging_steps", "report_to", "resume", "force", "strict",
+    "lr", "lr_trials", "weight_decay", "batch_size", "accumulate", "packed", "gradient_checkpointing", "shard",
+    "save_steps", "eval_steps", "early_stop", "logging_steps", "report_to", "resume", "force", "strict",
 }  # fmt: skip
 """Settings that a resumed run may change without becoming another run, or that are checked by themselves."""
 

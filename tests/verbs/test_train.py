@@ -8,7 +8,6 @@ import pytest
 from safetensors.torch import load_file
 
 from spp_fx.errors import UsageError
-from spp_fx.verbs import rate
 from spp_fx.verbs import train as verb
 from tests.command import command
 
@@ -153,18 +152,6 @@ def test_short_trials_choose_the_rate_and_leave_no_trace(adapter, text_file, tmp
     assert given["lr_trials"] == []
     assert found["lr_trial_seconds"] > 0 == given["lr_trial_seconds"]
     assert factors(adapter) == factors(tmp_path / "again")
-
-
-def test_a_short_run_never_ends_above_its_start_by_default(adapter, text_file, monkeypatch, tmp_path):
-    train(adapter, text_file, "--lr", 0.1)  # with random weights it cannot get much worse
-    shutil.copytree(adapter, tmp_path / "wild")
-    monkeypatch.setattr(rate, "suggested", lambda *where: lambda steps: 300.0)
-    line = ("--steps", 8, "--schedule", "constant", "--eval-data", text_file, "--json")
-    wild = train(tmp_path / "wild", text_file, *line, "--lr", 300).json
-    assert wild["perplexity"] > 1.01 * wild["perplexity_before"]
-    report = train(adapter, text_file, *line).json
-    assert report["perplexity"] <= report["perplexity_before"]
-    assert report["lr"] == min(each["lr"] for each in report["lr_trials"]) < 300
 
 
 def test_without_trials_the_rate_is_the_suggestion(adapter, text_file):

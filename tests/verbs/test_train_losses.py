@@ -1,6 +1,7 @@
 """What training learns from: the same gradients whatever a step is split into, and refusals."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -124,6 +125,19 @@ def test_a_teacher_of_another_tokenizer_is_refused(here):
     result = command(*LINE, "dense", "-q")
     assert result.code == 2
     assert "token 0 is 'b', the student's is 'a'; a teacher must share the tokenizer" in one_line(result.err)
+
+
+def test_a_start_that_nothing_betters_is_kept_by_default(here):
+    """`merged` predicts what the adapter does, and Adam moves a factor by the rate however small its gradient is."""
+    settings = TrainSettings(steps=8, batch_size=4, seq_len=64)
+    ends = []
+    for trials in (False, True):
+        shutil.copytree("adapter", "trained", dirs_exist_ok=True)
+        ends.append(train("trained", "data.jsonl", replace(settings, lr_trials=trials), teacher="merged"))
+    suggested, default = ends
+    assert suggested.losses[-1] > 1e-4
+    assert default.losses[-1] < 1e-3 * suggested.losses[-1]
+    assert suggested.lr == max(default.lr_trials) > 1000 * default.lr
 
 
 @pytest.mark.parametrize("option", ["--teacher-weight", "--temperature", "--match-hidden"])
