@@ -125,7 +125,7 @@ def variants(ablated: bool) -> Iterator[Variant]:
 
 
 def trace_once() -> None:
-    """Make a process trace each model once: it trains the same one hundreds of times, and a trace takes longer."""
+    """Make a process trace each model once, and take one core: it trains the same model hundreds of times."""
     import torch
 
     import spp_fx.graph.trace as tracing
@@ -358,6 +358,7 @@ def train_all(options: argparse.Namespace) -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     options.results.parent.mkdir(parents=True, exist_ok=True)
     settings = Settings(options.results, options.work, options.steps, options.batch, options.seeds)
+    trace_once()
     context = get_context("spawn")
     with ProcessPoolExecutor(options.jobs, mp_context=context, initializer=trace_once) as pool:
         waiting = []

@@ -127,7 +127,7 @@ def cli() -> None:
 
 
 verb = partial(command, cli)
-"""The decorator of a verb's function."""
+"""The decorator of a verb's function. It looks for the folders first: the imports of most verbs take seconds."""
 
 
 @verb(
@@ -161,11 +161,11 @@ def prune_command(
     spp-fx prune my-model --method sparsegpt --pattern 50% --calib text.txt --skip 'model.layers.0.*'
     spp-fx prune my-model --method wanda --repair dsnot --calib text.txt --ratio down_proj@4:8
     """
+    folder = model_folder(model)
     from spp_fx.memory import return_large_blocks
     from spp_fx.verbs.prune import prune
 
     return_large_blocks()
-    folder = model_folder(model)
     target = out or default_out(model, settings.pattern.replace(":", "of").replace("%", "pct"))
     with output.steps_bar("pruning") as bar:
         done = prune(
@@ -203,11 +203,11 @@ def inject_command(
     spp-fx inject my-sparse --budget 0.3% --budget-by error --teacher my-model
     spp-fx inject llama-7b --dry-run --json
     """
+    folder = model_folder(model)
+    asked = vars(settings) | {"teacher": model_folder(settings.teacher) if settings.teacher else None}
     from spp_fx.verbs.inject import inject
 
-    folder = model_folder(model)
     target = None if dry_run else out or default_out(model, settings.method)
-    asked = vars(settings) | {"teacher": model_folder(settings.teacher) if settings.teacher else None}
     run = partial(
         inject, folder, target, **asked | method_options, **options, calibration=calibration, say=output.say
     )
@@ -241,14 +241,14 @@ def train_command(
     spp-fx train my-sparse-spp --config run.yaml --save-steps 100 --resume
     torchrun --nproc-per-node 8 -m spp_fx train my-sparse-spp --config run.yaml --shard world --packed
     """
+    teacher = model_folder(texts.teacher) if texts.teacher else None
     from spp_fx.training.distributed import leave
     from spp_fx.training.trainer import ProgressCallback
     from spp_fx.verbs.train import train
 
     with output.steps_bar("training") as bar:
         done = train(
-            adapter, texts.data, settings, eval_data=texts.eval_data,
-            teacher=model_folder(texts.teacher) if texts.teacher else None,
+            adapter, texts.data, settings, eval_data=texts.eval_data, teacher=teacher,
             base=texts.base, callbacks=[ProgressCallback(bar.update)], say=output.say, **options,
         )  # fmt: skip
     leave()
@@ -272,11 +272,12 @@ def teach_command(
     spp-fx train my-sparse-spp --data text.txt --teacher taught --teacher-weight 0.67
     spp-fx teach my-model --data alpaca.json --loss-on answer --samples 64 --temperature 2
     """
+    folder = model_folder(model)
     from spp_fx.verbs.teach import teach
 
     with output.steps_bar("teaching") as bar:
         done = teach(
-            model_folder(model), out or default_out(model, "taught"), **vars(settings), **options,
+            folder, out or default_out(model, "taught"), **vars(settings), **options,
             tick=bar.update, say=output.say,
         )  # fmt: skip
     output.result(done)
@@ -407,9 +408,9 @@ def export_command(
     spp-fx export my-merged --format onnx-packed --with-past
     spp-fx export my-merged --format safetensors
     """
+    folder, target = model_folder(model), out or default_out(model, format)
     from spp_fx.verbs.export import export
 
-    folder, target = model_folder(model), out or default_out(model, format)
     with output.bytes_bar("exporting") as tick:
         done = export(folder, target, format, **format_options, **options, tick=tick, say=output.say)
     output.result(done)
@@ -470,10 +471,11 @@ def inspect_command(output: Output, model: str, trust_remote_code: bool) -> None
     \b
     spp-fx inspect my-sparse
     """
+    folder = model_folder(model)
     from spp_fx.verbs.inspect import inspect
 
     with output.bytes_bar("reading weights") as tick:
-        done = inspect(model_folder(model), trust_remote_code=trust_remote_code, tick=tick)
+        done = inspect(folder, trust_remote_code=trust_remote_code, tick=tick)
     for note in done.notes:
         output.say(note)
     output.result(done)
@@ -494,6 +496,7 @@ def eval_command(
     spp-fx eval my-merged --tasks zero-shot,mmlu --batch-size 8
     spp-fx eval my-merged --tasks my-task.yaml --limit 100
     """
+    folders = [model_folder(model) for model in models or (".",)]
     from spp_fx.verbs.evaluate import evaluate_all
 
     with output.steps_bar("evaluating") as bar:
@@ -504,7 +507,6 @@ def eval_command(
             done += count
             bar.update(done, item=what)
 
-        folders = [model_folder(model) for model in models or (".",)]
         compared = evaluate_all(
             folders, settings, trust_remote_code=trust_remote_code, tick=tick, say=output.say
         )
@@ -543,10 +545,11 @@ def opt_command(
     spp-fx opt my-sparse -p 'canonicalize,match,inject{rank=8},lower{kernel=fused}' --print-after-all
     spp-fx opt my-model --calib text.txt -p 'canonicalize,match{dense=true},partition,prune{method=wanda}'
     """
+    folder = model_folder(model)
     from spp_fx.verbs.opt import optimize
 
     done = optimize(
-        model_folder(model), settings.pipeline, print_after_all=settings.print_after_all, calibration=calibration,
+        folder, settings.pipeline, print_after_all=settings.print_after_all, calibration=calibration,
         after=lambda run: None if output.as_json else output.show(run.lines()),
         trust_remote_code=trust_remote_code, say=output.say,
     )  # fmt: skip

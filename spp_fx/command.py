@@ -3,9 +3,11 @@
 import inspect
 import logging
 import os
+import re
 import sys
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
@@ -14,9 +16,9 @@ import click
 from click.core import ParameterSource
 
 from spp_fx.console import Output
-from spp_fx.errors import UsageError
+from spp_fx.errors import SppFxError, UsageError
 from spp_fx.options import check_options, default_of, value_type
-from spp_fx.registry import Registry
+from spp_fx.registry import Registry, did_you_mean
 
 HELP: dict[str, Any] = {"context_settings": {"help_option_names": ["-h", "--help"]}}
 COMMON = (
@@ -55,20 +57,54 @@ class Command(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if self.registry is not None:
             at = next(i for i, each in enumerate(self.fixed) if each.name == self.choice)
-            default = self.fixed[at].default
-            chosen = default if isinstance(default, str) else None
+            default, given = self.fixed[at].default, None
             for word, following in zip(args, [*args[1:], ""], strict=True):
-                chosen = following if word == f"--{self.choice}" else chosen
-                chosen = word.partition("=")[2] if word.startswith(f"--{self.choice}=") else chosen
+                given = following if word == f"--{self.choice}" else given
+                given = word.partition("=")[2] if word.startswith(f"--{self.choice}=") else given
             own = {name for each in self.fixed for name in (*each.opts, each.name)}
-            added = _choice_options(self.registry(), chosen, self.per_site)
+            usual = default if isinstance(default, str) else None
+            added = _choice_options(self.registry(), given or None, usual, self.per_site)
             if taken := [each.opts[0] for each in added if own.intersection([*each.opts, each.name])]:
                 raise UsageError(
                     f"{taken[0]}: an option for one --{self.choice} has the name of an option of '{self.name}'"
                 )
             ctx.meta["chosen options"] = [each.name for each in added]
             self.params = [*self.fixed[: at + 1], *added, *self.fixed[at + 1 :]]
-        return super().parse_args(ctx, args)
+        with _naming_origins(ctx):
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _naming_origins(ctx):
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _naming_origins(context: click.Context) -> Generator[None, None, None]:
+    """Add to an error where the options that it names were set, if not on the command line."""
+    try:
+        yield
+    except SppFxError as error:
+        error.args = (f"{error}{_origins(context, str(error))}",)
+        raise
+    except click.UsageError as error:
+        error.message += _origins(context, error.format_message())
+        raise
+
+
+def _origins(context: click.Context, message: str) -> str:
+    """` (--init is from run.yaml)` for each option that a message names and a file or recipe set."""
+    origins: dict[str, str] = context.meta.get("origins", {})
+    flags = {f"--{name}" for name in re.findall(r"(?:--|option )([a-z][a-z-]*)", message)}
+    found: dict[str, list[str]] = {}
+    for each in context.command.params:
+        name = str(each.name)
+        set_there = context.get_parameter_source(name) in (ParameterSource.DEFAULT_MAP, None)
+        if name in origins and set_there and each.opts[0] in flags:
+            found.setdefault(origins[name], []).append(each.opts[0])
+    notes = [
+        f"{' and '.join(own)} {'is' if len(own) == 1 else 'are'} from {where}" for where, own in found.items()
+    ]
+    return f" ({'; '.join(notes)})" if notes else ""
 
 
 def command(
@@ -232,7 +268,15 @@ def _click_options(cls: type[Any], *, required: bool = True) -> list[click.Optio
 
 
 class PerSite(click.Option):
-    """A number that may be given again for some sites: 16 as a number, `down_proj@32` as text."""
+    """A number that may be given again for some sites: 16 as a number, `down_proj@32` as text.
+
+    Args:
+        check: what is wrong with a number, as in `option`.
+    """
+
+    def __init__(self, *names: Any, check: Callable[[Any], str | None] | None, **settings: Any) -> None:
+        super().__init__(*names, **settings)
+        self.check = check
 
     def consume_value(self, ctx: click.Context, opts: Any) -> tuple[Any, ParameterSource]:
         value, source = super().consume_value(ctx, opts)
@@ -246,8 +290,14 @@ class PerSite(click.Option):
         values = value if isinstance(value, tuple | list) else () if value is None else (value,)
         found: list[Any] = []
         for each in values:
-            _, at, number = str(each).rpartition("@")
+            sites, at, number = str(each).rpartition("@")
+            if at and not sites:
+                fault = f"'{each}' names no site before the @; write NAME@VALUE, or VALUE alone for all sites"
+                raise click.BadParameter(fault, ctx, self)
             converted = self.type.convert(number if at else each, self, ctx)
+            if self.check is not None and (fault := self.check(converted)):
+                where = f" in '{each}'" if at else ""
+                raise click.BadParameter(f"{self.name} {fault}, got {converted}{where}", ctx, self)
             found.append(each if at else converted)
         return tuple(found)
 
@@ -265,22 +315,33 @@ def _overrides_apart(given: dict[str, Any]) -> dict[str, Any]:
     return plain | ({"overrides": tuple(overrides)} if overrides else {})
 
 
-def _choice_options(registry: Registry[Any], chosen: str | None, per_site: bool) -> list[click.Option]:
-    """The options of all classes of a registry; those of one name are as the chosen class has it."""
+def _choice_options(
+    registry: Registry[Any], given: str | None, usual: str | None, per_site: bool
+) -> list[click.Option]:
+    """The options of all classes of a registry; those of one name are as the chosen class has it.
+
+    Args:
+        given: the class that the command line chooses: help shows its options alone.
+        usual: the one that is chosen otherwise: help shows all options, with who has them.
+    """
+    chosen = given or usual
     if chosen is not None:
         registry.find(chosen)
-    owners: dict[str, list[str]] = {}
+    owners: dict[str, dict[str, Field[Any]]] = {}
     for name in sorted(registry, key=lambda name: (name != chosen, name)):
         for each in fields(registry[name]):
-            owners.setdefault(each.name, []).append(name)
+            owners.setdefault(each.name, {})[name] = each
     found: list[click.Option] = []
-    for key, names in owners.items():
-        cls = registry[names[0]]
-        each = next(each for each in fields(cls) if each.name == key)
-        text = each.metadata.get("help", "")
-        if len(names) < len(registry):
-            text = f"{', '.join(sorted(names))}: {text}"
-        kind = value_type(get_type_hints(cls)[key])
+    for key, own in owners.items():
+        name, each = next(iter(own.items()))
+        kind, text = value_type(get_type_hints(registry[name])[key]), each.metadata.get("help", "")
+        differing = ""
+        if given is None:
+            differing = _differing_defaults(own)
+            if differing:
+                text = f"{text}  [default: {differing}]"
+            elif len(own) < len(registry):
+                text = f"{', '.join(sorted(own))}: {text}"
         if per_site and kind in (int, float):
             default = default_of(each)
             flag = each.metadata.get("flag") or key.replace("_", "-")
@@ -288,12 +349,25 @@ def _choice_options(registry: Registry[Any], chosen: str | None, per_site: bool)
                 {} if default is MISSING else {"default": (default,), "show_default": True}
             )
             metavar = f"[NAME@]{'INTEGER' if kind is int else 'FLOAT'}"
-            found.append(
-                PerSite([key, f"--{flag}"], type=kind, multiple=True, help=text, metavar=metavar, **shown)
-            )
+            made: click.Option = PerSite(
+                [key, f"--{flag}"], type=kind, multiple=True, help=text, metavar=metavar,
+                check=each.metadata.get("check"), **shown,
+            )  # fmt: skip
         else:
-            found.append(_click_option(each, kind, text))
+            made = _click_option(each, kind, text)
+        made.hidden = given is not None and given not in own
+        made.show_default = made.show_default and not differing
+        found.append(made)
     return found
+
+
+def _differing_defaults(own: Mapping[str, Field[Any]]) -> str:
+    """`16 (spp), 32 (hira, sqft)`: the defaults of one option, and who has each; empty where all agree."""
+    names: dict[Any, list[str]] = {}
+    for name, each in own.items():
+        names.setdefault(default_of(each), []).append(name)
+    shown = [f"{value} ({', '.join(group)})" for value, group in names.items()]
+    return ", ".join(shown) if len(shown) > 1 else ""
 
 
 def _instance(cls: type[Any], values: dict[str, Any]) -> Any:
@@ -351,12 +425,14 @@ def methods() -> Registry[Any]:
 def default_out(model: str, suffix: str) -> Path:
     """MODEL-suffix beside a model folder; in the current folder where MODEL is a hub id."""
     path = Path(model)
-    return beside(path, suffix) if path.exists() else Path.cwd() / f"{path.name}-{suffix}"
+    return beside(path, suffix) if path.exists() else Path(f"{path.name}-{suffix}")
 
 
 def beside(folder: Path, suffix: str) -> Path:
-    """FOLDER-suffix beside a folder."""
-    folder = folder.resolve()
+    """FOLDER-suffix beside a folder, absolute only where the folder is."""
+    if folder.name in ("", ".."):  # such as the current folder: its name is not in the path
+        folder = folder.resolve()
+        return Path(os.path.relpath(folder.parent)) / f"{folder.name}-{suffix}"
     return folder.parent / f"{folder.name}-{suffix}"
 
 
@@ -412,7 +488,10 @@ def _set_defaults(context: click.Context, content: dict[Any, Any], where: str, *
     }
     options: dict[str, Any] = {str(name).replace("-", "_"): value for name, value in content.items()}
     if unknown := sorted(options.keys() - known.keys()):
-        raise UsageError(f"{where}: unknown option '{unknown[0]}'; known: {', '.join(sorted(known))}")
+        raise UsageError(
+            f"{where}: unknown option '{unknown[0]}'; known: {', '.join(sorted(known))}"
+            + did_you_mean(unknown[0], known)
+        )
     given: dict[str, Any] = {}
     for name, value in options.items():
         each = known[name]
@@ -425,6 +504,10 @@ def _set_defaults(context: click.Context, content: dict[Any, Any], where: str, *
     set_before: dict[str, Any] = dict(context.default_map or {})
     over, under = (given, set_before) if first else (set_before, given)
     context.default_map = {name: value for name, value in under.items() if not _replaced(name, over)} | over
+    origins: dict[str, str] = context.meta.setdefault("origins", {})
+    for name in given:
+        if first or name not in set_before:
+            origins[name] = where
 
 
 STEP = "step"

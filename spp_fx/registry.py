@@ -1,7 +1,7 @@
 """Registries of what is chosen by name: passes, methods, criteria, formats."""
 
 import re
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -56,8 +56,8 @@ class Registry(MutableMapping[str, T]):
                 _load(entry, self.what)
         if name not in self:
             raise UsageError(
-                f"unknown {self.what} '{name}'; known: {', '.join(sorted(self))}. If a package brings it, install the "
-                f"package (entry points {self._group})"
+                f"unknown {self.what} '{name}'; known: {', '.join(sorted(self))}{did_you_mean(name, self) or '.'} If a "
+                f"package brings it, install the package (entry points {self._group})"
             )
         return self[name]
 
@@ -79,6 +79,14 @@ class Registry(MutableMapping[str, T]):
 
     def __len__(self) -> int:
         return len(list(iter(self)))
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the known ones that are spelled much like it, if any."""
+    from difflib import get_close_matches  # takes milliseconds, and most runs have no wrong name
+
+    near = get_close_matches(name, list(known), n=3)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def _load(entry: EntryPoint, what: str) -> None:

@@ -49,6 +49,8 @@ def test_a_new_file_is_found_and_no_other_is_imported(tmp_path, monkeypatch):
 
     assert THINGS.find("brand-new").__name__ == "New"
     assert list(THINGS) == ["brand-new"]
-    with pytest.raises(UsageError, match="unknown thing 'old'; known: brand-new"):
+    with pytest.raises(UsageError, match=r"unknown thing 'old'; known: brand-new\. If"):
         THINGS.find("old")
+    with pytest.raises(UsageError, match=r"known: brand-new; did you mean brand-new\?"):
+        THINGS.find("brandnew")
     assert "made_up.broken" not in sys.modules

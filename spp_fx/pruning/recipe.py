@@ -15,6 +15,7 @@ from spp_fx.pruning.criteria.wanda import Wanda
 from spp_fx.pruning.criterion import Criterion
 from spp_fx.pruning.select import row_blocks
 from spp_fx.pruning.statistics import Inputs, output_energy
+from spp_fx.registry import did_you_mean
 from spp_fx.sparsity.pattern import NM, Pattern, parse_pattern
 from spp_fx.sparsity.weights import is_target
 
@@ -102,7 +103,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.repair is not None and self.repair not in REPAIRS:
-            raise UsageError(f"unknown repair '{self.repair}'; known: {', '.join(REPAIRS)}")
+            raise UsageError(
+                f"unknown repair '{self.repair}'; known: {', '.join(REPAIRS)}{did_you_mean(self.repair, REPAIRS)}"
+            )
 
     @property
     def calibrated(self) -> bool:

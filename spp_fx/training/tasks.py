@@ -4,7 +4,6 @@ import random
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib import import_module
 from logging import ERROR, getLogger
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spp_fx.errors import UsageError, escaped
+from spp_fx.registry import did_you_mean
 
 SUITES: Final[Mapping[str, tuple[str, ...]]] = {
     "zero-shot": (
@@ -108,8 +108,11 @@ def find_tasks(names: Sequence[str], shots: int | None = None) -> Tasks:
         UsageError: lm-evaluation-harness is not installed; there is no such task; one cannot be loaded, such as one
             whose documents cannot be downloaded; a task is asked for twice.
     """
-    kind = _harness("lm_eval.tasks").TaskManager
     wanted = [each for name in names for each in SUITES.get(name, (name,))]
+    for name in wanted:
+        if _is_path(name) and not Path(name).exists():
+            raise UsageError(f"--tasks: {escaped(name)}: there is no such file")
+    kind = _harness("lm_eval.tasks").TaskManager
     with _quiet():
         manager = _manager(kind, wanted)
         merged: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
@@ -191,11 +194,8 @@ def _specs(kind: Any, name: str, manager: Any) -> list[str]:
         return [each for each in (*inside.all_groups, *inside.all_subtasks) if each not in taken]
     if path.is_file():
         return [str(path.resolve())]
-    if _is_path(name):
-        raise UsageError(f"--tasks: {escaped(name)}: there is no such file")
     if name not in manager.all_tasks:
-        near = get_close_matches(name, manager.all_tasks, n=3)
-        hint = f"; did you mean {', '.join(near)}?" if near else "; 'lm-eval ls tasks' lists them"
+        hint = did_you_mean(name, manager.all_tasks) or "; 'lm-eval ls tasks' lists them"
         raise UsageError(f"--tasks: lm-evaluation-harness has no task '{escaped(name)}'{hint}")
     return [name]
 

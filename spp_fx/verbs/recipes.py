@@ -12,6 +12,7 @@ import yaml
 from spp_fx.adapters.method import METHODS
 from spp_fx.console import Table
 from spp_fx.errors import FormatError, UsageError
+from spp_fx.registry import did_you_mean
 from spp_fx.verbs.settings import InjectSettings, PruneSettings, TrainSettings
 
 VERBS = ("prune", "inject", "train")
@@ -111,8 +112,10 @@ def list_recipes(name: str | None = None, devices: int | None = None) -> Listed:
         devices: among which the rows of a step are divided; by default as many as torchrun has started, or 1.
 
     Raises:
-        UsageError: no recipe has that name.
+        UsageError: no recipe has that name, or devices are given without one.
     """
+    if name is None and devices is not None:
+        raise UsageError("--devices divides the rows of one recipe; give its NAME, or leave --devices out")
     chosen = tuple(all_recipes().values()) if name is None else (find_recipe(name),)
     return Listed(chosen, name is not None, processes() if devices is None else devices)
 
@@ -126,7 +129,9 @@ def find_recipe(name: str) -> Recipe:
     """The recipe of a name; UsageError lists what there is."""
     found = all_recipes()
     if name not in found:
-        raise UsageError(f"there is no recipe '{name}'; there are: {', '.join(found)}")
+        raise UsageError(
+            f"there is no recipe '{name}'; there are: {', '.join(found)}{did_you_mean(name, found)}"
+        )
     return found[name]
 
 

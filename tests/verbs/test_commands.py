@@ -99,6 +99,13 @@ def test_the_options_of_a_method_reach_the_command_line(monkeypatch):
     assert refused.code == 2
     assert "spp has no option power" in refused.err
     assert "mirror has it" in refused.err
+    own = " ".join(command("inject", "--method=mirror", "--help").out.split())
+    assert "--power [NAME@]INTEGER of the mirror [default: 2]" in own
+    assert (
+        "--rank"
+        not in command("inject", "--method", "masked-full", "--help").out.split("Options:")[1].split()
+    )
+    assert "[default: 16 (spp, lora-star, lors, mirror, scale-lora), 32 (hira, sqft)]" in shown
 
 
 def test_the_package_runs_as_a_module():

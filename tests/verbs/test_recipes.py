@@ -84,9 +84,41 @@ def test_they_are_listed_and_dumped():
     one = must("recipes", "spp-llama-30b", "--devices", 8, "--json").json
     assert one["train"] == yaml.safe_load(must("recipes", "spp-llama-30b", "--devices", 8).out)["train"]
     assert one["train"]["accumulate"] == 2
-    refused = command("recipes", "spp-llama-8b")
+    refused = command("recipes", "sqft-lama3-8b")
     assert refused.code == 2
-    assert "spp-llama-7b" in one_line(refused.err)
+    assert "did you mean sqft-llama3-8b" in one_line(refused.err)
+    refused = command("recipes", "--devices", 8)
+    assert refused.code == 2
+    assert "give its NAME" in one_line(refused.err)
+
+
+@pytest.mark.parametrize(
+    ("words", "file", "said"),
+    [
+        (
+            "",
+            "",
+            "--init gradient needs a text: give it with --calib FILE (--init is from --recipe {recipe})",
+        ),
+        ("--init gradient", "", "needs a text: give it with --calib FILE"),
+        ("--method masked-full", "", "has no option rank"),
+        ("", "init: reconstruct\n", "(--init is from run.yaml)"),
+        (
+            "",
+            "rank: [8, 'q_proj@0']\n",
+            "rank must be at least 1, got 0 in 'q_proj@0' (--rank is from run.yaml)",
+        ),
+        ("", "sede: 3\n", "did you mean seed?"),
+    ],
+)
+def test_an_error_names_the_file_or_recipe_that_set_an_option(here, words, file, said):
+    recipe = "lors-llama2-7b"
+    (here / "run.yaml").write_text(file or "{}")
+    result = command("inject", "sparse", "--recipe", recipe, "--config", "run.yaml", *words.split())
+    line = one_line(result.err)
+    assert result.code == 2
+    assert said.format(recipe=recipe) in line
+    assert ("is from" in line) == ("--init" not in words and "sede" not in file)
 
 
 @pytest.fixture

@@ -127,6 +127,7 @@ def test_the_command_line_adds_sites_to_the_ranks_of_a_file(pristine, tmp_path):
     [
         ("--rank nosuch@4", "'nosuch' names no site; there are: down_proj, gate_proj"),
         ("--rank q_proj@x", "'x' is not a valid integer"),
+        ("--rank @4", "'--rank': '@4' names no site before the @"),
         ("--rank q_proj@0", "rank must be at least 1, got 0"),
         ("--scale q_proj@0", "scale must be a finite number other than 0"),
         ("--rank 4 --budget 1%", "--budget chooses the ranks; leave --rank out"),

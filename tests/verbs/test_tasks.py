@@ -205,3 +205,6 @@ def test_without_the_harness_the_message_says_how_to_install_it(made):
     result = command("eval", made / "sparse", "--tasks", "zero-shot", "-q")
     assert result.code == 2
     assert "pip install 'spp-fx[tasks]'" in one_line(result.err)
+    missing = command("eval", made / "sparse", "--tasks", "zero-shot,nowhere.yaml", "-q")
+    assert missing.code == 2
+    assert "nowhere.yaml: there is no such file" in one_line(missing.err)
