@@ -219,10 +219,8 @@ def _keep_rows(context: click.Context, values: dict[str, Any]) -> str | None:
     if where is None or (values["batch_size"], values["accumulate"]) == (batch, forwards):
         return None
     rows, own = batch * forwards, values["batch_size"]
-    if (
-        context.get_parameter_source("accumulate") is ParameterSource.COMMANDLINE
-        or values["accumulate"] != forwards
-    ):
+    typed = context.get_parameter_source("accumulate") is ParameterSource.COMMANDLINE
+    if typed or context.meta["origins"]["accumulate"] != where:
         now = own * values["accumulate"]
         return f"a step has {now} rows on each device, that of {where} {rows}" if now != rows else None
     if own < 1:

@@ -129,12 +129,13 @@ def test_a_teacher_of_another_tokenizer_is_refused(here):
 
 
 def test_a_start_that_nothing_betters_is_kept_by_default(here):
-    """`merged` predicts what the adapter does, and Adam moves a factor by the rate however small its gradient is."""
+    """`folded` predicts what the adapter does, and Adam moves a factor by the rate however small its gradient is."""
+    must("merge", "adapter", "-o", "folded", "-q")
     settings = TrainSettings(steps=8, batch_size=4, seq_len=64)
     ends = []
     for trials in (False, True):
         shutil.copytree("adapter", "trained", dirs_exist_ok=True)
-        ends.append(train("trained", "data.jsonl", replace(settings, lr_trials=trials), teacher="merged"))
+        ends.append(train("trained", "data.jsonl", replace(settings, lr_trials=trials), teacher="folded"))
     suggested, default = ends
     assert suggested.lr == max(default.lr_trials) > default.lr == min(default.lr_trials)
     assert default.losses[-1] < 0.1 * suggested.losses[-1]
