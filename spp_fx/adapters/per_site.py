@@ -245,7 +245,11 @@ def unspent(
         if own or weights[name] > 0:
             ladder = _ladder(with_rank(method, 1), shapes[name], 1 << 62)
             steps += [size - used for _, size in ladder if size > used][:1]
-    return f"the next rank of a weight takes {min(steps):,}" if steps else "every weight has its highest rank"
+    return (
+        f"the next rank of a weight takes {min(steps):,} more"
+        if steps
+        else "every weight has its highest rank"
+    )
 
 
 def size_of(method: Method, shape: tuple[int, ...]) -> int:
