@@ -144,8 +144,8 @@ class Method(ABC):
     """Whether `update` is zero where the weight is zero. If False, the update is dense while training; the mask is
     applied to it in evaluation and by the fold, which counts what that removes."""
     factor_grads: ClassVar[Callable[..., None] | None] = None
-    """(self, x, grad_y, weight, factors, grads): adds the factors' gradients to `grads` from the input (b, in) and
-    rows of the output's gradient (b, rows), for methods that never form G = grad_yᵀ x."""
+    """(self, x, grad_y, factors, grads): adds the factors' gradients to `grads` from the input (b, in) and
+    rows of the output's gradient (b, rows), for methods that need neither W nor G = grad_yᵀ x."""
 
     masked_gradient: ClassVar[bool] = False
     """Whether the factors' gradients depend on the effective weight's only where the weight is non-zero, as they do

@@ -212,8 +212,7 @@ def fused_backward(
             if branches.masked:
                 dbranch.add_product(dy_block, adapted.build(start, stop, 0.0, scratch))
         if adapted.method.factor_grads is not None:
-            weight = adapted.rows.take(start, stop)
-            add = partial(adapted.method.factor_grads, branches.dropped, dy_block, weight)
+            add = partial(adapted.method.factor_grads, branches.dropped, dy_block)
             adapted.add_grads(start, stop, grads, add)
             continue
         _pull_back_products(adapted, branches.dropped, dy_block, start, stop, scratch, grads)

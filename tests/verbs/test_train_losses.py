@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 from spp_fx.verbs.settings import TrainSettings
 from spp_fx.verbs.train import Trained, train
 from tests.command import command, one_line, randomize, save_tokenizer
+from tests.effort import nightly
 from tests.families import make_model
 
 
@@ -27,13 +28,13 @@ ROWS = ["a b c d e f g h i j", "k l", "m n o", "a c e g i k m o q", "b d f h", "
 
 
 @pytest.fixture
-def here(world, monkeypatch):
+def here(shallow, monkeypatch):
     """Adapter folders with factors that are not zero, and instructions of several lengths."""
-    monkeypatch.chdir(world)
-    randomize(world / "adapter")
+    monkeypatch.chdir(shallow)
+    randomize(shallow / "adapter")
     lines = (f'{{"instruction": "{row}", "output": "{row[::-1]}"}}' for row in ROWS)
-    (world / "data.jsonl").write_text("\n".join(lines))
-    return world
+    (shallow / "data.jsonl").write_text("\n".join(lines))
+    return shallow
 
 
 def learn(*, teacher: str | None = "dense", **settings) -> tuple[list[dict[str, Tensor]], Trained]:
@@ -67,7 +68,7 @@ GOALS = {
 }
 
 
-@pytest.mark.parametrize("goal", GOALS)
+@pytest.mark.parametrize("goal", [nightly(goal) if goal == "mixed" else goal for goal in GOALS])
 def test_gradients_do_not_depend_on_the_batches_that_a_step_is_split_into(here, goal):
     whole, one = learn(**GOALS[goal])
     parts, four = learn(**GOALS[goal], batch_size=1, accumulate=4)
@@ -130,8 +131,8 @@ def test_weights_out_of_range_are_refused(here, options, word):
 
 
 def test_layers_are_only_compared_with_as_many_of_the_same_width(here):
-    make_model("llama", one_layer=True).save_pretrained(here / "shallow")
-    save_tokenizer(here / "shallow")
+    make_model("llama").save_pretrained(here / "deep")
+    save_tokenizer(here / "deep")
     line = [
         "train",
         "adapter",
@@ -142,10 +143,10 @@ def test_layers_are_only_compared_with_as_many_of_the_same_width(here):
         "--seq-len",
         64,
         "--teacher",
-        "shallow",
+        "deep",
         "-q",
     ]
     result = command(*line, "--match-hidden", 1)
     assert result.code == 2
-    assert "1 layers of width 32, the student 2 layers of width 32" in one_line(result.err)
+    assert "2 layers of width 32, the student 1 layers of width 32" in one_line(result.err)
     assert command(*line).code == 0
