@@ -22,6 +22,7 @@ from spp_fx.adapters.per_site import (
     rank_of,
     size_of,
     spread,
+    unspent,
     with_rank,
 )
 from spp_fx.console import Table, grouped, shape
@@ -47,6 +48,9 @@ from spp_fx.verbs.settings import Calibration, InjectSettings
 from spp_fx.verbs.starts import TextGradients, check_start, start_factors
 from spp_fx.verification import provenance
 from spp_fx.verification.model_sites import ModelSites, choose, find_sites, scan_sites, tensors_of
+
+_MOST = 0.9
+"""The share of a budget below which inject says why the rest is not used."""
 
 
 @dataclass(frozen=True)
@@ -359,7 +363,12 @@ def _inject(
             weights = pruning_errors(found, Path(plan.teacher), chosen)
         elif plan.budget_by == "gradient" and gradients is not None:
             weights = gradients.norms(chosen)
-        methods, without = spread(methods, shapes, weights, left)
+        every = methods
+        methods, without = spread(every, shapes, weights, left)
+        used = sum(size_of(own, shapes[name]) for name, own in methods.items())
+        if used < _MOST * left or without:
+            why = unspent(every, shapes, weights, methods)
+            say(f"--budget {plan.budget}: {used:,} of {left:,} parameters are used: {why}")
         refused |= without
         shapes = {name: shapes[name] for name in methods}
     taken, unfit = adaptable(methods, shapes)

@@ -341,6 +341,7 @@ def draw_windows(
     check_vocabulary(tokens, program.vocabulary, data)
     generator = torch.Generator().manual_seed(calibration.seed)
     if windows >= samples:
+        say(f"{data}: {samples:,} of its {windows:,} windows of {length} tokens are drawn")
         begins = torch.randperm(windows, generator=generator)[:samples] * length
     else:
         say(

@@ -159,6 +159,9 @@ def test_a_budget_is_spread_and_reported_site_by_site(words, pristine, tmp_path)
     assert report["trainable_parameters"] == sum(site["trainable_parameters"] for site in report["sites"])
     table = must(*line, "--dry-run").out
     assert "rank" in table.splitlines()[0].split()
+    if not words:
+        most = must("inject", pristine / "sparse", "--budget", "95%", "--dry-run").err
+        assert f"of {95 * total // 100:,} parameters are used: every weight has its highest rank" in most
     must(*line, "-o", tmp_path / "a", "-q")
     folder = AdapterFolder.open(tmp_path / "a")
     assert {site: method.rank for site, method in folder.methods.items()} == ranks
