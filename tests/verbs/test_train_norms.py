@@ -161,7 +161,7 @@ def test_a_value_that_is_not_finite_is_refused_and_nothing_is_written(value, ada
     rewrite(adapter / "adapter_model.safetensors", spoil)
     result = command("merge", adapter, "-o", tmp_path / "merged")
     assert result.code == 1
-    assert "entry 1 becomes" in result.err
+    assert ("entry 1 becomes" if value == 3e38 else "first at entry 1") in result.err
     assert not (tmp_path / "merged").exists()
 
 
