@@ -72,7 +72,7 @@ def test_one_window_that_holds_the_text_is_the_same_with_any_stride(made_shallow
         evaluate(made_shallow / "sparse", short, seq_len=32).result
         == evaluate(made_shallow / "sparse", short, seq_len=32, stride=4).result
     )
-    one = must("eval", made / "sparse", "--data", short, "--seq-len", 32)
+    one = must("eval", made_shallow / "sparse", "--data", short, "--seq-len", 32)
     assert "(1 window of 32)" in one.out
     assert "the perplexity of 1 window of text is rough (5 predicted tokens)" in one.err
 
