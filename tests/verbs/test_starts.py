@@ -56,7 +56,7 @@ def test_another_seed_draws_another_text_and_a_teacher_is_recorded(pristine, tex
 
 
 def test_every_expert_has_a_start_of_its_own(text_file, tmp_path):
-    save_with_tokenizer(tmp_path / "dense", text_file, "mixtral")
+    save_with_tokenizer(tmp_path / "dense", text_file, "mixtral", one_layer=True)
     must("prune", tmp_path / "dense", "-o", tmp_path / "sparse", "-q")
     inject = ("inject", tmp_path / "sparse", "--rank", 4, "-q")
     must(*inject, "-o", tmp_path / "adapter", "--init", "gradient", "--calib", text_file, *TEXT)
