@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from math import isfinite, lcm, prod, sqrt
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, get_type_hints
 
 import numpy as np
 
@@ -278,7 +278,17 @@ register = naming(METHODS)
 def make_method(name: str, **options: Any) -> Method:
     """A method by name with its options; UsageError for an unknown name, or an option that it does not have."""
     check_options(METHODS, name, options)
+    option_types(METHODS.find(name))
     return METHODS.find(name)(**options)
+
+
+def option_types(method: type[Method]) -> dict[str, type]:
+    """The types of a method's options; UsageError for one that neither ops nor adapter_config.json can hold."""
+    hints = get_type_hints(method)
+    kinds = {each.name: hints[each.name] for each in fields(method)}
+    if odd := [key for key, kind in kinds.items() if kind not in (int, float, bool, str)]:
+        raise UsageError(f"{method.name}: the option {odd[0]} must be an int, float, bool or str")
+    return kinds
 
 
 _TRIED_ROWS = 64

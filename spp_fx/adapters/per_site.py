@@ -4,11 +4,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from math import inf, prod
-from typing import Any, get_type_hints
+from typing import Any
 
-from spp_fx.adapters.method import Method
+from spp_fx.adapters.method import Method, option_types
 from spp_fx.errors import FormatError, UsageError
-from spp_fx.options import parse_values, value_type
+from spp_fx.options import parse_values
 from spp_fx.sparsity.weights import is_target, module_name
 
 PATTERN = "_pattern"
@@ -17,8 +17,7 @@ PATTERN = "_pattern"
 
 def numeric_options(method: type[Method]) -> dict[str, type]:
     """The options that may differ between sites, int or float, by name."""
-    kinds = {name: value_type(hint) for name, hint in get_type_hints(method).items()}
-    return {name: kinds[name] for name in method.__dataclass_fields__ if kinds[name] in (int, float)}
+    return {name: kind for name, kind in option_types(method).items() if kind in (int, float)}
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,12 @@ def test_a_resumed_run_ends_with_the_bytes_of_an_undisturbed_one(whole, adapter,
     cut.write_bytes(cut.read_bytes()[:-1])
     assert train(killed, text_file, "--save-steps", 4, "--resume").code == 0
     assert factors(killed) == factors(whole / "adapter")
+    refused = train(killed, text_file, "--resume", "--lr", 0.5)
+    assert refused.code == 2
+    assert "which a resumed run keeps; 0.5 needs a new run" in refused.err
+    line = ("--data", text_file, "--seq-len", 32, "--batch-size", 4, "--steps", STEPS + 1)
+    changes = command("train", killed, *line, "--resume").err
+    assert "checkpoint-8: the run goes on with steps 9 instead of 8, and so ends elsewhere" in changes
 
 
 def test_a_run_killed_after_its_last_checkpoint_is_finished_without_a_further_step(
@@ -180,6 +186,7 @@ def test_short_trials_choose_the_rate_and_leave_no_trace(found, adapter, text_fi
     )  # (10 / 32)^0.45 is 2^-0.75
     given = train(adapter, text_file, "--steps", 32, "--lr", report["lr"], "--json").json
     assert given["lr_trials"] == []
+    assert report["lr_trial_seconds"] > 0 == given["lr_trial_seconds"]
     assert factors(adapter) == factors(found / "adapter")
 
 

@@ -1,6 +1,7 @@
 """What training learns from: the same gradients whatever a step is split into, and refusals."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import TrainerCallback
 
 from spp_fx.verbs.settings import TrainSettings
 from spp_fx.verbs.train import Trained, train
-from tests.command import command, one_line, randomize, save_tokenizer
+from tests.command import command, must, one_line, randomize, save_tokenizer
 from tests.effort import nightly
 from tests.families import make_model
 
@@ -107,6 +108,37 @@ def test_hidden_states_alone_reach_zero_where_the_student_is_the_teacher(here):
     _, done = learn(teacher="adapter", match_hidden=1.0)
     assert done.parts["hidden"] == pytest.approx(0, abs=1e-9)
     assert done.parts["teacher"] == pytest.approx(0, abs=1e-6)
+
+
+LINE = ("train", "adapter", "--data", "data.jsonl", "--steps", 1, "--seq-len", 64, "--teacher")
+
+
+def test_a_teacher_that_is_pruned_itself_is_said(here):
+    must("teach", "sparse", "--data", "data.jsonl", "--seq-len", 64, "-o", "taught", "-q")
+    shutil.copytree(here / "sparse", here / "copy")
+    for teacher, is_sparse in (("copy", True), ("adapter", True), ("taught", True), ("dense", False)):
+        assert ("is as sparse as the model that is trained" in must(*LINE, teacher).err) == is_sparse, teacher
+
+
+def test_a_teacher_of_another_tokenizer_is_refused(here):
+    path = here / "dense" / "tokenizer.json"
+    path.write_text(path.read_text().replace('"a": 0', '"b": 0').replace('"b": 1', '"a": 1'))
+    result = command(*LINE, "dense", "-q")
+    assert result.code == 2
+    assert "token 0 is 'b', the student's is 'a'; a teacher must share the tokenizer" in one_line(result.err)
+
+
+def test_a_start_that_nothing_betters_is_kept_by_default(here):
+    """`folded` predicts what the adapter does, and Adam moves a factor by the rate however small its gradient is."""
+    must("merge", "adapter", "-o", "folded", "-q")
+    settings = TrainSettings(steps=8, batch_size=4, seq_len=64)
+    ends = []
+    for trials in (False, True):
+        shutil.copytree("adapter", "trained", dirs_exist_ok=True)
+        ends.append(train("trained", "data.jsonl", replace(settings, lr_trials=trials), teacher="folded"))
+    suggested, default = ends
+    assert suggested.lr == max(default.lr_trials) > default.lr == min(default.lr_trials)
+    assert default.losses[-1] < 0.1 * suggested.losses[-1]
 
 
 @pytest.mark.parametrize("option", ["--teacher-weight", "--temperature", "--match-hidden"])
