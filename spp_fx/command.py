@@ -87,7 +87,8 @@ def _naming_origins(context: click.Context) -> Generator[None, None, None]:
         error.args = (f"{error}{_origins(context, str(error))}",)
         raise
     except click.UsageError as error:
-        error.message += _origins(context, error.format_message())
+        if note := _origins(context, error.format_message()):
+            raise click.UsageError(error.format_message() + note, error.ctx) from error
         raise
 
 

@@ -15,6 +15,7 @@ from spp_fx.graph.trace import trace
 from spp_fx.passes.canonicalize import Canonicalize
 from spp_fx.passes.match import Match
 from spp_fx.passes.pipeline import run_pipeline
+from tests.effort import nightly
 
 SMALL = {
     "vocab_size": 96,
@@ -87,6 +88,7 @@ ROUTERS = {
     "inkling": {"model.layers.1.mlp.gate.weight"},
     "gpt2": set(),
 }
+families = pytest.mark.parametrize("family", [nightly(f) if f == "phimoe" else f for f in CONFIGS])
 ONE_ROW = {"qwen2_moe": {"model.layers.0.mlp.shared_expert_gate.weight"}}
 
 
@@ -103,14 +105,14 @@ def with_role(program: Program, role: str) -> set[str]:
     return {name for name, site in program.sites.items() if site.role == role}
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@families
 def test_routers_and_gates_are_known_by_what_the_graph_does(family):
     _, program = canonical(family)
     assert with_role(program, ROUTES) == ROUTERS[family]
     assert with_role(program, GATES) == ONE_ROW.get(family, set())
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@families
 def test_every_matrix_of_the_model_is_a_site_or_left_out_with_a_reason(family):
     model, program = canonical(family)
     matrices = {name for name, p in model.named_parameters(remove_duplicate=False) if p.ndim >= 2}
