@@ -131,16 +131,9 @@ verb = partial(command, cli)
 
 
 @verb(
-    "prune",
-    MODEL,
-    out_option("Folder to write. Default: MODEL-PATTERN."),
-    force_option(),
-    FRESH,
-    RECIPE,
-    CONFIG,
-    REMOTE_CODE,
-    registry=criteria,
-)
+    "prune", MODEL, out_option("Folder to write. Default: MODEL-PATTERN."), force_option(), FRESH,
+    RECIPE, CONFIG, REMOTE_CODE, registry=criteria,
+)  # fmt: skip
 def prune_command(
     output: Output,
     model: str,
@@ -220,10 +213,7 @@ def inject_command(
     output.result(done)
 
 
-@verb(
-    "train", ADAPTER,
-    RECIPE, CONFIG, REMOTE_CODE,
-)  # fmt: skip
+@verb("train", ADAPTER, RECIPE, CONFIG, REMOTE_CODE)
 def train_command(
     output: Output, adapter: Path, texts: TrainData, settings: TrainSettings, **options: Any
 ) -> None:

@@ -87,7 +87,8 @@ def _naming_origins(context: click.Context) -> Generator[None, None, None]:
         error.args = (f"{error}{_origins(context, str(error))}",)
         raise
     except click.UsageError as error:
-        error.message += _origins(context, error.format_message())
+        if note := _origins(context, error.format_message()):
+            raise click.UsageError(error.format_message() + note, error.ctx) from error
         raise
 
 
@@ -139,8 +140,10 @@ def command(
         def callback(as_json: bool, quiet: bool, debug: bool, allow_links: bool, **values: Any) -> Any:
             from spp_fx.storage.links import links_allowed
 
-            context = click.get_current_context()
+            context, output = click.get_current_context(), Output(as_json=as_json, quiet=quiet)
             _drop_replaced(context, values)
+            if line := _keep_rows(context, values):
+                output.say(line)
             if registry is not None:
                 options = {key: values.pop(key) for key in context.meta["chosen options"]}
                 source = context.get_parameter_source
@@ -168,7 +171,7 @@ def command(
             values |= made
             _silence_libraries(debug)
             with links_allowed(allow_links):
-                return function(Output(as_json=as_json, quiet=quiet), **values)
+                return function(output, **values)
 
         arguments = [each for each in params if isinstance(each, click.Argument)]
         options = [each for each in params if isinstance(each, click.Option)]
@@ -202,6 +205,34 @@ def _drop_replaced(context: click.Context, values: dict[str, Any]) -> None:
     for name in replaced:
         values[name] = next(each.default for each in context.command.params if each.name == name)
     context.meta["replaced"] = replaced
+
+
+def _keep_rows(context: click.Context, values: dict[str, Any]) -> str | None:
+    """Let --accumulate follow another --batch-size, so that an optimizer step keeps the rows of a file or recipe.
+
+    Returns:
+        What to say about it; None where nothing is changed.
+
+    Raises:
+        UsageError: the batch size does not divide the rows.
+    """
+    where, batch, forwards = context.meta.get(STEP, (None, 0, 0))
+    if where is None or (values["batch_size"], values["accumulate"]) == (batch, forwards):
+        return None
+    rows, own = batch * forwards, values["batch_size"]
+    typed = context.get_parameter_source("accumulate") is ParameterSource.COMMANDLINE
+    if typed or context.meta["origins"]["accumulate"] != where:
+        now = own * values["accumulate"]
+        return f"a step has {now} rows on each device, that of {where} {rows}" if now != rows else None
+    if own < 1:
+        return None  # refused with the other settings
+    values["accumulate"], left = divmod(rows, own)
+    if left:
+        raise UsageError(
+            f"--batch-size {own} does not divide the {rows} rows that a step of {where} has on each device; "
+            "give --accumulate, too"
+        )
+    return f"--accumulate {values['accumulate']}: with --batch-size {own} a step keeps the {rows} rows of {where}"
 
 
 def _refuse_unread(context: click.Context, own: Sequence[str], others: Collection[str]) -> None:
@@ -466,6 +497,9 @@ def _set_defaults(context: click.Context, content: dict[Any, Any], where: str, *
         # One value of an option that may be repeated: click would take a text letter by letter.
         single = isinstance(each, click.Option) and each.multiple and not isinstance(value, list | tuple)
         given[str(each.name)] = [value] if single else value
+    step = [given.get(name) for name in ("batch_size", "accumulate")]
+    if all(isinstance(value, int) for value in step) and (not first or STEP not in context.meta):
+        context.meta[STEP] = (where, *step)
     set_before: dict[str, Any] = dict(context.default_map or {})
     over, under = (given, set_before) if first else (set_before, given)
     context.default_map = {name: value for name, value in under.items() if not _replaced(name, over)} | over
@@ -475,6 +509,9 @@ def _set_defaults(context: click.Context, content: dict[Any, Any], where: str, *
             origins[name] = where
 
 
+STEP = "step"
+"""What the context remembers of a file or recipe with the rows of an optimizer step: its name, rows of a forward,
+forwards."""
 ALTERNATIVES = (("steps", "epochs"), ("rank", "budget"))
 """Options of which one is given instead of the other."""
 

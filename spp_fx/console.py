@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
 import click
@@ -18,6 +19,9 @@ from spp_fx.parallel import no_tick
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
+
+
+SECONDS_BETWEEN_LINES = 60
 
 
 class Result(Protocol):
@@ -78,9 +82,9 @@ class Output:
 
     @contextmanager
     def steps_bar(self, title: str, total: int | None = None) -> Generator["StepsBar", None, None]:
-        """A bar that counts steps and shows the time left."""
+        """A bar that counts steps and shows the time left; a line now and then where no bar can be shown."""
         if not self._shows_bars:
-            yield StepsBar()
+            yield StepsBar() if self.quiet else StepsBar(_now_and_then(title, total, self.say))
             return
         from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
 
@@ -104,6 +108,22 @@ class StepsBar:
     def update(self, done: int, total: int | None = None, item: str = "") -> None:
         if self._show is not None:
             self._show(done, total, item)
+
+
+def _now_and_then(
+    title: str, total: int | None, say: Callable[[str], None]
+) -> Callable[[int, int | None, str], None]:
+    """Steps as lines, for logs: none in the first minute, then one a minute at most."""
+    last = monotonic()
+
+    def show(done: int, known: int | None, item: str) -> None:
+        nonlocal last
+        if monotonic() - last >= SECONDS_BETWEEN_LINES:
+            of = known or total
+            say(f"{title}: {done:,}{f' of {of:,}' if of else ''}{f', {item}' if item else ''}")
+            last = monotonic()
+
+    return show
 
 
 @contextmanager

@@ -103,12 +103,32 @@ def _go_on(stop: threading.Event | None) -> None:
         raise _StoppedError
 
 
-@cache
-def openmp() -> Any:
-    """OpenMP's call that runs a function on the threads that torch uses; None if torch has another OpenMP, or none.
+def on_torch_threads(function: Any, argument: int | None, threads: int) -> None:
+    """Call a C function, (void *) -> void, on so many threads at once, of which the caller's is one.
 
-    It takes the function's address, its argument, how many threads, and 0.
+    The threads are OpenMP's, as torch's own: between products these wait busily, and would take turns with others.
+    Where torch has another OpenMP, they are Python's.
+
+    Args:
+        function: a `ctypes.CFUNCTYPE(None, ctypes.c_void_p)`, which shares out its work by itself.
+        argument: an address.
     """
+    parallel = _openmp() if threads > 1 else None
+    if parallel is not None:
+        parallel(function, argument, threads, 0)
+    elif threads > 1:
+        with ThreadPoolExecutor(threads - 1) as pool:
+            others = [pool.submit(function, argument) for _ in range(threads - 1)]
+            function(argument)
+            for other in others:
+                other.result()
+    else:
+        function(argument)
+
+
+@cache
+def _openmp() -> Any:
+    """OpenMP's call that runs a function with an argument on its threads; None if torch has another, or none."""
     try:
         parallel = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOW | os.RTLD_NOLOAD).GOMP_parallel
     except (OSError, AttributeError):  # not loaded; or no such flag on this system

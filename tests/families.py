@@ -18,6 +18,8 @@ from transformers import (
     Qwen2Config,
 )
 
+from tests.effort import nightly
+
 VOCABULARY = 96
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -39,6 +41,8 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     ),
 }
 REQUIRED = ("llama", "gpt2", "falcon", "mixtral")
+SPREAD = [family if family in REQUIRED else nightly(family) for family in FAMILIES]
+"""Parameters of a test whose code the other families do not take another way through."""
 
 
 _TEXT = SMALL | {

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spp_fx.errors import SppFxError
+from spp_fx.graph.model import load_model
 from spp_fx.graph.program import Program
 
 _traced: dict[str, Program] = {}
@@ -42,8 +43,10 @@ def once(trace: Callable[..., Program]) -> Callable[..., Program]:
 
     @wraps(trace)
     def traced(model: PreTrainedModel | str | Path) -> Program:
-        if not enabled or not isinstance(model, nn.Module):
+        if not enabled:
             return trace(model)
+        if isinstance(model, str | Path):
+            model = load_model(model)
         try:
             key = _digest([_model(model), _call(model.forward, model)])
         except _Unknown:

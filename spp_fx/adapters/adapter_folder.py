@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -15,6 +16,7 @@ from spp_fx.adapters.method import Method, make_method
 from spp_fx.adapters.per_site import from_patterns, to_patterns
 from spp_fx.errors import FormatError, UsageError
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry, load_lock
+from spp_fx.sparsity.scan import scan_file
 from spp_fx.storage.folder import ModelFolder, PeftAdapter, is_adapter, peft_adapter
 from spp_fx.storage.safetensors import Shard, dtype_name
 from spp_fx.storage.strict_json import read_object
@@ -150,6 +152,19 @@ class AdapterFolder:
             key: self.shard.read_float64(f"{site}.{key}", expert)
             for key in self.methods[site].factors(self.shape(site))
         }
+
+    def check_finite(self) -> None:
+        """FormatError if a factor, norm or bias holds NaN or infinity; names it and the place of the first."""
+        for name, info in self.shard.header.tensors.items():
+            vector = len(info.shape) == 1
+            shape = (1, prod(info.shape)) if vector else info.shape
+            scan = scan_file(self.shard.path, info.start, shape, info.dtype)
+            if scan.first_non_finite is not None:
+                place = f"entry {scan.first_non_finite[-1]}" if vector else scan.position
+                raise FormatError(
+                    f"{self.shard.path}: {name} holds {scan.non_finite} NaN or infinite values, first at {place}; "
+                    "training stores only finite ones, so restore the file, or inject and train anew"
+                )
 
     def find_base(self, base: Path | None = None) -> Path:
         """The base model's folder: as given, as recorded, or under the recorded name beside the adapter."""

@@ -1,4 +1,4 @@
-"""Compiled loops of SPP for the CPU: tile and pullback over a bfloat16 W, and the fold.
+"""Compiled loops for the CPU: tile and pullback of SPP over a bfloat16 W, and the fold of every product.
 
 Elements are integers of their width, since numba has no bfloat16. Loops run along slices of rows: LLVM then
 knows that an index is not negative, and uses vectors.
@@ -215,16 +215,6 @@ _U16, _U32, _U64 = np.uint16, np.uint32, np.uint64
 _MAGNITUDE = _U64(0x7FFFFFFFFFFFFFFF)
 
 
-@compiled
-def fold_bfloat16(words: Any, alpha: Any, scaled: Any, height: int, start: int, out: Any) -> Any:
-    return _fold_half(words, alpha, scaled, height, start, out, 7, 127)
-
-
-@compiled
-def fold_float16(words: Any, alpha: Any, scaled: Any, height: int, start: int, out: Any) -> Any:
-    return _fold_half(words, alpha, scaled, height, start, out, 10, 15)
-
-
 @njit(inline="always")
 def half_value(word, mantissa, bias):
     """The value of a word of 16 bits in float64, given how many of them its mantissa takes, and its exponent's bias."""
@@ -256,14 +246,14 @@ def round_half(exact, word, mantissa, bias):
 
 
 @njit(inline="always")
-def _fold_half(words, alpha, scaled, height, start, out, mantissa, bias):
+def _fold_half(words, lines, scaled, height, start, offset, by_weight, out, mantissa, bias):
     changed = zero = broken = np.int64(0)
     for row in range(words.shape[0]):
-        factor, line, source, target = scaled[row], alpha[(start + row) // height], words[row], out[row]
+        factor, line, source, target = scaled[row], lines[(start + row) // height], words[row], out[row]
         for column in range(source.shape[0]):
             word = source[column]
             weight = half_value(word, mantissa, bias)
-            exact = weight + weight * (factor * line[column])
+            exact = weight + (weight if by_weight else 1.0) * (factor * line[column] + offset)
             target[column], moved, vanished, invalid = round_half(exact, word, mantissa, bias)
             changed += moved
             zero += vanished
@@ -272,15 +262,29 @@ def _fold_half(words, alpha, scaled, height, start, out, mantissa, bias):
 
 
 @compiled
-def fold_wide(words: Any, alpha: Any, scaled: Any, height: int, start: int, out: Any) -> Any:
+def fold_bfloat16(words, lines, scaled, height, start, offset, by_weight, out):
+    """W + M * (f line + offset) with M = W or 1, a line for each `height` rows and a factor f for each; zeros stay.
+
+    SPP's lines are alpha and its factors s beta; those of a low-rank update are B A, a line for each row, and s.
+    """
+    return _fold_half(words, lines, scaled, height, start, offset, by_weight, out, 7, 127)
+
+
+@compiled
+def fold_float16(words, lines, scaled, height, start, offset, by_weight, out):
+    return _fold_half(words, lines, scaled, height, start, offset, by_weight, out, 10, 15)
+
+
+@compiled
+def fold_wide(words, lines, scaled, height, start, offset, by_weight, out):
     """float32 and float64 arrays: the processor's own rounding."""
     changed = zero = broken = np.int64(0)
     for row in range(words.shape[0]):
-        factor, line, source, target = scaled[row], alpha[(start + row) // height], words[row], out[row]
+        factor, line, source, target = scaled[row], lines[(start + row) // height], words[row], out[row]
         for column in range(source.shape[0]):
             word = source[column]
             weight = np.float64(word)
-            target[column] = weight + weight * (factor * line[column])
+            target[column] = weight + (weight if by_weight else 1.0) * (factor * line[column] + offset)
             value = target[column]
             kept = word != 0.0
             target[column] = value if kept else word
@@ -288,3 +292,7 @@ def fold_wide(words: Any, alpha: Any, scaled: Any, height: int, start: int, out:
             zero += np.int64(kept & (value == 0.0))
             broken += np.int64(not np.isfinite(value))
     return changed, zero, broken
+
+
+FOLDS = {"BF16": fold_bfloat16, "F16": fold_float16, "F32": fold_wide, "F64": fold_wide}
+"""By the dtype of the stored numbers, as safetensors spells it."""

@@ -187,9 +187,17 @@ def _fold_block(
 ) -> Tensor:
     import torch
 
-    exact = method.effective_weight(weight.double(), **factors)
-    folded = round_once(exact, weight.dtype)
+    wide = weight.double()
+    update = method.update(wide, **factors)
     nonzero = weight != 0
+    if not method.masked:
+        removed = update[~nonzero]
+        counts.removed += int(removed.count_nonzero())
+        counts.removed_square += float(removed.square().sum())
+        counts.update_square += float(update.square().sum())
+    exact = wide + update
+    del wide, update  # in float64 they are most of a block's memory
+    folded = round_once(exact, weight.dtype)
     if not folded.isfinite().all():
         row, column = _first(~folded.isfinite())
         raise MaskError(
@@ -211,12 +219,6 @@ def _fold_block(
             folded = torch.where(to_zero, torch.copysign(smallest, sign), folded)
     folded = torch.where(nonzero, folded, weight)
     counts.changed += int((folded != weight).sum())
-    if not method.masked:
-        update = method.update(weight.double(), **factors)
-        removed = update[~nonzero]
-        counts.removed += int(removed.count_nonzero())
-        counts.removed_square += float(removed.square().sum())
-        counts.update_square += float(update.square().sum())
     return folded
 
 

@@ -25,7 +25,6 @@ ROWS, COLUMNS = 16, 256
 LOW_RANK_ROWS, LOW_RANK_COLUMNS = 64, 128
 """A tile whose sums a program writes for every entry of both factors."""
 DENSE, TWO_OF_FOUR, BITMASK = 0, 1, 2
-MULTIPLIERS = {"one": 0, "mask": 1, "weight": 2}
 
 
 @triton.jit
@@ -49,15 +48,25 @@ def load_weight(storage: tl.constexpr, values, index, offsets, row, column, vali
 
 
 @triton.jit
+def take_rows(storage: tl.constexpr, offsets, first, start, stop, block_rows: tl.constexpr):
+    """Rows from `first`, which of them lie before `stop`, and where the values of each begin in a bit mask.
+
+    Row `start` stands in for those that do not.
+    """
+    row = first + tl.arange(0, block_rows)
+    held = row < stop
+    row = tl.where(held, row, start)
+    return row, held, tl.load(offsets + row) if storage == 2 else row
+
+
+@triton.jit
 def build_kernel(
     values, index, offsets, alpha, beta, out, start, stop, height, scale, base,
     n: tl.constexpr, storage: tl.constexpr, work: tl.constexpr, block_rows: tl.constexpr, block_columns: tl.constexpr,
 ):  # fmt: skip
     """out = base * W + s * W * beta * repeat(alpha) for block_rows rows."""
-    row = start + tl.program_id(0).to(tl.int64) * block_rows + tl.arange(0, block_rows)
-    held = row < stop
-    row = tl.where(held, row, start)
-    seen = tl.load(offsets + row) if storage == 2 else row
+    first_row = start + tl.program_id(0).to(tl.int64) * block_rows
+    row, held, seen = take_rows(storage, offsets, first_row, start, stop, block_rows)
     factor = tl.load(beta + row).to(work) * scale
     for first in range(0, n, block_columns):
         column = first + tl.arange(0, block_columns)
@@ -79,10 +88,8 @@ def reduce_kernel(
     program = tl.program_id(0).to(tl.int64)
     block, tile = program // tiles, program % tiles
     first_row = start + block * span
-    row = first_row + tile * block_rows + tl.arange(0, block_rows)
-    held = row < tl.minimum(first_row + span, stop)
-    row = tl.where(held, row, start)
-    seen = tl.load(offsets + row) if storage == 2 else row
+    end = tl.minimum(first_row + span, stop)
+    row, held, seen = take_rows(storage, offsets, first_row + tile * block_rows, start, end, block_rows)
     b = tl.load(beta + row, mask=held, other=0.0).to(work)
     along = tl.zeros([block_rows], dtype=work)
     for first in range(0, n, block_columns):
@@ -105,10 +112,8 @@ def low_rank_build_kernel(
     n: tl.constexpr, storage: tl.constexpr, work: tl.constexpr, block_rows: tl.constexpr, block_columns: tl.constexpr,
 ):  # fmt: skip
     """out = base * W + M * (left right) for block_rows rows; left (stop - start, rank), right (rank, n)."""
-    row = start + tl.program_id(0).to(tl.int64) * block_rows + tl.arange(0, block_rows)
-    held = row < stop
-    row = tl.where(held, row, start)
-    seen = tl.load(offsets + row) if storage == 2 else row
+    first_row = start + tl.program_id(0).to(tl.int64) * block_rows
+    row, held, seen = take_rows(storage, offsets, first_row, start, stop, block_rows)
     for first in range(0, n, block_columns):
         column = first + tl.arange(0, block_columns)
         inside = column < n
@@ -138,16 +143,13 @@ def low_rank_reduce_kernel(
 ):  # fmt: skip
     """Of a tile of H = G * M: left_sums = H right^T by tile of columns, right_sums = left^T H by tile of rows."""
     tile, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    row = start + tile * block_rows + tl.arange(0, block_rows)
-    held = row < stop
-    row = tl.where(held, row, start)
+    row, held, seen = take_rows(storage, offsets, start + tile * block_rows, start, stop, block_rows)
     column = chunk * block_columns + tl.arange(0, block_columns)
     inside = column < n
     valid = held[:, None] & inside[None, :]
     place = g + (row - start)[:, None] * n + column[None, :]
     h = tl.load(place, mask=valid, other=0.0).to(work)
     if multiplier != 0:
-        seen = tl.load(offsets + row) if storage == 2 else row
         if storage == 2:
             for passed in range(0, n, block_columns):
                 before = passed + tl.arange(0, block_columns)
@@ -170,8 +172,7 @@ def takes(adapted: AdaptedWeight, other: torch.dtype) -> bool:
     return True
 
 
-def low_rank_takes(adapted: AdaptedWeight, other: torch.dtype) -> bool:
-    return True
+low_rank_takes = takes
 
 
 def tile(adapted: AdaptedWeight, start: int, stop: int, base: float, out: Tensor) -> None:
@@ -216,7 +217,7 @@ def low_rank_tile(
     adapted: AdaptedWeight,
     start: int,
     stop: int,
-    multiplier: str,
+    multiplier: int,
     base: float,
     b: Tensor,
     a: Tensor,
@@ -228,12 +229,12 @@ def low_rank_tile(
         grid = (triton.cdiv(stop - start, ROWS),)
         low_rank_build_kernel[grid](
             *storage, b.contiguous(), a.contiguous(), out, start, stop, base,
-            rank=len(a), multiplier=MULTIPLIERS[multiplier], storage=kind, **_constants(adapted, a.dtype),
+            rank=len(a), multiplier=multiplier, storage=kind, **_constants(adapted, a.dtype),
         )  # fmt: skip
 
 
 def low_rank_pullback(
-    adapted: AdaptedWeight, grad: Tensor, start: int, stop: int, multiplier: str, b: Tensor, a: Tensor
+    adapted: AdaptedWeight, grad: Tensor, start: int, stop: int, multiplier: int, b: Tensor, a: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(G * M) A^T (stop - start, r) and B^T (G * M) (r, n) of rows start..stop, as one kernel and two sums."""
     (rank, n), rows = a.shape, stop - start
@@ -245,7 +246,7 @@ def low_rank_pullback(
         constants |= {"block_rows": LOW_RANK_ROWS, "block_columns": LOW_RANK_COLUMNS}
         low_rank_reduce_kernel[(tiles, chunks)](
             grad.contiguous(), *storage, b.contiguous(), a.contiguous(), left, right, start, stop,
-            rank=rank, multiplier=MULTIPLIERS[multiplier], storage=kind, **constants,
+            rank=rank, multiplier=multiplier, storage=kind, **constants,
         )  # fmt: skip
     return left.sum(0), right.sum(0)
 

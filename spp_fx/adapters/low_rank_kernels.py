@@ -18,23 +18,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from llvmlite import binding, ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from spp_fx.adapters.cpu import (
     FEW_THREADS,
     check_range,
-    half_value,
     narrow,
-    round_half,
     row_buffer,
     row_of,
     storage_of,
     widen,
 )
+from spp_fx.adapters.low_rank import MASK, ONE, WEIGHT
 from spp_fx.compiled import compiled
-from spp_fx.parallel import openmp
+from spp_fx.parallel import on_torch_threads
 
 if TYPE_CHECKING:
     import torch
@@ -42,8 +41,6 @@ if TYPE_CHECKING:
 
     from spp_fx.adapters.op import AdaptedWeight
 
-ONE, MASK, WEIGHT = 0, 1, 2
-MULTIPLIERS = {"one": ONE, "mask": MASK, "weight": WEIGHT}
 ZERO = np.float32(0)
 ROWS = 4
 STRIP = 8
@@ -269,7 +266,7 @@ def low_rank_tile(
     adapted: AdaptedWeight,
     start: int,
     stop: int,
-    multiplier: str,
+    multiplier: int,
     base: float,
     b: Tensor,
     a: Tensor,
@@ -278,7 +275,7 @@ def low_rank_tile(
     """Write rows start..stop of base * W + M * (B A) into `out`.
 
     Args:
-        multiplier: M, as `low_rank.Multiplier` names it.
+        multiplier: M, one of `low_rank.MULTIPLIERS`.
         b: (stop - start, r), float32.
         a: (r, n), float32.
     """
@@ -291,13 +288,13 @@ def low_rank_tile(
 
     def run(part: int, first: int, last: int) -> None:
         buffer = row_buffer(adapted)
-        tile(*weight, MULTIPLIERS[multiplier], np.float32(base), left, right, buffer, first, last, target)
+        tile(*weight, multiplier, np.float32(base), left, right, buffer, first, last, target)
 
     _on_threads(run, rows)
 
 
 def low_rank_pullback(
-    adapted: AdaptedWeight, grad: Tensor, start: int, stop: int, multiplier: str, b: Tensor, a: Tensor
+    adapted: AdaptedWeight, grad: Tensor, start: int, stop: int, multiplier: int, b: Tensor, a: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(G * M) A^T (stop - start, r) and B^T (G * M) (r, n) of rows start..stop, float32; arguments as above."""
     import torch
@@ -316,8 +313,8 @@ def low_rank_pullback(
     dright = np.zeros((PARTS, height, width), np.float32)
 
     def run(part: int, first: int, last: int) -> None:
-        buffer, kind = row_buffer(adapted), MULTIPLIERS[multiplier]
-        pullback(*weight, kind, left, right, buffer, first, last, g, dleft, dright[part])
+        buffer = row_buffer(adapted)
+        pullback(*weight, multiplier, left, right, buffer, first, last, g, dleft, dright[part])
 
     _on_threads(run, rows)
     return torch.from_numpy(dleft)[:rows, : len(a)], torch.from_numpy(dright.sum(0))[: len(a), :n]
@@ -326,8 +323,7 @@ def low_rank_pullback(
 def _on_threads(run: Callable[[int, int, int], None], rows: int) -> None:
     """Call `run` with each of PARTS parts of the rows and its range, on as many of torch's threads as there are.
 
-    Parts do not depend on the number of threads, and so neither do sums. The threads are OpenMP's, as torch's own:
-    between products these wait busily, and would take turns with others.
+    Parts do not depend on the number of threads, and so neither do sums.
     """
     import torch
 
@@ -336,19 +332,15 @@ def _on_threads(run: Callable[[int, int, int], None], rows: int) -> None:
     parts = iter([(part, first, min(first + step, rows)) for part, first in enumerate(range(0, rows, step))])
     failures: list[BaseException] = []
 
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
     def work(_: object) -> None:
         try:
             while (part := next(parts, None)) is not None:
                 run(*part)
-        except BaseException as error:  # noqa: BLE001 - raised below: a callback cannot
+        except BaseException as error:  # noqa: BLE001 - ctypes would drop it, Ctrl-C too, and leave rows unwritten
             failures.append(error)
 
-    parallel = openmp() if torch.get_num_threads() > 1 else None
-    if parallel is None:
-        work(None)
-    else:
-        callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(work)
-        parallel(ctypes.cast(callback, ctypes.c_void_p), None, min(torch.get_num_threads(), PARTS), 0)
+    on_torch_threads(work, None, min(torch.get_num_threads(), PARTS))
     if failures:
         raise failures[0]
 
@@ -364,49 +356,3 @@ def _padded(array: Any, rows: int, columns: int) -> Any:
     padded = np.zeros((rows, columns), np.float32)
     padded[: array.shape[0], : array.shape[1]] = array
     return padded
-
-
-@compiled
-def fold_bfloat16(words: Any, product: Any, scale: Any, offset: Any, by_weight: Any, out: Any) -> Any:
-    return _fold_half(words, product, scale, offset, by_weight, out, 7, 127)
-
-
-@compiled
-def fold_float16(words: Any, product: Any, scale: Any, offset: Any, by_weight: Any, out: Any) -> Any:
-    return _fold_half(words, product, scale, offset, by_weight, out, 10, 15)
-
-
-@njit(inline="always")
-def _fold_half(words, product, scale, offset, by_weight, out, mantissa, bias):
-    """W + M * (s product + offset) in float64, rounded once; zeros stay. See the folds of SPP in `cpu`."""
-    changed = zero = broken = np.int64(0)
-    for row in range(words.shape[0]):
-        line, source, target = product[row], words[row], out[row]
-        for column in range(source.shape[0]):
-            word = source[column]
-            weight = half_value(word, mantissa, bias)
-            exact = weight + (weight if by_weight else 1.0) * (scale * line[column] + offset)
-            target[column], moved, vanished, invalid = round_half(exact, word, mantissa, bias)
-            changed += moved
-            zero += vanished
-            broken += invalid
-    return changed, zero, broken
-
-
-@compiled
-def fold_wide(words: Any, product: Any, scale: Any, offset: Any, by_weight: Any, out: Any) -> Any:
-    """float32 and float64 arrays: the processor's own rounding."""
-    changed = zero = broken = np.int64(0)
-    for row in range(words.shape[0]):
-        line, source, target = product[row], words[row], out[row]
-        for column in range(source.shape[0]):
-            word = source[column]
-            weight = np.float64(word)
-            target[column] = weight + (weight if by_weight else 1.0) * (scale * line[column] + offset)
-            value = target[column]
-            kept = word != 0.0
-            target[column] = value if kept else word
-            changed += np.int64(kept & (value != word))
-            zero += np.int64(kept & (value == 0.0))
-            broken += np.int64(not np.isfinite(value))
-    return changed, zero, broken

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from math import isfinite, lcm, prod, sqrt
 from types import EllipsisType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, get_type_hints
 
 import numpy as np
 
@@ -144,8 +144,8 @@ class Method(ABC):
     """Whether `update` is zero where the weight is zero. If False, the update is dense while training; the mask is
     applied to it in evaluation and by the fold, which counts what that removes."""
     factor_grads: ClassVar[Callable[..., None] | None] = None
-    """(self, x, grad_y, weight, factors, grads): adds the factors' gradients to `grads` from the input (b, in) and
-    rows of the output's gradient (b, rows), for methods that never form G = grad_yᵀ x."""
+    """(self, x, grad_y, factors, grads): adds the factors' gradients to `grads` from the input (b, in) and
+    rows of the output's gradient (b, rows), for methods that need neither W nor G = grad_yᵀ x."""
 
     masked_gradient: ClassVar[bool] = False
     """Whether the factors' gradients depend on the effective weight's only where the weight is non-zero, as they do
@@ -278,7 +278,17 @@ register = naming(METHODS)
 def make_method(name: str, **options: Any) -> Method:
     """A method by name with its options; UsageError for an unknown name, or an option that it does not have."""
     check_options(METHODS, name, options)
+    option_types(METHODS.find(name))
     return METHODS.find(name)(**options)
+
+
+def option_types(method: type[Method]) -> dict[str, type]:
+    """The types of a method's options; UsageError for one that neither ops nor adapter_config.json can hold."""
+    hints = get_type_hints(method)
+    kinds = {each.name: hints[each.name] for each in fields(method)}
+    if odd := [key for key, kind in kinds.items() if kind not in (int, float, bool, str)]:
+        raise UsageError(f"{method.name}: the option {odd[0]} must be an int, float, bool or str")
+    return kinds
 
 
 _TRIED_ROWS = 64

@@ -7,16 +7,16 @@ branches see different inputs, and it costs five. The ops of packed weights run 
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache, cached_property, partial
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.nn.functional import linear
 
-from spp_fx.adapters.method import FactorSpec, Kernels, MaskedUpdate, Method
+from spp_fx.adapters.method import FactorSpec, Kernels, MaskedUpdate, Method, option_types
 from spp_fx.adapters.rows import DENSE, PACKINGS, DenseRows, Rows, Storage, row_ranges, workspace
 from spp_fx.compiled import optional_module
 from spp_fx.errors import UsageError
@@ -31,7 +31,6 @@ TILE_ELEMENTS = 1 << 18
 AUTOCAST_KEYS = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
 DENSE_UPDATE = "dense_update"
 """The last option of the ops of a method that is not `masked`: whether the update is dense, as in training."""
-SCHEMA_TYPES = {int: "int", float: "float", bool: "bool", str: "str"}
 
 
 @torch.library.custom_op("spp_fx::dropout_seed", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
@@ -212,8 +211,7 @@ def fused_backward(
             if branches.masked:
                 dbranch.add_product(dy_block, adapted.build(start, stop, 0.0, scratch))
         if adapted.method.factor_grads is not None:
-            weight = adapted.rows.take(start, stop)
-            add = partial(adapted.method.factor_grads, branches.dropped, dy_block, weight)
+            add = partial(adapted.method.factor_grads, branches.dropped, dy_block)
             adapted.add_grads(start, stop, grads, add)
             continue
         _pull_back_products(adapted, branches.dropped, dy_block, start, stop, scratch, grads)
@@ -370,13 +368,8 @@ def op_options(method: Method, training: Any = True) -> tuple[Any, ...]:
 @cache
 def _option_types(method: type[Method]) -> dict[str, str]:
     """The options that ops take, in order, with their types as a schema spells them."""
-    hints = get_type_hints(method)
-    names = [each.name for each in fields(method) if each.name != "dropout"]
-    if unknown := [name for name in names if hints[name] not in SCHEMA_TYPES]:
-        raise UsageError(f"{method.name}: the option {unknown[0]} must be an int, float, bool or str")
-    return {name: SCHEMA_TYPES[hints[name]] for name in names} | (
-        {} if method.masked else {DENSE_UPDATE: "bool"}
-    )
+    own = {name: kind.__name__ for name, kind in option_types(method).items() if name != "dropout"}
+    return own | ({} if method.masked else {DENSE_UPDATE: "bool"})
 
 
 @cache

@@ -2,12 +2,13 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from math import inf, prod
-from typing import Any, get_type_hints
+from typing import Any
 
-from spp_fx.adapters.method import Method
+from spp_fx.adapters.method import Method, option_types
 from spp_fx.errors import FormatError, UsageError
-from spp_fx.options import parse_values, value_type
+from spp_fx.options import parse_values
 from spp_fx.sparsity.weights import is_target, module_name
 
 PATTERN = "_pattern"
@@ -16,8 +17,7 @@ PATTERN = "_pattern"
 
 def numeric_options(method: type[Method]) -> dict[str, type]:
     """The options that may differ between sites, int or float, by name."""
-    kinds = {name: value_type(hint) for name, hint in get_type_hints(method).items()}
-    return {name: kinds[name] for name in method.__dataclass_fields__ if kinds[name] in (int, float)}
+    return {name: kind for name, kind in option_types(method).items() if kind in (int, float)}
 
 
 @dataclass(frozen=True)
@@ -194,14 +194,10 @@ def spread(
     Raises:
         UsageError: no site gets a rank.
     """
-    ladders: dict[tuple[Method, tuple[int, ...]], list[tuple[Method, int]]] = {}
     steps: list[tuple[float, int, str, Method, int]] = []
     for index, (name, method) in enumerate(methods.items()):
-        key = with_rank(method, 1), shapes[name]
-        if key not in ladders:
-            ladders[key] = _ladder(*key, budget)
         before = 0
-        for own, size in ladders[key] if weights[name] > 0 else ():
+        for own, size in _ladder(with_rank(method, 1), shapes[name], budget) if weights[name] > 0 else ():
             steps.append((rank_of(own) / weights[name], index, name, own, size - before))
             before = size
     found: dict[str, Method] = {}
@@ -229,12 +225,39 @@ def spread(
     return {name: found[name] for name in methods if name in found}, refused
 
 
+def unspent(
+    methods: Mapping[str, Method],
+    shapes: Mapping[str, tuple[int, ...]],
+    weights: Mapping[str, float],
+    chosen: Mapping[str, Method],
+) -> str:
+    """Why `spread` left the rest of a budget: the smallest step to a further rank, which is more, or that none is left.
+
+    Args:
+        methods, shapes, weights: as `spread` got them.
+        chosen: as it gave them.
+    """
+    steps: list[int] = []
+    for name, method in methods.items():
+        own = chosen.get(name)
+        used = size_of(own, shapes[name]) if own else 0
+        if own or weights[name] > 0:
+            ladder = _ladder(with_rank(method, 1), shapes[name], 1 << 62)
+            steps += [size - used for _, size in ladder if size > used][:1]
+    return (
+        f"the next rank of a weight takes {min(steps):,} more"
+        if steps
+        else "every weight has its highest rank"
+    )
+
+
 def size_of(method: Method, shape: tuple[int, ...]) -> int:
     """How many parameters the factors of a site have."""
     return sum(spec.numel for spec in method.factors(shape).values())
 
 
-def _ladder(method: Method, shape: tuple[int, ...], budget: int) -> list[tuple[Method, int]]:
+@cache
+def _ladder(method: Method, shape: tuple[int, ...], budget: int) -> Sequence[tuple[Method, int]]:
     """The ranks that a site takes, with their sizes.
 
     After the first one, only those within the budget, and not of more numbers than the weight itself has.

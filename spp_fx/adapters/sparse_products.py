@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
@@ -23,7 +22,7 @@ from llvmlite import binding
 from torch import Tensor
 
 from spp_fx.adapters.rows import workspace
-from spp_fx.parallel import openmp
+from spp_fx.parallel import on_torch_threads
 from spp_fx.sparsity.compiled_scan import compile_assembly
 
 BLOCK = 1024
@@ -127,24 +126,9 @@ def _features() -> dict[str, bool]:
 
 
 def _run(kernel: Any, count: int, job: Sequence[int]) -> bool:
-    """Call `kernel` for each of `count` pieces of a job, on torch's number of threads; whether none failed.
-
-    The threads are OpenMP's, as torch's own: between products these wait busily, and would take turns with others.
-    """
+    """Call `kernel` for each of `count` pieces of a job, on torch's number of threads; whether none failed."""
     state = np.array([0, 0, count, *job], np.int64)
-    address = state.__array_interface__["data"][0]
-    threads = min(torch.get_num_threads(), count)
-    parallel = openmp() if threads > 1 else None
-    if parallel is not None:
-        parallel(kernel.address, address, threads, 0)
-    elif threads > 1:
-        with ThreadPoolExecutor(threads - 1) as pool:
-            others = [pool.submit(kernel, address) for _ in range(threads - 1)]
-            kernel(address)
-            for other in others:
-                other.result()
-    else:
-        kernel(address)
+    on_torch_threads(kernel, state.ctypes.data, min(torch.get_num_threads(), count))
     return not state[1]
 
 
@@ -152,9 +136,7 @@ def _run(kernel: Any, count: int, job: Sequence[int]) -> bool:
 def _kernel(name: str, *kind: Any) -> Any:
     """A kernel as machine code, to be called with the address of a job's state; a call lets other threads run."""
     body = {"kept": _kept, "transpose": _transpose}[name](*kind)
-    kernel = compile_assembly(_PIECES + body, "work", ctypes.CFUNCTYPE(None, ctypes.c_void_p))
-    kernel.address = ctypes.cast(kernel, ctypes.c_void_p).value
-    return kernel
+    return compile_assembly(_PIECES + body, "work", ctypes.CFUNCTYPE(None, ctypes.c_void_p))
 
 
 # `piece` is called with the number of a piece and the job's own numbers; it returns 1 if it cannot do it. Threads take

@@ -99,10 +99,9 @@ class SPP(Method):
     def fold_kernel(self, factors: Mapping[str, Any], dtype: str) -> FoldKernel | None:
         if (cpu := optional_module("spp_fx.adapters.cpu")) is None:
             return None
-        kernel = {"BF16": cpu.fold_bfloat16, "F16": cpu.fold_float16}.get(dtype, cpu.fold_wide)
         alpha, scaled = factors["spp_alpha"], self.scale * factors["spp_beta"][:, 0]
-        height = len(scaled) // len(alpha)
-        return lambda stored, out, start: kernel(stored, alpha, scaled[start:], height, start, out)
+        kernel, height = cpu.FOLDS[dtype], len(scaled) // len(alpha)
+        return lambda stored, out, start: kernel(stored, alpha, scaled[start:], height, start, 0.0, True, out)
 
     def rate(self, run: Run) -> float:
         """Every weight is multiplied by one product of an alpha and a beta."""

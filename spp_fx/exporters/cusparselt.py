@@ -82,8 +82,12 @@ class CuSparseLt(Format):
     def write(self, source: Source, folder: Path, tick: Tick, say: Say) -> dict[str, Any]:
         records = plan(source, partial(choose_layout, sm=self.sm), "cuSPARSELt takes only 2:4 matrices")
         if all(record.layout != CUSPARSELT for record in records.values()):
+            neutral = sum(record.layout == NEUTRAL for record in records.values())
             reasons = count_reasons(records.values())
-            say(f"warning: no weight could be packed for sm{self.sm}: {reasons}{self._hint(records)}")
+            say(
+                f"warning: no weight could be packed for sm{self.sm} ({neutral} of {len(records)} have the layout "
+                f"neutral): {reasons}{self._hint(records)}"
+            )
         requirements: dict[str, int | str] = {
             "sm": self.sm,
             "layout_documented_for": "cuSPARSELt 0.6 to 0.8",

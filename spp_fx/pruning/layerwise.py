@@ -158,6 +158,7 @@ class _Run:
                 values, shared = self.walk.enter(tokens[i : i + 1].to(self.device))
                 if start == 0:
                     self.states.save(0, i, values)
+                    self._progress(0, 0, "embeddings")
         if start == 0:
             self.states.finish(0)
         return shared

@@ -36,7 +36,7 @@ def atomic_file(target: Path, force: bool = False) -> Generator[Path, None, None
         UsageError: `target` exists (without `force`), or is a folder.
         SppFxError: the block wrote no file; the disk is full, read-only or fails.
     """
-    target = Path(os.path.abspath(target))
+    target = as_given(target)
     if target.is_dir():
         raise UsageError(f"{target}: is a folder; give the name of a file")
     if os.path.lexists(target) and not (force and target.is_file()):
@@ -69,6 +69,12 @@ def _remove_leftovers(folder: Path, prefix: str) -> None:
         for entry in os.scandir(folder):
             if entry.name.startswith(prefix) and time.time() - entry.stat().st_mtime > _DAY:
                 os.unlink(entry)
+
+
+def as_given(target: Path) -> Path:
+    """A path of an output as messages show it: relative where it was given so, unless its name is not in it."""
+    short = Path(os.path.normpath(target))
+    return Path(os.path.abspath(target)) if short.name in ("", "..") else short
 
 
 def hidden_name(target: Path) -> str:

@@ -25,6 +25,7 @@ from typing import Any, cast
 
 from spp_fx.errors import SppFxError, UsageError, WriteError
 from spp_fx.storage.output import (
+    as_given,
     check_space,
     check_target,
     confirm_name,
@@ -123,7 +124,7 @@ def workspace(
         UsageError: another process writes `target`, or what `check_output` refuses.
         SppFxError: the disk is full, read-only or fails, or an input was lost; names what is kept, and where.
     """
-    target, sources = Path(os.path.abspath(target)), tuple(sources)
+    target, sources = as_given(target), tuple(sources)
     check_output(target, force, sources, say)
     made = make_parents(target.parent)
     try:
@@ -158,7 +159,7 @@ def check_output(
             current folder or above it, or (with `force`) a non-empty folder that holds none of `REPLACEABLE`;
             another process writes it.
     """
-    target, sources = Path(os.path.abspath(target)), tuple(sources)
+    target, sources = as_given(target), tuple(sources)
     store = _store(target)
     if store.is_symlink():
         raise UsageError(f"{store}: is a symbolic link; remove it, or give another -o")

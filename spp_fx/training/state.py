@@ -16,6 +16,8 @@ from spp_fx.errors import FormatError
 
 OPTIMIZER = "optimizer"
 RANDOM = "random_state"
+RECORD = "run.json"
+"""File of a checkpoint with what its run was asked for."""
 
 
 def split(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:

@@ -1,5 +1,6 @@
 """Hugging Face's Trainer over a program: only factors are trained and saved; progress; teachers."""
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
@@ -27,7 +29,15 @@ from spp_fx.training.losses import (
     squares,
 )
 from spp_fx.training.samples import Windows
-from spp_fx.training.state import OPTIMIZER, RANDOM, load_state, random_state, save_state, set_random_state
+from spp_fx.training.state import (
+    OPTIMIZER,
+    RANDOM,
+    RECORD,
+    load_state,
+    random_state,
+    save_state,
+    set_random_state,
+)
 
 
 class ProgressCallback(TrainerCallback):
@@ -98,6 +108,7 @@ class AdapterTrainer(Trainer):
         factors: the trainable parameters, under the names that the adapter folder gives them.
         teacher: a program to learn from; None learns from what the rows have, labels and perhaps `DRAWN`.
         objective: how the loss is made up where there is a teacher or what was drawn from one.
+        record: what the run was asked for; kept with every checkpoint as `RECORD`.
     """
 
     def __init__(
@@ -107,9 +118,11 @@ class AdapterTrainer(Trainer):
         factors: dict[str, nn.Parameter],
         teacher: Program | None = None,
         objective: Objective | None = None,
+        record: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.factors = factors
+        self.record = record or {}
         self.undecayed = undecayed(model)
         self.objective = objective = objective or Objective()
         self.taught: Predicted | None = None
@@ -241,11 +254,20 @@ class AdapterTrainer(Trainer):
         }
         return {name: float(means[name]) / steps if name in means else None for name in PARTS}
 
+    def held_loss(self) -> float:
+        """The loss, as evaluation has it, of rows spread evenly over the training data: as many as two steps take."""
+        rows: Any = self.train_dataset
+        held = len(rows)
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        count = min(held, 2 * step)
+        return self.evaluate(Subset(rows, [index * held // count for index in range(count)]))["eval_loss"]
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or cast(str, self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         values = {name: value.detach().cpu().contiguous() for name, value in self.factors.items()}
         save_file(values, folder / FACTORS, {"format": "pt"})
+        (folder / RECORD).write_text(json.dumps(self.record, indent=2) + "\n")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         path = Path(resume_from_checkpoint) / FACTORS

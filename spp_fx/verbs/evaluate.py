@@ -29,6 +29,9 @@ from spp_fx.training.tasks import Scores, Tasks, find_tasks, number, run_tasks
 from spp_fx.verbs.load import device_of, fit_length, load_program, load_tokenizer
 from spp_fx.verbs.settings import EvaluateSettings
 
+FEW_WINDOWS = 10
+"""Below so many windows of text a perplexity is rough."""
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -96,7 +99,7 @@ class Evaluated:
             )
             yield (
                 f"perplexity {result.perplexity:.2f} over {result.tokens:,} tokens "
-                f"({result.windows} windows of {self.text.seq_len}{step})"
+                f"({_windows(result.windows)} of {self.text.seq_len}{step})"
             )
         if self.scores:
             yield Table(("task", "shots", "metric", "value", "stderr"), list(self.scores.rows()))
@@ -129,6 +132,10 @@ class Compared:
                 row += [number(own.metrics[name][own.main(name)]) for name in own.names]
                 row += [number(own.mean_accuracy)] * mean
         yield Table(headings, rows)
+
+
+def _windows(count: int) -> str:
+    return f"{count} window{'s' * (count != 1)}"
 
 
 @links_option
@@ -194,6 +201,13 @@ def evaluate_all(
     Raises:
         UsageError: as `evaluate`. Folders and tasks are checked before the first model is loaded.
     """
+    told: set[str] = set()
+
+    def say_once(line: str) -> None:
+        if line not in told:
+            told.add(line)
+            say(line)
+
     device = device_of(settings.device)
     paths = [Path(model) for model in models]
     if settings.base is not None and not any(is_adapter(path) for path in paths):
@@ -203,7 +217,7 @@ def evaluate_all(
     tasks = find_tasks(settings.tasks, settings.shots) if settings.tasks else None
     done: list[Evaluated] = []
     for path in paths:
-        done.append(_evaluate(path, settings, tasks, device, trust_remote_code, tick, say))
+        done.append(_evaluate(path, settings, tasks, device, trust_remote_code, tick, say_once))
         # A model is cyclic garbage: without this, two would be in memory.
         gc.collect()
     return Compared(tuple(done))
@@ -252,6 +266,13 @@ def _measure(
         return model(**placed, use_cache=False).logits
 
     result = perplexity(logits, text.windows, lambda count: tick("windows", count), overlap=text.overlap)
+    # With overlap, most of a window was read in others.
+    count = -(-result.tokens // length) if text.overlap else result.windows
+    if count < FEW_WINDOWS:
+        say(
+            f"{data}: warning: the perplexity of {_windows(count)} of text is rough ({result.tokens:,} predicted "
+            f"tokens); use a longer text, of at least {FEW_WINDOWS} windows of {length}"
+        )
     return Measured(data, length, length - text.overlap, result, text.skipped)
 
 

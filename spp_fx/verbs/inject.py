@@ -22,6 +22,7 @@ from spp_fx.adapters.per_site import (
     rank_of,
     size_of,
     spread,
+    unspent,
     with_rank,
 )
 from spp_fx.console import Table, grouped, shape
@@ -42,11 +43,14 @@ from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.pattern import Pattern
 from spp_fx.storage.links import links_option
 from spp_fx.storage.workspace import Say, workspace
-from spp_fx.verbs.load import device_of, text_digest
+from spp_fx.verbs.load import device_of, is_as_sparse, text_digest
 from spp_fx.verbs.settings import Calibration, InjectSettings
 from spp_fx.verbs.starts import TextGradients, check_start, start_factors
 from spp_fx.verification import provenance
 from spp_fx.verification.model_sites import ModelSites, choose, find_sites, scan_sites, tensors_of
+
+_MOST = 0.9
+"""The share of a budget below which inject says why the rest is not used."""
 
 
 @dataclass(frozen=True)
@@ -269,7 +273,7 @@ class _Plan:
         check_start(self.method, self.init)
         if out is None and self.init != "default":
             raise UsageError(f"--dry-run needs no weights, --init {self.init} does; leave out one of them")
-        if self.teacher is not None and self.budget_by != "error" and not self.walks:
+        if self.teacher is not None and not self.compares and not self.walks:
             raise UsageError(
                 "--teacher is the dense model for --budget-by error and --init reconstruct, or the model to learn from "
                 "for --init gradient and --budget-by gradient; leave it out"
@@ -292,6 +296,11 @@ class _Plan:
     def walks(self) -> bool:
         """Whether the model is run on a text, layer by layer."""
         return self.init != "default" or self.budget_by == "gradient"
+
+    @property
+    def compares(self) -> bool:
+        """Whether the weights are compared with those of the dense model."""
+        return self.init == "reconstruct" or self.budget_by == "error"
 
     def _check_walk(self, calibration: Calibration | None, device: str | None) -> None:
         if not self.walks:
@@ -327,6 +336,16 @@ def _inject(
         (report,) = run_pipeline(program, [Match(targets=tuple(chosen))])
         refused |= {name: reason for name, reason in report.skipped.items() if name in chosen}
         chosen = list(program.matched)
+    if plan.teacher is not None and masks:
+        dense = open_model(Path(plan.teacher))
+        tensors = [name for site in chosen for name in tensors_of(found.matrices[site])]
+        if dense.fingerprint() == found.folder.fingerprint() or (
+            plan.compares and is_as_sparse(dense, found.folder, tensors)
+        ):
+            raise UsageError(
+                f"--teacher {plan.teacher}: is as sparse as {found.folder.path} itself; give the dense model that was "
+                "pruned"
+            )
     shapes = {name: program.sites[name].shape for name in chosen}
     methods = method_by_site(plan.method, plan.overrides, chosen)
     trained: dict[str, int] = {}
@@ -344,7 +363,12 @@ def _inject(
             weights = pruning_errors(found, Path(plan.teacher), chosen)
         elif plan.budget_by == "gradient" and gradients is not None:
             weights = gradients.norms(chosen)
-        methods, without = spread(methods, shapes, weights, left)
+        every = methods
+        methods, without = spread(every, shapes, weights, left)
+        used = sum(size_of(own, shapes[name]) for name, own in methods.items())
+        if used < _MOST * left or without:
+            why = unspent(every, shapes, weights, methods)
+            say(f"--budget {plan.budget}: {used:,} of {left:,} parameters are used: {why}")
         refused |= without
         shapes = {name: shapes[name] for name in methods}
     taken, unfit = adaptable(methods, shapes)
@@ -352,8 +376,14 @@ def _inject(
     sites = {name: (program.sites[name], program.patterns.get(name)) for name in taken}
     methods = {name: methods[name] for name in taken}
     lock = _lock(found, sites, masks) if masks else Lock.of([])
-    trainable = sum(size_of(methods[name], site.shape) for name, (site, _) in sites.items())
-    trainable += sum(trained.values())
+    sizes = {name: size_of(methods[name], site.shape) for name, (site, _) in sites.items()}
+    if above := {name: size for name, size in sizes.items() if size > prod(shapes[name])}:
+        name, size = max(above.items(), key=lambda each: each[1] / prod(shapes[each[0]]))
+        say(
+            f"{len(above)} of {len(sites)} sites train more numbers than their weights have, such as {name}: {size:,} "
+            f"for {shape(shapes[name])}; lower the rank, or train each weight itself with --method masked-full"
+        )
+    trainable = sum(sizes.values()) + sum(trained.values())
     method = plan.method
     if plan.budget is not None:
         ((rank, _),) = Counter(map(rank_of, methods.values())).most_common(1)

@@ -1,6 +1,7 @@
 """Load programs with weights, tokenizers and calibration text from model and adapter folders."""
 
-from collections.abc import Callable, Iterable
+import filecmp
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -87,6 +88,7 @@ def load_program(
             run_pipeline(program, [Shard(over=shard)])
         return Loaded(program, folder, {})
     adapter = AdapterFolder.open(folder)
+    adapter.check_finite()
     model = adapter.find_base(Path(base) if base else None)
     adapter.check_base(open_model(model))
     check_causal(model)
@@ -166,13 +168,62 @@ def fit_length(most: int | None, asked: int | None, default: int = 512) -> int:
     return asked
 
 
-def check_teacher(student: Program, teacher: Program, folder: Path) -> None:
-    """UsageError if a teacher's predictions are not about the same tokens."""
+def check_teacher(
+    student: Program, teacher: Program, model: Path, folder: Path, *, trust_remote_code: bool = False
+) -> None:
+    """UsageError if a teacher's predictions are not about the same tokens.
+
+    Args:
+        model, folder: of the student's and the teacher's weights; tokenizers are compared where both have one.
+    """
     if teacher.vocabulary != student.vocabulary:
         raise UsageError(
             f"{folder}: its vocabulary has {teacher.vocabulary} tokens, the student's {student.vocabulary}; a teacher "
             "must share the tokenizer"
         )
+    files = [path / TOKENIZER_FILES[0] for path in (model, folder)]
+    if all(file.is_file() for file in files) and filecmp.cmp(*files, shallow=False):
+        return
+    if not all(any((path / name).is_file() for name in TOKENIZER_FILES) for path in (model, folder)):
+        return
+    ours, theirs = (
+        {
+            number: word
+            for word, number in load_tokenizer(path, trust_remote_code=trust_remote_code).get_vocab().items()
+        }
+        for path in (model, folder)
+    )
+    for number in sorted(ours.keys() & theirs.keys()):
+        if ours[number] != theirs[number]:
+            raise UsageError(
+                f"{folder}: token {number} is {theirs[number]!r}, the student's is {ours[number]!r}; a teacher must "
+                "share the tokenizer"
+            )
+
+
+_LOOKED_AT = 8
+"""Weights, and rows of each, that tell a dense model from a pruned one."""
+
+
+def is_as_sparse(teacher: ModelFolder, pruned: ModelFolder, tensors: Sequence[str]) -> bool:
+    """Whether a model is zero wherever a pruned one is, in the first rows of some weights.
+
+    It is then the pruned model itself, a copy of it, or what it became by training.
+
+    Args:
+        tensors: of the pruned model's sites.
+    """
+    zeros = 0
+    for name in tensors[:: max(1, len(tensors) // _LOOKED_AT)]:
+        shape = pruned.info(name)[1].shape
+        if name not in teacher or teacher.info(name)[1].shape != shape:
+            return False
+        rows = min(shape[0], _LOOKED_AT if len(shape) == 2 else 1)
+        ours, theirs = (folder.read_rows(name, 0, rows).float() for folder in (pruned, teacher))
+        if bool(theirs[ours == 0].any()):
+            return False
+        zeros += int((ours == 0).sum())
+    return zeros > 0
 
 
 @dataclass(frozen=True)
@@ -290,6 +341,7 @@ def draw_windows(
     check_vocabulary(tokens, program.vocabulary, data)
     generator = torch.Generator().manual_seed(calibration.seed)
     if windows >= samples:
+        say(f"{data}: {samples:,} of its {windows:,} windows of {length} tokens are drawn")
         begins = torch.randperm(windows, generator=generator)[:samples] * length
     else:
         say(

@@ -137,11 +137,13 @@ def merge(
 
     Raises:
         UsageError: not an adapter folder, no base, an output that exists or that another process writes.
-        FormatError: a file is damaged, or the base is not the one that the adapter was made for.
+        FormatError: a file is damaged, the adapter's holds NaN or infinity, or the base is not the one that the adapter
+            was made for.
         MaskError: a mask is not the lock's, or a value folds to NaN or infinity. Nothing is written.
     """
     adapter, out = Path(adapter), Path(out)
     source = AdapterFolder.open(adapter)
+    source.check_finite()
     base = source.find_base(Path(base) if base else None)
     folder = open_model(base)
     source.check_base(folder)

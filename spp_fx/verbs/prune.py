@@ -129,19 +129,19 @@ class Pruned:
         content = self.to_json()
         sites = content["sites"]
         if self.calibration is not None:
+            shown = {"error_before": "output error: mask alone", "error_after": "in the end"}
+            if all(site["error_before"] == site["error_after"] for site in sites):  # no update, no repair
+                shown = {"error_after": "output error"}
             rows = [
                 (
                     site["name"],
                     site["pattern"],
                     f"{site['sparsity']:.2%}",
-                    *(
-                        "" if site[key] is None else f"{site[key]:.4%}"
-                        for key in ("error_before", "error_after")
-                    ),
+                    *("" if site[key] is None else f"{site[key]:.4%}" for key in shown),
                 )
                 for site in sites
             ]
-            yield Table(("weight", "pattern", "zeros", "output error: mask alone", "in the end"), rows)
+            yield Table(("weight", "pattern", "zeros", *shown.values()), rows)
         zeros = 1 - sum(site["nnz"] for site in sites) / sum(prod(site["shape"]) for site in sites)
         patterns = ", ".join(dict.fromkeys(site["pattern"] for site in sites))
         yield f"{self.out}: {len(sites)} weights hold {patterns}, {zeros:.1%} of them zeros"
@@ -212,7 +212,7 @@ def prune(
         PatternError: the pattern does not divide a site's input features, or a site cannot be pruned; names it.
         MaskError: what was read back does not hold its pattern.
     """
-    model, out, wanted = Path(model), Path(out).absolute(), parse_pattern(pattern)
+    model, out, wanted = Path(model), Path(out), parse_pattern(pattern)
     recipe = Recipe(make_criterion(method, **options), repair)
     if recipe.calibrated and calibration is None:
         raise UsageError(f"{repair or method} needs calibration text: give it with --calib FILE")

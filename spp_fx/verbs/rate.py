@@ -4,6 +4,7 @@ from collections.abc import Callable
 from math import ceil, exp2, inf, isfinite, prod
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 from accelerate import PartialState
 
@@ -16,9 +17,11 @@ from spp_fx.training.samples import Rows
 from spp_fx.verbs.settings import TrainSettings
 
 FEWEST_STEPS = 32
-"""A shorter run gets the suggested rate as it is."""
+"""A shorter run is its own trial, at the suggested rate."""
 TRIAL_SHARE, SHORTEST_TRIAL, LONGEST_TRIAL = 1 / 5, 10, 24
 MOST_TRIALS = 7
+LOWEST = 4.0**-6
+"""Multiple of the suggestion that is not lowered further: it hardly moves a factor."""
 SPREAD_NUMBERS = 1 << 18
 
 
@@ -54,15 +57,52 @@ def spread(base: ModelFolder, tensor: str) -> float:
 
 
 def trial_steps(steps: int) -> int:
-    """Steps of each trial before a run of `steps`; 0: none."""
+    """Steps of each trial before a run of `steps`."""
     if steps < FEWEST_STEPS:
-        return 0
+        return steps
     return min(max(round(steps * TRIAL_SHARE), SHORTEST_TRIAL), LONGEST_TRIAL)
 
 
 def warmup_share(warmup: float, steps: int) -> float:
     """The warmup of a run of so many steps as a share of them, below 1; a trial warms up for the same share."""
     return warmup if warmup < 1 else min(warmup / steps, 0.99)
+
+
+class Trial(NamedTuple):
+    """A short run.
+
+    Attributes:
+        loss: at its end, while training; infinite where it diverged.
+        gain: how far it brought the loss of some training rows below that of the start.
+    """
+
+    lr: float
+    loss: float
+    gain: float
+
+
+def find(trial: Callable[[float], Trial], searches: bool) -> tuple[float, list[Trial]]:
+    """The multiple of the suggested rate for a run, and the trials of it.
+
+    Where the best trial ended above the start, lower rates are tried, by a factor of 4, until one does not: a start
+    that is good already needs smaller steps than the suggestion knows of.
+
+    Args:
+        trial: runs one at a multiple.
+        searches: whether to look for the best multiple, see `best_multiple`; otherwise it is 1 unless that is too much.
+    """
+    tried: dict[float, Trial] = {}
+
+    def at(multiple: float) -> Trial:
+        if multiple not in tried:
+            tried[multiple] = trial(multiple)
+        return tried[multiple]
+
+    found = best_multiple(lambda multiple: at(multiple).loss) if searches else 1.0
+    nearest = min(tried, key=lambda multiple: (tried[multiple].loss, multiple), default=found)
+    while not at(nearest).gain >= 0 and nearest > LOWEST:
+        found = nearest = nearest / 4
+    return found, list(tried.values())
 
 
 def best_multiple(loss: Callable[[float], float], most: int = MOST_TRIALS) -> float:

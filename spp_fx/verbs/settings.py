@@ -144,7 +144,8 @@ class TrainSettings:
     lr_trials: bool = option(
         True,
         "Without --lr: try rates around the method's own suggestion for a fifth of the steps (10 to 24) each, "
-        "3 to 7 of them; a run of less than 32 steps takes the suggestion.",
+        "3 to 7 of them; a run of less than 32 steps tries the suggestion alone. While the best of them ends above "
+        "the start, lower ones are tried.",
     )
     batch_size: int = option(16, "Rows per forward and device.", positive)
     accumulate: int = option(1, "Forwards per optimizer step.", positive)

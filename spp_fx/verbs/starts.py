@@ -148,7 +148,10 @@ class TextGradients:
         if self.teacher is None:
             return None
         guide = walkable(self.teacher, trust_remote_code=self.trust_remote_code)
-        check_teacher(self.found.program, guide.program, self.teacher)
+        model = self.found.folder.path
+        check_teacher(
+            self.found.program, guide.program, model, self.teacher, trust_remote_code=self.trust_remote_code
+        )
         return guide
 
     def of(self, sites: Iterable[str]) -> Generator[SiteGradient, None, None]:

@@ -13,6 +13,7 @@ from spp_fx.adapters.adapter_folder import AdapterFolder
 from spp_fx.console import megabytes
 from spp_fx.exporters.manifest import open_model
 from spp_fx.graph.program import Program
+from spp_fx.sparsity.lock import lock_beside
 from spp_fx.storage.folder import is_adapter
 from spp_fx.storage.links import links_option
 from spp_fx.storage.workspace import check_output, workspace
@@ -138,6 +139,8 @@ def teach(
         rows, data, tokenizer, program.vocabulary, seq_len=length, loss_on=loss_on, packing=packing
     )
     folder = open_model(loaded.model)
+    if lock_beside(folder.path) is not None:
+        say(f"{model}: is sparse itself; the usual teacher is the dense model that was pruned")
     inputs = [shard.path for shard in folder.shards]
     if is_adapter(model):
         inputs.append(AdapterFolder.open(model).shard.path)

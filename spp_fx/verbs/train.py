@@ -7,16 +7,21 @@ from dataclasses import dataclass, replace
 from functools import partial
 from math import inf, isfinite
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from spp_fx.adapters.adapter_folder import FACTORS, AdapterFolder, trainable_parameters, write_factors
 from spp_fx.errors import SppFxError, UsageError
+from spp_fx.exporters.manifest import open_model
 from spp_fx.graph.program import Program
+from spp_fx.storage.folder import is_adapter
 from spp_fx.storage.links import links_option
 from spp_fx.storage.output import atomic_file
+from spp_fx.storage.strict_json import read_object
 from spp_fx.training.distributed import held_bytes, join
 from spp_fx.training.losses import Layers, Objective
 from spp_fx.training.perplexity import Perplexity, perplexity
@@ -32,11 +37,18 @@ from spp_fx.training.samples import (
     pad_token,
     training_rows,
 )
-from spp_fx.training.state import OPTIMIZER, checkpoint_step, checkpoints, is_whole, load_state
+from spp_fx.training.state import OPTIMIZER, RECORD, checkpoint_step, checkpoints, is_whole, load_state
 from spp_fx.training.teacher_cache import CacheText, TaughtRows, TeacherCache, is_cache
 from spp_fx.training.trainer import AdapterTrainer, CutEachEpoch, EarlyStop, ReportLast, load_factors
 from spp_fx.verbs import rate
-from spp_fx.verbs.load import Loaded, check_teacher, load_program, load_tokenizer, window_length
+from spp_fx.verbs.load import (
+    Loaded,
+    check_teacher,
+    is_as_sparse,
+    load_program,
+    load_tokenizer,
+    window_length,
+)
 from spp_fx.verbs.settings import TrainSettings
 
 
@@ -53,6 +65,7 @@ class Trained:
         parts: what the loss is made up of, see `training.losses.Objective`: means over all steps, unweighted; None for
             a part that it does not have.
         processes: how many trained together.
+        seconds, trial_seconds: of the training itself, and of the trials before it.
         frozen_bytes: of frozen weights that this process holds.
         before, after: of the evaluation data.
         skipped: rows of the training data with nothing to learn.
@@ -70,6 +83,7 @@ class Trained:
     parts: dict[str, float | None]
     processes: int
     seconds: float
+    trial_seconds: float
     trainable: int
     frozen_bytes: int
     before: Perplexity | None
@@ -92,6 +106,7 @@ class Trained:
             "loss_parts": self.parts,
             "processes": self.processes,
             "seconds": self.seconds,
+            "lr_trial_seconds": self.trial_seconds,
             "trainable_parameters": self.trainable,
             "frozen_bytes": self.frozen_bytes,
             "perplexity_before": self.before.perplexity if self.before else None,
@@ -102,9 +117,10 @@ class Trained:
 
     def lines(self) -> Iterator[str]:
         end = f", {self.losses[-1]:.3f} at the end" if self.losses else ""
+        trials = f" after {self.trial_seconds:.0f} s of trials" if self.lr_trials else ""
         yield (
-            f"{self.adapter}: {self.steps} steps of {self.rows} x {self.seq_len} tokens in {self.seconds:.0f} s, "
-            f"learning rate {self.lr:.3g}, loss {self.loss:.3f} on average{end}"
+            f"{self.adapter}: {self.steps} steps of {self.rows} x {self.seq_len} tokens in {self.seconds:.0f} s"
+            f"{trials}, learning rate {self.lr:.3g}, loss {self.loss:.3f} on average{end}"
         )
         if sum(part is not None for part in self.parts.values()) > 1:
             parts = (f"{name} {part:.3f}" for name, part in self.parts.items() if part is not None)
@@ -183,11 +199,19 @@ def train(
             check_vocabulary(window, program.vocabulary, eval_data)
     checkpoint = _checkpoint(adapter, settings)
     frozen_bytes = held_bytes(value for value in program.parameters() if not value.requires_grad)
-    guide = cache or (_teacher(Path(teacher), program, settings, trust_remote_code) if teacher else None)
+    if teacher and _is_as_sparse(adapter, loaded.model, Path(teacher), cache):
+        say(
+            f"{teacher}: is as sparse as the model that is trained, and may know no more; the usual teacher is the "
+            "dense model that was pruned"
+        )
+    guide = cache or (_teacher(Path(teacher), loaded, settings, trust_remote_code) if teacher else None)
     pad_id = pad_token(tokenizer, program.vocabulary)
-    lr, trials = settings.lr, {}
-    if lr is None and checkpoint is not None:
-        lr = _resumed_rate(checkpoint)
+    lr, trials, began = settings.lr, {}, perf_counter()
+    record = _record(settings, data, teacher, length)
+    if checkpoint is not None:
+        lr = _resumed_rate(checkpoint, settings)
+        if line := _changes(checkpoint, record):
+            say(line)
     elif lr is None:
         lr, trials = _default_rate(
             adapter, loaded, rows, settings, say,
@@ -197,7 +221,8 @@ def train(
         raise UsageError(
             f"--min-lr {settings.min_lr:g} is above the learning rate of this run, {lr:g}; lower it, or give --lr"
         )
-    trainer = _trainer(adapter, loaded, rows, measured, settings, lr, callbacks or [], guide, pad_id)
+    trial_seconds = perf_counter() - began
+    trainer = _trainer(adapter, loaded, rows, measured, settings, lr, callbacks or [], guide, pad_id, record)
     before = _evaluate(loaded, measured, settings)  # where the trainer has put the program
     together = trainer.accelerator
     together.wait_for_everyone()
@@ -205,10 +230,10 @@ def train(
         for folder in checkpoints(adapter):
             shutil.rmtree(folder)
     together.wait_for_everyone()
-    if checkpoint is not None and checkpoint_step(Path(checkpoint)) >= rate.steps_of(rows, settings):
-        result = trainer.take_over(checkpoint)
+    if checkpoint is not None and checkpoint_step(checkpoint) >= rate.steps_of(rows, settings):
+        result = trainer.take_over(str(checkpoint))
     else:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
+        result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     broken = [name for name, value in loaded.factors.items() if not bool(value.isfinite().all())]
     if broken or result.training_loss != result.training_loss:
         raise SppFxError(
@@ -232,6 +257,7 @@ def train(
         parts=trainer.mean_parts(),
         processes=together.num_processes,
         seconds=result.metrics["train_runtime"],
+        trial_seconds=trial_seconds if trials else 0.0,
         trainable=trainable_parameters(loaded.factors),
         frozen_bytes=frozen_bytes,
         before=before,
@@ -257,13 +283,11 @@ def _default_rate(
     """
     steps = rate.steps_of(rows, settings)
     suggestion = rate.suggested(adapter, loaded.program, loaded.model)
-    trials: dict[float, float] = {}
-    short = rate.trial_steps(steps) if settings.lr_trials else 0
-    if short == 0:
-        return rate.rounded(suggestion(steps)), trials
-    say(
-        f"finding a learning rate: 3 to {rate.MOST_TRIALS} trials of {short} steps; --lr or --no-lr-trials skips them"
-    )
+    if not settings.lr_trials:
+        return rate.rounded(suggestion(steps)), {}
+    short, searches = rate.trial_steps(steps), steps >= rate.FEWEST_STEPS
+    count = f"3 to {rate.MOST_TRIALS} trials" if searches else "a trial"
+    say(f"finding a learning rate: {count} of {short} steps; --lr or --no-lr-trials skips them")
     trial = replace(
         settings, steps=short, epochs=None, warmup=rate.warmup_share(settings.warmup, steps), min_lr=0.0,
         logging_steps=1, save_steps=None, eval_steps=None, early_stop=None, report_to=(),
@@ -271,32 +295,89 @@ def _default_rate(
     start = {name: value.detach().clone() for name, value in loaded.factors.items()}
     untrained: list[float] = []
 
-    def loss(multiple: float) -> float:
+    def run(lr: float) -> rate.Trial:
         gc.collect()  # trainers refer to themselves; of several processes, each of them listens to the gradients
-        lr = rate.rounded(multiple * suggestion(short))
         trainer = short_run(trial, lr)
         trainer.train()
         losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-        untrained.append(losses[0])
         last = losses[-short // 4 :]
         finite = all(bool(value.isfinite().all()) for value in loaded.factors.values())
+        held = trainer.held_loss()
         load_factors(loaded.factors, start, adapter)
-        trials[lr] = sum(last) / len(last) if finite else inf
-        return trials[lr]
+        if not untrained:
+            untrained.extend((losses[0], trainer.held_loss()))
+        return rate.Trial(lr, sum(last) / len(last) if finite else inf, untrained[1] - held)
 
-    multiple = rate.best_multiple(loss)
+    found, trials = rate.find(lambda multiple: run(rate.rounded(multiple * suggestion(short))), searches)
     gc.collect()
-    left = min(trials.values()) / untrained[0] if untrained[0] else 1.0
-    return rate.rounded(multiple * rate.carried_over(suggestion(short), suggestion(steps), left)), trials
+    losses = {each.lr: each.loss for each in trials}
+    left = min(losses.values()) / untrained[0] if untrained[0] else 1.0
+    return rate.rounded(found * rate.carried_over(suggestion(short), suggestion(steps), left)), losses
 
 
-def _resumed_rate(checkpoint: str) -> float:
-    """The peak rate of the run that wrote a checkpoint."""
-    (group, *_) = load_state(Path(checkpoint), OPTIMIZER)["optimizer"]["param_groups"]
+def _resumed_rate(checkpoint: Path, settings: TrainSettings) -> float:
+    """The peak rate of the run that wrote a checkpoint.
+
+    Raises:
+        UsageError: another rate or weight decay is asked for; those of the optimizer's saved state go on.
+    """
+    (group, *_) = load_state(checkpoint, OPTIMIZER)["optimizer"]["param_groups"]
+    kept = {
+        "--lr": (settings.lr, group["initial_lr"]),
+        "--weight-decay": (settings.weight_decay, group["weight_decay"]),
+    }
+    for flag, (asked, held) in kept.items():
+        if asked not in (None, held):
+            raise UsageError(
+                f"{checkpoint}: was trained with {flag} {held:g}, which a resumed run keeps; {asked:g} needs a new run "
+                "(--force)"
+            )
     return float(group["initial_lr"])
 
 
-def _checkpoint(adapter: Path, settings: TrainSettings) -> str | None:
+_FREE = {
+    "lr", "lr_trials", "weight_decay", "batch_size", "accumulate", "packed", "gradient_checkpointing", "shard",
+    "save_steps", "eval_steps", "early_stop", "logging_steps", "report_to", "resume", "force", "strict",
+}  # fmt: skip
+"""Settings that a resumed run may change without becoming another run, or that are checked by themselves."""
+
+
+def _record(
+    settings: TrainSettings, data: str | Path, teacher: str | Path | None, seq_len: int
+) -> dict[str, Any]:
+    """What determines a run, as its checkpoints keep it."""
+    own = {name: value for name, value in vars(settings).items() if name not in _FREE}
+    given = {"data": data, "teacher": teacher}
+    # A path as a whole, since the run may go on from another folder; of a dataset of the hub, its name.
+    texts = {
+        key: None if name is None else str(Path(name).resolve() if Path(name).exists() else name)
+        for key, name in given.items()
+    }
+    rows = settings.batch_size * settings.accumulate * PartialState().num_processes
+    return texts | own | {"seq_len": seq_len, "rows of a step": rows}
+
+
+def _changes(checkpoint: Path, record: dict[str, Any]) -> str | None:
+    """How a run differs from the one that wrote a checkpoint; None where it does not."""
+    if not (checkpoint / RECORD).is_file():
+        return (
+            f"{checkpoint}: does not say what its run was asked for; it goes on with the settings of this one"
+        )
+    before = read_object(checkpoint / RECORD)
+    changed = [
+        f"{name.replace('_', '-')} {value} instead of {before.get(name)}"
+        for name, value in record.items()
+        if value != before.get(name)
+    ]
+    if not changed:
+        return None
+    return (
+        f"{checkpoint}: the run goes on with {', '.join(changed)}, and so ends elsewhere than an undisturbed run with "
+        "either settings"
+    )
+
+
+def _checkpoint(adapter: Path, settings: TrainSettings) -> Path | None:
     found = checkpoints(adapter)
     if not settings.resume:
         if found and not settings.force:
@@ -310,7 +391,7 @@ def _checkpoint(adapter: Path, settings: TrainSettings) -> str | None:
         raise UsageError(
             f"{adapter}: nothing to resume: it has no complete checkpoint; train with --save-steps N to write some"
         )
-    return str(whole[-1])
+    return whole[-1]
 
 
 def _open_teacher(teacher: str | Path | None, settings: TrainSettings) -> TeacherCache | None:
@@ -341,12 +422,11 @@ def _open_teacher(teacher: str | Path | None, settings: TrainSettings) -> Teache
     return cache
 
 
-def _teacher(path: Path, student: Program, settings: TrainSettings, trust_remote_code: bool) -> Program:
+def _teacher(path: Path, learner: Loaded, settings: TrainSettings, trust_remote_code: bool) -> Program:
     match = settings.match_hidden > 0
-    teacher = load_program(
-        path, trust_remote_code=trust_remote_code, layers=match, shard=settings.shard
-    ).program.eval()
-    check_teacher(student, teacher, path)
+    loaded = load_program(path, trust_remote_code=trust_remote_code, layers=match, shard=settings.shard)
+    teacher, student = loaded.program.eval(), learner.program
+    check_teacher(student, teacher, learner.model, loaded.model, trust_remote_code=trust_remote_code)
     if match:
         theirs, ours = (
             f"{len(program.units)} layers of width {Layers.of(program).width}"
@@ -358,6 +438,16 @@ def _teacher(path: Path, student: Program, settings: TrainSettings, trust_remote
                 "without it"
             )
     return teacher.requires_grad_(False)
+
+
+def _is_as_sparse(adapter: Path, base: Path, teacher: Path, cache: TeacherCache | None) -> bool:
+    """Whether a teacher is the pruned model that an adapter belongs to, or has its zeros."""
+    folder = AdapterFolder.open(adapter)
+    if cache is not None:
+        return cache.manifest.fingerprint == folder.config.base_model_fingerprint
+    if is_adapter(teacher):
+        teacher = AdapterFolder.open(teacher).find_base()
+    return is_as_sparse(open_model(teacher), open_model(base), list(folder.lock.by_name()))
 
 
 def _evaluate(loaded: Loaded, measured: HeldOut | None, settings: TrainSettings) -> Perplexity | None:
@@ -380,6 +470,7 @@ def _trainer(
     callbacks: list[TrainerCallback],
     teacher: Program | TeacherCache | None,
     pad_id: int,
+    record: dict[str, Any] | None = None,
 ) -> AdapterTrainer:
     set_seed(settings.seed)
     given = settings.teacher_weight
@@ -431,6 +522,7 @@ def _trainer(
         factors=loaded.factors,
         teacher=teacher if isinstance(teacher, Program) else None,
         objective=objective,
+        record=record,
         args=arguments,
         train_dataset=TaughtRows(rows, cache) if cache else rows,
         eval_dataset=evaluated,

@@ -1,7 +1,6 @@
 """What verify reads: model, adapter and export folders, .safetensors and .onnx files, as named weights."""
 
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 from typing import cast
 
@@ -9,7 +8,7 @@ from spp_fx.errors import FormatError, UsageError
 from spp_fx.exporters.legacy import is_legacy
 from spp_fx.exporters.manifest import COMPACT, MANIFEST, open_model, read_manifest
 from spp_fx.sparsity.lock import Lock, lock_beside
-from spp_fx.sparsity.scan import scan_file, scan_stored
+from spp_fx.sparsity.scan import scan_stored
 from spp_fx.sparsity.weights import Sites, Weights, sites_by_name
 from spp_fx.storage.folder import INDEX_NAME, WEIGHTS_NAME, ModelFolder, is_adapter
 from spp_fx.storage.safetensors import Shard
@@ -114,12 +113,7 @@ def _adapter(path: Path, trust_remote_code: bool) -> Artifact:
     from spp_fx.adapters.adapter_folder import AdapterFolder
 
     adapter = AdapterFolder.open(path)
-    for name, info in adapter.shard.header.tensors.items():
-        row = (1, prod(info.shape))
-        if scan_file(adapter.shard.path, info.start, row, info.dtype).first_non_finite is not None:
-            raise FormatError(
-                f"{adapter.shard.path}: the factor {name} holds NaN or infinity; train it again"
-            )
+    adapter.check_finite()
     base = open_model(adapter.find_base())
     adapter.check_base(base)
     return replace(_model(base, trust_remote_code), path=path, kind="adapter", lock=adapter.lock)

@@ -1,5 +1,7 @@
 """The fold of stored numbers gives the bits of its definition, by whichever way it is computed."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -11,9 +13,17 @@ from spp_fx.adapters.fold import FLOATING, FoldCounts, StoredFold, fold_matrix
 from spp_fx.adapters.method import make_method
 from spp_fx.adapters.spp import SPP
 from spp_fx.errors import MaskError
-from tests.effort import examples
+from tests.effort import examples, nightly
 
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+COMPILED = pytest.mark.parametrize(
+    ("dtype", "transposed"),
+    [
+        each if each in {("BF16", True), ("F16", False), ("F32", True), ("F64", False)} else nightly(*each)
+        for each in product(FLOATING, (False, True))
+    ],
+)
+"""Each pair is a compilation of two seconds."""
 HELD = {2: torch.uint16, 4: torch.float32, 8: torch.float64}
 
 
@@ -91,7 +101,7 @@ def test_kernels_give_the_bits_of_the_definition(dtype, seed, decades, columns):
     assert counts == counted
 
 
-@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("dtype", ["BF16", nightly("F16"), "F32", nightly("F64")])
 def test_a_transposed_matrix_folds_to_the_same(dtype, way):
     weight, both = any_weight(dtype, 8, 12, 0) / 1024, factors(8, 12, 4, 0, 1)
     folded, counts = by_stored(weight, both, "keep", dtype, transposed=True, step=8)
@@ -135,8 +145,7 @@ def test_errors_name_row_and_column_of_the_stored_tensor(way):
         by_stored(weight, both, "keep", "F16", first_row=6)
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("dtype", FLOATING)
+@COMPILED
 @pytest.mark.parametrize("name", ["sqft", "lors", "hira", "scale-lora"])
 def test_kernels_of_low_rank_updates_give_the_bits_of_the_definition(name, dtype, transposed, monkeypatch):
     monkeypatch.setattr(fold_module, "BLOCK_ELEMENTS", 5 * 70)

@@ -42,6 +42,24 @@ methods = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 STRAIGHT_THROUGH = {"lors"}  # their gradients are by intent not those of what they compute
 executions = pytest.mark.parametrize("execution", EXECUTIONS)
 kernels = pytest.mark.parametrize("execution", KERNELS)
+# Of the methods but spp and sqft, which share their code, each kernel once.
+gradchecks = pytest.mark.parametrize(
+    ("method", "execution", "dropout"),
+    [
+        pytest.param(
+            method,
+            execution,
+            dropout,
+            id=f"{name}-{execution}-{dropout}",
+            marks=[]
+            if name in ("spp", "sqft") or dropout == 0.4 * (execution == "fused")
+            else [pytest.mark.nightly],
+        )
+        for name, method in METHODS.items()
+        for execution in KERNELS
+        for dropout in (0.0, 0.4)
+    ],
+)
 
 
 def has_dropout(method: Method) -> bool:
@@ -83,9 +101,7 @@ def test_every_execution_is_the_formula(method, execution, rows, dropout, bias, 
         same(a, b)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-@kernels
-@methods
+@gradchecks
 def test_gradcheck_and_opcheck(method, execution, dropout, monkeypatch):
     small_blocks(monkeypatch, 2 * N)
     layer = make_layer(method, 6, N, (2,), bias=dropout == 0)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from spp_fx import parallel
 from spp_fx.adapters import cpu, low_rank, low_rank_kernels, op
 from spp_fx.adapters.rows import DenseRows
 from tests.adapters.adapted import LOW_RANK, SHAPES, in_torch, make, make_low_rank, ranges, with_factors
@@ -139,10 +140,11 @@ def test_threads_share_the_rows_and_change_no_sum(rows, monkeypatch):
         adapted.pull_back(g, 0, rows, grads)
         return [adapted.build(0, rows, 1.0, torch.empty_like(g)), *grads.values()]
 
-    monkeypatch.setattr(low_rank_kernels, "openmp", lambda: None)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     alone = both()
-    monkeypatch.undo()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert all(torch.equal(a, b) for a, b in zip(alone, both(), strict=True))
+    monkeypatch.setattr(parallel, "_openmp", lambda: None)  # threads of Python
     assert all(torch.equal(a, b) for a, b in zip(alone, both(), strict=True))
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from spp_fx import parallel
 from spp_fx.adapters import op as op_module
 from spp_fx.adapters import sparse_products
 from tests.adapters.layers import METHODS, expected, make_layer, run
@@ -81,7 +82,7 @@ def test_threads_of_python_serve_where_openmp_is_another(monkeypatch):
     x, dy, weight = torch.randn(64, 32), torch.randn(64, 1040), two_of_four(1040, 32, torch.float32)
     wanted, got = torch.empty(1040, 32), torch.empty(1040, 32)
     assert sparse_products.kept_gradient(x, dy, weight, wanted)
-    monkeypatch.setattr(sparse_products, "openmp", lambda: None)
+    monkeypatch.setattr(parallel, "_openmp", lambda: None)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     assert sparse_products.kept_gradient(x, dy, weight, got)
     assert torch.equal(got, wanted)

@@ -17,6 +17,7 @@ from spp_fx.exporters.onnx.onnxruntime_check import compare_logits, logits_of
 from spp_fx.graph.model import hollow_model
 from spp_fx.storage.folder import ModelFolder
 from spp_fx.verbs.export import export, open_source
+from tests.effort import nightly
 from tests.exporters.onnx_files import write_graph
 from tests.families import SMALL, VOCABULARY
 from tests.runtime.exports import save_sparse
@@ -62,7 +63,7 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("case", HEADS)
+@pytest.mark.parametrize("case", [nightly(case) if case == "a head of its own" else case for case in HEADS])
 def test_the_graph_has_the_head_that_transformers_loads(case, tmp_path):
     family, format, change = HEADS[case]
     folder = rewritten(sparse_folder(tmp_path / "sparse", family), change)

@@ -9,6 +9,7 @@ from spp_fx.errors import PreconditionError
 from spp_fx.passes.canonicalize import Canonicalize
 from spp_fx.passes.match import Match
 from spp_fx.passes.pipeline import run_pipeline
+from tests.effort import nightly
 from tests.passes.programs import canonical
 
 SITES = [
@@ -29,8 +30,15 @@ def test_a_linear_is_a_site_in_its_canonical_orientation(family, name, kind, sha
     assert tuple(program.canonical_weight(name).shape) == shape
 
 
-@pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm"])
-@pytest.mark.parametrize(("family", "transposed"), [("mixtral", False), ("gpt-oss", True)])
+@pytest.mark.parametrize(
+    ("family", "transposed", "experts"),
+    [
+        ("mixtral", False, "grouped_mm"),
+        ("mixtral", False, "batched_mm"),
+        ("gpt-oss", True, "grouped_mm"),
+        nightly("gpt-oss", True, "batched_mm"),
+    ],
+)
 def test_experts_are_a_stack_under_both_implementations(family, transposed, experts):
     program = canonical(family, experts=experts)
     stacks = {

@@ -15,6 +15,7 @@ from spp_fx.passes.inject_adapters import Inject
 from spp_fx.passes.lower import Lower
 from spp_fx.passes.match import Match
 from spp_fx.passes.pipeline import run_pipeline
+from tests.effort import nightly
 from tests.families import batch
 from tests.passes.programs import adapted, canonical
 
@@ -75,8 +76,10 @@ def test_folded_graphs_are_the_graphs_before(kernel):
     assert program.state_dict().keys() == plain.state_dict().keys()
 
 
-@pytest.mark.parametrize("kernel", ["reference", "fused"])
-@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+@pytest.mark.parametrize(
+    ("family", "kernel"),
+    [("gpt2", "fused"), nightly("gpt2", "reference"), nightly("mixtral", "fused"), ("mixtral", "reference")],
+)
 def test_a_dense_update_is_evaluated_as_it_is_folded(family, kernel):
     """Of transposed weights and stacks, too; in training it is not."""
     program = canonical(family)

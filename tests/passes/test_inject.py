@@ -8,7 +8,7 @@ from spp_fx.errors import PreconditionError, UsageError
 from spp_fx.passes.inject_adapters import Inject
 from spp_fx.passes.match import Match
 from spp_fx.passes.pipeline import run_pipeline
-from tests.families import FAMILIES, batch
+from tests.families import SPREAD, batch
 from tests.passes.programs import adapted, canonical, sparse
 
 
@@ -28,7 +28,7 @@ def test_an_unknown_method_lists_the_known():
         adapted(canonical("llama"), method="nosuch")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SPREAD)
 def test_only_the_factors_train(family):
     program = adapted(canonical(family))
     assert len(factors(program)) == 2 * len(program.matched)
@@ -36,7 +36,7 @@ def test_only_the_factors_train(family):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SPREAD)
 @torch.no_grad()
 def test_new_adapters_change_nothing(family, dropout):
     model, program = sparse(family)

@@ -15,11 +15,11 @@ from spp_fx.passes.canonicalize import Canonicalize
 from spp_fx.passes.fold_adapters import Fold
 from spp_fx.passes.partition import Checkpoint, Partition
 from spp_fx.passes.pipeline import run_pipeline
-from tests.families import FAMILIES, batch
+from tests.families import SPREAD, batch
 from tests.passes.programs import adapted, canonical, loss_of
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SPREAD)
 def test_a_unit_is_a_decoder_layer(family):
     program = canonical(family)
     (report,) = run_pipeline(program, [Partition()])
@@ -97,7 +97,7 @@ def kept_bytes(program, ids) -> int:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", SPREAD)
 def test_checkpointing_keeps_less_and_gives_the_same_gradients(family, dropout):
     plain = adapted(canonical(family), dropout=dropout)
     for p in plain.parameters():

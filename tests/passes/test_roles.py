@@ -15,6 +15,7 @@ from spp_fx.graph.trace import trace
 from spp_fx.passes.canonicalize import Canonicalize
 from spp_fx.passes.match import Match
 from spp_fx.passes.pipeline import run_pipeline
+from tests.effort import nightly
 
 SMALL = {
     "vocab_size": 96,
@@ -87,6 +88,7 @@ ROUTERS = {
     "inkling": {"model.layers.1.mlp.gate.weight"},
     "gpt2": set(),
 }
+families = pytest.mark.parametrize("family", [nightly(f) if f == "phimoe" else f for f in CONFIGS])
 ONE_ROW = {"qwen2_moe": {"model.layers.0.mlp.shared_expert_gate.weight"}}
 
 
@@ -103,14 +105,14 @@ def with_role(program: Program, role: str) -> set[str]:
     return {name for name, site in program.sites.items() if site.role == role}
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@families
 def test_routers_and_gates_are_known_by_what_the_graph_does(family):
     _, program = canonical(family)
     assert with_role(program, ROUTES) == ROUTERS[family]
     assert with_role(program, GATES) == ONE_ROW.get(family, set())
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@families
 def test_every_matrix_of_the_model_is_a_site_or_left_out_with_a_reason(family):
     model, program = canonical(family)
     matrices = {name for name, p in model.named_parameters(remove_duplicate=False) if p.ndim >= 2}
@@ -226,16 +228,20 @@ class Score(Block):
         return self.down(self.up(x)) + self.choice(x)
 
 
-class MulSum(Block):
-    """A linear spelt as a product and a sum, with something done between the two."""
+class MulSums(Block):
+    """Linears spelt as a product and a sum, with something done between the two, each with a matrix of its own."""
 
-    def __init__(self, contract) -> None:
+    def __init__(self, forms) -> None:
         super().__init__()
-        self.contract = contract
+        self.forms = forms
+        self.banks = nn.ParameterDict({form: torch.zeros(4, 32) for form in forms})
 
     def forward(self, x):
-        extra = self.contract(x.unsqueeze(-2), self.bank)
-        return self.down(self.up(x)) + extra.mean(-1, keepdim=True) + self.choice(x).mean(-1, keepdim=True)
+        extra = sum(
+            form(x.unsqueeze(-2), self.banks[name]).mean(-1, keepdim=True)
+            for name, form in self.forms.items()
+        )
+        return self.down(self.up(x)) + extra + self.choice(x).mean(-1, keepdim=True)
 
 
 CONTRACTIONS = {
@@ -293,24 +299,46 @@ def with_block(block: nn.Module) -> Program:
     return program
 
 
-@pytest.mark.parametrize(("block", "outputs", "role"), BLOCKS, ids=lambda v: getattr(v, "__name__", None))
-def test_the_use_of_a_result_decides_what_a_linear_is(block, outputs, role):
-    program = with_block(block(outputs))
-    roles = {name.split(".")[-2]: site.role for name, site in program.sites.items() if ".mlp." in name}
-    roles.pop("mlp", None)  # the bank, where it is multiplied with
+class Sum(nn.Module):
+    """Blocks side by side: one trace answers for all."""
+
+    def __init__(self, blocks: dict[str, Block]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleDict(blocks)
+
+    def forward(self, x):
+        return sum(block(x) for block in self.blocks.values())
+
+
+@pytest.fixture(scope="module")
+def blocks():
+    return with_block(Sum({block.__name__: block(outputs) for block, outputs, _ in BLOCKS}))
+
+
+@pytest.mark.parametrize(("block", "role"), [(block.__name__, role) for block, _, role in BLOCKS])
+def test_the_use_of_a_result_decides_what_a_linear_is(blocks, block, role):
+    roles = {
+        name.split(".")[-2]: site.role
+        for name, site in blocks.sites.items()
+        if name.startswith(f"model.layers.0.mlp.blocks.{block}.")
+    }
+    roles.pop(block, None)  # the bank, where it is multiplied with
     assert roles == {"choice": role, "up": None, "down": None}
 
 
+@pytest.fixture(scope="module")
+def products():
+    return with_block(MulSums(CONTRACTIONS | TABLES))
+
+
 @pytest.mark.parametrize("form", CONTRACTIONS)
-def test_a_linear_spelt_as_product_and_sum_is_not_taken_for_a_table(form):
-    program = with_block(MulSum(CONTRACTIONS[form]))
-    assert not program.left_out["model.layers.0.mlp.bank"].known
+def test_a_linear_spelt_as_product_and_sum_is_not_taken_for_a_table(products, form):
+    assert not products.left_out[f"model.layers.0.mlp.banks.{form}"].known
 
 
 @pytest.mark.parametrize("form", TABLES)
-def test_a_table_whose_own_dimension_is_not_summed_in_its_product_is_known(form):
-    program = with_block(MulSum(TABLES[form]))
-    assert program.left_out["model.layers.0.mlp.bank"].known
+def test_a_table_whose_own_dimension_is_not_summed_in_its_product_is_known(products, form):
+    assert products.left_out[f"model.layers.0.mlp.banks.{form}"].known
 
 
 def test_what_is_not_followed_or_not_read_is_named_apart_from_tables():

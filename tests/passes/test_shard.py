@@ -14,7 +14,8 @@ from spp_fx.passes.partition import Checkpoint, Partition
 from spp_fx.passes.pipeline import run_pipeline
 from spp_fx.passes.shard import Shard
 from spp_fx.version import release
-from tests.families import FAMILIES, batch
+from tests.effort import nightly
+from tests.families import FAMILIES, REQUIRED, batch
 from tests.passes.programs import adapted, canonical, loss_of
 
 
@@ -37,8 +38,9 @@ INTEGERS = pytest.mark.skipif(
     release(torch.__version__) < shard.SPLITS_INTEGERS,
     reason="this torch shards no integers (pytorch issue 177844)",
 )
-CASES = [(family, "dense") for family in FAMILIES] + [
-    pytest.param(family, "packed", marks=INTEGERS) for family in ("llama", "gpt2", "mixtral")
+CASES = [
+    *((family, "dense") if family in REQUIRED else nightly(family, "dense") for family in FAMILIES),
+    *(pytest.param(family, "packed", marks=INTEGERS) for family in ("llama", "gpt2", "mixtral")),
 ]
 
 

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from spp_fx.training.records import ALPACA, ALPACA_WITH_INPUT, SEPARATOR, read_samples
 from spp_fx.training.samples import IGNORED, tokenize
 from tests.command import command, must, one_line
+from tests.effort import nightly
 
 TEMPLATE = "{% for m in messages %}{{ m['role'][0] }} {{ m['content'] }} </s> {% endfor %}"
 ALTERNATING = (
@@ -23,9 +24,9 @@ FULL = {"instruction": "a b c", "input": "", "output": "d e f g h i j a b c d e 
 
 
 @pytest.fixture
-def here(world, monkeypatch):
-    monkeypatch.chdir(world)
-    return world
+def here(shallow, monkeypatch):
+    monkeypatch.chdir(shallow)
+    return shallow
 
 
 def write(path, rows):
@@ -59,9 +60,19 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("form", ["json", "jsonl"])
-@pytest.mark.parametrize(("rows", "documents"), CASES.values(), ids=CASES)
-def test_records_are_measured_as_the_text_in_them(here, form, rows, documents):
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [
+        ("text", "json"),
+        ("instructions", "jsonl"),
+        ("chats", "json"),
+        nightly("text", "jsonl"),
+        nightly("instructions", "json"),
+        nightly("chats", "jsonl"),
+    ],
+)
+def test_records_are_measured_as_the_text_in_them(here, kind, form):
+    rows, documents = CASES[kind]
     set_template(here / "sparse", TEMPLATE)
     (here / "same.txt").write_text(f"\n{SEPARATOR}\n".join(documents))
     assert perplexity(write(here / f"data.{form}", rows)) == perplexity("same.txt")

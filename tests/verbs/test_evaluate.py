@@ -41,46 +41,51 @@ def plain_perplexity(folder: Path, text: Path, length: int, stride: int) -> tupl
 
 
 @pytest.fixture(scope="module")
-def text(made, tmp_path_factory) -> Path:
+def text(made_shallow, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text((made / "text.txt").read_text()[:700])
+    path.write_text((made_shallow / "text.txt").read_text()[:300])
     return path
 
 
 @pytest.mark.parametrize(("length", "stride"), [(32, 8), (32, 31), (33, 1), (16, 16), (64, 48)])
-def test_overlapping_windows_predict_every_token_once(made, text, length, stride):
-    measured = evaluate(made / "sparse", text, seq_len=length, stride=stride)
-    expected, count = plain_perplexity(made / "sparse", text, length, stride)
+def test_overlapping_windows_predict_every_token_once(made_shallow, text, length, stride):
+    measured = evaluate(made_shallow / "sparse", text, seq_len=length, stride=stride)
+    expected, count = plain_perplexity(made_shallow / "sparse", text, length, stride)
     assert measured.result.tokens == count
     assert measured.result.perplexity == pytest.approx(expected, rel=1e-5)  # float32 sums in another order
     if stride < length:
-        whole = AutoTokenizer.from_pretrained(made / "sparse")(text.read_text())["input_ids"]
+        whole = AutoTokenizer.from_pretrained(made_shallow / "sparse")(text.read_text())["input_ids"]
         assert count in (len(whole) - 1, len(whole))  # all but the first; an end may be added
 
 
-def test_a_stride_of_whole_windows_is_the_fixed_measure(made, text):
-    fixed, sliding = (evaluate(made / "sparse", text, seq_len=32, stride=stride) for stride in (None, 32))
+def test_a_stride_of_whole_windows_is_the_fixed_measure(made_shallow, text):
+    fixed, sliding = (
+        evaluate(made_shallow / "sparse", text, seq_len=32, stride=stride) for stride in (None, 32)
+    )
     assert (fixed.result, fixed.text) == (sliding.result, sliding.text)
 
 
-def test_one_window_that_holds_the_text_is_the_same_with_any_stride(made, tmp_path):
+def test_one_window_that_holds_the_text_is_the_same_with_any_stride(made_shallow, tmp_path):
     short = tmp_path / "short.txt"
     short.write_text("a b c d e")
     assert (
-        evaluate(made / "sparse", short, seq_len=32).result
-        == evaluate(made / "sparse", short, seq_len=32, stride=4).result
+        evaluate(made_shallow / "sparse", short, seq_len=32).result
+        == evaluate(made_shallow / "sparse", short, seq_len=32, stride=4).result
     )
+    one = must("eval", made_shallow / "sparse", "--data", short, "--seq-len", 32)
+    assert "(1 window of 32)" in one.out
+    assert "the perplexity of 1 window of text is rough (5 predicted tokens)" in one.err
 
 
-def test_several_models_are_one_table_and_one_json(made, text):
-    names = [made / name for name in ("dense", "adapter", "merged", "packed")]
-    table = must("eval", *names, "--data", text, "--seq-len", 32, "-q").out.splitlines()
+def test_several_models_are_one_table_and_one_json(made_shallow, text):
+    names = [made_shallow / name for name in ("dense", "adapter", "merged", "packed")]
+    table = must("eval", *names[:2], "--data", text, "--seq-len", 32, "-q").out.splitlines()
     assert table[0].split() == ["model", "perplexity", "tokens"]
-    assert [line.split()[0] for line in table[1:]] == [str(name) for name in names]
+    assert [line.split()[0] for line in table[1:]] == [str(name) for name in names[:2]]
     dense, adapter, merged, packed = must(
         "eval", *names, "--data", text, "--seq-len", 32, "--json", "-q"
     ).json["models"]
-    alone = must("eval", made / "dense", "--data", text, "--seq-len", 32, "--json", "-q").json
+    alone = must("eval", made_shallow / "dense", "--data", text, "--seq-len", 32, "--json", "-q").json
     drop = {"seconds", "model"}
     same = [
         {key: each[key] for key in each.keys() - drop} for each in (alone, dense, adapter, merged, packed)
@@ -100,7 +105,9 @@ def test_several_models_are_one_table_and_one_json(made, text):
     ],
 )
 def test_an_adapter_is_measured_as_what_merge_writes(family, dtype, text_file, tmp_path):
-    save_with_tokenizer(tmp_path / "plain", text_file, family)
+    save_with_tokenizer(tmp_path / "plain", text_file, family, one_layer=True)
+    text = tmp_path / "text.txt"
+    text.write_text(text_file.read_text()[:1500])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=getattr(torch, dtype))
     model.save_pretrained(tmp_path / "dense")
     AutoTokenizer.from_pretrained(tmp_path / "plain").save_pretrained(tmp_path / "dense")
@@ -109,13 +116,13 @@ def test_an_adapter_is_measured_as_what_merge_writes(family, dtype, text_file, t
     randomize(tmp_path / "adapter")
     must("merge", tmp_path / "adapter", "-o", tmp_path / "merged", "-q")
     sparse, adapter, merged = (
-        evaluate(tmp_path / name, text_file, seq_len=64).result for name in ("sparse", "adapter", "merged")
+        evaluate(tmp_path / name, text, seq_len=64).result for name in ("sparse", "adapter", "merged")
     )
     assert adapter == merged
     assert adapter.loss != sparse.loss
 
 
-def test_a_model_is_freed_before_the_next_is_loaded(made, text, monkeypatch):
+def test_a_model_is_freed_before_the_next_is_loaded(made_shallow, text, monkeypatch):
     kept: list[weakref.ref[torch.nn.Module]] = []
     load = module.load_evaluated
 
@@ -128,7 +135,17 @@ def test_a_model_is_freed_before_the_next_is_loaded(made, text, monkeypatch):
 
     monkeypatch.setattr(module, "load_evaluated", loading)
     try:
-        must("eval", made / "dense", made / "adapter", made / "merged", "--data", text, "--seq-len", 32, "-q")
+        must(
+            "eval",
+            made_shallow / "dense",
+            made_shallow / "adapter",
+            made_shallow / "merged",
+            "--data",
+            text,
+            "--seq-len",
+            32,
+            "-q",
+        )
     finally:
         gc.enable()
     assert len(kept) == 3
@@ -147,23 +164,25 @@ def test_a_model_is_freed_before_the_next_is_loaded(made, text, monkeypatch):
         (["--tasks", "boolq", "--batch-size", "0"], "--batch-size must be a number or auto"),
     ],
 )
-def test_wrong_options_are_refused_in_one_line(made, monkeypatch, words, said):
-    monkeypatch.chdir(made)
+def test_wrong_options_are_refused_in_one_line(made_shallow, monkeypatch, words, said):
+    monkeypatch.chdir(made_shallow)
     result = command("eval", "sparse", *words, "-q")
     assert result.code == 2
     assert said in one_line(result.err)
 
 
-def test_the_last_model_is_checked_before_the_first_is_measured(made, text, monkeypatch, tmp_path):
+def test_the_last_model_is_checked_before_the_first_is_measured(made_shallow, text, monkeypatch, tmp_path):
     monkeypatch.setattr(module, "load_evaluated", lambda *args: pytest.fail("a model was loaded"))
-    result = command("eval", made / "sparse", tmp_path / "none", "--data", text, "-q")
+    result = command("eval", made_shallow / "sparse", tmp_path / "none", "--data", text, "-q")
     assert result.code == 2
     assert "none" in one_line(result.err)
 
 
-def test_the_function_measures_what_the_command_does(made, text):
-    found = spp_fx.evaluate(made / "sparse", text, seq_len=32, stride=16)
-    said = must("eval", made / "sparse", "--data", text, "--seq-len", 32, "--stride", 16, "--json", "-q").json
+def test_the_function_measures_what_the_command_does(made_shallow, text):
+    found = spp_fx.evaluate(made_shallow / "sparse", text, seq_len=32, stride=16)
+    said = must(
+        "eval", made_shallow / "sparse", "--data", text, "--seq-len", 32, "--stride", 16, "--json", "-q"
+    ).json
     assert found.to_json() | {"seconds": 0} == said | {"seconds": 0}
     with pytest.raises(spp_fx.SppFxError, match="--data"):
-        spp_fx.evaluate(made / "sparse")
+        spp_fx.evaluate(made_shallow / "sparse")

@@ -12,7 +12,7 @@ import torch
 
 from tests.adapters.layers import OUTSIDE
 from tests.command import must, randomize, tensors
-from tests.effort import covering
+from tests.effort import covering, nightly
 from tests.verbs.conftest import save_with_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +44,7 @@ def family(request) -> str:
 @pytest.fixture(scope="module")
 def sparse(family, tmp_path_factory, text_file) -> Path:
     root = tmp_path_factory.mktemp(family)
-    save_with_tokenizer(root / "dense", text_file, family)
+    save_with_tokenizer(root / "dense", text_file, family, one_layer=True)
     must("prune", root / "dense", "-o", root / "sparse", "-q")
     return root / "sparse"
 
@@ -68,8 +68,10 @@ def test_a_method_trains_merges_and_verifies(sparse, folder, method, way, text_f
     start = tensors(folder)
     adapter = tmp_path / "adapter"
     shutil.copytree(folder, adapter)
+    held = tmp_path / "held.txt"
+    held.write_text(text_file.read_text()[:800])
     line = ["train", adapter, "--data", text_file, *LINE.split(), *WAYS[way].split()]
-    trained_perplexity = must(*line, "--eval-data", text_file, "--json").json["perplexity"]
+    trained_perplexity = must(*line, "--eval-data", held, "--json").json["perplexity"]
     trained = tensors(adapter)
     assert {name.rpartition(".")[2] for name in trained} == {name.rpartition(".")[2] for name in start}
     assert all(not torch.equal(value, start[name]) for name, value in trained.items())
@@ -80,7 +82,7 @@ def test_a_method_trains_merges_and_verifies(sparse, folder, method, way, text_f
     assert all(".experts." in name for name in unchanged)  # that no token was routed to
     must("verify", tmp_path / "merged", "--pattern", "2:4", "--against", sparse, "-q")
     must("verify", adapter, "-q")
-    measure = ("--data", text_file, "--seq-len", 16, "--json", "-q")
+    measure = ("--data", held, "--seq-len", 16, "--json", "-q")
     perplexity = must("eval", tmp_path / "merged", *measure).json["perplexity"]
     assert must("eval", adapter, *measure).json["perplexity"] == perplexity
     assert trained_perplexity == pytest.approx(perplexity, rel=1e-4)
@@ -112,9 +114,17 @@ def test_merge_says_what_the_mask_took_from_a_dense_update(pristine, tmp_path):
 
 
 @pytest.mark.slow
-# GPT-2 has dropout of its own, which each process draws for itself.
-@covering(
-    1, indirect=("family", "method"), family=[each for each in FAMILIES if each != "gpt2"], method=OPTIONS
+# GPT-2 has dropout of its own, which each process draws for itself. The others of a kind run at night.
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        ("mixtral", "spp"),
+        ("llama", "lors"),
+        ("mixtral", "hira"),
+        ("llama", "grouped"),
+        *(nightly("llama", method) for method in ("sqft", "masked-full", "scale-lora", "lora-star")),
+    ],
+    indirect=True,
 )
 def test_two_processes_train_a_method_as_one_does(folder, method, text_file, tmp_path):
     for name in ("one", "two"):

@@ -206,28 +206,28 @@ def test_everything_pruned_is_refused(world):
     assert "no weight" in one_line(result.err)
 
 
-def test_checkpoints_are_kept_unless_they_are_given_up(world, monkeypatch):
-    monkeypatch.chdir(world)
+def test_checkpoints_are_kept_unless_they_are_given_up(shallow, monkeypatch):
+    monkeypatch.chdir(shallow)
     must(*TRAIN, "--save-steps", 2)
-    (world / "adapter" / "checkpoint-best").mkdir()
+    (shallow / "adapter" / "checkpoint-best").mkdir()
     result = command(*TRAIN)
     assert result.code == 2
     assert "--resume" in one_line(result.err)
-    assert (world / "adapter" / "checkpoint-4").is_dir()
+    assert (shallow / "adapter" / "checkpoint-4").is_dir()
     must(*TRAIN, "--force")
-    assert sorted(path.name for path in (world / "adapter").glob("checkpoint-*")) == ["checkpoint-best"]
+    assert sorted(path.name for path in (shallow / "adapter").glob("checkpoint-*")) == ["checkpoint-best"]
 
 
 @pytest.mark.parametrize("damage", ["optimizer.safetensors", "trainer_state.json"])
-def test_resume_takes_the_newest_whole_checkpoint(world, monkeypatch, damage):
-    monkeypatch.chdir(world)
+def test_resume_takes_the_newest_whole_checkpoint(shallow, monkeypatch, damage):
+    monkeypatch.chdir(shallow)
     must(*TRAIN, "--save-steps", 2)
-    whole = (world / "adapter" / "adapter_model.safetensors").read_bytes()
-    path = world / "adapter" / "checkpoint-4" / damage
+    whole = (shallow / "adapter" / "adapter_model.safetensors").read_bytes()
+    path = shallow / "adapter" / "checkpoint-4" / damage
     path.write_bytes(path.read_bytes()[:-100])
     must(*TRAIN, "--save-steps", 2, "--resume")
-    assert (world / "adapter" / "adapter_model.safetensors").read_bytes() == whole
-    shutil.rmtree(world / "adapter" / "checkpoint-2")
+    assert (shallow / "adapter" / "adapter_model.safetensors").read_bytes() == whole
+    shutil.rmtree(shallow / "adapter" / "checkpoint-2")
     path.write_bytes(b"")
     result = command(*TRAIN, "--resume")
     assert result.code == 2

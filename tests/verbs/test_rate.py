@@ -7,7 +7,17 @@ import torch
 from safetensors.torch import save_file
 
 from spp_fx.storage.folder import ModelFolder
-from spp_fx.verbs.rate import MOST_TRIALS, best_multiple, carried_over, spread, trial_steps, warmup_share
+from spp_fx.verbs.rate import (
+    LOWEST,
+    MOST_TRIALS,
+    Trial,
+    best_multiple,
+    carried_over,
+    find,
+    spread,
+    trial_steps,
+    warmup_share,
+)
 
 
 @pytest.mark.parametrize("best", [0.11, 0.7, 1.0, 1.3, 9.0])
@@ -35,6 +45,24 @@ def test_a_loss_that_falls_for_ever_ends_the_search():
     assert found == max(tried) >= 8
 
 
+@pytest.mark.parametrize("searches", [False, True])
+def test_a_rate_that_ends_above_the_start_is_lowered(searches):
+    found, trials = find(lambda multiple: Trial(multiple, -multiple, 0.05 - multiple), searches)
+    assert found <= 0.05 < 4 * found
+    assert len(trials) == len({trial.lr for trial in trials})
+
+
+def test_a_rate_is_lowered_to_where_it_hardly_moves_a_factor_and_no_further():
+    found, trials = find(lambda multiple: Trial(multiple, nan, nan), False)
+    assert found == LOWEST
+    assert len(trials) == 7
+
+
+def test_a_good_suggestion_is_the_only_trial_of_a_short_run():
+    found, trials = find(lambda multiple: Trial(multiple, 3.0, 0.0), False)
+    assert (found, len(trials)) == (1, 1)
+
+
 def test_a_flat_loss_keeps_the_suggestion():
     assert best_multiple(lambda multiple: 2.0) == 1
 
@@ -46,8 +74,8 @@ def test_a_rate_falls_with_the_steps_as_far_as_a_loss_is_left(left, found):
     assert carried_over(0.08, 0.02, left) == pytest.approx(found)
 
 
-@pytest.mark.parametrize(("steps", "short"), [(1, 0), (31, 0), (32, 10), (100, 20), (100_000, 24)])
-def test_a_trial_is_a_fifth_within_bounds(steps, short):
+@pytest.mark.parametrize(("steps", "short"), [(1, 1), (31, 31), (32, 10), (100, 20), (100_000, 24)])
+def test_a_trial_is_a_fifth_within_bounds_or_the_whole_of_a_short_run(steps, short):
     assert trial_steps(steps) == short
 
 

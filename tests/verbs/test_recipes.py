@@ -180,6 +180,28 @@ def test_a_recipe_knows_how_many_processes_share_a_step(here, monkeypatch):
     assert (shared.batch_size, shared.accumulate) == (8, 2)
 
 
+def test_a_step_keeps_the_rows_of_a_recipe_or_file_whatever_the_batch_size(here, monkeypatch):
+    (here / "dump.yaml").write_text(must("recipes", "spp-llama-7b").out)
+    (here / "batch.yaml").write_text("batch-size: 32\n")
+    recipe, dump, batch = ("--recipe", "spp-llama-7b"), ("--config", "dump.yaml"), ("--config", "batch.yaml")
+    for words, step in (
+        ((*recipe, "--batch-size", 4), (4, 32)),
+        ((*dump, "--batch-size", 4), (4, 32)),
+        ((*batch, *recipe), (32, 4)),
+        ((*recipe, "--accumulate", 2), (8, 2)),
+        (batch, (32, 1)),
+    ):
+        found = settings_of(here, monkeypatch, *words)
+        assert (found.batch_size, found.accumulate) == step, words
+    said = command("train", "adapter", "--data", "text.txt", *recipe, "--batch-size", 4).err
+    assert "--accumulate 32: with --batch-size 4 a step keeps the 128 rows of --recipe spp-llama-7b" in said
+    said = command("train", "adapter", "--data", "text.txt", *dump, "--accumulate", 2).err
+    assert "a step has 16 rows on each device, that of dump.yaml 128" in said
+    refused = command("train", "adapter", "--data", "text.txt", *recipe, "--batch-size", 12)
+    assert refused.code == 2
+    assert "--batch-size 12 does not divide the 128 rows" in one_line(refused.err)
+
+
 @pytest.mark.parametrize("name", ["spp-llama-65b", "sqft-mistral-7b", "lors-llama2-7b"])
 def test_a_dump_is_a_file_for_config(here, monkeypatch, name):
     (here / "run.yaml").write_text(must("recipes", name).out)

@@ -84,13 +84,13 @@ CASES = {
     "merge-base-gone": (lambda w: (w / "sparse").rename(w / "moved"), "merge adapter -o new", 2, "--base"),
     "merge-nan-factor": (
         lambda w: rewrite(w / "adapter" / "adapter_model.safetensors", spoil(f"{Q}.spp_alpha")),
-        "merge adapter -o new", 1, Q,
+        "merge adapter -o new", 1, f"adapter_model.safetensors: {Q}.spp_alpha holds 1 NaN or infinite values",
     ),
     "merge-infinite-factor": (
         lambda w: rewrite(
             w / "adapter" / "adapter_model.safetensors", lambda v: v[f"{Q}.spp_beta"][2].fill_(float("inf"))
         ),
-        "merge adapter -o new", 1, "): row 2, column",
+        "merge adapter -o new", 1, "first at row 2, column 0",
     ),
     "merge-factor-missing": (
         lambda w: rewrite(w / "adapter" / "adapter_model.safetensors", lambda v: v.pop(f"{Q}.spp_beta")),
@@ -144,6 +144,10 @@ CASES = {
         "export merged -o new --format safetensors", 1, Q,
     ),
     "train-no-adapter": (nothing, TRAIN.replace("adapter", "sparse"), 2, "inject"),
+    "train-nan-factor": (
+        lambda w: rewrite(w / "adapter" / "adapter_model.safetensors", spoil(f"{Q}.spp_alpha")),
+        TRAIN, 1, f"{Q}.spp_alpha holds 1 NaN or infinite values, first at row 0, column 3",
+    ),
     "train-no-tokenizer": (
         lambda w: [path.unlink() for path in (w / "sparse").glob("tokenizer*")], TRAIN, 2, "tokenizer",
     ),

@@ -2,14 +2,53 @@
 
 import json
 import shutil
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 import spp_fx
 from spp_fx.adapters.adapter_folder import AdapterFolder
+from spp_fx.adapters.method import METHODS, register
+from spp_fx.adapters.sqft import SQFT
 from spp_fx.errors import UsageError
-from tests.command import command, listing, must, randomize, tensors
+from spp_fx.options import option
+from tests.command import command, listing, must, one_line, randomize, tensors
+
+
+@dataclass(frozen=True)
+class Worded(SQFT):
+    """As another package may have it."""
+
+    words: tuple[str, ...] = option((), "No number, and so nothing that a site has of its own.")
+
+
+def test_a_list_among_a_methods_options_is_called_that(pristine, tmp_path):
+    register("worded")(Worded)
+    try:
+        ran = command(
+            "inject", pristine / "sparse", "-o", tmp_path / "out", "--method", "worded", "--words", "a"
+        )
+    finally:
+        del METHODS["worded"]
+    assert ran.code == 2
+    assert "worded: the option words must be an int, float, bool or str" in one_line(ran.err)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--rank", 4], ""),
+        (["--rank", 32], "14 of 14 sites train more numbers than their weights have, such as "),
+        (["--rank", 4, "--rank", "0.mlp.up_proj@32"], "1 of 14 sites train more numbers than their weights have, "
+         "such as model.layers.0.mlp.up_proj.weight: 3,072 for 64x32; lower the rank"),
+    ],
+)  # fmt: skip
+def test_a_rank_that_trains_more_than_the_weight_itself_is_said(made, words, said):
+    ran = must("inject", made / "sparse", "--dry-run", "--method", "sqft", *words)
+    assert said in ran.err
+    assert bool(said) == ("more numbers" in ran.err)
+
 
 LINE = ["--seq-len", "16", "--steps", "2", "--batch-size", "4", "-q"]
 
@@ -120,6 +159,9 @@ def test_a_budget_is_spread_and_reported_site_by_site(words, pristine, tmp_path)
     assert report["trainable_parameters"] == sum(site["trainable_parameters"] for site in report["sites"])
     table = must(*line, "--dry-run").out
     assert "rank" in table.splitlines()[0].split()
+    if not words:
+        most = must("inject", pristine / "sparse", "--budget", "95%", "--dry-run").err
+        assert f"of {95 * total // 100:,} parameters are used: every weight has its highest rank" in most
     must(*line, "-o", tmp_path / "a", "-q")
     folder = AdapterFolder.open(tmp_path / "a")
     assert {site: method.rank for site, method in folder.methods.items()} == ranks

@@ -56,7 +56,7 @@ def test_another_seed_draws_another_text_and_a_teacher_is_recorded(pristine, tex
 
 
 def test_every_expert_has_a_start_of_its_own(text_file, tmp_path):
-    save_with_tokenizer(tmp_path / "dense", text_file, "mixtral")
+    save_with_tokenizer(tmp_path / "dense", text_file, "mixtral", one_layer=True)
     must("prune", tmp_path / "dense", "-o", tmp_path / "sparse", "-q")
     inject = ("inject", tmp_path / "sparse", "--rank", 4, "-q")
     must(*inject, "-o", tmp_path / "adapter", "--init", "gradient", "--calib", text_file, *TEXT)
@@ -100,11 +100,17 @@ def test_a_reconstruction_is_closer_to_the_dense_model_right_away(pristine, text
             "masked-full",
         ),
         (("--init", "gradient", "--calib", "TEXT", "--dry-run"), "--dry-run needs no weights"),
+        (("--init", "gradient", "--calib", "TEXT", "--teacher", "SPARSE"), "as sparse as"),
+        (
+            ("--init", "reconstruct", "--calib", "TEXT", "--teacher", "MERGED"),
+            "the dense model that was pruned",
+        ),
         (("--init", "gradient", "--calib", "TEXT", "--samples", 100000), "too short"),
     ],
 )
 def test_what_a_start_cannot_be_made_of_is_refused(options, word, made, tmp_path):
-    words = [{"TEXT": made / "text.txt", "DENSE": made / "dense"}.get(option, option) for option in options]
+    folders = {name.upper(): made / name for name in ("dense", "sparse", "merged")}
+    words = [(folders | {"TEXT": made / "text.txt"}).get(option, option) for option in options]
     rank = () if "masked-full" in options else ("--rank", 4)
     out = () if "--dry-run" in options else ("-o", tmp_path / "out")
     result = command("inject", made / "sparse", *rank, *words, *out)

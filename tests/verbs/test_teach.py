@@ -18,13 +18,13 @@ ROWS = ["a b c d e f g h i j", "k l", "m n o", "a c e g i k m o q", "b d f h", "
 
 
 @pytest.fixture
-def here(world, monkeypatch):
+def here(shallow, monkeypatch):
     """Adapter folders with factors that are not zero, and instructions of several lengths."""
-    monkeypatch.chdir(world)
-    randomize(world / "adapter")
+    monkeypatch.chdir(shallow)
+    randomize(shallow / "adapter")
     lines = (json.dumps({"instruction": row, "output": row[::-1]}) for row in ROWS)
-    (world / "data.jsonl").write_text("\n".join(lines))
-    return world
+    (shallow / "data.jsonl").write_text("\n".join(lines))
+    return shallow
 
 
 TEACH = ["teach", "dense", "--data", "data.jsonl", "--seq-len", 64, "-o", "taught"]
@@ -53,7 +53,7 @@ def trained(*options: object) -> dict:
 @pytest.mark.parametrize("options", ["", "--loss-on answer --packing", "--temperature 2"])
 def test_training_on_many_samples_is_training_with_the_teacher(here, options):
     form = [word for word in options.split() if word not in ("--temperature", "2")]
-    report = must(*TEACH, *options.split(), "--samples", 5000, "--json", "-q").json
+    report = must(*TEACH, *options.split(), "--samples", 40_000, "--json", "-q").json
     assert report["bytes"] == sum(path.stat().st_size for path in (here / "taught").iterdir())
     sampled = trained("--teacher", "taught", "--teacher-weight", 0.5, *form)
     exact = trained("--teacher", "dense", "--teacher-weight", 0.5, "--seq-len", 64, *options.split())

@@ -1,7 +1,9 @@
 """Training an adapter folder: resumable to the bit, no pickle, all or nothing."""
 
+import json
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,53 +12,109 @@ from safetensors.torch import load_file
 from spp_fx.errors import UsageError
 from spp_fx.verbs import train as verb
 from tests.command import command
+from tests.worlds import assert_untouched, made_once
+
+STEPS = 8
 
 
 @pytest.fixture
-def adapter(pristine, tmp_path) -> Path:
-    shutil.copytree(pristine / "adapter", tmp_path / "adapter")
-    return tmp_path / "adapter"
+def adapter(made_shallow, tmp_path) -> Path:
+    return shutil.copytree(made_shallow / "adapter", tmp_path / "adapter")
+
+
+@pytest.fixture
+def text_file(made_shallow) -> Path:
+    return made_shallow / "text.txt"
 
 
 def train(adapter: Path, text: Path, *more: object):
-    line = ("train", adapter, "--data", text, "--seq-len", 32, "--batch-size", 4, "--steps", 24, "-q")
+    line = ("train", adapter, "--data", text, "--seq-len", 32, "--batch-size", 4, "--steps", STEPS, "-q")
     return command(*line, *more)
+
+
+def trained(factory: pytest.TempPathFactory, made: Path, name: str, *more: object) -> Path:
+    """The folder of a run, once for all tests: adapter/ with its checkpoints, and report.json."""
+
+    def make(root: Path) -> None:
+        shutil.copytree(made / "adapter", root / "adapter")
+        ran = train(root / "adapter", made / "text.txt", *more, "--json")
+        assert ran.code == 0, ran.err
+        (root / "report.json").write_text(ran.out)
+
+    return made_once(factory, name, make)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, made_shallow) -> Iterator[Path]:
+    """A run with two checkpoints."""
+    folder = trained(
+        tmp_path_factory,
+        made_shallow,
+        "whole",
+        "--save-steps",
+        STEPS // 2,
+        "--eval-data",
+        made_shallow / "text.txt",
+    )
+    yield folder
+    assert_untouched(folder)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory, made_shallow) -> Iterator[Path]:
+    """The shortest run that has trials of rates, with two checkpoints."""
+    folder = trained(tmp_path_factory, made_shallow, "found", "--steps", 32, "--save-steps", 16)
+    yield folder
+    assert_untouched(folder)
+
+
+def report_of(folder: Path) -> dict:
+    return json.loads((folder / "report.json").read_text())
+
+
+def resumable(folder: Path, tmp_path: Path, start: bytes) -> Path:
+    """A copy of a run's adapter as if it had been killed before it wrote its result."""
+    adapter = shutil.copytree(folder / "adapter", tmp_path / "killed")
+    (adapter / "adapter_model.safetensors").write_bytes(start)
+    return adapter
 
 
 def factors(adapter: Path) -> bytes:
     return (adapter / "adapter_model.safetensors").read_bytes()
 
 
-def test_training_lowers_the_perplexity_and_the_same_seed_gives_the_same_bytes(adapter, text_file, tmp_path):
-    shutil.copytree(adapter, tmp_path / "again")
-    report = train(adapter, text_file, "--eval-data", text_file, "--json").json
+def test_training_lowers_the_perplexity_and_the_same_seed_gives_the_same_bytes(whole, adapter, text_file):
+    report = report_of(whole)
     assert report["perplexity"] < report["perplexity_before"]
-    assert report["steps"] == 24
-    assert train(tmp_path / "again", text_file).code == 0
-    assert factors(adapter) == factors(tmp_path / "again")
+    assert report["steps"] == STEPS
+    assert train(adapter, text_file).code == 0
+    assert factors(adapter) == factors(whole / "adapter")
 
 
-def test_a_resumed_run_ends_with_the_bytes_of_an_undisturbed_one(adapter, text_file, tmp_path):
-    start = factors(adapter)
-    assert train(adapter, text_file, "--save-steps", 12).code == 0
-    whole = factors(adapter)
-    assert {path.name for path in adapter.glob("checkpoint-*")} == {"checkpoint-12", "checkpoint-24"}
+def test_a_resumed_run_ends_with_the_bytes_of_an_undisturbed_one(whole, adapter, text_file, tmp_path):
+    killed = resumable(whole, tmp_path, factors(adapter))
+    assert {path.name for path in killed.glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-8"}
     # As if it had been killed while it wrote the second checkpoint: that one is cut, and there is no result.
-    cut = adapter / "checkpoint-24" / "optimizer.safetensors"
+    cut = killed / "checkpoint-8" / "optimizer.safetensors"
     cut.write_bytes(cut.read_bytes()[:-1])
-    (adapter / "adapter_model.safetensors").write_bytes(start)
-    assert train(adapter, text_file, "--save-steps", 12, "--resume").code == 0
-    assert factors(adapter) == whole
+    assert train(killed, text_file, "--save-steps", 4, "--resume").code == 0
+    assert factors(killed) == factors(whole / "adapter")
+    refused = train(killed, text_file, "--resume", "--lr", 0.5)
+    assert refused.code == 2
+    assert "which a resumed run keeps; 0.5 needs a new run" in refused.err
+    line = ("--data", text_file, "--seq-len", 32, "--batch-size", 4, "--steps", STEPS + 1)
+    changes = command("train", killed, *line, "--resume").err
+    assert "checkpoint-8: the run goes on with steps 9 instead of 8, and so ends elsewhere" in changes
 
 
-def test_a_run_killed_after_its_last_checkpoint_is_finished_without_a_further_step(adapter, text_file):
-    start = factors(adapter)
-    first = train(adapter, text_file, "--save-steps", 12, "--json").json
-    whole = factors(adapter)
-    (adapter / "adapter_model.safetensors").write_bytes(start)
-    again = train(adapter, text_file, "--save-steps", 12, "--resume", "--json").json
+def test_a_run_killed_after_its_last_checkpoint_is_finished_without_a_further_step(
+    whole, adapter, text_file, tmp_path
+):
+    first = report_of(whole)
+    killed = resumable(whole, tmp_path, factors(adapter))
+    again = train(killed, text_file, "--save-steps", 4, "--resume", "--json").json
     assert (again["steps"], again["losses"]) == (first["steps"], first["losses"])
-    assert factors(adapter) == whole
+    assert factors(killed) == factors(whole / "adapter")
 
 
 def test_the_last_report_holds_the_last_step(adapter, text_file):
@@ -64,9 +122,8 @@ def test_the_last_report_holds_the_last_step(adapter, text_file):
     assert len(report["losses"]) == 2
 
 
-def test_checkpoints_hold_no_pickle(adapter, text_file):
-    train(adapter, text_file, "--save-steps", 10)
-    files = [p for p in (adapter / "checkpoint-20").rglob("*") if p.is_file()]
+def test_checkpoints_hold_no_pickle(whole):
+    files = [p for p in (whole / "adapter" / "checkpoint-4").rglob("*") if p.is_file()]
     assert files
     assert {p.suffix for p in files} <= {".json", ".safetensors"}
 
@@ -79,23 +136,23 @@ def test_a_run_that_diverges_leaves_the_adapter_as_it_was(adapter, text_file):
     assert factors(adapter) == before
 
 
-def test_a_teacher_of_another_vocabulary_is_refused_and_checkpoints_stay(adapter, text_file, tmp_path):
+def test_a_teacher_of_another_vocabulary_is_refused_and_checkpoints_stay(whole, text_file, tmp_path):
     from tests.families import make_model
 
-    train(adapter, text_file, "--save-steps", 10)
-    make_model("llama").save_pretrained(tmp_path / "other")
+    adapter = shutil.copytree(whole / "adapter", tmp_path / "adapter")
+    other = make_model("llama", one_layer=True)
+    other.resize_token_embeddings(100)
+    other.save_pretrained(tmp_path / "other")
     ran = train(adapter, text_file, "--teacher", tmp_path / "other", "--force")
     assert ran.code == 2
     assert "vocabulary" in ran.err
-    assert (adapter / "checkpoint-20").is_dir()
+    assert (adapter / "checkpoint-4").is_dir()
 
 
-def test_a_teacher_changes_what_is_learned(adapter, pristine, text_file, tmp_path):
-    shutil.copytree(adapter, tmp_path / "taught")
-    train(adapter, text_file)
-    assert train(tmp_path / "taught", text_file, "--teacher", pristine / "dense").code == 0
+def test_a_teacher_changes_what_is_learned(whole, adapter, made_shallow, text_file):
+    assert train(adapter, text_file, "--teacher", made_shallow / "dense").code == 0
     plain, taught = (
-        load_file(folder / "adapter_model.safetensors") for folder in (adapter, tmp_path / "taught")
+        load_file(folder / "adapter_model.safetensors") for folder in (whole / "adapter", adapter)
     )
     assert any(not plain[name].equal(taught[name]) for name in plain)
 
@@ -106,33 +163,31 @@ def test_resume_without_a_checkpoint_is_refused(adapter, text_file):
     assert "--save-steps" in ran.err
 
 
-def test_the_default_rate_given_by_hand_is_the_same_run(adapter, text_file, tmp_path):
-    shutil.copytree(adapter, tmp_path / "again")
-    lr = train(adapter, text_file, "--json").json["lr"]
-    assert train(tmp_path / "again", text_file, "--lr", repr(lr)).code == 0
-    assert factors(adapter) == factors(tmp_path / "again")
+def test_the_default_rate_given_by_hand_is_the_same_run(whole, adapter, text_file):
+    assert train(adapter, text_file, "--lr", repr(report_of(whole)["lr"])).code == 0
+    assert factors(adapter) == factors(whole / "adapter")
 
 
 def test_epochs_get_the_rate_of_their_steps(adapter, text_file, tmp_path):
     shutil.copytree(adapter, tmp_path / "again")
     line = ("--data", text_file, "--seq-len", 32, "--batch-size", 3, "--accumulate", 2, "--no-lr-trials")
     line += ("--json", "-q")
-    epochs = command("train", adapter, *line, "--epochs", 0.3).json
+    epochs = command("train", adapter, *line, "--epochs", 1.5).json
     steps = command("train", tmp_path / "again", *line, "--steps", epochs["steps"]).json
     assert epochs["lr"] == steps["lr"]
 
 
-def test_short_trials_choose_the_rate_and_leave_no_trace(adapter, text_file, tmp_path):
-    shutil.copytree(adapter, tmp_path / "again")
-    found = train(adapter, text_file, "--steps", 32, "--json").json
-    tried = {each["lr"]: each["loss"] for each in found["lr_trials"]}
+def test_short_trials_choose_the_rate_and_leave_no_trace(found, adapter, text_file):
+    report = report_of(found)
+    tried = {each["lr"]: each["loss"] for each in report["lr_trials"]}
     assert 3 <= len(tried) <= 7
     assert (
-        -1.4 < math.log2(found["lr"] / min(tried, key=tried.__getitem__)) < 0.6
+        -1.4 < math.log2(report["lr"] / min(tried, key=tried.__getitem__)) < 0.6
     )  # (10 / 32)^0.45 is 2^-0.75
-    given = train(tmp_path / "again", text_file, "--steps", 32, "--lr", found["lr"], "--json").json
+    given = train(adapter, text_file, "--steps", 32, "--lr", report["lr"], "--json").json
     assert given["lr_trials"] == []
-    assert factors(adapter) == factors(tmp_path / "again")
+    assert report["lr_trial_seconds"] > 0 == given["lr_trial_seconds"]
+    assert factors(adapter) == factors(found / "adapter")
 
 
 def test_without_trials_the_rate_is_the_suggestion(adapter, text_file):
@@ -141,13 +196,12 @@ def test_without_trials_the_rate_is_the_suggestion(adapter, text_file):
     assert report["lr"] > 0
 
 
-def test_a_resumed_run_keeps_the_rate_that_was_found(adapter, text_file):
-    first = train(adapter, text_file, "--steps", 32, "--save-steps", 16, "--json").json
-    whole = factors(adapter)
-    shutil.rmtree(adapter / "checkpoint-32")
-    again = train(adapter, text_file, "--steps", 32, "--save-steps", 16, "--resume", "--json").json
-    assert (again["lr"], again["lr_trials"]) == (first["lr"], [])
-    assert factors(adapter) == whole
+def test_a_resumed_run_keeps_the_rate_that_was_found(found, adapter, text_file, tmp_path):
+    killed = resumable(found, tmp_path, factors(adapter))
+    shutil.rmtree(killed / "checkpoint-32")
+    again = train(killed, text_file, "--steps", 32, "--save-steps", 16, "--resume", "--json").json
+    assert (again["lr"], again["lr_trials"]) == (report_of(found)["lr"], [])
+    assert factors(killed) == factors(found / "adapter")
 
 
 def test_trials_warm_up_for_the_runs_share_of_steps_and_have_no_lowest_rate(adapter, text_file, monkeypatch):
@@ -178,7 +232,7 @@ def test_evaluation_before_and_after_is_in_the_same_precision(adapter, text_file
 
 
 def test_a_run_of_fewer_steps_than_a_report_says_its_last_loss(adapter, text_file):
-    line = ("--data", text_file, "--seq-len", 32, "--batch-size", 64, "--epochs", 1, "--lr", 0.01, "-q")
+    line = ("--data", text_file, "--seq-len", 32, "--batch-size", 8, "--epochs", 1, "--lr", 0.01, "-q")
     ran = command("train", adapter, *line)
     assert ran.code == 0, ran.err
     assert "at the end" in ran.out

@@ -1,6 +1,7 @@
 """What training learns from: the same gradients whatever a step is split into, and refusals."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from transformers import TrainerCallback
 
 from spp_fx.verbs.settings import TrainSettings
 from spp_fx.verbs.train import Trained, train
-from tests.command import command, one_line, randomize, save_tokenizer
+from tests.command import command, must, one_line, randomize, save_tokenizer
+from tests.effort import nightly
 from tests.families import make_model
 
 
@@ -27,13 +29,13 @@ ROWS = ["a b c d e f g h i j", "k l", "m n o", "a c e g i k m o q", "b d f h", "
 
 
 @pytest.fixture
-def here(world, monkeypatch):
+def here(shallow, monkeypatch):
     """Adapter folders with factors that are not zero, and instructions of several lengths."""
-    monkeypatch.chdir(world)
-    randomize(world / "adapter")
+    monkeypatch.chdir(shallow)
+    randomize(shallow / "adapter")
     lines = (f'{{"instruction": "{row}", "output": "{row[::-1]}"}}' for row in ROWS)
-    (world / "data.jsonl").write_text("\n".join(lines))
-    return world
+    (shallow / "data.jsonl").write_text("\n".join(lines))
+    return shallow
 
 
 def learn(*, teacher: str | None = "dense", **settings) -> tuple[list[dict[str, Tensor]], Trained]:
@@ -67,7 +69,7 @@ GOALS = {
 }
 
 
-@pytest.mark.parametrize("goal", GOALS)
+@pytest.mark.parametrize("goal", [nightly(goal) if goal == "mixed" else goal for goal in GOALS])
 def test_gradients_do_not_depend_on_the_batches_that_a_step_is_split_into(here, goal):
     whole, one = learn(**GOALS[goal])
     parts, four = learn(**GOALS[goal], batch_size=1, accumulate=4)
@@ -108,6 +110,37 @@ def test_hidden_states_alone_reach_zero_where_the_student_is_the_teacher(here):
     assert done.parts["teacher"] == pytest.approx(0, abs=1e-6)
 
 
+LINE = ("train", "adapter", "--data", "data.jsonl", "--steps", 1, "--seq-len", 64, "--teacher")
+
+
+def test_a_teacher_that_is_pruned_itself_is_said(here):
+    must("teach", "sparse", "--data", "data.jsonl", "--seq-len", 64, "-o", "taught", "-q")
+    shutil.copytree(here / "sparse", here / "copy")
+    for teacher, is_sparse in (("copy", True), ("adapter", True), ("taught", True), ("dense", False)):
+        assert ("is as sparse as the model that is trained" in must(*LINE, teacher).err) == is_sparse, teacher
+
+
+def test_a_teacher_of_another_tokenizer_is_refused(here):
+    path = here / "dense" / "tokenizer.json"
+    path.write_text(path.read_text().replace('"a": 0', '"b": 0').replace('"b": 1', '"a": 1'))
+    result = command(*LINE, "dense", "-q")
+    assert result.code == 2
+    assert "token 0 is 'b', the student's is 'a'; a teacher must share the tokenizer" in one_line(result.err)
+
+
+def test_a_start_that_nothing_betters_is_kept_by_default(here):
+    """`folded` predicts what the adapter does, and Adam moves a factor by the rate however small its gradient is."""
+    must("merge", "adapter", "-o", "folded", "-q")
+    settings = TrainSettings(steps=8, batch_size=4, seq_len=64)
+    ends = []
+    for trials in (False, True):
+        shutil.copytree("adapter", "trained", dirs_exist_ok=True)
+        ends.append(train("trained", "data.jsonl", replace(settings, lr_trials=trials), teacher="folded"))
+    suggested, default = ends
+    assert suggested.lr == max(default.lr_trials) > default.lr == min(default.lr_trials)
+    assert default.losses[-1] < 0.1 * suggested.losses[-1]
+
+
 @pytest.mark.parametrize("option", ["--teacher-weight", "--temperature", "--match-hidden"])
 def test_settings_of_a_teacher_need_one(here, option):
     result = command("train", "adapter", "--data", "data.jsonl", "--steps", 1, option, 0.5)
@@ -130,8 +163,8 @@ def test_weights_out_of_range_are_refused(here, options, word):
 
 
 def test_layers_are_only_compared_with_as_many_of_the_same_width(here):
-    make_model("llama", one_layer=True).save_pretrained(here / "shallow")
-    save_tokenizer(here / "shallow")
+    make_model("llama").save_pretrained(here / "deep")
+    save_tokenizer(here / "deep")
     line = [
         "train",
         "adapter",
@@ -142,10 +175,10 @@ def test_layers_are_only_compared_with_as_many_of_the_same_width(here):
         "--seq-len",
         64,
         "--teacher",
-        "shallow",
+        "deep",
         "-q",
     ]
     result = command(*line, "--match-hidden", 1)
     assert result.code == 2
-    assert "1 layers of width 32, the student 2 layers of width 32" in one_line(result.err)
+    assert "2 layers of width 32, the student 1 layers of width 32" in one_line(result.err)
     assert command(*line).code == 0

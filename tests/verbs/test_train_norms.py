@@ -26,7 +26,7 @@ FAMILIES = ["llama", "gpt2", "mixtral"]  # norms alone; biases and transposed we
 def folder(request, tmp_path_factory) -> Path:
     """sparse/ in bfloat16, one norm of it stored in float32, and adapter/ over it, untrained."""
     root = tmp_path_factory.mktemp(f"norms-{request.param}")
-    make_model(request.param, dtype=torch.bfloat16).save_pretrained(root / "dense")
+    make_model(request.param, dtype=torch.bfloat16, one_layer=True).save_pretrained(root / "dense")
     save_tokenizer(root / "dense")
     generator = torch.Generator().manual_seed(0)
 
@@ -161,7 +161,7 @@ def test_a_value_that_is_not_finite_is_refused_and_nothing_is_written(value, ada
     rewrite(adapter / "adapter_model.safetensors", spoil)
     result = command("merge", adapter, "-o", tmp_path / "merged")
     assert result.code == 1
-    assert "entry 1 becomes" in result.err
+    assert ("entry 1 becomes" if value == 3e38 else "first at entry 1") in result.err
     assert not (tmp_path / "merged").exists()
 
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.command import command, must, one_line
-from tests.effort import covering
+from tests.effort import nightly
 
 LINE = [
     "train",
@@ -19,16 +19,15 @@ LINE = [
     "--batch-size",
     "4",
     "--steps",
-    "6",
-    "--eval-data",
-    "text.txt",
+    "4",
 ]
+EVALUATED = [*LINE, "--eval-data", "text.txt"]
 
 
 @pytest.fixture
-def here(world, monkeypatch):
-    monkeypatch.chdir(world)
-    return world
+def here(shallow, monkeypatch):
+    monkeypatch.chdir(shallow)
+    return shallow
 
 
 def factors(world) -> dict[str, torch.Tensor]:
@@ -54,7 +53,7 @@ def test_saving_memory_changes_no_bit(here, option):
         assert torch.equal(saved[name], value), name
 
 
-@pytest.mark.parametrize("teacher", [[], ["--teacher", "dense"]], ids=["text", "teacher"])
+@pytest.mark.parametrize("teacher", [[], nightly(["--teacher", "dense"])], ids=["text", "teacher"])
 def test_accumulating_is_a_larger_batch(here, teacher):
     plain, whole = trained(here, "--warmup", 0, *teacher)
     halves, parts = trained(here, "--warmup", 0, "--batch-size", 2, "--accumulate", 2, *teacher)
@@ -76,16 +75,19 @@ def test_clip_and_schedule_reach_the_optimizer(here):
         assert any(not torch.equal(other[name], value) for name, value in plain.items()), more
 
 
-def test_an_early_stop_keeps_the_best_factors(here):
-    wild = must(*LINE, "--steps", 12, "--lr", 30.0, "--eval-steps", 2, "--early-stop", 5, "--json", "-q").json
-    alone = must(*LINE, "--steps", 12, "--lr", 30.0, "--force", "--json", "-q").json
+def test_an_early_stop_keeps_the_best_factors(world, monkeypatch):
+    monkeypatch.chdir(world)
+    wild = must(
+        *EVALUATED, "--steps", 12, "--lr", 30.0, "--eval-steps", 2, "--early-stop", 5, "--json", "-q"
+    ).json
+    alone = must(*EVALUATED, "--steps", 12, "--lr", 30.0, "--force", "--json", "-q").json
     assert wild["perplexity"] < alone["perplexity"]
 
 
 def test_an_early_stop_comes_when_nothing_is_better(here):
     # So small a step moves no float32: the second and the third evaluation are what the first was.
     idle = ("--steps", 40, "--lr", 1e-30, "--weight-decay", 0, "--eval-steps", 2, "--early-stop", 2)
-    assert must(*LINE, *idle, "--json", "-q").json["steps"] == 6
+    assert must(*EVALUATED, *idle, "--json", "-q").json["steps"] == 6
 
 
 def test_options_come_from_a_file_and_the_command_line_goes_before_it(here):
@@ -122,8 +124,19 @@ TEXT = [{"text": "a b c d e f g h i j " * 4}]
 TEMPLATE = "{% for m in messages %}{{ m['role'][0] }} {{ m['content'] }} </s> {% endfor %}"
 
 
-@covering(
-    form=["json", "jsonl"], kind=["alpaca", "chat", "text"], options=["", "--packing", "--loss-on answer"]
+@pytest.mark.parametrize(
+    ("form", "kind", "options"),
+    [
+        ("json", "alpaca", ""),
+        ("jsonl", "chat", "--packing"),
+        ("json", "chat", "--loss-on answer"),
+        nightly("jsonl", "alpaca", "--packing"),
+        nightly("jsonl", "alpaca", "--loss-on answer"),
+        nightly("jsonl", "chat", ""),
+        ("json", "text", "--loss-on answer"),
+        ("jsonl", "text", "--packing"),
+        ("jsonl", "text", ""),
+    ],
 )
 def test_records_are_learned_from(here, form, kind, options):
     records, more = {"alpaca": ALPACA, "chat": CHAT, "text": TEXT}[kind], options.split()
@@ -195,7 +208,7 @@ def test_a_bad_record_is_named_by_file_and_line(here, content, word):
 )
 def test_wrong_options_are_refused(here, more, word):
     before = factors(here)
-    result = command(*LINE, *more, "-q")
+    result = command(*EVALUATED, *more, "-q")
     assert result.code == 2
     assert word in one_line(result.err)
     assert all(torch.equal(value, before[name]) for name, value in factors(here).items())

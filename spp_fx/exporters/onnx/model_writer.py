@@ -133,7 +133,7 @@ def _outline(export: _Export) -> onnx.ModelProto:
 
 
 def _announce(export: _Export, twin: bool) -> Iterator[str]:
-    """What the user should know before anything is written: the size of the sites, and how they change."""
+    """What the user should know before anything is written: weights that grow, and how they change."""
     sparse, source = export.parameters.sparse, export.source
     dense_bytes = now = grown = 0
     dtypes: set[tuple[str, str]] = set()
@@ -143,12 +143,12 @@ def _announce(export: _Export, twin: bool) -> Iterator[str]:
         dense_bytes, now, grown = dense_bytes + before, now + after, grown + (after > before)
         own = dtype_name(parameter.torch_dtype)
         dtypes |= {(source.dtype(entry.name), own) for entry, _ in parameter.entries}
-    if now != dense_bytes:
+    if grown:
         share = f"{abs(now / max(1, dense_bytes) - 1):.0%} {'LARGER' if now > dense_bytes else 'smaller'}"
         most = "take" if all(each.whole for each in sparse) else "take at most"
         line = f"{export.format.name}: the sparse weights {most} {now / 1e6:.2f} MB where dense they take"
-        grow = f" ({grown} of {len(sparse)} weights grow; onnx-packed does not)" if grown else ""
-        yield f"{line} {dense_bytes / 1e6:.2f}, {share}{grow}"
+        grow = f"{grown} of {len(sparse)} weights grow; onnx-packed does not"
+        yield f"{line} {dense_bytes / 1e6:.2f}, {share} ({grow})"
     if len(export.unencoded) == len(sparse):
         yield f"warning: {export.format.name} can take no weight: all of them stay dense"
     for stored, own in sorted(dtypes):
