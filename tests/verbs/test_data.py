@@ -81,15 +81,15 @@ def test_records_are_measured_as_the_text_in_them(here, kind, form):
 def test_the_evaluation_data_of_train_is_what_eval_measures(here):
     data = write(here / "held.jsonl", [*INSTRUCTIONS, EMPTY])
     measure = ("eval", "adapter", "--data", data, "--seq-len", 16, "--json", "-q")
-    line = f"train adapter --data text.txt --eval-data {data} --steps 1 --seq-len 16 --batch-size 2 --json -q"
-    before, report, after = must(*measure).json, must(*line.split()).json, must(*measure).json
+    line = f"train adapter --data text.txt --eval-data {data} --steps 1 --seq-len 16 --batch-size 2 --no-lr-trials -q"
+    before, report, after = must(*measure).json, must(*line.split(), "--json").json, must(*measure).json
     assert report["perplexity_before"] == pytest.approx(before["perplexity"], rel=1e-6)
     assert report["perplexity"] == pytest.approx(after["perplexity"], rel=1e-6)
     assert (report["skipped_rows"], report["eval_skipped_rows"]) == (0, 1)
 
 
 LINES = {
-    "train": "train adapter --data {} --steps 1 --seq-len 64 --batch-size 2",
+    "train": "train adapter --data {} --steps 1 --seq-len 64 --batch-size 2 --no-lr-trials",
     "eval": "eval sparse --data {} --seq-len 16",
     "prune": "prune dense -o new --method wanda --calib {} --samples 2 --seq-len 16",
 }
@@ -171,13 +171,13 @@ def test_a_template_that_rewrites_earlier_messages_learns_the_whole_text(here):
         here / "chats.jsonl",
         [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2}],
     )
-    line = "train adapter --data chats.jsonl --loss-on answer --steps 1 --seq-len 16 -q"
+    line = "train adapter --data chats.jsonl --loss-on answer --steps 1 --seq-len 16 --no-lr-trials -q"
     assert "--loss-on all" in one_line(command(*line.split()).err)
 
 
 def test_an_answer_beyond_the_rows_is_skipped_and_counted(here):
     write(here / "data.jsonl", [FULL, FULL | {"instruction": "a " * 200}])
-    line = "train adapter --data data.jsonl --loss-on answer --steps 1 --seq-len 64 --batch-size 2 --json"
-    done = must(*line.split())
+    line = "train adapter --data data.jsonl --loss-on answer --steps 1 --seq-len 64 --batch-size 2 --no-lr-trials"
+    done = must(*line.split(), "--json")
     assert done.json["skipped_rows"] == 1
     assert "raise --seq-len" in done.err

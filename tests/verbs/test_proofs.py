@@ -21,6 +21,7 @@ TRAIN = [
     "16",
     "--batch-size",
     "2",
+    "--no-lr-trials",
     "--steps",
     "4",
     "-q",

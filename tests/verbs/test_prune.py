@@ -18,13 +18,14 @@ from spp_fx.graph.trace import trace
 from spp_fx.verbs import prune as workflow
 from spp_fx.verbs.load import Calibration, draw_windows
 from tests.command import command, listing, must
+from tests.effort import nightly
 from tests.verbs.conftest import save_with_tokenizer
 
 CALIBRATION = ("--samples", 8, "--seq-len", 32)
 WANDA = ("--method", "wanda", "--calib", "TEXT")
 
 
-@pytest.mark.parametrize("family", ["gpt2", "mixtral", "gpt-oss"])
+@pytest.mark.parametrize("family", ["gpt2", "mixtral", nightly("gpt-oss")])
 def test_a_folder_of_every_family_streams(tmp_path, text_file, family):
     """Layer by layer from the folder, and verified from the bytes that were written."""
     save_with_tokenizer(tmp_path / "dense", text_file, family, max_shard_size="40KB")

@@ -80,7 +80,7 @@ def test_sites_with_options_of_their_own_train_merge_and_verify(mixed, pristine,
         mixed,
         "--data",
         text_file,
-        *["--seq-len", "16", "--steps", "2", "--batch-size", "4", "--packed", "-q"],
+        *["--seq-len", "16", "--steps", "2", "--batch-size", "4", "--packed", "--no-lr-trials", "-q"],
     )
     assert all(not torch.equal(value, before[name]) for name, value in tensors(mixed).items())
     must("merge", mixed, "-o", tmp_path / "merged", "-q")

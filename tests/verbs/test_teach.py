@@ -113,6 +113,7 @@ def test_text_is_cut_into_the_same_windows_in_every_epoch(here):
         "taught",
         "--batch-size",
         4,
+        "--no-lr-trials",
         "--json",
         "-q",
     ]

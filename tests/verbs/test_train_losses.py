@@ -110,7 +110,18 @@ def test_hidden_states_alone_reach_zero_where_the_student_is_the_teacher(here):
     assert done.parts["teacher"] == pytest.approx(0, abs=1e-6)
 
 
-LINE = ("train", "adapter", "--data", "data.jsonl", "--steps", 1, "--seq-len", 64, "--teacher")
+LINE = (
+    "train",
+    "adapter",
+    "--data",
+    "data.jsonl",
+    "--steps",
+    1,
+    "--seq-len",
+    64,
+    "--no-lr-trials",
+    "--teacher",
+)
 
 
 def test_a_teacher_that_is_pruned_itself_is_said(here):
@@ -174,6 +185,7 @@ def test_layers_are_only_compared_with_as_many_of_the_same_width(here):
         1,
         "--seq-len",
         64,
+        "--no-lr-trials",
         "--teacher",
         "deep",
         "-q",

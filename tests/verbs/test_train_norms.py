@@ -15,11 +15,16 @@ from spp_fx.passes.pipeline import run_pipeline
 from spp_fx.training.trainer import AdapterTrainer
 from spp_fx.verbs.load import load_program
 from tests.command import command, must, rewrite, save_tokenizer, tensors
+from tests.effort import nightly
 from tests.families import batch, make_model
 from tests.verbs.test_distributed import launch
 
 LINE = ["--seq-len", "16", "--batch-size", "4", "--lr", "0.01", "--steps", "4", "-q"]
-FAMILIES = ["llama", "gpt2", "mixtral"]  # norms alone; biases and transposed weights; stacks of experts
+FAMILIES = [
+    nightly("llama"),
+    "gpt2",
+    "mixtral",
+]  # norms; also biases and transposed weights; stacks of experts
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -20,6 +20,7 @@ LINE = [
     "4",
     "--steps",
     "4",
+    "--no-lr-trials",
 ]
 EVALUATED = [*LINE, "--eval-data", "text.txt"]
 
@@ -92,7 +93,7 @@ def test_an_early_stop_comes_when_nothing_is_better(here):
 
 def test_options_come_from_a_file_and_the_command_line_goes_before_it(here):
     (here / "run.yaml").write_text(
-        "data: text.txt\nseq-len: 16\nbatch_size: 4\nsteps: 6\nschedule: constant\n"
+        "data: text.txt\nseq-len: 16\nbatch_size: 4\nsteps: 6\nschedule: constant\nlr-trials: false\n"
     )
     report = must("train", "adapter", "--config", "run.yaml", "--steps", 3, "--json", "-q").json
     assert (report["steps"], report["seq_len"]) == (3, 16)
@@ -129,12 +130,12 @@ TEMPLATE = "{% for m in messages %}{{ m['role'][0] }} {{ m['content'] }} </s> {%
     [
         ("json", "alpaca", ""),
         ("jsonl", "chat", "--packing"),
-        ("json", "chat", "--loss-on answer"),
+        nightly("json", "chat", "--loss-on answer"),
         nightly("jsonl", "alpaca", "--packing"),
         nightly("jsonl", "alpaca", "--loss-on answer"),
         nightly("jsonl", "chat", ""),
         ("json", "text", "--loss-on answer"),
-        ("jsonl", "text", "--packing"),
+        nightly("jsonl", "text", "--packing"),
         ("jsonl", "text", ""),
     ],
 )
@@ -154,6 +155,7 @@ def test_records_are_learned_from(here, form, kind, options):
             "2",
             "--seq-len",
             "64",
+            "--no-lr-trials",
             "-q",
             "--json",
             "--data",
