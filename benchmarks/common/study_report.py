@@ -134,7 +134,7 @@ def _line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-PANEL, LABEL, LINE, MARGIN = 170, 90, 20, 24
+PANEL, LABEL, LINE, MARGIN = 170, 120, 20, 24
 
 
 def dots(table: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
