@@ -176,20 +176,7 @@ def test_weights_out_of_range_are_refused(here, options, word):
 def test_layers_are_only_compared_with_as_many_of_the_same_width(here):
     make_model("llama").save_pretrained(here / "deep")
     save_tokenizer(here / "deep")
-    line = [
-        "train",
-        "adapter",
-        "--data",
-        "data.jsonl",
-        "--steps",
-        1,
-        "--seq-len",
-        64,
-        "--no-lr-trials",
-        "--teacher",
-        "deep",
-        "-q",
-    ]
+    line = (*LINE, "deep", "-q")
     result = command(*line, "--match-hidden", 1)
     assert result.code == 2
     assert "2 layers of width 32, the student 1 layers of width 32" in one_line(result.err)
