@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.effort import NIGHTLY, SEED
-from tests.fuzz import cases, runner
+from tests.fuzz import cases, runner, values
 
 CASES = 3000 if NIGHTLY else 60
 
@@ -33,6 +33,19 @@ def test_a_case_is_the_same_whenever_it_is_made(artifacts, tmp_path):
         return case.done, files
 
     assert made("first") == made("second")
+
+
+def test_the_metadata_of_a_packed_tensor_is_no_value():
+    header = {"w.packed": {"shape": [64, 36]}}
+    assert [values._is_value("w.packed", at, header) for at in (0, 2047, 2048, 2303)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert values._is_value(
+        "w.packed", 2303, header | {"w.meta": {}}
+    )  # CUTLASS has it in a tensor of its own
 
 
 def test_the_oracle_sees_a_verify_that_believes_everything(artifacts, monkeypatch):

@@ -1,8 +1,11 @@
 """One stored number changed, and nothing else: what only a look at the numbers can find."""
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import onnx
 from onnx import TensorProto
@@ -27,9 +30,16 @@ def mutate(rng: Random, path: Path) -> tuple[str, bool]:
     ]
     name = rng.choice([n for n in names if _is_weight(n)] or names)
     dtype, (start, end) = header[name]["dtype"], header[name]["data_offsets"]
-    changed, what, harmless = _element(rng, body[start:end], dtype)
+    changed, what, at = _element(rng, body[start:end], dtype)
     path.write_bytes(join(json.dumps(header), body[:start] + changed + body[end:]))
-    return f"{name}: {what}", harmless and not name.endswith(("bitmask", "positions", "meta", "shape"))
+    return f"{name}: {what}", at is not None and _is_value(name, at, header)
+
+
+def _is_value(name: str, at: int, header: Mapping[str, Any]) -> bool:
+    """Whether an element is an entry of the weight; others say where its entries lie."""
+    if name.endswith(".packed") and f"{name.removesuffix('packed')}meta" not in header:
+        return at < math.prod(header[name]["shape"]) // 9 * 8  # cuSPARSELt's metadata is the last ninth
+    return not name.endswith(("bitmask", "positions", "meta", "shape"))
 
 
 def _is_weight(name: str) -> bool:
@@ -43,18 +53,19 @@ def _in_graph(rng: Random, path: Path) -> tuple[str, bool]:
     tensor = rng.choice([t for t in tensors if t.data_type in types and t.dims])
     dtype = types[tensor.data_type]
     if tensor.raw_data:
-        tensor.raw_data, what, harmless = _element(rng, tensor.raw_data, dtype)
+        tensor.raw_data, what, at = _element(rng, tensor.raw_data, dtype)
         path.write_bytes(model.SerializeToString())
-        return f"{tensor.name}: {what}", harmless
+        return f"{tensor.name}: {what}", at is not None
     place = {entry.key: entry.value for entry in tensor.external_data}
     file = path.with_name(place["location"])
     data, start, length = file.read_bytes(), int(place["offset"]), int(place["length"])
-    changed, what, harmless = _element(rng, data[start : start + length], dtype)
+    changed, what, at = _element(rng, data[start : start + length], dtype)
     file.write_bytes(data[:start] + changed + data[start + length :])
-    return f"{tensor.name}: {what}", harmless
+    return f"{tensor.name}: {what}", at is not None
 
 
-def _element(rng: Random, data: bytes, dtype: str) -> tuple[bytes, str, bool]:
+def _element(rng: Random, data: bytes, dtype: str) -> tuple[bytes, str, int | None]:
+    """The bytes with one element changed, how, and which one if it was a non-zero that became another."""
     width = WIDTHS.get(dtype, 1)
     sign = 1 << (8 * width - 1)
     count = len(data) // width
@@ -84,5 +95,5 @@ def _element(rng: Random, data: bytes, dtype: str) -> tuple[bytes, str, bool]:
     return (
         data[: at * width] + bits.to_bytes(width, "little") + data[(at + 1) * width :],
         f"{what} at {at}",
-        harmless,
+        at if harmless else None,
     )
