@@ -30,7 +30,7 @@ TIMELESS = {
     "print_blob": True,
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 }
-settings.register_profile("push", **TIMELESS)
+settings.register_profile("push", **TIMELESS, derandomize=True)
 settings.register_profile("nightly", **TIMELESS)
 settings.load_profile("nightly" if effort.NIGHTLY else "push")
 
