@@ -1,5 +1,6 @@
 """Settings that must stand before anything is imported, and what every test shares."""
 
+import gc
 import logging
 import os
 from importlib import import_module
@@ -42,6 +43,16 @@ def pytest_terminal_summary(terminalreporter):
 def _one_thread():
     # Several test processes share the cores; threads that wait for one another cost more than they bring.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _settled():
+    """What is alive between modules, such as imports and kept traces, is not searched for garbage again.
+
+    Each trainer and each `eval` collects garbage, which takes half a second among all that torch loads.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
