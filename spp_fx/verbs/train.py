@@ -201,8 +201,8 @@ def train(
     frozen_bytes = held_bytes(value for value in program.parameters() if not value.requires_grad)
     if teacher and _knows_no_more(Path(teacher), adapter, loaded.model, cache):
         say(
-            f"{teacher}: is as sparse as the model that is trained, and may know no more; the usual teacher is the "
-            "dense model that was pruned"
+            f"{teacher}: is as sparse as the model being trained and may know no more than it; the usual teacher is "
+            "the dense model that was pruned"
         )
     guide = cache or (_teacher(Path(teacher), loaded, settings, trust_remote_code) if teacher else None)
     pad_id = pad_token(tokenizer, program.vocabulary)
@@ -361,7 +361,7 @@ def _changes(checkpoint: Path, record: dict[str, Any]) -> str | None:
     """How a run differs from the one that wrote a checkpoint; None where it does not."""
     if not (checkpoint / RECORD).is_file():
         return (
-            f"{checkpoint}: does not say what its run was asked for; it goes on with the settings of this one"
+            f"{checkpoint}: has no {RECORD} with the settings of its run; it continues with those given now"
         )
     before = read_object(checkpoint / RECORD)
     changed = [
@@ -372,8 +372,8 @@ def _changes(checkpoint: Path, record: dict[str, Any]) -> str | None:
     if not changed:
         return None
     return (
-        f"{checkpoint}: the run goes on with {', '.join(changed)}, and so ends elsewhere than an undisturbed run with "
-        "either settings"
+        f"{checkpoint}: the run continues with {', '.join(changed)}; its result will be that of neither run without a "
+        "break"
     )
 
 

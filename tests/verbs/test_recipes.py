@@ -246,7 +246,7 @@ def test_a_recipe_trains_a_small_model(here):
 
 
 def test_cosine_ends_at_the_lowest_rate():
-    with pytest.raises(UsageError, match="--min-lr is of --schedule cosine"):
+    with pytest.raises(UsageError, match="--min-lr needs --schedule cosine"):
         TrainSettings(min_lr=1e-6)
     with pytest.raises(UsageError, match="above --lr"):
         TrainSettings(min_lr=1e-3, lr=1e-4, schedule="cosine")
