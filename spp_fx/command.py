@@ -63,7 +63,8 @@ class Command(click.Command):
                 given = word.partition("=")[2] if word.startswith(f"--{self.choice}=") else given
             own = {name for each in self.fixed for name in (*each.opts, each.name)}
             usual = default if isinstance(default, str) else None
-            added = _choice_options(self.registry(), given or None, usual, self.per_site)
+            with _naming_option(self.choice):
+                added = _choice_options(self.registry(), given or None, usual, self.per_site)
             if taken := [each.opts[0] for each in added if own.intersection([*each.opts, each.name])]:
                 raise UsageError(
                     f"{taken[0]}: an option for one --{self.choice} has the name of an option of '{self.name}'"
@@ -87,9 +88,19 @@ def _naming_origins(context: click.Context) -> Generator[None, None, None]:
         error.args = (f"{error}{_origins(context, str(error))}",)
         raise
     except click.UsageError as error:
-        if note := _origins(context, error.format_message()):
-            raise click.UsageError(error.format_message() + note, error.ctx) from error
+        said = error.format_message()
+        if note := _origins(context, said):
+            raise click.UsageError(said.rstrip(".") + note, error.ctx) from error
         raise
+
+
+@contextmanager
+def _naming_option(name: str) -> Generator[None, None, None]:
+    """Begin an error about a value with its option, so that `_origins` finds where it was set."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"--{name}: {error}") from error
 
 
 def _origins(context: click.Context, message: str) -> str:
@@ -152,6 +163,8 @@ def command(
                     for key in options
                     if source(key) is not ParameterSource.DEFAULT and key not in context.meta["replaced"]
                 }
+                with _naming_option(choice):
+                    registry().find(values[choice])
                 check_options(registry(), values[choice], given)
                 values[f"{choice}_options"] = _overrides_apart(given) if per_site else given
             made: dict[str, Any] = {}

@@ -35,7 +35,7 @@ TIMELESS = {
     "print_blob": True,
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 }
-settings.register_profile("push", **TIMELESS)
+settings.register_profile("push", **TIMELESS, derandomize=True)
 settings.register_profile("nightly", **TIMELESS)
 settings.load_profile("nightly" if effort.NIGHTLY else "push")
 
@@ -55,6 +55,16 @@ def pytest_terminal_summary(terminalreporter):
 def _one_thread():
     # Several test processes share the cores; threads that wait for one another cost more than they bring.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _settled():
+    """What is alive between modules, such as imports and kept traces, is not searched for garbage again.
+
+    Each trainer and each `eval` collects garbage, which takes half a second among all that torch loads.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -1,4 +1,4 @@
-"""Some damaged artifacts of every kind, others in every run; `python -m tests.fuzz --cases 10000` is the full run."""
+"""Some damaged artifacts of every kind; `python -m tests.fuzz --cases 10000` is the full run."""
 
 import json
 

@@ -103,6 +103,7 @@ def test_they_are_listed_and_dumped():
         ("--init gradient", "", "needs a text: give it with --calib FILE"),
         ("--method masked-full", "", "has no option rank"),
         ("", "init: reconstruct\n", "(--init is from run.yaml)"),
+        ("", "method: nosuch\n", "known: hira"),
         (
             "",
             "rank: [8, 'q_proj@0']\n",
@@ -245,7 +246,7 @@ def test_a_recipe_trains_a_small_model(here):
 
 
 def test_cosine_ends_at_the_lowest_rate():
-    with pytest.raises(UsageError, match="--min-lr is of --schedule cosine"):
+    with pytest.raises(UsageError, match="--min-lr needs --schedule cosine"):
         TrainSettings(min_lr=1e-6)
     with pytest.raises(UsageError, match="above --lr"):
         TrainSettings(min_lr=1e-3, lr=1e-4, schedule="cosine")
