@@ -2,7 +2,7 @@
 
 import gc
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf, isfinite
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
 
 from spp_fx.adapters.adapter_folder import FACTORS, AdapterFolder, trainable_parameters, write_factors
 from spp_fx.errors import SppFxError, UsageError
@@ -161,6 +162,7 @@ def train(
     adapter = Path(adapter)
     if settings.eval_steps and eval_data is None:
         raise UsageError("--eval-steps needs --eval-data to evaluate on")
+    _check_reports(settings.report_to)
     cache = _open_teacher(teacher, settings)
     checkpoint = _checkpoint(adapter, settings) if is_adapter(adapter) else None
     join(shards=settings.shard is not None)
@@ -392,6 +394,17 @@ def _checkpoint(adapter: Path, settings: TrainSettings) -> Path | None:
             f"{adapter}: nothing to resume: it has no complete checkpoint; train with --save-steps N to write some"
         )
     return whole[-1]
+
+
+def _check_reports(names: Sequence[str]) -> None:
+    """UsageError for a service that transformers does not know, or whose package is not installed."""
+    try:
+        for made in get_reporting_integration_callbacks(
+            [name for name in names if name not in ("all", "none")]
+        ):
+            made()
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(f"--report-to: {error}") from error
 
 
 def _open_teacher(teacher: str | Path | None, settings: TrainSettings) -> TeacherCache | None:
