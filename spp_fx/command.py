@@ -484,6 +484,15 @@ def read_recipe(context: click.Context, parameter: click.Parameter, name: str | 
     _set_defaults(context, options, f"--recipe {name}", first=False)
 
 
+def _wrong_types(parameter: click.Parameter) -> tuple[type, ...]:
+    """What YAML may hold and a parameter cannot: click would fail, or take true as the number 1."""
+    return (
+        (list, tuple, dict)
+        if isinstance(parameter.type, click.types.BoolParamType)
+        else (list, tuple, dict, bool)
+    )
+
+
 def _set_defaults(context: click.Context, content: dict[Any, Any], where: str, *, first: bool) -> None:
     """Make options defaults of a command.
 
@@ -508,8 +517,11 @@ def _set_defaults(context: click.Context, content: dict[Any, Any], where: str, *
     for name, value in options.items():
         each = known[name]
         # One value of an option that may be repeated: click would take a text letter by letter.
-        single = isinstance(each, click.Option) and each.multiple and not isinstance(value, list | tuple)
-        given[str(each.name)] = [value] if single else value
+        several = each.nargs != 1 or (isinstance(each, click.Option) and each.multiple)
+        values = value if several and isinstance(value, list | tuple) else [value]
+        if wrong := [one for one in values if isinstance(one, _wrong_types(each))]:
+            raise UsageError(f"{where}: {name.replace('_', '-')} does not take {wrong[0]!r}")
+        given[str(each.name)] = values if several else value
     step = [given.get(name) for name in ("batch_size", "accumulate")]
     if all(isinstance(value, int) for value in step) and (not first or STEP not in context.meta):
         context.meta[STEP] = (where, *step)

@@ -16,6 +16,11 @@ if not torch.cuda.is_available():
     # Triton reads it while it is imported: its kernels then run in an interpreter on the CPU.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+if not effort.NIGHTLY:
+    # torch reads it while it is imported. A trace of a small model meets few operators twice, and keeping what each
+    # gave takes a third of its time.
+    os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
+
 # See tests.traces; before any module takes the function from there.
 traces = import_module("tests.traces")
 tracing = import_module("spp_fx.graph.trace")
@@ -33,6 +38,13 @@ TIMELESS = {
 settings.register_profile("push", **TIMELESS, derandomize=True)
 settings.register_profile("nightly", **TIMELESS)
 settings.load_profile("nightly" if effort.NIGHTLY else "push")
+
+
+def pytest_collection_finish():
+    # What is imported by now stays: the collector need not look through it a hundred times.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 10)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -98,7 +98,7 @@ class InjectSettings:
 
             parse_budget(self.budget, 1 << 62)
         elif self.budget_by != "size":
-            raise UsageError(f"--budget-by {self.budget_by} belongs to a budget; give one with --budget")
+            raise UsageError(f"--budget-by {self.budget_by} needs a budget: give one with --budget")
         if self.teacher is None and self.compares:
             asked = (
                 "--init reconstruct needs"
@@ -243,7 +243,7 @@ class TrainSettings:
         if self.steps is not None and self.epochs is not None:
             raise UsageError("give --steps or --epochs, not both")
         if self.min_lr and self.schedule != "cosine":
-            raise UsageError(f"--min-lr is of --schedule cosine, not of {self.schedule}")
+            raise UsageError(f"--min-lr needs --schedule cosine; the schedule is {self.schedule}")
         if self.min_lr and self.lr is not None and self.min_lr > self.lr:
             raise UsageError(f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}")
         if self.early_stop and not self.eval_steps:
@@ -363,9 +363,9 @@ class EvaluateSettings:
         if self.data is None and not self.tasks:
             raise UsageError("nothing to measure: give a text with --data, or --tasks")
         if self.data is None and (self.stride or self.seq_len):
-            raise UsageError("--seq-len and --stride are of a text: give one with --data")
+            raise UsageError("--seq-len and --stride need a text: give one with --data")
         if not self.tasks and (self.limit or self.shots is not None or self.batch_size != "1"):
-            raise UsageError("--limit, --shots and --batch-size are of tasks: give some with --tasks")
+            raise UsageError("--limit, --shots and --batch-size need tasks: name some with --tasks")
 
 
 @dataclass(frozen=True)
