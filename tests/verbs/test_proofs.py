@@ -153,9 +153,9 @@ def test_one_shard_of_several_is_held_to_its_own_sites(world):
         ("model.norm.weight", "export sparse --format onnx"),
     ],
 )
-def test_a_tensor_that_is_missing_is_not_made_up(world, monkeypatch, lost, line):
-    monkeypatch.chdir(world)
-    rewrite(world / "sparse" / "model.safetensors", lambda values: values.pop(lost))
+def test_a_tensor_that_is_missing_is_not_made_up(shallow, monkeypatch, lost, line):
+    monkeypatch.chdir(shallow)
+    rewrite(shallow / "sparse" / "model.safetensors", lambda values: values.pop(lost))
     must("inject", "sparse", "-o", "again", "--rank", 4)
     result = command(*line.replace("adapter", "again").split(), "-q")
     assert result.code == 1
