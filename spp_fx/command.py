@@ -63,7 +63,8 @@ class Command(click.Command):
                 given = word.partition("=")[2] if word.startswith(f"--{self.choice}=") else given
             own = {name for each in self.fixed for name in (*each.opts, each.name)}
             usual = default if isinstance(default, str) else None
-            added = _choice_options(self.registry(), given or None, usual, self.per_site)
+            with _naming_option(self.choice):
+                added = _choice_options(self.registry(), given or None, usual, self.per_site)
             if taken := [each.opts[0] for each in added if own.intersection([*each.opts, each.name])]:
                 raise UsageError(
                     f"{taken[0]}: an option for one --{self.choice} has the name of an option of '{self.name}'"
@@ -87,9 +88,19 @@ def _naming_origins(context: click.Context) -> Generator[None, None, None]:
         error.args = (f"{error}{_origins(context, str(error))}",)
         raise
     except click.UsageError as error:
-        if note := _origins(context, error.format_message()):
-            raise click.UsageError(error.format_message() + note, error.ctx) from error
+        said = error.format_message()
+        if note := _origins(context, said):
+            raise click.UsageError(said.rstrip(".") + note, error.ctx) from error
         raise
+
+
+@contextmanager
+def _naming_option(name: str) -> Generator[None, None, None]:
+    """Begin an error about a value with its option, so that `_origins` finds where it was set."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"--{name}: {error}") from error
 
 
 def _origins(context: click.Context, message: str) -> str:
@@ -152,6 +163,8 @@ def command(
                     for key in options
                     if source(key) is not ParameterSource.DEFAULT and key not in context.meta["replaced"]
                 }
+                with _naming_option(choice):
+                    registry().find(values[choice])
                 check_options(registry(), values[choice], given)
                 values[f"{choice}_options"] = _overrides_apart(given) if per_site else given
             made: dict[str, Any] = {}
@@ -471,6 +484,15 @@ def read_recipe(context: click.Context, parameter: click.Parameter, name: str | 
     _set_defaults(context, options, f"--recipe {name}", first=False)
 
 
+def _wrong_types(parameter: click.Parameter) -> tuple[type, ...]:
+    """What YAML may hold and a parameter cannot: click would fail, or take true as the number 1."""
+    return (
+        (list, tuple, dict)
+        if isinstance(parameter.type, click.types.BoolParamType)
+        else (list, tuple, dict, bool)
+    )
+
+
 def _set_defaults(context: click.Context, content: dict[Any, Any], where: str, *, first: bool) -> None:
     """Make options defaults of a command.
 
@@ -495,8 +517,11 @@ def _set_defaults(context: click.Context, content: dict[Any, Any], where: str, *
     for name, value in options.items():
         each = known[name]
         # One value of an option that may be repeated: click would take a text letter by letter.
-        single = isinstance(each, click.Option) and each.multiple and not isinstance(value, list | tuple)
-        given[str(each.name)] = [value] if single else value
+        several = each.nargs != 1 or (isinstance(each, click.Option) and each.multiple)
+        values = value if several and isinstance(value, list | tuple) else [value]
+        if wrong := [one for one in values if isinstance(one, _wrong_types(each))]:
+            raise UsageError(f"{where}: {name.replace('_', '-')} does not take {wrong[0]!r}")
+        given[str(each.name)] = values if several else value
     step = [given.get(name) for name in ("batch_size", "accumulate")]
     if all(isinstance(value, int) for value in step) and (not first or STEP not in context.meta):
         context.meta[STEP] = (where, *step)

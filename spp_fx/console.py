@@ -66,9 +66,9 @@ class Output:
 
     @contextmanager
     def bytes_bar(self, title: str) -> Generator[Callable[[str, int], None], None, None]:
-        """A bar that counts bytes; what it yields is called with a tensor's name and size."""
+        """A bar, or lines, that counts bytes; what it yields is called with a tensor's name and size."""
         if not self._shows_bars:
-            yield no_tick
+            yield no_tick if self.quiet else _bytes_now_and_then(title, self.say)
             return
         from rich.progress import DownloadColumn
 
@@ -111,7 +111,7 @@ class StepsBar:
 
 
 def _now_and_then(
-    title: str, total: int | None, say: Callable[[str], None]
+    title: str, total: int | None, say: Callable[[str], None], spell: Callable[[int], str] = "{:,}".format
 ) -> Callable[[int, int | None, str], None]:
     """Steps as lines, for logs: none in the first minute, then one a minute at most."""
     last = monotonic()
@@ -120,10 +120,21 @@ def _now_and_then(
         nonlocal last
         if monotonic() - last >= SECONDS_BETWEEN_LINES:
             of = known or total
-            say(f"{title}: {done:,}{f' of {of:,}' if of else ''}{f', {item}' if item else ''}")
+            say(f"{title}: {spell(done)}{f' of {spell(of)}' if of else ''}{f', {item}' if item else ''}")
             last = monotonic()
 
     return show
+
+
+def _bytes_now_and_then(title: str, say: Callable[[str], None]) -> Callable[[str, int], None]:
+    show, done = _now_and_then(title, None, say, megabytes), 0
+
+    def tick(what: str, nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        show(done, None, what)
+
+    return tick
 
 
 @contextmanager

@@ -46,7 +46,7 @@ def at_least_one(value: float) -> str | None:
 
 
 def positive(value: float) -> str | None:
-    return None if value > 0 else "must be positive"
+    return None if 0 < value < inf else "must be positive and finite"
 
 
 def not_negative(value: float) -> str | None:

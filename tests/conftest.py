@@ -1,5 +1,6 @@
 """Settings that must stand before anything is imported, and what every test shares."""
 
+import gc
 import logging
 import os
 from importlib import import_module
@@ -14,6 +15,11 @@ from tests.worlds import session_folder
 if not torch.cuda.is_available():
     # Triton reads it while it is imported: its kernels then run in an interpreter on the CPU.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+if not effort.NIGHTLY:
+    # torch reads it while it is imported. A trace of a small model meets few operators twice, and keeping what each
+    # gave takes a third of its time.
+    os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
 
 # See tests.traces; before any module takes the function from there.
 traces = import_module("tests.traces")
@@ -34,6 +40,13 @@ settings.register_profile("nightly", **TIMELESS)
 settings.load_profile("nightly" if effort.NIGHTLY else "push")
 
 
+def pytest_collection_finish():
+    # What is imported by now stays: the collector need not look through it a hundred times.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 10)
+
+
 def pytest_terminal_summary(terminalreporter):
     terminalreporter.write_line(f"samples were drawn with SPP_FX_SEED={effort.SEED}")
 
@@ -42,6 +55,16 @@ def pytest_terminal_summary(terminalreporter):
 def _one_thread():
     # Several test processes share the cores; threads that wait for one another cost more than they bring.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _settled():
+    """What is alive between modules, such as imports and kept traces, is not searched for garbage again.
+
+    Each trainer and each `eval` collects garbage, which takes half a second among all that torch loads.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

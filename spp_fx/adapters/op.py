@@ -235,7 +235,11 @@ def _pull_back_products(
     """Form rows start..stop of G = dyᵀ x, only where W is non-zero if that is faster, and pull them back."""
     g = scratch[: stop - start]
     sparse = optional_module("spp_fx.adapters.sparse_products") if adapted.method.masked_gradient else None
-    if sparse is not None and sparse.takes(x, dy):
+    if (
+        sparse is not None
+        and sparse.takes(x, dy)
+        and sparse.may_take(adapted.rows.take(start, min(stop, start + sparse.LOOKED_AT)))
+    ):
         weight = adapted.rows.take(start, stop)
         parts = -(-len(x) // sparse.MOST_BATCH)
         for x_part, dy_part in zip(x.chunk(parts), dy.chunk(parts), strict=True):

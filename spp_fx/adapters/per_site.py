@@ -218,7 +218,7 @@ def spread(
     refused = {
         name: f"the budget of {budget:,} parameters leaves no rank for it"
         if weights[name] > 0
-        else "has the weight 0 in the budget"
+        else "its share of the budget is 0"
         for name in methods
         if name not in found
     }

@@ -34,7 +34,8 @@ MOST_BATCH = 2048
 """Rows of the batch that are laid out at once; bounds the copies."""
 LEAST_BATCH = 64
 LOOKED_AT = 8
-"""Rows of a weight that are looked at before X and dY are laid out: unstructured ones are too dense there already."""
+"""Rows of a weight that are looked at before it is unpacked and X and dY are laid out: unstructured ones are too dense
+there already."""
 
 _ELEMENTS = {torch.float32: ("float", "f32"), torch.bfloat16: ("bfloat", "bf16")}
 _VECTOR = "<16 x float>"
@@ -56,6 +57,11 @@ def takes(x: Tensor, grad_y: Tensor) -> bool:
     )
 
 
+def may_take(weight: Tensor) -> bool:
+    """Whether rows of a weight, the first LOOKED_AT, are sparse enough; `kept_gradient` looks at all of them."""
+    return int(weight.ne(0).reshape(-1, PANEL).sum(1).max()) <= KEPT
+
+
 def kept_gradient(x: Tensor, grad_y: Tensor, weight: Tensor, out: Tensor) -> bool:
     """Write grad_yᵀ x into out where weight is non-zero, and zero elsewhere.
 
@@ -73,8 +79,6 @@ def kept_gradient(x: Tensor, grad_y: Tensor, weight: Tensor, out: Tensor) -> boo
     if len(x) > MOST_BATCH or weight.shape != (m, n) or out.shape != (m, n) or len(grad_y) != b:
         shapes = ", ".join(str(tuple(each.shape)) for each in (x, grad_y, weight, out))
         raise ValueError(f"x, grad_y, weight and out of shapes {shapes} do not fit together")
-    if int(weight[:LOOKED_AT].ne(0).reshape(-1, PANEL).sum(1).max()) > KEPT:
-        return False
     size = x.dtype.itemsize
     columns, rows = _columns("columns of x", x, KEPT), _columns("columns of grad_y", grad_y, 0)
     kind = _ELEMENTS[x.dtype]

@@ -2,9 +2,10 @@
 
 import random
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module
+from io import StringIO
 from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any, Final
@@ -281,7 +282,7 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float | None]:
 
 @contextmanager
 def _quiet() -> Generator[None]:
-    """Keep the harness' log and its bars, which cannot be switched off, out of the output."""
+    """Keep the harness' log, and its prints and bars, which cannot be switched off, out of the output."""
     from tqdm import tqdm
 
     log, begin = getLogger("lm_eval"), tqdm.__init__
@@ -293,7 +294,8 @@ def _quiet() -> Generator[None]:
     log.setLevel(ERROR)
     tqdm.__init__ = silent  # type: ignore[method-assign]
     try:
-        yield
+        with redirect_stdout(StringIO()):  # of --batch-size auto
+            yield
     finally:
         log.setLevel(level)
         tqdm.__init__ = begin  # type: ignore[method-assign]

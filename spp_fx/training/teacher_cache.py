@@ -23,6 +23,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -103,8 +104,8 @@ class Manifest(StrictModel):
     teacher: str
     fingerprint: str
     text: CacheText
-    samples: int
-    temperature: float
+    samples: PositiveInt
+    temperature: PositiveFloat
     seed: int
     entropy: float
     files: list[CacheFile]

@@ -211,7 +211,7 @@ def evaluate_all(
     device = device_of(settings.device)
     paths = [Path(model) for model in models]
     if settings.base is not None and not any(is_adapter(path) for path in paths):
-        raise UsageError("--base is of an adapter, and no adapter is evaluated; leave it out")
+        raise UsageError("--base names the base of an adapter, and no MODEL is an adapter; leave it out")
     for path in paths:
         _check(path, settings.base)
     tasks = find_tasks(settings.tasks, settings.shots) if settings.tasks else None

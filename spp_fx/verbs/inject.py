@@ -185,31 +185,34 @@ def inject(
         MaskError: the model is not the one its own lock describes.
     """
     model, out = Path(model), None if out is None else Path(out)
-    InjectSettings(init=init, budget_by=budget_by)  # refuses another word
-    if seed < 0:
-        raise UsageError(f"--seed must not be negative, got {seed}")
-    adapter = make_method(method, **options)
-    names = (tuple(overrides), tuple(targets), tuple(skip))
-    plan = _Plan(adapter, *names, train_norms, budget, budget_by, teacher, init)
-    plan.check(options, calibration, device, out)
+    asked = InjectSettings(
+        method=method, seed=seed, targets=tuple(targets), skip=tuple(skip), train_norms=train_norms, init=init,
+        budget=None if budget is None else str(budget), budget_by=budget_by,
+        teacher=None if teacher is None else str(teacher), device=device,
+    )  # fmt: skip
+    asked.check_text(calibration)
+    plan = _Plan(make_method(method, **options), tuple(overrides), asked)
+    plan.check(options, out)
 
     def walked(found: ModelSites, store: Path) -> TextGradients | None:
         if calibration is None:
             return None
-        where, guide = device_of(device), None if teacher is None else Path(teacher)
-        return TextGradients(found, calibration, guide, where, store, trust_remote_code, walk_tick, say)
+        where = device_of(device)
+        return TextGradients(
+            found, calibration, plan.teacher, where, store, trust_remote_code, walk_tick, say
+        )
 
     if out is None:
         weights = any(model.glob("*.safetensors"))
         found = find_sites(
-            open_model(model, weights=weights), trust_remote_code=trust_remote_code, runnable=plan.walks
+            open_model(model, weights=weights), trust_remote_code=trust_remote_code, runnable=asked.walks
         )
         with TemporaryDirectory(prefix="spp-fx-inject-") as store:
             return _inject(found, None, plan, tick, say, walked(found, Path(store)))[0]
     provenance.load(model)  # a damaged history is an error before the work
-    sources = [model] if teacher is None else [model, Path(teacher)]
+    sources = [model] if plan.teacher is None else [model, plan.teacher]
     with workspace(out, {"verb": "inject"}, force=force, sources=sources, say=say) as work:
-        found = find_sites(open_model(model), trust_remote_code=trust_remote_code, runnable=plan.walks)
+        found = find_sites(open_model(model), trust_remote_code=trust_remote_code, runnable=asked.walks)
         gradients = walked(found, work.store)
         result, lock = _inject(found, out, plan, tick, say, gradients)
         factors = {
@@ -221,8 +224,8 @@ def inject(
         factors |= {name: _start(found, name, tensors) for name, tensors in trained.items()}
         fingerprint = found.folder.fingerprint()
         inputs, start = {"model": fingerprint}, dict[str, Any]()
-        if teacher is not None:
-            inputs["teacher"] = open_model(Path(teacher)).fingerprint()
+        if plan.teacher is not None:
+            inputs["teacher"] = open_model(plan.teacher).fingerprint()
         if gradients is not None:
             if init != "default":
                 factors = start_factors(init, gradients, result.methods, factors)
@@ -257,68 +260,31 @@ class _Plan:
 
     method: Method
     overrides: tuple[str, ...]
-    targets: tuple[str, ...]
-    skip: tuple[str, ...]
-    train_norms: bool
-    budget: str | int | None
-    budget_by: str
-    teacher: str | Path | None
-    init: str
+    asked: InjectSettings
 
-    def check(
-        self, given: Iterable[str], calibration: Calibration | None, device: str | None, out: Path | None
-    ) -> None:
-        """Check, before any work, what does not depend on the model; `given` are options of the method."""
-        self._check_walk(calibration, device)
-        check_start(self.method, self.init)
-        if out is None and self.init != "default":
-            raise UsageError(f"--dry-run needs no weights, --init {self.init} does; leave out one of them")
-        if self.teacher is not None and not self.compares and not self.walks:
+    def check(self, given: Iterable[str], out: Path | None) -> None:
+        """Check what the method allows, before any work; `given` are options of the method."""
+        check_start(self.method, self.asked.init)
+        if out is None and self.asked.init != "default":
             raise UsageError(
-                "--teacher is the dense model for --budget-by error and --init reconstruct, or the model to learn from "
-                "for --init gradient and --budget-by gradient; leave it out"
+                f"--dry-run needs no weights, --init {self.asked.init} does; leave out one of them"
             )
-        if self.teacher is None and self.init == "reconstruct":
-            raise UsageError("--init reconstruct needs the dense model: give it with --teacher MODEL")
         ranked = [rule.option for rule in (parse_override(self.method, text) for text in self.overrides)]
-        if self.budget is None:
-            if self.budget_by != "size":
-                raise UsageError(f"--budget-by {self.budget_by} belongs to a budget; give one with --budget")
-            return
-        check_ranked(self.method)
-        if RANK in {*given, *ranked}:
-            raise UsageError("--budget chooses the ranks; leave --rank out")
-        if self.budget_by == "error" and self.teacher is None:
-            raise UsageError("--budget-by error compares with the dense model: give it with --teacher MODEL")
-        parse_budget(self.budget, 1 << 62)
+        if self.asked.budget is not None:
+            check_ranked(self.method)
+            if RANK in {*given, *ranked}:
+                raise UsageError("--budget chooses the ranks; leave --rank out")
 
     @property
-    def walks(self) -> bool:
-        """Whether the model is run on a text, layer by layer."""
-        return self.init != "default" or self.budget_by == "gradient"
-
-    @property
-    def compares(self) -> bool:
-        """Whether the weights are compared with those of the dense model."""
-        return self.init == "reconstruct" or self.budget_by == "error"
-
-    def _check_walk(self, calibration: Calibration | None, device: str | None) -> None:
-        if not self.walks:
-            given = {"--calib": calibration, "--device": device}
-            if unused := [option for option, value in given.items() if value is not None]:
-                raise UsageError(
-                    f"{unused[0]} is for --init gradient, --init reconstruct and --budget-by gradient; nothing else "
-                    "reads it"
-                )
-        elif calibration is None:
-            asked = f"--init {self.init}" if self.init != "default" else "--budget-by gradient"
-            raise UsageError(f"{asked} needs a text: give it with --calib FILE")
+    def teacher(self) -> Path | None:
+        return None if self.asked.teacher is None else Path(self.asked.teacher)
 
     def more_settings(self) -> dict[str, Any]:
         """What the history keeps, where it is not as by default."""
-        budget = {} if self.budget is None else {"budget": str(self.budget), "budget_by": self.budget_by}
+        asked = self.asked
+        budget = {} if asked.budget is None else {"budget": asked.budget, "budget_by": asked.budget_by}
         overrides = {"overrides": list(self.overrides)} if self.overrides else {}
-        return overrides | budget | ({"train_norms": True} if self.train_norms else {})
+        return overrides | budget | ({"train_norms": True} if asked.train_norms else {})
 
 
 def _inject(
@@ -326,10 +292,10 @@ def _inject(
 ) -> tuple[Injected, Lock]:
     for note in found.notes:
         say(note)
-    program = found.program
+    program, asked = found.program, plan.asked
     total = sum(p.numel() for p in {id(p): p for p in program.parameters()}.values())
-    chosen, refused = choose(found, Match(targets=plan.targets, dense=True))
-    chosen, skipped = without_skipped(chosen, plan.skip, known=[*program.sites, *found.others])
+    chosen, refused = choose(found, Match(targets=asked.targets, dense=True))
+    chosen, skipped = without_skipped(chosen, asked.skip, known=[*program.sites, *found.others])
     refused |= skipped
     masks = scan_sites(found, chosen, tick) if found.folder.shards else {}
     if masks:
@@ -337,38 +303,38 @@ def _inject(
         refused |= {name: reason for name, reason in report.skipped.items() if name in chosen}
         chosen = list(program.matched)
     if plan.teacher is not None and masks:
-        dense = open_model(Path(plan.teacher))
+        dense = open_model(plan.teacher)
         tensors = [name for site in chosen for name in tensors_of(found.matrices[site])]
         if dense.fingerprint() == found.folder.fingerprint() or (
-            plan.compares and is_as_sparse(dense, found.folder, tensors)
+            asked.compares and is_as_sparse(dense, found.folder, tensors)
         ):
             raise UsageError(
-                f"--teacher {plan.teacher}: is as sparse as {found.folder.path} itself; give the dense model that was "
+                f"--teacher {asked.teacher}: is as sparse as {found.folder.path} itself; give the dense model that was "
                 "pruned"
             )
     shapes = {name: program.sites[name].shape for name in chosen}
     methods = method_by_site(plan.method, plan.overrides, chosen)
     trained: dict[str, int] = {}
-    if plan.train_norms:
+    if asked.train_norms:
         trained, others = _trained(found)
         refused |= others
-    if plan.budget is not None:
-        left = parse_budget(plan.budget, total) - sum(trained.values())
+    if asked.budget is not None:
+        left = parse_budget(asked.budget, total) - sum(trained.values())
         if left < 1:
             raise UsageError(
-                f"--budget {plan.budget}: the norms and biases alone take {sum(trained.values()):,}"
+                f"--budget {asked.budget}: the norms and biases alone take {sum(trained.values()):,}"
             )
         weights = dict.fromkeys(chosen, 1.0)
-        if plan.budget_by == "error" and plan.teacher is not None:
-            weights = pruning_errors(found, Path(plan.teacher), chosen)
-        elif plan.budget_by == "gradient" and gradients is not None:
+        if asked.budget_by == "error" and plan.teacher is not None:
+            weights = pruning_errors(found, plan.teacher, chosen, tick)
+        elif asked.budget_by == "gradient" and gradients is not None:
             weights = gradients.norms(chosen)
         every = methods
         methods, without = spread(every, shapes, weights, left)
         used = sum(size_of(own, shapes[name]) for name, own in methods.items())
         if used < _MOST * left or without:
             why = unspent(every, shapes, weights, methods)
-            say(f"--budget {plan.budget}: {used:,} of {left:,} parameters are used: {why}")
+            say(f"--budget {asked.budget}: {used:,} of {left:,} parameters are used: {why}")
         refused |= without
         shapes = {name: shapes[name] for name in methods}
     taken, unfit = adaptable(methods, shapes)
@@ -385,7 +351,7 @@ def _inject(
         )
     trainable = sum(sizes.values()) + sum(trained.values())
     method = plan.method
-    if plan.budget is not None:
+    if asked.budget is not None:
         ((rank, _),) = Counter(map(rank_of, methods.values())).most_common(1)
         method = with_rank(method, rank)
     return Injected(out, method, methods, trained, sites, refused, trainable, total), lock
@@ -435,7 +401,9 @@ def _start(found: ModelSites, parameter: str, tensors: Sequence[str]) -> torch.T
     return value.to(torch.promote_types(value.dtype, torch.float32)).view(-1)
 
 
-def pruning_errors(found: ModelSites, teacher: Path, sites: Iterable[str]) -> dict[str, float]:
+def pruning_errors(
+    found: ModelSites, teacher: Path, sites: Iterable[str], tick: Tick = no_tick
+) -> dict[str, float]:
     """What pruning took from each site: the Frobenius norm of dense - pruned; of a stack, per expert.
 
     Args:
@@ -463,6 +431,7 @@ def pruning_errors(found: ModelSites, teacher: Path, sites: Iterable[str]) -> di
                 )
             difference = other[0].read(name).float() - own[0].read(name).float()
             squares += float(difference.square().sum(dtype=torch.float64))
+            tick(name, own[1].nbytes + other[1].nbytes)
         experts = found.program.sites[site].shape[:-2]
         errors[site] = sqrt(squares / prod(experts))
         if not isfinite(errors[site]):

@@ -297,6 +297,8 @@ def device_of(name: str | None) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise UsageError("--device meta: holds no numbers; give cpu or cuda")
     return device
 
 

@@ -91,6 +91,49 @@ class InjectSettings:
 
     def __post_init__(self) -> None:
         check_values(self)
+        if self.seed < 0:
+            raise UsageError(f"--seed must not be negative, got {self.seed}")
+        if self.budget is not None:
+            from spp_fx.adapters.per_site import parse_budget  # numpy, which --help does without
+
+            parse_budget(self.budget, 1 << 62)
+        elif self.budget_by != "size":
+            raise UsageError(f"--budget-by {self.budget_by} needs a budget: give one with --budget")
+        if self.teacher is None and self.compares:
+            asked = (
+                "--init reconstruct needs"
+                if self.init == "reconstruct"
+                else "--budget-by error compares with"
+            )
+            raise UsageError(f"{asked} the dense model: give it with --teacher MODEL")
+        if self.teacher is not None and not self.compares and not self.walks:
+            raise UsageError(
+                "--teacher is the dense model for --budget-by error and --init reconstruct, or the model to learn from "
+                "for --init gradient and --budget-by gradient; leave it out"
+            )
+
+    @property
+    def walks(self) -> bool:
+        """Whether the model is run on a text, layer by layer."""
+        return self.init != "default" or self.budget_by == "gradient"
+
+    @property
+    def compares(self) -> bool:
+        """Whether the weights are compared with those of the dense model."""
+        return self.init == "reconstruct" or self.budget_by == "error"
+
+    def check_text(self, calibration: Calibration | None) -> None:
+        """UsageError if the model is run and there is no text, or there are options for that and it is not run."""
+        if self.walks and calibration is None:
+            asked = f"--init {self.init}" if self.init != "default" else "--budget-by gradient"
+            raise UsageError(f"{asked} needs a text: give it with --calib FILE")
+        given = {"--calib": calibration, "--device": self.device}
+        unused = [option for option, value in given.items() if value is not None and not self.walks]
+        if unused:
+            raise UsageError(
+                f"{unused[0]} is for --init gradient, --init reconstruct and --budget-by gradient; nothing else reads "
+                "it"
+            )
 
 
 @dataclass(frozen=True)
@@ -200,7 +243,7 @@ class TrainSettings:
         if self.steps is not None and self.epochs is not None:
             raise UsageError("give --steps or --epochs, not both")
         if self.min_lr and self.schedule != "cosine":
-            raise UsageError(f"--min-lr is of --schedule cosine, not of {self.schedule}")
+            raise UsageError(f"--min-lr needs --schedule cosine; the schedule is {self.schedule}")
         if self.min_lr and self.lr is not None and self.min_lr > self.lr:
             raise UsageError(f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}")
         if self.early_stop and not self.eval_steps:
@@ -320,9 +363,9 @@ class EvaluateSettings:
         if self.data is None and not self.tasks:
             raise UsageError("nothing to measure: give a text with --data, or --tasks")
         if self.data is None and (self.stride or self.seq_len):
-            raise UsageError("--seq-len and --stride are of a text: give one with --data")
+            raise UsageError("--seq-len and --stride need a text: give one with --data")
         if not self.tasks and (self.limit or self.shots is not None or self.batch_size != "1"):
-            raise UsageError("--limit, --shots and --batch-size are of tasks: give some with --tasks")
+            raise UsageError("--limit, --shots and --batch-size need tasks: name some with --tasks")
 
 
 @dataclass(frozen=True)

@@ -298,7 +298,7 @@ def check_dense(found: ModelSites, dense: ModelSites, sites: Iterable[str]) -> N
         if other is None or other.shape != shape:
             has = "has no such weight" if other is None else f"has shape {list(other.shape)}"
             raise UsageError(
-                f"{name}: is of shape {list(shape)}, {dense.folder.path} {has}; --teacher must be the dense model that "
+                f"{name}: has shape {list(shape)}, {dense.folder.path} {has}; --teacher must be the dense model that "
                 "the pruned one was made from"
             )
 

@@ -2,7 +2,7 @@
 
 import gc
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf, isfinite
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
 
 from spp_fx.adapters.adapter_folder import FACTORS, AdapterFolder, trainable_parameters, write_factors
 from spp_fx.errors import SppFxError, UsageError
@@ -161,7 +162,9 @@ def train(
     adapter = Path(adapter)
     if settings.eval_steps and eval_data is None:
         raise UsageError("--eval-steps needs --eval-data to evaluate on")
+    _check_reports(settings.report_to)
     cache = _open_teacher(teacher, settings)
+    checkpoint = _checkpoint(adapter, settings) if is_adapter(adapter) else None
     join(shards=settings.shard is not None)
     loaded = load_program(
         adapter,
@@ -197,12 +200,11 @@ def train(
             say(line)
         for window in measured.windows:
             check_vocabulary(window, program.vocabulary, eval_data)
-    checkpoint = _checkpoint(adapter, settings)
     frozen_bytes = held_bytes(value for value in program.parameters() if not value.requires_grad)
-    if teacher and _is_as_sparse(adapter, loaded.model, Path(teacher), cache):
+    if teacher and _knows_no_more(Path(teacher), adapter, loaded.model, cache):
         say(
-            f"{teacher}: is as sparse as the model that is trained, and may know no more; the usual teacher is the "
-            "dense model that was pruned"
+            f"{teacher}: is as sparse as the model being trained and may know no more than it; the usual teacher is "
+            "the dense model that was pruned"
         )
     guide = cache or (_teacher(Path(teacher), loaded, settings, trust_remote_code) if teacher else None)
     pad_id = pad_token(tokenizer, program.vocabulary)
@@ -361,7 +363,7 @@ def _changes(checkpoint: Path, record: dict[str, Any]) -> str | None:
     """How a run differs from the one that wrote a checkpoint; None where it does not."""
     if not (checkpoint / RECORD).is_file():
         return (
-            f"{checkpoint}: does not say what its run was asked for; it goes on with the settings of this one"
+            f"{checkpoint}: has no {RECORD} with the settings of its run; it continues with those given now"
         )
     before = read_object(checkpoint / RECORD)
     changed = [
@@ -372,8 +374,8 @@ def _changes(checkpoint: Path, record: dict[str, Any]) -> str | None:
     if not changed:
         return None
     return (
-        f"{checkpoint}: the run goes on with {', '.join(changed)}, and so ends elsewhere than an undisturbed run with "
-        "either settings"
+        f"{checkpoint}: the run continues with {', '.join(changed)}; its result will be that of neither run without a "
+        "break"
     )
 
 
@@ -394,6 +396,17 @@ def _checkpoint(adapter: Path, settings: TrainSettings) -> Path | None:
     return whole[-1]
 
 
+def _check_reports(names: Sequence[str]) -> None:
+    """UsageError for a service that transformers does not know, or whose package is not installed."""
+    try:
+        for made in get_reporting_integration_callbacks(
+            [name for name in names if name not in ("all", "none")]
+        ):
+            made()
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(f"--report-to: {error}") from error
+
+
 def _open_teacher(teacher: str | Path | None, settings: TrainSettings) -> TeacherCache | None:
     """The teacher's sampled tokens, if that is what it is.
 
@@ -407,7 +420,13 @@ def _open_teacher(teacher: str | Path | None, settings: TrainSettings) -> Teache
     }
     if teacher is None and (unused := [flag for flag, is_given in given.items() if is_given]):
         raise UsageError(f"{unused[0]} needs --teacher, the model to learn from")
-    if teacher is None or not is_cache(teacher):
+    if teacher is None:
+        return None
+    if not is_cache(teacher):
+        path = Path(teacher)
+        AdapterFolder.open(path) if is_adapter(path) else open_model(
+            path
+        )  # refused before the student is loaded
         return None
     cache = TeacherCache.open(Path(teacher))
     if given["--match-hidden"]:
@@ -440,7 +459,7 @@ def _teacher(path: Path, learner: Loaded, settings: TrainSettings, trust_remote_
     return teacher.requires_grad_(False)
 
 
-def _is_as_sparse(adapter: Path, base: Path, teacher: Path, cache: TeacherCache | None) -> bool:
+def _knows_no_more(teacher: Path, adapter: Path, base: Path, cache: TeacherCache | None) -> bool:
     """Whether a teacher is the pruned model that an adapter belongs to, or has its zeros."""
     folder = AdapterFolder.open(adapter)
     if cache is not None:

@@ -25,7 +25,7 @@ def test_the_mask_of_every_criterion_survives(tmp_path, way):
     options = (*WAYS[way], *(("--calib", train, "--samples", 8, "--seq-len", 256) if WAYS[way] else ()))
     must("prune", data / "story-656k", "-o", sparse, "--pattern", "2:4", *options)
     must("inject", sparse, "-o", adapter)
-    must("train", adapter, "--data", train, "--steps", 8, "--seq-len", 128, "--batch-size", 4)
+    must("train", adapter, "--data", train, "--steps", 4, "--seq-len", 64, "--batch-size", 4)
     must("merge", adapter, "-o", merged, "--verify-sparsity")
     report = must("verify", merged, "--pattern", "2:4", "--against", sparse, "--json").json
     assert report["ok"]

@@ -21,7 +21,7 @@ from tests.families import VOCABULARY, make_model
 def root(tmp_path_factory):
     """`sparse`, and its exports `inline` and `external`, both with int64 indices."""
     root = tmp_path_factory.mktemp("check")
-    make_model("llama").save_pretrained(root / "dense")
+    make_model("llama", one_layer=True).save_pretrained(root / "dense")
     must("prune", root / "dense", "-o", root / "sparse")
     options = {"indices": "int64", "compare_logits": True}
     done = export(root / "sparse", root / "inline", "onnx", **options)

@@ -142,7 +142,7 @@ def test_a_change_of_the_models_weight_is_a_change_of_the_program():
     assert torch.equal(program(ids).logits, model(ids).logits)
 
 
-@pytest.mark.parametrize("family", ["llama-tied", "gpt2", "gpt-oss"])
+@pytest.mark.parametrize("family", ["llama-tied", nightly("gpt2"), "gpt-oss"])
 def test_a_model_without_numbers_is_traced_without_numbers(family):
     with torch.device("meta"):
         model = make_model(family, one_layer=family not in DEEP)
@@ -173,7 +173,7 @@ DROPOUT = {
 }
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", nightly("falcon"), "gpt-oss"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", nightly("falcon"), nightly("gpt-oss")])
 @torch.no_grad()
 def test_train_and_eval_switch_the_models_dropout(family):
     config = FAMILIES[family]() if family == "gpt2" else shallow(family)

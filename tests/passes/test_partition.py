@@ -56,7 +56,7 @@ def test_layers_of_encoder_and_decoder_do_not_collide():
     torch.manual_seed(0)
     config = BartConfig(
         vocab_size=128, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=32,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=32, dropout=0.0,
     )  # fmt: skip
     config.is_encoder_decoder = False
     model = Autoencoder(config).eval()

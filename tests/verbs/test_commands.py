@@ -123,12 +123,14 @@ def test_folders_default_to_the_current_one(pristine, tmp_path, monkeypatch):
 
 
 def test_a_long_run_without_a_terminal_says_how_far_it_is(monkeypatch, capsys):
-    with Output().steps_bar("pruning") as bar:
+    with Output().steps_bar("pruning") as bar, Output().bytes_bar("folding") as tick:
         bar.update(1, 40, "layer 1")
         assert capsys.readouterr().err == ""
         monkeypatch.setattr("spp_fx.console.SECONDS_BETWEEN_LINES", 0)
         bar.update(2000, 4000, "layer 2")
         assert capsys.readouterr().err == "pruning: 2,000 of 4,000, layer 2\n"
+        tick("a.weight", 3_000_000)
+        assert capsys.readouterr().err == "folding: 3.00 MB, a.weight\n"
 
 
 def test_verify_writes_junit_and_annotations(pristine, tmp_path):

@@ -48,6 +48,12 @@ def start(world, monkeypatch) -> bytes:
 
 
 @pytest.fixture
+def start_shallow(shallow, monkeypatch) -> bytes:
+    monkeypatch.chdir(shallow)
+    return (shallow / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture
 def instructions(world) -> None:
     """Rows of different lengths, so that processes have different numbers of tokens."""
     letters = "abcdefghijklmnopqrstuvwxyz"
@@ -107,14 +113,14 @@ def test_two_processes_follow_the_loss_curve_of_one(world, start, way):
 
 
 @pytest.mark.parametrize("options", ["", "--shard world --teacher dense"])
-def test_two_processes_find_the_rate_of_one(world, start, options):
+def test_two_processes_find_the_rate_of_one(shallow, start_shallow, options):
     """--steps 32 is the shortest run that has trials; the last --steps counts."""
     more = ("--steps", 32, *options.split())
     one = must(
         *LINE.split(), "--batch-size", 4, "--steps", 32, *options.replace("--shard world", "").split()
     ).json
-    restore(world, start)
-    two = launch(world, 2, "--batch-size", 2, *more)
+    restore(shallow, start_shallow)
+    two = launch(shallow, 2, "--batch-size", 2, *more)
     assert [each["lr"] for each in two["lr_trials"]] == [each["lr"] for each in one["lr_trials"]]
     for ours, theirs in zip(two["lr_trials"], one["lr_trials"], strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
@@ -135,12 +141,12 @@ def test_a_launcher_that_splits_models_its_own_way_is_refused(world, start, monk
     assert "give --shard world or node" in one_line(command(*LINE.split()).err)
 
 
-def test_one_process_goes_on_where_two_stopped(world, start):
-    whole = launch(world, 2, "--batch-size", 2, "--save-steps", 3, "--shard", "world")
-    restore(world, start)
-    for path in (world / "adapter" / "checkpoint-6").iterdir():
+def test_one_process_goes_on_where_two_stopped(shallow, start_shallow):
+    whole = launch(shallow, 2, "--batch-size", 2, "--save-steps", 3, "--shard", "world")
+    restore(shallow, start_shallow)
+    for path in (shallow / "adapter" / "checkpoint-6").iterdir():
         path.unlink()
-    (world / "adapter" / "checkpoint-6").rmdir()
+    (shallow / "adapter" / "checkpoint-6").rmdir()
     rest = must(*LINE.split(), "--batch-size", 4, "--save-steps", 3, "--resume").json
     torch.testing.assert_close(
         torch.tensor(rest["losses"][-3:]), torch.tensor(whole["losses"][-3:]), rtol=1e-5, atol=1e-5

@@ -159,7 +159,7 @@ def test_a_model_is_freed_before_the_next_is_loaded(made_shallow, text, monkeypa
         (["--data", "text.txt", "--seq-len", 16, "--stride", 17], "--stride must be 1 to 16"),
         (["--data", "text.txt", "--limit", 3], "--tasks"),
         (["--tasks", "boolq", "--stride", 3], "--data"),
-        (["--data", "text.txt", "--base", "dense"], "--base is of an adapter"),
+        (["--data", "text.txt", "--base", "dense"], "no MODEL is an adapter"),
         (["--data", "text.txt", "--device", "nowhere"], "--device nowhere"),
         (["--tasks", "boolq", "--batch-size", "0"], "--batch-size must be a number or auto"),
     ],

@@ -103,6 +103,7 @@ def test_they_are_listed_and_dumped():
         ("--init gradient", "", "needs a text: give it with --calib FILE"),
         ("--method masked-full", "", "has no option rank"),
         ("", "init: reconstruct\n", "(--init is from run.yaml)"),
+        ("", "method: nosuch\n", "known: hira"),
         (
             "",
             "rank: [8, 'q_proj@0']\n",
@@ -223,6 +224,14 @@ def test_a_file_with_sections_has_nothing_outside_of_them(here):
     assert "unknown option 'rnk'" in one_line(result.err)
 
 
+@pytest.mark.parametrize(("value", "said"), [("[8, {a: 1}]", "{'a': 1}"), ("true", "True")])
+def test_a_file_has_numbers_and_text_where_an_option_takes_them(here, value, said):
+    (here / "run.yaml").write_text(f"rank: {value}\n")
+    result = command("inject", "sparse", "--config", "run.yaml", "--dry-run")
+    assert result.code == 2
+    assert f"run.yaml: rank does not take {said}" in one_line(result.err)
+
+
 class LastRate(TrainerCallback):
     """Keeps the rates of the schedule at the end of training."""
 
@@ -245,7 +254,7 @@ def test_a_recipe_trains_a_small_model(here):
 
 
 def test_cosine_ends_at_the_lowest_rate():
-    with pytest.raises(UsageError, match="--min-lr is of --schedule cosine"):
+    with pytest.raises(UsageError, match="--min-lr needs --schedule cosine"):
         TrainSettings(min_lr=1e-6)
     with pytest.raises(UsageError, match="above --lr"):
         TrainSettings(min_lr=1e-3, lr=1e-4, schedule="cosine")

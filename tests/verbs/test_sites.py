@@ -135,7 +135,7 @@ def test_the_command_line_adds_sites_to_the_ranks_of_a_file(pristine, tmp_path):
         ("--budget lots", "--budget takes a share of the model's parameters"),
         ("--budget 10", "10 parameters give no site a rank"),
         ("--budget 1% --budget-by error", "compares with the dense model: give it with --teacher MODEL"),
-        ("--budget-by error", "--budget-by error belongs to a budget"),
+        ("--budget-by error", "--budget-by error needs a budget"),
         ("--budget 1% --budget-by gradient", "--budget-by gradient needs a text: give it with --calib FILE"),
         ("--budget 1% --teacher {dense}", "--teacher is the dense model for --budget-by error"),
         ("--budget 9% --budget-by error --teacher {dense}/..", "config.json"),

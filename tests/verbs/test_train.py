@@ -104,7 +104,7 @@ def test_a_resumed_run_ends_with_the_bytes_of_an_undisturbed_one(whole, adapter,
     assert "which a resumed run keeps; 0.5 needs a new run" in refused.err
     line = ("--data", text_file, "--seq-len", 32, "--batch-size", 4, "--steps", STEPS + 1)
     changes = command("train", killed, *line, "--resume").err
-    assert "checkpoint-8: the run goes on with steps 9 instead of 8, and so ends elsewhere" in changes
+    assert "checkpoint-8: the run continues with steps 9 instead of 8;" in changes
 
 
 def test_a_run_killed_after_its_last_checkpoint_is_finished_without_a_further_step(

@@ -202,6 +202,7 @@ def test_a_bad_record_is_named_by_file_and_line(here, content, word):
     [
         (["--schedule", "wavy"], "cosine"),
         (["--early-stop", 2], "--eval-steps"),
+        (["--report-to", "nosuch"], "--report-to: nosuch is not supported"),
         (["--accumulate", 0], "--accumulate"),
         (["--clip", -1], "--clip"),
         (["--loss-on", "prompt"], "answer"),
