@@ -1,7 +1,8 @@
 """A model is traced once in a test process, and its ONNX graph is built once for all processes.
 
 A trace of a small model takes three seconds, and most tests that need one are about something else. Models are told
-apart by everything that a trace depends on; a model with code that is not transformers' own is always traced.
+apart by everything that a trace depends on; a model with code that is not transformers' own is always traced. A small
+model without weights takes the trace of the same model on the CPU, whose ops and names are the same but for copies.
 `SPP_FX_EXPORT_ALWAYS=1` switches it off, and so does the fixture `real_exports` for the tests of tracing itself.
 """
 
@@ -30,8 +31,9 @@ _traced: dict[str, Program] = {}
 _failed: dict[str, SppFxError] = {}
 enabled = "SPP_FX_EXPORT_ALWAYS" not in os.environ
 
-WHERE = ("_name_or_path", "name_or_path", "_commit_hash", "_is_hf_initialized", "_use_kernels")
-"""Attributes that differ by where a model came from: a configuration or a folder."""
+WHERE = ("_name_or_path", "name_or_path", "_commit_hash", "_is_hf_initialized", "_use_kernels", "training")
+"""Attributes that differ by where a model came from: a configuration or a folder. A trace sets the mode itself."""
+CPU, META = torch.device("cpu"), torch.device("meta")
 
 
 class _Unknown(Exception):
@@ -53,15 +55,17 @@ def once(trace: Callable[..., Program]) -> Callable[..., Program]:
             return trace(model)
         if key in _failed:
             raise _failed[key].with_traceback(None)
-        if key in _traced:
-            return _of(_traced[key], model)
-        try:
-            program = trace(model)
-        except SppFxError as error:
-            _failed[key] = error
-            raise
-        _traced[key] = _without_weights(program)
-        return program
+        if key not in _traced:
+            real = _on_cpu(model) if _is_hollow(model) else model
+            try:
+                program = trace(real)
+            except SppFxError as error:
+                _failed[key] = error
+                raise
+            _traced[key] = _without_weights(program)
+            if real is model:
+                return program
+        return _of(_traced[key], model)
 
     return traced
 
@@ -93,6 +97,24 @@ def _without_weights(program: Program) -> Program:
     return _copy(program, dict[int, Any](metas))
 
 
+def _is_hollow(model: nn.Module) -> bool:
+    """Whether a model without weights is small enough for memory."""
+    tensors = [*model.parameters(), *model.buffers()]
+    hollow = all(t.device == META for t in tensors) and sum(t.numel() for t in tensors) < 2**24
+    return hollow and "forward" not in vars(model)  # which may hold the model itself
+
+
+def _on_cpu(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model without weights that has some on the CPU, of any values."""
+    twins: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        empty = torch.empty_like(tensor, device=CPU)
+        twins[id(tensor)] = (
+            nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+        )
+    return copy.deepcopy(model, twins)
+
+
 def _of(program: Program, model: PreTrainedModel) -> Program:
     """A copy of a program over the tensors of a model."""
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(
@@ -108,6 +130,7 @@ def _of(program: Program, model: PreTrainedModel) -> Program:
             twins[id(tensor)] = own[name]
     copied = _copy(program, twins)
     copied.loss_function = model.loss_function
+    copied.move_constants(CPU, copied.device)
     return copied.train(model.training)
 
 
@@ -146,8 +169,9 @@ def _model(model: nn.Module) -> Any:
         }
         modules.append([name, f"{type(module).__module__}.{type(module).__qualname__}", flags])
     first: dict[int, str] = {}
+    hollow = _is_hollow(model)
     tensors = [
-        [name, first.setdefault(id(tensor), name), _value(tensor)]
+        [name, first.setdefault(id(tensor), name), _value(tensor, CPU if hollow else tensor.device)]
         for name, tensor in (
             *model.named_parameters(remove_duplicate=False),
             *model.named_buffers(remove_duplicate=False),
@@ -171,5 +195,5 @@ def _call(function: Callable[..., Any], model: nn.Module) -> Any:
     return [code.co_filename, code.co_firstlineno, [_call(cell.cell_contents, model) for cell in cells]]
 
 
-def _value(tensor: Tensor) -> Any:
-    return [str(tensor.dtype), list(tensor.shape), list(tensor.stride()), str(tensor.device)]
+def _value(tensor: Tensor, device: torch.device) -> Any:
+    return [str(tensor.dtype), list(tensor.shape), list(tensor.stride()), str(device)]
