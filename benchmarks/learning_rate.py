@@ -28,7 +28,7 @@ from spp_fx.verbs.train import Trained, train
 FACTORS = (0.25, 0.5, 2, 4)
 """The grid, as multiples of the default rate."""
 SEED = 1
-"""Of the dense model: adapters, seeded by 0, then see the text in another order, not the rows that were learned last."""
+"""Of the dense model: adapters, whose seed is 0, see the text in another order."""
 
 
 def main() -> None:
