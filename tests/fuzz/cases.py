@@ -66,7 +66,16 @@ def make(rng: Random, number: int, seed: Seed, scratch: Path) -> Case:
         path = rng.choices(files, [_weight(path) for path in files])[0]
         try:
             what, harmless = _damage(rng, path, outside, seed)
-        except (ValueError, KeyError, IndexError, TypeError, OSError, DecodeError, RecursionError) as error:
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            TypeError,
+            ValueError,
+            OSError,
+            DecodeError,
+            RecursionError,
+        ) as error:
             if not case.done:
                 raise
             what, harmless = f"could not be damaged twice ({type(error).__name__})", False
