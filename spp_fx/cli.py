@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -79,7 +79,8 @@ def run(arguments: list[str]) -> int:
         hint = f" (see '{context.command_path} --help')" if context else ""
         return _failed(error.format_message().rstrip(".") + hint, error.exit_code, debug)
     except (click.Abort, KeyboardInterrupt) as error:
-        click.echo("spp-fx: interrupted; no partial output was left", err=True)
+        left = "" if any(_notes(error)) else "; no partial output was left"
+        click.echo(f"spp-fx: interrupted{left}", err=True)
         _show_notes(error)
         return 130
     except SystemExit as error:
@@ -95,13 +96,18 @@ def run(arguments: list[str]) -> int:
     return code if isinstance(code, int) else 0
 
 
-def _show_notes(error: BaseException) -> None:
-    """Notes of an error, even with -q: they name hidden files, which may be large."""
+def _notes(error: BaseException) -> Iterator[str]:
+    """The notes of an error and of what caused it."""
     cause: BaseException | None = error
     while cause is not None:
-        for note in getattr(cause, "__notes__", ()):
-            click.echo(f"spp-fx: {note}", err=True)
+        yield from getattr(cause, "__notes__", ())
         cause = cause.__cause__
+
+
+def _show_notes(error: BaseException) -> None:
+    """Notes of an error, even with -q: they name hidden files, which may be large."""
+    for note in _notes(error):
+        click.echo(f"spp-fx: {note}", err=True)
 
 
 def _failed(message: str, code: int, debug: bool) -> int:
@@ -233,6 +239,8 @@ def train_command(
     torchrun --nproc-per-node 8 -m spp_fx train my-sparse-spp --config run.yaml --shard world --packed
     """
     teacher = model_folder(texts.teacher) if texts.teacher else None
+    if (recipe := click.get_current_context().meta.get("recipe")) and (line := recipe.doubt(adapter)):
+        output.say(line)
     from spp_fx.training.distributed import leave
     from spp_fx.training.trainer import ProgressCallback
     from spp_fx.verbs.train import train

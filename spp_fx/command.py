@@ -480,7 +480,8 @@ def read_recipe(context: click.Context, parameter: click.Parameter, name: str | 
         return
     from spp_fx.verbs.recipes import find_recipe, processes
 
-    options = find_recipe(name).options(str(context.command.name), processes())
+    context.meta["recipe"] = recipe = find_recipe(name)
+    options = recipe.options(str(context.command.name), processes())
     _set_defaults(context, options, f"--recipe {name}", first=False)
 
 

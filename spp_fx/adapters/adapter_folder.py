@@ -1,6 +1,8 @@
 """Adapter folders: configuration, factors, lock and model card."""
 
+import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 CONFIG = "adapter_config.json"
 FACTORS = "adapter_model.safetensors"
 FORMAT_VERSION = 1
+FINISHED = "finished.json"
+"""File of the newest checkpoint once its run has written the adapter's factors."""
 
 
 class StoredMatrix(BaseModel):
@@ -166,6 +170,21 @@ class AdapterFolder:
                     "training stores only finite ones, so restore the file, or inject and train anew"
                 )
 
+    def finish(self) -> None:
+        """Mark the newest checkpoint, if there is one, as that of a run whose factors are in the folder."""
+        for checkpoint in whole_checkpoints(self.path)[-1:]:
+            (checkpoint / FINISHED).write_text("{}\n")
+
+    def unfinished(self) -> str | None:
+        """A warning where training was stopped after a checkpoint, so that the factors are still those before it."""
+        whole = whole_checkpoints(self.path)
+        if not whole or (whole[-1] / FINISHED).is_file():
+            return None
+        return (
+            f"{self.path}: warning: its training was stopped after {whole[-1].name}, and its factors are those from "
+            f"before that training; 'spp-fx train {self.path} ... --resume' finishes it"
+        )
+
     def find_base(self, base: Path | None = None) -> Path:
         """The base model's folder: as given, as recorded, or under the recorded name beside the adapter."""
         if base is not None:
@@ -231,6 +250,32 @@ def _not_ours(path: Path, foreign: PeftAdapter) -> str:
         f"{path}: is a model folder with {foreign.what} in it, not an adapter folder; "
         f"make one with 'spp-fx inject {path}'"
     )
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of training in an adapter folder, `checkpoint-STEP`, in the order of their steps."""
+    found = {
+        int(match[1]): path
+        for path in folder.glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
+    }
+    return [found[step] for step in sorted(found)]
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """Those of `checkpoints` that were written to their end: the Trainer writes its own state last.
+
+    The length of every safetensors file is checked against its header, which finds one that was cut short.
+    """
+    return [checkpoint for checkpoint in checkpoints(folder) if _is_whole(checkpoint)]
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+        return bool([Shard.open(path) for path in checkpoint.glob("*.safetensors")])
+    except (OSError, ValueError, FormatError):
+        return False
 
 
 def write_factors(path: Path, factors: "Mapping[str, Tensor]") -> None:

@@ -13,6 +13,7 @@ from torch.nn.functional import kl_div
 from spp_fx.errors import UsageError
 from spp_fx.graph.program import Program
 
+LOSS = "loss"
 PARTS = ("text", "teacher", "hidden")
 """The parts of the loss, in the order of the formula of `Objective`."""
 EPSILON = 1e-6

@@ -2,13 +2,12 @@
 
 import json
 import random
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -16,6 +15,8 @@ from spp_fx.errors import FormatError
 
 OPTIMIZER = "optimizer"
 RANDOM = "random_state"
+LOSSES = "losses"
+"""State of a checkpoint: the sums of the loss and its parts over the steps of its run."""
 RECORD = "run.json"
 """File of a checkpoint with what its run was asked for."""
 
@@ -89,32 +90,11 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The Trainer's checkpoint folders, `checkpoint-STEP`, in the order of their steps."""
-    found = {
-        int(match[1]): path
-        for path in folder.glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir()
-    }
-    return [found[step] for step in sorted(found)]
+def has_losses(checkpoint: Path) -> bool:
+    """Whether a checkpoint has the sums of its run's losses; those of version 0.1.0 do not."""
+    return (checkpoint / f"{LOSSES}.json").is_file()
 
 
 def checkpoint_step(checkpoint: Path) -> int:
     """How many steps the run of a checkpoint had done."""
     return int(checkpoint.name.rpartition("-")[2])
-
-
-def is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end: the Trainer writes its own state last.
-
-    The length of every safetensors file is checked against its header, which finds one that was cut short.
-    """
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-        files = list(checkpoint.glob("*.safetensors"))
-        for path in files:
-            with safe_open(str(path), framework="pt"):
-                pass
-    except (OSError, ValueError, SafetensorError):
-        return False
-    return bool(files)

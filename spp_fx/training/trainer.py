@@ -14,12 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import TrainOutput
 
-from spp_fx.adapters.adapter_folder import FACTORS
+from spp_fx.adapters.adapter_folder import FACTORS, whole_checkpoints
 from spp_fx.errors import FormatError
 from spp_fx.graph.program import Program, factor_attribute
 from spp_fx.training.losses import (
+    LOSS,
     PARTS,
     Layers,
     Objective,
@@ -30,9 +30,12 @@ from spp_fx.training.losses import (
 )
 from spp_fx.training.samples import Windows
 from spp_fx.training.state import (
+    LOSSES,
     OPTIMIZER,
     RANDOM,
     RECORD,
+    checkpoint_step,
+    has_losses,
     load_state,
     random_state,
     save_state,
@@ -127,7 +130,7 @@ class AdapterTrainer(Trainer):
         self.objective = objective = objective or Objective()
         self.taught: Predicted | None = None
         self.reference: Reference | None = None
-        self.parts: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor] = {}
         self.first_step = 0
         super().__init__(model=model, **kwargs)
         if teacher is not None and not isinstance(teacher, FSDPModule):
@@ -161,7 +164,7 @@ class AdapterTrainer(Trainer):
         if not learns and self.layers is None:
             plain = {key: inputs[key] for key in INPUTS}
             loss, output = super().compute_loss(model, plain, True, num_items_in_batch)
-            self._add(model, {"text": loss})
+            self._add(model, {"text": loss, LOSS: loss})
             return (loss, output) if return_outputs else loss
         # Losses are averaged over processes, tokens counted over all of them.
         counted = num_items_in_batch is not None
@@ -196,7 +199,7 @@ class AdapterTrainer(Trainer):
         }
         parts = {name: part * scale for name, part in parts.items()}
         loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
-        self._add(model, parts)
+        self._add(model, parts | {LOSS: loss})
         return (loss, output) if return_outputs else loss
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
@@ -238,21 +241,27 @@ class AdapterTrainer(Trainer):
         return Reference(sums[0], sums[1:])
 
     def _add(self, model: nn.Module, parts: Mapping[str, Tensor]) -> None:
-        """Sum the parts of the training loss; those of an optimizer step add up to its mean."""
+        """Sum the training loss and its parts; those of an optimizer step add up to its mean."""
         if not model.training:
             return
-        if not self.parts:
+        if not self.sums:
             self.first_step = self.state.global_step
         for name, part in parts.items():
-            self.parts[name] = self.parts.get(name, 0) + part.detach().float()
+            self.sums[name] = self.sums.get(name, 0) + part.detach().float()
 
-    def mean_parts(self) -> dict[str, float | None]:
-        """Each of `PARTS` as its mean over the steps of this run and all processes; None: not part of the loss."""
-        steps = max(1, self.state.global_step - self.first_step)
-        means = {
-            name: cast(Tensor, self.accelerator.reduce(total, "mean")) for name, total in self.parts.items()
+    def means(self) -> dict[str, float | None]:
+        """The loss and each of `PARTS` as means over all steps and processes; None: not part of the loss.
+
+        Steps before a resumption count, too, if the checkpoint has their sums (`LOSSES`).
+        """
+        steps, sums = max(1, self.state.global_step - self.first_step), self._sums()
+        return {name: float(sums[name]) / steps if name in sums else None for name in (LOSS, *PARTS)}
+
+    def _sums(self) -> dict[str, Tensor]:
+        """The sums over the steps as means over the processes."""
+        return {
+            name: cast(Tensor, self.accelerator.reduce(total, "mean")) for name, total in self.sums.items()
         }
-        return {name: float(means[name]) / steps if name in means else None for name in PARTS}
 
     def held_loss(self) -> float:
         """The loss, as evaluation has it, of rows spread evenly over the training data: as many as two steps take."""
@@ -270,16 +279,34 @@ class AdapterTrainer(Trainer):
         (folder / RECORD).write_text(json.dumps(self.record, indent=2) + "\n")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        path = Path(resume_from_checkpoint) / FACTORS
-        load_factors(self.factors, load_file(path), path)
+        folder = Path(resume_from_checkpoint)
+        load_factors(self.factors, load_file(folder / FACTORS), folder / FACTORS)
+        if has_losses(folder):
+            saved = load_state(folder, LOSSES)
+            self.first_step = saved["first_step"]
+            self.sums = {name: total.to(self.args.device) for name, total in saved["sums"].items()}
 
-    def take_over(self, checkpoint: str) -> TrainOutput:
-        """The result of a run whose last checkpoint has every step, as after a kill that came too late for its end."""
-        self._load_from_checkpoint(checkpoint)
-        self.state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-        self.first_step = self.state.global_step
-        losses = [float(entry["loss"]) for entry in self.state.log_history if "loss" in entry]
-        return TrainOutput(self.state.global_step, sum(losses) / len(losses), {"train_runtime": 0.0})
+    def run(self, checkpoint: Path | None, steps: int) -> float:
+        """Train up to so many steps, from a checkpoint on if there is one; returns how many seconds it took.
+
+        A checkpoint that has every step, as after a kill that came too late for its run's end, is taken over as it is.
+        An interruption gets a note that says how to go on.
+        """
+        if checkpoint is not None and checkpoint_step(checkpoint) >= steps:
+            self._load_from_checkpoint(str(checkpoint))
+            self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+            return 0.0
+        try:
+            done = self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except (KeyboardInterrupt, SystemExit) as error:
+            folder = Path(cast(str, self.args.output_dir))
+            if whole := whole_checkpoints(folder):
+                error.add_note(
+                    f"{folder}: its factors are as before, and {whole[-1].name} is kept: the same command with "
+                    "--resume continues there, with --force it starts over"
+                )
+            raise
+        return done.metrics["train_runtime"]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.args.should_save:
@@ -296,6 +323,9 @@ class AdapterTrainer(Trainer):
     def _save_rng_state(self, output_dir: str) -> None:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         save_state(Path(output_dir), f"{RANDOM}_{self.args.process_index}", random_state())
+        sums = self._sums()  # of all processes, each of which comes here
+        if self.args.should_save:
+            save_state(Path(output_dir), LOSSES, {"first_step": self.first_step, "sums": sums})
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         name = f"{RANDOM}_{self.args.process_index}"

@@ -233,6 +233,8 @@ def _evaluate(
     say: Callable[[str], None],
 ) -> Evaluated:
     begin = perf_counter()
+    if is_adapter(path) and (line := AdapterFolder.open(path).unfinished()):
+        say(line)
     model, home = load_evaluated(path, settings.base, device, trust_remote_code)
     tokenizer = load_tokenizer(home, trust_remote_code=trust_remote_code)
     text = scores = None

@@ -144,6 +144,8 @@ def merge(
     adapter, out = Path(adapter), Path(out)
     source = AdapterFolder.open(adapter)
     source.check_finite()
+    if line := source.unfinished():
+        say(line)
     base = source.find_base(Path(base) if base else None)
     folder = open_model(base)
     source.check_base(folder)

@@ -5,14 +5,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from spp_fx.adapters.adapter_folder import AdapterFolder
 from spp_fx.adapters.method import METHODS
 from spp_fx.console import Table
 from spp_fx.errors import FormatError, UsageError
 from spp_fx.registry import did_you_mean
+from spp_fx.storage.folder import is_adapter
 from spp_fx.verbs.settings import InjectSettings, PruneSettings, TrainSettings
 
 VERBS = ("prune", "inject", "train")
@@ -55,6 +58,14 @@ class Recipe:
         # The paper's rows of a forward, or the most that fit into a device's share.
         batch = next(size for size in range(min(own["batch_size"], each), 0, -1) if each % size == 0)
         return own | {"batch_size": batch, "accumulate": each // batch}
+
+    def doubt(self, adapter: Path) -> str | None:
+        """A warning where an adapter is of another method than the one whose settings these are."""
+        own = self.sections["inject"]["method"]
+        method = AdapterFolder.open(adapter).method.name if is_adapter(adapter) else own
+        if method == own:
+            return None
+        return f"{adapter}: warning: its method is {method}, and the settings of recipe {self.name} are for {own}"
 
 
 @dataclass(frozen=True)

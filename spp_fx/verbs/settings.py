@@ -231,11 +231,19 @@ class TrainSettings:
     early_stop: int | None = option(
         None, "Stop after this many evaluations without improvement; keep the best factors.", positive
     )
-    logging_steps: int = option(10, "Steps between reports of the loss.", positive)
+    logging_steps: int = option(
+        10,
+        "Steps between reports of the loss: in the bar of a terminal, to --report-to, in the losses of --json.",
+        positive,
+    )
     report_to: tuple[str, ...] = option((), "tensorboard, wandb, ... as transformers names them.")
     resume: bool = option(False, "Continue from the newest whole checkpoint in ADAPTER.")
     force: bool = option(False, "Start again, deleting the checkpoints of an earlier run.")
-    seed: int = option(0, "Seed of data order and dropout.", _seed)
+    seed: int = option(
+        0,
+        "Seed of data order and dropout. Training further with the same seed reads the rows in the same order again.",
+        _seed,
+    )
     strict: bool = option(False, STRICT, flag="strict-data")
 
     def __post_init__(self) -> None:

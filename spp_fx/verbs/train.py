@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import inf, isfinite
+from math import inf, isfinite, nan
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -15,7 +15,14 @@ from accelerate import PartialState
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 
-from spp_fx.adapters.adapter_folder import FACTORS, AdapterFolder, trainable_parameters, write_factors
+from spp_fx.adapters.adapter_folder import (
+    FACTORS,
+    AdapterFolder,
+    checkpoints,
+    trainable_parameters,
+    whole_checkpoints,
+    write_factors,
+)
 from spp_fx.errors import SppFxError, UsageError
 from spp_fx.exporters.manifest import open_model
 from spp_fx.graph.program import Program
@@ -24,7 +31,7 @@ from spp_fx.storage.links import links_option
 from spp_fx.storage.output import atomic_file
 from spp_fx.storage.strict_json import read_object
 from spp_fx.training.distributed import held_bytes, join
-from spp_fx.training.losses import Layers, Objective
+from spp_fx.training.losses import LOSS, Layers, Objective
 from spp_fx.training.perplexity import Perplexity, perplexity
 from spp_fx.training.records import Skipped
 from spp_fx.training.samples import (
@@ -38,7 +45,7 @@ from spp_fx.training.samples import (
     pad_token,
     training_rows,
 )
-from spp_fx.training.state import OPTIMIZER, RECORD, checkpoint_step, checkpoints, is_whole, load_state
+from spp_fx.training.state import OPTIMIZER, RECORD, has_losses, load_state
 from spp_fx.training.teacher_cache import CacheText, TaughtRows, TeacherCache, is_cache
 from spp_fx.training.trainer import AdapterTrainer, CutEachEpoch, EarlyStop, ReportLast, load_factors
 from spp_fx.verbs import rate
@@ -61,7 +68,7 @@ class Trained:
         rows: of an optimizer step, over all processes.
         lr: the peak learning rate.
         lr_trials: losses of the short runs that it was chosen by, by their rates; infinite where one diverged.
-        loss: mean over all steps.
+        loss: mean over all steps, those before a resumption too.
         losses: mean between reports, see `TrainSettings.logging_steps`.
         parts: what the loss is made up of, see `training.losses.Objective`: means over all steps, unweighted; None for
             a part that it does not have.
@@ -69,6 +76,7 @@ class Trained:
         seconds, trial_seconds: of the training itself, and of the trials before it.
         frozen_bytes: of frozen weights that this process holds.
         before, after: of the evaluation data.
+        eval_data: its name.
         skipped: rows of the training data with nothing to learn.
         eval_skipped: rows of the evaluation data with nothing to measure; None without such data.
     """
@@ -89,6 +97,7 @@ class Trained:
     frozen_bytes: int
     before: Perplexity | None
     after: Perplexity | None
+    eval_data: str | None
     skipped: Skipped
     eval_skipped: Skipped | None
 
@@ -102,7 +111,7 @@ class Trained:
                 for lr, loss in sorted(self.lr_trials.items())
             ],
             "seq_len": self.seq_len,
-            "loss": self.loss,
+            "loss": self.loss if isfinite(self.loss) else None,
             "losses": self.losses,
             "loss_parts": self.parts,
             "processes": self.processes,
@@ -117,7 +126,7 @@ class Trained:
         }
 
     def lines(self) -> Iterator[str]:
-        end = f", {self.losses[-1]:.3f} at the end" if self.losses else ""
+        end = f", {self.losses[-1]:.3f} at the end" if len(self.losses) > 1 else ""
         trials = f" after {self.trial_seconds:.0f} s of trials" if self.lr_trials else ""
         yield (
             f"{self.adapter}: {self.steps} steps of {self.rows} x {self.seq_len} tokens in {self.seconds:.0f} s"
@@ -127,7 +136,8 @@ class Trained:
             parts = (f"{name} {part:.3f}" for name, part in self.parts.items() if part is not None)
             yield f"loss on average: {', '.join(parts)}"
         if self.before and self.after:
-            yield f"perplexity {self.before.perplexity:.2f} -> {self.after.perplexity:.2f}"
+            text = f"{self.eval_data} in windows of {self.seq_len} tokens"
+            yield f"perplexity of {text}: {self.before.perplexity:.2f} -> {self.after.perplexity:.2f}"
 
 
 @links_option
@@ -214,6 +224,8 @@ def train(
         lr = _resumed_rate(checkpoint, settings)
         if line := _changes(checkpoint, record):
             say(line)
+        if not has_losses(checkpoint):
+            say(f"{checkpoint}: has no sums of its losses; their averages are those of the steps after it")
     elif lr is None:
         lr, trials = _default_rate(
             adapter, loaded, rows, settings, say,
@@ -232,20 +244,17 @@ def train(
         for folder in checkpoints(adapter):
             shutil.rmtree(folder)
     together.wait_for_everyone()
-    if checkpoint is not None and checkpoint_step(checkpoint) >= rate.steps_of(rows, settings):
-        result = trainer.take_over(str(checkpoint))
-    else:
-        result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    broken = [name for name, value in loaded.factors.items() if not bool(value.isfinite().all())]
-    if broken or result.training_loss != result.training_loss:
+    seconds = trainer.run(checkpoint, rate.steps_of(rows, settings))
+    if broken := [name for name, value in loaded.factors.items() if not bool(value.isfinite().all())]:
         raise SppFxError(
-            f"training diverged (loss {result.training_loss}); {adapter} is unchanged. Train with a lower --lr "
-            f"than {lr:g}"
+            f"training diverged: {len(broken)} of {len(loaded.factors)} factors hold NaN or infinity (first: "
+            f"{broken[0]}); {adapter} is unchanged. Train with a lower --lr than {lr:g}"
         )
+    means = trainer.means()
     if together.is_main_process:
         with atomic_file(adapter / FACTORS, force=True) as temporary:
             write_factors(temporary, loaded.factors)
-        AdapterFolder.open(adapter)
+        AdapterFolder.open(adapter).finish()
     together.wait_for_everyone()
     return Trained(
         adapter=adapter,
@@ -254,16 +263,17 @@ def train(
         lr=lr,
         lr_trials=trials,
         seq_len=length,
-        loss=result.training_loss,
+        loss=nan if (loss := means.pop(LOSS)) is None else loss,
         losses=[float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
-        parts=trainer.mean_parts(),
+        parts=means,
         processes=together.num_processes,
-        seconds=result.metrics["train_runtime"],
+        seconds=seconds,
         trial_seconds=trial_seconds if trials else 0.0,
         trainable=trainable_parameters(loaded.factors),
         frozen_bytes=frozen_bytes,
         before=before,
         after=_evaluate(loaded, measured, settings),
+        eval_data=str(eval_data) if measured else None,
         skipped=skipped,
         eval_skipped=measured.skipped if measured else None,
     )
@@ -374,8 +384,8 @@ def _changes(checkpoint: Path, record: dict[str, Any]) -> str | None:
     if not changed:
         return None
     return (
-        f"{checkpoint}: the run continues with {', '.join(changed)}; its result will be that of neither run without a "
-        "break"
+        f"{checkpoint}: the run continues with {', '.join(changed)}; the result will differ from that of an "
+        "uninterrupted run with either"
     )
 
 
@@ -388,7 +398,7 @@ def _checkpoint(adapter: Path, settings: TrainSettings) -> Path | None:
                 "with --resume, or delete them and start over with --force"
             )
         return None
-    whole = [folder for folder in found if is_whole(folder)]
+    whole = whole_checkpoints(adapter)
     if not whole:
         raise UsageError(
             f"{adapter}: nothing to resume: it has no complete checkpoint; train with --save-steps N to write some"
@@ -422,11 +432,13 @@ def _open_teacher(teacher: str | Path | None, settings: TrainSettings) -> Teache
         raise UsageError(f"{unused[0]} needs --teacher, the model to learn from")
     if teacher is None:
         return None
+    if settings.teacher_weight == 0 and not given["--match-hidden"]:
+        raise UsageError(
+            "--teacher-weight 0 learns nothing from --teacher; leave both out, or give --match-hidden or another weight"
+        )
     if not is_cache(teacher):
         path = Path(teacher)
-        AdapterFolder.open(path) if is_adapter(path) else open_model(
-            path
-        )  # refused before the student is loaded
+        (AdapterFolder.open if is_adapter(path) else open_model)(path)  # refused before the student is loaded
         return None
     cache = TeacherCache.open(Path(teacher))
     if given["--match-hidden"]:

@@ -151,3 +151,4 @@ def test_one_process_goes_on_where_two_stopped(shallow, start_shallow):
     torch.testing.assert_close(
         torch.tensor(rest["losses"][-3:]), torch.tensor(whole["losses"][-3:]), rtol=1e-5, atol=1e-5
     )
+    assert rest["loss"] == pytest.approx(whole["loss"], rel=1e-5)

@@ -196,6 +196,9 @@ def test_a_step_keeps_the_rows_of_a_recipe_or_file_whatever_the_batch_size(here,
         assert (found.batch_size, found.accumulate) == step, words
     said = command("train", "adapter", "--data", "text.txt", *recipe, "--batch-size", 4).err
     assert "--accumulate 32: with --batch-size 4 a step keeps the 128 rows of --recipe spp-llama-7b" in said
+    assert "warning" not in said
+    said = command("train", "adapter", "--data", "text.txt", "--recipe", "sqft-llama3-8b").err
+    assert "its method is spp, and the settings of recipe sqft-llama3-8b are for sqft" in said
     said = command("train", "adapter", "--data", "text.txt", *dump, "--accumulate", 2).err
     assert "a step has 16 rows on each device, that of dump.yaml 128" in said
     refused = command("train", "adapter", "--data", "text.txt", *recipe, "--batch-size", 12)
