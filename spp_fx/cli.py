@@ -196,7 +196,7 @@ def inject_command(
     spp-fx inject my-sparse --budget 0.3% --budget-by error --teacher my-model
     spp-fx inject llama-7b --dry-run --json
     """
-    settings.check_text(calibration)
+    settings.check_text(calibration, dry_run)
     folder = model_folder(model)
     asked = vars(settings) | {"teacher": model_folder(settings.teacher) if settings.teacher else None}
     from spp_fx.verbs.inject import inject
@@ -205,12 +205,12 @@ def inject_command(
     run = partial(
         inject, folder, target, **asked | method_options, **options, calibration=calibration, say=output.say
     )
-    if calibration is None:
-        with output.bytes_bar("reading weights") as tick:
-            done = run(tick=tick)
-    else:
+    if settings.walks(dry_run):
         with output.steps_bar("walking the layers") as bar:
             done = run(walk_tick=bar.update)
+    else:
+        with output.bytes_bar("reading weights") as tick:
+            done = run(tick=tick)
     output.result(done)
 
 
