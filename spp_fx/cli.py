@@ -256,7 +256,8 @@ def teach_command(
 
     Tokens are drawn from its predictions and kept with their counts, an unbiased sample of the whole distribution. A
     predicted token takes at most 3 bytes per sample and 5 more (5 per sample and 5 for vocabularies over 65,536), less
-    where the model is sure. Training needs the same text, --seq-len, --loss-on and --packing.
+    where the model is sure. Training needs the same text, --seq-len, --loss-on and --packing. MODEL is a model folder
+    or an adapter.
 
     \b
     spp-fx teach my-model --data text.txt --seq-len 512 -o taught
@@ -476,7 +477,7 @@ def inspect_command(output: Output, model: str, trust_remote_code: bool) -> None
 def eval_command(
     output: Output, models: tuple[str, ...], settings: EvaluateSettings, trust_remote_code: bool
 ) -> None:
-    """Perplexity of a text, or scores of tasks, under each MODEL: a model folder, an adapter or an export.
+    """Perplexity of a text, or scores of tasks, under each MODEL: a model folder, adapter or export (not ONNX).
 
     An adapter is evaluated as the model that merge would write, without writing it. Data is read as in train.
     Instructions and chats are measured as the whole text that the model would see, as --loss-on all does.
