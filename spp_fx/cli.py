@@ -202,7 +202,7 @@ def inject_command(
     spp-fx inject my-sparse --budget 0.3% --budget-by error --teacher my-model
     spp-fx inject llama-7b --dry-run --json
     """
-    settings.check_text(calibration)
+    settings.check_text(calibration, dry_run)
     folder = model_folder(model)
     asked = vars(settings) | {"teacher": model_folder(settings.teacher) if settings.teacher else None}
     from spp_fx.verbs.inject import inject
@@ -211,12 +211,12 @@ def inject_command(
     run = partial(
         inject, folder, target, **asked | method_options, **options, calibration=calibration, say=output.say
     )
-    if calibration is None:
-        with output.bytes_bar("reading weights") as tick:
-            done = run(tick=tick)
-    else:
+    if settings.walks(dry_run):
         with output.steps_bar("walking the layers") as bar:
             done = run(walk_tick=bar.update)
+    else:
+        with output.bytes_bar("reading weights") as tick:
+            done = run(tick=tick)
     output.result(done)
 
 
@@ -264,7 +264,8 @@ def teach_command(
 
     Tokens are drawn from its predictions and kept with their counts, an unbiased sample of the whole distribution. A
     predicted token takes at most 3 bytes per sample and 5 more (5 per sample and 5 for vocabularies over 65,536), less
-    where the model is sure. Training needs the same text, --seq-len, --loss-on and --packing.
+    where the model is sure. Training needs the same text, --seq-len, --loss-on and --packing. MODEL is a model folder
+    or an adapter.
 
     \b
     spp-fx teach my-model --data text.txt --seq-len 512 -o taught
@@ -484,7 +485,7 @@ def inspect_command(output: Output, model: str, trust_remote_code: bool) -> None
 def eval_command(
     output: Output, models: tuple[str, ...], settings: EvaluateSettings, trust_remote_code: bool
 ) -> None:
-    """Perplexity of a text, or scores of tasks, under each MODEL: a model folder, an adapter or an export.
+    """Perplexity of a text, or scores of tasks, under each MODEL: a model folder, adapter or export (not ONNX).
 
     An adapter is evaluated as the model that merge would write, without writing it. Data is read as in train.
     Instructions and chats are measured as the whole text that the model would see, as --loss-on all does.

@@ -16,7 +16,7 @@ import click
 from click.core import ParameterSource
 
 from spp_fx.console import Output
-from spp_fx.errors import SppFxError, UsageError
+from spp_fx.errors import SppFxError, UsageError, unreadable
 from spp_fx.options import check_options, default_of, value_type
 from spp_fx.registry import Registry, did_you_mean
 
@@ -459,7 +459,9 @@ def read_config(context: click.Context, parameter: click.Parameter, path: Path |
 
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise UsageError(f"{path}: {unreadable(error)}") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"{path}: cannot be read as YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path}: must be a mapping of options, one 'name: value' per line")
@@ -510,9 +512,11 @@ def _set_defaults(context: click.Context, content: dict[Any, Any], where: str, *
     }
     options: dict[str, Any] = {str(name).replace("-", "_"): value for name, value in content.items()}
     if unknown := sorted(options.keys() - known.keys()):
+        wrong = unknown[0].replace("_", "-")
+        shown = [each for each in params if isinstance(each, click.Option) and not each.hidden]
+        flags = sorted(max(each.opts, key=len).lstrip("-") for each in shown)
         raise UsageError(
-            f"{where}: unknown option '{unknown[0]}'; known: {', '.join(sorted(known))}"
-            + did_you_mean(unknown[0], known)
+            f"{where}: unknown option '{wrong}'; known: {', '.join(flags)}{did_you_mean(wrong, flags)}"
         )
     given: dict[str, Any] = {}
     for name, value in options.items():

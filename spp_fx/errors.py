@@ -22,6 +22,15 @@ def printable(text: str) -> str:
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..."
 
 
+def unreadable(error: OSError) -> str:
+    """Why a file that the user named cannot be read, to follow its path."""
+    return (
+        "there is no such file"
+        if isinstance(error, FileNotFoundError)
+        else f"cannot be read: {error.strerror}"
+    )
+
+
 class SppFxError(Exception):
     """A check or an operation failed: exit code 1. The message is made `printable`."""
 

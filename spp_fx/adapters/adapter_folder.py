@@ -117,9 +117,12 @@ class AdapterFolder:
         if (foreign := peft_adapter(path)) is not None:
             raise UsageError(_not_ours(path, foreign))
         if not (path / CONFIG).is_file():
-            raise UsageError(
-                f"{path}: is not an adapter folder, since it has no {CONFIG}; make one with 'spp-fx inject MODEL'"
+            reason = (
+                f"is not an adapter folder, since it has no {CONFIG}"
+                if path.exists()
+                else "there is no such adapter folder"
             )
+            raise UsageError(f"{path}: {reason}; make one with 'spp-fx inject MODEL'")
         config = _read_config(path / CONFIG)
         try:
             method = make_method(config.method, **config.method_parameters)

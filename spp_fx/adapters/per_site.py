@@ -28,6 +28,10 @@ class Override:
     target: str
     value: float
 
+    def gives(self, site: str, method: Method) -> bool:
+        """Whether a site with this method has the value from here."""
+        return is_target(site, self.target) and getattr(method, self.option) == self.value
+
     def __str__(self) -> str:
         return f"{self.option}:{self.target}@{self.value!r}"
 

@@ -45,10 +45,7 @@ def refusal(shape: tuple[int, ...], dtype: torch.dtype, sm: int) -> str | None:
     if len(shape) != 2:
         return f"shape {tuple(shape)} is not a matrix"
     if dtype == torch.float32:
-        return (
-            "float32 is 1:2 sparse on tensor cores and not taken by PyTorch's cuSPARSELt class (dense at "
-            "load): use --dtype bfloat16"
-        )
+        return "float32 is 1:2 sparse on tensor cores and not taken by PyTorch's cuSPARSELt class (dense at load)"
     multiple = _CLASS_MULTIPLE.get(dtype)
     if multiple is None:
         return f"{name} is not taken by PyTorch's cuSPARSELt class (dense at load)"

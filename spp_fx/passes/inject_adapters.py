@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from spp_fx.adapters.method import METHODS, Method, check_update, initial_factor
 from spp_fx.adapters.op import DROPOUT, DROPOUT_SEED, op_options, ops_of
-from spp_fx.adapters.per_site import method_by_site, parse_override
+from spp_fx.adapters.per_site import RANK, method_by_site, parse_override
 from spp_fx.errors import PostconditionError, PreconditionError, UsageError
 from spp_fx.graph.program import ADAPTER, Program, Site, Use, factor_attribute
 from spp_fx.graph.rewrite import call, operand_chain, replace_node, training_flag
@@ -52,7 +52,8 @@ class Inject(Pass):
 
     def apply(self, program: Program) -> PassReport:
         methods = method_by_site(self.method, self.overrides, program.matched)
-        taken, skipped = adaptable(methods, {name: program.sites[name].shape for name in program.matched})
+        shapes = {name: program.sites[name].shape for name in program.matched}
+        taken, skipped = adaptable(methods, shapes, self.overrides)
         program.requires_grad_(False)
         report = PassReport(skipped=skipped)
         uses = program.uses()
@@ -87,25 +88,33 @@ class Inject(Pass):
 
 
 def adaptable(
-    methods: Mapping[str, Method], shapes: Mapping[str, tuple[int, ...]]
+    methods: Mapping[str, Method], shapes: Mapping[str, tuple[int, ...]], overrides: Sequence[str] = ()
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """The sites that their methods take, and why they do not take the others.
 
     Args:
         methods: of the sites, by name; all of one class.
         shapes: of the sites, (out, in) or (experts, out, in), by name.
+        overrides: those that the methods have, see `method_by_site`.
 
     Raises:
-        UsageError: it takes none; names the options that would work for all. Or its update is wrong, see
-            `check_update`.
+        UsageError: none is taken, or none of those that get their rank from an override; names the options that would
+            work for all. Or the update of the method is wrong, see `check_update`.
     """
     skipped = {name: reason for name, shape in shapes.items() if (reason := methods[name].refusal(shape))}
-    if len(skipped) == len(shapes):
-        name, reason = next(iter(skipped.items()))
-        remedy = methods[name].remedy(shapes.values())
-        raise UsageError(
-            f"{name}: {reason} ({len(skipped)} of {len(shapes)} sites)" + (f"; {remedy}" if remedy else "")
-        )
+    groups = {"": [*shapes]}
+    for text in overrides if skipped else ():
+        rule = parse_override(methods[next(iter(shapes))], text)
+        groups[f" that '{rule.target}' names"] = [
+            name for name in shapes if rule.option == RANK and rule.gives(name, methods[name])
+        ]
+    for which, names in groups.items():
+        if names and skipped.keys() >= {*names}:
+            remedy = methods[names[0]].remedy(shapes[name] for name in names)
+            raise UsageError(
+                f"{names[0]}: {skipped[names[0]]} ({len(names)} of {len(names)} sites{which})"
+                + (f"; {remedy}" if remedy else "")
+            )
     taken = tuple(name for name in shapes if name not in skipped)
     check_update(methods[taken[0]], shapes[taken[0]])
     return taken, skipped

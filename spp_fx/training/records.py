@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from spp_fx.errors import UsageError
+from spp_fx.errors import UsageError, unreadable
 
 SEPARATOR = "<|endoftext|>"
 """A line that holds only this ends a document; without any, the file is one document."""
@@ -213,7 +213,7 @@ def _read(path: Path, encoding: str = "utf-8-sig") -> str:
     try:
         return path.read_text(encoding=encoding)
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+        raise UsageError(f"{path}: {unreadable(error)}") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: is not UTF-8 text (byte {error.start})") from error
 
@@ -221,7 +221,7 @@ def _read(path: Path, encoding: str = "utf-8-sig") -> str:
 def _hub(name: str) -> Iterator[tuple[Any, str]]:
     if find_spec("datasets") is None:
         raise UsageError(
-            f"{name}: no such file; to read a dataset from the hub, install the package 'datasets'"
+            f"{name}: there is no such file; to read a dataset from the hub, install the package 'datasets'"
         )
     from datasets import load_dataset  # pyright: ignore[reportMissingImports]
 
@@ -230,7 +230,7 @@ def _hub(name: str) -> Iterator[tuple[Any, str]]:
     except (OSError, ValueError) as error:
         said = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UsageError(
-            f"{name}: no such file, and no dataset of that name can be loaded: {said}"
+            f"{name}: there is no such file, and no dataset of that name can be loaded: {said}"
         ) from error
     for number, record in enumerate(records):
         yield record, f"{name}, row {number}"

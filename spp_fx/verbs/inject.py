@@ -61,6 +61,7 @@ class Injected:
         out: the adapter folder, None for a dry run.
         method: with the options that sites have by default.
         methods: of each adapted site.
+        budget: whether a budget chose the ranks.
         trained: norms and biases that are trained themselves, with their sizes.
         sites: the adapted sites, each with the pattern found (None where no weight was read).
         refused: the other sites, each with the reason.
@@ -71,6 +72,7 @@ class Injected:
     out: Path | None
     method: Method
     methods: dict[str, Method]
+    budget: bool
     trained: dict[str, int]
     sites: dict[str, tuple[Site, Pattern | None]]
     refused: dict[str, str]
@@ -78,14 +80,17 @@ class Injected:
     total: int
 
     @property
-    def per_mille(self) -> float:
-        return 1000 * self.trainable / self.total
+    def ranks(self) -> list[int]:
+        """Those that sites have, ascending; empty for a method without a rank."""
+        return sorted({rank_of(own) for own in self.methods.values() if RANK in own.parameters()})
 
     def to_json(self) -> dict[str, Any]:
+        ranks = self.ranks
         return {
             "out": None if self.out is None else str(self.out),
             "method": self.method.name,
             **self.method.parameters(),
+            **({RANK: ranks[0] if len(ranks) == 1 else None} if self.budget else {}),
             "sites": [
                 {
                     "name": name,
@@ -101,7 +106,7 @@ class Injected:
             "refused": self.refused,
             "trainable_parameters": self.trainable,
             "total_parameters": self.total,
-            "per_mille": self.per_mille,
+            "per_mille": 1000 * self.trainable / self.total,
         }
 
     def lines(self) -> Iterator[str | Table]:
@@ -125,8 +130,10 @@ class Injected:
             yield Table(("site", "kind", "shape", "pattern", *differing, "trainable"), rows)
         yield (
             f"{'would train' if self.out is None else f'{self.out}:'} {self.trainable:,} parameters over "
-            f"{len(self.sites)} weights, {self.per_mille:.2f} per mille of {self.total:,}"
+            f"{len(self.sites)} weights, {self.trainable / self.total:.2%} of {self.total:,}"
         )
+        if ranks := self.ranks if self.budget or len(self.ranks) > 1 else []:
+            yield f"  rank {ranks[0]}" + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
         if self.trained:
             yield f"  {sum(self.trained.values()):,} of them in {len(self.trained)} norms and biases"
         yield from (f"  not taken: {line}" for line in grouped(self.refused))
@@ -190,12 +197,13 @@ def inject(
         budget=None if budget is None else str(budget), budget_by=budget_by,
         teacher=None if teacher is None else str(teacher), device=device,
     )  # fmt: skip
-    asked.check_text(calibration)
+    walks = asked.walks(dry_run=out is None)
+    asked.check_text(calibration, dry_run=out is None)
     plan = _Plan(make_method(method, **options), tuple(overrides), asked)
-    plan.check(options, out)
+    plan.check(options)
 
     def walked(found: ModelSites, store: Path) -> TextGradients | None:
-        if calibration is None:
+        if calibration is None or not walks:
             return None
         where = device_of(device)
         return TextGradients(
@@ -205,14 +213,14 @@ def inject(
     if out is None:
         weights = any(model.glob("*.safetensors"))
         found = find_sites(
-            open_model(model, weights=weights), trust_remote_code=trust_remote_code, runnable=asked.walks
+            open_model(model, weights=weights), trust_remote_code=trust_remote_code, runnable=walks
         )
         with TemporaryDirectory(prefix="spp-fx-inject-") as store:
             return _inject(found, None, plan, tick, say, walked(found, Path(store)))[0]
     provenance.load(model)  # a damaged history is an error before the work
     sources = [model] if plan.teacher is None else [model, plan.teacher]
     with workspace(out, {"verb": "inject"}, force=force, sources=sources, say=say) as work:
-        found = find_sites(open_model(model), trust_remote_code=trust_remote_code, runnable=asked.walks)
+        found = find_sites(open_model(model), trust_remote_code=trust_remote_code, runnable=walks)
         gradients = walked(found, work.store)
         result, lock = _inject(found, out, plan, tick, say, gradients)
         factors = {
@@ -262,13 +270,9 @@ class _Plan:
     overrides: tuple[str, ...]
     asked: InjectSettings
 
-    def check(self, given: Iterable[str], out: Path | None) -> None:
+    def check(self, given: Iterable[str]) -> None:
         """Check what the method allows, before any work; `given` are options of the method."""
         check_start(self.method, self.asked.init)
-        if out is None and self.asked.init != "default":
-            raise UsageError(
-                f"--dry-run needs no weights, --init {self.asked.init} does; leave out one of them"
-            )
         ranked = [rule.option for rule in (parse_override(self.method, text) for text in self.overrides)]
         if self.asked.budget is not None:
             check_ranked(self.method)
@@ -337,7 +341,7 @@ def _inject(
             say(f"--budget {asked.budget}: {used:,} of {left:,} parameters are used: {why}")
         refused |= without
         shapes = {name: shapes[name] for name in methods}
-    taken, unfit = adaptable(methods, shapes)
+    taken, unfit = adaptable(methods, shapes, plan.overrides)
     refused |= unfit | found.others
     sites = {name: (program.sites[name], program.patterns.get(name)) for name in taken}
     methods = {name: methods[name] for name in taken}
@@ -354,7 +358,9 @@ def _inject(
     if asked.budget is not None:
         ((rank, _),) = Counter(map(rank_of, methods.values())).most_common(1)
         method = with_rank(method, rank)
-    return Injected(out, method, methods, trained, sites, refused, trainable, total), lock
+    return Injected(
+        out, method, methods, asked.budget is not None, trained, sites, refused, trainable, total
+    ), lock
 
 
 def _trained(found: ModelSites) -> tuple[dict[str, int], dict[str, str]]:

@@ -63,7 +63,7 @@ class InjectSettings:
     skip: tuple[str, ...] = option((), "Sites that get no adapter, named as for --targets.", split=True)
     train_norms: bool = option(
         False,
-        "Also train the norms and biases of the decoder; they are a share of a per mille and no mask is touched.",
+        "Also train the norms and biases of the decoder; they are less than 0.1% of a model and no mask is touched.",
     )
     init: Literal["default", "gradient", "reconstruct"] = option(
         "default",
@@ -106,29 +106,28 @@ class InjectSettings:
                 else "--budget-by error compares with"
             )
             raise UsageError(f"{asked} the dense model: give it with --teacher MODEL")
-        if self.teacher is not None and not self.compares and not self.walks:
+        if self.teacher is not None and not self.compares and not self.walks():
             raise UsageError(
                 "--teacher is the dense model for --budget-by error and --init reconstruct, or the model to learn from "
                 "for --init gradient and --budget-by gradient; leave it out"
             )
 
-    @property
-    def walks(self) -> bool:
-        """Whether the model is run on a text, layer by layer."""
-        return self.init != "default" or self.budget_by == "gradient"
+    def walks(self, dry_run: bool = False) -> bool:
+        """Whether the model is run on a text, layer by layer; a dry run makes no start."""
+        return self.budget_by == "gradient" or (self.init != "default" and not dry_run)
 
     @property
     def compares(self) -> bool:
         """Whether the weights are compared with those of the dense model."""
         return self.init == "reconstruct" or self.budget_by == "error"
 
-    def check_text(self, calibration: Calibration | None) -> None:
+    def check_text(self, calibration: Calibration | None, dry_run: bool = False) -> None:
         """UsageError if the model is run and there is no text, or there are options for that and it is not run."""
-        if self.walks and calibration is None:
-            asked = f"--init {self.init}" if self.init != "default" else "--budget-by gradient"
+        if self.walks(dry_run) and calibration is None:
+            asked = "--budget-by gradient" if self.budget_by == "gradient" else f"--init {self.init}"
             raise UsageError(f"{asked} needs a text: give it with --calib FILE")
         given = {"--calib": calibration, "--device": self.device}
-        unused = [option for option, value in given.items() if value is not None and not self.walks]
+        unused = [option for option, value in given.items() if value is not None and not self.walks()]
         if unused:
             raise UsageError(
                 f"{unused[0]} is for --init gradient, --init reconstruct and --budget-by gradient; nothing else reads "

@@ -174,7 +174,8 @@ def train(
         raise UsageError("--eval-steps needs --eval-data to evaluate on")
     _check_reports(settings.report_to)
     cache = _open_teacher(teacher, settings)
-    checkpoint = _checkpoint(adapter, settings) if is_adapter(adapter) else None
+    AdapterFolder.open(adapter)  # refused before the processes join
+    checkpoint = _checkpoint(adapter, settings)
     join(shards=settings.shard is not None)
     loaded = load_program(
         adapter,
@@ -185,8 +186,6 @@ def train(
         layers=settings.match_hidden > 0,
         shard=settings.shard,
     )
-    if not loaded.factors:
-        raise UsageError(f"{adapter} is a model folder; make an adapter with 'spp-fx inject {adapter}'")
     program = loaded.program
     tokenizer = load_tokenizer(loaded.model, trust_remote_code=trust_remote_code)
     asked = settings.seq_len

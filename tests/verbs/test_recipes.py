@@ -213,8 +213,9 @@ def test_a_dump_is_a_file_for_config(here, monkeypatch, name):
         settings_of(here, monkeypatch, *words) for words in (("--recipe", name), ("--config", "run.yaml"))
     )
     assert recipe == dumped
-    calib = () if find_recipe(name).options("inject").get("init") is None else ("--init", "default")
-    assert injected("--recipe", name, *calib) == injected("--config", "run.yaml", *calib)
+    assert injected("--recipe", name) == injected(
+        "--config", "run.yaml"
+    )  # a start needs no text in a dry run
 
 
 def test_a_file_with_sections_has_nothing_outside_of_them(here):
@@ -224,7 +225,12 @@ def test_a_file_with_sections_has_nothing_outside_of_them(here):
     assert "'lr' stands outside" in one_line(result.err)
     (here / "run.yaml").write_text("train: {lr: 0.1}\ninject: {rnk: 8}\n")
     result = command("inject", "sparse", "--config", "run.yaml", "--dry-run")
-    assert "unknown option 'rnk'" in one_line(result.err)
+    said = one_line(result.err)
+    assert "unknown option 'rnk'" in said
+    assert said.endswith("did you mean rank?")
+    assert {"seq-len", "strict-data", "json"} <= {*said.partition("known: ")[2].partition(";")[0].split(", ")}
+    assert "as_json" not in said
+    assert "strict_data" not in said
 
 
 @pytest.mark.parametrize(("value", "said"), [("[8, {a: 1}]", "{'a': 1}"), ("true", "True")])

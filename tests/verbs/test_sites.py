@@ -126,6 +126,7 @@ def test_the_command_line_adds_sites_to_the_ranks_of_a_file(pristine, tmp_path):
     ("words", "message"),
     [
         ("--rank nosuch@4", "'nosuch' names no site; there are: down_proj, gate_proj"),
+        ("--rank q_proj@48", "(2 of 2 sites that 'q_proj' names); ranks that fit all matched sites: 1, 2, 4"),
         ("--rank q_proj@x", "'x' is not a valid integer"),
         ("--rank @4", "'--rank': '@4' names no site before the @"),
         ("--rank q_proj@0", "rank must be at least 1, got 0"),
@@ -162,7 +163,9 @@ def test_a_budget_is_spread_and_reported_site_by_site(words, pristine, tmp_path)
     if not words:
         most = must("inject", pristine / "sparse", "--budget", "95%", "--dry-run").err
         assert f"of {95 * total // 100:,} parameters are used: every weight has its highest rank" in most
-    must(*line, "-o", tmp_path / "a", "-q")
+    assert report["rank"] is None  # no rank is that of all
+    least, *_, most = sorted(ranks.values())
+    assert f"\n  rank {least} to {most}\n" in must(*line, "-o", tmp_path / "a", "-q").out
     folder = AdapterFolder.open(tmp_path / "a")
     assert {site: method.rank for site, method in folder.methods.items()} == ranks
     if words:

@@ -99,7 +99,6 @@ def test_a_reconstruction_is_closer_to_the_dense_model_right_away(pristine, text
             ("--init", "reconstruct", "--calib", "TEXT", "--teacher", "DENSE", "--method", "masked-full"),
             "masked-full",
         ),
-        (("--init", "gradient", "--calib", "TEXT", "--dry-run"), "--dry-run needs no weights"),
         (("--init", "gradient", "--calib", "TEXT", "--teacher", "SPARSE"), "as sparse as"),
         (
             ("--init", "reconstruct", "--calib", "TEXT", "--teacher", "MERGED"),
@@ -112,8 +111,7 @@ def test_what_a_start_cannot_be_made_of_is_refused(options, word, made, tmp_path
     folders = {name.upper(): made / name for name in ("dense", "sparse", "merged")}
     words = [(folders | {"TEXT": made / "text.txt"}).get(option, option) for option in options]
     rank = () if "masked-full" in options else ("--rank", 4)
-    out = () if "--dry-run" in options else ("-o", tmp_path / "out")
-    result = command("inject", made / "sparse", *rank, *words, *out)
+    result = command("inject", made / "sparse", *rank, *words, "-o", tmp_path / "out")
     assert result.code == 2, result.err
     assert word in one_line(result.err)
     assert not list(tmp_path.iterdir())
