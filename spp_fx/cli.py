@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from spp_fx.command import (
     out_option,
 )  # fmt: skip
 from spp_fx.console import Output
-from spp_fx.errors import SppFxError, escaped
+from spp_fx.errors import SppFxError, escaped, notes_of
 from spp_fx.verbs.settings import (
     Calibration,
     EvaluateSettings,
@@ -79,7 +79,7 @@ def run(arguments: list[str]) -> int:
         hint = f" (see '{context.command_path} --help')" if context else ""
         return _failed(error.format_message().rstrip(".") + hint, error.exit_code, debug)
     except (click.Abort, KeyboardInterrupt) as error:
-        left = "" if any(_notes(error)) else "; no partial output was left"
+        left = "" if any(notes_of(error)) else "; no partial output was left"
         click.echo(f"spp-fx: interrupted{left}", err=True)
         _show_notes(error)
         return 130
@@ -96,17 +96,9 @@ def run(arguments: list[str]) -> int:
     return code if isinstance(code, int) else 0
 
 
-def _notes(error: BaseException) -> Iterator[str]:
-    """The notes of an error and of what caused it."""
-    cause: BaseException | None = error
-    while cause is not None:
-        yield from getattr(cause, "__notes__", ())
-        cause = cause.__cause__
-
-
 def _show_notes(error: BaseException) -> None:
     """Notes of an error, even with -q: they name hidden files, which may be large."""
-    for note in _notes(error):
+    for note in notes_of(error):
         click.echo(f"spp-fx: {note}", err=True)
 
 

@@ -4,6 +4,8 @@ Every message says what is wrong, where (file, tensor, row, column) and how to f
 line prints the message and exits with `exit_code`; `--debug` shows the traceback as well.
 """
 
+from collections.abc import Iterator
+
 _LONGEST = 2000
 
 
@@ -68,3 +70,11 @@ class PreconditionError(SppFxError):
 
 class PostconditionError(SppFxError):
     """A pass left a program in a state that it must not leave."""
+
+
+def notes_of(error: BaseException) -> Iterator[str]:
+    """The notes of an error, and those of what caused it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield from getattr(cause, "__notes__", ())
+        cause = cause.__cause__

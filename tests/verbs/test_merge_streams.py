@@ -75,6 +75,7 @@ def test_an_interrupted_merge_says_what_it_keeps_even_when_quiet(world, tmp_path
     done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
     errors = done.stderr
     assert done.returncode == 130, errors
+    assert "interrupted\n" in errors
     assert ".new.work keeps" in errors
     assert not (world / "new").exists()
     must("merge", world / "many", "-o", world / "new")

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
-from spp_fx.errors import UsageError
+from spp_fx.errors import UsageError, notes_of
 from spp_fx.verbs import train as verb
+from spp_fx.verbs.settings import TrainSettings
 from tests.command import command
 from tests.worlds import assert_untouched, made_once
 
@@ -122,6 +124,18 @@ def test_a_run_killed_after_its_last_checkpoint_is_finished_without_a_further_st
     same = ("steps", "loss", "loss_parts", "losses")
     assert [again[key] for key in same] == [first[key] for key in same]
     assert factors(killed) == factors(whole / "adapter")
+
+
+def test_an_interrupted_run_says_which_checkpoint_it_can_continue_from(adapter, text_file):
+    class Interrupt(TrainerCallback):
+        def on_save(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    settings = TrainSettings(steps=3, seq_len=32, batch_size=4, lr=0.01, save_steps=2)
+    with pytest.raises(KeyboardInterrupt) as interrupted:
+        verb.train(adapter, text_file, settings, callbacks=[Interrupt()])
+    (note,) = notes_of(interrupted.value)
+    assert "checkpoint-2 is kept: the same command with --resume continues there" in note
 
 
 def test_the_last_report_holds_the_last_step(adapter, text_file):
