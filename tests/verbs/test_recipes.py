@@ -103,7 +103,7 @@ def test_they_are_listed_and_dumped():
         ("--init gradient", "", "needs a text: give it with --calib FILE"),
         ("--method masked-full", "", "has no option rank"),
         ("", "init: reconstruct\n", "(--init is from run.yaml)"),
-        ("", "method: nosuch\n", "known: hira"),
+        ("", "method: nosuch\n", "hira, lora-star"),
         (
             "",
             "rank: [8, 'q_proj@0']\n",
