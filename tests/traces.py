@@ -44,21 +44,21 @@ def once(trace: Callable[..., Program]) -> Callable[..., Program]:
     """`spp_fx.trace`, of a copy where the same model was traced before."""
 
     @wraps(trace)
-    def traced(model: PreTrainedModel | str | Path) -> Program:
+    def traced(model: PreTrainedModel | str | Path, *example: Any) -> Program:
         if not enabled:
-            return trace(model)
+            return trace(model, *example)
         if isinstance(model, str | Path):
             model = load_model(model)
         try:
-            key = _digest([_model(model), _call(model.forward, model)])
+            key = _digest([_model(model), _call(model.forward, model), *example])
         except _Unknown:
-            return trace(model)
+            return trace(model, *example)
         if key in _failed:
             raise _failed[key].with_traceback(None)
         if key not in _traced:
             real = _on_cpu(model) if _is_hollow(model) else model
             try:
-                program = trace(real)
+                program = trace(real, *example)
             except SppFxError as error:
                 _failed[key] = error
                 raise

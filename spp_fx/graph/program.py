@@ -1,9 +1,10 @@
 """The traced model and its sites: the weights that passes may treat."""
 
+import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,9 +13,10 @@ from transformers import PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutput
 
 from spp_fx.adapters.method import Method
-from spp_fx.errors import UsageError
+from spp_fx.errors import SppFxError, UsageError
 from spp_fx.graph.names import layer_of
 from spp_fx.graph.rewrite import move_constants
+from spp_fx.graph.sizes import ANY_SIZES
 from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.pattern import Pattern
 
@@ -130,6 +132,22 @@ class Use:
     node: fx.Node
 
 
+class Rewrite(Protocol):
+    """What rewrote a program, and can do it to another trace of its model."""
+
+    def again(self, program: "Program", first: "Program") -> None:
+        """Do to `program` what was done to `first`, whose tensors it will share."""
+
+
+MOST_TRACES = 8
+"""Traces of one model for sizes that its first does not hold for: each takes seconds and the memory of its graphs."""
+
+
+def _once(name: str) -> str:
+    """A name in the model of one in the tree, where a module called n times is name, name@1, ..."""
+    return re.sub(r"@\d+", "", name)
+
+
 def child_path(path: str, node: fx.Node) -> str:
     """The path in the program of the module, parameter or buffer that a node of the graph at `path` names."""
     return f"{path}.{node.target}".lstrip(".")
@@ -178,6 +196,10 @@ class Program(nn.Module):
         calibration: tokens (samples, length) int64 that calibrated passes run it on.
         loss_type: what transformers calls the loss; its Trainer counts a step's tokens by it.
         history: spellings of the passes that ran, in order.
+        sizes: what its graphs hold for; `at` gives a program for others.
+        constants: names of the buffers that its trace made, and the model does not have.
+        again: traces the model for another example, given it and a device; None where that cannot be.
+        applied: what makes another trace of the model the same program; left by `run_pipeline`.
     """
 
     root: fx.GraphModule
@@ -216,6 +238,11 @@ class Program(nn.Module):
         self.calibration: Tensor | None = None
         self.loss_type: str | None = None
         self.history: list[str] = []
+        self.sizes = ANY_SIZES
+        self.constants: frozenset[str] = frozenset()
+        self.again: Callable[[tuple[int, int], torch.device], Program] | None = None
+        self.applied: list[Rewrite] = []
+        self._traces: list[Program] = [self]
 
     def forward(
         self,
@@ -239,10 +266,78 @@ class Program(nn.Module):
             raise UsageError(f"input_ids must be (batch, sequence), got shape {tuple(input_ids.shape)}")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        loss, logits = None, self.root(input_ids, attention_mask)
+        program = self.at(*input_ids.shape)
+        loss, logits = None, program.root(input_ids, attention_mask)
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocabulary, **loss_kwargs)
         return CausalLMOutput(loss=loss, logits=logits)
+
+    def at(self, batch: int, length: int) -> "Program":
+        """This program, or where its graphs do not hold for such a batch, one that shares its tensors.
+
+        It shares those of the first call: a tensor that is replaced later, and not written to, is replaced in one.
+
+        Raises:
+            SppFxError: the model takes no such batch, or was traced for too many sizes already.
+        """
+        if not self.sizes.conditions:
+            return self
+        found = next((each for each in self._traces if each.sizes.admit(batch, length)), None)
+        if found is None:
+            found = self._traced_for(batch, length)
+            found.again, found.applied, found._traces = self.again, self.applied, self._traces
+            self._traces.append(found)
+        return found
+
+    def rewritten(self, how: Rewrite) -> None:
+        """Remember a rewrite for other traces; those that were made before it are forgotten."""
+        self.applied = [*self.applied, how]
+        self._traces = [self]
+
+    def _traced_for(self, batch: int, length: int) -> "Program":
+        what = f"{batch} rows of {length} tokens"
+        takes = f"this program holds for {self.sizes.described()}"
+        if self.again is None:
+            raise SppFxError(f"{what}: {takes}, and its model cannot be traced again")
+        if len(self._traces) > MOST_TRACES:
+            raise SppFxError(
+                f"{what}: the model's code branches on the sequence length, and was traced for {MOST_TRACES} others; "
+                "pad or cut to fewer lengths"
+            )
+        # Constants of the graphs are real also where parameters are yet to be read.
+        device = torch.device("cpu") if self.device.type == "meta" else self.device
+        # More than one row where that will do; two sizes that are equal would be taken for one.
+        rows = batch if 1 < batch != length else 2 if length != 2 else 3
+        try:
+            other = self.again((rows, length), device)
+            if not other.sizes.admit(batch, length):
+                other = self.again((batch, length), device)
+        except SppFxError as error:
+            raise SppFxError(f"{what}: {takes}; traced for these, {error}") from error
+        if not other.sizes.admit(batch, length):
+            raise SppFxError(f"{what}: {takes}; traced for these, {other.sizes.described()}")
+        for rewrite in self.applied:
+            rewrite.again(other, self)
+        other._share(self)
+        return other.train(self.training)
+
+    def _share(self, first: "Program") -> None:
+        """Take over the tensors of another trace of the same model that went through the same passes."""
+        theirs = first._tensors()
+        for path, module in self.named_modules():
+            for table in (module._parameters, module._buffers):
+                for name, tensor in table.items():
+                    key = _once(f"{path}.{name}".lstrip("."))
+                    if tensor is not None and key in theirs and key not in self.constants:
+                        table[name] = theirs[key]
+        missing = {name for name, t in self._tensors().items() if isinstance(t, nn.Parameter)} - theirs.keys()
+        if missing or first.adapters != self.adapters:
+            raise SppFxError(f"the model has other parameters at other sizes: {sorted(missing)[:4]}")
+
+    def _tensors(self) -> dict[str, Any]:
+        """Parameters and buffers by the names that they have in the model."""
+        every = (self.named_parameters(remove_duplicate=False), self.named_buffers(remove_duplicate=False))
+        return {_once(name): tensor for each in every for name, tensor in each}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -254,8 +349,9 @@ class Program(nn.Module):
             self.get_submodule(path)._non_persistent_buffers_set = set(names)
 
     def train(self, mode: bool = True) -> "Program":
-        super().train(mode)
-        self.root.training = mode
+        for program in self._traces:
+            super(Program, program).train(mode)
+            program.root.training = mode
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Program":
@@ -272,6 +368,7 @@ class Program(nn.Module):
                     "and trace that, or run it under torch.autocast"
                 )
         before = self.device
+        self._traces = [self]
         super()._apply(fn, recurse)
         if self.device != before:
             self.move_constants(before, self.device)

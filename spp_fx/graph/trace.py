@@ -2,18 +2,20 @@
 
 import builtins
 import contextlib
+import copy
 import io
 import keyword
 import logging
 import operator
 import os
 import re
-import sys
 import traceback
 import warnings
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -21,6 +23,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram, unflatten
 from torch.func import functional_call
+from torch.fx.experimental import _config as shapes_config
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING
@@ -30,8 +33,8 @@ from spp_fx.graph.flow import argument
 from spp_fx.graph.model import CAUSAL, load_model
 from spp_fx.graph.program import Program
 from spp_fx.graph.rewrite import Graph, call, training_flag
+from spp_fx.graph.sizes import Sizes, sizes_of
 from spp_fx.graph.untouched import untouched
-from spp_fx.version import release
 
 # Local names that generated code cannot use: `self`, Python's own, and the globals that fx defines.
 _TAKEN = {"self", *keyword.kwlist, *dir(builtins)} | {
@@ -141,7 +144,12 @@ EXPORT_ERRORS = (
 """What torch.export, the model's code that it runs, and generated code raise."""
 
 
-def trace(model: PreTrainedModel | str | Path) -> Program:
+EXAMPLE = (2, 7)
+"""Batch size and sequence length that an export runs with: neither is 1, which is taken for a constant, and they
+differ, since equal ones are taken for one."""
+
+
+def trace(model: PreTrainedModel | str | Path, example: tuple[int, int] = EXAMPLE) -> Program:
     """Trace a causal language model into a `Program` that shares the model's parameters.
 
     The model is exported (non-strict, dynamic batch and sequence) and unflattened; no weight is
@@ -151,6 +159,8 @@ def trace(model: PreTrainedModel | str | Path) -> Program:
     Args:
         model: a `*ForCausalLM` instance, or a model folder (or hub id, where there is a network),
             which is then loaded in its stored dtype on the CPU.
+        example: batch size and sequence length. Where the model's code branches on them, the trace has the
+            branches of these, and holds for `Program.sizes`; for others the program traces the model again.
 
     Raises:
         SppFxError: the model cannot be exported; carries torch.export's reason.
@@ -162,14 +172,69 @@ def trace(model: PreTrainedModel | str | Path) -> Program:
             f"{type(model).__name__} is not a causal language model that AutoModelForCausalLM of transformers loads"
         )
     refuse_names(model)
-    exported = _export(model, training=False)
-    _training_dropout(model, exported)
+    program = _trace(model, example)
+    if program.sizes.conditions:
+        program.again = TraceAgain.of(model)
+    return program
+
+
+def _trace(model: PreTrainedModel, example: tuple[int, int]) -> Program:
+    exported = _export(model, example, training=False)
+    conditions = (*_sizes(model, exported).conditions, *_training_dropout(model, exported, example))
     root = _tree(exported, model)
     program = Program(root, model.config, model.loss_function, tied_parameters(model), head_of(model))
+    program.sizes = Sizes(tuple(dict.fromkeys(conditions)))
+    program.constants = frozenset(dict(program.named_buffers()).keys() - dict(model.named_buffers()).keys())
     # Most families without a loss of their own have no loss_type, either: the Trainer would count tokens wrongly.
     program.loss_type = next((n for n, loss in LOSS_MAPPING.items() if loss is model.loss_function), None)
-    _rehearse(program, model)
+    _rehearse(program, model, example)
     return program.train(model.training)
+
+
+@dataclass(frozen=True)
+class TraceAgain:
+    """Traces a model for other examples.
+
+    Attributes:
+        model: its structure and buffers; parameters are on the meta device. It is never changed.
+    """
+
+    model: PreTrainedModel
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "TraceAgain | None":
+        """None for a model that cannot be copied, or in which a function that knows it stands for a forward."""
+        if any(isinstance(vars(module).get("forward"), FunctionType) for module in model.modules()):
+            return None
+        metas = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
+        try:
+            return cls(copy.deepcopy(model, dict[int, Any](metas)))
+        except (RuntimeError, TypeError):  # a tensor with a gradient, a lock, a handle
+            return None
+
+    def __call__(self, example: tuple[int, int], device: torch.device) -> Program:
+        """A program whose parameters are yet to be replaced.
+
+        A trace needs the device of parameters and not their values: all of a dtype are views of one storage.
+        """
+        model = copy.deepcopy(self.model)
+        most: dict[torch.dtype, int] = {}
+        for parameter in model.parameters():
+            most[parameter.dtype] = max(most.get(parameter.dtype, 0), parameter.numel())
+        storage = {dtype: torch.empty(numel, dtype=dtype, device=device) for dtype, numel in most.items()}
+        stand_ins: dict[nn.Parameter, nn.Parameter] = {}
+        for parameter in model.parameters():
+            view = storage[parameter.dtype][: parameter.numel()].view(parameter.shape)
+            stand_ins[parameter] = nn.Parameter(view, parameter.requires_grad)
+        for module in model.modules():
+            module._parameters.update(
+                {n: stand_ins[p] for n, p in module._parameters.items() if p is not None}
+            )
+            module._buffers.update({n: b.to(device) for n, b in module._buffers.items() if b is not None})
+        return _trace(model, example)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TraceAgain":
+        return self
 
 
 def _is_causal_lm(model: nn.Module) -> bool:
@@ -180,7 +245,7 @@ def _is_causal_lm(model: nn.Module) -> bool:
     return (known or model.can_generate()) and model.get_output_embeddings() is not None
 
 
-def _export(model: PreTrainedModel, *, training: bool) -> ExportedProgram:
+def _export(model: PreTrainedModel, example: tuple[int, int], *, training: bool) -> ExportedProgram:
     """Export `(input_ids, attention_mask) -> logits` in one mode, with the checkpoint's names at the top level."""
     own = model.forward
 
@@ -188,26 +253,19 @@ def _export(model: PreTrainedModel, *, training: bool) -> ExportedProgram:
         return own(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
 
     device = next(model.parameters()).device
-    # Neither size may be 0 or 1 (export specialises on both), nor equal to another (it unifies them).
-    ids = torch.zeros(2, 7, dtype=torch.int64, device=device)
-    dynamic: dict[int, Any] = {0: Dim("batch"), 1: Dim("sequence")}
-    if release(torch.__version__) < (2, 13):
-        # torch 2.11 has to prove guards on strides for every value of a named size, and cannot.
-        dynamic = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
-    shapes = (dynamic, dict(dynamic))
-    exported = export_as(model, forward, (ids, torch.ones_like(ids)), shapes, training=training)
-    _refuse_bounds(model, exported)
-    return exported
+    ids = torch.zeros(example, dtype=torch.int64, device=device)
+    # A size that the model's code branches on is narrowed, or becomes a constant, see `Sizes`.
+    sizes = {axis: Dim.AUTO for axis, size in enumerate(example) if size > 1}
+    # Export takes a size for more than 1 and says nothing of it; so it asks, and what was assumed is a condition.
+    with shapes_config.patch(backed_size_oblivious=True):  # pyright: ignore[reportAttributeAccessIssue]
+        return export_as(model, forward, (ids, torch.ones_like(ids)), (sizes, dict(sizes)), training=training)
 
 
-def _refuse_bounds(model: PreTrainedModel, exported: ExportedProgram) -> None:
-    """A bounded size means that the model's code branched on it, and the graph has only the branch of the example."""
-    for symbol, sizes in exported.range_constraints.items():
-        if sizes.upper < sys.maxsize - 1 or sizes.lower > 2:  # export itself excludes 0 and 1
-            raise SppFxError(
-                f"{type(model).__name__} cannot be traced: its code branches on the batch size or the sequence "
-                f"length ({symbol} lies in {sizes.lower}..{sizes.upper})"
-            )
+def _sizes(model: PreTrainedModel, exported: ExportedProgram) -> Sizes:
+    try:
+        return sizes_of(exported)
+    except SppFxError as error:
+        raise SppFxError(f"{type(model).__name__} cannot be traced: {error}") from error
 
 
 def export_as(
@@ -309,18 +367,23 @@ def _make_experts_exportable(model: PreTrainedModel) -> None:
         for name, parameter in model.named_parameters()
     )
     if stacked and getattr(model.config, "_experts_implementation", None) == "eager":
-        model.set_experts_implementation("grouped_mm")
+        with suppress(ValueError):  # its code has one way to run them, which may be traced as it is
+            model.set_experts_implementation("grouped_mm")
 
 
-def _training_dropout(model: PreTrainedModel, exported: ExportedProgram) -> None:
+def _training_dropout(
+    model: PreTrainedModel, exported: ExportedProgram, example: tuple[int, int]
+) -> tuple[str, ...]:
     """Write into the exported graph the dropout probabilities that the model has while training.
+
+    Returns the conditions on sizes under which training takes the same path, see `Sizes`.
 
     Export in eval mode bakes attention dropout in as 0. A second export, in training mode, has the
     probabilities; everything else is taken from the first, which is the model's own eval path.
     """
     if not _has_dropout(model.config.to_dict()):
-        return
-    twin = _export(model, training=True)
+        return ()
+    twin = _export(model, example, training=True)
     own, theirs = _dropouts(exported), _dropouts(twin)
     if [where for where, _ in own] != [where for where, _ in theirs]:
         raise SppFxError(
@@ -329,6 +392,7 @@ def _training_dropout(model: PreTrainedModel, exported: ExportedProgram) -> None
         )
     for (_, node), (_, source) in zip(own, theirs, strict=True):
         _set_dropout(node, argument(source, _PROBABILITIES[node.target]), training=False)
+    return _sizes(model, twin).conditions
 
 
 def _has_dropout(config: dict[str, Any]) -> bool:
@@ -439,13 +503,15 @@ def _tables(module: nn.Module) -> list[dict[str, Any]]:
     return [cast("dict[str, Any]", t) for t in (module._modules, module._parameters, module._buffers)]
 
 
-def _rehearse(program: Program, model: PreTrainedModel) -> None:
+def _rehearse(program: Program, model: PreTrainedModel, example: tuple[int, int]) -> None:
     """Run a program once in each mode that differs, on fake tensors: no memory, no arithmetic.
 
     Raises:
         SppFxError: the generated code does not run, or makes no logits for each token.
     """
-    batch, sequence = 3, 5  # other sizes than those it was exported with
+    # Other sizes than those that it was exported with, where it takes others.
+    tried = ((3, 5), (3, example[1]), example)
+    batch, sequence = next(sizes for sizes in tried if program.sizes.admit(*sizes))
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     own = dict(program.named_parameters(remove_duplicate=False))
     own |= dict(program.named_buffers(remove_duplicate=False))

@@ -42,6 +42,13 @@ class Pass(ABC):
     def apply(self, program: Program) -> PassReport:
         """Rewrite or check the program in place."""
 
+    def again(self, program: Program, first: Program) -> None:
+        """Rewrite another trace of the model of `first`, which the pass has rewritten, the same way.
+
+        `program` takes over the tensors of `first` afterwards: what it holds until then has no meaning.
+        """
+        self.apply(program)
+
     def ensures(self, program: Program) -> None:  # noqa: B027
         """Raise PostconditionError unless the pass left what it promises."""
 

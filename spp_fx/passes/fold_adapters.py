@@ -44,7 +44,6 @@ class Fold(Pass):
         report = PassReport()
         for name in list(program.packings):
             unpack_site(program, name)
-        uses = program.uses(ADAPTER)
         # All sites are folded before one is written: an error leaves the program as it was.
         folded: dict[str, list[Tensor]] = {}
         for name, method in program.adapters.items():
@@ -55,27 +54,42 @@ class Fold(Pass):
                 f", {counts.removed} removed by the mask" if counts.removed else ""
             )
         rounded = {name: _rounded(program, name) for name in program.trained}
-        for name, method in list(program.adapters.items()):
+        for name, values in folded.items():
             target = program.canonical_weight(name).detach()
             with torch.no_grad():
-                for matrix, value in zip(matrices(target), folded[name], strict=True):
+                for matrix, value in zip(matrices(target), values, strict=True):
                     matrix.copy_(value)
-            for use in uses[name]:
-                _take_out(use.node, method, program.sites[name])
-            for module in {use.module for use in uses[name]}:
-                for key in method.factors(program.sites[name].shape):
-                    delattr(module, factor_attribute(name.rpartition(".")[2], key))
-            del program.adapters[name]
-        for module in {use.module for each in uses.values() for use in each}:
-            module.recompile()
+        _take_out_all(program)
         report.changed.update(dict.fromkeys(rounded, "trained"))
         freeze_norms(program, rounded)
         return report
+
+    def again(self, program: Program, first: Program) -> None:
+        """Take the adapters out; `first` has the folded weights."""
+        _take_out_all(program)
+        freeze_norms(
+            program,
+            {name: program.get_parameter(name).detach().to(dtype) for name, dtype in program.trained.items()},
+        )
 
     def ensures(self, program: Program) -> None:
         left = [*program.adapters, *program.uses(ADAPTER)]
         if left:
             raise PostconditionError(f"fold: adapters are left: {left[:4]}")
+
+
+def _take_out_all(program: Program) -> None:
+    """Put the plain nodes back in place of every adapter's, and remove the factors."""
+    uses = program.uses(ADAPTER)
+    for name, method in list(program.adapters.items()):
+        for use in uses[name]:
+            _take_out(use.node, method, program.sites[name])
+        for module in {use.module for use in uses[name]}:
+            for key in method.factors(program.sites[name].shape):
+                delattr(module, factor_attribute(name.rpartition(".")[2], key))
+        del program.adapters[name]
+    for module in {use.module for each in uses.values() for use in each}:
+        module.recompile()
 
 
 def _rounded(program: Program, name: str) -> Tensor:

@@ -1,5 +1,7 @@
 """Packing the frozen weight of an adapted site, and taking it out again."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +32,19 @@ def pack_site(
     tensors = {
         key: nn.Parameter(value, requires_grad=False) for key, value in PACKINGS[name].pack(weight).items()
     }
+    read_packed(program, site, uses, name, tensors)
+    return name, None
+
+
+def read_packed(
+    program: Program, site: str, uses: list[Use], name: str, tensors: Mapping[str, nn.Parameter]
+) -> None:
+    """Let every use of a site read its packed weight in place of its parameter, which the program loses.
+
+    Args:
+        name: of the packing.
+        tensors: the packed weight's, by the packing's names for them.
+    """
     parameter, target = site.rpartition(".")[2], _ops(program, site).packed[name]
     for use in uses:
         for key, value in tensors.items():
@@ -42,7 +57,14 @@ def pack_site(
         delattr(module, parameter)
         module.recompile()
     program.packings[site] = name
-    return name, None
+
+
+def packed_tensors(program: Program, site: str) -> dict[str, nn.Parameter]:
+    """The packed weight of a site, by its packing's names for the tensors."""
+    module, parameter = program.uses(ADAPTER)[site][0].module, site.rpartition(".")[2]
+    return {
+        key: module.get_parameter(_packed(parameter, key)) for key in PACKINGS[program.packings[site]].tensors
+    }
 
 
 def unpack_site(program: Program, site: str) -> None:
@@ -75,12 +97,8 @@ def weight_of(program: Program, site: str) -> Tensor:
     """A site's weight in (out, in) or (experts, out, in) order: a view, or a copy where it is packed."""
     if site not in program.packings:
         return program.canonical_weight(site).detach()
-    packing = PACKINGS[program.packings[site]]
-    module = program.uses(ADAPTER)[site][0].module
-    parameter = site.rpartition(".")[2]
-    storage = [module.get_parameter(_packed(parameter, key)) for key in packing.tensors]
     m, n = program.sites[site].shape
-    return packing.rows(*storage, (m, n)).take(0, m)
+    return PACKINGS[program.packings[site]].rows(*packed_tensors(program, site).values(), (m, n)).take(0, m)
 
 
 def _dense_reason(program: Program, site: str, uses: list[Use]) -> str | None:

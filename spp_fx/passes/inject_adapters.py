@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -73,6 +73,10 @@ class Inject(Pass):
         for module in {use.module for name in taken for use in uses[name]}:
             module.recompile()
         return report
+
+    def again(self, program: Program, first: Program) -> None:
+        """Inject without masks, of which `first` has those of the real weights."""
+        replace(self, masks=False).apply(program)
 
     def ensures(self, program: Program) -> None:
         trained = {name for name, p in program.named_parameters() if p.requires_grad}

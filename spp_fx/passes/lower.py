@@ -1,6 +1,6 @@
 """lower: choose how adapter nodes are executed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -12,7 +12,7 @@ from spp_fx.errors import PostconditionError, PreconditionError, UsageError
 from spp_fx.graph.program import ADAPTER, Program
 from spp_fx.graph.rewrite import call, change_call, inline, replace_node
 from spp_fx.passes.base import Pass, PassReport, register
-from spp_fx.passes.frozen_weights import pack_site
+from spp_fx.passes.frozen_weights import pack_site, packed_tensors, read_packed
 
 aten = torch.ops.aten
 
@@ -58,6 +58,14 @@ class Lower(Pass):
         for module in {use.module for name in dense for use in uses[name]}:
             module.recompile()
         return report
+
+    def again(self, program: Program, first: Program) -> None:
+        """Lower, and read the packed weights of `first`."""
+        replace(self, storage="dense").apply(program)
+        for name, uses in program.uses(ADAPTER).items():
+            if name in first.packings:
+                packed = packed_tensors(first, name)
+                read_packed(program, name, uses, first.packings[name], packed)
 
     def ensures(self, program: Program) -> None:
         for name, uses in program.uses(ADAPTER).items():

@@ -60,6 +60,10 @@ class Match(Pass):
             raise _nothing(report, dense, bool(self.targets))
         return report
 
+    def again(self, program: Program, first: Program) -> None:
+        """Match what was matched: another trace has no weights to look at."""
+        program.patterns, program.matched = dict(first.patterns), dict(first.matched)
+
 
 def _reason(site: Site, targets: Sequence[str]) -> str | None:
     if targets and not any(is_target(site.name, target) for target in targets):

@@ -89,6 +89,7 @@ def run_pipeline(
             before = ", ".join(program.history) or "none"
             raise PreconditionError(f"{error} (passes that ran before: {before})") from error
         program.history.append(print_pass(item))
+        program.rewritten(item)
         reports.append(report)
         if after is not None:
             after(item, report)

@@ -73,6 +73,9 @@ class Prune(Pass):
             del program.matched[name]
         return report
 
+    def again(self, program: Program, first: Program) -> None:
+        """Nothing: it rewrites no graph."""
+
     def ensures(self, program: Program) -> None:
         for name, pattern in program.matched.items():
             weight, site = program.weight(name).detach().cpu(), program.sites[name]

@@ -58,6 +58,7 @@ class Shard(Pass):
 
     def apply(self, program: Program) -> PassReport:
         report = PassReport()
+        program.again = None  # what is split cannot be shared with another trace
         device = _own_device()
         mesh = _mesh(self.over, device.type)
         trained = {p for p in program.parameters() if p.requires_grad}

@@ -49,3 +49,6 @@ class Verify(Pass):
             if name in program.adapters and not program.adapters[name].masked:
                 report.changed[name] += "; the update is dense until fold"
         return report
+
+    def again(self, program: Program, first: Program) -> None:
+        """Nothing: it rewrites no graph."""

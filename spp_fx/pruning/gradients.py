@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,10 @@ class Source:
     program: Program
     weights: LayerTensors
     states: States
+
+    def at(self, tokens: Tensor) -> "Source":
+        """With a program that holds for each of some samples (samples, length)."""
+        return replace(self, program=self.program.at(1, tokens.shape[1]))
 
 
 def without_gradient(program: Program, sites: Iterable[str]) -> dict[str, str]:
@@ -89,10 +93,12 @@ def layer_gradients(
     Raises:
         PatternError: the loss or a gradient is not finite; names the site.
     """
+    source = source.at(tokens)
     walk = SampleWalk(Walk(source.program, to_end=True), source, tokens, device)
     guide = None
     passes, done = 2 * len(walk.walk.layers) + 1, 0
     if teacher is not None:
+        teacher = teacher.at(tokens)
         guide = SampleWalk(Walk(teacher.program, to_end=True), teacher, tokens, device)
         passes += len(guide.walk.layers)
 

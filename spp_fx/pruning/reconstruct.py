@@ -59,6 +59,7 @@ def layer_inputs(
     Raises:
         PatternError: inputs are not finite; names the site.
     """
+    source = source.at(tokens)
     program, samples = source.program, range(len(tokens))
     walk = SampleWalk(Walk(program), source, tokens, device)
     layers, done = walk.walk.layers, 0

@@ -242,16 +242,20 @@ def pack(samples: Sequence[Tokens], length: int) -> list[Tokens]:
     return rows
 
 
-def pad(rows: Sequence[dict[str, Tensor]], pad_token: int) -> dict[str, Tensor]:
+def pad(rows: Sequence[dict[str, Tensor]], pad_token: int, least: int = 0) -> dict[str, Tensor]:
     """Rows of several lengths as one batch: padded on the right, padding neither seen nor learned.
 
     Values of a token that have several numbers, such as `draws`, are padded with zeros in that dimension, too.
+
+    Args:
+        least: tokens that the batch has at least.
     """
     fill = {"input_ids": pad_token, "labels": IGNORED}
 
     def padded(key: str) -> Tensor:
         values = [row[key] for row in rows]
         shape = [max(sizes) for sizes in zip(*(value.shape for value in values), strict=True)]
+        shape[0] = max(shape[0], least)
         batch = values[0].new_full((len(rows), *shape), fill.get(key, 0))
         for row, value in zip(batch, values, strict=True):
             row[tuple(slice(size) for size in value.shape)] = value

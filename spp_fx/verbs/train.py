@@ -190,6 +190,9 @@ def train(
     tokenizer = load_tokenizer(loaded.model, trust_remote_code=trust_remote_code)
     asked = settings.seq_len
     length = window_length(program, cache.manifest.text.seq_len if cache and asked is None else asked)
+    # Hidden states are read off its layers, so a program for other sizes takes its place from here on.
+    loaded = replace(loaded, program=program.at(settings.batch_size, length))
+    program = loaded.program
     loss_on, packing = settings.loss_on, settings.packing
     rows, skipped = training_rows(
         data, tokenizer, length,
@@ -215,7 +218,9 @@ def train(
             f"{teacher}: is as sparse as the model being trained and may know no more than it; the usual teacher is "
             "the dense model that was pruned"
         )
-    guide = cache or (_teacher(Path(teacher), loaded, settings, trust_remote_code) if teacher else None)
+    guide = cache or (
+        _teacher(Path(teacher), loaded, settings, length, trust_remote_code) if teacher else None
+    )
     pad_id = pad_token(tokenizer, program.vocabulary)
     lr, trials, began = settings.lr, {}, perf_counter()
     record = _record(settings, data, teacher, length)
@@ -228,14 +233,16 @@ def train(
     elif lr is None:
         lr, trials = _default_rate(
             adapter, loaded, rows, settings, say,
-            lambda short, at: _trainer(adapter, loaded, rows, None, short, at, [], guide, pad_id),
+            lambda short, at: _trainer(adapter, loaded, rows, None, short, at, [], guide, pad_id, length),
         )  # fmt: skip
     if settings.min_lr > lr:
         raise UsageError(
             f"--min-lr {settings.min_lr:g} is above the learning rate of this run, {lr:g}; lower it, or give --lr"
         )
     trial_seconds = perf_counter() - began
-    trainer = _trainer(adapter, loaded, rows, measured, settings, lr, callbacks or [], guide, pad_id, record)
+    trainer = _trainer(
+        adapter, loaded, rows, measured, settings, lr, callbacks or [], guide, pad_id, length, record
+    )
     before = _evaluate(loaded, measured, settings)  # where the trainer has put the program
     together = trainer.accelerator
     together.wait_for_everyone()
@@ -452,10 +459,12 @@ def _open_teacher(teacher: str | Path | None, settings: TrainSettings) -> Teache
     return cache
 
 
-def _teacher(path: Path, learner: Loaded, settings: TrainSettings, trust_remote_code: bool) -> Program:
+def _teacher(
+    path: Path, learner: Loaded, settings: TrainSettings, seq_len: int, trust_remote_code: bool
+) -> Program:
     match = settings.match_hidden > 0
     loaded = load_program(path, trust_remote_code=trust_remote_code, layers=match, shard=settings.shard)
-    teacher, student = loaded.program.eval(), learner.program
+    teacher, student = loaded.program.at(settings.batch_size, seq_len).eval(), learner.program
     check_teacher(student, teacher, learner.model, loaded.model, trust_remote_code=trust_remote_code)
     if match:
         theirs, ours = (
@@ -500,9 +509,12 @@ def _trainer(
     callbacks: list[TrainerCallback],
     teacher: Program | TeacherCache | None,
     pad_id: int,
+    seq_len: int,
     record: dict[str, Any] | None = None,
 ) -> AdapterTrainer:
     set_seed(settings.seed)
+    # A program that holds for some lengths only would be traced for each that occurs.
+    least = 0 if loaded.program.sizes.cover(settings.batch_size, seq_len) else seq_len
     given = settings.teacher_weight
     cache = teacher if isinstance(teacher, TeacherCache) else None
     objective = Objective(
@@ -556,7 +568,7 @@ def _trainer(
         args=arguments,
         train_dataset=TaughtRows(rows, cache) if cache else rows,
         eval_dataset=evaluated,
-        data_collator=partial(pad, pad_token=pad_id),
+        data_collator=partial(pad, pad_token=pad_id, least=least),
         callbacks=[*own, *callbacks],
     )
     # The data seed distributes the rows; dropout differs between processes.

@@ -20,6 +20,7 @@ from transformers import (
     GPTNeoConfig,
     JetMoeConfig,
     JetMoeForCausalLM,
+    LlamaConfig,
     MptConfig,
     PreTrainedModel,
     Qwen2MoeConfig,
@@ -66,6 +67,10 @@ GEMMA3 = Gemma3Config(
 GPT_NEO = GPTNeoConfig(
     vocab_size=96, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]],
     max_position_embeddings=64,
+)  # fmt: skip
+DYNAMIC = LlamaConfig(
+    **ONE, intermediate_size=64, num_key_value_heads=2,
+    rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
 )  # fmt: skip
 MPT = MptConfig(vocab_size=96, d_model=32, n_layers=1, n_heads=4, max_seq_len=64)
 QWEN2_MOE = Qwen2MoeConfig(
@@ -242,16 +247,17 @@ def test_linears_that_the_trace_does_not_reach_or_understand_are_named(tmp_path,
     assert len(whole.faults) == len(verdict.unread)
 
 
-@pytest.mark.parametrize("config", [GPT_NEO, MPT], ids=["gpt_neo", "mpt"])
-def test_verbs_without_a_forward_need_no_trace(tmp_path, config, monkeypatch):
-    """The whole way by weights alone; what needs a forward says why there is none."""
+@pytest.mark.parametrize("config", [DYNAMIC, GPT_NEO, MPT], ids=["dynamic", "gpt_neo", "mpt"])
+def test_verbs_without_a_forward_need_no_trace(tmp_path, config):
+    """The whole way by weights alone, also of a model that cannot be traced."""
     torch.manual_seed(0)
     model = Causal.from_config(config)
     said = pruned(tmp_path, model)
     linears = {
-        f"{path}.weight" for path, m in model.named_modules() if (isinstance(m, torch.nn.Linear) and ".h" in path)
-        or (isinstance(m, torch.nn.Linear) and "blocks" in path)
-    }  # fmt: skip
+        f"{path}.weight"
+        for path, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear) and {"layers", "h", "blocks"} & set(path.split("."))
+    }
     assert {site["name"] for site in said["sites"]} == linears
     must("inject", tmp_path / "sparse", "-o", tmp_path / "adapter", "--rank", 4)
     must("merge", tmp_path / "adapter", "-o", tmp_path / "merged")
@@ -263,7 +269,7 @@ def test_verbs_without_a_forward_need_no_trace(tmp_path, config, monkeypatch):
 
 
 def test_the_reason_why_a_model_cannot_be_traced_is_said_once(tmp_path):
-    Causal.from_config(GPT_NEO).save_pretrained(tmp_path / "dense")
+    Causal.from_config(DYNAMIC).save_pretrained(tmp_path / "dense")
     result = must("prune", tmp_path / "dense", "-o", tmp_path / "sparse")
     assert "cannot be traced" in one_line(result.err)
     assert must("prune", tmp_path / "dense", "-o", tmp_path / "quiet", "-q").err == ""

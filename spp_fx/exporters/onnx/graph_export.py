@@ -30,6 +30,7 @@ from transformers import DynamicCache, PreTrainedModel
 from spp_fx.errors import SppFxError
 from spp_fx.exporters.onnx.graph_parameters import Graph, GraphParameter
 from spp_fx.exporters.onnx.onnx_file import all_graphs
+from spp_fx.graph.sizes import ANY_SIZES, sizes_of
 from spp_fx.graph.trace import export_as
 
 OPSET = 18
@@ -96,7 +97,8 @@ def build_graph(model: PreTrainedModel, *, with_past: bool = False) -> Graph:
     for parameter in model.parameters():
         sizes[parameter.dtype] += parameter.numel()
     bfloat16 = sizes.most_common(1)[0][0] == torch.bfloat16
-    return Graph(proto, parameters, _reached(signature.program, model, names), bfloat16)
+    taken = ANY_SIZES if with_past else sizes_of(signature.program)
+    return Graph(proto, parameters, _reached(signature.program, model, names), bfloat16, taken)
 
 
 # The two signatures

@@ -17,6 +17,7 @@ from spp_fx.exporters.format import Source, rounded
 from spp_fx.exporters.manifest import Part
 from spp_fx.graph.binding import Parameter, StoredMatrix, assemble, bind, find_targets
 from spp_fx.graph.model import load_model
+from spp_fx.graph.sizes import ANY_SIZES, Sizes
 from spp_fx.sparsity.lock import LockEntry
 
 
@@ -80,12 +81,14 @@ class Graph:
         reached: names of the parameters and persistent buffers that the outputs depend on according to
             torch.export: those of `parameters`, unless torch.onnx lost one.
         bfloat16: whether most of the model's weights are bfloat16.
+        sizes: what the graph computes the model's logits for; with a cache, all that torch.export can name.
     """
 
     proto: onnx.ModelProto
     parameters: tuple[GraphParameter, ...]
     reached: frozenset[str]
     bfloat16: bool
+    sizes: Sizes = ANY_SIZES
 
 
 @dataclass(frozen=True)

@@ -201,6 +201,8 @@ def _write_manifest(export: _Export, target: Path, encoded: dict[str, Encoded]) 
     requirements: dict[str, int | str] = {"with_past": "yes" if export.format.with_past else "no"}
     if isinstance(export.encoding, SparseInitializers):
         requirements["indices"] = export.encoding.indices
+    if export.graph.sizes.conditions:
+        requirements["lengths"] = export.graph.sizes.described()
     source.finish(
         target,
         export.format.name,
@@ -247,6 +249,7 @@ def _compare_logits(export: _Export, target: Path, twin: bool) -> dict[str, Any]
         text.vocab_size,
         max_length=getattr(text, "max_position_embeddings", None),
         twin=twin,
+        sizes=export.graph.sizes,
     )
     return {
         "shipped_file": unrun if twin else "run",

@@ -1,0 +1,113 @@
+"""The batch sizes and sequence lengths that a trace holds for: what torch.export assumed, kept as conditions."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
+from typing import Any
+
+import sympy
+from torch import SymInt
+from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.printers import PythonPrinter
+
+from spp_fx.errors import SppFxError
+
+NAMES = ("batch", "length")
+LONGEST = 4096
+"""Lengths up to which `described` looks."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes that a program computes what its model computes for.
+
+    A model's code may branch on the batch size and the sequence length; a trace has the branches of its example.
+
+    Attributes:
+        conditions: Python expressions in `batch` and `length`, all of which hold for those sizes; none if any do.
+    """
+
+    conditions: tuple[str, ...] = ()
+
+    def admit(self, batch: Any, length: Any) -> bool:
+        """Whether a batch of so many rows of so many tokens meets every condition; symbolic sizes are guarded."""
+        return all(holds(batch, length) for holds in map(_compiled, self.conditions))
+
+    def cover(self, batch: int, longest: int) -> bool:
+        """Whether every length from 2 on is admitted."""
+        return all(self.admit(batch, length) for length in range(2, longest + 1))
+
+    def described(self, longest: int = LONGEST) -> str:
+        """The lengths of two rows that are admitted, in words."""
+        if not self.conditions:
+            return "any length"
+        runs = list(_runs([n for n in range(1, longest + 1) if self.admit(2, n)]))
+        if runs and runs[-1][1] == longest:
+            runs[-1] = (runs[-1][0], 0)
+        said = [f"{a} and more" if b == 0 else f"{a}" if a == b else f"{a} to {b}" for a, b in runs[:4]]
+        more = " and others" if len(runs) > len(said) else ""
+        return f"{', '.join(said)}{more} tokens" if said else "no length"
+
+
+ANY_SIZES = Sizes()
+
+
+def sizes_of(exported: ExportedProgram) -> Sizes:
+    """What torch.export assumed of the sizes of an export's inputs, which are all (batch, sequence).
+
+    Raises:
+        SppFxError: an assumption is about something else than these sizes.
+    """
+    env: ShapeEnv | None = None
+    known: dict[Any, Any] = {}
+    conditions: list[Any] = []
+    for node in exported.graph.find_nodes(op="placeholder"):
+        if node.name not in exported.graph_signature.user_inputs:
+            continue
+        for name, size in zip(NAMES, node.meta["val"].shape, strict=True):
+            conditions += _bind(size, sympy.Symbol(name, integer=True, positive=True), known)
+            env = size.node.shape_env if isinstance(size, SymInt) else env
+    if env is None:
+        return Sizes(_printed(conditions))
+    assumed = [env.replace(guard.expr) for guard in env.guards]
+    for symbol, sizes in exported.range_constraints.items():
+        if symbol in known and sizes.lower > 0:
+            assumed.append(sympy.Ge(symbol, sizes.lower))
+        if symbol in known and sizes.upper != int_oo:
+            assumed.append(sympy.Le(symbol, sizes.upper))
+    for each in assumed:
+        if each.free_symbols - known.keys():
+            raise SppFxError(f"its code branches on what it computes ({each})")
+        conditions.append(each.xreplace(known))
+    return Sizes(_printed(conditions))
+
+
+def _bind(size: Any, wanted: sympy.Symbol, known: dict[Any, Any]) -> Iterator[Any]:
+    """Solve `size = wanted` for the symbol in it; what must hold for that."""
+    expression: Any = size.node.expr if isinstance(size, SymInt) else sympy.Integer(size)
+    if not expression.free_symbols or expression in known:
+        yield sympy.Eq(wanted, known.get(expression, expression))
+        return
+    (symbol,) = expression.free_symbols
+    factor, rest = sympy.Poly(expression, symbol).all_coeffs()
+    known[symbol] = (wanted - rest) / factor
+    yield sympy.Eq(sympy.Mod(wanted - rest, factor), 0)
+
+
+def _printed(conditions: list[Any]) -> tuple[str, ...]:
+    kept = dict.fromkeys(each for each in conditions if each not in (True, sympy.true))
+    return tuple(PythonPrinter().doprint(each) for each in kept)
+
+
+@cache
+def _compiled(condition: str) -> Callable[[Any, Any], Any]:
+    return eval(f"lambda {', '.join(NAMES)}: {condition}", {"math": __import__("math")})
+
+
+def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
+    for _, group in groupby(enumerate(numbers), lambda each: each[1] - each[0]):
+        run = [number for _, number in group]
+        yield run[0], run[-1]
