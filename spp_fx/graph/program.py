@@ -192,7 +192,7 @@ class Program(nn.Module):
         masks: the mask that each injected site had before injection; `verify` compares with it.
         untraced: why there are no graphs and nothing can be computed; see `outline`.
         tied: parameters that share another's storage: name -> the first name.
-        head: name of the weight that makes the logits, if the model has one.
+        head_weight: name of the weight that makes the logits, if the model has one.
         calibration: tokens (samples, length) int64 that calibrated passes run it on.
         loss_type: what transformers calls the loss; its Trainer counts a step's tokens by it.
         history: spellings of the passes that ran, in order.
@@ -224,7 +224,7 @@ class Program(nn.Module):
         self.config = config
         self.loss_function = loss_function
         self.tied = tied
-        self.head = head
+        self.head_weight = head
         self.sites: dict[str, Site] = {}
         self.left_out: dict[str, LeftOut] = {}
         self.untraced: str | None = None
@@ -292,6 +292,11 @@ class Program(nn.Module):
     def rewritten(self, how: Rewrite) -> None:
         """Remember a rewrite for other traces; those that were made before it are forgotten."""
         self.applied = [*self.applied, how]
+        self._part()
+
+    def _part(self) -> None:
+        """Be no other trace of any program from now on, and have none."""
+        self._traces[:] = [each for each in self._traces if each is not self]
         self._traces = [self]
 
     def _traced_for(self, batch: int, length: int) -> "Program":
@@ -368,7 +373,7 @@ class Program(nn.Module):
                     "and trace that, or run it under torch.autocast"
                 )
         before = self.device
-        self._traces = [self]
+        self._part()
         super()._apply(fn, recurse)
         if self.device != before:
             self.move_constants(before, self.device)
@@ -439,7 +444,7 @@ class Program(nn.Module):
             layer=layer_of(name),
             uses=uses,
             tied_to=min((other for other in names if other in embeddings), default=None),
-            is_head=self.head in names,
+            is_head=self.head_weight in names,
             role=role,
         )
 

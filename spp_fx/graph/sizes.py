@@ -74,7 +74,7 @@ def sizes_of(exported: ExportedProgram) -> Sizes:
         return Sizes(_printed(conditions))
     assumed = [env.replace(guard.expr) for guard in env.guards]
     for symbol, sizes in exported.range_constraints.items():
-        if symbol in known and sizes.lower > 0:
+        if symbol in known and sizes.lower > 2:  # export itself excludes 0 and 1
             assumed.append(sympy.Ge(symbol, sizes.lower))
         if symbol in known and sizes.upper != int_oo:
             assumed.append(sympy.Le(symbol, sizes.upper))

@@ -71,7 +71,7 @@ def vectors(program: Program) -> tuple[tuple[str, ...], dict[str, str]]:
     embeddings, and biases of linears. Left out is what belongs to the head, which is not adapted by default either.
     """
     read = _readers(program)
-    head = None if program.head is None else program.head.rpartition(".")[0]
+    head = None if program.head_weight is None else program.head_weight.rpartition(".")[0]
     found: list[str] = []
     skipped: dict[str, str] = {}
     for name, parameter in program.named_parameters():

@@ -9,8 +9,9 @@ from torch import nn
 from transformers import GPTNeoConfig, GPTNeoForCausalLM, LlamaForCausalLM, Mamba2Config, Mamba2ForCausalLM
 
 from spp_fx.errors import SppFxError
+from spp_fx.exporters.onnx.graph_export import plain_signature
 from spp_fx.graph import program as programs
-from spp_fx.graph.sizes import Sizes
+from spp_fx.graph.sizes import Sizes, sizes_of
 from spp_fx.graph.trace import trace
 from spp_fx.passes.pipeline import parse_pipeline, run_pipeline
 from tests.families import VOCABULARY, shallow
@@ -41,6 +42,11 @@ class Counting(LlamaForCausalLM):
         out = super().forward(input_ids, attention_mask, **kwargs)
         out.logits = out.logits * torch.tensor(list(range(input_ids.shape[1]))).view(1, -1, 1)
         return out
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(shallow("llama")).eval()
 
 
 def counting() -> Counting:
@@ -170,6 +176,27 @@ def test_copies_and_moved_programs_trace_for_other_lengths_as_well():
     assert torch.equal(copy.deepcopy(program)(ids).logits, wanted)
     assert torch.equal(pickle.loads(pickle.dumps(program))(ids).logits, wanted)
     assert torch.equal(program.to("cpu")(ids).logits, wanted)
+
+
+def test_a_rewritten_trace_is_no_other_trace_any_more():
+    program = trace(halving())
+    other = program.at(2, 8)
+    run_pipeline(other, parse_pipeline("canonicalize"))
+    assert program.at(2, 8) is not other
+    assert other.at(2, 8) is other
+
+
+@pytest.mark.parametrize(
+    ("make", "said"), [(counting, None), (gpt_neo, "1 to 15 tokens"), (llama, "any length")]
+)
+def test_a_graph_for_onnx_says_its_lengths_and_takes_one_row(make, said):
+    if said is None:
+        with pytest.raises(SppFxError):
+            plain_signature(make())
+        return
+    sizes = sizes_of(plain_signature(make()).program)
+    assert sizes.described() == said
+    assert sizes.admit(1, 1)
 
 
 def test_an_export_of_a_program_keeps_its_lengths():

@@ -129,7 +129,7 @@ def test_names_and_objects_of_parameters_and_buffers_are_the_models_own(family):
 def test_tied_weights_and_the_head_are_known():
     assert traced("llama-tied")[1].tied == {"lm_head.weight": "model.embed_tokens.weight"}
     assert traced("llama")[1].tied == {}
-    assert {f: traced(f)[1].head for f in FAMILIES} == dict.fromkeys(FAMILIES, "lm_head.weight")
+    assert {f: traced(f)[1].head_weight for f in FAMILIES} == dict.fromkeys(FAMILIES, "lm_head.weight")
 
 
 def test_a_change_of_the_models_weight_is_a_change_of_the_program():

@@ -21,7 +21,7 @@ def program_of(dtype: torch.dtype, *more, head: str | None = None):
     weight = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).view(4, 2, 4)
     weight[..., 1::2] = 0
     program = linear_program(weight.view(4, 8).to(dtype), torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=dtype))
-    program.head = head
+    program.head_weight = head
     run_pipeline(program, [Canonicalize(), Match(targets=("layer",)), Inject(SPP(rank=2)), *more])
     return program
 
