@@ -180,7 +180,6 @@ def test_weights_of_several_names_are_tied_as_transformers_ties_them(tmp_path, m
     )
     names = ("model.shared.weight", "model.encoder.embed_tokens.weight")
     names += ("model.decoder.embed_tokens.weight", HEAD)
-    monkeypatch.setattr(models, "AutoModelForCausalLM", AutoModelForSeq2SeqLM)
     kinds = set()
     base = save(tmp_path / "base", config, lambda t: t, AutoModelForSeq2SeqLM)
     tensors = load_file(base / "model.safetensors")
