@@ -16,7 +16,6 @@ from transformers import (
     LlamaConfig,
 )
 
-from spp_fx.graph import model as models
 from spp_fx.graph.model import hollow_model, meta_model
 from spp_fx.graph.trace import trace
 from spp_fx.passes.canonicalize import Canonicalize
