@@ -4,7 +4,7 @@ Fields are shrunk by their names, in nested configurations as well. What the nam
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,14 +15,27 @@ from transformers.models.auto import modeling_auto
 VOCABULARY = 256
 WIDTH, HEADS, HEAD, FFN = 64, 4, 16, 128  # multiples of 64, so that cuSPARSELt takes them
 
-TASKS = {"causal-lm": ("CAUSAL_LM", transformers.AutoModelForCausalLM)}
+TASKS: dict[str, tuple[str, Any]] = {
+    "causal-lm": ("CAUSAL_LM", transformers.AutoModelForCausalLM),
+    "masked-lm": ("MASKED_LM", transformers.AutoModelForMaskedLM),
+    "sequence-classification": ("SEQUENCE_CLASSIFICATION", transformers.AutoModelForSequenceClassification),
+    "token-classification": ("TOKEN_CLASSIFICATION", transformers.AutoModelForTokenClassification),
+    "question-answering": ("QUESTION_ANSWERING", transformers.AutoModelForQuestionAnswering),
+    "seq2seq-lm": ("SEQ_TO_SEQ_CAUSAL_LM", transformers.AutoModelForSeq2SeqLM),
+    "feature-extraction": ("TEXT_ENCODING", transformers.AutoModelForTextEncoding),
+    "image-classification": ("IMAGE_CLASSIFICATION", transformers.AutoModelForImageClassification),
+    "speech-seq2seq": ("SPEECH_SEQ_2_SEQ", transformers.AutoModelForSpeechSeq2Seq),
+    "image-text-to-text": ("IMAGE_TEXT_TO_TEXT", transformers.AutoModelForImageTextToText),
+}
 """Task -> the table of transformers' types, and the auto class."""
+TRACED = ("causal-lm",)
+"""The tasks that spp-fx traces."""
 MASKED = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
 """Types that look both ways unless they are told to be decoders."""
 
 # The first that matches a field's name counts; None keeps the default.
 RULES: tuple[tuple[str, int | None], ...] = (
-    (r"type_vocab_size|(num|n)_(shared|zero)_experts|moe_num_shared_experts|initial_.*", None),
+    (r"acoustic_.*|type_vocab_size|(num|n)_(shared|zero)_experts|moe_num_shared_experts|initial_.*", None),
     (r".*vocab_size(_per_layer_input)?", VOCABULARY),
     (r".*(moe|expert|shared).*(intermediate|hidden|ffn_hidden)_size|expert_dim", WIDTH),
     (
@@ -31,7 +44,7 @@ RULES: tuple[tuple[str, int | None], ...] = (
     ),
     (r"hidden_size_per_layer_input|.*lora_rank|.*_rank|laurel_rank|adapter_rank|d_rel|rotary_dim_", HEAD),
     (
-        r"hidden_size_global|.*hidden_size|d_model|n_embd|dim|input_embedding_size|output_embedding_size",
+        r"hidden_size_global|.*hidden_size|d_model|n_embd|dim|hidden_dim|input_embedding_size|output_embedding_size",
         WIDTH,
     ),
     (
@@ -64,6 +77,15 @@ RULES: tuple[tuple[str, int | None], ...] = (
         128,
     ),
     (r"model_max_length|rel_extent", 128),
+    (r"image_size|crop_size", 32),
+    (r"patch_size", 8),
+    (r"num_filters", 4),
+)
+# Of fields that hold one number for each stage of a network.
+STAGES: tuple[tuple[str, Callable[[int, int], int]], ...] = (
+    (r"depths?|layers_per_stage", lambda stage, default: min(default, 2)),
+    (r"num_(attention_)?heads", lambda stage, default: 2**stage),
+    (r"(.*_)?hidden_sizes|embed_dims?", lambda stage, default: min(32 * 2**stage, 256)),
 )
 LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")
 
@@ -95,7 +117,9 @@ def small_config(task: str, model_type: str) -> PretrainedConfig:
 def small_model(task: str, model_type: str, seed: int = 0) -> PreTrainedModel:
     """A random model in float32 and eval mode; no parameter is all zeros or all ones."""
     torch.manual_seed(seed)
-    model = TASKS[task][1].from_config(small_config(task, model_type), dtype=torch.float32).eval()
+    config = small_config(task, model_type)
+    config.architectures = []  # of two classes of a type, the first
+    model = TASKS[task][1].from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():  # zeros hold any pattern, and a bias of zeros that is lost is not missed
         for parameter in model.parameters():
             if parameter.is_floating_point() and float(parameter.std(correction=0)) < 1e-3:
@@ -115,6 +139,10 @@ def _shrunk(default: Mapping[str, Any]) -> dict[str, Any]:
             rule = next((size for pattern, size in RULES if re.fullmatch(pattern, name)), None)
             if rule is not None and value > 0:
                 values[name] = min(rule, value)
+        elif isinstance(value, list) and all(type(each) is int for each in value):
+            rule = next((size for pattern, size in STAGES if re.fullmatch(pattern, name)), None)
+            if rule is not None:
+                values[name] = [rule(stage, each) for stage, each in enumerate(value)]
     if default.get("kv_lora_rank") and "num_key_value_heads" in default:
         values["num_key_value_heads"] = HEADS  # latent attention has no groups
     values |= _layers(default)
@@ -152,6 +180,10 @@ def _tokens(default: Mapping[str, Any]) -> dict[str, Any]:
     """Numbers of special tokens: small ones for the ends of a text, the vocabulary's last ones for the others."""
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     values: dict[str, Any] = {name: at for name, at in special.items() if default.get(name) is not None}
+    if "pad_token_id" in default:
+        values["pad_token_id"] = 0  # a classifier of texts finds their ends by it
+    if default.get("is_encoder_decoder"):
+        values["decoder_start_token_id"] = 0
     last = VOCABULARY
     for name, value in default.items():
         if (
@@ -305,6 +337,29 @@ _except(
     audio_config={"num_blocks": 2, "ext_pw_out_channel": WIDTH, "depthwise_separable_out_channel": WIDTH}
     | {"nemo_conv_channels": WIDTH, "input_size": 16, "nemo_final_size": 2, "bias_max_distance": 16},
 )
+_except("esm", vocab_size=VOCABULARY)
+_except("esmc", num_key_value_heads=HEADS)
+_except("perceiver", d_latents=WIDTH, num_latents=16, num_self_attends_per_block=2, qk_channels=WIDTH)
+_except("hunyuan_vl", text_config={"head_dim": HEAD})
+_except("fun_asr_nano", adaptor_config={"intermediate_size": 16})
+_except("kyutai_speech_to_text", codec_config={"upsample_groups": WIDTH})
+_except("efficientnet", width_coefficient=0.25, depth_coefficient=0.2)
+_except("glm5_next", text_config={"index_kpool": 4})
+_except("bit", num_groups=8)
+_except("cvt", depth=[1, 2, 3])  # the last stage has as many layers as there are stages
+_except("molmo2", adapter_config={"vision_feature_layer": [-1, -2]})
+_except("chameleon", vocabulary_map={"<image>": 8})
+_except("granite4_vision", deepstack_layer_map=[[-1, 0], [-2, 1]])
+_except("diffusion_gemma", text_config={"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": WIDTH})
+_except(
+    "deepseek_ocr2",
+    "unlimited_ocr",
+    text_config={"mlp_layer_types": ["dense", "sparse"], "num_hidden_layers": 2},
+)
+_except("ernie4_5_vl_moe", text_config={"rope_parameters": {"rope_theta": 5e5, "mrope_section": [3, 3, 2]}})
+_except("ernie4_5_vl_moe", text_config={"rope_parameters": {"rope_type": "default"}})
+_except("nemotron_h_omni", vision_config={"video_temporal_patch_size": 2})
+_except("cohere_compass", text_config=EXCEPTIONS["cohere_compass_text"])
 # What makes a causal language model of them, which they are not by default.
 _except("reformer", axial_pos_shape=[8, 16], axial_pos_embds_dim=[32, 32], num_buckets=4)
 _except("reformer", attn_layers=["local", "lsh"], local_attn_chunk_length=8, lsh_attn_chunk_length=8)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from spp_fx.graph.task import BATCH, FRAMES, LENGTH, TARGET
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -22,6 +23,7 @@ from spp_fx.errors import SppFxError
 from spp_fx.graph.model import load_model
 from spp_fx.graph.names import layer_of
 from spp_fx.graph.program import Program
+from spp_fx.graph.trace import EXPORT_ERRORS, trace
 from spp_fx.passes.canonicalize import Canonicalize
 from spp_fx.passes.pipeline import run_pipeline
 from spp_fx.verbs.export import export
@@ -50,8 +52,11 @@ COLUMNS = (
 CALIBRATED = ("causal-lm",)
 """Tasks whose models `prune` calibrates."""
 
-SHAPES = ((2, 7), (3, 12), (2, 20))
-"""Batch sizes and lengths at which answers are compared; the last is longer than two windows or chunks."""
+SIZES = tuple(
+    {BATCH: rows, LENGTH: length, TARGET: target, FRAMES: 400}
+    for rows, length, target in ((2, 7, 5), (3, 12, 9), (2, 20, 14))
+)
+"""At which answers are compared; the last is longer than two windows or chunks."""
 EXACT, ROUNDED = 1e-5, 1e-4  # of a program with its model; of a folded float32 model with its program
 LONGEST = 120
 TOO_LONG = "did not end"
@@ -146,9 +151,9 @@ def _stages(row: Row, root: Path, stage: Callable[[str], Any], without: Collecti
         save_tokenizer(dense)
         # from_pretrained decides what is tied, and what a buffer holds.
         model = load_model(dense)
-        program = load_program(dense, source=model).program
+        program = trace(model, task=row.task)
         row.cells["lengths"] = program.sizes.described()
-        _compare(row.task, program, model, EXACT)
+        _compare(program, model, EXACT)
     with stage("match"):
         run_pipeline(program, [Canonicalize()])
         _all_linears_known(program, model)
@@ -176,7 +181,7 @@ def _stages(row: Row, root: Path, stage: Callable[[str], Any], without: Collecti
             raise Differs(str(verdict.failures[0]))
     with stage("load"):
         reloaded = load_model(merged)
-        _compare(row.task, program, reloaded, ROUNDED)
+        _compare(program, reloaded, ROUNDED)
     with contextlib.suppress(_Stop), stage("cusparselt"):
         done = export(merged, root / "packed", "cusparselt", sm=90, dtype="float16")
         if done.checks["masks_equal"] != len(done.manifest.tensors):
@@ -193,41 +198,67 @@ def _built(row: Row) -> PreTrainedModel:
         raise Differs(f"transformers does not build it: {reason(error)}") from error
 
 
-def batch_of(rows: int, length: int) -> dict[str, Tensor]:
-    """Random tokens that are neither special nor stand for an image."""
-    generator = torch.Generator().manual_seed(rows * 1000 + length)
-    ids = torch.randint(3, VOCABULARY // 2, (rows, length), generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+def batch_of(program: Program, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """Random inputs of a program; tokens are neither special nor stand for an image."""
+    generator = torch.Generator().manual_seed(sizes[BATCH] * 1000 + sizes[LENGTH])
+    batch = {entry.name: entry.drawn(sizes, torch.float32, generator) for entry in program.inputs}
+    for name in ("input_ids", "decoder_input_ids"):
+        if name in batch:
+            batch[name] = 3 + batch[name] % (VOCABULARY // 2)
+    return batch
 
 
-def _answers(task: str, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    more = {} if isinstance(model, Program) or task != "causal-lm" else {"use_cache": False}
-    with torch.no_grad():
-        return model(**batch, **more).logits
+def labels_of(program: Program, batch: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor | None:
+    """Labels of a batch, as the task of a program has them; None for a task without."""
+    rows, length = sizes[BATCH], sizes[LENGTH]
+    match program.task.name:
+        case "feature-extraction":
+            return None
+        case "sequence-classification" | "image-classification":
+            return torch.arange(rows) % 2
+        case "token-classification":
+            return (torch.arange(rows * length) % 2).view(rows, length)
+        case "question-answering":
+            return torch.tensor([[1, 3]] * rows)
+        case "seq2seq-lm" | "speech-seq2seq":
+            return batch["decoder_input_ids"]
+        case _:
+            return batch["input_ids"]
 
 
-def _compare(task: str, program: Program, model: PreTrainedModel, tolerance: float) -> None:
+def _answers(program: Program, model: PreTrainedModel, batch: Mapping[str, Tensor]) -> list[Tensor]:
+    """What a model itself gives for the outputs of its program."""
+    given = model(**batch, **{"use_cache": False} if program.task.cached else {})
+    return [getattr(given, name) for name in program.task.outputs]
+
+
+def _compare(program: Program, model: PreTrainedModel, tolerance: float) -> None:
     """Differs if a program and a model give other answers, relative to the largest.
 
-    A shape is left out where the model itself refuses it.
+    Sizes that the model itself does not take are left out.
     """
     program.eval(), model.eval()
-    refused = 0
-    for rows, length in SHAPES:
-        batch = batch_of(rows, length)
-        try:
-            expected = _answers(task, model, batch)
-        except Exception as error:
-            refused += 1
-            if refused == len(SHAPES):
-                raise Differs(f"the model itself fails: {reason(error)}") from error
-            continue
-        given = _answers(task, program, batch)
-        if not expected.isfinite().all():
-            raise Differs("the model itself answers with NaN or infinity")
-        far = float((given - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
-        if not far <= tolerance:
-            raise Differs(f"{rows} rows of {length} tokens: answers differ by {far:.1g} of the largest")
+    refused: BaseException | None = None
+    compared = 0
+    for sizes in SIZES:
+        batch = batch_of(program, sizes)
+        with torch.no_grad():
+            try:
+                expected = _answers(program, model, batch)
+            except EXPORT_ERRORS as error:
+                refused = error
+                continue
+            answer = program(**batch)
+        compared += 1
+        for name, theirs in zip(program.task.outputs, expected, strict=True):
+            if not theirs.isfinite().all():
+                raise Differs("the model itself answers with NaN or infinity")
+            far = float((answer[name] - theirs).abs().max() / theirs.abs().max().clamp(min=1e-6))
+            if not far <= tolerance:
+                where = f"{sizes[BATCH]} rows of {sizes[LENGTH]}"
+                raise Differs(f"{where}: {name} differ by {far:.1g} of the largest")
+    if not compared:
+        raise Differs(f"the model itself fails: {reason(refused)}")  # pyright: ignore[reportArgumentType]
 
 
 def _all_linears_known(program: Program, model: PreTrainedModel) -> None:
@@ -262,21 +293,28 @@ def _step(
 
     Differs if the loss does not change, or a factor stays whose weight has a gradient in the model.
     """
-    batch = batch_of(*SHAPES[0])
-    batch["labels"] = batch["input_ids"]
+    batch = batch_of(program, SIZES[0])
+    labels = labels_of(program, batch, SIZES[0])
+
+    def loss() -> Tensor:
+        answer = program(**batch) if labels is None else program(**batch, labels=labels)
+        return answer.loss if labels is not None else answer[0].square().mean()
+
     optimizer = torch.optim.AdamW([p for p in program.parameters() if p.requires_grad], lr=0.02)
-    before = program.train()(**batch).loss
+    program.train()
+    before = loss()
     before.backward()
     optimizer.step()
+    program.eval()
     with torch.no_grad():
-        after = float(program.eval()(**batch).loss)
+        after = float(loss())
     if not math.isfinite(after) or after == float(before):
         raise Differs(f"the loss is {float(before):.6g} before a step and {after:.6g} after it")
     path = adapter / "adapter_model.safetensors"
     stored = load_file(path)
     still = {name.rpartition(".")[0] for name in stored if torch.equal(stored[name], factors[name])}
     if still:
-        model(**batch, use_cache=False).loss.backward()
+        sum(output.square().sum() for output in _answers(program, model, batch)).backward()
         learning = {name for name, p in model.named_parameters() if p.grad is not None}
         model.zero_grad()
         if still & learning:

@@ -7,13 +7,13 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
 
-from tests.coverage.models import types_of
+from tests.coverage.models import TRACED, types_of
 from tests.coverage.probe import COLUMNS, TOO_LONG, Row, probe
 
 SECONDS = 120
@@ -42,9 +42,18 @@ def digest() -> str:
     return found.hexdigest()
 
 
-def is_third(task: str, model_type: str) -> bool:
-    """Whether a type belongs to the fixed third of each task that every submission probes."""
-    return blake2b(f"{task} {model_type}".encode(), digest_size=4).digest()[0] % 3 == 0
+def third() -> list[tuple[str, str]]:
+    """The fixed third of all types that every submission probes, each for one of the tasks that it is registered for."""
+    tasks: dict[str, list[str]] = {}
+    for task in TRACED:
+        for model_type in types_of(task):
+            tasks.setdefault(model_type, []).append(task)
+    chosen: list[tuple[str, str]] = []
+    for model_type, own in sorted(tasks.items()):
+        number = int.from_bytes(blake2b(model_type.encode(), digest_size=4).digest(), "big")
+        if number % 3 == 0:
+            chosen.append((own[number // 3 % len(own)], model_type))
+    return chosen
 
 
 def kept(path: Path) -> dict[tuple[str, str], tuple[str, Row]]:
@@ -119,11 +128,6 @@ def _row(each: tuple[str, str], path: Path, status: int, seconds: int) -> Row:
     return row
 
 
-def wanted(tasks: Sequence[str], names: Sequence[str], *, third: bool) -> list[tuple[str, str]]:
-    """Types of tasks: those of the names, or all, or the fixed third."""
-    return [
-        (task, model_type)
-        for task in tasks
-        for model_type in types_of(task)
-        if (not names or model_type in names) and (not third or is_third(task, model_type))
-    ]
+def wanted(tasks: Collection[str], names: Collection[str]) -> list[tuple[str, str]]:
+    """The types of tasks: those of the names, or all."""
+    return [(t, each) for t in tasks for each in types_of(t) if not names or each in names]
