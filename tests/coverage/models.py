@@ -22,13 +22,13 @@ TASKS: dict[str, tuple[str, Any]] = {
     "token-classification": ("TOKEN_CLASSIFICATION", transformers.AutoModelForTokenClassification),
     "question-answering": ("QUESTION_ANSWERING", transformers.AutoModelForQuestionAnswering),
     "seq2seq-lm": ("SEQ_TO_SEQ_CAUSAL_LM", transformers.AutoModelForSeq2SeqLM),
-    "feature-extraction": ("TEXT_ENCODING", transformers.AutoModelForTextEncoding),
+    "feature-extraction": ("TEXT_ENCODING", transformers.AutoModel),
     "image-classification": ("IMAGE_CLASSIFICATION", transformers.AutoModelForImageClassification),
     "speech-seq2seq": ("SPEECH_SEQ_2_SEQ", transformers.AutoModelForSpeechSeq2Seq),
     "image-text-to-text": ("IMAGE_TEXT_TO_TEXT", transformers.AutoModelForImageTextToText),
 }
 """Task -> the table of transformers' types, and the auto class."""
-TRACED = ("causal-lm",)
+TRACED = tuple(TASKS)
 """The tasks that spp-fx traces."""
 MASKED = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
 """Types that look both ways unless they are told to be decoders."""

@@ -43,7 +43,7 @@ def digest() -> str:
 
 
 def third() -> list[tuple[str, str]]:
-    """The fixed third of all types that every submission probes, each for one of the tasks that it is registered for."""
+    """A fixed third of all types, each for one of the tasks that it is registered for: what every submission probes."""
     tasks: dict[str, list[str]] = {}
     for task in TRACED:
         for model_type in types_of(task):
