@@ -1,14 +1,13 @@
 """A model that cannot be traced, as a program without graphs: the types of its modules give the sites."""
 
 from collections.abc import Mapping
-from typing import NoReturn
 
 from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from spp_fx.errors import SppFxError
-from spp_fx.graph.program import ROUTES, Kind, LeftOut, Program, opaque
+from spp_fx.graph.program import ROUTES, Kind, LeftOut, Program
+from spp_fx.graph.task import Task
 from spp_fx.graph.trace import head_of, tied_parameters
 
 _ROUTER_WORDS = frozenset(("gate", "router"))
@@ -24,8 +23,11 @@ def outline(model: PreTrainedModel, reason: str) -> Program:
         model: on any device; its parameters are shared.
         reason: why it cannot be traced; calling the program raises it.
     """
-    root = _root(model, reason)
-    program = Program(root, model.config, model.loss_function, tied_parameters(model), head_of(model))
+    root = fx.GraphModule(nn.Module(), fx.Graph(), class_name="Outline")
+    root._modules.update(model._modules)
+    root._parameters.update(model._parameters)
+    root._buffers.update(model._buffers)
+    program = Program(root, Task(), (), model.config, None, tied_parameters(model), head_of(model))
     program.untraced = reason
     modules = dict(model.named_modules(remove_duplicate=False))
     embeddings = {f"{path}.weight" for path, module in modules.items() if isinstance(module, nn.Embedding)}
@@ -49,23 +51,6 @@ def outline(model: PreTrainedModel, reason: str) -> Program:
                     name, kind, transposed=transposed, embeddings=embeddings, role=role
                 )
     return program
-
-
-def _root(model: PreTrainedModel, reason: str) -> fx.GraphModule:
-    """A graph module that holds what the model holds, and whose graph raises."""
-    graph = fx.Graph()
-    inputs = [graph.placeholder(name) for name in ("input_ids", "attention_mask")]
-    graph.output(graph.call_function(_untraced, (*inputs, reason)))
-    root = fx.GraphModule(nn.Module(), graph, class_name="Outline")
-    root._modules.update(model._modules)
-    root._parameters.update(model._parameters)
-    root._buffers.update(model._buffers)
-    return root
-
-
-@opaque
-def _untraced(input_ids: Tensor, attention_mask: Tensor, reason: str) -> NoReturn:
-    raise SppFxError(reason)
 
 
 def _kind(module: nn.Module, attribute: str, parameter: Tensor) -> Kind | None:

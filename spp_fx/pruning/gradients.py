@@ -46,7 +46,7 @@ class Source:
 
     def at(self, tokens: Tensor) -> "Source":
         """With a program that holds for each of some samples (samples, length)."""
-        return replace(self, program=self.program.at(1, tokens.shape[1]))
+        return replace(self, program=self.program.at(batch=1, length=tokens.shape[1]))
 
 
 def without_gradient(program: Program, sites: Iterable[str]) -> dict[str, str]:

@@ -127,7 +127,7 @@ def prune_layers(
     Raises:
         PatternError: names the site that cannot be pruned, and why.
     """
-    program = program.at(1, tokens.shape[1])
+    program = program.at(batch=1, length=tokens.shape[1])
     run = _Run(Walk(program), len(tokens), patterns, recipe, weights, states, device, tick)
     shared = run.enter(tokens, start)
     for index in range(start, len(run.walk.layers)):

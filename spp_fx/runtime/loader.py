@@ -16,7 +16,7 @@ from spp_fx.exporters.format import FORMATS, Decoded, decoding_formats
 from spp_fx.exporters.manifest import MANIFEST, Manifest, TensorRecord, read_manifest
 from spp_fx.exporters.packed import open_files
 from spp_fx.graph.binding import Binding, Parameter, assemble, bind
-from spp_fx.graph.model import Readable, check_causal, hollow_model
+from spp_fx.graph.model import Readable, check_task, hollow_model
 from spp_fx.runtime.cuda_library import CuSparseLt, Cutlass, Library
 from spp_fx.runtime.trust import PackedSite, SiteForm, decide, make_weight
 from spp_fx.storage.folder import ModelFolder
@@ -297,7 +297,7 @@ def _device(device: str | torch.device) -> torch.device:
 def _hollow(folder: Path, decoded: Decoded, trust_remote_code: bool) -> StoredWeights:
     """The folder's model without weights, and where they are."""
     config = ModelFolder.open(folder, weights=False).config
-    check_causal(folder, "runtime.load")
+    check_task(folder, "runtime.load")
     dtype = None
     if (
         config.get("dtype", config.get("torch_dtype")) is None

@@ -15,8 +15,9 @@ from spp_fx.adapters.per_site import as_overrides
 from spp_fx.errors import FormatError, UsageError
 from spp_fx.exporters.manifest import open_model
 from spp_fx.graph.binding import assemble
-from spp_fx.graph.model import TOKENIZER_FILES, Readable, check_causal, load_model
+from spp_fx.graph.model import TOKENIZER_FILES, Readable, check_task, load_model
 from spp_fx.graph.program import Program, factor_attribute
+from spp_fx.graph.task import CAUSAL_LM
 from spp_fx.graph.trace import trace
 from spp_fx.passes.canonicalize import Canonicalize
 from spp_fx.passes.causal import Causal
@@ -78,7 +79,7 @@ def load_program(
     folder = Path(folder)
     if not is_adapter(folder):
         open_model(folder)
-        check_causal(folder)
+        check_task(folder, "this verb", (CAUSAL_LM,))
         program = trace(source or load_model(folder, trust_remote_code=trust_remote_code))
         run_pipeline(program, [Causal()])
         if layers or shard:
@@ -91,7 +92,7 @@ def load_program(
     adapter.check_finite()
     model = adapter.find_base(Path(base) if base else None)
     adapter.check_base(open_model(model))
-    check_causal(model)
+    check_task(model, "this verb", (CAUSAL_LM,))
     program = trace(source or load_model(model, trust_remote_code=trust_remote_code))
     storage = "packed" if packed else "dense"
     run_pipeline(
