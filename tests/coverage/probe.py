@@ -14,18 +14,19 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from spp_fx.graph.task import BATCH, FRAMES, LENGTH, TARGET
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from spp_fx.adapters.adapter_folder import FACTORS
 from spp_fx.errors import SppFxError
 from spp_fx.graph.model import load_model
 from spp_fx.graph.names import layer_of
-from spp_fx.graph.program import Program
+from spp_fx.graph.program import Program, factor_attribute
+from spp_fx.graph.task import BATCH, FRAMES, LENGTH, TARGET
 from spp_fx.graph.trace import EXPORT_ERRORS, trace
 from spp_fx.passes.canonicalize import Canonicalize
-from spp_fx.passes.pipeline import run_pipeline
+from spp_fx.passes.pipeline import parse_pipeline, run_pipeline
 from spp_fx.verbs.export import export
 from spp_fx.verbs.inject import inject
 from spp_fx.verbs.load import load_program
@@ -51,6 +52,8 @@ COLUMNS = (
 )
 CALIBRATED = ("causal-lm",)
 """Tasks whose models `prune` calibrates."""
+LOADED = ("causal-lm",)
+"""Tasks whose adapter folders `load_program` takes; those of others are made anew by passes."""
 
 SIZES = tuple(
     {BATCH: rows, LENGTH: length, TARGET: target, FRAMES: 400}
@@ -170,9 +173,8 @@ def _stages(row: Row, root: Path, stage: Callable[[str], Any], without: Collecti
             prune(dense, sparse, method="magnitude", pattern="2:4")
         inject(sparse, adapter, rank=4)
     with stage("train"):
-        loaded = load_program(adapter)
-        program = loaded.program
-        _step(program, model, loaded.factors, adapter)
+        program, factors = _adapted(row.task, sparse, adapter)
+        _step(program, model, factors, adapter)
     with stage("fold"):
         _only_values_changed(sparse, merged, merge(adapter, merged, verify_sparsity=True).counts)
     with stage("verify"):
@@ -286,6 +288,21 @@ def _all_linears_known(program: Program, model: PreTrainedModel) -> None:
         raise Differs(f"{len(unknown)} linears of layers are not sites: {first} {why}")
 
 
+def _adapted(task: str, sparse: Path, adapter: Path) -> tuple[Program, dict[str, nn.Parameter]]:
+    """The program of an adapter folder, and its factors by their names in it."""
+    if task in LOADED:
+        loaded = load_program(adapter)
+        return loaded.program, loaded.factors
+    program = trace(load_model(sparse), task=task)
+    run_pipeline(program, parse_pipeline("canonicalize,match,inject{rank=4},lower{kernel=fused}"))
+    factors: dict[str, nn.Parameter] = {}
+    for name in load_file(adapter / FACTORS):
+        site, _, factor = name.rpartition(".")
+        owner, _, parameter = site.rpartition(".")
+        factors[name] = program.get_parameter(f"{owner}.{factor_attribute(parameter, factor)}")
+    return program, factors
+
+
 def _step(
     program: Program, model: PreTrainedModel, factors: Mapping[str, nn.Parameter], adapter: Path
 ) -> None:
@@ -310,7 +327,7 @@ def _step(
         after = float(loss())
     if not math.isfinite(after) or after == float(before):
         raise Differs(f"the loss is {float(before):.6g} before a step and {after:.6g} after it")
-    path = adapter / "adapter_model.safetensors"
+    path = adapter / FACTORS
     stored = load_file(path)
     still = {name.rpartition(".")[0] for name in stored if torch.equal(stored[name], factors[name])}
     if still:
