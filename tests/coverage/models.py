@@ -28,7 +28,7 @@ TASKS: dict[str, tuple[str, Any]] = {
     "image-text-to-text": ("IMAGE_TEXT_TO_TEXT", transformers.AutoModelForImageTextToText),
 }
 """Task -> the table of transformers' types, and the auto class."""
-TRACED = tuple(TASKS)
+TRACED = ("causal-lm",)
 """The tasks that spp-fx traces."""
 MASKED = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
 """Types that look both ways unless they are told to be decoders."""
@@ -80,6 +80,8 @@ RULES: tuple[tuple[str, int | None], ...] = (
     (r"image_size|crop_size", 32),
     (r"patch_size", 8),
     (r"num_filters", 4),
+    (r"mm_tokens_per_image", 4),
+    (r"image_seq_length|num_image_tokens", 16),
 )
 # Of fields that hold one number for each stage of a network.
 STAGES: tuple[tuple[str, Callable[[int, int], int]], ...] = (
@@ -345,6 +347,7 @@ _except("fun_asr_nano", adaptor_config={"intermediate_size": 16})
 _except("kyutai_speech_to_text", codec_config={"upsample_groups": WIDTH})
 _except("efficientnet", width_coefficient=0.25, depth_coefficient=0.2)
 _except("glm5_next", text_config={"index_kpool": 4})
+_except("mobilebert", true_hidden_size=WIDTH, intra_bottleneck_size=WIDTH, embedding_size=WIDTH)
 _except("bit", num_groups=8)
 _except("cvt", depth=[1, 2, 3])  # the last stage has as many layers as there are stages
 _except("molmo2", adapter_config={"vision_feature_layer": [-1, -2]})

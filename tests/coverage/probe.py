@@ -204,9 +204,9 @@ def batch_of(program: Program, sizes: Mapping[str, int]) -> dict[str, Tensor]:
     """Random inputs of a program; tokens are neither special nor stand for an image."""
     generator = torch.Generator().manual_seed(sizes[BATCH] * 1000 + sizes[LENGTH])
     batch = {entry.name: entry.drawn(sizes, torch.float32, generator) for entry in program.inputs}
-    for name in ("input_ids", "decoder_input_ids"):
-        if name in batch:
-            batch[name] = 3 + batch[name] % (VOCABULARY // 2)
+    for entry in program.inputs:
+        if entry.name in ("input_ids", "decoder_input_ids") and entry.below is not None:
+            batch[entry.name] = 3 + batch[entry.name] % (min(VOCABULARY // 2, entry.below) - 3)
     return batch
 
 
