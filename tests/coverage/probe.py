@@ -61,7 +61,7 @@ SIZES = tuple(
 )
 """At which answers are compared; the last is longer than two windows or chunks."""
 EXACT, ROUNDED = 1e-5, 1e-4  # of a program with its model; of a folded float32 model with its program
-LONGEST = 120
+LONGEST = 200
 TOO_LONG = "did not end"
 
 
