@@ -1,6 +1,5 @@
 """The traced model and its sites: the weights that passes may treat."""
 
-import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -14,7 +13,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from spp_fx.adapters.method import Method
 from spp_fx.errors import SppFxError, UsageError
-from spp_fx.graph.names import layer_of
+from spp_fx.graph.names import in_model, layer_of
 from spp_fx.graph.rewrite import move_constants
 from spp_fx.graph.sizes import ANY_SIZES, sizes_in
 from spp_fx.graph.task import BATCH, LENGTH, TARGET, Input, Task
@@ -142,11 +141,6 @@ class Rewrite(Protocol):
 
 MOST_TRACES = 8
 """Traces of one model for sizes that its first does not hold for: each takes seconds and the memory of its graphs."""
-
-
-def _once(name: str) -> str:
-    """A name in the model of one in the tree, where a module called n times is name, name@1, ..."""
-    return re.sub(r"@\d+", "", name)
 
 
 def child_path(path: str, node: fx.Node) -> str:
@@ -369,7 +363,7 @@ class Program(nn.Module):
         for path, module in self.named_modules():
             for table in (module._parameters, module._buffers):
                 for name, tensor in table.items():
-                    key = _once(f"{path}.{name}".lstrip("."))
+                    key = in_model(f"{path}.{name}".lstrip("."))
                     if tensor is not None and key in theirs and key not in self.constants:
                         table[name] = theirs[key]
         missing = {name for name, t in self._tensors().items() if isinstance(t, nn.Parameter)} - theirs.keys()
@@ -379,7 +373,7 @@ class Program(nn.Module):
     def _tensors(self) -> dict[str, Any]:
         """Parameters and buffers by the names that they have in the model."""
         every = (self.named_parameters(remove_duplicate=False), self.named_buffers(remove_duplicate=False))
-        return {_once(name): tensor for each in every for name, tensor in each}
+        return {in_model(name): tensor for each in every for name, tensor in each}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

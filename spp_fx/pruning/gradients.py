@@ -55,7 +55,7 @@ def without_gradient(program: Program, sites: Iterable[str]) -> dict[str, str]:
     reasons = {
         name: "is outside the decoder layers, where no gradient is taken"
         if program.sites[name].layer not in program.units
-        else "is shared by several layers, so that no single layer has its gradient"
+        else "is used outside its layer as well, where no gradient is taken"
         for name in outside_of_layers(program, sites)
     }
     tied = {name: other for name in sites for other in program.names_of(name) if other != name}
@@ -117,8 +117,7 @@ def layer_gradients(
                 walk.loss(shared, lambda sample: guide.logits(sample, guide_shared), progress)
             guide.source.states.forget(len(guide.walk.layers))
     for index in reversed(range(len(walk.walk.layers))):
-        path = walk.walk.layers[index].path
-        own = [name for name in sites if source.program.sites[name].layer == path]
+        own = [name for name in sites if source.program.sites[name].layer in walk.walk.layers[index].units]
         with walk.in_place(walk.walk.layer_tensors(index)):
             grads = walk.backward(index, own, shared, progress)
             for name in own:

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from spp_fx.errors import PreconditionError
 from spp_fx.graph.flow import Flow
+from spp_fx.graph.names import in_model
 from spp_fx.graph.program import Program
 from spp_fx.pruning.criterion import Criterion
-from spp_fx.pruning.permute import best_order, producers
+from spp_fx.pruning.permute import Producers, best_order, producers
 from spp_fx.pruning.recipe import MatrixReport, Recipe, prune_matrix
-from spp_fx.pruning.statistics import InputsBySite, Observer
+from spp_fx.pruning.statistics import InputsBySite, Observer, observed
 from spp_fx.pruning.walk import Layer, Shared, States, Walk
 from spp_fx.sparsity.pattern import NM, Pattern
 
@@ -93,8 +94,8 @@ def outside_of_layers(program: Program, sites: Iterable[str]) -> dict[str, str]:
             reasons[name] = (
                 "is outside the decoder layers, where nothing is calibrated; prune it with --method magnitude"
             )
-        elif any(not f"{use.path}.".startswith(f"{layer}.") for use in uses.get(name, [])):
-            reasons[name] = "is shared by several layers, so no single layer can calibrate it"
+        elif any(not f"{in_model(use.path)}.".startswith(f"{layer}.") for use in uses.get(name, [])):
+            reasons[name] = "is used outside its layer as well, where nothing is calibrated"
     return reasons
 
 
@@ -168,7 +169,7 @@ class _Run:
         """See the inputs of a layer, prune it, and save what it gives the next."""
         layer, last = self.walk.layers[index], len(self.walk.layers) - 1
         sites = self.walk.program.sites
-        patterns = {n: pattern for n, pattern in self.patterns.items() if sites[n].layer == layer.path}
+        patterns = {n: pattern for n, pattern in self.patterns.items() if sites[n].layer in layer.units}
         with self._in_place(self.walk.layer_tensors(index)):
             result = self._prune(layer, patterns, self._observe(index, shared, patterns))
             for i in range(self.samples if index < last else 0):
@@ -181,7 +182,7 @@ class _Run:
     def _observe(self, index: int, shared: Shared, sites: Iterable[str]) -> InputsBySite:
         program, hessian = self.walk.program, self.recipe.criterion.hessian
         observer = Observer(
-            {name: program.sites[name] for name in sites},
+            observed(program, sites),
             hessian=hessian,
             samples=self.samples,
             device=self.device,
@@ -265,9 +266,14 @@ def _reorder(
 ) -> dict[str, str]:
     """Give sites whose inputs can change places the order that keeps most; what was done or why not, by site."""
     notes: dict[str, str] = {}
-    possible = producers(flow, layer.path)
+    possible: dict[str, Producers | str] = {}
+    for unit in layer.units:
+        possible |= producers(flow, unit)
+    shared = {*flow.program.tied, *flow.program.tied.values()}
     for name, pattern in patterns.items():
         makers = possible.get(name, "its layer runs without it")
+        if not shared.isdisjoint((name, *(() if isinstance(makers, str) else makers.sites))):
+            makers = "is shared with another layer, or is made by a weight that is"
         if not isinstance(pattern, NM):
             notes[name] = f"inputs keep their order: {pattern} has no groups"
         elif isinstance(makers, str):
@@ -291,6 +297,7 @@ def replace_tensor(program: Program, name: str, tensor: Tensor) -> None:
     path, _, attribute = name.rpartition(".")
     module = program.get_submodule(path)
     if attribute in module._parameters:
-        module._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
+        is_one = isinstance(tensor, nn.Parameter)
+        module._parameters[attribute] = tensor if is_one else nn.Parameter(tensor, requires_grad=False)
     else:
         module._buffers[attribute] = tensor

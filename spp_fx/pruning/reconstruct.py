@@ -11,7 +11,7 @@ from spp_fx.adapters.rows import row_ranges
 from spp_fx.errors import UsageError
 from spp_fx.pruning.gradients import SampleWalk, Source
 from spp_fx.pruning.layerwise import Tick, silent
-from spp_fx.pruning.statistics import Inputs, Observer
+from spp_fx.pruning.statistics import Inputs, Observer, observed
 from spp_fx.pruning.walk import Walk
 
 BLOCK_ELEMENTS = 1 << 24
@@ -71,11 +71,9 @@ def layer_inputs(
 
     shared = walk.enter()
     for index, layer in enumerate(layers):
-        own = [name for name in sites if program.sites[name].layer == layer.path]
+        own = [name for name in sites if program.sites[name].layer in layer.units]
         with walk.in_place(walk.walk.layer_tensors(index)):
-            observer = Observer(
-                {name: program.sites[name] for name in own}, hessian=True, samples=len(tokens), device=device
-            )
+            observer = Observer(observed(program, own), hessian=True, samples=len(tokens), device=device)
             for i in samples:
                 with torch.no_grad():
                     walk.walk.observe(index, walk.load(index, i), shared, observer)

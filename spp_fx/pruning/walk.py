@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from spp_fx.errors import FormatError, PreconditionError
+from spp_fx.graph.names import in_model, layer_of
 from spp_fx.graph.program import SITE, Program, Use, child_path
 from spp_fx.graph.rewrite import reach
 from spp_fx.storage.output import fsync_file, fsync_folder
@@ -147,17 +148,24 @@ class Interpreter(fx.Interpreter):
 
 @dataclass(frozen=True)
 class Layer:
-    """A decoder layer.
+    """A decoder layer, or several that are walked as one: those between two calls of a layer, or that share a weight.
 
     Attributes:
-        path: of its unit.
-        nodes: the node that calls it, and those that run before the next one is called.
+        units: paths of its units.
+        nodes: from the node that calls it to those that run before the next one is called.
+        calls: how many of `nodes` it takes to the end of its last call.
         reads: values from before it, that it or a later layer reads, and that depend on the sample.
     """
 
-    path: str
+    units: tuple[str, ...]
     nodes: tuple[fx.Node, ...]
+    calls: int
     reads: tuple[fx.Node, ...]
+
+    @property
+    def path(self) -> str:
+        """What it is called in messages."""
+        return self.units[0] if len(self.units) == 1 else f"{self.units[0]} to {self.units[-1]}"
 
 
 class Walk:
@@ -168,37 +176,29 @@ class Walk:
             where the walk goes `to_end`, which keeps them from layer to layer.
 
     Raises:
-        PreconditionError: the program has no units, or they are not called one after another by one graph.
+        PreconditionError: the program has no units, or they are checkpointed.
     """
 
     def __init__(self, program: Program, *, to_end: bool = False) -> None:
         if not program.units:
             raise PreconditionError("calibration walks layer by layer: run partition first")
         self.program = program
-        owner, self._way = _way_in(program)
-        self._owner = owner
-        nodes = list(owner.module.graph.nodes)
-        calls = [
-            i
-            for i, node in enumerate(nodes)
-            if node.op == "call_module" and child_path(owner.path, node) in program.units
-        ]
-        self._prefix, self._suffix = nodes[: calls[0]], nodes[calls[-1] + 1 :]
-        last = len(nodes) if to_end else calls[-1] + 1
-        later = set(nodes[calls[0] : last])
+        self._owner, self._way, calls = _way_in(program)
+        owner, nodes = self._owner, list(self._owner.module.graph.nodes)
+        groups = _groups(program, [(nodes.index(node), units) for node, units in calls.items()])
+        begins = [first for first, *_ in groups]
+        end = groups[-1][1] + 1
+        self._prefix, self._suffix = nodes[: begins[0]], nodes[end:]
+        last = len(nodes) if to_end else end
+        later = set(nodes[begins[0] : last])
         self._shared = {
             node for node in _untainted(self._way, owner, self._prefix) if not later.isdisjoint(node.users)
         }
-        stops = [*calls[1:], calls[-1] + 1]
         self.layers = tuple(
-            Layer(
-                child_path(owner.path, nodes[start]),
-                tuple(nodes[start:stop]),
-                self._reads(nodes, start, last),
-            )
-            for start, stop in zip(calls, stops, strict=True)
+            Layer(units, tuple(nodes[start:stop]), final - start + 1, self._reads(nodes, start, last))
+            for (start, final, units), stop in zip(groups, [*begins[1:], end], strict=True)
         )
-        self.end = self._reads(nodes, stops[-1], last)
+        self.end = self._reads(nodes, end, last)
 
     def enter(self, tokens: Tensor) -> tuple[list[Any], Shared]:
         """What the first layer reads of a sample, and what all samples share.
@@ -214,8 +214,8 @@ class Walk:
 
     def observe(self, index: int, values: Sequence[Any], shared: Shared, observe: Observe) -> None:
         """Run one layer on what it reads, showing the nodes that contract sites."""
-        interpreter = self._at(index, values, shared, observe)
-        interpreter.run_node(self.layers[index].nodes[0])
+        layer = self.layers[index]
+        _run(self._at(index, values, shared, observe), layer.nodes[: layer.calls])
 
     def run(self, index: int, values: Sequence[Any], shared: Shared) -> list[Any]:
         """Run one layer; what the next one reads, or after the last one what `leave` does."""
@@ -289,26 +289,67 @@ class Walk:
         return tuple(n for n in nodes[:start] if n not in self._shared and not later.isdisjoint(n.users))
 
 
-def _way_in(program: Program) -> tuple[Use, list[Use]]:
-    """The graph that calls the units (with its first call), and the calls that lead to it from the root."""
-    calls = program.calls()
-    first: dict[str, Use] = {}
-    for use in (use for unit in program.units for use in calls.get(unit, [])):
-        if use.node.op != "call_module":
-            raise PreconditionError("calibration needs layers that are not checkpointed")
-        first.setdefault(use.path, use)
-    if len(first) != 1:
-        raise PreconditionError(f"the decoder layers are called by {len(first)} graphs, expected one")
-    (owner,) = first.values()
-    way: list[Use] = []
-    path = owner.path
-    while path:
-        callers = [use for use in calls.get(path, []) if use.node.op == "call_module"]
-        if not callers:
-            raise PreconditionError(f"{path}: the graph of the layers is not called by a module")
-        way.insert(0, callers[-1])
-        path = callers[-1].path
-    return owner, way
+def _way_in(program: Program) -> tuple[Use, list[Use], dict[fx.Node, frozenset[str]]]:
+    """The innermost graph from which all units are called, with its first such call, and the calls that lead to it.
+
+    And its nodes that call units, themselves or in the graphs that they call, with these units.
+    """
+    graphs, reached = dict(program.graphs()), dict[str, frozenset[str]]()
+
+    def units(path: str) -> frozenset[str]:
+        """The units that a module is or calls."""
+        if in_model(path) in program.units:
+            return frozenset((in_model(path),))
+        if path not in reached:
+            reached[path] = frozenset[str]().union(*calls(path).values())
+        return reached[path]
+
+    def calls(path: str) -> dict[fx.Node, frozenset[str]]:
+        nodes = graphs[path].graph.find_nodes(op="call_module") if path in graphs else ()
+        return {node: own for node in nodes if (own := units(child_path(path, node)))}
+
+    path, way = "", list[Use]()
+    if missing := [unit for unit in program.units if unit not in units("")]:
+        raise PreconditionError(f"calibration needs layers that are not checkpointed, such as {missing[0]}")
+    while True:
+        found = calls(path)
+        first = Use(path, graphs[path], next(iter(found)))
+        inner = child_path(path, first.node)
+        if len(found) > 1 or in_model(inner) in program.units:
+            return first, way, found
+        way.append(first)
+        path = inner
+
+
+def _groups(
+    program: Program, calls: Sequence[tuple[int, frozenset[str]]]
+) -> list[tuple[int, int, tuple[str, ...]]]:
+    """Calls of units that must be walked as one: first and last position, and the units.
+
+    Args:
+        calls: positions in one graph, ascending, with the units that each calls.
+    """
+    same = {unit: unit for unit in program.units}
+    for name, first in program.tied.items():  # layers that share a weight are calibrated together
+        one, other = layer_of(name), layer_of(first)
+        if name in program.sites and one in same and other in same:
+            same = {unit: same[other] if kept == same[one] else kept for unit, kept in same.items()}
+    last = {same[unit]: at for at, units in calls for unit in units}
+    groups: list[tuple[int, int, tuple[str, ...]]] = []
+    for at, units in calls:
+        end = max(last[same[unit]] for unit in units)
+        if groups and at <= groups[-1][1]:
+            start, final, known = groups.pop()
+            groups.append(
+                (
+                    start,
+                    max(final, end),
+                    known + tuple(u for u in sorted(units, key=program.units.index) if u not in known),
+                )
+            )
+        else:
+            groups.append((at, end, tuple(sorted(units, key=program.units.index))))
+    return groups
 
 
 def _before(node: fx.Node) -> list[fx.Node]:

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from spp_fx.errors import FormatError, PatternError, PreconditionError, UsageError
+from spp_fx.graph.trace import trace
+from spp_fx.passes.canonicalize import Canonicalize
 from spp_fx.passes.causal import Causal
 from spp_fx.passes.match import Match
 from spp_fx.passes.partition import Partition
@@ -17,7 +19,7 @@ from spp_fx.pruning.criteria.sparsegpt import SparseGpt
 from spp_fx.pruning.criteria.wanda import Wanda
 from spp_fx.pruning.statistics import Inputs, output_energy
 from spp_fx.pruning.walk import FileStates, MemoryStates, Walk
-from tests.families import FAMILIES, batch
+from tests.families import FAMILIES, batch, make_model
 from tests.passes.programs import sparse
 
 
@@ -106,6 +108,33 @@ def test_experts_are_pruned_each_by_the_tokens_it_sees():
         smallest = score.argsort(1)[:, : score.shape[1] // 2]
         expected = dense[expert].scatter(1, smallest, 0)
         assert torch.equal(program.weight("model.layers.0.mlp.experts.down_proj")[expert], expected)
+
+
+def test_a_weight_of_two_layers_is_pruned_once_by_the_inputs_of_both():
+    model = make_model("llama").eval()
+    layers = model.model.layers
+    weight = layers[1].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
+    program = trace(model).eval()
+    program.calibration = ids = batch(4, 12)
+    run_pipeline(program, [Canonicalize(), Match(dense=True), Partition(), Causal()])
+    (walked,) = Walk(program).layers
+    assert walked.units == tuple(program.units)
+    seen: list[torch.Tensor] = []
+    hooks = [
+        layer.mlp.up_proj.register_forward_hook(lambda _, args, output: seen.append(args[0].flatten(0, -2)))
+        for layer in layers
+    ]
+    with torch.no_grad():
+        model(ids)
+    for hook in hooks:
+        hook.remove()
+    dense, x = weight.detach().clone(), torch.cat(seen)
+    (report,) = run_pipeline(program, [Prune(Wanda(), pattern="50%")])
+    smallest = (dense.abs() * (x**2).sum(0).sqrt()).argsort(1)[:, : dense.shape[1] // 2]
+    assert torch.equal(weight, dense.scatter(1, smallest, 0))
+    assert "is pruned with it" in report.skipped["model.layers.1.mlp.up_proj.weight"]
+    with torch.no_grad():
+        torch.testing.assert_close(program(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_an_expert_that_saw_no_token_is_pruned_by_magnitude_and_says_so():
