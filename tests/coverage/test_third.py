@@ -30,7 +30,6 @@ def test_what_worked_for_a_type_does_so_now(task, model_type):
     row = probe(task, model_type, without=SLOW)
     said = CELLS[task, model_type]
     assert {name: why for name, why in row.failures.items() if said[name] == "y"} == {}
-    assert row.cells["lengths"] == said["lengths"]
 
 
 def test_the_page_lists_every_type_of_every_task():
