@@ -18,7 +18,7 @@ from spp_fx.passes.partition import Partition
 from spp_fx.passes.pipeline import run_pipeline
 from spp_fx.pruning.gradients import Source, layer_gradients, without_gradient
 from spp_fx.pruning.layerwise import InPlace
-from spp_fx.pruning.walk import FileStates, MemoryStates, States, Walk
+from spp_fx.pruning.walk import FileStates, MemoryStates, States, Walk, fitted
 from tests.families import SPREAD, batch, make_model
 from tests.passes.programs import sparse
 
@@ -86,12 +86,12 @@ def test_layers_and_what_follows_them_are_the_model(family):
     model, program = walked(family)
     ids, walk = batch(2, 9), Walk(program, to_end=True)
     with torch.no_grad():
-        for row in ids:
-            values, shared = walk.enter(row[None])
+        for row, sample in zip(ids, fitted(program, ids)[1], strict=True):
+            values, shared = walk.enter(sample)
             for index in range(len(walk.layers)):
                 values = walk.run(index, values, shared)
             torch.testing.assert_close(
-                walk.leave(row[None], values, shared), model(row[None]).logits, rtol=1e-5, atol=1e-5
+                walk.leave(values, shared)["logits"], model(row[None]).logits, rtol=1e-5, atol=1e-5
             )
     assert "lm_head.weight" in walk.end_tensors()
 
