@@ -122,7 +122,7 @@ def prune_layers(
         recipe: how a matrix is pruned.
         weights: where the tensors come from.
         states: where values wait between layers; those of layer `start` are there if start is not 0.
-        start: the layer to begin with.
+        start: the layer to begin with; their number if all are done.
         finish: called after each layer with its index and what was done, while it is still in place.
 
     Raises:
@@ -130,6 +130,8 @@ def prune_layers(
     """
     program, complete = fitted(program, samples)
     run = _Run(Walk(program, complete), len(complete), patterns, recipe, weights, states, device, tick)
+    if start == len(run.walk.layers):
+        return
     shared = run.enter(complete, start)
     for index in range(start, len(run.walk.layers)):
         run.layer(index, shared, finish)
