@@ -1,6 +1,6 @@
 """Gradients of the loss with respect to the weights of one layer after another, in the memory of one layer."""
 
-from collections.abc import Callable, Collection, Generator, Iterable, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -77,9 +77,9 @@ def layer_gradients(
 
     The loss of a text is the mean over all predicted tokens of all samples: the cross entropy of the text, or the
     divergence KL(teacher || student) from a teacher's predictions. Of other tasks it is the mean over samples of the
-    task's loss of each, whose labels it has. Memory holds the weights of one layer with their gradients,
-    and the activations of one layer for one sample; `states` holds the inputs of every layer for every sample, each
-    until the layer is done. An expert that received no token has a gradient of zeros.
+    task's loss of each, whose labels it has, or of the task's distance from a teacher. Memory holds the weights of one
+    layer with their gradients, and the activations of one layer for one sample; `states` holds the inputs of every
+    layer for every sample, each until the layer is done. An expert that received no token has a gradient of zeros.
 
         for each in layer_gradients(Source(program, FolderWeights(found), FileStates(folder)), samples, sites, ...):
             saliency[each.site] = (each.weight * each.grad).norm()
@@ -88,18 +88,20 @@ def layer_gradients(
 
     Args:
         source: the model.
-        samples: texts of one length, at least 2; of other tasks, samples with labels.
+        samples: texts of one length, at least 2; of other tasks, samples, with labels where there is no teacher.
         sites: names of sites, none of them in `without_gradient`.
         device: where layers run.
-        teacher: of texts, a model with the same vocabulary, walked before.
+        teacher: a model with the same outputs, such as logits of the same vocabulary, walked before.
 
     Raises:
-        UsageError: samples have no labels, or there is a teacher of another task than causal-lm.
+        UsageError: samples have no labels, and there is no teacher.
         PatternError: the loss or a gradient is not finite; names the site.
     """
     walk = SampleWalk.of(source, samples, device, to_end=True)
     source = walk.source
-    _check_loss(source.program, walk.samples, teacher)
+    task = source.program.task.name
+    if teacher is None and task != CAUSAL_LM and any("labels" not in sample for sample in walk.samples):
+        raise UsageError(f"gradients of a loss need labels: give data of {task} that has them, or a teacher")
     guide = None if teacher is None else SampleWalk.of(teacher, samples, device, to_end=True)
     passes, done = 2 * len(walk.walk.layers) + 1 + (0 if guide is None else len(guide.walk.layers)), 0
 
@@ -115,7 +117,7 @@ def layer_gradients(
             walk.loss(shared, None, progress)
         else:
             with guide.in_place(guide.walk.end_tensors()):
-                walk.loss(shared, lambda sample: guide.logits(sample, guide_shared), progress)
+                walk.loss(shared, lambda sample: guide.outputs(sample, guide_shared), progress)
             guide.source.states.forget(len(guide.walk.layers))
     for index in reversed(range(len(walk.walk.layers))):
         own = [name for name in sites if source.program.sites[name].layer in walk.walk.layers[index].units]
@@ -168,13 +170,16 @@ class SampleWalk:
         return shared
 
     @torch.no_grad()
-    def logits(self, sample: int, shared: Shared) -> Tensor:
-        """(1, length, vocabulary) of a sample, from the end's values."""
-        return self.walk.leave(self.load(len(self.walk.layers), sample), shared)["logits"]
+    def outputs(self, sample: int, shared: Shared) -> dict[str, Tensor]:
+        """Those of a sample by name, from the end's values."""
+        return self.walk.leave(self.load(len(self.walk.layers), sample), shared)
 
     @torch.enable_grad()
     def loss(
-        self, shared: Shared, target: Callable[[int], Tensor] | None, progress: Callable[[str], None]
+        self,
+        shared: Shared,
+        target: Callable[[int], Mapping[str, Tensor]] | None,
+        progress: Callable[[str], None],
     ) -> None:
         """Replace the end's values by the gradients of the loss of each sample: of a text, the sum over predictions.
 
@@ -190,10 +195,12 @@ class SampleWalk:
                 if target is None:
                     loss = cross_entropy(logits, sample["input_ids"][0, 1:], reduction="sum")
                 else:
-                    wanted = log_softmax(target(i)[0, :-1].float(), -1)
+                    wanted = log_softmax(target(i)["logits"][0, :-1].float(), -1)
                     loss = (wanted.exp() * (wanted - log_softmax(logits, -1))).sum()
-            else:
+            elif target is None:
                 loss = self.source.program.task.loss(self.source.program, outputs, sample["labels"])
+            else:
+                loss = self.source.program.task.distance(outputs, target(i), sample)
             if not bool(loss.isfinite()):
                 raise PatternError(f"the loss of calibration sample {i + 1} is {loss.item()}")
             self.source.states.save(end, i, _gradients([loss], [torch.ones_like(loss)], leaves))
@@ -250,16 +257,6 @@ class SampleWalk:
         """What a layer reads of a sample."""
         values = self.source.states.load(index, sample)
         return [value.to(self.device) if isinstance(value, Tensor) else value for value in values]
-
-
-def _check_loss(program: Program, samples: Sequence[Sample], teacher: Source | None) -> None:
-    task = program.task.name
-    if task == CAUSAL_LM:
-        return
-    if teacher is not None:
-        raise UsageError(f"gradients from a teacher's predictions are taken for {CAUSAL_LM}, not {task}")
-    if any("labels" not in sample for sample in samples):
-        raise UsageError(f"gradients of a loss need labels: give rows of {task} with them")
 
 
 def _leaves(values: Sequence[Any]) -> list[Any]:
