@@ -27,7 +27,7 @@ from spp_fx.adapters.adapter_folder import (
 from spp_fx.errors import SppFxError, UsageError
 from spp_fx.exporters.manifest import open_model
 from spp_fx.graph.program import Program
-from spp_fx.graph.task import CAUSAL_LM
+from spp_fx.graph.task import CAUSAL_LM, LENGTH
 from spp_fx.storage.folder import is_adapter
 from spp_fx.storage.links import links_option
 from spp_fx.storage.output import atomic_file
