@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from spp_fx.errors import FormatError, SppFxError
 from spp_fx.exporters.onnx import graph_writer
-from spp_fx.exporters.onnx.onnxruntime_check import OnnxModel, check_standard, compare_logits, logits_of
+from spp_fx.exporters.onnx.onnxruntime_check import OnnxModel, check_standard
 from spp_fx.verbs.export import export
 from tests.command import must
+from tests.exporters.onnx_files import compare_logits, logits_of
 from tests.families import VOCABULARY, make_model
 
 
@@ -40,7 +41,7 @@ def model(root):
 
 
 def reference(model):
-    return logits_of(model, count_positions=False)
+    return logits_of(model)
 
 
 def changed(root, tmp_path, change, kind="inline"):

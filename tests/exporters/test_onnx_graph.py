@@ -1,10 +1,9 @@
 """A causal language model as one ONNX graph: named as the model names things, without its numbers."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Lfm2Config
+from transformers.modeling_outputs import CausalLMOutput
 
 from spp_fx.errors import SppFxError
 from spp_fx.exporters.onnx.graph_export import build_graph
@@ -61,7 +60,7 @@ def test_a_cache_that_is_no_keys_and_values_is_refused():
 
 def with_forward(forward):
     model = make_model("llama", one_layer=True)
-    model.forward = lambda input_ids, attention_mask, use_cache: SimpleNamespace(
+    model.forward = lambda input_ids, attention_mask, use_cache: CausalLMOutput(
         logits=forward(input_ids, attention_mask)
     )
     return model
