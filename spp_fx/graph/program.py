@@ -1,7 +1,6 @@
 """The traced model and its sites: the weights that passes may treat."""
 
-import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Literal, Protocol, TypeVar, cast
@@ -14,7 +13,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from spp_fx.adapters.method import Method
 from spp_fx.errors import SppFxError, UsageError
-from spp_fx.graph.names import layer_of
+from spp_fx.graph.names import in_model, layer_of
 from spp_fx.graph.rewrite import move_constants
 from spp_fx.graph.sizes import ANY_SIZES, sizes_in
 from spp_fx.graph.task import BATCH, LENGTH, TARGET, Input, Task
@@ -144,11 +143,6 @@ MOST_TRACES = 8
 """Traces of one model for sizes that its first does not hold for: each takes seconds and the memory of its graphs."""
 
 
-def _once(name: str) -> str:
-    """A name in the model of one in the tree, where a module called n times is name, name@1, ..."""
-    return re.sub(r"@\d+", "", name)
-
-
 def child_path(path: str, node: fx.Node) -> str:
     """The path in the program of the module, parameter or buffer that a node of the graph at `path` names."""
     return f"{path}.{node.target}".lstrip(".")
@@ -203,7 +197,8 @@ class Program(nn.Module):
         untraced: why there are no graphs and nothing can be computed; see `outline`.
         tied: parameters that share another's storage: name -> the first name.
         head_weight: name of the weight that makes the logits, if the model has one.
-        calibration: tokens (samples, length) int64 that calibrated passes run it on.
+        calibration: what calibrated passes run it on: tokens (samples, length) int64, or rows of its inputs, each
+            (1, ...), by name.
         loss_type: what transformers calls the loss; its Trainer counts a step's tokens by it.
         history: spellings of the passes that ran, in order.
         sizes: what its graphs hold for; `at` gives a program for others.
@@ -249,7 +244,7 @@ class Program(nn.Module):
         self.units: list[str] = []
         self.packings: dict[str, str] = {}
         self.masks: dict[str, PackedMask] = {}
-        self.calibration: Tensor | None = None
+        self.calibration: Tensor | Sequence[Mapping[str, Tensor]] | None = None
         self.loss_type: str | None = None
         self.history: list[str] = []
         self.sizes = ANY_SIZES
@@ -369,7 +364,7 @@ class Program(nn.Module):
         for path, module in self.named_modules():
             for table in (module._parameters, module._buffers):
                 for name, tensor in table.items():
-                    key = _once(f"{path}.{name}".lstrip("."))
+                    key = in_model(f"{path}.{name}".lstrip("."))
                     if tensor is not None and key in theirs and key not in self.constants:
                         table[name] = theirs[key]
         missing = {name for name, t in self._tensors().items() if isinstance(t, nn.Parameter)} - theirs.keys()
@@ -379,7 +374,7 @@ class Program(nn.Module):
     def _tensors(self) -> dict[str, Any]:
         """Parameters and buffers by the names that they have in the model."""
         every = (self.named_parameters(remove_duplicate=False), self.named_buffers(remove_duplicate=False))
-        return {_once(name): tensor for each in every for name, tensor in each}
+        return {in_model(name): tensor for each in every for name, tensor in each}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, fx
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from spp_fx.errors import PatternError
-from spp_fx.graph.program import SITE, Site
+from spp_fx.graph.program import SITE, Program, Site
 from spp_fx.pruning.select import row_blocks
 
 BLOCK_ELEMENTS = 1 << 22
@@ -127,8 +128,22 @@ InputsBySite = dict[tuple[str, int], Inputs]
 """By the site's name and the expert, which is 0 where it is a plain matrix."""
 
 
+def observed(program: Program, sites: Iterable[str]) -> dict[str, Site]:
+    """Sites by each name of their weights, which is several where layers share one: its inputs are those of all."""
+    found: dict[str, Site] = {}
+    for name in sites:
+        names = [each for each in program.names_of(name) if each in program.sites]
+        uses = sum(program.sites[each].uses for each in names)
+        found |= dict.fromkeys(names, replace(program.sites[name], uses=uses))
+    return found
+
+
 class Observer:
-    """`Inputs` of the sites of one layer; sites that read the same tensor share them."""
+    """`Inputs` of the sites of one layer; sites that read the same tensor share them.
+
+    Args:
+        sites: by the name that marks their nodes, see `observed`.
+    """
 
     def __init__(
         self, sites: Mapping[str, Site], *, hessian: bool, samples: int, device: torch.device
@@ -140,10 +155,10 @@ class Observer:
         self._followers: set[str] = set()
 
     def __call__(self, node: fx.Node, arguments: tuple[Any, ...]) -> None:
-        name = node.meta[SITE]
-        if name not in self._sites or name in self._followers:
+        site = self._sites.get(node.meta[SITE])
+        if site is None or site.name in self._followers:
             return
-        site = self._sites[name]
+        name = site.name
         try:
             if site.kind == "experts":
                 self._add_experts(site, node, arguments)

@@ -55,7 +55,8 @@ class StoredWeights:
     def single(self, name: str) -> str | None:
         """The stored tensor that is a parameter; None where several make it up, or none."""
         matrices = self.binding.matrices.get(name, ())
-        return matrices[0].tensor if len(matrices) == 1 and matrices[0].expert is None else None
+        is_single = len(matrices) == 1 and matrices[0].expert is None and matrices[0].offset is None
+        return matrices[0].tensor if is_single else None
 
     def read(self, name: str, device: torch.device) -> Tensor:
         """A parameter or buffer in its dtype, contiguous, on a device.

@@ -16,6 +16,7 @@ from spp_fx.errors import FormatError, UsageError
 from spp_fx.exporters.manifest import open_model
 from spp_fx.graph.binding import assemble
 from spp_fx.graph.model import TOKENIZER_FILES, Readable, check_task, load_model
+from spp_fx.graph.names import in_model
 from spp_fx.graph.program import Program, factor_attribute
 from spp_fx.graph.task import CAUSAL_LM
 from spp_fx.graph.trace import trace
@@ -243,9 +244,13 @@ class FolderWeights:
         Raises:
             FormatError: the folder has no tensor for a parameter.
         """
+        filled: dict[str, Tensor] = {}
         for name in names:
             current = _current(program, name)
             source = self._source(program, name)
+            if source in filled:  # another name of a shared parameter
+                replace_tensor(program, name, filled[source])
+                continue
             if source is None and current.device.type == "meta":
                 raise FormatError(
                     f"{self.folder.path}: {name}: "
@@ -257,7 +262,12 @@ class FolderWeights:
                     f"{self.folder.path}: {name} is stored as {tensor.dtype}, which has a meaning only with its "
                     "scales; decompress the model first"
                 )
-            replace_tensor(program, name, tensor.to(device=device, dtype=current.dtype))
+            tensor = tensor.to(device=device, dtype=current.dtype)
+            if source is not None:
+                filled[source] = tensor = (
+                    nn.Parameter(tensor, False) if tensor.is_floating_point() else tensor
+                )
+            replace_tensor(program, name, tensor)
 
     def empty(self, program: Program, names: Iterable[str]) -> None:
         for name in names:
@@ -276,6 +286,7 @@ class FolderWeights:
 
     def _source(self, program: Program, name: str) -> str | None:
         """The name under which the folder holds a tensor: its own, or that of a parameter that shares it."""
+        name = in_model(name)
         first = program.tied.get(name, name)
         group = [name, first, *(other for other, owner in program.tied.items() if owner == first)]
         return next((each for each in group if each in self.found.matrices), None)
