@@ -34,7 +34,7 @@ from spp_fx.exporters.onnx.onnxruntime_check import (
 from spp_fx.exporters.onnx.random_inputs import ImageTokens, draw_batches, longest_text
 from spp_fx.exporters.read_back import lost_signs
 from spp_fx.graph.model import check_task, hollow_model, load_model
-from spp_fx.graph.task import CAUSAL_LM, Task, task_of_model
+from spp_fx.graph.task import CAUSAL_LM, Task, find_task, task_of_model
 from spp_fx.storage.safetensors import dtype_name, torch_dtype
 
 COMPARED_BELOW = 10**9
@@ -61,15 +61,19 @@ class _Export:
 
 def write_model(format: OnnxFormat, source: Source, target: Path, tick: Tick, say: Say) -> dict[str, Any]:
     """Fill an empty folder; see `Format.write`."""
-    check_task(source.folder.path, f"an export to {format.name}")
+    path, chosen = source.folder.path, None if format.task is None else find_task(format.task)
+    if chosen is None:
+        check_task(path, f"an export to {format.name}")
     model = hollow_model(
-        source.folder.path, dtype=_dtype(source), trust_remote_code=source.trust_remote_code
+        path, dtype=_dtype(source), task=chosen, trust_remote_code=source.trust_remote_code
     ).eval()
-    task = task_of_model(model)
+    task = chosen or task_of_model(model)
+    if not task.takes(model):
+        raise UsageError(f"{path}: {type(model).__name__} cannot be run for {task.name} ({task.auto})")
     if format.with_past and task.name != CAUSAL_LM:
         raise UsageError(
-            f"{source.folder.path}: --with-past is for {CAUSAL_LM}: the graph of a model for {task.name} takes whole "
-            "inputs, and keeps no cache of them; export it without --with-past"
+            f"{path}: --with-past is for {CAUSAL_LM}: the graph of a model for {task.name} takes whole inputs, and "
+            "keeps no cache of them; export it without --with-past"
         )
     graph = build_graph(model, task=task, with_past=format.with_past)
     if not graph.bfloat16:
@@ -265,7 +269,9 @@ def _compare_logits(export: _Export, target: Path, twin: bool) -> dict[str, Any]
         return {"logits": f"not compared: {reason}", "shipped_file": unrun}
     source, task = export.source, export.task
     dtype = source.rounded_to or "auto"
-    real = load_model(source.folder.path, dtype=dtype, trust_remote_code=source.trust_remote_code).eval()
+    real = load_model(
+        source.folder.path, dtype=dtype, task=task, trust_remote_code=source.trust_remote_code
+    ).eval()
     entries = task.inputs(real)
     found = compare_outputs(
         target / GRAPH,
