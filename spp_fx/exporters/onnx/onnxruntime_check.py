@@ -231,10 +231,7 @@ def compare_outputs(
     for inputs in batches:
         with torch.no_grad():
             answers = {name: answer.detach().cpu() for name, answer in reference(inputs).items()}
-        arrays = {
-            name: value.float().numpy() if value.is_floating_point() else value.numpy()
-            for name, value in inputs.items()
-        }
+        arrays = {name: _array(value) for name, value in inputs.items()}
         found = model.outputs(arrays)
         for name, answer in answers.items():
             if limit is None:
