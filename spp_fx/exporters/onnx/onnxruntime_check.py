@@ -255,18 +255,16 @@ def compare_outputs(
             spread = max(spread, float(np.abs(expected).max()))
             positions += int(real.sum())
     assert limit is not None
-    agreement = agreed / max(1, judged)
+    agreement = agreed / judged if judged else None
     if worst > limit * spread:
-        preferred = (
-            ""
-            if agreement is None
-            else f"; both prefer the same at {100 * agreement:.1f}% of {judged} positions"
-        )
+        preferred = ""
+        if agreement is not None:
+            preferred = f"; both prefer the same at {100 * agreement:.1f}% of {judged} positions"
         raise SppFxError(
             f"{path}: {' and '.join(outputs)} differ from the reference by up to {worst:.3g}, allowed is "
             f"{limit * spread:.3g} ({limit:g} of their spread {spread:.3g}){preferred}"
         )
-    return Comparison(worst, spread, limit, agreement if judged else None, positions, computed_in)
+    return Comparison(worst, spread, limit, agreement, positions, computed_in)
 
 
 def _array(value: Tensor) -> Array:
