@@ -149,6 +149,7 @@ def inject(
     skip: Sequence[str] = (),
     seed: int = 0,
     overrides: Sequence[str] = (),
+    task: str | None = None,
     train_norms: bool = False,
     budget: str | int | None = None,
     budget_by: Literal["size", "error", "gradient"] = "size",
@@ -172,6 +173,7 @@ def inject(
         skip: names of sites that get no adapter, as in `targets`.
         overrides: other values of the method's numbers for some sites, such as `rank:down_proj@32`; see
             `method_by_site`.
+        task: what the model is for; None: what its configuration says.
         train_norms: also train norms and biases, see `vectors`.
         budget: trained parameters at most, such as `0.3%` of the model's; the ranks are chosen, see `spread`.
         budget_by: what the ranks are in proportion to: `size`, the same for all; `error`, see `pruning_errors`;
@@ -213,14 +215,14 @@ def inject(
     if out is None:
         weights = any(model.glob("*.safetensors"))
         found = find_sites(
-            open_model(model, weights=weights), trust_remote_code=trust_remote_code, runnable=walks
+            open_model(model, weights=weights), task=task, trust_remote_code=trust_remote_code, runnable=walks
         )
         with TemporaryDirectory(prefix="spp-fx-inject-") as store:
             return _inject(found, None, plan, tick, say, walked(found, Path(store)))[0]
     provenance.load(model)  # a damaged history is an error before the work
     sources = [model] if plan.teacher is None else [model, plan.teacher]
     with workspace(out, {"verb": "inject"}, force=force, sources=sources, say=say) as work:
-        found = find_sites(open_model(model), trust_remote_code=trust_remote_code, runnable=walks)
+        found = find_sites(open_model(model), task=task, trust_remote_code=trust_remote_code, runnable=walks)
         gradients = walked(found, work.store)
         result, lock = _inject(found, out, plan, tick, say, gradients)
         factors = {
@@ -253,6 +255,9 @@ def inject(
             lock=lock,
             trained=trained,
             init=init,
+            task=(found.program.task.name, found.program.task.peft)
+            if found.program.inputs
+            else ("none", None),
         )
         settings = {
             "method": method, **result.method.parameters(), "seed": seed, "targets": list(targets), "skip": list(skip),

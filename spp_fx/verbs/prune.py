@@ -180,6 +180,7 @@ def prune(
     targets: Sequence[str] = (),
     ratios: Sequence[str] = (),
     skip: Sequence[str] = (),
+    task: str | None = None,
     device: str | None = None,
     force: bool = False,
     fresh: bool = False,
@@ -202,6 +203,7 @@ def prune(
         targets: sites to prune; see `Match`.
         ratios: `NAME@PATTERN`: another pattern for the sites of that name; the last one that matches counts.
         skip: names of sites that stay dense.
+        task: what the model is for; None: what its configuration says.
         device: where layers run; by default a GPU if torch has one.
         fresh: start over even if a stopped run has finished something.
         allow_links: follow symbolic links that leave a folder; see `links.check_link`.
@@ -221,7 +223,9 @@ def prune(
     provenance.load(model)  # a damaged history is an error before the work
     where = device_of(device)
     folder = open_model(model)
-    found = find_sites(folder, trust_remote_code=trust_remote_code, runnable=calibration is not None)
+    found = find_sites(
+        folder, task=task, trust_remote_code=trust_remote_code, runnable=calibration is not None
+    )
     for note in found.notes:
         say(note)
     patterns, refused = _patterns(found, wanted, recipe, targets, ratios, skip, calibration is not None)
@@ -246,6 +250,7 @@ def prune(
         settings = {
             "method": method, "pattern": str(wanted), "repair": repair, **_all_options(), **options,
             "targets": list(targets), "ratios": list(ratios), "skip": list(skip),
+            **({} if task is None else {"task": task}),
         }  # fmt: skip
         _record(found, work.folder, settings, tokens)
     used = None if tokens is None else {"samples": tokens.shape[0], "seq_len": tokens.shape[1]}

@@ -12,6 +12,10 @@ TARGETS = (
     "'model.layers.0.*'). Default: every linear of the decoder layers."
 )
 STRICT = "Fail on rows without content, such as an empty answer. Default: skip and count them."
+TASK = (
+    "What the model is run for, such as masked-lm, seq2seq-lm or image-classification. Default: what config.json says "
+    "(architectures); causal-lm for language models that also see images (image-text-to-text)."
+)
 NAMES = "last word of a module's name or a glob; repeatable"
 
 
@@ -32,6 +36,7 @@ class PruneSettings:
     )
     skip: tuple[str, ...] = option((), "Sites that stay dense, named as for --targets.", split=True)
     targets: tuple[str, ...] = option((), TARGETS, split=True)
+    task: str | None = option(None, TASK)
     device: str | None = option(None, "Where layers run. Default: cuda where there is one, else cpu.")
 
 
@@ -61,6 +66,7 @@ class InjectSettings:
     seed: int = option(0, "Seed of the factors' initial values, and of the draw of windows.")
     targets: tuple[str, ...] = option((), TARGETS, split=True)
     skip: tuple[str, ...] = option((), "Sites that get no adapter, named as for --targets.", split=True)
+    task: str | None = option(None, TASK)
     train_norms: bool = option(
         False,
         "Also train the norms and biases of the decoder; they are less than 0.1% of a model and no mask is touched.",
@@ -362,6 +368,10 @@ class EvaluateSettings:
         None, "Examples in a task's prompt. Default: 5 for mmlu, else the task's own.", not_negative
     )
     batch_size: str = option("1", "Rows of a task per forward; auto: as many as fit.", _rows, metavar="N")
+    task: str | None = option(None, TASK)
+    teacher: Path | None = option(
+        None, "Model whose embeddings those of MODEL are compared with (feature-extraction)."
+    )
     base: Path | None = option(None, "Base model of an adapter, if it is not where the adapter says.")
     device: str | None = option(None, "Where the model runs. Default: cuda where there is one, else cpu.")
 
