@@ -27,7 +27,7 @@ from spp_fx.adapters.adapter_folder import (
 from spp_fx.errors import SppFxError, UsageError
 from spp_fx.exporters.manifest import open_model
 from spp_fx.graph.program import Program
-from spp_fx.graph.task import CAUSAL_LM
+from spp_fx.graph.task import CAUSAL_LM, LENGTH
 from spp_fx.storage.folder import is_adapter
 from spp_fx.storage.links import links_option
 from spp_fx.storage.output import atomic_file
@@ -64,6 +64,7 @@ class Trained:
 
     Attributes:
         rows: of an optimizer step, over all processes.
+        seq_len: tokens of a row at most; None for pictures and recordings.
         lr: the peak learning rate.
         lr_trials: losses of the short runs that it was chosen by, by their rates; infinite where one diverged.
         loss: mean over all steps, those before a resumption too.
@@ -84,7 +85,7 @@ class Trained:
     rows: int
     lr: float
     lr_trials: dict[float, float]
-    seq_len: int
+    seq_len: int | None
     loss: float
     losses: list[float]
     parts: dict[str, float | None]
@@ -130,9 +131,10 @@ class Trained:
 
     def lines(self) -> Iterator[str]:
         end = f", {self.losses[-1]:.3f} at the end" if len(self.losses) > 1 else ""
+        size = "rows" if self.seq_len is None else f"x {self.seq_len} tokens"
         trials = f" after {self.trial_seconds:.0f} s of trials" if self.lr_trials else ""
         yield (
-            f"{self.adapter}: {self.steps} steps of {self.rows} x {self.seq_len} tokens in {self.seconds:.0f} s"
+            f"{self.adapter}: {self.steps} steps of {self.rows} {size} in {self.seconds:.0f} s"
             f"{trials}, learning rate {self.lr:.3g}, loss {self.loss:.3f} on average{end}"
         )
         if sum(part is not None for part in self.parts.values()) > 1:
@@ -264,7 +266,7 @@ def train(
         rows=settings.batch_size * settings.accumulate * together.num_processes,
         lr=lr,
         lr_trials=trials,
-        seq_len=length,
+        seq_len=length if LENGTH in read.sizes else None,
         loss=nan if (loss := means.pop(LOSS)) is None else loss,
         losses=[float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
         parts=means,
