@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from spp_fx.adapters.adapter_folder import StoredMatrix, write_adapter
 from spp_fx.adapters.fold import FLOATING
@@ -43,7 +44,7 @@ from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.pattern import Pattern
 from spp_fx.storage.links import links_option
 from spp_fx.storage.workspace import Say, workspace
-from spp_fx.verbs.load import device_of, is_as_sparse, text_digest
+from spp_fx.verbs.load import device_of, is_as_sparse, samples_digest
 from spp_fx.verbs.settings import Calibration, InjectSettings
 from spp_fx.verbs.starts import TextGradients, check_start, start_factors
 from spp_fx.verification import provenance
@@ -239,9 +240,11 @@ def inject(
         if gradients is not None:
             if init != "default":
                 factors = start_factors(init, gradients, result.methods, factors)
-            tokens = gradients.tokens
-            inputs["calibration"] = text_digest(tokens)
-            start = {"init": init, "samples": len(tokens), "seq_len": tokens.shape[1]}
+            samples = gradients.samples
+            inputs["calibration"] = samples_digest(samples)
+            start = {"init": init, "samples": len(samples)}
+            if isinstance(samples, Tensor):
+                start["seq_len"] = samples.shape[1]
         write_adapter(
             work.folder,
             target=out,

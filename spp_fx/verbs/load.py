@@ -25,7 +25,7 @@ from spp_fx.graph.binding import assemble
 from spp_fx.graph.model import PROCESSOR_FILES, TOKENIZER_FILES, Readable, check_task, load_model
 from spp_fx.graph.names import in_model
 from spp_fx.graph.program import Program, factor_attribute
-from spp_fx.graph.task import Task, find_task
+from spp_fx.graph.task import CAUSAL_LM, Task, find_task
 from spp_fx.graph.trace import trace
 from spp_fx.passes.canonicalize import Canonicalize
 from spp_fx.passes.causal import Causal
@@ -38,10 +38,12 @@ from spp_fx.passes.pipeline import run_pipeline
 from spp_fx.passes.shard import Over, Shard
 from spp_fx.passes.train_norms import TrainNorms
 from spp_fx.pruning.layerwise import Part, replace_tensor
+from spp_fx.pruning.walk import Samples
 from spp_fx.storage.folder import ModelFolder, is_adapter
 from spp_fx.storage.safetensors import torch_dtype
 from spp_fx.training.records import Skipped, read_samples
 from spp_fx.training.samples import check_vocabulary, token_stream
+from spp_fx.training.task_rows import task_rows
 from spp_fx.training.trainer import load_factors
 from spp_fx.verbs.settings import Calibration
 from spp_fx.verification.model_sites import ModelSites
@@ -399,6 +401,49 @@ def draw_windows(
     return Drawn(torch.stack([tokens[begin : begin + length] for begin in begins.tolist()]), skipped)
 
 
-def text_digest(tokens: Tensor) -> str:
-    """BLAKE2b-256 of windows as `draw_windows` gives them, as histories record it."""
-    return blake2b(tokens.numpy().tobytes(), digest_size=32).hexdigest()
+def draw_samples(
+    model: Path,
+    program: Program,
+    calibration: Calibration,
+    *,
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[Samples, Skipped]:
+    """What a program is calibrated on: of a causal language model `draw_windows`, else rows of the task at random.
+
+    Raises:
+        UsageError: there are too few, or the data cannot be used.
+    """
+    task, data, count = program.task, calibration.data, calibration.samples
+    if task.name == CAUSAL_LM:
+        drawn = draw_windows(model, program, calibration, trust_remote_code=trust_remote_code, say=say)
+        return drawn.tokens, drawn.skipped
+    rows, skipped = task_rows(
+        data,
+        program,
+        load_processor(model, task, trust_remote_code=trust_remote_code),
+        length=window_length(program, calibration.seq_len),
+        strict=calibration.strict,
+        seed=calibration.seed,
+    )
+    if line := skipped.line(data):
+        say(line)
+    if len(rows) < count:
+        raise UsageError(
+            f"{data}: has {len(rows)} rows, and {count} are drawn; use more data or fewer --samples"
+        )
+    say(f"{data}: {count:,} of its {len(rows):,} rows are drawn")
+    chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(calibration.seed))[:count]
+    return [{name: each[None] for name, each in rows[n].items()} for n in chosen.tolist()], skipped
+
+
+def samples_digest(samples: Samples) -> str:
+    """BLAKE2b-256 of samples as `draw_samples` gives them, as histories record it."""
+    if isinstance(samples, Tensor):
+        return blake2b(samples.numpy().tobytes(), digest_size=32).hexdigest()
+    digest = blake2b(digest_size=32)
+    for sample in samples:
+        for name, value in sorted(sample.items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

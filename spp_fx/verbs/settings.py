@@ -46,11 +46,13 @@ class Calibration:
 
     data: str | Path = option(
         MISSING,
-        "Text to calibrate on: a file, .jsonl records, or the name of a dataset on the hub.",
+        "Text to calibrate on, or data of the task: a file, .jsonl records, or the name of a dataset on the hub.",
         flag="calib",
     )
-    samples: int = option(128, "Windows drawn from the text.", at_least_one)
-    seq_len: int | None = option(None, "Tokens per window. Default: 2048, or what the model has.")
+    samples: int = option(128, "Windows drawn from the text; of other tasks, rows of the data.", at_least_one)
+    seq_len: int | None = option(
+        None, "Tokens per window. Default: 2048, or what the model has; of other tasks, 512 per row at most."
+    )
     seed: int = option(0, "Seed of the draw of windows.")
     strict: bool = option(False, STRICT, flag="strict-data")
 
