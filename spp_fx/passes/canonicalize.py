@@ -392,7 +392,7 @@ def _rewrite(contraction: Contraction, name: str) -> bool:
         with node.graph.inserting_before(node):
             weight = call(node.graph, aten.t.default, weight)
     if contraction.position == 0 and node.target in EITHER:
-        _swap(node, weight, node.args[1], name)
+        _swap(node, cast(fx.Node, weight), cast(fx.Node, node.args[1]), name)
     else:
         given = [] if bias is None else [bias]
         replace_by_call(node, aten.linear.default, x, weight, *given, **{SITE: name})
