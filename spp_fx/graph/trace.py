@@ -30,6 +30,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 
 from spp_fx.errors import SppFxError, UsageError
 from spp_fx.graph.flow import argument
+from spp_fx.graph.leaves import Leaves, leaf_classes
 from spp_fx.graph.model import CAUSAL, load_model
 from spp_fx.graph.program import Program
 from spp_fx.graph.rewrite import Graph, call, training_flag
@@ -174,14 +175,16 @@ def trace(model: PreTrainedModel | str | Path, example: tuple[int, int] = EXAMPL
     refuse_names(model)
     program = _trace(model, example)
     if program.sizes.conditions:
-        program.again = TraceAgain.of(model)
+        program.again = TraceAgain.of(model, leaf_classes(program))
     return program
 
 
-def _trace(model: PreTrainedModel, example: tuple[int, int]) -> Program:
-    exported = _export(model, example, training=False)
-    conditions = (*_sizes(model, exported).conditions, *_training_dropout(model, exported, example))
+def _trace(model: PreTrainedModel, example: tuple[int, int], classes: frozenset[type] = frozenset()) -> Program:
+    leaves = Leaves(model, classes)
+    exported = _export(model, example, leaves, training=False)
+    conditions = (*_sizes(model, exported).conditions, *_training_dropout(model, exported, example, leaves))
     root = _tree(exported, model)
+    leaves.place(root)
     program = Program(root, model.config, model.loss_function, tied_parameters(model), head_of(model))
     program.sizes = Sizes(tuple(dict.fromkeys(conditions)))
     program.constants = frozenset(dict(program.named_buffers()).keys() - dict(model.named_buffers()).keys())
@@ -197,18 +200,20 @@ class TraceAgain:
 
     Attributes:
         model: its structure and buffers; parameters are on the meta device. It is never changed.
+        classes: of the modules that are leaves.
     """
 
     model: PreTrainedModel
+    classes: frozenset[type] = frozenset()
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> "TraceAgain | None":
+    def of(cls, model: PreTrainedModel, classes: frozenset[type]) -> "TraceAgain | None":
         """None for a model that cannot be copied, or in which a function that knows it stands for a forward."""
         if any(isinstance(vars(module).get("forward"), FunctionType) for module in model.modules()):
             return None
         metas = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
         try:
-            return cls(copy.deepcopy(model, dict[int, Any](metas)))
+            return cls(copy.deepcopy(model, dict[int, Any](metas)), classes)
         except (RuntimeError, TypeError):  # a tensor with a gradient, a lock, a handle
             return None
 
@@ -231,7 +236,7 @@ class TraceAgain:
                 {n: stand_ins[p] for n, p in module._parameters.items() if p is not None}
             )
             module._buffers.update({n: b.to(device) for n, b in module._buffers.items() if b is not None})
-        return _trace(model, example)
+        return _trace(model, example, self.classes)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TraceAgain":
         return self
@@ -245,7 +250,9 @@ def _is_causal_lm(model: nn.Module) -> bool:
     return (known or model.can_generate()) and model.get_output_embeddings() is not None
 
 
-def _export(model: PreTrainedModel, example: tuple[int, int], *, training: bool) -> ExportedProgram:
+def _export(
+    model: PreTrainedModel, example: tuple[int, int], leaves: Leaves, *, training: bool
+) -> ExportedProgram:
     """Export `(input_ids, attention_mask) -> logits` in one mode, with the checkpoint's names at the top level."""
     own = model.forward
 
@@ -258,7 +265,9 @@ def _export(model: PreTrainedModel, example: tuple[int, int], *, training: bool)
     sizes = {axis: Dim.AUTO for axis, size in enumerate(example) if size > 1}
     # Export takes a size for more than 1 and says nothing of it; so it asks, and what was assumed is a condition.
     with shapes_config.patch(backed_size_oblivious=True):  # pyright: ignore[reportAttributeAccessIssue]
-        return export_as(model, forward, (ids, torch.ones_like(ids)), (sizes, dict(sizes)), training=training)
+        return export_as(
+            model, forward, (ids, torch.ones_like(ids)), (sizes, dict(sizes)), leaves, training=training
+        )
 
 
 def _sizes(model: PreTrainedModel, exported: ExportedProgram) -> Sizes:
@@ -273,6 +282,7 @@ def export_as(
     forward: Callable[..., Any],
     args: tuple[Any, ...],
     dynamic_shapes: tuple[Any, ...],
+    leaves: Leaves | None = None,
     *,
     training: bool | None = None,
 ) -> ExportedProgram:
@@ -282,22 +292,30 @@ def export_as(
         model: on the meta device, or with weights that are never read.
         forward: stands in for the model's own while it is exported.
         args, dynamic_shapes: as torch.export takes them.
+        leaves: modules that are not looked into; those that cannot be exported are added. None: there are to be none.
         training: the mode to export; None for the model's own.
 
     Raises:
         SppFxError: the model cannot be exported; carries torch.export's reason.
     """
-    try:
-        with untouched(model), _quiet(), torch.no_grad():
-            if training is not None:
-                model.train(training)
-            _make_experts_exportable(model)
-            vars(model)["forward"] = forward
-            return torch.export.export(model, args, dynamic_shapes=dynamic_shapes, strict=False)
-    except EXPORT_ERRORS as error:
-        raise SppFxError(
-            f"{type(model).__name__} cannot be traced: torch.export says: {_reason(error)}"
-        ) from error
+    while True:
+        try:
+            with untouched(model), _quiet(), torch.no_grad():
+                if training is not None:
+                    model.train(training)
+                _make_experts_exportable(model)
+                if leaves is not None:
+                    leaves.put_in_place()
+                vars(model)["forward"] = forward
+                return torch.export.export(model, args, dynamic_shapes=dynamic_shapes, strict=False)
+        except EXPORT_ERRORS as error:
+            reason = _reason(error)
+            if leaves is not None and leaves.grow(error, reason):
+                continue
+            raise SppFxError(
+                f"{type(model).__name__} cannot be traced: torch.export says: "
+                f"{reason if leaves is None else leaves.why()}"
+            ) from error
 
 
 @contextmanager
@@ -372,7 +390,7 @@ def _make_experts_exportable(model: PreTrainedModel) -> None:
 
 
 def _training_dropout(
-    model: PreTrainedModel, exported: ExportedProgram, example: tuple[int, int]
+    model: PreTrainedModel, exported: ExportedProgram, example: tuple[int, int], leaves: Leaves
 ) -> tuple[str, ...]:
     """Write into the exported graph the dropout probabilities that the model has while training.
 
@@ -383,7 +401,7 @@ def _training_dropout(
     """
     if not _has_dropout(model.config.to_dict()):
         return ()
-    twin = _export(model, example, training=True)
+    twin = _export(model, example, leaves, training=True)
     own, theirs = _dropouts(exported), _dropouts(twin)
     if [where for where, _ in own] != [where for where, _ in theirs]:
         raise SppFxError(

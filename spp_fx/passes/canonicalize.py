@@ -7,6 +7,7 @@
 | matmul(x, t(W)) or mm(x, t(W))                      | matmul  | linear(x, W)                   |
 | matmul(x, W), W stored (in, out)                    | matmul  | linear(x, t(W))                |
 | a grouped or batched product with a stack of matrices | experts | unchanged: routing is its own |
+| a leaf, whose module multiplies by W                | as stored | the leaf reads alias(W)      |
 
 The node that contracts a weight is marked with the site's name; the weight's canonical orientation is
 known from then on. Every other matrix is named in `program.left_out`.
@@ -16,6 +17,7 @@ import operator
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import fx, nn
@@ -39,6 +41,7 @@ from spp_fx.graph.flow import (
     permutation,
     sizes,
 )
+from spp_fx.graph.leaves import HELD, Leaf, run_leaf
 from spp_fx.graph.program import ROUTES, SITE, Kind, LeftOut, Program, child_path
 from spp_fx.graph.rewrite import call, reach, replace_by_call
 from spp_fx.graph.roles import SCALES, role
@@ -111,7 +114,8 @@ class Canonicalize(Pass):
             kind, results = _kind(uses[0]), [use.value for use in uses]
             program.sites[name] = site = program.make_site(
                 name, kind, transposed=uses[0].transposed, embeddings=embedded, uses=len(uses),
-                role=None if kind == "experts" else role(flow, results),
+                role=_role_in_leaf(flow, uses[0], name) if _is_in_leaf(uses[0])
+                else None if kind == "experts" else role(flow, results),
             )  # fmt: skip
             report.changed[name] = f"{site.kind} {'x'.join(map(str, site.shape))}"
         changed: set[fx.GraphModule] = set()
@@ -165,7 +169,7 @@ def _uses(flow: Flow, values: list[Value], weight: nn.Parameter) -> list[Contrac
         return _without_reads(flow, values)
     contractions: list[Contraction] = []
     for read in reads:
-        reached = _follow(read, weight) if weight.ndim in (2, 3) else None
+        reached = _follow(flow, read, weight) if weight.ndim in (2, 3) else None
         if not isinstance(reached, Contraction):
             return _table(flow, values) or LeftOut(reached or _used_by(flow, read, values), known=False)
         contractions.append(reached)
@@ -185,7 +189,7 @@ def _without_reads(flow: Flow, values: list[Value]) -> LeftOut:
     return LeftOut("is not read when the model is called with tokens", known=False)
 
 
-def _follow(read: Read, weight: nn.Parameter) -> Contraction | str | None:
+def _follow(flow: Flow, read: Read, weight: nn.Parameter) -> Contraction | str | None:
     """From a weight through transposes, casts and gathers to its contraction, or why that cannot be taken.
 
     None if what uses the weight is none of these ops.
@@ -193,6 +197,8 @@ def _follow(read: Read, weight: nn.Parameter) -> Contraction | str | None:
     source, user = read.operand, read.node
     if source.op != "get_attr":
         return f"is used by {user.target} in a module that does not own it"
+    if user.target is run_leaf:
+        return _follow_into_leaf(flow, read)
     chain: list[fx.Node] = []
     swapped = False
     while (summed := _weight_operands(user, weight.ndim)) is None:
@@ -213,6 +219,28 @@ def _follow(read: Read, weight: nn.Parameter) -> Contraction | str | None:
         return "is used by an addmm with factors"
     transposed = (summed[positions[0]] == -1) == swapped
     return Contraction(Value(read.result.path, user), positions[0], transposed, tuple(chain))
+
+
+def _follow_into_leaf(flow: Flow, read: Read) -> Contraction | str:
+    leaf, position = _leaf(flow, read.result), read.node.args.index(read.operand)
+    transposed = leaf.linears[leaf.names[position - 1]]
+    return transposed if isinstance(transposed, str) else Contraction(read.result, position, transposed, ())
+
+
+def _leaf(flow: Flow, value: Value) -> Leaf:
+    """The leaf that a `run_leaf` node runs."""
+    found = flow.graph(value).get_submodule(str(cast(fx.Node, value.node.args[0]).target))
+    return cast(Leaf, found)
+
+
+def _is_in_leaf(contraction: Contraction) -> bool:
+    return contraction.node.target is run_leaf
+
+
+def _role_in_leaf(flow: Flow, contraction: Contraction, name: str) -> str | None:
+    """Nothing shows what a leaf does with a product: a router is known by its name and the experts beside it."""
+    leaf = _leaf(flow, contraction.value)
+    return ROUTES if is_router(dict(leaf.module.named_modules()), leaf.names[contraction.position - 1]) else None
 
 
 def _weight_operands(node: fx.Node, ndim: int) -> dict[int, int] | None:
@@ -349,6 +377,8 @@ def _with_aliases(program: Program, left_out: dict[str, LeftOut]) -> dict[str, L
 
 
 def _kind(contraction: Contraction) -> Kind:
+    if _is_in_leaf(contraction) and contraction.ndim == 2:
+        return "conv1d" if contraction.transposed else "linear"
     kind = KINDS.get(contraction.node.target, "experts")
     return "linear" if kind == "conv1d" and not contraction.transposed else kind
 
@@ -356,6 +386,13 @@ def _kind(contraction: Contraction) -> Kind:
 def _rewrite(contraction: Contraction, name: str) -> bool:
     """Mark the node of a contraction, or put aten.linear over the stored parameter in its place; whether it did."""
     node, chain = contraction.node, contraction.chain
+    if _is_in_leaf(contraction):
+        weight = cast(fx.Node, node.args[contraction.position])
+        with node.graph.inserting_before(node):
+            held = call(node.graph, HELD, weight)
+        held.meta = weight.meta | {SITE: name}
+        replace_argument(node, contraction.position, held)
+        return True
     if _kind(contraction) == "experts" or (node.target is aten.linear.default and not chain):
         node.meta[SITE] = name
         return False
