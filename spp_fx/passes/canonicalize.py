@@ -6,6 +6,7 @@
 | addmm(b, x, W), W stored (in, out)                  | conv1d  | linear(x, t(W), b)             |
 | matmul(x, t(W)) or mm(x, t(W))                      | matmul  | linear(x, W)                   |
 | matmul(x, W), W stored (in, out)                    | matmul  | linear(x, t(W))                |
+| matmul(W, x)                                        | matmul  | t(linear(t(x), W))             |
 | a grouped or batched product with a stack of matrices | experts | unchanged: routing is its own |
 | a leaf, whose module multiplies by W                | as stored | the leaf reads alias(W)      |
 
@@ -55,6 +56,8 @@ KINDS: dict[object, Kind] = {
     aten.mm.default: "matmul",
     aten.matmul.default: "matmul",
 }
+EITHER = (aten.bmm.default, aten.mm.default, aten.matmul.default)
+"""Products that take a weight as either operand."""
 GATHERS = (aten.index.Tensor, aten.index_select.default)
 ROWS = (aten.embedding.default, aten.embedding_bag.default)
 PRODUCTS = (*SCALES, aten.addcmul.default)
@@ -65,6 +68,11 @@ FOLLOWED = (
     *(op for op in PARTS if op not in LOOKUPS),
 )
 """Ops, beside those that move or cast a value, that contract nothing."""
+CONVOLUTIONS = (
+    *(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.convolution.default),
+    *(aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding),
+    *(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input),
+)
 
 
 @dataclass(frozen=True)
@@ -171,7 +179,8 @@ def _uses(flow: Flow, values: list[Value], weight: nn.Parameter) -> list[Contrac
     for read in reads:
         reached = _follow(flow, read, weight) if weight.ndim in (2, 3) else None
         if not isinstance(reached, Contraction):
-            return _table(flow, values) or LeftOut(reached or _used_by(flow, read, values), known=False)
+            why = _kernel(flow, values, weight) or _table(flow, values)
+            return why or LeftOut(reached or _used_by(flow, read, values), known=False)
         contractions.append(reached)
     cast = next((link for c in contractions for link in c.chain if _casts(link, weight)), None)
     if cast is not None:
@@ -215,6 +224,13 @@ def _follow(flow: Flow, read: Read, weight: nn.Parameter) -> Contraction | str |
     positions = [i for i, argument in enumerate(user.args) if argument is source]
     if len(positions) != 1 or positions[0] not in summed:
         return f"is an operand of {user.target} where no weight is expected"
+    others = [operand for operand in user.all_input_nodes if operand is not source]
+    if (
+        user.target is not aten.linear.default
+        and others
+        and all(flow.constant(read.other(o)) for o in others)
+    ):
+        return f"is multiplied with another parameter by {user.target}"
     if user.target is aten.addmm.default and user.kwargs:
         return "is used by an addmm with factors"
     transposed = (summed[positions[0]] == -1) == swapped
@@ -249,7 +265,7 @@ def _weight_operands(node: fx.Node, ndim: int) -> dict[int, int] | None:
     if summed is None or (node.target in KINDS) != (ndim == 2) or node.target is aten.baddbmm.default:
         return None
     last = max(summed)
-    return summed if node.target is aten.bmm.default else {last: summed[last]}
+    return summed if node.target in EITHER else {last: summed[last]}
 
 
 def _casts(link: fx.Node, weight: nn.Parameter) -> bool:
@@ -265,6 +281,15 @@ def _results(flow: Flow, values: list[Value]) -> list[Read]:
 
     constants = reach(values, onward)
     return [read for value in constants for read in flow.readers(value) if not flow.constant(read.result)]
+
+
+def _kernel(flow: Flow, values: list[Value], weight: nn.Parameter) -> LeftOut | None:
+    """That a parameter is the kernel of a convolution, if all uses of it show that."""
+    reads = _results(flow, values)
+    if not reads or any(read.node.target not in CONVOLUTIONS for read in reads):
+        return None
+    depthwise = "depthwise " if weight.shape[1] == 1 else ""
+    return LeftOut(f"is the kernel of a {depthwise}convolution", known=True)
 
 
 def _table(flow: Flow, values: list[Value]) -> LeftOut | None:
@@ -298,7 +323,8 @@ def _is_summed(flow: Flow, read: Read) -> bool:
     A product with a value that is broadcast along the table has the form of a linear's: it is followed through all
     elementwise ops, and any op that may contract it counts. Other products, and sums that are broadcast so (a
     distance to each row), are followed through arithmetic with constants: past that, a scaled or shifted
-    activation is a feature like any other, which norms and linears do contract.
+    activation is a feature like any other, which norms and linears do contract. So is an exponential
+    of a product, such as the decay of a state space.
     """
     shape = sizes(read.operand) or ()
     own = frozenset(d for d in range(-len(shape), 0) if shape[d] != 1)
@@ -327,7 +353,9 @@ def _is_summed(flow: Flow, read: Read) -> bool:
             elif target is aten.linear.default and each.node.args[1] is each.operand:
                 return True
             elif is_elementwise(each.node):
-                follow = linear or ((scaled or spread) and _is_alone(flow, each))
+                follow = target is not aten.exp.default and (
+                    linear or ((scaled or spread) and _is_alone(flow, each))
+                )
             elif target in MOVES:
                 follow = True
             elif linear and target not in FOLLOWED:
@@ -405,5 +433,22 @@ def _rewrite(contraction: Contraction, name: str) -> bool:
     if contraction.transposed:
         with node.graph.inserting_before(node):
             weight = call(node.graph, aten.t.default, weight)
-    replace_by_call(node, aten.linear.default, x, weight, *([] if bias is None else [bias]), **{SITE: name})
+    if contraction.position == 0 and node.target in EITHER:
+        _swap(node, weight, node.args[1], name)
+    else:
+        given = [] if bias is None else [bias]
+        replace_by_call(node, aten.linear.default, x, weight, *given, **{SITE: name})
     return True
+
+
+def _swap(node: fx.Node, weight: fx.Node, x: fx.Node, name: str) -> None:
+    """Let the transpose of a linear of the transposed activation stand for a product W x."""
+    if x.meta["val"].ndim == 1:
+        replace_by_call(node, aten.linear.default, x, weight, **{SITE: name})
+        return
+    with node.graph.inserting_before(node):
+        rows = call(node.graph, aten.transpose.int, x, -1, -2)
+        product = call(node.graph, aten.linear.default, rows, weight)
+    rows.meta = x.meta | {"val": x.meta["val"].transpose(-1, -2)}
+    product.meta = node.meta | {"val": node.meta["val"].transpose(-1, -2), SITE: name}
+    replace_by_call(node, aten.transpose.int, product, -1, -2)
