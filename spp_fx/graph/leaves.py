@@ -5,13 +5,13 @@ the program, and a node `run_leaf` calls it with the program's parameters. What 
 of its weights it multiplies by, is found by running it on stand-ins for its weights and inputs.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations_with_replacement
 from math import prod
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import sympy
@@ -22,20 +22,23 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from spp_fx.errors import SppFxError
-from spp_fx.graph.flow import CASTS, LOOKUPS, MOVES, PARTS, contractions
+from spp_fx.graph.followed import Followed, is_transposed, products
 from spp_fx.graph.names import layer_of
-from spp_fx.graph.program import SITE, opaque
+from spp_fx.graph.program import SITE, Program, opaque
 from spp_fx.graph.rewrite import change_call
 
 aten = torch.ops.aten
 
-HELD = aten.alias.default
-"""The op that stands between a site and the leaf that multiplies by it: the node that `SITE` marks."""
+
 ATTRIBUTE = "spp_fx_leaf"
 """The name of a `Leaf` in the module of the tree that calls it."""
 MOST_TRIES = 8
 RUNS = 3
 """Runs of different sizes that show what the sizes of the results are made of."""
+_ERRORS = (
+    *(RuntimeError, ValueError, TypeError, AttributeError, AssertionError, LookupError, ArithmeticError),
+    *(NameError, ImportError),
+)
 _CONSTANTS = (bool, int, float, str, torch.dtype, type(None))
 
 
@@ -155,10 +158,21 @@ def run_leaf(leaf: Leaf, *operands: Any) -> list[Tensor]:
     return leaf(*operands)
 
 
+@opaque
+def held(weight: Tensor) -> Tensor:
+    """The weight of a site on its way into a leaf, which multiplies by it: the node that `SITE` marks."""
+    return weight
+
+
+def sites_in_leaves(program: Program) -> frozenset[str]:
+    """The sites whose weights are multiplied by inside of leaves."""
+    return frozenset(n for n, uses in program.uses().items() if any(use.node.target is held for use in uses))
+
+
 def held_sites(node: fx.Node) -> dict[int, str]:
     """The sites whose weights a `run_leaf` node hands to its leaf, by their position among its arguments."""
     places = enumerate(node.args)
-    return {i: each.meta[SITE] for i, each in places if isinstance(each, fx.Node) and each.target is HELD}
+    return {i: each.meta[SITE] for i, each in places if isinstance(each, fx.Node) and each.target is held}
 
 
 class Leaves:
@@ -247,6 +261,16 @@ class Leaves:
                 module.recompile()
 
 
+def without_leaves(model: nn.Module, error: BaseException, reason: str) -> str:
+    """Why an export failed that takes no leaves, as those to ONNX."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    for module in _running(error, paths)[:1]:
+        if paths[id(module)]:
+            where = f"{paths[id(module)]} ({type(module).__name__})"
+            return f"{reason}; it is the code of {where}, which can run in a program as it is, and not in this graph"
+    return reason
+
+
 def leaf_classes(program: nn.Module) -> frozenset[type[nn.Module]]:
     """The classes of the modules that are leaves of a program."""
     return frozenset(type(each.module) for each in program.modules() if isinstance(each, Leaf))
@@ -294,7 +318,7 @@ def _running(error: BaseException | None, paths: Mapping[int, str]) -> list[nn.M
         trace = error.__traceback__
         while trace is not None:
             owner = trace.tb_frame.f_locals.get("self")
-            if id(owner) in paths and owner not in found:
+            if isinstance(owner, nn.Module) and id(owner) in paths and owner not in found:
                 found.insert(0, owner)
             trace = trace.tb_next
         if found:
@@ -410,7 +434,7 @@ class _Trial:
                     return self._try(sizes, torch.Generator().manual_seed(seed), whole)
                 except NotALeaf:
                     raise
-                except Exception as error:  # the module's own code, on numbers that it may not take
+                except _ERRORS as error:  # of the module's own code, on numbers that it may not take
                     failure = error
         said = " ".join(str(failure).split())[:200]
         raise NotALeaf(f"it does not run on stand-ins for its inputs ({type(failure).__name__}: {said})")
@@ -434,8 +458,8 @@ class _Trial:
         follow = own.ndim > 1 and isinstance(own, nn.Parameter)
         return Followed.whole(value, name, self._show) if follow else value.clone()
 
-    def _show(self, weight: "Followed", op: Any, _: int, summed: int | None, *__: Any) -> None:
-        use = f"is used by {op}" if summed is None else _is_transposed(weight, summed)
+    def _show(self, weight: Followed, op: Any, _: int, summed: int | None, *__: Any) -> None:
+        use = f"is used by {op}" if summed is None else is_transposed(weight, summed)
         self.seen.setdefault(weight.key, set()).add(use)
 
     def _use(self, name: str, uses: set[bool | str]) -> bool | str:
@@ -450,25 +474,6 @@ class _Trial:
             )
             return f"{what} in {self.leaf}"
         return next(iter(uses))
-
-
-def _is_transposed(weight: "Followed", summed: int) -> bool | str:
-    """Whether a weight is stored (in, out), by a product that sums a dimension of what was made of it."""
-    shape, count = weight.value.shape, len(weight.places)
-    axis = summed % len(shape)
-    varies = [d for d, place in enumerate(weight.places) if _varies(place, axis)]
-    if count not in (2, 3) or len(varies) != 1 or varies[0] < count - 2:
-        return "is multiplied along more than its rows or its columns"
-    for other in range(max(0, len(shape) - 2), len(shape)):
-        if other != axis and (_varies(weight.places[varies[0]], other)):
-            return "is multiplied along more than its rows or its columns"
-        if count == 3 and _varies(weight.places[0], other):
-            return "is multiplied by inputs of several experts at once"
-    return varies[0] == count - 2
-
-
-def _varies(place: Tensor, axis: int) -> bool:
-    return bool((place != place.narrow(axis, 0, 1)).any())
 
 
 def _expression(size: SymInt) -> Any:
@@ -508,91 +513,6 @@ def _stand_in(like: Any, sizes: Mapping[Any, int], generator: torch.Generator, w
     return torch.ones(shape, dtype=torch.bool) if like.dtype == torch.bool else whole(shape, like.dtype)
 
 
-Show = Callable[["Followed", Any, int, int, tuple[Any, ...], dict[str, Any]], None]
-"""Called with a weight, the op that reads it, its position among the operands, the dimension of it that is summed
-(None for an op that is not a product), and the op's arguments."""
-
-
-class Followed(Tensor):
-    """A weight, or what was made of one by moving entries, that shows the products that it enters.
-
-    Attributes:
-        value: the tensor itself.
-        key: of the weight.
-        places: for each dimension of the weight, the index in it of every entry of `value`.
-        show: see `Show`.
-    """
-
-    value: Tensor
-    key: Any
-    places: list[Tensor]
-    show: Any
-
-    @staticmethod
-    def __new__(cls, value: Tensor, key: Any, places: list[Tensor], show: Any) -> "Followed":
-        made = cast(Any, Tensor)._make_wrapper_subclass(
-            cls, value.shape, dtype=value.dtype, device=value.device, requires_grad=False
-        )
-        made.value, made.key, made.places, made.show = value, key, places, show
-        return made
-
-    @classmethod
-    def whole(cls, value: Tensor, key: Any, show: Any) -> "Followed":
-        places = [
-            torch.arange(n, dtype=torch.int32, device=value.device)
-            .view(n, *(1,) * (value.ndim - 1 - d))
-            .expand(value.shape)
-            for d, n in enumerate(value.shape)
-        ]
-        return cls(value, key, places, show)
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        flat, _ = tree_flatten((args, kwargs))
-        followed = [each for each in flat if isinstance(each, Followed)]
-        first = followed[0]
-
-        def run(which: Callable[[Followed], Tensor]) -> Any:
-            new_args, new_kwargs = tree_map_only(Followed, which, (args, kwargs))
-            return func(*new_args, **new_kwargs)
-
-        def place(dim: int) -> Any:
-            try:
-                return run(lambda each: each.places[dim])
-            except RuntimeError:  # a view that only the weight's own strides allow
-                return run(lambda each: each.places[dim].contiguous())
-
-        value = run(lambda each: each.value)
-        if func in CASTS:
-            return cls(value, first.key, first.places, first.show)
-        if func in _MOVES and all(each.key == first.key for each in followed):
-            places = [place(dim) for dim in range(len(first.places))]
-            if isinstance(value, Tensor):
-                return cls(value, first.key, places, first.show)
-            return [
-                cls(each, first.key, [each_dim[i] for each_dim in places], first.show)
-                for i, each in enumerate(value)
-            ]
-        summed = _products().get(func, {})
-        position = next((i for i, each in enumerate(args) if each is first), None)
-        one = len(followed) == 1 and position in summed
-        first.show(first, func, position, summed[position] if one else None, args, kwargs)
-        return value
-
-
-_MOVES = {
-    *MOVES, *LOOKUPS, *(op for op in PARTS if op not in (aten.constant_pad_nd.default, aten.pad.default)),
-    *(aten.select.int, aten.unbind.int, aten.stack.default, aten.clone.default, aten.squeeze_.default),
-} - {*CASTS}  # fmt: skip
-
-
-def _products() -> dict[object, dict[int, int]]:
-    return contractions() | {aten.mv.default: {0: -1}, aten.addmv.default: {1: -1}}
-
-
 Inputs = dict[tuple[str, int], list[tuple[Tensor, Tensor]]]
 """By site and expert (0 for a matrix): inputs (tokens, k), and which k columns of the weight they are multiplied by."""
 
@@ -613,7 +533,7 @@ def site_inputs(node: fx.Node, arguments: Sequence[Any]) -> Inputs:
         if summed is None:
             return
         site, transposed = weight.key
-        ((other, dim),) = ((p, d) for p, d in _products()[op].items() if p != position)
+        ((other, dim),) = ((p, d) for p, d in products()[op].items() if p != position)
         x, stacked = args[other].movedim(dim, -1), weight.value.ndim == 3
         columns = weight.places[-2 if transposed else -1].movedim(summed, -1)
         if not stacked:

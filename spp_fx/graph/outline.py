@@ -1,14 +1,13 @@
 """A model that cannot be traced, as a program without graphs: the types of its modules give the sites."""
 
 from collections.abc import Mapping
-from typing import NoReturn
 
 from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from spp_fx.errors import SppFxError
-from spp_fx.graph.program import ROUTES, Kind, LeftOut, Program, opaque
+from spp_fx.graph.program import ROUTES, Kind, LeftOut, Program
+from spp_fx.graph.task import Task
 from spp_fx.graph.trace import head_of, tied_parameters
 
 _ROUTER_WORDS = frozenset(("gate", "router"))
@@ -24,8 +23,11 @@ def outline(model: PreTrainedModel, reason: str) -> Program:
         model: on any device; its parameters are shared.
         reason: why it cannot be traced; calling the program raises it.
     """
-    root = _root(model, reason)
-    program = Program(root, model.config, model.loss_function, tied_parameters(model), head_of(model))
+    root = fx.GraphModule(nn.Module(), fx.Graph(), class_name="Outline")
+    root._modules.update(model._modules)
+    root._parameters.update(model._parameters)
+    root._buffers.update(model._buffers)
+    program = Program(root, Task(), (), model.config, None, tied_parameters(model), head_of(model))
     program.untraced = reason
     modules = dict(model.named_modules(remove_duplicate=False))
     embeddings = {f"{path}.weight" for path, module in modules.items() if isinstance(module, nn.Embedding)}
@@ -44,28 +46,11 @@ def outline(model: PreTrainedModel, reason: str) -> Program:
                 program.left_out[name] = LeftOut(outside, known=False)
             else:
                 transposed = kind == "conv1d" or (kind == "experts" and bool(module.is_transposed))
-                role = ROUTES if _is_router(modules, path) else None
+                role = ROUTES if is_router(modules, path) else None
                 program.sites[name] = program.make_site(
                     name, kind, transposed=transposed, embeddings=embeddings, role=role
                 )
     return program
-
-
-def _root(model: PreTrainedModel, reason: str) -> fx.GraphModule:
-    """A graph module that holds what the model holds, and whose graph raises."""
-    graph = fx.Graph()
-    inputs = [graph.placeholder(name) for name in ("input_ids", "attention_mask")]
-    graph.output(graph.call_function(_untraced, (*inputs, reason)))
-    root = fx.GraphModule(nn.Module(), graph, class_name="Outline")
-    root._modules.update(model._modules)
-    root._parameters.update(model._parameters)
-    root._buffers.update(model._buffers)
-    return root
-
-
-@opaque
-def _untraced(input_ids: Tensor, attention_mask: Tensor, reason: str) -> NoReturn:
-    raise SppFxError(reason)
 
 
 def _kind(module: nn.Module, attribute: str, parameter: Tensor) -> Kind | None:
@@ -84,7 +69,7 @@ def _unknown(module: nn.Module) -> str:
     return f"is a parameter of {type(module).__name__}, and only a trace shows what it does"
 
 
-def _is_router(modules: Mapping[str, nn.Module], path: str) -> bool:
+def is_router(modules: Mapping[str, nn.Module], path: str) -> bool:
     """Whether a linear has a router's name and stands beside the experts of its block."""
     words = path.split(".")
     if words[-1].rpartition("_")[2] in _ROUTER_WORDS:

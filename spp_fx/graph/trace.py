@@ -30,7 +30,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 
 from spp_fx.errors import SppFxError, UsageError
 from spp_fx.graph.flow import argument
-from spp_fx.graph.leaves import Leaves, leaf_classes
+from spp_fx.graph.leaves import Leaves, leaf_classes, without_leaves
 from spp_fx.graph.model import CAUSAL, load_model
 from spp_fx.graph.program import Program
 from spp_fx.graph.rewrite import Graph, call, training_flag
@@ -179,7 +179,9 @@ def trace(model: PreTrainedModel | str | Path, example: tuple[int, int] = EXAMPL
     return program
 
 
-def _trace(model: PreTrainedModel, example: tuple[int, int], classes: frozenset[type] = frozenset()) -> Program:
+def _trace(
+    model: PreTrainedModel, example: tuple[int, int], classes: frozenset[type] = frozenset()
+) -> Program:
     leaves = Leaves(model, classes)
     exported = _export(model, example, leaves, training=False)
     conditions = (*_sizes(model, exported).conditions, *_training_dropout(model, exported, example, leaves))
@@ -312,10 +314,8 @@ def export_as(
             reason = _reason(error)
             if leaves is not None and leaves.grow(error, reason):
                 continue
-            raise SppFxError(
-                f"{type(model).__name__} cannot be traced: torch.export says: "
-                f"{reason if leaves is None else leaves.why()}"
-            ) from error
+            said = without_leaves(model, error, reason) if leaves is None else leaves.why()
+            raise SppFxError(f"{type(model).__name__} cannot be traced: torch.export says: {said}") from error
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from spp_fx.errors import FormatError, PreconditionError
+from spp_fx.graph.leaves import run_leaf
 from spp_fx.graph.program import SITE, Program, Use, child_path
 from spp_fx.graph.rewrite import reach
 from spp_fx.storage.output import fsync_file, fsync_folder
@@ -26,7 +27,7 @@ from spp_fx.storage.output import fsync_file, fsync_folder
 SIZE = torch.ops.aten.sym_size.int
 
 Observe = Callable[[fx.Node, tuple[Any, ...]], None]
-"""Called with each node that contracts a site, and its arguments, before it runs."""
+"""Called with each node that contracts a site, or is a leaf, and its arguments, before it runs."""
 Shared = dict[str, Any]
 """Values by the names of their nodes: those that are the same for every sample."""
 
@@ -140,7 +141,7 @@ class Interpreter(fx.Interpreter):
             if isinstance(child, fx.GraphModule):
                 args, kwargs = self.fetch_args_kwargs_from_env(n)
                 return Interpreter(child, self.observe).run(*args, *kwargs.values())
-        if self.observe is not None and SITE in n.meta:
+        if self.observe is not None and (SITE in n.meta or n.target is run_leaf):
             self.observe(n, self.fetch_args_kwargs_from_env(n)[0])
         return super().run_node(n)
 
