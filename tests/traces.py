@@ -44,21 +44,21 @@ def once(trace: Callable[..., Program]) -> Callable[..., Program]:
     """`spp_fx.trace`, of a copy where the same model was traced before."""
 
     @wraps(trace)
-    def traced(model: PreTrainedModel | str | Path, *example: Any) -> Program:
+    def traced(model: PreTrainedModel | str | Path, *args: Any, **kwargs: Any) -> Program:
         if not enabled:
-            return trace(model, *example)
+            return trace(model, *args, **kwargs)
         if isinstance(model, str | Path):
             model = load_model(model)
         try:
-            key = _digest([_model(model), _call(model.forward, model), *example])
+            key = _digest([_model(model), _call(model.forward, model), args, kwargs])
         except _Unknown:
-            return trace(model, *example)
+            return trace(model, *args, **kwargs)
         if key in _failed:
             raise _failed[key].with_traceback(None)
         if key not in _traced:
             real = _on_cpu(model) if _is_hollow(model) else model
             try:
-                program = trace(real, *example)
+                program = trace(real, *args, **kwargs)
             except SppFxError as error:
                 _failed[key] = error
                 raise
@@ -73,17 +73,17 @@ def once(trace: Callable[..., Program]) -> Callable[..., Program]:
 def graph_builder(build: Callable[..., Any], folder: Path) -> Callable[..., Any]:
     """`build_graph` of the ONNX exporter, which takes five to fifteen seconds: once per model for all processes."""
 
-    def built(model: nn.Module, *, with_past: bool = False) -> Any:
+    def built(model: nn.Module, **kwargs: Any) -> Any:
         try:
-            key = _digest([_model(model), _call(model.forward, model), with_past]) if enabled else None
+            key = _digest([_model(model), _call(model.forward, model), kwargs]) if enabled else None
         except _Unknown:
             key = None
         if key is None:
-            return build(model, with_past=with_past)
+            return build(model, **kwargs)
         kept = folder / f"graph-{key}.pickle"
         with FileLock(kept.with_suffix(".lock")):
             if not kept.exists():
-                kept.write_bytes(pickle.dumps(build(model, with_past=with_past)))
+                kept.write_bytes(pickle.dumps(build(model, **kwargs)))
         return pickle.loads(kept.read_bytes())
 
     return built

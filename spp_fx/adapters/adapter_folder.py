@@ -8,11 +8,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from spp_fx.adapters.method import Method, make_method
 from spp_fx.adapters.per_site import from_patterns, to_patterns
@@ -45,6 +51,8 @@ class StoredMatrix(BaseModel):
         expert: its index in a stack of experts, None for a plain matrix.
         start, stop: the rows of the site's matrix that it holds.
         whole: whether the stored tensor is the whole stack, of which this is one matrix.
+        offset: the row of the stored tensor at which it begins, where that holds the rows of several sites; else
+            None, and not written.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, defer_build=True)
@@ -55,6 +63,18 @@ class StoredMatrix(BaseModel):
     start: int
     stop: int
     whole: bool
+    offset: int | None = None
+
+    @property
+    def held(self) -> slice:
+        """Its rows in the stored tensor."""
+        return (
+            slice(None) if self.offset is None else slice(self.offset, self.offset + self.stop - self.start)
+        )
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in dump(self).items() if key != "offset" or value is not None}
 
 
 class AdapterConfig(BaseModel):

@@ -30,8 +30,8 @@ class Part(BaseModel):
 
     Attributes:
         initializer: name in the graph.
-        expert: index in the stack; None where the initializer is the site as a whole.
-        start, stop: rows of the stack's matrix, where `expert` is given.
+        expert: index in the stack; None where the initializer is a matrix.
+        start, stop: rows of the matrix; all of them where stop is 0.
         swapped: the graph holds it with its last two dimensions swapped.
     """
 

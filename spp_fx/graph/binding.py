@@ -1,20 +1,23 @@
 """Which stored tensors make up a parameter, by the conversions that transformers applies when it loads a model.
 
 A checkpoint may name a tensor differently from the model (a prefix, the other name of a tied weight), and store a
-stack of experts as one matrix for each.
+stack of experts as one matrix for each, or the weights of several linears as one matrix.
 """
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Chunk,
     Concatenate,
     MergeModulelist,
+    Split,
     WeightConverter,
     WeightRenaming,
     rename_source_key,
@@ -65,6 +68,8 @@ def bind(model: PreTrainedModel, slots: Mapping[str, Slot], stored: Mapping[str,
     converters = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightConverter)]
     plain: dict[str, str] = {}
     converted: dict[str, dict[str, list[str]]] = {}
+    chunks: dict[str, tuple[StoredMatrix, ...]] = {}
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     targets: dict[str, str] = {}
     for name, (target, pattern) in find_targets(model, stored).items():
         targets[name] = target
@@ -72,11 +77,14 @@ def bind(model: PreTrainedModel, slots: Mapping[str, Slot], stored: Mapping[str,
             plain[target] = name
         else:
             converted.setdefault(target, {}).setdefault(pattern, []).append(name)
+            chunks |= _chunks(name, target, pattern, converters, shapes, stored[name])
     matrices: dict[str, tuple[StoredMatrix, ...]] = {}
     refused: dict[str, str] = {}
     for slot in slots.values():
         if slot.name in plain:
             found = _plain(slot, plain[slot.name], stored)
+        elif slot.name in chunks and not slot.transposed:
+            found = chunks[slot.name]
         elif slot.name in converted:
             found = _converted(slot, converted[slot.name], converters, stored)
         else:
@@ -86,6 +94,45 @@ def bind(model: PreTrainedModel, slots: Mapping[str, Slot], stored: Mapping[str,
         else:
             matrices[slot.name] = found
     return Binding(matrices, refused, targets)
+
+
+def _chunks(
+    tensor: str,
+    target: str,
+    pattern: str,
+    converters: list[WeightConverter],
+    shapes: Mapping[str, tuple[int, ...]],
+    stored: tuple[int, ...],
+) -> dict[str, tuple[StoredMatrix, ...]]:
+    """The parameters that have consecutive rows of one stored tensor; none if it is stored in another way.
+
+    Args:
+        target: the first of them.
+        shapes: of the model's parameters, by name.
+        stored: the shape of the tensor.
+    """
+    converter = next(c for c in converters if pattern in c.source_patterns)
+    first, *others = converter.target_patterns
+    (operation, *more), (prefix, known, suffix) = converter.operations, target.partition(first)
+    if more or not isinstance(operation, Chunk | Split) or operation.dim != 0 or not known or not others:
+        return {}
+    names = [target, *(f"{prefix}{other}{suffix}" for other in others)]
+    if any(name not in shapes or shapes[name][1:] != stored[1:] for name in names):
+        return {}
+    rows = [shapes[name][0] for name in names]
+    if sum(rows) != stored[0] or (isinstance(operation, Chunk) and len(set(rows)) > 1):
+        return {}
+    starts = accumulate(rows, initial=0)
+    return {
+        name: (_piece(tensor, 0, count, offset=start),)
+        for name, count, start in zip(names, rows, starts, strict=False)
+    }
+
+
+def _piece(tensor: str, start: int, stop: int, offset: int | None = None) -> StoredMatrix:
+    return StoredMatrix(
+        tensor=tensor, transposed=False, expert=None, start=start, stop=stop, whole=False, offset=offset
+    )
 
 
 def _in_parts(name: str, known: Iterable[str]) -> str | None:
@@ -168,6 +215,15 @@ def _converted(
     """Experts merged into a stack (dim 0), their projections side by side along the rows (dim 1)."""
     converter = next(c for c in converters if set(by_pattern) <= set(c.source_patterns))
     operations = [(type(op), getattr(op, "dim", None)) for op in converter.operations]
+    if operations == [(Concatenate, 0)] and not slot.transposed:
+        tensors = [tensor for pattern in converter.source_patterns for tensor in by_pattern.get(pattern, ())]
+        stops = list(accumulate(stored[tensor][0] for tensor in tensors))
+        if stops[-1] != slot.shape[0] or any(stored[tensor][1:] != slot.shape[1:] for tensor in tensors):
+            return "its stored tensors do not fill it"
+        return tuple(
+            _piece(tensor, start, stop)
+            for tensor, start, stop in zip(tensors, [0, *stops], stops, strict=False)
+        )
     if operations not in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]):
         names = ", ".join(op.__name__ for op, _ in operations)
         return f"is made of stored tensors by {names}, which cannot be undone matrix by matrix"
@@ -215,7 +271,10 @@ def assemble(
         shape: the parameter's, in the model.
         read: gives a stored tensor by name.
     """
-    if matrices[0].whole or matrices[0].expert is None:
+    if matrices[0].expert is None:
+        parts = [read(matrix.tensor)[matrix.held] for matrix in matrices]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(shape)
+    if matrices[0].whole:
         return read(matrices[0].tensor).view(shape)
     result: Tensor | None = None
     for matrix in matrices:
@@ -227,11 +286,13 @@ def assemble(
     return result
 
 
-def take_apart(matrices: tuple[StoredMatrix, ...], parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The stored tensors of a parameter as the model has it, by name: the inverse of `assemble`."""
-    if matrices[0].whole or matrices[0].expert is None:
-        yield matrices[0].tensor, parameter
+def take_apart(
+    matrices: tuple[StoredMatrix, ...], parameter: Tensor
+) -> Iterator[tuple[StoredMatrix, Tensor]]:
+    """What each stored tensor holds of a parameter as the model has it: the inverse of `assemble`."""
+    if matrices[0].whole or (len(matrices) == 1 and matrices[0].expert is None):
+        yield matrices[0], parameter
         return
     for matrix in matrices:
-        assert matrix.expert is not None
-        yield matrix.tensor, parameter[matrix.expert, matrix.start : matrix.stop]
+        whole = parameter if matrix.expert is None else parameter[matrix.expert]
+        yield matrix, whole[matrix.start : matrix.stop]

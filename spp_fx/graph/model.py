@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,14 +16,13 @@ from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.models.auto import modeling_auto
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import is_peft_available
 
 from spp_fx.errors import FormatError, SppFxError, UsageError
 from spp_fx.graph.binding import find_targets
 from spp_fx.graph.program import Program
+from spp_fx.graph.task import CAUSAL_LM, Task, classes, find_task, known_tasks, task_of
 from spp_fx.storage.folder import ModelFolder
 
 VERSION = f"transformers {transformers.__version__}"
@@ -41,15 +40,9 @@ _LOGGER = logging.getLogger("transformers.modeling_utils")
 Json = Mapping[str, Any]
 
 
-def _classes(*tables: str) -> frozenset[str]:
-    """The names of the classes in tables of transformers' auto classes."""
-    found = (names for table in tables for names in getattr(modeling_auto, table, {}).values())
-    return frozenset(name for names in found for name in ((names,) if isinstance(names, str) else names))
-
-
-CAUSAL = _classes("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
+CAUSAL = classes("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
 """Names of the classes that AutoModelForCausalLM makes."""
-_HEADLESS = _classes("MODEL_MAPPING_NAMES")
+_HEADLESS = classes("MODEL_MAPPING_NAMES")
 
 
 class Readable:
@@ -65,7 +58,7 @@ class Readable:
     def __init__(
         self,
         folder: str | Path,
-        what: str = "cannot be loaded as a causal language model",
+        what: str = "cannot be loaded",
         files: tuple[str, ...] = MODEL_FILES,
         kind: type[SppFxError] = FormatError,
     ) -> None:
@@ -124,7 +117,7 @@ class Readable:
                 "comes with code of its own, which --trust-remote-code runs"
             )
         if "Unrecognized configuration class" in said:
-            return f"{VERSION} has no causal language model of type '{model_type}'; {holds(config)}"
+            return f"{VERSION} has no such model of type '{model_type}'; {holds(config)}"
         if "padding_idx" in said.lower():
             return _pad_token(config)
         return _unknown_value(error, config)
@@ -145,17 +138,33 @@ class Readable:
         return "the folder has no tokenizer; copy the tokenizer files of the model that it was made from"
 
 
-def check_causal(folder: Path, needs: str = "this verb") -> None:
-    """UsageError if config.json says that a folder holds a model of another task.
+def folder_task(folder: str | Path, name: str | None = None, **kwargs: Any) -> Task | None:
+    """The task of a folder's model: that of such a name, or the one of its configuration, None if it is not known."""
+    if name is not None:
+        return find_task(name)
+    kwargs.setdefault("trust_remote_code", False)
+    with Readable(folder):
+        return task_of(AutoConfig.from_pretrained(str(folder), **kwargs))
 
-    Classes that transformers does not know, and the bare models without a head, are left to loading.
+
+def check_task(folder: Path, needs: str, taken: Collection[str] = (), **kwargs: Any) -> None:
+    """UsageError if config.json says that a folder holds a model of a task that is not supported.
+
+    Classes that transformers does not know are left to loading.
+
+    Args:
+        taken: names of tasks; empty: any that is known.
     """
     config = read_json(folder / "config.json")
-    named = _architectures(config)
-    if named and "auto_map" not in config and all(name in _other_tasks() for name in named):
+    if not _architectures(config) or "auto_map" in config:
+        return
+    known = all(hasattr(transformers, name) for name in _architectures(config))
+    task = folder_task(folder, **kwargs) if known else None
+    if known and (task is None or (taken and task.name not in taken)):
+        tasks = ", ".join(taken or (each.name for each in known_tasks()))
         raise UsageError(
-            f"{folder}: {holds(config)}, and {needs} needs a causal language model; prune by magnitude, inject, "
-            "merge, verify, lock and export to safetensors or cusparselt take it"
+            f"{folder}: {holds(config)}, and {needs} takes models for {tasks}; prune by magnitude, inject, merge, "
+            "verify, lock and export to safetensors or cusparselt take others, too"
         )
 
 
@@ -170,11 +179,11 @@ def holds(config: Json) -> str:
 
 
 def lacking(folder: str | Path) -> str:
-    """Why tensors of a causal language model may be missing, by config.json."""
+    """Why tensors of a model may be missing, by config.json."""
     config = read_json(Path(folder) / "config.json")
     named = _architectures(config)
-    if named and named[0] not in CAUSAL and "auto_map" not in config:
-        return f"{holds(config)}, which is not a causal language model"
+    if named and "auto_map" not in config and named[0] not in CAUSAL:
+        return f"{holds(config)}; another --task may need tensors that it does not have"
     return "it is damaged, or config.json is of another model"
 
 
@@ -277,14 +286,6 @@ def _architectures(config: Json) -> list[str]:
     )
 
 
-def _other_tasks() -> frozenset[str]:
-    """Classes for other tasks than causal language modelling; those for images and text may do both."""
-    tables = {name for name in dir(modeling_auto) if re.fullmatch(r"MODEL_FOR_\w+_MAPPING_NAMES", name)}
-    text = {"MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"}
-    text |= {name for name in tables if "MULTIMODAL_LM" in name or "VISION_2_SEQ" in name}
-    return _classes(*(tables - text)) - _classes(*text)
-
-
 class _Report(logging.Handler):
     """Keeps what transformers logs while it loads weights, which its errors refer to."""
 
@@ -317,7 +318,9 @@ class _Report(logging.Handler):
 _ADAPTER = "adapter_config.json"
 
 
-def load_model(folder: str | Path, *, dtype: torch.dtype | str = "auto", **kwargs: Any) -> PreTrainedModel:
+def load_model(
+    folder: str | Path, *, dtype: torch.dtype | str = "auto", task: Task | None = None, **kwargs: Any
+) -> PreTrainedModel:
     """The model of a folder, by default in its own dtype; never from a pickle file. For its class see `meta_model`.
 
     Raises:
@@ -327,7 +330,7 @@ def load_model(folder: str | Path, *, dtype: torch.dtype | str = "auto", **kwarg
     kwargs.setdefault("trust_remote_code", False)  # None would ask on stdin
     with Readable(folder), _without_adapter(Path(folder)) as own:
         config: Any = AutoConfig.from_pretrained(str(folder), **kwargs)
-        loaded: Any = _class_of(config).from_pretrained(
+        loaded: Any = _class_of(config, task).from_pretrained(
             str(own), dtype=dtype, use_safetensors=True, output_loading_info=True, **kwargs
         )
     model, found = loaded
@@ -341,13 +344,14 @@ def load_model(folder: str | Path, *, dtype: torch.dtype | str = "auto", **kwarg
     return model
 
 
-def meta_model(folder: str | Path, *, as_stored: bool = True, **kwargs: Any) -> PreTrainedModel:
+def meta_model(
+    folder: str | Path, *, as_stored: bool = True, task: Task | None = None, **kwargs: Any
+) -> PreTrainedModel:
     """The model of a folder on the meta device: shapes without weights.
 
-    Its class is that of AutoModelForCausalLM, unless config.json names one of transformers' for another task:
-    a Whisper is built whole, although its decoder alone would be a causal language model. Parameters are tied
-    as from_pretrained ties them, which takes more than config.json (see `_tie_as_stored`), unless `as_stored` is
-    False: for a folder whose weight files are not the model's.
+    Its class is the one that config.json names, unless that is not one of the `task`'s: then the one that the task's
+    auto class chooses. Parameters are tied as from_pretrained ties them, which takes more than config.json (see
+    `_tie_as_stored`), unless `as_stored` is False: for a folder whose weight files are not the model's.
     """
     kwargs.setdefault("trust_remote_code", False)
     with Readable(folder):
@@ -355,13 +359,15 @@ def meta_model(folder: str | Path, *, as_stored: bool = True, **kwargs: Any) -> 
         if config.dtype is None:
             config.dtype = torch.float32
         with torch.device("meta"):
-            model = _of_config(config, dtype=config.dtype, **kwargs)
+            model = _of_config(config, task, dtype=config.dtype, **kwargs)
     if as_stored:
         _tie_as_stored(model, Path(folder))
     return model
 
 
-def hollow_model(folder: str | Path, *, dtype: torch.dtype | None = None, **kwargs: Any) -> PreTrainedModel:
+def hollow_model(
+    folder: str | Path, *, dtype: torch.dtype | None = None, task: Task | None = None, **kwargs: Any
+) -> PreTrainedModel:
     """The model of a folder without its weights: buffers are real, parameters take no memory until read from.
 
     It is traced on the CPU, so that the constants of its graphs are real as well; `hollow` then takes the
@@ -372,7 +378,7 @@ def hollow_model(folder: str | Path, *, dtype: torch.dtype | None = None, **kwar
         config: Any = AutoConfig.from_pretrained(str(folder), **kwargs)
         chosen = dtype or config.dtype or torch.float32
         with init_empty_weights(include_buffers=False):
-            model = _of_config(config, dtype=chosen, **kwargs)
+            model = _of_config(config, task, dtype=chosen, **kwargs)
         model.tie_weights()  # init_empty_weights makes a new parameter wherever one is registered
     _tie_as_stored(model, Path(folder))
     # Memory that was never written to takes no pages.
@@ -380,23 +386,27 @@ def hollow_model(folder: str | Path, *, dtype: torch.dtype | None = None, **kwar
     return model
 
 
-def _class_of(config: PretrainedConfig) -> Any:
+def _class_of(config: PretrainedConfig, task: Task | None) -> Any:
+    chosen = task or task_of(config)
+    causal = chosen is not None and chosen.name == CAUSAL_LM
     for name in config.architectures or ():
         found = getattr(transformers, name, None)
-        if name in CAUSAL or not isinstance(found, type) or not issubclass(found, PreTrainedModel):
+        if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
             continue
-        headless = name in _HEADLESS and config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        if headless and not config.is_encoder_decoder:
-            continue  # its head may be the embedding; loading reports one that is missing
-        return found
-    return AutoModelForCausalLM
+        if task is not None and not task.claims(name, config):
+            continue
+        if not causal or name not in CAUSAL | _HEADLESS:
+            return found
+    return getattr(transformers, chosen.auto if chosen else find_task(CAUSAL_LM).auto)
 
 
-def _of_config(config: PretrainedConfig, *, dtype: torch.dtype, **kwargs: Any) -> PreTrainedModel:
-    chosen = _class_of(config)
-    if chosen is AutoModelForCausalLM:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs).eval()
-    return chosen._from_config(config, dtype=dtype).eval()
+def _of_config(
+    config: PretrainedConfig, task: Task | None, *, dtype: torch.dtype, **kwargs: Any
+) -> PreTrainedModel:
+    chosen = _class_of(config, task)
+    if issubclass(chosen, PreTrainedModel):
+        return chosen._from_config(config, dtype=dtype).eval()
+    return chosen.from_config(config, dtype=dtype, **kwargs).eval()
 
 
 def _tie_as_stored(model: PreTrainedModel, folder: Path) -> None:

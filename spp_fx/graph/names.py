@@ -1,10 +1,15 @@
-"""Names of sites: the layer that owns them, and the sites that users skip."""
+"""Names of sites: in the tree of graphs, the layer that owns them, and the sites that users skip."""
 
 import re
 from collections.abc import Iterable, Sequence
 
 from spp_fx.errors import UsageError
 from spp_fx.sparsity.weights import is_target
+
+
+def in_model(path: str) -> str:
+    """The model's path of one in the tree of graphs, where a module called n times is name, name@1, ..."""
+    return re.sub(r"@\d+", "", path)
 
 
 def layer_of(name: str) -> str | None:

@@ -1,7 +1,6 @@
 """The traced model and its sites: the weights that passes may treat."""
 
-import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Literal, Protocol, TypeVar, cast
@@ -10,13 +9,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import handle_torch_function, has_torch_function
 from transformers import PretrainedConfig
-from transformers.modeling_outputs import CausalLMOutput
+from transformers.modeling_outputs import ModelOutput
 
 from spp_fx.adapters.method import Method
 from spp_fx.errors import SppFxError, UsageError
-from spp_fx.graph.names import layer_of
+from spp_fx.graph.names import in_model, layer_of
 from spp_fx.graph.rewrite import move_constants
-from spp_fx.graph.sizes import ANY_SIZES
+from spp_fx.graph.sizes import ANY_SIZES, sizes_in
+from spp_fx.graph.task import BATCH, LENGTH, TARGET, Input, Task
 from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.pattern import Pattern
 
@@ -133,7 +133,7 @@ class Use:
 
     def owner(self, site: str) -> tuple[nn.Module, str]:
         """The module that holds the parameter of a site in this graph, and the prefix of what it holds in the graph."""
-        inside = site.rpartition(".")[0].removeprefix(_once(self.path)).lstrip(".")
+        inside = site.rpartition(".")[0].removeprefix(in_model(self.path)).lstrip(".")
         return self.module.get_submodule(inside), f"{inside}." if inside else ""
 
 
@@ -146,11 +146,6 @@ class Rewrite(Protocol):
 
 MOST_TRACES = 8
 """Traces of one model for sizes that its first does not hold for: each takes seconds and the memory of its graphs."""
-
-
-def _once(name: str) -> str:
-    """A name in the model of one in the tree, where a module called n times is name, name@1, ..."""
-    return re.sub(r"@\d+", "", name)
 
 
 def child_path(path: str, node: fx.Node) -> str:
@@ -174,14 +169,23 @@ def positions_of(config: PretrainedConfig) -> int | None:
     return said if said and said > 0 else None  # XLNet says -1
 
 
+def _said(sizes: dict[str, int]) -> str:
+    """A batch in words."""
+    counted = ((LENGTH, "tokens"), (TARGET, "target tokens"))
+    rest = " and ".join(f"{sizes[axis]} {word}" for axis, word in counted if axis in sizes)
+    return f"{sizes[BATCH]} rows of {rest}" if rest else f"{sizes[BATCH]} rows"
+
+
 class Program(nn.Module):
-    """A causal language model as nested fx graphs; called like the Hugging Face model it was traced from.
+    """A model as nested fx graphs; called like the Hugging Face model it was traced from.
 
     Module paths, parameter and buffer names are the checkpoint's own (a packed weight is several). The
     graphs are plain `torch.fx.GraphModule`s that run generated code, so `torch.compile`, `torch.export` and every
     fx tool take them; `train()` and `eval()` switch the dropout that the source model has.
 
     Attributes:
+        task: what the model is for.
+        inputs: what it is called with, in order.
         config: the source model's configuration.
         sites: by checkpoint name; filled by `canonicalize`.
         left_out: every other parameter of two or more dimensions, by checkpoint name, with the reason why it
@@ -198,7 +202,8 @@ class Program(nn.Module):
         untraced: why there are no graphs and nothing can be computed; see `outline`.
         tied: parameters that share another's storage: name -> the first name.
         head_weight: name of the weight that makes the logits, if the model has one.
-        calibration: tokens (samples, length) int64 that calibrated passes run it on.
+        calibration: what calibrated passes run it on: tokens (samples, length) int64, or rows of its inputs, each
+            (1, ...), by name.
         loss_type: what transformers calls the loss; its Trainer counts a step's tokens by it.
         history: spellings of the passes that ran, in order.
         sizes: what its graphs hold for; `at` gives a program for others.
@@ -212,8 +217,10 @@ class Program(nn.Module):
     def __init__(
         self,
         root: fx.GraphModule,
+        task: Task,
+        inputs: tuple[Input, ...],
         config: PretrainedConfig,
-        loss_function: Callable[..., Any],
+        loss_function: Callable[..., Any] | None,
         tied: dict[str, str],
         head: str | None,
     ) -> None:
@@ -226,6 +233,8 @@ class Program(nn.Module):
             for path, module in self.named_modules()
             if (names := module._non_persistent_buffers_set)
         }
+        self.task = task
+        self.inputs = inputs
         self.config = config
         self.loss_function = loss_function
         self.tied = tied
@@ -240,56 +249,78 @@ class Program(nn.Module):
         self.units: list[str] = []
         self.packings: dict[str, str] = {}
         self.masks: dict[str, PackedMask] = {}
-        self.calibration: Tensor | None = None
+        self.calibration: Tensor | Sequence[Mapping[str, Tensor]] | None = None
         self.loss_type: str | None = None
         self.history: list[str] = []
         self.sizes = ANY_SIZES
         self.constants: frozenset[str] = frozenset()
-        self.again: Callable[[tuple[int, int], torch.device], Program] | None = None
+        self.again: Callable[[dict[str, int], torch.device], Program] | None = None
         self.applied: list[Rewrite] = []
         self._traces: list[Program] = [self]
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        **loss_kwargs: Any,
-    ) -> CausalLMOutput:
-        """Logits, and the loss when labels are given.
+    def forward(self, *args: Tensor | None, labels: Tensor | None = None, **kwargs: Any) -> ModelOutput:
+        """The model's outputs, and the loss when labels are given.
 
         Args:
-            input_ids: (batch, sequence) int64.
-            attention_mask: (batch, sequence), 1 for tokens and 0 for padding; all ones if None.
-            labels: (batch, sequence) int64, -100 where nothing is to be predicted.
-            loss_kwargs: handed to the model family's loss, such as `num_items_in_batch`.
+            args, kwargs: the `inputs`; what else is named goes to the task's loss, such as `num_items_in_batch`.
+            labels: as the task has them: of causal language models (batch, length) int64, -100 where nothing is to be
+                predicted.
 
         Returns:
-            `loss` (scalar or None) and `logits` (batch, sequence, vocabulary).
+            `Task.answer`, such as `loss` (scalar or None) and `logits` (batch, length, vocabulary).
         """
-        if input_ids.ndim != 2:
-            raise UsageError(f"input_ids must be (batch, sequence), got shape {tuple(input_ids.shape)}")
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        program = self.at(*input_ids.shape)
-        loss, logits = None, program.root(input_ids, attention_mask)
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocabulary, **loss_kwargs)
-        return CausalLMOutput(loss=loss, logits=logits)
+        if self.untraced is not None:
+            raise SppFxError(self.untraced)
+        given = self.take(args, kwargs)
+        program = self.at(**sizes_in(self.inputs, given))
+        made = program.root(*given.values())
+        outputs = dict(
+            zip(self.task.outputs, made if isinstance(made, tuple | list) else (made,), strict=True)
+        )
+        loss = None if labels is None else self.task.loss(self, outputs, labels, **kwargs)
+        return self.task.answer(
+            **{"loss": loss} if "loss" in self.task.answer.__annotations__ else {}, **outputs
+        )
 
-    def at(self, batch: int, length: int) -> "Program":
+    def take(self, args: Sequence[Tensor | None], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        """Every input, in order, taken out of arguments, or filled with its default.
+
+        Raises:
+            UsageError: one is missing, or has another shape.
+        """
+        given = dict(zip((entry.name for entry in self.inputs), args, strict=False))
+        if len(args) > len(self.inputs):
+            raise UsageError(f"takes {len(self.inputs)} inputs ({', '.join(given)}), got {len(args)}")
+        names = [entry.name for entry in self.inputs if kwargs.get(entry.name) is not None]
+        given |= {name: kwargs.pop(name) for name in names}
+        given = {name: value for name, value in given.items() if value is not None}
+        sizes = sizes_in(self.inputs, given)
+        device = next((each.device for each in given.values()), None)
+        for entry in self.inputs:
+            kwargs.pop(entry.name, None)
+            if entry.name in given:
+                continue
+            if entry.default is None:
+                raise UsageError(f"{entry.name} {entry.described()} is missing")
+            given[entry.name] = entry.filled(sizes, torch.float32, device or self.device)
+        return {entry.name: given[entry.name] for entry in self.inputs}
+
+    def at(self, **sizes: Any) -> "Program":
         """This program, or where its graphs do not hold for such a batch, one that shares its tensors.
 
         It shares those of the first call: a tensor that is replaced later, and not written to, is replaced in one.
+
+        Args:
+            sizes: by the names of axes: `batch`, `length` and what else the `inputs` have.
 
         Raises:
             SppFxError: the model takes no such batch, or was traced for too many sizes already.
         """
         if not self.sizes.conditions:
             return self
-        found = next((each for each in self._traces if each.sizes.admit(batch, length)), None)
+        found = next((each for each in self._traces if each.sizes.admit(**sizes)), None)
         if found is None:
-            found = self._traced_for(batch, length)
+            found = self._traced_for(sizes)
             found.again, found.applied, found._traces = self.again, self.applied, self._traces
             self._traces.append(found)
         return found
@@ -304,8 +335,8 @@ class Program(nn.Module):
         self._traces[:] = [each for each in self._traces if each is not self]
         self._traces = [self]
 
-    def _traced_for(self, batch: int, length: int) -> "Program":
-        what = f"{batch} rows of {length} tokens"
+    def _traced_for(self, sizes: dict[str, int]) -> "Program":
+        what = _said(sizes)
         takes = f"this program holds for {self.sizes.described()}"
         if self.again is None:
             raise SppFxError(f"{what}: {takes}, and its model cannot be traced again")
@@ -317,14 +348,15 @@ class Program(nn.Module):
         # Constants of the graphs are real also where parameters are yet to be read.
         device = torch.device("cpu") if self.device.type == "meta" else self.device
         # More than one row where that will do; two sizes that are equal would be taken for one.
-        rows = batch if 1 < batch != length else 2 if length != 2 else 3
+        others = {size for name, size in sizes.items() if name != BATCH}
+        rows = next(n for n in (sizes[BATCH], 2, 3, 4, 5) if n > 1 and n not in others)
         try:
-            other = self.again((rows, length), device)
-            if not other.sizes.admit(batch, length):
-                other = self.again((batch, length), device)
+            other = self.again(sizes | {BATCH: rows}, device)
+            if not other.sizes.admit(**sizes):
+                other = self.again(sizes, device)
         except SppFxError as error:
             raise SppFxError(f"{what}: {takes}; traced for these, {error}") from error
-        if not other.sizes.admit(batch, length):
+        if not other.sizes.admit(**sizes):
             raise SppFxError(f"{what}: {takes}; traced for these, {other.sizes.described()}")
         for rewrite in self.applied:
             rewrite.again(other, self)
@@ -337,7 +369,7 @@ class Program(nn.Module):
         for path, module in self.named_modules():
             for table in (module._parameters, module._buffers):
                 for name, tensor in table.items():
-                    key = _once(f"{path}.{name}".lstrip("."))
+                    key = in_model(f"{path}.{name}".lstrip("."))
                     if tensor is not None and key in theirs and key not in self.constants:
                         table[name] = theirs[key]
         missing = {name for name, t in self._tensors().items() if isinstance(t, nn.Parameter)} - theirs.keys()
@@ -347,7 +379,7 @@ class Program(nn.Module):
     def _tensors(self) -> dict[str, Any]:
         """Parameters and buffers by the names that they have in the model."""
         every = (self.named_parameters(remove_duplicate=False), self.named_buffers(remove_duplicate=False))
-        return {_once(name): tensor for each in every for name, tensor in each}
+        return {in_model(name): tensor for each in every for name, tensor in each}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -1,6 +1,7 @@
-"""The batch sizes and sequence lengths that a trace holds for: what torch.export assumed, kept as conditions."""
+"""The sizes of inputs that a trace holds for: what torch.export assumed, kept as conditions."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
@@ -13,9 +14,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.printers import PythonPrinter
 
-from spp_fx.errors import SppFxError
+from spp_fx.errors import SppFxError, UsageError
+from spp_fx.graph.task import BATCH, EXAMPLE, LENGTH, Input
 
-NAMES = ("batch", "length")
 LONGEST = 4096
 """Lengths up to which `described` looks."""
 
@@ -27,24 +28,26 @@ class Sizes:
     A model's code may branch on the batch size and the sequence length; a trace has the branches of its example.
 
     Attributes:
-        conditions: Python expressions in `batch` and `length`, all of which hold for those sizes; none if any do.
+        conditions: Python expressions in the names of axes (`task.Input`), all of which hold for those sizes; none if
+            any do.
     """
 
     conditions: tuple[str, ...] = ()
 
-    def admit(self, batch: Any, length: Any) -> bool:
-        """Whether a batch of so many rows of so many tokens meets every condition; symbolic sizes are guarded."""
-        return all(holds(batch, length) for holds in map(_compiled, self.conditions))
+    def admit(self, **sizes: Any) -> bool:
+        """Whether a batch of such sizes, by the names of axes, meets every condition; symbolic sizes are guarded."""
+        return all(holds(**sizes) for holds in map(_compiled, self.conditions))
 
     def cover(self, batch: int, longest: int) -> bool:
         """Whether every length from 2 on is admitted."""
-        return all(self.admit(batch, length) for length in range(2, longest + 1))
+        return all(self.admit(**EXAMPLE | {BATCH: batch, LENGTH: n}) for n in range(2, longest + 1))
 
     def described(self, longest: int = LONGEST) -> str:
         """The lengths of two rows that are admitted, in words."""
         if not self.conditions:
             return "any length"
-        runs = list(_runs([n for n in range(1, longest + 1) if self.admit(2, n)]))
+        admitted = [n for n in range(1, longest + 1) if self.admit(**EXAMPLE | {BATCH: 2, LENGTH: n})]
+        runs = list(_runs(admitted))
         if runs and runs[-1][1] == longest:
             runs[-1] = (runs[-1][0], 0)
         said = [f"{a} and more" if b == 0 else f"{a}" if a == b else f"{a} to {b}" for a, b in runs[:4]]
@@ -55,8 +58,11 @@ class Sizes:
 ANY_SIZES = Sizes()
 
 
-def sizes_of(exported: ExportedProgram) -> Sizes:
-    """What torch.export assumed of the sizes of an export's inputs, which are all (batch, sequence).
+def sizes_of(exported: ExportedProgram, inputs: Iterable[Input]) -> Sizes:
+    """What torch.export assumed of the sizes of an export's inputs.
+
+    Args:
+        inputs: those that the exported program has, in its order.
 
     Raises:
         SppFxError: an assumption is about something else than these sizes.
@@ -64,10 +70,12 @@ def sizes_of(exported: ExportedProgram) -> Sizes:
     env: ShapeEnv | None = None
     known: dict[Any, Any] = {}
     conditions: list[Any] = []
-    for node in exported.graph.find_nodes(op="placeholder"):
-        if node.name not in exported.graph_signature.user_inputs:
-            continue
-        for name, size in zip(NAMES, node.meta["val"].shape, strict=True):
+    placeholders = {node.name: node for node in exported.graph.find_nodes(op="placeholder")}
+    given = [placeholders[name] for name in exported.graph_signature.user_inputs]
+    for node, entry in zip(given, inputs, strict=True):
+        for name, size in zip(entry.axes, node.meta["val"].shape, strict=True):
+            if isinstance(name, int):
+                continue
             conditions += _bind(size, sympy.Symbol(name, integer=True, positive=True), known)
             env = size.node.shape_env if isinstance(size, SymInt) else env
     if env is None:
@@ -83,6 +91,28 @@ def sizes_of(exported: ExportedProgram) -> Sizes:
             raise SppFxError(f"its code branches on what it computes ({each})")
         conditions.append(each.xreplace(known))
     return Sizes(_printed(conditions))
+
+
+def sizes_in(inputs: Iterable[Input], tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The size of each axis of a batch, by its name, of the inputs that are given.
+
+    Raises:
+        UsageError: a tensor has another number of dimensions, or two have different sizes of one axis.
+    """
+    found: dict[str, Any] = {}
+    for entry in inputs:
+        shape = tuple(tensors[entry.name].shape) if entry.name in tensors else None
+        if shape is None:
+            continue
+        if len(shape) != len(entry.axes):
+            raise UsageError(f"{entry.name} must be {entry.described()}, got shape {shape}")
+        for axis, size in zip(entry.axes, shape, strict=True):
+            wanted = found.setdefault(axis, size) if isinstance(axis, str) else axis
+            if isinstance(size, int) and isinstance(wanted, int) and size != wanted:
+                raise UsageError(
+                    f"{entry.name} must be {entry.described()} with {axis} {wanted}, got {shape}"
+                )
+    return found
 
 
 def _bind(size: Any, wanted: sympy.Symbol, known: dict[Any, Any]) -> Iterator[Any]:
@@ -103,8 +133,9 @@ def _printed(conditions: list[Any]) -> tuple[str, ...]:
 
 
 @cache
-def _compiled(condition: str) -> Callable[[Any, Any], Any]:
-    return eval(f"lambda {', '.join(NAMES)}: {condition}", {"math": __import__("math")})
+def _compiled(condition: str) -> Callable[..., Any]:
+    axes = [name for name in compile(condition, "<condition>", "eval").co_names if name in EXAMPLE]
+    return eval(f"lambda {', '.join((*axes, '**others'))}: {condition}", {"math": math})
 
 
 def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:

@@ -3,6 +3,7 @@
 import builtins
 import contextlib
 import copy
+import inspect
 import io
 import keyword
 import logging
@@ -11,7 +12,7 @@ import os
 import re
 import traceback
 import warnings
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +32,11 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 from spp_fx.errors import SppFxError, UsageError
 from spp_fx.graph.flow import argument
 from spp_fx.graph.leaves import Leaves, leaf_classes, without_leaves
-from spp_fx.graph.model import CAUSAL, load_model
+from spp_fx.graph.model import load_model
 from spp_fx.graph.program import Program
 from spp_fx.graph.rewrite import Graph, call, training_flag
 from spp_fx.graph.sizes import Sizes, sizes_of
+from spp_fx.graph.task import BATCH, EXAMPLE, LENGTH, TARGET, Input, Task, find_task, task_of_model
 from spp_fx.graph.untouched import untouched
 
 # Local names that generated code cannot use: `self`, Python's own, and the globals that fx defines.
@@ -145,54 +147,62 @@ EXPORT_ERRORS = (
 """What torch.export, the model's code that it runs, and generated code raise."""
 
 
-EXAMPLE = (2, 7)
-"""Batch size and sequence length that an export runs with: neither is 1, which is taken for a constant, and they
-differ, since equal ones are taken for one."""
-
-
-def trace(model: PreTrainedModel | str | Path, example: tuple[int, int] = EXAMPLE) -> Program:
-    """Trace a causal language model into a `Program` that shares the model's parameters.
+def trace(
+    model: PreTrainedModel | str | Path,
+    example: Mapping[str, int] = EXAMPLE,
+    *,
+    task: Task | str | None = None,
+) -> Program:
+    """Trace a model into a `Program` that shares the model's parameters.
 
     The model is exported (non-strict, dynamic batch and sequence) and unflattened; no weight is
     copied, and a model on the meta device needs none. The program computes what the model computes in
     its own dtype and on its own device, to the bit.
 
     Args:
-        model: a `*ForCausalLM` instance, or a model folder (or hub id, where there is a network),
-            which is then loaded in its stored dtype on the CPU.
-        example: batch size and sequence length. Where the model's code branches on them, the trace has the
-            branches of these, and holds for `Program.sizes`; for others the program traces the model again.
+        model: of transformers, or a model folder (or hub id, where there is a network), which is then loaded in its
+            stored dtype on the CPU.
+        example: sizes of axes by name. Where the model's code branches on them, the trace has the branches of these,
+            and holds for `Program.sizes`; for others the program traces the model again.
+        task: what the model is run for, or its name; None: what its class is made for.
 
     Raises:
+        UsageError: the model is of no task that is known, or not of this one.
         SppFxError: the model cannot be exported; carries torch.export's reason.
     """
+    task = find_task(task) if isinstance(task, str) else task
     if isinstance(model, str | Path):
-        model = load_model(model)
-    if not _is_causal_lm(model):
+        model = load_model(model, task=task)
+    task = task or task_of_model(model)
+    if not task.takes(model):
         raise UsageError(
-            f"{type(model).__name__} is not a causal language model that AutoModelForCausalLM of transformers loads"
+            f"{type(model).__name__} cannot be run for {task.name} ({task.auto} of transformers)"
         )
     refuse_names(model)
-    program = _trace(model, example)
+    program = _trace(model, task, EXAMPLE | dict(example))
     if program.sizes.conditions:
-        program.again = TraceAgain.of(model, leaf_classes(program))
+        program.again = TraceAgain.of(model, task, leaf_classes(program))
     return program
 
 
 def _trace(
-    model: PreTrainedModel, example: tuple[int, int], classes: frozenset[type] = frozenset()
+    model: PreTrainedModel, task: Task, example: Mapping[str, int], classes: frozenset[type] = frozenset()
 ) -> Program:
-    leaves = Leaves(model, classes)
-    exported = _export(model, example, leaves, training=False)
-    conditions = (*_sizes(model, exported).conditions, *_training_dropout(model, exported, example, leaves))
+    inputs, leaves = task.inputs(model), Leaves(model, classes)
+    exported = _export(model, task, example, leaves, training=False)
+    conditions = (
+        *_sizes(model, exported, inputs).conditions,
+        *_training_dropout(model, exported, task, example, leaves),
+    )
     root = _tree(exported, model)
     leaves.place(root)
-    program = Program(root, model.config, model.loss_function, tied_parameters(model), head_of(model))
+    loss = getattr(model, "loss_function", None)
+    program = Program(root, task, inputs, model.config, loss, tied_parameters(model), head_of(model))
     program.sizes = Sizes(tuple(dict.fromkeys(conditions)))
     program.constants = frozenset(dict(program.named_buffers()).keys() - dict(model.named_buffers()).keys())
     # Most families without a loss of their own have no loss_type, either: the Trainer would count tokens wrongly.
-    program.loss_type = next((n for n, loss in LOSS_MAPPING.items() if loss is model.loss_function), None)
-    _rehearse(program, model, example)
+    program.loss_type = next((n for n, each in LOSS_MAPPING.items() if each is loss), None)
+    _rehearse(program, model, dict(example))
     return program.train(model.training)
 
 
@@ -206,20 +216,21 @@ class TraceAgain:
     """
 
     model: PreTrainedModel
+    task: Task
     classes: frozenset[type] = frozenset()
 
     @classmethod
-    def of(cls, model: PreTrainedModel, classes: frozenset[type]) -> "TraceAgain | None":
+    def of(cls, model: PreTrainedModel, task: Task, classes: frozenset[type]) -> "TraceAgain | None":
         """None for a model that cannot be copied, or in which a function that knows it stands for a forward."""
         if any(isinstance(vars(module).get("forward"), FunctionType) for module in model.modules()):
             return None
         metas = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
         try:
-            return cls(copy.deepcopy(model, dict[int, Any](metas)), classes)
+            return cls(copy.deepcopy(model, dict[int, Any](metas)), task, classes)
         except (RuntimeError, TypeError):  # a tensor with a gradient, a lock, a handle
             return None
 
-    def __call__(self, example: tuple[int, int], device: torch.device) -> Program:
+    def __call__(self, example: Mapping[str, int], device: torch.device) -> Program:
         """A program whose parameters are yet to be replaced.
 
         A trace needs the device of parameters and not their values: all of a dtype are views of one storage.
@@ -238,43 +249,47 @@ class TraceAgain:
                 {n: stand_ins[p] for n, p in module._parameters.items() if p is not None}
             )
             module._buffers.update({n: b.to(device) for n, b in module._buffers.items() if b is not None})
-        return _trace(model, example, self.classes)
+        return _trace(model, self.task, example, self.classes)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TraceAgain":
         return self
 
 
-def _is_causal_lm(model: nn.Module) -> bool:
-    if not isinstance(model, PreTrainedModel) or getattr(model.config, "is_encoder_decoder", False):
-        return False
-    # BertForMaskedLM has a head as well, and looks ahead.
-    known = type(model).__name__ in CAUSAL or not type(model).__module__.startswith("transformers.")
-    return (known or model.can_generate()) and model.get_output_embeddings() is not None
-
-
 def _export(
-    model: PreTrainedModel, example: tuple[int, int], leaves: Leaves, *, training: bool
+    model: PreTrainedModel, task: Task, example: Mapping[str, int], leaves: Leaves, *, training: bool
 ) -> ExportedProgram:
-    """Export `(input_ids, attention_mask) -> logits` in one mode, with the checkpoint's names at the top level."""
-    own = model.forward
-
-    def forward(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return own(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-
+    """Export the task's inputs to its outputs in one mode, with the checkpoint's names at the top level."""
+    inputs = task.inputs(model)
     device = next(model.parameters()).device
-    ids = torch.zeros(example, dtype=torch.int64, device=device)
+    args = tuple(entry.filled(example, model.dtype, device) for entry in inputs)
     # A size that the model's code branches on is narrowed, or becomes a constant, see `Sizes`.
-    sizes = {axis: Dim.AUTO for axis, size in enumerate(example) if size > 1}
+    sizes = tuple(
+        {n: Dim.AUTO for n, axis in enumerate(entry.axes) if isinstance(axis, str) and example[axis] > 1}
+        for entry in inputs
+    )
     # Export takes a size for more than 1 and says nothing of it; so it asks, and what was assumed is a condition.
     with shapes_config.patch(backed_size_oblivious=True):  # pyright: ignore[reportAttributeAccessIssue]
-        return export_as(
-            model, forward, (ids, torch.ones_like(ids)), (sizes, dict(sizes)), leaves, training=training
-        )
+        return export_as(model, forward_of(model, task), args, sizes, leaves, training=training)
 
 
-def _sizes(model: PreTrainedModel, exported: ExportedProgram) -> Sizes:
+def forward_of(model: PreTrainedModel, task: Task) -> Callable[..., Any]:
+    """A function of the task's inputs, with their names, that gives its outputs: one alone, or a tuple."""
+    own, names = model.forward, [entry.name for entry in task.inputs(model)]
+    options = {"use_cache": False} if task.cached else {}
+
+    def forward(*given: Tensor) -> Any:
+        made = own(**dict(zip(names, given, strict=True)), **options)
+        outputs = tuple(made[name] for name in task.outputs)
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+    forward.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
+    return forward
+
+
+def _sizes(model: PreTrainedModel, exported: ExportedProgram, inputs: tuple[Input, ...]) -> Sizes:
     try:
-        return sizes_of(exported)
+        return sizes_of(exported, inputs)
     except SppFxError as error:
         raise SppFxError(f"{type(model).__name__} cannot be traced: {error}") from error
 
@@ -390,7 +405,7 @@ def _make_experts_exportable(model: PreTrainedModel) -> None:
 
 
 def _training_dropout(
-    model: PreTrainedModel, exported: ExportedProgram, example: tuple[int, int], leaves: Leaves
+    model: PreTrainedModel, exported: ExportedProgram, task: Task, example: Mapping[str, int], leaves: Leaves
 ) -> tuple[str, ...]:
     """Write into the exported graph the dropout probabilities that the model has while training.
 
@@ -401,7 +416,7 @@ def _training_dropout(
     """
     if not _has_dropout(model.config.to_dict()):
         return ()
-    twin = _export(model, example, leaves, training=True)
+    twin = _export(model, task, example, leaves, training=True)
     own, theirs = _dropouts(exported), _dropouts(twin)
     if [where for where, _ in own] != [where for where, _ in theirs]:
         raise SppFxError(
@@ -410,7 +425,7 @@ def _training_dropout(
         )
     for (_, node), (_, source) in zip(own, theirs, strict=True):
         _set_dropout(node, argument(source, _PROBABILITIES[node.target]), training=False)
-    return _sizes(model, twin).conditions
+    return _sizes(model, twin, task.inputs(model)).conditions
 
 
 def _has_dropout(config: dict[str, Any]) -> bool:
@@ -521,15 +536,15 @@ def _tables(module: nn.Module) -> list[dict[str, Any]]:
     return [cast("dict[str, Any]", t) for t in (module._modules, module._parameters, module._buffers)]
 
 
-def _rehearse(program: Program, model: PreTrainedModel, example: tuple[int, int]) -> None:
+def _rehearse(program: Program, model: PreTrainedModel, example: dict[str, int]) -> None:
     """Run a program once in each mode that differs, on fake tensors: no memory, no arithmetic.
 
     Raises:
-        SppFxError: the generated code does not run, or makes no logits for each token.
+        SppFxError: the generated code does not run, or makes outputs of other sizes than its inputs have.
     """
     # Other sizes than those that it was exported with, where it takes others.
-    tried = ((3, 5), (3, example[1]), example)
-    batch, sequence = next(sizes for sizes in tried if program.sizes.admit(*sizes))
+    tried = (example | {BATCH: 3, LENGTH: 5, TARGET: 4}, example | {BATCH: 3}, example)
+    sizes = next(each for each in tried if program.sizes.admit(**each))
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     own = dict(program.named_parameters(remove_duplicate=False))
     own |= dict(program.named_buffers(remove_duplicate=False))
@@ -542,19 +557,21 @@ def _rehearse(program: Program, model: PreTrainedModel, example: tuple[int, int]
     for training in (False, True) if switched else (False,):
         try:
             with mode, _quiet(), torch.no_grad():
-                ids = torch.zeros(batch, sequence, dtype=torch.int64, device=program.device)
                 program.train(training)
-                logits = functional_call(program, stand_ins, (ids, torch.ones_like(ids))).logits
+                given = [entry.filled(sizes, model.dtype, program.device) for entry in program.inputs]
+                made = functional_call(program, stand_ins, tuple(given))
         except EXPORT_ERRORS as error:
             raise SppFxError(
                 f"{type(model).__name__} cannot be traced: torch exports it, but what it exports does not run"
                 f"{' in training mode' if training else ''}: {_reason(error)}"
             ) from error
-        if tuple(logits.shape[:2]) != (batch, sequence):
-            raise SppFxError(
-                f"{type(model).__name__} cannot be traced: the program makes logits of shape "
-                f"{tuple(logits.shape)} for {batch} rows of {sequence} tokens"
-            )
+        for name, axes in program.task.outputs.items():
+            shape, wanted = tuple(made[name].shape), tuple(sizes[axis] for axis in axes)
+            if shape[: len(axes)] != wanted:
+                raise SppFxError(
+                    f"{type(model).__name__} cannot be traced: the program makes {name} of shape {shape}, and they "
+                    f"should begin with {', '.join(axes)} {wanted}"
+                )
 
 
 def tied_parameters(model: PreTrainedModel) -> dict[str, str]:

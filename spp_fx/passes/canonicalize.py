@@ -15,7 +15,6 @@ known from then on. Every other matrix is named in `program.left_out`.
 """
 
 import operator
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
@@ -43,6 +42,7 @@ from spp_fx.graph.flow import (
     sizes,
 )
 from spp_fx.graph.leaves import Leaf, held, run_leaf
+from spp_fx.graph.names import in_model
 from spp_fx.graph.outline import is_router
 from spp_fx.graph.program import ROUTES, SITE, Kind, LeftOut, Program, child_path
 from spp_fx.graph.rewrite import call, reach, replace_by_call, replace_operand
@@ -149,7 +149,7 @@ class Canonicalize(Pass):
 def _matrices(program: Program) -> dict[str, nn.Parameter]:
     """Every parameter of two or more dimensions under each of its names in the checkpoint."""
     return {
-        _name(path): parameter
+        in_model(path): parameter
         for path, parameter in program.named_parameters(remove_duplicate=False)
         if parameter.ndim >= 2
     }
@@ -160,13 +160,8 @@ def _parameter_values(flow: Flow) -> dict[str, list[Value]]:
     found: dict[str, list[Value]] = {}
     for value in flow.nodes():
         if value.node.op == "get_attr":
-            found.setdefault(_name(child_path(value.path, value.node)), []).append(value)
+            found.setdefault(in_model(child_path(value.path, value.node)), []).append(value)
     return found
-
-
-def _name(path: str) -> str:
-    # A module called n times is in the tree n times, as name, name@1, ..., with one weight.
-    return re.sub(r"@\d+", "", path)
 
 
 def _is_embedded(flow: Flow, value: Value) -> bool:

@@ -8,7 +8,8 @@ from torch import fx
 from torch.utils.checkpoint import checkpoint
 
 from spp_fx.errors import PostconditionError, PreconditionError
-from spp_fx.graph.program import Program, opaque
+from spp_fx.graph.names import in_model
+from spp_fx.graph.program import Program, Use, opaque
 from spp_fx.graph.rewrite import replace_by_call
 from spp_fx.passes.base import Pass, PassReport, register
 
@@ -18,8 +19,9 @@ from spp_fx.passes.base import Pass, PassReport, register
 class Partition(Pass):
     """Name one unit per layer: what is sharded, checkpointed or moved as a whole.
 
-    A unit is the graph module that holds all sites of one layer, called once by one node. Layers are
-    identified by their paths, so a model may have several stacks of them. The report lists units, not sites.
+    A unit is the graph module that holds all sites of one layer; a layer that is called several times may be in the
+    tree several times, as name, name@1, ..., of which the first is the unit. Layers are identified by their paths, so
+    a model may have several stacks of them. The report lists units, not sites.
     """
 
     name: ClassVar[str]
@@ -43,10 +45,8 @@ class Partition(Pass):
     def ensures(self, program: Program) -> None:
         if not program.units:
             raise PostconditionError("partition: no site lies in a layer, so there is no unit")
-        calls = program.calls()
-        for path in program.units:
-            if len(calls.get(path, [])) != 1:
-                raise PostconditionError(f"partition: {path} is not called exactly once")
+        if uncalled := [path for path in program.units if path not in _calls(program)]:
+            raise PostconditionError(f"partition: {uncalled[0]} is not called")
 
 
 @register("checkpoint")
@@ -65,7 +65,7 @@ class Checkpoint(Pass):
 
     def apply(self, program: Program) -> PassReport:
         report = PassReport()
-        calls = program.calls()
+        calls = _calls(program)
         for path in program.units:
             for use in calls[path]:
                 _checkpoint(use.node)
@@ -73,6 +73,14 @@ class Checkpoint(Pass):
         for module in {use.module for path in program.units for use in calls[path]}:
             module.recompile()
         return report
+
+
+def _calls(program: Program) -> dict[str, list[Use]]:
+    """The calls of each module, whichever of its copies in the tree they call."""
+    found: dict[str, list[Use]] = {}
+    for path, uses in program.calls().items():
+        found.setdefault(in_model(path), []).extend(uses)
+    return found
 
 
 @opaque

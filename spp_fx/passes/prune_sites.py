@@ -59,6 +59,11 @@ class Prune(Pass):
         report, recipe = PassReport(), self._recipe()
         walks = program.calibration is not None and bool(program.units)
         report.skipped.update(outside_of_layers(program, program.matched) if walks else {})
+        report.skipped.update(
+            (name, f"shares its weight with {first}, and is pruned with it")
+            for name, first in program.tied.items()
+            if name in program.matched and first in program.matched
+        )
         sites = [name for name in program.matched if name not in report.skipped]
         if not sites:
             raise PreconditionError(f"prune: {'; '.join(sorted(set(report.skipped.values())))}")

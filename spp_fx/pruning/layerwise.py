@@ -1,6 +1,6 @@
 """Pruning layer by layer, each calibrated on the outputs of the pruned layers before it."""
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from spp_fx.errors import PreconditionError
 from spp_fx.graph.flow import Flow
+from spp_fx.graph.names import in_model
 from spp_fx.graph.program import Program
 from spp_fx.pruning.criterion import Criterion
-from spp_fx.pruning.permute import best_order, producers
+from spp_fx.pruning.permute import Producers, best_order, producers
 from spp_fx.pruning.recipe import MatrixReport, Recipe, prune_matrix
-from spp_fx.pruning.statistics import InputsBySite, Observer
-from spp_fx.pruning.walk import Layer, Shared, States, Walk
+from spp_fx.pruning.statistics import InputsBySite, Observer, observed
+from spp_fx.pruning.walk import Layer, Sample, Samples, Shared, States, Walk, fitted, on_device
 from spp_fx.sparsity.pattern import NM, Pattern
 
 Tick = Callable[[int, int, str], None]
@@ -93,15 +94,15 @@ def outside_of_layers(program: Program, sites: Iterable[str]) -> dict[str, str]:
             reasons[name] = (
                 "is outside the decoder layers, where nothing is calibrated; prune it with --method magnitude"
             )
-        elif any(not f"{use.path}.".startswith(f"{layer}.") for use in uses.get(name, [])):
-            reasons[name] = "is shared by several layers, so no single layer can calibrate it"
+        elif any(not f"{in_model(use.path)}.".startswith(f"{layer}.") for use in uses.get(name, [])):
+            reasons[name] = "is used outside its layer as well, where nothing is calibrated"
     return reasons
 
 
 @torch.no_grad()
 def prune_layers(
     program: Program,
-    tokens: Tensor,
+    samples: Samples,
     patterns: Mapping[str, Pattern],
     recipe: Recipe,
     *,
@@ -116,20 +117,22 @@ def prune_layers(
 
     Args:
         program: partitioned, in eval mode.
-        tokens: (samples, length) int64.
+        samples: what it is calibrated on.
         patterns: by site; all of them lie in layers.
         recipe: how a matrix is pruned.
         weights: where the tensors come from.
         states: where values wait between layers; those of layer `start` are there if start is not 0.
-        start: the layer to begin with.
+        start: the layer to begin with; their number if all are done.
         finish: called after each layer with its index and what was done, while it is still in place.
 
     Raises:
         PatternError: names the site that cannot be pruned, and why.
     """
-    program = program.at(1, tokens.shape[1])
-    run = _Run(Walk(program), len(tokens), patterns, recipe, weights, states, device, tick)
-    shared = run.enter(tokens, start)
+    program, complete = fitted(program, samples)
+    run = _Run(Walk(program, complete), len(complete), patterns, recipe, weights, states, device, tick)
+    if start == len(run.walk.layers):
+        return
+    shared = run.enter(complete, start)
     for index in range(start, len(run.walk.layers)):
         run.layer(index, shared, finish)
 
@@ -151,12 +154,12 @@ class _Run:
     def flow(self) -> Flow:
         return Flow(self.walk.program)
 
-    def enter(self, tokens: Tensor, start: int) -> Shared:
+    def enter(self, samples: Sequence[Sample], start: int) -> Shared:
         """Save what the first layer reads, if that is where the walk begins; what all samples share."""
         shared: Shared = {}
         with self._in_place(self.walk.entry_tensors()):
             for i in range(self.samples if start == 0 else 1):
-                values, shared = self.walk.enter(tokens[i : i + 1].to(self.device))
+                values, shared = self.walk.enter(on_device(samples[i], self.device))
                 if start == 0:
                     self.states.save(0, i, values)
                     self._progress(0, 0, "embeddings")
@@ -168,7 +171,7 @@ class _Run:
         """See the inputs of a layer, prune it, and save what it gives the next."""
         layer, last = self.walk.layers[index], len(self.walk.layers) - 1
         sites = self.walk.program.sites
-        patterns = {n: pattern for n, pattern in self.patterns.items() if sites[n].layer == layer.path}
+        patterns = {n: pattern for n, pattern in self.patterns.items() if sites[n].layer in layer.units}
         with self._in_place(self.walk.layer_tensors(index)):
             result = self._prune(layer, patterns, self._observe(index, shared, patterns))
             for i in range(self.samples if index < last else 0):
@@ -181,7 +184,7 @@ class _Run:
     def _observe(self, index: int, shared: Shared, sites: Iterable[str]) -> InputsBySite:
         program, hessian = self.walk.program, self.recipe.criterion.hessian
         observer = Observer(
-            {name: program.sites[name] for name in sites},
+            observed(program, sites),
             hessian=hessian,
             samples=self.samples,
             device=self.device,
@@ -265,9 +268,14 @@ def _reorder(
 ) -> dict[str, str]:
     """Give sites whose inputs can change places the order that keeps most; what was done or why not, by site."""
     notes: dict[str, str] = {}
-    possible = producers(flow, layer.path)
+    possible: dict[str, Producers | str] = {}
+    for unit in layer.units:
+        possible |= producers(flow, unit)
+    shared = {*flow.program.tied, *flow.program.tied.values()}
     for name, pattern in patterns.items():
         makers = possible.get(name, "its layer runs without it")
+        if not shared.isdisjoint((name, *(() if isinstance(makers, str) else makers.sites))):
+            makers = "is shared with another layer, or is made by a weight that is"
         if not isinstance(pattern, NM):
             notes[name] = f"inputs keep their order: {pattern} has no groups"
         elif isinstance(makers, str):
@@ -291,6 +299,7 @@ def replace_tensor(program: Program, name: str, tensor: Tensor) -> None:
     path, _, attribute = name.rpartition(".")
     module = program.get_submodule(path)
     if attribute in module._parameters:
-        module._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
+        is_one = isinstance(tensor, nn.Parameter)
+        module._parameters[attribute] = tensor if is_one else nn.Parameter(tensor, requires_grad=False)
     else:
         module._buffers[attribute] = tensor

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from spp_fx.errors import PatternError
 from spp_fx.graph.leaves import held, held_sites, run_leaf, site_inputs
-from spp_fx.graph.program import SITE, Site
+from spp_fx.graph.program import SITE, Program, Site
 from spp_fx.pruning.select import row_blocks
 
 BLOCK_ELEMENTS = 1 << 22
@@ -157,8 +158,22 @@ InputsBySite = dict[tuple[str, int], Inputs]
 """By the site's name and the expert, which is 0 where it is a plain matrix."""
 
 
+def observed(program: Program, sites: Iterable[str]) -> dict[str, Site]:
+    """Sites by each name of their weights, which is several where layers share one: its inputs are those of all."""
+    found: dict[str, Site] = {}
+    for name in sites:
+        names = [each for each in program.names_of(name) if each in program.sites]
+        uses = sum(program.sites[each].uses for each in names)
+        found |= dict.fromkeys(names, replace(program.sites[name], uses=uses))
+    return found
+
+
 class Observer:
-    """`Inputs` of the sites of one layer; sites that read the same tensor share them."""
+    """`Inputs` of the sites of one layer; sites that read the same tensor share them.
+
+    Args:
+        sites: by the name that marks their nodes, see `observed`.
+    """
 
     def __init__(
         self, sites: Mapping[str, Site], *, hessian: bool, samples: int, device: torch.device
@@ -175,10 +190,10 @@ class Observer:
             return
         if node.target is held:
             return
-        name = node.meta[SITE]
-        if name not in self._sites or name in self._followers:
+        site = self._sites.get(node.meta[SITE])
+        if site is None or site.name in self._followers:
             return
-        site = self._sites[name]
+        name = site.name
         try:
             if site.kind == "experts":
                 self._add_experts(site, node, arguments)
@@ -201,12 +216,12 @@ class Observer:
         inputs.add(x.detach().reshape(-1, site.in_features))
 
     def _add_leaf(self, node: fx.Node, arguments: tuple[Any, ...]) -> None:
-        sites = [self._sites[name] for name in held_sites(node).values() if name in self._sites]
-        found = site_inputs(node, arguments) if sites else {}
-        for site in sites:
+        marks = [name for name in held_sites(node).values() if name in self._sites]
+        found = site_inputs(node, arguments) if marks else {}
+        for mark, site in ((name, self._sites[name]) for name in marks):
             for expert in range(site.shape[0] if site.kind == "experts" else 1):
                 try:
-                    self._of(site, expert).add_parts(found.get((site.name, expert), []))
+                    self._of(site, expert).add_parts(found.get((mark, expert), []))
                 except PatternError as error:
                     raise PatternError(f"{site.name}: {error}") from error
 

@@ -16,7 +16,7 @@ from spp_fx.exporters.format import FORMATS, Decoded, decoding_formats
 from spp_fx.exporters.manifest import MANIFEST, Manifest, TensorRecord, read_manifest
 from spp_fx.exporters.packed import open_files
 from spp_fx.graph.binding import Binding, Parameter, assemble, bind
-from spp_fx.graph.model import Readable, check_causal, hollow_model
+from spp_fx.graph.model import Readable, check_task, hollow_model
 from spp_fx.runtime.cuda_library import CuSparseLt, Cutlass, Library
 from spp_fx.runtime.trust import PackedSite, SiteForm, decide, make_weight
 from spp_fx.storage.folder import ModelFolder
@@ -55,7 +55,8 @@ class StoredWeights:
     def single(self, name: str) -> str | None:
         """The stored tensor that is a parameter; None where several make it up, or none."""
         matrices = self.binding.matrices.get(name, ())
-        return matrices[0].tensor if len(matrices) == 1 and matrices[0].expert is None else None
+        is_single = len(matrices) == 1 and matrices[0].expert is None and matrices[0].offset is None
+        return matrices[0].tensor if is_single else None
 
     def read(self, name: str, device: torch.device) -> Tensor:
         """A parameter or buffer in its dtype, contiguous, on a device.
@@ -297,7 +298,7 @@ def _device(device: str | torch.device) -> torch.device:
 def _hollow(folder: Path, decoded: Decoded, trust_remote_code: bool) -> StoredWeights:
     """The folder's model without weights, and where they are."""
     config = ModelFolder.open(folder, weights=False).config
-    check_causal(folder, "runtime.load")
+    check_task(folder, "runtime.load")
     dtype = None
     if (
         config.get("dtype", config.get("torch_dtype")) is None

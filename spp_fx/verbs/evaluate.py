@@ -15,8 +15,9 @@ from spp_fx.adapters.adapter_folder import AdapterFolder
 from spp_fx.console import Table
 from spp_fx.errors import UsageError
 from spp_fx.exporters.manifest import MANIFEST, open_model, read_manifest
-from spp_fx.graph.model import check_causal, load_model
+from spp_fx.graph.model import check_task, load_model
 from spp_fx.graph.program import Program, positions_of, vocabulary_of
+from spp_fx.graph.task import CAUSAL_LM
 from spp_fx.graph.trace import shown
 from spp_fx.parallel import Tick, no_tick
 from spp_fx.runtime import load as load_export
@@ -316,7 +317,7 @@ def _check(folder: Path, base: Path | None) -> None:
         adapter = AdapterFolder.open(folder)
         home = adapter.find_base(base)
         adapter.check_base(open_model(home))
-        check_causal(home)
+        check_task(home, "eval", (CAUSAL_LM,))
     elif not is_export(folder):
         open_model(folder)
-        check_causal(folder)
+        check_task(folder, "eval", (CAUSAL_LM,))

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from spp_fx.adapters.adapter_folder import write_adapter
+from spp_fx.adapters.adapter_folder import StoredMatrix, write_adapter
 from spp_fx.adapters.fold import FLOATING
 from spp_fx.adapters.method import Method, initial_factor, make_method
 from spp_fx.adapters.per_site import (
@@ -378,6 +378,8 @@ def _trained(found: ModelSites) -> tuple[dict[str, int], dict[str, str]]:
             refused[name] = found.binding.refused.get(name, NOT_STORED)
         elif odd := sorted(kinds - FLOATING.keys()):
             refused[name] = f"is stored as {odd[0]}, which is not a plain floating type"
+        elif _in_parts(found.matrices.get(name, ())):
+            refused[name] = f"is stored with others, or in several parts, as {' and '.join(tensors)}"
         elif len(tensors) > 1 and any(_differs(found, tensors[0], other) for other in tensors[1:]):
             refused[name] = f"is stored twice with different values, as {' and '.join(tensors)}"
         else:
@@ -385,6 +387,10 @@ def _trained(found: ModelSites) -> tuple[dict[str, int], dict[str, str]]:
     if not taken:
         raise UsageError(f"{found.folder.path}: has no norm or bias to train; leave --train-norms out")
     return taken, refused
+
+
+def _in_parts(matrices: Sequence[StoredMatrix]) -> bool:
+    return len(matrices) > 1 or any(matrix.offset is not None for matrix in matrices)
 
 
 def _tensors(found: ModelSites, parameter: str) -> list[str]:
@@ -426,7 +432,7 @@ def pruning_errors(
     errors: dict[str, float] = {}
     for site in sites:
         squares, tensors = 0.0, tensors_of(found.matrices[site])
-        for name in tensors:
+        for name, matrix in tensors.items():
             if name not in dense:
                 raise FormatError(
                     f"{teacher}: has no tensor {name}, so it is not the dense model of {found.folder.path}"
@@ -436,7 +442,7 @@ def pruning_errors(
                 raise FormatError(
                     f"{teacher}: {name} has shape {list(other[1].shape)}, in {found.folder.path} {list(own[1].shape)}"
                 )
-            difference = other[0].read(name).float() - own[0].read(name).float()
+            difference = (other[0].read(name).float() - own[0].read(name).float())[matrix.held]
             squares += float(difference.square().sum(dtype=torch.float64))
             tick(name, own[1].nbytes + other[1].nbytes)
         experts = found.program.sites[site].shape[:-2]

@@ -15,8 +15,10 @@ from spp_fx.adapters.per_site import as_overrides
 from spp_fx.errors import FormatError, UsageError
 from spp_fx.exporters.manifest import open_model
 from spp_fx.graph.binding import assemble
-from spp_fx.graph.model import TOKENIZER_FILES, Readable, check_causal, load_model
+from spp_fx.graph.model import TOKENIZER_FILES, Readable, check_task, load_model
+from spp_fx.graph.names import in_model
 from spp_fx.graph.program import Program, factor_attribute
+from spp_fx.graph.task import CAUSAL_LM
 from spp_fx.graph.trace import trace
 from spp_fx.passes.canonicalize import Canonicalize
 from spp_fx.passes.causal import Causal
@@ -78,7 +80,7 @@ def load_program(
     folder = Path(folder)
     if not is_adapter(folder):
         open_model(folder)
-        check_causal(folder)
+        check_task(folder, "this verb", (CAUSAL_LM,))
         program = trace(source or load_model(folder, trust_remote_code=trust_remote_code))
         run_pipeline(program, [Causal()])
         if layers or shard:
@@ -91,7 +93,7 @@ def load_program(
     adapter.check_finite()
     model = adapter.find_base(Path(base) if base else None)
     adapter.check_base(open_model(model))
-    check_causal(model)
+    check_task(model, "this verb", (CAUSAL_LM,))
     program = trace(source or load_model(model, trust_remote_code=trust_remote_code))
     storage = "packed" if packed else "dense"
     run_pipeline(
@@ -242,9 +244,13 @@ class FolderWeights:
         Raises:
             FormatError: the folder has no tensor for a parameter.
         """
+        filled: dict[str, Tensor] = {}
         for name in names:
             current = _current(program, name)
             source = self._source(program, name)
+            if source in filled:  # another name of a shared parameter
+                replace_tensor(program, name, filled[source])
+                continue
             if source is None and current.device.type == "meta":
                 raise FormatError(
                     f"{self.folder.path}: {name}: "
@@ -256,7 +262,12 @@ class FolderWeights:
                     f"{self.folder.path}: {name} is stored as {tensor.dtype}, which has a meaning only with its "
                     "scales; decompress the model first"
                 )
-            replace_tensor(program, name, tensor.to(device=device, dtype=current.dtype))
+            tensor = tensor.to(device=device, dtype=current.dtype)
+            if source is not None:
+                filled[source] = tensor = (
+                    nn.Parameter(tensor, False) if tensor.is_floating_point() else tensor
+                )
+            replace_tensor(program, name, tensor)
 
     def empty(self, program: Program, names: Iterable[str]) -> None:
         for name in names:
@@ -275,6 +286,7 @@ class FolderWeights:
 
     def _source(self, program: Program, name: str) -> str | None:
         """The name under which the folder holds a tensor: its own, or that of a parameter that shares it."""
+        name = in_model(name)
         first = program.tied.get(name, name)
         group = [name, first, *(other for other, owner in program.tied.items() if owner == first)]
         return next((each for each in group if each in self.found.matrices), None)

@@ -4,7 +4,7 @@ The proof shares nothing with the writer: it opens the files anew, has the safet
 and scans the masks.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import astuple, dataclass, field
 from functools import partial
@@ -217,7 +217,7 @@ def _check_base(folder: ModelFolder, entry: LockEntry) -> None:
 
 
 Owners = tuple[tuple[str, StoredMatrix], ...]
-"""The matrices that a stored tensor holds, each with its site, in stored order: one, or one per expert."""
+"""The matrices that a stored tensor holds, each with its site, in stored order: one, or one per expert or site."""
 
 
 @dataclass(frozen=True)
@@ -246,12 +246,12 @@ class FoldPlan:
             for matrix in matrices:
                 by_tensor.setdefault(matrix.tensor, []).append((site, matrix))
         owners = {
-            name: tuple(sorted(group, key=lambda owner: owner[1].expert or 0))
+            name: tuple(sorted(group, key=lambda owner: owner[1].expert or owner[1].offset or 0))
             for name, group in by_tensor.items()
         }
         for name, group in owners.items():
             site = group[0][0]
-            if fault := _fault(base.info(name)[1], group, adapter.shape(site)):
+            if fault := _fault(base.info(name)[1], group, [adapter.shape(each) for each, _ in group]):
                 raise FormatError(f"{adapter.path / CONFIG}: sites.{site}: {name}: {fault}")
         trained: dict[str, str] = {}
         for parameter, tensors in adapter.trained.items():
@@ -304,12 +304,17 @@ class FoldPlan:
             owners = self.owners.get(info.name, ())
             size = info.nbytes // max(1, len(owners))
             for index, (site, matrix) in enumerate(owners):
-                yield from self._matrix(shard, info, site, matrix, info.start + index * size)
+                at = index * size
+                if matrix.offset is not None:
+                    at = matrix.offset * (info.nbytes // info.shape[0])
+                yield from self._matrix(shard, info, site, matrix, info.start + at)
 
     def _matrix(
         self, shard: Shard, info: TensorInfo, site: str, matrix: StoredMatrix, offset: int
     ) -> "Iterator[Change[Folded]]":
         rows, columns = info.shape[-2:]
+        if matrix.offset is not None:
+            rows = matrix.stop - matrix.start
         row_bytes = columns * FLOATING[info.dtype].itemsize
         fold = StoredFold(
             self.adapter.methods[site],
@@ -361,9 +366,9 @@ def _take(read: Callable[[], NDArray[np.float64]], info: TensorInfo, before: Byt
     return info.name, before.size, FoldCounts(0, int((stored != out).sum()))
 
 
-def _fault(info: TensorInfo, owners: Owners, shape: tuple[int, ...]) -> str | None:
-    """Why a stored tensor does not fit what the adapter says about it; `shape` is that of the first site."""
-    site, matrix = owners[0]
+def _fault(info: TensorInfo, owners: Owners, shapes: Sequence[tuple[int, ...]]) -> str | None:
+    """Why a stored tensor does not fit what the adapter says about it; `shapes` are those of the owners' sites."""
+    (site, matrix), shape, end = owners[0], shapes[0], 0
     if info.dtype not in FLOATING:
         return f"is stored as {info.dtype}; merge folds {', '.join(FLOATING)}"
     if len(info.shape) != (3 if matrix.whole else 2):
@@ -374,10 +379,16 @@ def _fault(info: TensorInfo, owners: Owners, shape: tuple[int, ...]) -> str | No
         experts = [each.expert for _, each in owners]
         if experts != list(range(info.shape[0])) or any(other != site for other, _ in owners):
             return f"has {info.shape[0]} experts in the base, but the adapter has others"
-    elif len(owners) > 1:
+    elif len(owners) > 1 and any(each.offset is None for _, each in owners):
         return f"is part of {owners[0][0]} and of {owners[1][0]}"
-    for _, each in owners:
-        if not 0 <= each.start <= each.stop <= shape[-2] or each.stop - each.start != rows:
+    for (_, each), shape in zip(owners, shapes, strict=True):
+        if each.offset is not None:
+            first, end = end, each.offset + each.stop - each.start
+            if each.expert is not None or each.transposed or not first <= each.offset <= end <= rows:
+                return f"has {rows} rows in the base, which rows {each.offset} to {end} in the adapter do not fit"
+        elif each.stop - each.start != rows:
+            return f"has {rows} rows in the base, but rows {each.start} to {each.stop} in the adapter"
+        if not 0 <= each.start <= each.stop <= shape[-2]:
             return f"has {rows} rows in the base, but rows {each.start} to {each.stop} in the adapter"
         if each.transposed != matrix.transposed or each.whole != matrix.whole:
             return "is stored differently for two experts in the adapter"

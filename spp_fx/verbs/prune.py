@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from spp_fx.adapters.adapter_folder import StoredMatrix
 from spp_fx.console import Table, grouped
 from spp_fx.errors import MaskError, UsageError
 from spp_fx.exporters.manifest import open_model, sha256
@@ -272,7 +273,21 @@ def _patterns(
             raise UsageError(f"no site can be calibrated: {'; '.join(sorted(set(outside.values())))}")
     patterns, skipped = patterns_of(matched, wanted, ratios, skip)
     check_patterns(found.program.sites, patterns, recipe.criterion)
+    _check_stored_together(found, patterns)
     return patterns, refused | skipped
+
+
+def _check_stored_together(found: ModelSites, patterns: Mapping[str, Pattern]) -> None:
+    """UsageError unless sites that are stored as one tensor have one pattern: a lock has one for each tensor."""
+    groups: dict[str, list[str]] = {}
+    for name, matrices in found.matrices.items():
+        if name in found.program.sites and matrices[0].offset is not None:
+            groups.setdefault(matrices[0].tensor, []).append(name)
+    for tensor, names in groups.items():
+        if len({str(patterns.get(name)) for name in names}) > 1:
+            raise UsageError(
+                f"{', '.join(names)} are stored as one tensor, {tensor}: give all of them the same pattern, or none"
+            )
 
 
 def _all_options() -> dict[str, None]:
@@ -323,24 +338,28 @@ def _stream(
     found: ModelSites, patterns: Mapping[str, Pattern], recipe: Recipe, work: Workspace, tick: Tick
 ) -> dict[str, list[MatrixReport]]:
     """Prune tensor by tensor, without inputs; returns the reports by stored tensor."""
-    site_of = {matrix.tensor: (site, matrix) for site in patterns for matrix in found.matrices[site]}
-    done, total = 0, sum(name in site_of for shard in found.folder.shards for name in shard.header.tensors)
+    owners: dict[str, dict[str, StoredMatrix]] = {}
+    for site in patterns:
+        for matrix in found.matrices[site]:
+            owners.setdefault(matrix.tensor, {})[site] = matrix
+    done, total = 0, sum(name in owners for shard in found.folder.shards for name in shard.header.tensors)
 
     def write(shard: Shard, target: Path) -> dict[str, Any]:
         reports: dict[str, list[MatrixReport]] = {}
 
         def replace(info: TensorInfo) -> Tensor | None:
             nonlocal done
-            if info.name not in site_of:
+            if info.name not in owners:
                 return None
-            site, matrix = site_of[info.name]
             weight = shard.read(info.name)
-            canonical = weight.transpose(-1, -2) if matrix.transposed else weight
-            blocks = list(canonical) if canonical.ndim == 3 else [canonical]
-            reports[info.name] = [
-                prune_matrix(values, None, patterns[site], recipe, info.name, i if matrix.whole else None)
-                for i, values in enumerate(blocks)
-            ]
+            reports[info.name] = []
+            for site, matrix in owners[info.name].items():
+                canonical = (weight.transpose(-1, -2) if matrix.transposed else weight)[matrix.held]
+                blocks = list(canonical) if canonical.ndim == 3 else [canonical]
+                reports[info.name] += [
+                    prune_matrix(values, None, patterns[site], recipe, info.name, i if matrix.whole else None)
+                    for i, values in enumerate(blocks)
+                ]
             done += 1
             tick(done, total, info.name)
             return weight
@@ -368,20 +387,23 @@ def _walk(
     store = LayerStore(work)
 
     def finish(index: int, result: LayerResult) -> None:
-        tensors = {
-            stored: part
-            for name, tensor in result.tensors.items()
-            for stored, part in take_apart(found.matrices[name], tensor)
-        }
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in result.tensors.items():
+            for matrix, part in take_apart(found.matrices[name], tensor):
+                if matrix.offset is None:
+                    tensors[matrix.tensor] = part
+                    continue
+                if matrix.tensor not in tensors:
+                    tensors[matrix.tensor] = found.folder.read(matrix.tensor)
+                tensors[matrix.tensor][matrix.held] = part.cpu()
         store.finish(index, tensors, result.reports)
 
     if device.type != "cpu":
         found.program.move_constants(torch.device("cpu"), device)
-    if store.done < len(found.program.units):
-        prune_layers(
-            found.program.eval(), tokens, patterns, recipe, weights=FolderWeights(found),
-            states=store.states, device=device, start=store.done, finish=finish, tick=tick,
-        )  # fmt: skip
+    prune_layers(
+        found.program.eval(), tokens, patterns, recipe, weights=FolderWeights(found),
+        states=store.states, device=device, start=store.done, finish=finish, tick=tick,
+    )  # fmt: skip
     pruned = store.tensors()
 
     def write(shard: Shard, target: Path) -> dict[str, Any]:
@@ -395,20 +417,24 @@ def _walk(
     by_site: dict[str, list[MatrixReport]] = {}
     for report in store.reports():
         by_site.setdefault(report.site, []).append(report)
-    return {
-        matrix.tensor: [
-            r for r in by_site[site] if matrix.whole or (r.expert, r.start) == (matrix.expert, matrix.start)
-        ]
-        for site in patterns
-        for matrix in found.matrices[site]
-    }
+    by_tensor: dict[str, list[MatrixReport]] = {}
+    for site in patterns:
+        for tensor, matrix in tensors_of(found.matrices[site]).items():
+            by_tensor.setdefault(tensor, []).extend(
+                r
+                for r in by_site[site]
+                if matrix.whole or (r.expert, r.start) == (matrix.expert, matrix.start)
+            )
+    return by_tensor
 
 
 def _lock_folder(folder: ModelFolder, found: ModelSites, patterns: Mapping[str, Pattern]) -> Lock:
     """The lock of a written folder, from its own bytes; MaskError if a mask does not hold its pattern."""
-    entries: list[LockEntry] = []
+    entries: dict[str, LockEntry] = {}
     for site, pattern in patterns.items():
         for matrix in tensors_of(found.matrices[site]).values():
+            if matrix.tensor in entries:
+                continue
             mask = scan_stored(
                 folder.info(matrix.tensor)[0], matrix.tensor, transposed=matrix.transposed
             ).mask
@@ -416,5 +442,5 @@ def _lock_folder(folder: ModelFolder, found: ModelSites, patterns: Mapping[str, 
             if violations.count:
                 raise MaskError(f"{matrix.tensor}: read back from disk: {violations.describe(pattern)}")
             kind = found.program.sites[site].kind
-            entries.append(make_entry(matrix.tensor, kind, mask, pattern, matrix.transposed))
-    return Lock.of(entries)
+            entries[matrix.tensor] = make_entry(matrix.tensor, kind, mask, pattern, matrix.transposed)
+    return Lock.of(entries.values())

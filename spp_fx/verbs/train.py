@@ -191,7 +191,7 @@ def train(
     asked = settings.seq_len
     length = window_length(program, cache.manifest.text.seq_len if cache and asked is None else asked)
     # Hidden states are read off its layers, so a program for other sizes takes its place from here on.
-    loaded = replace(loaded, program=program.at(settings.batch_size, length))
+    loaded = replace(loaded, program=program.at(batch=settings.batch_size, length=length))
     program = loaded.program
     loss_on, packing = settings.loss_on, settings.packing
     rows, skipped = training_rows(
@@ -464,7 +464,7 @@ def _teacher(
 ) -> Program:
     match = settings.match_hidden > 0
     loaded = load_program(path, trust_remote_code=trust_remote_code, layers=match, shard=settings.shard)
-    teacher, student = loaded.program.at(settings.batch_size, seq_len).eval(), learner.program
+    teacher, student = loaded.program.at(batch=settings.batch_size, length=seq_len).eval(), learner.program
     check_teacher(student, teacher, learner.model, loaded.model, trust_remote_code=trust_remote_code)
     if match:
         theirs, ours = (

@@ -199,7 +199,7 @@ def make_lock(
         own = {name for name, matrices in found.matrices.items() if any(p.tensor == name for p in matrices)}
         sites = [name for name, site in found.program.sites.items() if site.tied_to is None or name in own]
         left_out = {name: reason for name, reason in left_out.items() if name not in sites}
-    candidates: list[Candidate] = []
+    candidates: dict[str, Candidate] = {}
     unreadable: list[str] = []
     for site in sites:
         if site not in found.matrices:
@@ -207,11 +207,11 @@ def make_lock(
             unreadable.append(site)
             continue
         kind = found.program.sites[site].kind
-        candidates += [
-            Candidate(found.folder.info(tensor)[0], tensor, kind, matrix.transposed)
+        candidates |= {
+            tensor: Candidate(found.folder.info(tensor)[0], tensor, kind, matrix.transposed)
             for tensor, matrix in tensors_of(found.matrices[site]).items()
-        ]
-    return _lock(candidates, pattern, left_out, unreadable, tick)
+        }
+    return _lock(list(candidates.values()), pattern, left_out, unreadable, tick)
 
 
 def _lock_file(path: Path, pattern: Pattern | None, targets: Sequence[str], tick: Tick) -> Made:

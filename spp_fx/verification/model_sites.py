@@ -316,8 +316,9 @@ def scan_sites(
     for site in sites:
         patterns: list[Pattern | None] = []
         for tensor, matrix in tensors_of(found.matrices[site]).items():
-            mask = scan_stored(found.folder.info(tensor)[0], tensor, transposed=matrix.transposed).mask
-            seen[tensor] = (mask, detect_pattern(mask))
+            if tensor not in seen:
+                mask = scan_stored(found.folder.info(tensor)[0], tensor, transposed=matrix.transposed).mask
+                seen[tensor] = (mask, detect_pattern(mask))
             patterns.append(seen[tensor][1])
             tick(tensor, found.folder.info(tensor)[1].nbytes)
         known = [pattern for pattern in patterns if pattern is not None]

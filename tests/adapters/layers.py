@@ -12,6 +12,7 @@ from spp_fx.adapters.method import Method, make_method
 from spp_fx.adapters.op import apply_dropout, op_options, ops_of
 from spp_fx.adapters.rows import PACKINGS
 from spp_fx.graph.program import Program
+from spp_fx.graph.task import Task
 from spp_fx.passes.canonicalize import Canonicalize
 from spp_fx.passes.inject_adapters import Inject
 from spp_fx.passes.lower import Lower
@@ -123,7 +124,7 @@ def linear_program(weight: Tensor, bias: Tensor | None) -> Program:
     outer.layer = fx.GraphModule(module, graph)
     calls = fx.Graph()
     calls.output(calls.call_module("layer", (calls.placeholder("x"),)))
-    return Program(fx.GraphModule(outer, calls), PretrainedConfig(), lambda **_: None, {}, None)
+    return Program(fx.GraphModule(outer, calls), Task(), (), PretrainedConfig(), None, {}, None)
 
 
 def lowered(layer: Layer, dropout: float, training: bool = True):

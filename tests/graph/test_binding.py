@@ -1,8 +1,11 @@
 """Binding: the stored tensors of every site, and which part of it each one is."""
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from spp_fx.graph.binding import bind
+from spp_fx.graph.binding import Parameter, assemble, bind, take_apart
 from tests.passes.programs import sparse
 
 
@@ -44,6 +47,36 @@ def test_experts_stored_one_by_one_tile_the_stack():
     binding = bind(model, program.sites, stored)
     found = {(p.expert, p.start, p.stop, p.tensor.split(".")[-2]) for p in binding.matrices[name]}
     assert found == {(e, s, s + 64, w) for e in range(4) for s, w in ((0, "w1"), (64, "w3"))}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "parameter", "stored"),
+    [
+        # rows of one stored matrix are those of several linears
+        ("hrm_text", {"intermediate_size": 64}, "L_module.layers.0.mlp.up_proj", "mlp.gate_up_proj"),
+        # one kernel is stored as three
+        ("kimi_linear", {"layer_types": ["linear_attention"]}, "layers.0.self_attn.conv1d", "q_conv1d"),
+    ],
+)
+def test_tensors_that_are_stored_together_or_in_parts(model_type, options, parameter, stored, tmp_path):
+    small = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    small |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = AutoConfig.for_model(model_type, **small | options)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert any(stored in name for name in tensors)
+    state = model.state_dict()
+    slots = {name: Parameter(name, tuple(value.shape)) for name, value in state.items()}
+    binding = bind(model, slots, {name: tuple(value.shape) for name, value in tensors.items()})
+    assert binding.refused == {}
+    assert f"model.{parameter}.weight" in binding.matrices
+    rebuilt = {name: torch.full_like(value, torch.nan) for name, value in tensors.items()}
+    for name, matrices in binding.matrices.items():
+        assert torch.equal(assemble(matrices, slots[name].shape, tensors.__getitem__), state[name])
+        for matrix, part in take_apart(matrices, state[name]):
+            rebuilt[matrix.tensor][matrix.held] = part
+    assert all(torch.equal(rebuilt[name], value) for name, value in tensors.items())
 
 
 def test_another_shape_is_refused_with_both():

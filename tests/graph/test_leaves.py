@@ -12,6 +12,7 @@ from spp_fx.errors import SppFxError
 from spp_fx.exporters.onnx.graph_export import plain_signature
 from spp_fx.graph.leaves import Leaf, sites_in_leaves
 from spp_fx.graph.program import Program
+from spp_fx.graph.task import find_task
 from spp_fx.graph.trace import trace
 from spp_fx.passes.pipeline import parse_pipeline, run_pipeline
 from spp_fx.pruning.statistics import Inputs, Observer
@@ -205,4 +206,4 @@ def test_results_whose_shape_depends_on_the_data_are_refused():
 
 def test_onnx_names_the_module():
     with pytest.raises(SppFxError, match=r"transformer\.blocks\.0\.ffn\.experts \(DbrxExperts\)"):
-        plain_signature(dbrx())
+        plain_signature(dbrx(), find_task("causal-lm"))

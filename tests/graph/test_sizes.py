@@ -11,7 +11,8 @@ from transformers import GPTNeoConfig, GPTNeoForCausalLM, LlamaForCausalLM, Mamb
 from spp_fx.errors import SppFxError
 from spp_fx.exporters.onnx.graph_export import plain_signature
 from spp_fx.graph import program as programs
-from spp_fx.graph.sizes import Sizes, sizes_of
+from spp_fx.graph.sizes import Sizes
+from spp_fx.graph.task import CAUSAL_LM, find_task
 from spp_fx.graph.trace import trace
 from spp_fx.passes.pipeline import parse_pipeline, run_pipeline
 from tests.families import VOCABULARY, shallow
@@ -93,7 +94,7 @@ def ids_of(rows: int, length: int) -> torch.Tensor:
 )  # fmt: skip
 def test_sizes_are_those_that_meet_every_condition(conditions, taken, said):
     sizes = Sizes(conditions)
-    assert [n for n in range(1, 31) if sizes.admit(2, n)] == list(taken)
+    assert [n for n in range(1, 31) if sizes.admit(batch=2, length=n)] == list(taken)
     assert sizes.described(30) == said
 
 
@@ -145,7 +146,7 @@ def test_other_traces_share_factors_and_weights_and_go_through_the_same_passes(s
         f"lower{{storage={storage}}},train-norms,partition,checkpoint"
     )
     model = halving()
-    program, wanted = trace(model), trace(copy.deepcopy(model), (2, 8))
+    program, wanted = trace(model), trace(copy.deepcopy(model), {"length": 8})
     for each in (program, wanted):
         run_pipeline(each, passes)
         generator = torch.Generator().manual_seed(0)
@@ -153,7 +154,7 @@ def test_other_traces_share_factors_and_weights_and_go_through_the_same_passes(s
             if factor.requires_grad:
                 nn.init.normal_(factor, std=0.1, generator=generator)
         each.train()
-    assert not program.sizes.admit(2, 8)
+    assert not program.sizes.admit(batch=2, length=8)
     ids, grads = ids_of(2, 8), []
     for each in (program, wanted):
         torch.manual_seed(1)
@@ -180,10 +181,10 @@ def test_copies_and_moved_programs_trace_for_other_lengths_as_well():
 
 def test_a_rewritten_trace_is_no_other_trace_any_more():
     program = trace(halving())
-    other = program.at(2, 8)
+    other = program.at(batch=2, length=8)
     run_pipeline(other, parse_pipeline("canonicalize"))
-    assert program.at(2, 8) is not other
-    assert other.at(2, 8) is other
+    assert program.at(batch=2, length=8) is not other
+    assert other.at(batch=2, length=8) is other
 
 
 @pytest.mark.parametrize(
@@ -192,17 +193,17 @@ def test_a_rewritten_trace_is_no_other_trace_any_more():
 def test_a_graph_for_onnx_says_its_lengths_and_takes_one_row(make, said):
     if said is None:
         with pytest.raises(SppFxError):
-            plain_signature(make())
+            plain_signature(make(), find_task(CAUSAL_LM))
         return
-    sizes = sizes_of(plain_signature(make()).program)
+    sizes = plain_signature(make(), find_task(CAUSAL_LM)).sizes
     assert sizes.described() == said
-    assert sizes.admit(1, 1)
+    assert sizes.admit(batch=1, length=1)
 
 
 def test_an_export_of_a_program_keeps_its_lengths():
     program = trace(gpt_neo())
     exported = torch.export.export(
-        program, (ids_of(2, 7),), dynamic_shapes={"input_ids": {1: torch.export.Dim.AUTO}}, strict=False
+        program, (ids_of(2, 7),), dynamic_shapes={"args": ({1: torch.export.Dim.AUTO},)}, strict=False
     )
     with pytest.raises((RuntimeError, AssertionError)):
         exported.module()(ids_of(2, 16))

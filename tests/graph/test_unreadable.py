@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from spp_fx.errors import FormatError, SppFxError, UsageError
-from spp_fx.graph.model import check_causal, hollow_model, load_model, meta_model
+from spp_fx.graph.model import check_task, hollow_model, load_model, meta_model
 from spp_fx.training.samples import pad_token
 from spp_fx.verbs.load import load_tokenizer
 from tests.command import command, one_line, save_tokenizer
@@ -205,7 +205,7 @@ def test_a_model_of_another_task_is_called_by_its_name_and_not_damaged(tmp_path,
     assert result.code == 2
     said = one_line(result.err)
     assert f"it holds a {name}" in said
-    assert "causal language model" in said
+    assert "eval takes models for causal-lm" in said
     assert "damaged" not in said
 
 
@@ -218,7 +218,7 @@ def test_a_model_without_its_head_is_called_by_its_name(tmp_path):
 
 def test_a_model_of_pictures_and_text_is_left_to_loading(folder):
     edit(folder / "config.json", architectures=["Gemma3ForConditionalGeneration"])
-    check_causal(folder)
+    check_task(folder, "this verb", ("causal-lm",))
 
 
 def test_a_row_is_never_filled_with_a_token_that_the_model_lacks(folder):

@@ -9,6 +9,7 @@ from spp_fx.adapters.lora_star import LoRAStar
 from spp_fx.adapters.spp import SPP
 from spp_fx.errors import MaskError, PostconditionError, PreconditionError, UsageError
 from spp_fx.graph.program import ADAPTER, Program
+from spp_fx.graph.task import Task
 from spp_fx.passes.canonicalize import Canonicalize
 from spp_fx.passes.fold_adapters import Fold
 from spp_fx.passes.inject_adapters import Inject
@@ -35,7 +36,7 @@ def shared_weight_program() -> Program:
     outer.layer = fx.GraphModule(module, graph)
     calls = fx.Graph()
     calls.output(calls.call_module("layer", (calls.placeholder("x"),)))
-    return Program(fx.GraphModule(outer, calls), PretrainedConfig(), lambda **_: None, {}, None)
+    return Program(fx.GraphModule(outer, calls), Task(), (), PretrainedConfig(), None, {}, None)
 
 
 def fill_factors(program: Program, value: float = 0.25) -> None:

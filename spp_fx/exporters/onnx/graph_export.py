@@ -1,4 +1,4 @@
-"""A causal language model as one ONNX graph without its weights, which have the checkpoint's names.
+"""A model as one ONNX graph without its weights, which have the checkpoint's names.
 
 The optimizer of torch.onnx folds `Transpose(weight)` into new constants, merges equal weights and renames them.
 Here the graph is simplified with every weight pinned: a parameter that the outputs depend on stays one initializer,
@@ -30,8 +30,10 @@ from transformers import DynamicCache, PreTrainedModel
 from spp_fx.errors import SppFxError
 from spp_fx.exporters.onnx.graph_parameters import Graph, GraphParameter
 from spp_fx.exporters.onnx.onnx_file import all_graphs
-from spp_fx.graph.sizes import ANY_SIZES, sizes_of
-from spp_fx.graph.trace import export_as
+from spp_fx.graph.sizes import ANY_SIZES, Sizes, sizes_of
+from spp_fx.graph.task import BATCH as ROWS
+from spp_fx.graph.task import LENGTH, TARGET, Task, task_of_model
+from spp_fx.graph.trace import export_as, forward_of
 
 OPSET = 18
 BATCH, SEQUENCE, PAST, TOTAL = (
@@ -40,26 +42,36 @@ BATCH, SEQUENCE, PAST, TOTAL = (
     "past_sequence_length",
     "past_sequence_length + sequence_length",
 )
+ENCODER_SEQUENCE, DECODER_SEQUENCE = "encoder_sequence_length", "decoder_sequence_length"
+AXES = {ROWS: BATCH, LENGTH: SEQUENCE, TARGET: DECODER_SEQUENCE}
+"""Optimum's names of the axes of tasks; tokens of an encoder beside a decoder are `ENCODER_SEQUENCE`."""
+SIZES = {ROWS: 2, LENGTH: 8, TARGET: 6}
 Axes = Mapping[int, str]
 
 
 @dataclass(frozen=True)
 class Signature:
-    """A model exported by torch with example arguments, and the dynamic axes of its inputs and outputs by name."""
+    """A model exported by torch with example arguments, and the dynamic axes of its inputs and outputs by name.
+
+    Attributes:
+        sizes: that it takes.
+    """
 
     program: ExportedProgram
     args: tuple[Any, ...]
-    inputs: dict[str, Axes]
-    outputs: dict[str, Axes]
+    inputs: Mapping[str, Axes]
+    outputs: Mapping[str, Axes]
+    sizes: Sizes = ANY_SIZES
 
 
-def build_graph(model: PreTrainedModel, *, with_past: bool = False) -> Graph:
+def build_graph(model: PreTrainedModel, *, task: Task | None = None, with_past: bool = False) -> Graph:
     """Export a model with a dynamic batch and sequence length.
 
     Args:
-        model: a causal language model in eval mode on the CPU, float32, float16 or bfloat16; its parameters
-            are never read (see `graph.model.hollow_model`), its buffers are real.
-        with_past: with a key/value cache, see `cached_signature`.
+        model: in eval mode on the CPU, float32, float16 or bfloat16; its parameters are never read (see
+            `graph.model.hollow_model`), its buffers are real.
+        task: None: what its class is made for.
+        with_past: of a causal language model, with a key/value cache, see `cached_signature`.
 
     Raises:
         SppFxError: the model is in training mode, cannot be traced, an operator has no ONNX form, or a
@@ -69,7 +81,9 @@ def build_graph(model: PreTrainedModel, *, with_past: bool = False) -> Graph:
         raise SppFxError("the model is in training mode: dropout would be exported; call eval() first")
     names = _first_names(model)
     with _quiet():
-        signature = (cached_signature if with_past else plain_signature)(model)
+        signature = (
+            cached_signature(model) if with_past else plain_signature(model, task or task_of_model(model))
+        )
         try:
             program = torch.onnx.export(
                 signature.program,
@@ -97,27 +111,28 @@ def build_graph(model: PreTrainedModel, *, with_past: bool = False) -> Graph:
     for parameter in model.parameters():
         sizes[parameter.dtype] += parameter.numel()
     bfloat16 = sizes.most_common(1)[0][0] == torch.bfloat16
-    taken = ANY_SIZES if with_past else sizes_of(signature.program)
-    return Graph(proto, parameters, _reached(signature.program, model, names), bfloat16, taken)
+    return Graph(proto, parameters, _reached(signature.program, model, names), bfloat16, signature.sizes)
 
 
 # The two signatures
 
 
-def plain_signature(model: PreTrainedModel) -> Signature:
-    """`(input_ids, attention_mask) -> logits`, all (batch, sequence, ...).
+def plain_signature(model: PreTrainedModel, task: Task) -> Signature:
+    """The inputs of a task to its outputs.
 
     Raises:
         SppFxError: the model cannot be traced.
     """
-    call = model.forward
-
-    def forward(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return call(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-
-    axes = {0: BATCH, 1: SEQUENCE}
-    program, args = _trace(model, forward)
-    return Signature(program, args, {"input_ids": axes, "attention_mask": axes}, {"logits": axes})
+    entries = task.inputs(model)
+    names = AXES | ({LENGTH: ENCODER_SEQUENCE} if any(TARGET in each.axes for each in entries) else {})
+    inputs = {
+        each.name: {n: names[axis] for n, axis in enumerate(each.axes) if isinstance(axis, str)}
+        for each in entries
+    }
+    outputs = {name: {n: names[axis] for n, axis in enumerate(axes)} for name, axes in task.outputs.items()}
+    args = tuple(each.filled(SIZES, model.dtype, torch.device("cpu")) for each in entries)
+    program = export_as(model, forward_of(model, task), args, tuple(map(_dynamic, inputs.values())))
+    return Signature(program, args, inputs, outputs, sizes_of(program, entries))
 
 
 def cached_signature(model: PreTrainedModel) -> Signature:

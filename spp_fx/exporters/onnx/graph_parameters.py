@@ -169,6 +169,12 @@ def find_parameters(source: Source, model: PreTrainedModel, graph: Graph) -> Gra
     parameters = tuple(_with_sites(each, matrices.get(each.name, ()), entries) for each in graph.parameters)
     found = {entry.name for parameter in parameters for entry, _ in parameter.entries}
     missing = [name for name in entries if name not in found]
+    together = {each.tensor for stored in matrices.values() for each in stored if each.offset is not None}
+    if shared := together.intersection(missing):
+        raise MaskError(
+            f"{min(shared)} and {len(shared) - 1} more of the lock's {len(entries)} sites cannot be exported to onnx: "
+            "the graph has their rows as several weights, and a lock is of one"
+        )
     if missing:
         raise MaskError(
             f"{missing[0]} and {len(missing) - 1} more of the lock's {len(entries)} sites cannot be exported to "
@@ -182,10 +188,10 @@ def _with_sites(
 ) -> GraphParameter:
     """A parameter that is made of stored matrices, with the lock's entries of these."""
     parts: dict[str, tuple[LockEntry, Part]] = {}
-    locked = [matrix for matrix in stored if matrix.tensor in entries]
+    locked = [matrix for matrix in stored if matrix.tensor in entries and matrix.offset is None]
     for matrix in locked:
         part = Part(initializer=parameter.name)
-        if matrix.expert is not None and not matrix.whole:
+        if not matrix.whole and (matrix.expert is not None or len(stored) > 1):
             part = Part(
                 initializer=parameter.name, expert=matrix.expert, start=matrix.start, stop=matrix.stop
             )

@@ -226,6 +226,10 @@ def _cut(weight: Tensor, part: Part, where: str) -> Tensor:
     """The rows of one expert of a stack; the weight itself if the part is all of it."""
     if part.swapped:
         weight = weight.transpose(-1, -2)
+    if part.expert is None and part.stop > 0:
+        if len(weight.shape) != 2 or not part.start < part.stop <= weight.shape[0]:
+            raise FormatError(f"{where}: rows {part.start} to {part.stop} of shape {list(weight.shape)}")
+        return weight[part.start : part.stop]
     if part.expert is None:
         return weight
     shape = list(weight.shape)

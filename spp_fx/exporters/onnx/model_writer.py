@@ -32,7 +32,8 @@ from spp_fx.exporters.onnx.onnxruntime_check import (
     widen,
 )
 from spp_fx.exporters.read_back import lost_signs
-from spp_fx.graph.model import check_causal, hollow_model, load_model
+from spp_fx.graph.model import check_task, hollow_model, load_model
+from spp_fx.graph.task import CAUSAL_LM
 from spp_fx.storage.safetensors import dtype_name, torch_dtype
 
 COMPARED_BELOW = 10**9
@@ -58,7 +59,7 @@ class _Export:
 
 def write_model(format: OnnxFormat, source: Source, target: Path, tick: Tick, say: Say) -> dict[str, Any]:
     """Fill an empty folder; see `Format.write`."""
-    check_causal(source.folder.path, f"an export to {format.name}")
+    check_task(source.folder.path, f"an export to {format.name}", (CAUSAL_LM,))
     model = hollow_model(
         source.folder.path, dtype=_dtype(source), trust_remote_code=source.trust_remote_code
     ).eval()

@@ -206,8 +206,8 @@ def compare_logits(
     computed_in, limit = "", tolerance
     worst, spread, agreed, positions = 0.0, 0.0, 0, 0
     cut = [(rows, length if max_length is None else min(length, max_length)) for rows, length in batches]
-    taken = [each for each in cut if sizes.admit(*each)]
-    taken = taken or [next((2, length) for length in count(1) if sizes.admit(2, length))]
+    taken = [each for each in cut if sizes.admit(batch=each[0], length=each[1])]
+    taken = taken or [next((2, length) for length in count(1) if sizes.admit(batch=2, length=length))]
     for input_ids, attention_mask in _inputs(taken, vocab_size):
         with torch.no_grad():
             answer = reference(torch.from_numpy(input_ids), torch.from_numpy(attention_mask)).detach().cpu()

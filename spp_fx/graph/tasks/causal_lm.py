@@ -1,0 +1,66 @@
+"""causal-lm: each token predicts the next."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from spp_fx.graph.task import (
+    BATCH,
+    CAUSAL_LM,
+    LENGTH,
+    Input,
+    Task,
+    classes,
+    model_types,
+    register,
+    text_inputs,
+)
+
+if TYPE_CHECKING:
+    from spp_fx.graph.program import Program
+
+
+@register("causal-lm")
+class CausalLM(Task):
+    """Labels are the tokens themselves, and the loss is the model family's own."""
+
+    name: ClassVar[str] = CAUSAL_LM
+    auto: ClassVar[str] = "AutoModelForCausalLM"
+    tables: ClassVar[tuple[str, ...]] = ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",)
+    answer: ClassVar = CausalLMOutput
+    outputs: ClassVar[Mapping[str, tuple[str, ...]]] = {"logits": (BATCH, LENGTH)}
+    cached: ClassVar[bool] = True
+    peft: ClassVar[str | None] = "CAUSAL_LM"
+
+    def inputs(self, model: PreTrainedModel) -> tuple[Input, ...]:
+        return text_inputs(model)
+
+    def loss(
+        self, program: "Program", outputs: Mapping[str, Tensor], labels: Tensor, **kwargs: Any
+    ) -> Tensor:
+        assert program.loss_function is not None
+        return program.loss_function(
+            logits=outputs["logits"], labels=labels, vocab_size=program.vocabulary, **kwargs
+        )
+
+    def claims(self, architecture: str, config: PretrainedConfig) -> bool:
+        """Those that also see images are language models unless a task for images is asked for."""
+        if super().claims(architecture, config):
+            return True
+        if config.is_encoder_decoder:
+            return False
+        if architecture in classes("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"):
+            return True
+        # Its head may be the embedding; loading reports one that is missing. BERT's is a head of its own.
+        causal, masked = (model_types(t) for t in (self.tables[0], "MODEL_FOR_MASKED_LM_MAPPING_NAMES"))
+        return architecture in classes("MODEL_MAPPING_NAMES") and config.model_type in causal - masked
+
+    def takes(self, model: PreTrainedModel) -> bool:
+        if getattr(model.config, "is_encoder_decoder", False) or model.get_output_embeddings() is None:
+            return False
+        # BertForMaskedLM has a head as well, and looks ahead.
+        known = super().takes(model) or not type(model).__module__.startswith("transformers.")
+        return known or bool(model.can_generate())
