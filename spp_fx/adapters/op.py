@@ -466,14 +466,16 @@ class _OpFactory:
         return overload
 
     def weight(self) -> OpOverload:
-        """base * W + update of a stack of experts, for contractions that are not a plain linear."""
+        """base * W + update of a matrix or a stack of experts, for contractions that are not a plain linear."""
         count = len(self.factors)
 
         def experts(
             weight: Tensor, arguments: tuple[Any, ...], *others: Tensor
         ) -> Iterable[tuple[AdaptedWeight, tuple[Tensor, ...]]]:
             options = arguments[count : count + len(_option_types(self.method))]
-            for w, *each in zip(weight, *arguments[:count], *others, strict=True):
+            tensors = (weight, *arguments[:count], *others)
+            stacks = tensors if weight.ndim == 3 else [tensor[None] for tensor in tensors]
+            for w, *each in zip(*stacks, strict=True):
                 adapted = AdaptedWeight(_make(self.method, options), DenseRows(w), self._named(each))
                 yield adapted, tuple(each[count:])
 

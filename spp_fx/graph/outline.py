@@ -46,7 +46,7 @@ def outline(model: PreTrainedModel, reason: str) -> Program:
                 program.left_out[name] = LeftOut(outside, known=False)
             else:
                 transposed = kind == "conv1d" or (kind == "experts" and bool(module.is_transposed))
-                role = ROUTES if _is_router(modules, path) else None
+                role = ROUTES if is_router(modules, path) else None
                 program.sites[name] = program.make_site(
                     name, kind, transposed=transposed, embeddings=embeddings, role=role
                 )
@@ -69,7 +69,7 @@ def _unknown(module: nn.Module) -> str:
     return f"is a parameter of {type(module).__name__}, and only a trace shows what it does"
 
 
-def _is_router(modules: Mapping[str, nn.Module], path: str) -> bool:
+def is_router(modules: Mapping[str, nn.Module], path: str) -> bool:
     """Whether a linear has a router's name and stands beside the experts of its block."""
     words = path.split(".")
     if words[-1].rpartition("_")[2] in _ROUTER_WORDS:

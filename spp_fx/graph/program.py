@@ -131,6 +131,11 @@ class Use:
     module: fx.GraphModule
     node: fx.Node
 
+    def owner(self, site: str) -> tuple[nn.Module, str]:
+        """The module that holds the parameter of a site in this graph, and the prefix of what it holds in the graph."""
+        inside = site.rpartition(".")[0].removeprefix(in_model(self.path)).lstrip(".")
+        return self.module.get_submodule(inside), f"{inside}." if inside else ""
+
 
 class Rewrite(Protocol):
     """What rewrote a program, and can do it to another trace of its model."""

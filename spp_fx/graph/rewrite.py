@@ -57,6 +57,11 @@ def change_call(node: fx.Node, target: Callable[..., Any], *args: Any) -> None:
     erase_unused(*before)
 
 
+def replace_operand(node: fx.Node, position: int, by: fx.Node) -> None:
+    """Let a node read another one at a position of its arguments."""
+    node.args = (*node.args[:position], by, *node.args[position + 1 :])
+
+
 def cast_result(node: fx.Node, dtype: torch.dtype) -> None:
     """Let what uses a node use its value cast to a dtype."""
     with node.graph.inserting_after(node):

@@ -31,6 +31,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 
 from spp_fx.errors import SppFxError, UsageError
 from spp_fx.graph.flow import argument
+from spp_fx.graph.leaves import Leaves, leaf_classes, without_leaves
 from spp_fx.graph.model import load_model
 from spp_fx.graph.program import Program
 from spp_fx.graph.rewrite import Graph, call, training_flag
@@ -180,18 +181,21 @@ def trace(
     refuse_names(model)
     program = _trace(model, task, EXAMPLE | dict(example))
     if program.sizes.conditions:
-        program.again = TraceAgain.of(model, task)
+        program.again = TraceAgain.of(model, task, leaf_classes(program))
     return program
 
 
-def _trace(model: PreTrainedModel, task: Task, example: Mapping[str, int]) -> Program:
-    inputs = task.inputs(model)
-    exported = _export(model, task, example, training=False)
+def _trace(
+    model: PreTrainedModel, task: Task, example: Mapping[str, int], classes: frozenset[type] = frozenset()
+) -> Program:
+    inputs, leaves = task.inputs(model), Leaves(model, classes)
+    exported = _export(model, task, example, leaves, training=False)
     conditions = (
         *_sizes(model, exported, inputs).conditions,
-        *_training_dropout(model, exported, task, example),
+        *_training_dropout(model, exported, task, example, leaves),
     )
     root = _tree(exported, model)
+    leaves.place(root)
     loss = getattr(model, "loss_function", None)
     program = Program(root, task, inputs, model.config, loss, tied_parameters(model), head_of(model))
     program.language = language_of(model)
@@ -209,19 +213,21 @@ class TraceAgain:
 
     Attributes:
         model: its structure and buffers; parameters are on the meta device. It is never changed.
+        classes: of the modules that are leaves.
     """
 
     model: PreTrainedModel
     task: Task
+    classes: frozenset[type] = frozenset()
 
     @classmethod
-    def of(cls, model: PreTrainedModel, task: Task) -> "TraceAgain | None":
+    def of(cls, model: PreTrainedModel, task: Task, classes: frozenset[type]) -> "TraceAgain | None":
         """None for a model that cannot be copied, or in which a function that knows it stands for a forward."""
         if any(isinstance(vars(module).get("forward"), FunctionType) for module in model.modules()):
             return None
         metas = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in model.parameters()}
         try:
-            return cls(copy.deepcopy(model, dict[int, Any](metas)), task)
+            return cls(copy.deepcopy(model, dict[int, Any](metas)), task, classes)
         except (RuntimeError, TypeError):  # a tensor with a gradient, a lock, a handle
             return None
 
@@ -244,14 +250,14 @@ class TraceAgain:
                 {n: stand_ins[p] for n, p in module._parameters.items() if p is not None}
             )
             module._buffers.update({n: b.to(device) for n, b in module._buffers.items() if b is not None})
-        return _trace(model, self.task, example)
+        return _trace(model, self.task, example, self.classes)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TraceAgain":
         return self
 
 
 def _export(
-    model: PreTrainedModel, task: Task, example: Mapping[str, int], *, training: bool
+    model: PreTrainedModel, task: Task, example: Mapping[str, int], leaves: Leaves, *, training: bool
 ) -> ExportedProgram:
     """Export the task's inputs to its outputs in one mode, with the checkpoint's names at the top level."""
     inputs = task.inputs(model)
@@ -264,7 +270,7 @@ def _export(
     )
     # Export takes a size for more than 1 and says nothing of it; so it asks, and what was assumed is a condition.
     with shapes_config.patch(backed_size_oblivious=True):  # pyright: ignore[reportAttributeAccessIssue]
-        return export_as(model, forward_of(model, task), args, sizes, training=training)
+        return export_as(model, forward_of(model, task), args, sizes, leaves, training=training)
 
 
 def forward_of(model: PreTrainedModel, task: Task) -> Callable[..., Any]:
@@ -294,6 +300,7 @@ def export_as(
     forward: Callable[..., Any],
     args: tuple[Any, ...],
     dynamic_shapes: tuple[Any, ...],
+    leaves: Leaves | None = None,
     *,
     training: bool | None = None,
 ) -> ExportedProgram:
@@ -303,22 +310,28 @@ def export_as(
         model: on the meta device, or with weights that are never read.
         forward: stands in for the model's own while it is exported.
         args, dynamic_shapes: as torch.export takes them.
+        leaves: modules that are not looked into; those that cannot be exported are added. None: there are to be none.
         training: the mode to export; None for the model's own.
 
     Raises:
         SppFxError: the model cannot be exported; carries torch.export's reason.
     """
-    try:
-        with untouched(model), _quiet(), torch.no_grad():
-            if training is not None:
-                model.train(training)
-            _make_experts_exportable(model)
-            vars(model)["forward"] = forward
-            return torch.export.export(model, args, dynamic_shapes=dynamic_shapes, strict=False)
-    except EXPORT_ERRORS as error:
-        raise SppFxError(
-            f"{type(model).__name__} cannot be traced: torch.export says: {_reason(error)}"
-        ) from error
+    while True:
+        try:
+            with untouched(model), _quiet(), torch.no_grad():
+                if training is not None:
+                    model.train(training)
+                _make_experts_exportable(model)
+                if leaves is not None:
+                    leaves.put_in_place()
+                vars(model)["forward"] = forward
+                return torch.export.export(model, args, dynamic_shapes=dynamic_shapes, strict=False)
+        except EXPORT_ERRORS as error:
+            reason = _reason(error)
+            if leaves is not None and leaves.grow(error, reason):
+                continue
+            said = without_leaves(model, error, reason) if leaves is None else leaves.why()
+            raise SppFxError(f"{type(model).__name__} cannot be traced: torch.export says: {said}") from error
 
 
 @contextmanager
@@ -393,7 +406,7 @@ def _make_experts_exportable(model: PreTrainedModel) -> None:
 
 
 def _training_dropout(
-    model: PreTrainedModel, exported: ExportedProgram, task: Task, example: Mapping[str, int]
+    model: PreTrainedModel, exported: ExportedProgram, task: Task, example: Mapping[str, int], leaves: Leaves
 ) -> tuple[str, ...]:
     """Write into the exported graph the dropout probabilities that the model has while training.
 
@@ -404,7 +417,7 @@ def _training_dropout(
     """
     if not _has_dropout(model.config.to_dict()):
         return ()
-    twin = _export(model, task, example, training=True)
+    twin = _export(model, task, example, leaves, training=True)
     own, theirs = _dropouts(exported), _dropouts(twin)
     if [where for where, _ in own] != [where for where, _ in theirs]:
         raise SppFxError(

@@ -8,6 +8,7 @@
 | matmul(x, W), W stored (in, out)                    | matmul  | linear(x, t(W))                |
 | matmul(W, x)                                        | matmul  | t(linear(t(x), W))             |
 | a grouped or batched product with a stack of matrices | experts | unchanged: routing is its own |
+| a leaf, whose module multiplies by W                | as stored | the leaf reads held(W)       |
 
 The node that contracts a weight is marked with the site's name; the weight's canonical orientation is
 known from then on. Every other matrix is named in `program.left_out`.
@@ -16,6 +17,7 @@ known from then on. Every other matrix is named in `program.left_out`.
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import fx, nn
@@ -39,9 +41,11 @@ from spp_fx.graph.flow import (
     permutation,
     sizes,
 )
+from spp_fx.graph.leaves import Leaf, held, run_leaf
 from spp_fx.graph.names import in_model
+from spp_fx.graph.outline import is_router
 from spp_fx.graph.program import ROUTES, SITE, Kind, LeftOut, Program, child_path
-from spp_fx.graph.rewrite import call, reach, replace_by_call
+from spp_fx.graph.rewrite import call, reach, replace_by_call, replace_operand
 from spp_fx.graph.roles import SCALES, role
 from spp_fx.passes.base import Pass, PassReport, register
 
@@ -79,7 +83,9 @@ class Contraction:
     value: Value
     position: int
     transposed: bool
-    chain: tuple[fx.Node, ...]
+    chain: tuple[fx.Node, ...] = ()
+    inside: Kind | None = None
+    """The kind of a weight of a leaf, whose product is inside of it."""
 
     @property
     def node(self) -> fx.Node:
@@ -119,7 +125,8 @@ class Canonicalize(Pass):
             kind, results = _kind(uses[0]), [use.value for use in uses]
             program.sites[name] = site = program.make_site(
                 name, kind, transposed=uses[0].transposed, embeddings=embedded, uses=len(uses),
-                role=None if kind == "experts" else role(flow, results),
+                role=_role_in_leaf(flow, uses[0]) if uses[0].inside
+                else None if kind == "experts" else role(flow, results),
             )  # fmt: skip
             report.changed[name] = f"{site.kind} {'x'.join(map(str, site.shape))}"
         changed: set[fx.GraphModule] = set()
@@ -197,6 +204,8 @@ def _follow(flow: Flow, read: Read, weight: nn.Parameter) -> Contraction | str |
     source, user = read.operand, read.node
     if source.op != "get_attr":
         return f"is used by {user.target} in a module that does not own it"
+    if user.target is run_leaf:
+        return _follow_into_leaf(flow, read, weight)
     chain: list[fx.Node] = []
     swapped = False
     while (summed := _weight_operands(user, weight.ndim)) is None:
@@ -224,6 +233,28 @@ def _follow(flow: Flow, read: Read, weight: nn.Parameter) -> Contraction | str |
         return "is used by an addmm with factors"
     transposed = (summed[positions[0]] == -1) == swapped
     return Contraction(Value(read.result.path, user), positions[0], transposed, tuple(chain))
+
+
+def _follow_into_leaf(flow: Flow, read: Read, weight: nn.Parameter) -> Contraction | str:
+    leaf, position = _leaf(flow, read.result), read.node.args.index(read.operand)
+    transposed = leaf.linears[leaf.names[position - 1]]
+    if isinstance(transposed, str):
+        return transposed
+    kind: Kind = "experts" if weight.ndim == 3 else "conv1d" if transposed else "linear"
+    return Contraction(read.result, position, transposed, inside=kind)
+
+
+def _leaf(flow: Flow, value: Value) -> Leaf:
+    """The leaf that a `run_leaf` node runs."""
+    found = flow.graph(value).get_submodule(str(cast(fx.Node, value.node.args[0]).target))
+    return cast(Leaf, found)
+
+
+def _role_in_leaf(flow: Flow, contraction: Contraction) -> str | None:
+    """Nothing shows what a leaf does with a product: a router is known by its name and the experts beside it."""
+    leaf = _leaf(flow, contraction.value)
+    owner = leaf.names[contraction.position - 1].rpartition(".")[0]
+    return ROUTES if owner and is_router(dict(leaf.module.named_modules()), owner) else None
 
 
 def _weight_operands(node: fx.Node, ndim: int) -> dict[int, int] | None:
@@ -372,6 +403,8 @@ def _with_aliases(program: Program, left_out: dict[str, LeftOut]) -> dict[str, L
 
 
 def _kind(contraction: Contraction) -> Kind:
+    if contraction.inside is not None:
+        return contraction.inside
     kind = KINDS.get(contraction.node.target, "experts")
     return "linear" if kind == "conv1d" and not contraction.transposed else kind
 
@@ -379,6 +412,13 @@ def _kind(contraction: Contraction) -> Kind:
 def _rewrite(contraction: Contraction, name: str) -> bool:
     """Mark the node of a contraction, or put aten.linear over the stored parameter in its place; whether it did."""
     node, chain = contraction.node, contraction.chain
+    if contraction.inside is not None:
+        weight = cast(fx.Node, node.args[contraction.position])
+        with node.graph.inserting_before(node):
+            handed = call(node.graph, held, weight)
+        handed.meta = weight.meta | {SITE: name}
+        replace_operand(node, contraction.position, handed)
+        return True
     if _kind(contraction) == "experts" or (node.target is aten.linear.default and not chain):
         node.meta[SITE] = name
         return False

@@ -10,8 +10,9 @@ from spp_fx.adapters.fold import FoldCounts, Vanish, fold_matrix, round_once
 from spp_fx.adapters.method import Factors, Method
 from spp_fx.adapters.op import ops_of
 from spp_fx.errors import MaskError, PostconditionError, PreconditionError
+from spp_fx.graph.leaves import held
 from spp_fx.graph.program import ADAPTER, Program, Site, factor_attribute, matrices
-from spp_fx.graph.rewrite import VIEWS, erase_unused, reach, replace_by_call
+from spp_fx.graph.rewrite import VIEWS, erase_unused, reach, readers, replace_by_call
 from spp_fx.passes.base import Pass, PassReport, register
 from spp_fx.passes.frozen_weights import unpack_site
 from spp_fx.passes.inject_adapters import dropout_of
@@ -84,9 +85,9 @@ def _take_out_all(program: Program) -> None:
     for name, method in list(program.adapters.items()):
         for use in uses[name]:
             _take_out(use.node, method, program.sites[name])
-        for module in {use.module for use in uses[name]}:
+        for owner in {use.owner(name)[0] for use in uses[name]}:
             for key in method.factors(program.sites[name].shape):
-                delattr(module, factor_attribute(name.rpartition(".")[2], key))
+                delattr(owner, factor_attribute(name.rpartition(".")[2], key))
         del program.adapters[name]
     for module in {use.module for each in uses.values() for use in each}:
         module.recompile()
@@ -124,7 +125,7 @@ def _fold(
 
 def _take_out(node: fx.Node, method: Method, site: Site) -> None:
     """Put the plain nodes back in place of an adapter's, in any lowered form."""
-    if site.kind == "experts":
+    if site.kind == "experts" or any(reader.target is held for reader in readers(node)):
         _take_out_stack(node, method, site)
         return
     ops, count = ops_of(method, site.shape), len(method.factors(site.shape))
@@ -160,5 +161,10 @@ def _canonical(made: fx.Node, method: Method, site: Site) -> fx.Node:
     parameter = site.name.rpartition(".")[2]
     own = {factor_attribute(parameter, key) for key in method.factors(site.shape)} | {"training"}
     made_of = reach([made], lambda node: node.all_input_nodes)
-    (source,) = (each for each in made_of if each.op == "get_attr" and each.target not in own)
+    (source,) = (each for each in made_of if each.op == "get_attr" and _attribute(each) not in own)
     return next(user for user in source.users if user.target in VIEWS) if site.transposed else source
+
+
+def _attribute(node: fx.Node) -> str:
+    """The name of the parameter or factor that a node reads, without its module's."""
+    return str(node.target).rpartition(".")[2]

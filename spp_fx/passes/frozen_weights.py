@@ -104,6 +104,8 @@ def weight_of(program: Program, site: str) -> Tensor:
 def _dense_reason(program: Program, site: str, uses: list[Use]) -> str | None:
     if program.sites[site].kind == "experts":
         return "a stack of experts stays dense"
+    if any(use.node.target not in (_ops(program, site).linear, _ops(program, site).fused) for use in uses):
+        return "it is used by code that runs as it is"
     if site in program.tied or site in program.tied.values():
         return "its weight is tied to another name"
     parameter = site.rpartition(".")[2]

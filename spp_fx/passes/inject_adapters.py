@@ -1,7 +1,7 @@
 """inject: give every matched site an adapter."""
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -12,6 +12,7 @@ from spp_fx.adapters.method import METHODS, Method, check_update, initial_factor
 from spp_fx.adapters.op import DROPOUT, DROPOUT_SEED, op_options, ops_of
 from spp_fx.adapters.per_site import RANK, method_by_site, parse_override
 from spp_fx.errors import PostconditionError, PreconditionError, UsageError
+from spp_fx.graph.leaves import held, sites_in_leaves
 from spp_fx.graph.program import ADAPTER, Program, Site, Use, factor_attribute
 from spp_fx.graph.rewrite import call, operand_chain, replace_node, training_flag
 from spp_fx.options import choice
@@ -53,7 +54,7 @@ class Inject(Pass):
     def apply(self, program: Program) -> PassReport:
         methods = method_by_site(self.method, self.overrides, program.matched)
         shapes = {name: program.sites[name].shape for name in program.matched}
-        taken, skipped = adaptable(methods, shapes, self.overrides)
+        taken, skipped = adaptable(methods, shapes, self.overrides, sites_in_leaves(program))
         program.requires_grad_(False)
         report = PassReport(skipped=skipped)
         uses = program.uses()
@@ -92,7 +93,10 @@ class Inject(Pass):
 
 
 def adaptable(
-    methods: Mapping[str, Method], shapes: Mapping[str, tuple[int, ...]], overrides: Sequence[str] = ()
+    methods: Mapping[str, Method],
+    shapes: Mapping[str, tuple[int, ...]],
+    overrides: Sequence[str] = (),
+    inside: Collection[str] = (),
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """The sites that their methods take, and why they do not take the others.
 
@@ -100,12 +104,18 @@ def adaptable(
         methods: of the sites, by name; all of one class.
         shapes: of the sites, (out, in) or (experts, out, in), by name.
         overrides: those that the methods have, see `method_by_site`.
+        inside: sites in leaves, see `sites_in_leaves`.
 
     Raises:
         UsageError: none is taken, or none of those that get their rank from an override; names the options that would
             work for all. Or the update of the method is wrong, see `check_update`.
     """
     skipped = {name: reason for name, shape in shapes.items() if (reason := methods[name].refusal(shape))}
+    for name in shapes:
+        if name in inside and dropout_of(methods[name]):
+            skipped.setdefault(
+                name, "is used by code that runs as it is, which has no place for dropout; set it to 0"
+            )
     groups = {"": [*shapes]}
     for text in overrides if skipped else ():
         rule = parse_override(methods[next(iter(shapes))], text)
@@ -132,10 +142,11 @@ def dropout_of(method: Method) -> float:
 def _inject(use: Use, method: Method, site: Site, factors: Mapping[str, nn.Parameter]) -> None:
     parameter = site.name.rpartition(".")[2]
     attributes = [factor_attribute(parameter, key) for key in factors]
+    owner, prefix = use.owner(site.name)
     for attribute, value in zip(attributes, factors.values(), strict=True):
-        use.module.register_parameter(attribute, value)
-    rewrite = _inject_stack if site.kind == "experts" else _inject_linear
-    rewrite(use.node, method, site, attributes)
+        owner.register_parameter(attribute, value)
+    rewrite = _inject_stack if site.kind == "experts" or use.node.target is held else _inject_linear
+    rewrite(use.node, method, site, [prefix + attribute for attribute in attributes])
 
 
 def _inject_linear(node: fx.Node, method: Method, site: Site, attributes: Sequence[str]) -> None:

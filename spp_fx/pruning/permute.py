@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from spp_fx.graph.flow import Flow, Value
+from spp_fx.graph.leaves import held
 from spp_fx.graph.program import SITE, child_path, is_size
 from spp_fx.sparsity.pattern import NM
 
@@ -88,6 +89,8 @@ class _Layer:
         site = self.sites[use.node.meta[SITE]]
         if site.kind == "experts":
             return "is a stack of experts"
+        if use.node.target is held:
+            return "is used by code that runs as it is"
         if site.uses != 1:
             return f"is used {site.uses} times"
         ends = self.flow.sources(use.beside(use.node.all_input_nodes[0]))

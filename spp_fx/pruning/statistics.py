@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from spp_fx.errors import PatternError
+from spp_fx.graph.leaves import held, held_sites, run_leaf, site_inputs
 from spp_fx.graph.program import SITE, Program, Site
 from spp_fx.pruning.select import row_blocks
 
@@ -58,12 +59,41 @@ class Inputs:
             if self.hessian is not None:
                 self.hessian.addmm_(part.t(), part, beta=past, alpha=2 / count)
                 past = 1.0
+        places = torch.linspace(0, len(x) - 1, min(self._keep, len(x)), device=x.device).long()
+        self._finish(len(x), x[places])
+
+    def add_parts(self, parts: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Add the tokens of one sample of which each part has some features alone; their others are 0.
+
+        Args:
+            parts: inputs (tokens, some features) of any floating dtype, and which features they are, integers.
+
+        Raises:
+            PatternError: an input is NaN or infinite.
+        """
+        if all(x.shape[1] == self.features for x, _ in parts):
+            none = torch.empty(0, self.features, device=self._sum.device)
+            self.add(torch.cat([x for x, _ in parts]) if parts else none)
+            return
+        if self.hessian is not None:
+            self.hessian *= self.samples / (self.samples + 1)
+        keep = max(1, self._keep // len(parts))
+        kept: list[Tensor] = []
+        for x, columns in parts:
+            own, at = x.float(), columns.long()
+            self._sum[at] += own.sum(0)
+            self._squares[at] += own.square().sum(0)
+            if self.hessian is not None:
+                self.hessian[at[:, None], at] += own.t() @ own * (2 / (self.samples + 1))
+            kept.append(x.new_zeros(len(x[:keep]), self.features).index_copy_(1, at, x[:keep]))
+        self._finish(sum(len(x) for x, _ in parts), torch.cat(kept))
+
+    def _finish(self, tokens: int, kept: Tensor) -> None:
         if not bool(self._squares.isfinite().all()):
             raise PatternError(f"its inputs are NaN or infinite in calibration sample {self.samples + 1}")
         self.samples += 1
-        self.tokens += len(x)
-        places = torch.linspace(0, len(x) - 1, min(self._keep, len(x)), device=x.device).long()
-        self._kept.append(x[places])
+        self.tokens += tokens
+        self._kept.append(kept)
 
     @property
     def norms(self) -> Tensor:
@@ -155,6 +185,11 @@ class Observer:
         self._followers: set[str] = set()
 
     def __call__(self, node: fx.Node, arguments: tuple[Any, ...]) -> None:
+        if node.target is run_leaf:
+            self._add_leaf(node, arguments)
+            return
+        if node.target is held:
+            return
         site = self._sites.get(node.meta[SITE])
         if site is None or site.name in self._followers:
             return
@@ -179,6 +214,16 @@ class Observer:
         if site.uses == 1:
             self._readers[x] = (inputs, x._version)
         inputs.add(x.detach().reshape(-1, site.in_features))
+
+    def _add_leaf(self, node: fx.Node, arguments: tuple[Any, ...]) -> None:
+        marks = [name for name in held_sites(node).values() if name in self._sites]
+        found = site_inputs(node, arguments) if marks else {}
+        for mark, site in ((name, self._sites[name]) for name in marks):
+            for expert in range(site.shape[0] if site.kind == "experts" else 1):
+                try:
+                    self._of(site, expert).add_parts(found.get((mark, expert), []))
+                except PatternError as error:
+                    raise PatternError(f"{site.name}: {error}") from error
 
     def _add_experts(self, site: Site, node: fx.Node, arguments: tuple[Any, ...]) -> None:
         experts = site.shape[0]

@@ -18,6 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, fx
 
 from spp_fx.errors import FormatError, PreconditionError, UsageError
+from spp_fx.graph.leaves import run_leaf
 from spp_fx.graph.names import in_model, layer_of
 from spp_fx.graph.program import SITE, Program
 from spp_fx.graph.rewrite import flatten, reach
@@ -32,7 +33,7 @@ Sample = Mapping[str, Tensor]
 Samples = Tensor | Sequence[Sample]
 """Samples, or the token ids (samples, length) int64 of as many."""
 Observe = Callable[[fx.Node, tuple[Any, ...]], None]
-"""Called with each node that contracts a site, and its arguments, before it runs."""
+"""Called with each node that contracts a site, or is a leaf, and its arguments, before it runs."""
 Shared = dict[str, Any]
 """Values by the names of their nodes: those that are the same for every sample."""
 
@@ -184,7 +185,7 @@ class Interpreter(fx.Interpreter):
             if isinstance(child, fx.GraphModule):
                 args, kwargs = self.fetch_args_kwargs_from_env(n)
                 return Interpreter(child, self.observe).run(*args, *kwargs.values())
-        if self.observe is not None and SITE in n.meta:
+        if self.observe is not None and (SITE in n.meta or n.target is run_leaf):
             self.observe(n, self.fetch_args_kwargs_from_env(n)[0])
         return super().run_node(n)
 

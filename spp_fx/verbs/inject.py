@@ -30,6 +30,7 @@ from spp_fx.console import Table, grouped, shape
 from spp_fx.errors import FormatError, MaskError, SppFxError, UsageError
 from spp_fx.exporters.manifest import open_model
 from spp_fx.graph.binding import NOT_STORED
+from spp_fx.graph.leaves import sites_in_leaves
 from spp_fx.graph.names import without_skipped
 from spp_fx.graph.program import Site
 from spp_fx.parallel import Tick, no_tick
@@ -349,7 +350,7 @@ def _inject(
             say(f"--budget {asked.budget}: {used:,} of {left:,} parameters are used: {why}")
         refused |= without
         shapes = {name: shapes[name] for name in methods}
-    taken, unfit = adaptable(methods, shapes, plan.overrides)
+    taken, unfit = adaptable(methods, shapes, plan.overrides, sites_in_leaves(program))
     refused |= unfit | found.others
     sites = {name: (program.sites[name], program.patterns.get(name)) for name in taken}
     methods = {name: methods[name] for name in taken}
