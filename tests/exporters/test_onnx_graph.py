@@ -1,10 +1,10 @@
 """A causal language model as one ONNX graph: named as the model names things, without its numbers."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
+from onnxruntime import InferenceSession
 from transformers import AutoModelForCausalLM, Lfm2Config
+from transformers.modeling_outputs import CausalLMOutput
 
 from spp_fx.errors import SppFxError
 from spp_fx.exporters.onnx.graph_export import build_graph
@@ -61,7 +61,7 @@ def test_a_cache_that_is_no_keys_and_values_is_refused():
 
 def with_forward(forward):
     model = make_model("llama", one_layer=True)
-    model.forward = lambda input_ids, attention_mask, use_cache: SimpleNamespace(
+    model.forward = lambda input_ids, attention_mask, use_cache: CausalLMOutput(
         logits=forward(input_ids, attention_mask)
     )
     return model
@@ -74,7 +74,23 @@ def test_an_operator_without_onnx_form_is_named():
         build_graph(model)
 
 
+def test_complex_numbers_and_the_inverse_of_erf_have_onnx_forms():
+    def forward(ids, mask):
+        x = ids.unsqueeze(-1) * torch.linspace(-0.007, 0.007, 8)
+        turn = torch.polar(torch.ones(4), torch.arange(4.0)).unsqueeze(0).unsqueeze(-2)
+        turned = torch.view_as_complex(x.unflatten(-1, (4, 2))) * turn
+        return torch.erfinv(torch.view_as_real(turned).flatten(-2)) * mask.unsqueeze(-1)
+
+    graph = build_graph(with_forward(forward))
+    ids = torch.arange(96).view(3, 32)
+    session = InferenceSession(graph.proto.SerializeToString())
+    (found,) = session.run(None, {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()})
+    expected = forward(ids, torch.ones_like(ids))
+    assert expected.abs().max() > 1
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_a_fixed_sequence_length_is_refused():
     model = with_forward(lambda ids, mask: (ids * mask + torch.arange(8)).unsqueeze(-1).float())
-    with pytest.raises(SppFxError, match=r"cannot be traced|must stay dynamic"):
+    with pytest.raises(SppFxError, match=r"fixes a size of its inputs|must stay dynamic"):
         build_graph(model)

@@ -33,6 +33,7 @@ from onnxruntime import (
 )
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # pyright: ignore[reportAttributeAccessIssue]
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from spp_fx.errors import SppFxError
@@ -167,9 +168,31 @@ def logits_of(model: PreTrainedModel, *, count_positions: bool) -> Callable[[Ten
         extra: dict[str, Tensor] = {}
         if count_positions:
             extra["position_ids"] = torch.from_numpy(positions_of(attention_mask.numpy()))
-        return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra).logits
+        with _FirstOfEqual():
+            return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra).logits
 
     return reference
+
+
+class _FirstOfEqual(TorchFunctionMode):
+    """Lets a top-k take the first of equal values, as ONNX does; torch takes any of them.
+
+    The scores by which a sparse attention chooses its keys are sums of ReLUs, many of them 0.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.topk, Tensor.topk):
+            return _first_largest(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _first_largest(
+    x: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
+) -> tuple[Tensor, Tensor]:
+    values, indices = torch.sort(x, dim=dim, descending=largest, stable=True)
+    return torch.return_types.topk((values.narrow(dim, 0, k), indices.narrow(dim, 0, k)))
 
 
 def compare_logits(
