@@ -1,6 +1,6 @@
 """The traced model and its sites: the weights that passes may treat."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Literal, Protocol, TypeVar, cast
@@ -197,7 +197,8 @@ class Program(nn.Module):
         untraced: why there are no graphs and nothing can be computed; see `outline`.
         tied: parameters that share another's storage: name -> the first name.
         head_weight: name of the weight that makes the logits, if the model has one.
-        calibration: tokens (samples, length) int64 that calibrated passes run it on.
+        calibration: what calibrated passes run it on: tokens (samples, length) int64, or rows of its inputs, each
+            (1, ...), by name.
         loss_type: what transformers calls the loss; its Trainer counts a step's tokens by it.
         history: spellings of the passes that ran, in order.
         sizes: what its graphs hold for; `at` gives a program for others.
@@ -243,7 +244,7 @@ class Program(nn.Module):
         self.units: list[str] = []
         self.packings: dict[str, str] = {}
         self.masks: dict[str, PackedMask] = {}
-        self.calibration: Tensor | None = None
+        self.calibration: Tensor | Sequence[Mapping[str, Tensor]] | None = None
         self.loss_type: str | None = None
         self.history: list[str] = []
         self.sizes = ANY_SIZES

@@ -1,5 +1,6 @@
 """All graph surgery: create, replace, extract and erase nodes, and find what reads a weight."""
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import PythonCode
-from torch.fx.node import map_aggregate
+from torch.fx.node import map_aggregate, map_arg
 
 from spp_fx.errors import PreconditionError
 
@@ -94,6 +95,45 @@ def extract(nodes: Iterable[fx.Node], inputs: Iterable[fx.Node], result: fx.Node
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(copies[result])
     return Graph(nn.Module(), graph, class_name="Graph")
+
+
+def flatten(root: fx.GraphModule, inlined: Callable[[str], bool]) -> fx.Graph:
+    """A copy of a graph with copies of graphs that it calls in the place of the calls.
+
+    Args:
+        inlined: whether the graph at a path is copied in; what calls it must be as well. Others stay calls.
+
+    Returns:
+        a graph whose targets are paths from `root`.
+    """
+    graph = fx.Graph()
+
+    def copy(owner: fx.GraphModule, path: str, arguments: Iterable[Any]) -> Any:
+        values: dict[fx.Node, Any] = dict(
+            zip(owner.graph.find_nodes(op="placeholder"), arguments, strict=bool(path))
+        )
+        for node in owner.graph.nodes:
+            if node in values:
+                continue
+            if node.op == "output":
+                return map_arg(node.args[0], values.__getitem__)
+            child = f"{path}.{node.target}".lstrip(".")
+            if node.op == "call_module" and inlined(child):
+                given = map_arg((*node.args, *node.kwargs.values()), values.__getitem__)
+                module = owner.get_submodule(str(node.target))
+                values[node] = copy(cast(fx.GraphModule, module), child, cast("tuple[Any, ...]", given))
+                continue
+            several = node.target is operator.getitem and values[node.all_input_nodes[0]]
+            if isinstance(several, list | tuple):
+                values[node] = several[cast(int, node.args[1])]
+                continue
+            values[node] = made = graph.node_copy(node, values.__getitem__)
+            if node.op in ("call_module", "get_attr"):
+                made.target = child
+        return None
+
+    graph.output(copy(root, "", ()))
+    return graph
 
 
 def move_constants(module: fx.GraphModule, before: torch.device, after: torch.device) -> None:

@@ -1,6 +1,6 @@
 """Gradients of the loss with respect to the weights of one layer after another, in the memory of one layer."""
 
-from collections.abc import Callable, Collection, Generator, Iterable, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, log_softmax
 
-from spp_fx.errors import PatternError
+from spp_fx.errors import PatternError, UsageError
 from spp_fx.graph.program import Program
+from spp_fx.graph.task import CAUSAL_LM
 from spp_fx.pruning.layerwise import LayerTensors, Tick, outside_of_layers, silent
-from spp_fx.pruning.walk import Shared, States, Walk
+from spp_fx.pruning.walk import Sample, Samples, Shared, States, Walk, fitted, on_device
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,10 @@ class Source:
     weights: LayerTensors
     states: States
 
-    def at(self, tokens: Tensor) -> "Source":
-        """With a program that holds for each of some samples (samples, length)."""
-        return replace(self, program=self.program.at(batch=1, length=tokens.shape[1]))
+    def at(self, samples: Samples) -> tuple["Source", list[Sample]]:
+        """With a program that holds for each of some samples, and these with all inputs; see `fitted`."""
+        program, complete = fitted(self.program, samples)
+        return replace(self, program=program), complete
 
 
 def without_gradient(program: Program, sites: Iterable[str]) -> dict[str, str]:
@@ -64,7 +66,7 @@ def without_gradient(program: Program, sites: Iterable[str]) -> dict[str, str]:
 
 def layer_gradients(
     source: Source,
-    tokens: Tensor,
+    samples: Samples,
     sites: Collection[str],
     *,
     device: torch.device,
@@ -73,39 +75,40 @@ def layer_gradients(
 ) -> Generator[SiteGradient, None, None]:
     """Walk forward through the layers and back, and give each layer's gradients before going to the one before it.
 
-    The loss is the mean over all predicted tokens of all samples: the cross entropy of the text, or the divergence
-    KL(teacher || student) from a teacher's predictions. Memory holds the weights of one layer with their gradients,
-    and the activations of one layer for one sample; `states` holds the inputs of every layer for every sample, each
-    until the layer is done. An expert that received no token has a gradient of zeros.
+    The loss of a text is the mean over all predicted tokens of all samples: the cross entropy of the text, or the
+    divergence KL(teacher || student) from a teacher's predictions. Of other tasks it is the mean over samples of the
+    task's loss of each, whose labels it has, or of the task's distance from a teacher. Memory holds the weights of one
+    layer with their gradients, and the activations of one layer for one sample; `states` holds the inputs of every
+    layer for every sample, each until the layer is done. An expert that received no token has a gradient of zeros.
 
-        for each in layer_gradients(Source(program, FolderWeights(found), FileStates(folder)), tokens, sites, ...):
+        for each in layer_gradients(Source(program, FolderWeights(found), FileStates(folder)), samples, sites, ...):
             saliency[each.site] = (each.weight * each.grad).norm()
 
     Layers come in descending order. What is given is valid until the next one is asked for.
 
     Args:
         source: the model.
-        tokens: (samples, length) int64, length at least 2.
+        samples: texts of one length, at least 2; of other tasks, samples, with labels where there is no teacher.
         sites: names of sites, none of them in `without_gradient`.
         device: where layers run.
-        teacher: a model with the same vocabulary, walked before.
+        teacher: a model with the same outputs, such as logits of the same vocabulary, walked before.
 
     Raises:
+        UsageError: samples have no labels, and there is no teacher.
         PatternError: the loss or a gradient is not finite; names the site.
     """
-    source = source.at(tokens)
-    walk = SampleWalk(Walk(source.program, to_end=True), source, tokens, device)
-    guide = None
-    passes, done = 2 * len(walk.walk.layers) + 1, 0
-    if teacher is not None:
-        teacher = teacher.at(tokens)
-        guide = SampleWalk(Walk(teacher.program, to_end=True), teacher, tokens, device)
-        passes += len(guide.walk.layers)
+    walk = SampleWalk.of(source, samples, device, to_end=True)
+    source = walk.source
+    task = source.program.task.name
+    if teacher is None and task != CAUSAL_LM and any("labels" not in sample for sample in walk.samples):
+        raise UsageError(f"gradients of a loss need labels: give data of {task} that has them, or a teacher")
+    guide = None if teacher is None else SampleWalk.of(teacher, samples, device, to_end=True)
+    passes, done = 2 * len(walk.walk.layers) + 1 + (0 if guide is None else len(guide.walk.layers)), 0
 
     def progress(what: str) -> None:
         nonlocal done
         done += 1
-        tick(done, passes * len(tokens), what)
+        tick(done, passes * len(walk.samples), what)
 
     guide_shared = None if guide is None else guide.forward(progress, keep=False)
     shared = walk.forward(progress, keep=True)
@@ -114,7 +117,7 @@ def layer_gradients(
             walk.loss(shared, None, progress)
         else:
             with guide.in_place(guide.walk.end_tensors()):
-                walk.loss(shared, lambda sample: guide.logits(sample, guide_shared), progress)
+                walk.loss(shared, lambda sample: guide.outputs(sample, guide_shared), progress)
             guide.source.states.forget(len(guide.walk.layers))
     for index in reversed(range(len(walk.walk.layers))):
         own = [name for name in sites if source.program.sites[name].layer in walk.walk.layers[index].units]
@@ -133,16 +136,23 @@ class SampleWalk:
 
     walk: Walk
     source: Source
-    tokens: Tensor
+    samples: Sequence[Sample]
     device: torch.device
+
+    @classmethod
+    def of(
+        cls, source: Source, samples: Samples, device: torch.device, *, to_end: bool = False
+    ) -> "SampleWalk":
+        fits, complete = source.at(samples)
+        return cls(Walk(fits.program, complete, to_end=to_end), fits, complete, device)
 
     @torch.no_grad()
     def enter(self) -> Shared:
         """Save what the first layer reads; what all samples share."""
         shared: Shared = {}
         with self.in_place(self.walk.entry_tensors()):
-            for i in range(len(self.tokens)):
-                values, shared = self.walk.enter(self._sample(i))
+            for i, sample in enumerate(self.samples):
+                values, shared = self.walk.enter(on_device(sample, self.device))
                 self.source.states.save(0, i, values)
         return shared
 
@@ -152,7 +162,7 @@ class SampleWalk:
         shared, states = self.enter(), self.source.states
         for index, layer in enumerate(self.walk.layers):
             with self.in_place(self.walk.layer_tensors(index)):
-                for i in range(len(self.tokens)):
+                for i in range(len(self.samples)):
                     states.save(index + 1, i, self.walk.run(index, self.load(index, i), shared))
                     progress(f"{layer.path}: {'forward' if keep else 'teacher'}")
             if not keep:
@@ -160,28 +170,37 @@ class SampleWalk:
         return shared
 
     @torch.no_grad()
-    def logits(self, sample: int, shared: Shared) -> Tensor:
-        """(1, length, vocabulary) of a sample, from the end's values."""
-        return self.walk.leave(self._sample(sample), self.load(len(self.walk.layers), sample), shared)
+    def outputs(self, sample: int, shared: Shared) -> dict[str, Tensor]:
+        """Those of a sample by name, from the end's values."""
+        return self.walk.leave(self.load(len(self.walk.layers), sample), shared)
 
     @torch.enable_grad()
     def loss(
-        self, shared: Shared, target: Callable[[int], Tensor] | None, progress: Callable[[str], None]
+        self,
+        shared: Shared,
+        target: Callable[[int], Mapping[str, Tensor]] | None,
+        progress: Callable[[str], None],
     ) -> None:
-        """Replace the end's values by the gradients of the loss, which is the sum over a sample's predictions.
+        """Replace the end's values by the gradients of the loss of each sample: of a text, the sum over predictions.
 
         The mean over all samples would be too small a number for the gradients of float16.
         """
         end = len(self.walk.layers)
-        for i in range(len(self.tokens)):
+        for i in range(len(self.samples)):
             leaves = _leaves(self.load(end, i))
-            tokens = self._sample(i)
-            logits = self.walk.leave(tokens, _copies(leaves), shared)[0, :-1].float()
-            if target is None:
-                loss = cross_entropy(logits, tokens[0, 1:], reduction="sum")
+            outputs = self.walk.leave(_copies(leaves), shared)
+            sample = on_device(self.samples[i], self.device)
+            if self._is_text:
+                logits = outputs["logits"][0, :-1].float()
+                if target is None:
+                    loss = cross_entropy(logits, sample["input_ids"][0, 1:], reduction="sum")
+                else:
+                    wanted = log_softmax(target(i)["logits"][0, :-1].float(), -1)
+                    loss = (wanted.exp() * (wanted - log_softmax(logits, -1))).sum()
+            elif target is None:
+                loss = self.source.program.task.loss(self.source.program, outputs, sample["labels"])
             else:
-                wanted = log_softmax(target(i)[0, :-1].float(), -1)
-                loss = (wanted.exp() * (wanted - log_softmax(logits, -1))).sum()
+                loss = self.source.program.task.distance(outputs, target(i), sample)
             if not bool(loss.isfinite()):
                 raise PatternError(f"the loss of calibration sample {i + 1} is {loss.item()}")
             self.source.states.save(end, i, _gradients([loss], [torch.ones_like(loss)], leaves))
@@ -199,7 +218,7 @@ class SampleWalk:
         try:
             for weight in weights.values():
                 weight.requires_grad_(True)
-            for i in range(len(self.tokens)):
+            for i in range(len(self.samples)):
                 values = self.load(index, i)
                 leaves = _leaves(values) if index else values
                 outputs = self.walk.run(index, _copies(leaves), shared)
@@ -215,7 +234,7 @@ class SampleWalk:
             for name, weight in weights.items():
                 weight.requires_grad_(required[name])
         states.forget(index + 1)
-        predictions = self.tokens.shape[0] * (self.tokens.shape[1] - 1)
+        predictions = sum(sample["input_ids"].shape[1] - 1 if self._is_text else 1 for sample in self.samples)
         for name, total in sums.items():
             if not bool(total.div_(predictions).isfinite().all()):
                 raise PatternError(f"{name}: its gradient on the calibration text is NaN or infinite")
@@ -230,8 +249,9 @@ class SampleWalk:
         finally:
             self.source.weights.empty(self.source.program, names)
 
-    def _sample(self, index: int) -> Tensor:
-        return self.tokens[index : index + 1].to(self.device)
+    @property
+    def _is_text(self) -> bool:
+        return self.source.program.task.name == CAUSAL_LM
 
     def load(self, index: int, sample: int) -> list[Any]:
         """What a layer reads of a sample."""

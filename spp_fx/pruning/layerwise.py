@@ -1,6 +1,6 @@
 """Pruning layer by layer, each calibrated on the outputs of the pruned layers before it."""
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,7 +17,7 @@ from spp_fx.pruning.criterion import Criterion
 from spp_fx.pruning.permute import Producers, best_order, producers
 from spp_fx.pruning.recipe import MatrixReport, Recipe, prune_matrix
 from spp_fx.pruning.statistics import InputsBySite, Observer, observed
-from spp_fx.pruning.walk import Layer, Shared, States, Walk
+from spp_fx.pruning.walk import Layer, Sample, Samples, Shared, States, Walk, fitted, on_device
 from spp_fx.sparsity.pattern import NM, Pattern
 
 Tick = Callable[[int, int, str], None]
@@ -102,7 +102,7 @@ def outside_of_layers(program: Program, sites: Iterable[str]) -> dict[str, str]:
 @torch.no_grad()
 def prune_layers(
     program: Program,
-    tokens: Tensor,
+    samples: Samples,
     patterns: Mapping[str, Pattern],
     recipe: Recipe,
     *,
@@ -117,20 +117,22 @@ def prune_layers(
 
     Args:
         program: partitioned, in eval mode.
-        tokens: (samples, length) int64.
+        samples: what it is calibrated on.
         patterns: by site; all of them lie in layers.
         recipe: how a matrix is pruned.
         weights: where the tensors come from.
         states: where values wait between layers; those of layer `start` are there if start is not 0.
-        start: the layer to begin with.
+        start: the layer to begin with; their number if all are done.
         finish: called after each layer with its index and what was done, while it is still in place.
 
     Raises:
         PatternError: names the site that cannot be pruned, and why.
     """
-    program = program.at(batch=1, length=tokens.shape[1])
-    run = _Run(Walk(program), len(tokens), patterns, recipe, weights, states, device, tick)
-    shared = run.enter(tokens, start)
+    program, complete = fitted(program, samples)
+    run = _Run(Walk(program, complete), len(complete), patterns, recipe, weights, states, device, tick)
+    if start == len(run.walk.layers):
+        return
+    shared = run.enter(complete, start)
     for index in range(start, len(run.walk.layers)):
         run.layer(index, shared, finish)
 
@@ -152,12 +154,12 @@ class _Run:
     def flow(self) -> Flow:
         return Flow(self.walk.program)
 
-    def enter(self, tokens: Tensor, start: int) -> Shared:
+    def enter(self, samples: Sequence[Sample], start: int) -> Shared:
         """Save what the first layer reads, if that is where the walk begins; what all samples share."""
         shared: Shared = {}
         with self._in_place(self.walk.entry_tensors()):
             for i in range(self.samples if start == 0 else 1):
-                values, shared = self.walk.enter(tokens[i : i + 1].to(self.device))
+                values, shared = self.walk.enter(on_device(samples[i], self.device))
                 if start == 0:
                     self.states.save(0, i, values)
                     self._progress(0, 0, "embeddings")

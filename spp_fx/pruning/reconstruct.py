@@ -12,7 +12,7 @@ from spp_fx.errors import UsageError
 from spp_fx.pruning.gradients import SampleWalk, Source
 from spp_fx.pruning.layerwise import Tick, silent
 from spp_fx.pruning.statistics import Inputs, Observer, observed
-from spp_fx.pruning.walk import Walk
+from spp_fx.pruning.walk import Samples
 
 BLOCK_ELEMENTS = 1 << 24
 """Elements of the products of one block of rows."""
@@ -40,7 +40,7 @@ class SiteInputs:
 
 def layer_inputs(
     source: Source,
-    tokens: Tensor,
+    samples: Samples,
     sites: Collection[str],
     *,
     device: torch.device,
@@ -52,36 +52,35 @@ def layer_inputs(
 
     Args:
         source: the model; `states` keeps the inputs of at most two layers.
-        tokens: (samples, length) int64.
+        samples: what is walked.
         sites: names, each in one layer; see `outside_of_layers`.
         device: where layers run.
 
     Raises:
         PatternError: inputs are not finite; names the site.
     """
-    source = source.at(tokens)
-    program, samples = source.program, range(len(tokens))
-    walk = SampleWalk(Walk(program), source, tokens, device)
+    walk = SampleWalk.of(source, samples, device)
+    source, program, count = walk.source, walk.source.program, len(walk.samples)
     layers, done = walk.walk.layers, 0
 
     def progress(what: str) -> None:
         nonlocal done
         done += 1
-        tick(done, (2 * len(layers) - 1) * len(tokens), what)
+        tick(done, (2 * len(layers) - 1) * count, what)
 
     shared = walk.enter()
     for index, layer in enumerate(layers):
         own = [name for name in sites if program.sites[name].layer in layer.units]
         with walk.in_place(walk.walk.layer_tensors(index)):
-            observer = Observer(observed(program, own), hessian=True, samples=len(tokens), device=device)
-            for i in samples:
+            observer = Observer(observed(program, own), hessian=True, samples=count, device=device)
+            for i in range(count):
                 with torch.no_grad():
                     walk.walk.observe(index, walk.load(index, i), shared, observer)
                 progress(f"{layer.path}: inputs")
             for name in own:
                 seen = {expert: each for (site, expert), each in observer.inputs.items() if site == name}
                 yield SiteInputs(name, program.canonical_weight(name).detach(), seen)
-            for i in samples if index + 1 < len(layers) else ():
+            for i in range(count) if index + 1 < len(layers) else ():
                 with torch.no_grad():
                     values = walk.walk.run(index, walk.load(index, i), shared)
                 source.states.save(index + 1, i, values)

@@ -1,13 +1,13 @@
-"""Running a program one decoder layer at a time over many samples, and where their values wait between layers.
+"""Running a program one layer at a time over many samples, and where their values wait between layers.
 
 The graph says what each layer needs: the values that later layers read are all that has to be kept between
-two of them. Those that depend on the sample's tokens (hidden states) are kept for each sample; the others
-(positions, masks) are functions of the sequence's length and made once.
+two of them. Those that depend on the sample (hidden states) are kept for each; the others (positions, masks)
+are functions of sizes, and made once where all samples have the same.
 """
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,20 +16,63 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, fx
-from torch.fx.node import map_arg
 
-from spp_fx.errors import FormatError, PreconditionError
+from spp_fx.errors import FormatError, PreconditionError, UsageError
 from spp_fx.graph.names import in_model, layer_of
-from spp_fx.graph.program import SITE, Program, Use, child_path
-from spp_fx.graph.rewrite import reach
+from spp_fx.graph.program import SITE, Program
+from spp_fx.graph.rewrite import flatten, reach
+from spp_fx.graph.sizes import sizes_in
+from spp_fx.graph.task import Input
 from spp_fx.storage.output import fsync_file, fsync_folder
 
 SIZE = torch.ops.aten.sym_size.int
 
+Sample = Mapping[str, Tensor]
+"""The inputs of one row by name, each (1, ...), and perhaps its `labels`."""
+Samples = Tensor | Sequence[Sample]
+"""Samples, or the token ids (samples, length) int64 of as many."""
 Observe = Callable[[fx.Node, tuple[Any, ...]], None]
 """Called with each node that contracts a site, and its arguments, before it runs."""
 Shared = dict[str, Any]
 """Values by the names of their nodes: those that are the same for every sample."""
+
+
+def fitted(program: Program, samples: Samples) -> tuple[Program, list[Sample]]:
+    """The trace of a program that holds for every one of some samples, and the samples with all inputs.
+
+    Numbers take the program's dtype.
+
+    Raises:
+        UsageError: there are none, one is not a row of the task, or the model's code branches on sizes that they differ
+            in.
+    """
+    if isinstance(samples, Tensor):
+        samples = [{"input_ids": row[None]} for row in samples]
+    if not samples:
+        raise UsageError("there are no calibration samples")
+    dtype = next(each.dtype for each in program.parameters() if each.is_floating_point())
+    complete: list[Sample] = []
+    sizes: dict[tuple[int, ...], dict[str, int]] = {}
+    for sample in samples:
+        rest: dict[str, Any] = dict(sample)
+        given = program.take((), rest)
+        given = {name: each.to(dtype) if each.is_floating_point() else each for name, each in given.items()}
+        complete.append(given | {"labels": rest["labels"]} if "labels" in rest else given)
+        found = sizes_in(program.inputs, given)
+        sizes[tuple(found.values())] = found
+    for each in (sizes[key] for key in sorted(sizes, reverse=True)):
+        trace = program.at(**each)
+        if all(trace.sizes.admit(**other) for other in sizes.values()):
+            return trace, complete
+    raise UsageError(
+        "the model's code branches on the sizes of calibration samples, so all of them must have the same; use samples "
+        "of one length"
+    )
+
+
+def on_device(sample: Sample, device: torch.device) -> Sample:
+    """A sample on the device where layers run."""
+    return {name: each.to(device) for name, each in sample.items()}
 
 
 class States(Protocol):
@@ -148,11 +191,12 @@ class Interpreter(fx.Interpreter):
 
 @dataclass(frozen=True)
 class Layer:
-    """A decoder layer, or several that are walked as one: those between two calls of a layer, or that share a weight.
+    """A layer, or several that are walked as one: those between two calls of a layer, or that share a weight.
 
     Attributes:
         units: paths of its units.
-        nodes: from the node that calls it to those that run before the next one is called.
+        nodes: from the node that calls it to those that run before the next one is called, after the parameters and
+            buffers that they read.
         calls: how many of `nodes` it takes to the end of its last call.
         reads: values from before it, that it or a later layer reads, and that depend on the sample.
     """
@@ -171,6 +215,13 @@ class Layer:
 class Walk:
     """The layers of a partitioned program in the order in which they run.
 
+    The graphs that call layers are made one graph, so layers may belong to several: of an encoder and a decoder, of a
+    vision tower and a language model.
+
+    Args:
+        samples: what will be walked, complete (see `fitted`): where they differ decides which values they share. By
+            default texts of one length.
+
     Attributes:
         end: values from before the end of the last layer that depend on the sample and are read after it; only
             where the walk goes `to_end`, which keeps them from layer to layer.
@@ -179,35 +230,53 @@ class Walk:
         PreconditionError: the program has no units, or they are checkpointed.
     """
 
-    def __init__(self, program: Program, *, to_end: bool = False) -> None:
+    def __init__(self, program: Program, samples: Sequence[Sample] = (), *, to_end: bool = False) -> None:
         if not program.units:
             raise PreconditionError("calibration walks layer by layer: run partition first")
         self.program = program
-        self._owner, self._way, calls = _way_in(program)
-        owner, nodes = self._owner, list(self._owner.module.graph.nodes)
-        groups = _groups(program, [(nodes.index(node), units) for node, units in calls.items()])
-        begins = [first for first, *_ in groups]
-        end = groups[-1][1] + 1
-        self._prefix, self._suffix = nodes[: begins[0]], nodes[end:]
+        nodes = list(flatten(program.root, lambda path: _calls_units(program, path)).nodes)
+        calls = [
+            (at, in_model(str(node.target)))
+            for at, node in enumerate(nodes)
+            if node.op == "call_module" and in_model(str(node.target)) in program.units
+        ]
+        if missing := {*program.units} - {unit for _, unit in calls}:
+            raise PreconditionError(
+                f"calibration needs layers that are not checkpointed, such as {min(missing)}"
+            )
+        self._inputs = [node for node in nodes if node.op == "placeholder"]
+        groups = _groups(program, calls)
+        begins, end = [first for first, *_ in groups], groups[-1][1] + 1
         last = len(nodes) if to_end else end
         later = set(nodes[begins[0] : last])
+        self._prefix = _segment(nodes, 0, begins[0])
+        self._suffix = _segment(nodes, end, len(nodes))
+        own = self._varying(samples)
         self._shared = {
-            node for node in _untainted(self._way, owner, self._prefix) if not later.isdisjoint(node.users)
+            node
+            for node in self._prefix
+            if node not in own and node.op != "get_attr" and not later.isdisjoint(node.users)
         }
         self.layers = tuple(
-            Layer(units, tuple(nodes[start:stop]), final - start + 1, self._reads(nodes, start, last))
+            Layer(
+                units,
+                segment := _segment(nodes, start, stop),
+                len(segment) - (stop - 1 - final),
+                self._reads(nodes, start, last),
+            )
             for (start, final, units), stop in zip(groups, [*begins[1:], end], strict=True)
         )
         self.end = self._reads(nodes, end, last)
 
-    def enter(self, tokens: Tensor) -> tuple[list[Any], Shared]:
+    def enter(self, sample: Sample) -> tuple[list[Any], Shared]:
         """What the first layer reads of a sample, and what all samples share.
 
         Args:
-            tokens: (1, length) int64.
+            sample: complete, see `fitted`.
         """
-        _, arguments = self._enter_owner(tokens)
-        interpreter = _started(self._owner.module, arguments)
+        interpreter = Interpreter(self.program.root)
+        given = (sample[entry.name] for entry in self.program.inputs)
+        interpreter.env = dict(zip(self._inputs, given, strict=True))
         _run(interpreter, self._prefix)
         values = [interpreter.env[node] for node in self.layers[0].reads]
         return values, {node.name: interpreter.env[node] for node in self._shared}
@@ -215,67 +284,53 @@ class Walk:
     def observe(self, index: int, values: Sequence[Any], shared: Shared, observe: Observe) -> None:
         """Run one layer on what it reads, showing the nodes that contract sites."""
         layer = self.layers[index]
-        _run(self._at(index, values, shared, observe), layer.nodes[: layer.calls])
+        _run(self._with(layer.reads, values, shared, observe), layer.nodes[: layer.calls])
 
     def run(self, index: int, values: Sequence[Any], shared: Shared) -> list[Any]:
         """Run one layer; what the next one reads, or after the last one what `leave` does."""
-        interpreter = self._at(index, values, shared, None)
+        interpreter = self._with(self.layers[index].reads, values, shared, None)
         _run(interpreter, self.layers[index].nodes)
         reads = self.layers[index + 1].reads if index + 1 < len(self.layers) else self.end
         return [interpreter.env[node] for node in reads]
 
-    def leave(self, tokens: Tensor, values: Sequence[Any], shared: Shared) -> Tensor:
-        """The logits (1, length, vocabulary) from the values of `end`, of a walk that goes `to_end`.
-
-        Args:
-            tokens: (1, length) int64, as `enter` took them.
-        """
-        interpreters, _ = self._enter_owner(tokens)
+    def leave(self, values: Sequence[Any], shared: Shared) -> dict[str, Tensor]:
+        """The program's outputs by name, from the values of `end`, of a walk that goes `to_end`."""
         interpreter = self._with(self.end, values, shared, None)
         _run(interpreter, self._suffix)
-        result = interpreter.env[self._suffix[-1]]
-        for use, outer in zip(reversed(self._way), reversed(interpreters), strict=True):
-            outer.env[use.node] = result
-            nodes = _from(use.node)[1:]
-            _run(outer, nodes)
-            result = outer.env[nodes[-1]]
-        return result
+        made = interpreter.env[self._suffix[-1]]
+        return dict(
+            zip(self.program.task.outputs, made if isinstance(made, list | tuple) else (made,), strict=True)
+        )
 
     def entry_tensors(self) -> list[str]:
         """Names of the parameters and buffers that `enter` uses."""
-        names = [name for use in self._way for name in _tensors(use.path, use.module, _before(use.node))]
-        return names + _tensors(self._owner.path, self._owner.module, self._prefix)
+        return _tensors(self.program.root, self._prefix)
 
     def layer_tensors(self, index: int) -> list[str]:
         """Names of the parameters and buffers that a layer uses."""
-        return _tensors(self._owner.path, self._owner.module, self.layers[index].nodes)
+        return _tensors(self.program.root, self.layers[index].nodes)
 
     def end_tensors(self) -> list[str]:
         """Names of the parameters and buffers that `leave` uses."""
-        names = _tensors(self._owner.path, self._owner.module, self._suffix)
-        for use in self._way:
-            nodes = [*_before(use.node), *_from(use.node)[1:]]
-            names += _tensors(use.path, use.module, nodes)
-        return list(dict.fromkeys(names))
+        return _tensors(self.program.root, self._suffix)
 
-    def _enter_owner(self, tokens: Tensor) -> tuple[list[Interpreter], Sequence[Any]]:
-        """The graphs on the way to the one that calls the layers, each run up to that call, and its arguments."""
-        arguments: Sequence[Any] = (tokens, torch.ones_like(tokens))
-        interpreters: list[Interpreter] = []
-        for use in self._way:
-            interpreter = _started(use.module, arguments)
-            _run(interpreter, _before(use.node))
-            arguments, _ = interpreter.fetch_args_kwargs_from_env(use.node)
-            interpreters.append(interpreter)
-        return interpreters, arguments
-
-    def _at(self, index: int, values: Sequence[Any], shared: Shared, observe: Observe | None) -> Interpreter:
-        return self._with(self.layers[index].reads, values, shared, observe)
+    def _varying(self, samples: Sequence[Sample]) -> set[fx.Node]:
+        """The values of the prefix that depend on which sample it is."""
+        inputs = self.program.inputs
+        if len({_shapes(inputs, sample) for sample in samples}) > 1:
+            return _tainted(self._prefix, self._inputs, sized=True)
+        own = [
+            node
+            for node, entry in zip(self._inputs, inputs, strict=True)
+            if entry.default is None
+            or any(not torch.equal(sample[entry.name], samples[0][entry.name]) for sample in samples)
+        ]
+        return _tainted(self._prefix, own)
 
     def _with(
         self, reads: Sequence[fx.Node], values: Sequence[Any], shared: Shared, observe: Observe | None
     ) -> Interpreter:
-        interpreter = Interpreter(self._owner.module, observe)
+        interpreter = Interpreter(self.program.root, observe)
         # A layer may write to what it is given.
         interpreter.env = {
             node: value.clone() if isinstance(value := shared[node.name], Tensor) else value
@@ -286,86 +341,51 @@ class Walk:
 
     def _reads(self, nodes: list[fx.Node], start: int, last: int) -> tuple[fx.Node, ...]:
         later = set(nodes[start:last])
-        return tuple(n for n in nodes[:start] if n not in self._shared and not later.isdisjoint(n.users))
+        return tuple(
+            node
+            for node in nodes[:start]
+            if node not in self._shared and node.op != "get_attr" and not later.isdisjoint(node.users)
+        )
 
 
-def _way_in(program: Program) -> tuple[Use, list[Use], dict[fx.Node, frozenset[str]]]:
-    """The innermost graph from which all units are called, with its first such call, and the calls that lead to it.
-
-    And its nodes that call units, themselves or in the graphs that they call, with these units.
-    """
-    graphs, reached = dict(program.graphs()), dict[str, frozenset[str]]()
-
-    def units(path: str) -> frozenset[str]:
-        """The units that a module is or calls."""
-        if in_model(path) in program.units:
-            return frozenset((in_model(path),))
-        if path not in reached:
-            reached[path] = frozenset[str]().union(*calls(path).values())
-        return reached[path]
-
-    def calls(path: str) -> dict[fx.Node, frozenset[str]]:
-        nodes = graphs[path].graph.find_nodes(op="call_module") if path in graphs else ()
-        return {node: own for node in nodes if (own := units(child_path(path, node)))}
-
-    path, way = "", list[Use]()
-    if missing := [unit for unit in program.units if unit not in units("")]:
-        raise PreconditionError(f"calibration needs layers that are not checkpointed, such as {missing[0]}")
-    while True:
-        found = calls(path)
-        first = Use(path, graphs[path], next(iter(found)))
-        inner = child_path(path, first.node)
-        if len(found) > 1 or in_model(inner) in program.units:
-            return first, way, found
-        way.append(first)
-        path = inner
+def _calls_units(program: Program, path: str) -> bool:
+    """Whether the module at a path is a graph that calls units, itself or in those that it calls."""
+    within = f"{in_model(path)}."
+    return (
+        in_model(path) not in program.units
+        and any(unit.startswith(within) for unit in program.units)
+        and isinstance(program.get_submodule(path), fx.GraphModule)
+    )
 
 
-def _groups(
-    program: Program, calls: Sequence[tuple[int, frozenset[str]]]
-) -> list[tuple[int, int, tuple[str, ...]]]:
+def _groups(program: Program, calls: Sequence[tuple[int, str]]) -> list[tuple[int, int, tuple[str, ...]]]:
     """Calls of units that must be walked as one: first and last position, and the units.
 
     Args:
-        calls: positions in one graph, ascending, with the units that each calls.
+        calls: positions in one graph, ascending, with the unit that each calls.
     """
     same = {unit: unit for unit in program.units}
     for name, first in program.tied.items():  # layers that share a weight are calibrated together
         one, other = layer_of(name), layer_of(first)
         if name in program.sites and one in same and other in same:
             same = {unit: same[other] if kept == same[one] else kept for unit, kept in same.items()}
-    last = {same[unit]: at for at, units in calls for unit in units}
+    last = {same[unit]: at for at, unit in calls}
     groups: list[tuple[int, int, tuple[str, ...]]] = []
-    for at, units in calls:
-        end = max(last[same[unit]] for unit in units)
+    for at, unit in calls:
+        end = last[same[unit]]
         if groups and at <= groups[-1][1]:
             start, final, known = groups.pop()
-            groups.append(
-                (
-                    start,
-                    max(final, end),
-                    known + tuple(u for u in sorted(units, key=program.units.index) if u not in known),
-                )
-            )
+            groups.append((start, max(final, end), known if unit in known else (*known, unit)))
         else:
-            groups.append((at, end, tuple(sorted(units, key=program.units.index))))
+            groups.append((at, end, (unit,)))
     return groups
 
 
-def _before(node: fx.Node) -> list[fx.Node]:
-    nodes = list(node.graph.nodes)
-    return nodes[: nodes.index(node)]
-
-
-def _from(node: fx.Node) -> list[fx.Node]:
-    nodes = list(node.graph.nodes)
-    return nodes[nodes.index(node) :]
-
-
-def _started(module: fx.GraphModule, arguments: Sequence[Any]) -> Interpreter:
-    interpreter = Interpreter(module)
-    interpreter.env = dict(zip(module.graph.find_nodes(op="placeholder"), arguments, strict=True))
-    return interpreter
+def _segment(nodes: list[fx.Node], start: int, stop: int) -> tuple[fx.Node, ...]:
+    """Some nodes, after those before them that get parameters and buffers which they read."""
+    own = nodes[start:stop]
+    used = {each for node in own for each in node.all_input_nodes if each.op == "get_attr"}
+    return (*(node for node in nodes[:start] if node in used), *own)
 
 
 def _run(interpreter: Interpreter, nodes: Iterable[fx.Node]) -> None:
@@ -374,25 +394,17 @@ def _run(interpreter: Interpreter, nodes: Iterable[fx.Node]) -> None:
             interpreter.env[node] = interpreter.run_node(node)
 
 
-def _untainted(way: Sequence[Use], owner: Use, prefix: Sequence[fx.Node]) -> set[fx.Node]:
-    """The values of the prefix that do not depend on which tokens the sample holds."""
-    tainted = [True, False]  # input_ids, attention_mask
-    for use in way:
-        inside = _tainted(use.module, _before(use.node), tainted)
-        tainted = [not inside.isdisjoint(_nodes(a)) for a in (*use.node.args, *use.node.kwargs.values())]
-    inside = _tainted(owner.module, prefix, tainted)
-    return {node for node in prefix if node not in inside}
+def _shapes(inputs: Iterable[Input], sample: Sample) -> tuple[torch.Size, ...]:
+    return tuple(sample[entry.name].shape for entry in inputs)
 
 
-def _tainted(module: fx.GraphModule, nodes: Sequence[fx.Node], arguments: Sequence[bool]) -> set[fx.Node]:
-    placeholders = module.graph.find_nodes(op="placeholder")
-    found = {node for node, flag in zip(placeholders, arguments, strict=True) if flag}
-    count = -1
+def _tainted(nodes: Iterable[fx.Node], inputs: Iterable[fx.Node], *, sized: bool = False) -> set[fx.Node]:
+    """What depends on some inputs, and these; sizes do only where they are said to differ between samples."""
+    found, count = {*inputs}, -1
     while count != len(found):  # what is written in place taints what was made before
         count = len(found)
         for node in nodes:
-            # Sizes of what depends on the tokens do not.
-            if node.target is not SIZE and not found.isdisjoint(node.all_input_nodes):
+            if (sized or node.target is not SIZE) and not found.isdisjoint(node.all_input_nodes):
                 found.add(node)
                 schema = getattr(node.target, "_schema", None)
                 if schema is not None and schema.is_mutable:
@@ -409,22 +421,16 @@ def _bases(node: fx.Node) -> set[fx.Node]:
     return set(reach(tensors(node), tensors))
 
 
-def _nodes(argument: Any) -> list[fx.Node]:
-    found: list[fx.Node] = []
-    map_arg(argument, found.append)
-    return found
+def _tensors(root: fx.GraphModule, nodes: Iterable[fx.Node]) -> list[str]:
+    return list(dict.fromkeys(name for node in nodes for name in _of_node(root, node)))
 
 
-def _tensors(path: str, module: fx.GraphModule, nodes: Iterable[fx.Node]) -> list[str]:
-    return list(dict.fromkeys(name for node in nodes for name in _of_node(path, module, node)))
-
-
-def _of_node(path: str, module: fx.GraphModule, node: fx.Node) -> Iterator[str]:
+def _of_node(root: fx.GraphModule, node: fx.Node) -> Iterator[str]:
     if node.op not in ("call_module", "get_attr"):
         return
-    full = child_path(path, node)
-    owner, _, attribute = str(node.target).rpartition(".")
-    held: Any = module.get_submodule(owner)
+    full = str(node.target)
+    owner, _, attribute = full.rpartition(".")
+    held: Any = root.get_submodule(owner)
     value = getattr(held, attribute)
     if attribute in held._parameters or attribute in held._buffers:
         yield full

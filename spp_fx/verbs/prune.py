@@ -400,11 +400,10 @@ def _walk(
 
     if device.type != "cpu":
         found.program.move_constants(torch.device("cpu"), device)
-    if store.done < len(found.program.units):
-        prune_layers(
-            found.program.eval(), tokens, patterns, recipe, weights=FolderWeights(found),
-            states=store.states, device=device, start=store.done, finish=finish, tick=tick,
-        )  # fmt: skip
+    prune_layers(
+        found.program.eval(), tokens, patterns, recipe, weights=FolderWeights(found),
+        states=store.states, device=device, start=store.done, finish=finish, tick=tick,
+    )  # fmt: skip
     pruned = store.tensors()
 
     def write(shard: Shard, target: Path) -> dict[str, Any]:

@@ -21,15 +21,17 @@ def prune(model: PreTrainedModel, tokens: Tensor, method: str, pattern: str, *, 
 
 
 @torch.no_grad()
-def inputs_of(model: PreTrainedModel, linears: list[torch.nn.Module], tokens: Tensor) -> list[Tensor]:
+def inputs_of(
+    model: PreTrainedModel, linears: list[torch.nn.Module], samples: Tensor | list[dict[str, Tensor]]
+) -> list[Tensor]:
     """(tokens, in) of each linear, over all samples."""
     seen: list[list[Tensor]] = [[] for _ in linears]
     hooks = [
         linear.register_forward_pre_hook(lambda _, args, found=found: found.append(args[0].flatten(0, -2)))
         for linear, found in zip(linears, seen, strict=True)
     ]
-    for row in tokens:
-        model(row[None])
+    for row in samples:
+        model(**row) if isinstance(row, dict) else model(row[None])
     for hook in hooks:
         hook.remove()
     return [torch.cat(found) for found in seen]

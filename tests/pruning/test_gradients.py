@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from spp_fx.errors import PatternError
+from spp_fx.errors import PatternError, UsageError
 from spp_fx.graph.program import Program
 from spp_fx.graph.trace import trace
 from spp_fx.passes.canonicalize import Canonicalize
@@ -18,9 +18,10 @@ from spp_fx.passes.partition import Partition
 from spp_fx.passes.pipeline import run_pipeline
 from spp_fx.pruning.gradients import Source, layer_gradients, without_gradient
 from spp_fx.pruning.layerwise import InPlace
-from spp_fx.pruning.walk import FileStates, MemoryStates, States, Walk
+from spp_fx.pruning.walk import FileStates, MemoryStates, States, Walk, fitted
 from tests.families import SPREAD, batch, make_model
 from tests.passes.programs import sparse
+from tests.pruning.test_walk import OTHERS, rows_of
 
 CPU = torch.device("cpu")
 
@@ -86,12 +87,12 @@ def test_layers_and_what_follows_them_are_the_model(family):
     model, program = walked(family)
     ids, walk = batch(2, 9), Walk(program, to_end=True)
     with torch.no_grad():
-        for row in ids:
-            values, shared = walk.enter(row[None])
+        for row, sample in zip(ids, fitted(program, ids)[1], strict=True):
+            values, shared = walk.enter(sample)
             for index in range(len(walk.layers)):
                 values = walk.run(index, values, shared)
             torch.testing.assert_close(
-                walk.leave(row[None], values, shared), model(row[None]).logits, rtol=1e-5, atol=1e-5
+                walk.leave(values, shared)["logits"], model(row[None]).logits, rtol=1e-5, atol=1e-5
             )
     assert "lm_head.weight" in walk.end_tensors()
 
@@ -160,3 +161,22 @@ def test_a_loss_that_is_not_finite_is_refused():
     program.get_parameter("model.norm.weight").data[0] = torch.nan
     with pytest.raises(PatternError, match="loss of calibration sample 1 is nan"):
         next(layer_gradients(source(program), batch(2, 12), list(program.matched), device=CPU))
+
+
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_gradients_of_a_task_are_those_of_its_loss(family):
+    """Of rows of several lengths with labels: the mean of their losses."""
+    torch.manual_seed(0)
+    model = OTHERS[family]().eval().requires_grad_(True)
+    program = trace(model).eval()
+    run_pipeline(program, [Canonicalize(), Match(dense=True), Partition()])
+    rows = rows_of(family, program)
+    with pytest.raises(UsageError, match="gradients of a loss need labels"):
+        next(layer_gradients(source(program), rows, list(program.matched), device=CPU))
+    for row in rows:
+        row["labels"] = row["decoder_input_ids"].flip(1) if family == "t5" else torch.tensor([1])
+    wanted = expected(model, program, torch.stack([model(**row).loss for row in rows]).mean())
+    for each in layer_gradients(source(program), rows, list(wanted), device=CPU):
+        size = wanted[each.site].abs().max()
+        torch.testing.assert_close(each.grad, wanted.pop(each.site), rtol=1e-4, atol=1e-5 * float(size))
+    assert not wanted

@@ -5,8 +5,23 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
 from spp_fx.errors import FormatError, PatternError, PreconditionError, UsageError
+from spp_fx.graph.program import Program
 from spp_fx.graph.trace import trace
 from spp_fx.passes.canonicalize import Canonicalize
 from spp_fx.passes.causal import Causal
@@ -19,9 +34,10 @@ from spp_fx.pruning.criteria.ria import Ria
 from spp_fx.pruning.criteria.sparsegpt import SparseGpt
 from spp_fx.pruning.criteria.wanda import Wanda
 from spp_fx.pruning.statistics import Inputs, output_energy
-from spp_fx.pruning.walk import FileStates, MemoryStates, Walk
+from spp_fx.pruning.walk import FileStates, MemoryStates, Walk, fitted
 from tests.families import FAMILIES, batch, make_model
 from tests.passes.programs import sparse
+from tests.pruning import plain
 
 
 @pytest.mark.parametrize(("family", "causal"), [("llama", False), *((family, True) for family in FAMILIES)])
@@ -31,10 +47,10 @@ def test_layers_one_by_one_are_the_model(family, causal, tmp_path):
     ids = batch(3, 12)
     with torch.no_grad():
         expected = model.eval()(ids, output_hidden_states=True).hidden_states
-        walk = Walk(program)
+        walk, (_, samples) = Walk(program), fitted(program, ids)
         for states in (MemoryStates(), FileStates(tmp_path)):
             for i in range(3):
-                values, shared = walk.enter(ids[i : i + 1])
+                values, shared = walk.enter(samples[i])
                 states.save(0, i, values)
             states.finish(0)
             for layer in range(len(walk.layers) - 1):
@@ -150,6 +166,81 @@ def test_a_shared_weight_is_pruned_once_by_the_inputs_of_all_its_uses(called_twi
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
         torch.testing.assert_close(program(ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+SIZES = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 1}
+SPEECH = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in
+          (("layers", 1), ("attention_heads", 2), ("ffn_dim", 32))}  # fmt: skip
+VISION = SIZES | {"image_size": 16, "patch_size": 8}
+OTHERS = {
+    "bert": lambda: BertForSequenceClassification(BertConfig(vocab_size=96, **SIZES | {"num_hidden_layers": 2})),
+    "t5": lambda: T5ForConditionalGeneration(
+        T5Config(vocab_size=96, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=1, num_heads=2)
+    ),
+    "whisper": lambda: WhisperForConditionalGeneration(
+        WhisperConfig(
+            vocab_size=96, d_model=16, num_mel_bins=8, max_source_positions=10, pad_token_id=0, bos_token_id=1,
+            eos_token_id=2, decoder_start_token_id=1, **SPEECH,
+        )
+    ),
+    "vit": lambda: ViTForImageClassification(ViTConfig(**VISION | {"num_hidden_layers": 2})),
+    "llava": lambda: LlavaForConditionalGeneration(
+        LlavaConfig(
+            text_config=LlamaConfig(vocab_size=96, **SIZES), image_token_index=95, image_seq_length=4,
+            vision_config=CLIPVisionConfig(**VISION | {"num_hidden_layers": 2}, projection_dim=16),
+        )
+    ),
+}  # fmt: skip
+
+
+def rows_of(family: str, program: Program) -> list[dict[str, torch.Tensor]]:
+    """Samples of a task: texts of several lengths, images or recordings."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for length in (9, 5, 9, 12):
+        sizes = {"batch": 1, "length": length, "target": 3 + length // 3}
+        row = {entry.name: entry.drawn(sizes, torch.float32, generator) for entry in program.inputs}
+        if family == "llava":
+            row["input_ids"] = torch.cat([torch.full((1, 4), 95), row["input_ids"].clamp(max=94)], 1)
+            row["attention_mask"] = torch.ones_like(row["input_ids"])
+        found.append(row)
+    return found
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_layers_of_every_task_are_pruned_by_what_the_pruned_ones_before_give(family):
+    torch.manual_seed(0)
+    model = OTHERS[family]().eval()
+    for parameter in model.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    program = trace(model, task="image-text-to-text" if family == "llava" else None).eval()
+    eager, rows = copy.deepcopy(model), rows_of(family, program)
+    run_pipeline(program, [Canonicalize(), Match(targets=("*",), dense=True), Partition(), Causal()])
+    for name in [name for name in program.matched if program.sites[name].layer is None]:
+        del program.matched[name]
+    modules = dict(eager.named_modules())
+    linears = {name: modules[name.rpartition(".")[0]] for name in program.matched}
+    order: list[str] = []  # of the layers, as the model calls them
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: order.append(program.sites[name].layer))
+        for name, module in linears.items()
+    ]
+    with torch.no_grad():
+        eager(**rows[0])
+    for hook in hooks:
+        hook.remove()
+    layers = list(dict.fromkeys(order))
+    assert len(layers) == len(program.units) >= 2
+    for layer in layers:
+        own = [name for name in linears if program.sites[name].layer == layer]
+        inputs = plain.inputs_of(eager, [linears[name] for name in own], rows)
+        for name, x in zip(own, inputs, strict=True):
+            weight = linears[name].weight.data
+            weight.copy_(plain.pruned(weight, x, len(rows), "wanda", "50%", False))
+    program.calibration = rows
+    run_pipeline(program, [Prune(Wanda(), pattern="50%")])
+    for name, linear in linears.items():
+        assert torch.equal(program.weight(name), linear.weight), name
 
 
 def test_an_expert_that_saw_no_token_is_pruned_by_magnitude_and_says_so():
