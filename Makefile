@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-slow test-tasks nightly install check bench study soak fuzz clean help
+.PHONY: demo test test-slow test-tasks nightly install check bench study coverage-table soak fuzz clean help
 
 help:
 	@echo "make demo     prune, train, merge, verify and export a small model, a few minutes on two cores"
@@ -18,6 +18,7 @@ help:
 	@echo "make check    lint, format, types, layers"
 	@echo "make bench    benchmarks, JSON on stdout"
 	@echo "make study    every method at equal parameters and steps, into docs/recovery.md: over an hour"
+	@echo "make coverage-table every model type of every task, into docs/models.md: some hours"
 	@echo "make soak     a hundred kills of every verb, and the full fuzz: an hour or two"
 	@echo "make fuzz     10,000 damaged inputs"
 	@echo "make install  only the environment, in $(VENV)"
@@ -76,6 +77,10 @@ bench: install
 # Methods and ablations on real models, about an hour and a quarter on two cores; goes on where it was stopped.
 study: install
 	@$(BIN)/python benchmarks/study.py
+
+# Goes on where it was stopped; `python -m tests.coverage llama gpt2` probes some types only.
+coverage-table: install
+	@$(BIN)/python -m tests.coverage --jobs 2
 
 # Each prints JSON and fails on anything broken; the seeds are fixed, so that a failure comes again.
 soak: install fuzz

@@ -30,6 +30,8 @@ from spp_fx.graph.program import Program
 _traced: dict[str, Program] = {}
 _failed: dict[str, SppFxError] = {}
 enabled = "SPP_FX_EXPORT_ALWAYS" not in os.environ
+across_devices = True
+"""Whether a small model without weights takes the trace of the same model on the CPU."""
 
 WHERE = ("_name_or_path", "name_or_path", "_commit_hash", "_is_hf_initialized", "_use_kernels", "training")
 """Attributes that differ by where a model came from: a configuration or a folder. A trace sets the mode itself."""
@@ -70,6 +72,12 @@ def once(trace: Callable[..., Program]) -> Callable[..., Program]:
     return traced
 
 
+def forget() -> None:
+    """Keep no trace any longer."""
+    _traced.clear()
+    _failed.clear()
+
+
 def graph_builder(build: Callable[..., Any], folder: Path) -> Callable[..., Any]:
     """`build_graph` of the ONNX exporter, which takes five to fifteen seconds: once per model for all processes."""
 
@@ -100,7 +108,9 @@ def _without_weights(program: Program) -> Program:
 def _is_hollow(model: nn.Module) -> bool:
     """Whether a model without weights is small enough for memory."""
     tensors = [*model.parameters(), *model.buffers()]
-    hollow = all(t.device == META for t in tensors) and sum(t.numel() for t in tensors) < 2**24
+    hollow = (
+        across_devices and all(t.device == META for t in tensors) and sum(t.numel() for t in tensors) < 2**24
+    )
     return hollow and "forward" not in vars(model)  # which may hold the model itself
 
 

@@ -1,9 +1,9 @@
-"""A causal language model as one ONNX graph: named as the model names things, without its numbers."""
+"""A model as one ONNX graph: named as the model names things, without its numbers."""
 
 import pytest
 import torch
 from onnxruntime import InferenceSession
-from transformers import AutoModelForCausalLM, Lfm2Config
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, Lfm2Config
 from transformers.modeling_outputs import CausalLMOutput
 
 from spp_fx.errors import SppFxError
@@ -23,6 +23,11 @@ def test_batch_and_sequence_are_dynamic_and_named(llama):
         "attention_mask": ["batch_size", "sequence_length"],
         "logits": ["batch_size", "sequence_length", VOCABULARY],
     }
+
+
+def test_hidden_states_have_the_axes_of_their_text():
+    model = BertModel(BertConfig(**SMALL | {"num_hidden_layers": 1}, intermediate_size=64)).eval()
+    assert axes(build_graph(model).proto)["last_hidden_state"] == ["batch_size", "sequence_length", 32]
 
 
 def test_tied_weights_are_one_and_equal_weights_stay_apart(llama):
