@@ -91,7 +91,7 @@ def test_complex_numbers_and_the_inverse_of_erf_have_onnx_forms():
     session = InferenceSession(graph.proto.SerializeToString())
     (found,) = session.run(None, {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()})
     expected = forward(ids, torch.ones_like(ids))
-    assert expected.abs().max() > 1
+    assert expected.abs().max() > 0.5
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-5, atol=1e-6)
 
 
