@@ -32,6 +32,7 @@ from onnxruntime import (
 )
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # pyright: ignore[reportAttributeAccessIssue]
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from spp_fx.errors import SppFxError
@@ -194,11 +195,34 @@ def reference_of(
     def reference(inputs: Tensors) -> Tensors:
         if count_positions:
             positions = torch.from_numpy(positions_of(inputs["attention_mask"].numpy()))
-            return {"logits": model(**inputs, position_ids=positions, use_cache=False).logits}
-        made = run(*inputs.values())
+            with _FirstOfEqual():
+                return {"logits": model(**inputs, position_ids=positions, use_cache=False).logits}
+        with _FirstOfEqual():
+            made = run(*inputs.values())
         return dict(zip(task.outputs, made if isinstance(made, tuple) else (made,), strict=True))
 
     return reference
+
+
+class _FirstOfEqual(TorchFunctionMode):
+    """Lets a top-k take the first of equal values, as ONNX does; torch takes any of them.
+
+    The scores by which a sparse attention chooses its keys are sums of ReLUs, many of them 0.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in (torch.topk, Tensor.topk):
+            return _first_largest(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _first_largest(
+    x: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
+) -> tuple[Tensor, Tensor]:
+    values, indices = torch.sort(x, dim=dim, descending=largest, stable=True)
+    return torch.return_types.topk((values.narrow(dim, 0, k), indices.narrow(dim, 0, k)))
 
 
 def compare_outputs(
