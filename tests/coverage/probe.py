@@ -7,7 +7,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,10 +91,12 @@ class Row:
 
     @property
     def whole(self) -> bool:
-        return self.whole_without()
+        """Whether everything works that applies."""
+        return not self.failures and self.cells["cusparselt"] == self.cells["onnx"] == "y"
 
-    def whole_without(self, *columns: str) -> bool:
-        return self.failures.keys() <= set(columns) and self.cells["cusparselt"] == "y"
+    @property
+    def whole_but_onnx(self) -> bool:
+        return self.failures.keys() <= {"onnx"} and self.cells["cusparselt"] == "y"
 
 
 def probe(
@@ -103,12 +105,14 @@ def probe(
     report: Callable[[Row], None] = lambda row: None,
     *,
     without: Collection[str] = (),
+    sizes: Sequence[Mapping[str, int]] = SIZES,
 ) -> Row:
     """Take a type through every stage, until one that the later ones need fails.
 
     Args:
         report: called before and after each stage, with the row so far.
         without: columns that are left out: `wanda`, `onnx`, `cusparselt`.
+        sizes: at which answers are compared; a model whose code branches on them is traced for each.
     """
     row = Row(task, model_type, dict.fromkeys(COLUMNS, "-"))
 
@@ -128,7 +132,7 @@ def probe(
             report(row)
 
     with tempfile.TemporaryDirectory(prefix="spp-fx-coverage-") as folder, contextlib.suppress(_Stop):
-        _stages(row, Path(folder), stage, without)
+        _stages(row, Path(folder), stage, without, sizes)
     return row
 
 
@@ -147,7 +151,13 @@ def reason(error: BaseException) -> str:
     return said if len(said) <= LONGEST else f"{said[: LONGEST - 3]}..."
 
 
-def _stages(row: Row, root: Path, stage: Callable[[str], Any], without: Collection[str]) -> None:
+def _stages(
+    row: Row,
+    root: Path,
+    stage: Callable[[str], Any],
+    without: Collection[str],
+    sizes: Sequence[Mapping[str, int]],
+) -> None:
     dense, sparse, adapter, merged = (root / name for name in ("dense", "sparse", "adapter", "merged"))
     with stage("trace"):
         model = _built(row)
@@ -157,7 +167,7 @@ def _stages(row: Row, root: Path, stage: Callable[[str], Any], without: Collecti
         model = load_model(dense)
         program = trace(model, task=row.task)
         row.cells["lengths"] = program.sizes.described()
-        _compare(program, model, EXACT)
+        _compare(program, model, EXACT, sizes)
     with stage("match"):
         run_pipeline(program, [Canonicalize()])
         _all_linears_known(program, model)
@@ -184,7 +194,7 @@ def _stages(row: Row, root: Path, stage: Callable[[str], Any], without: Collecti
             raise Differs(str(verdict.failures[0]))
     with stage("load"):
         reloaded = load_model(merged)
-        _compare(program, reloaded, ROUNDED)
+        _compare(program, reloaded, ROUNDED, sizes)
     with contextlib.suppress(_Stop), stage("cusparselt"):
         done = export(merged, root / "packed", "cusparselt", sm=90, dtype="float16")
         if done.checks["masks_equal"] != len(done.manifest.tensors):
@@ -235,7 +245,9 @@ def _answers(program: Program, model: PreTrainedModel, batch: Mapping[str, Tenso
     return [getattr(given, name) for name in program.task.outputs]
 
 
-def _compare(program: Program, model: PreTrainedModel, tolerance: float) -> None:
+def _compare(
+    program: Program, model: PreTrainedModel, tolerance: float, every: Sequence[Mapping[str, int]]
+) -> None:
     """Differs if a program and a model give other answers, relative to the largest.
 
     Sizes that the model itself does not take are left out.
@@ -243,7 +255,7 @@ def _compare(program: Program, model: PreTrainedModel, tolerance: float) -> None
     program.eval(), model.eval()
     refused: BaseException | None = None
     compared = 0
-    for sizes in SIZES:
+    for sizes in every:
         batch = batch_of(program, sizes)
         with torch.no_grad():
             try:
