@@ -23,7 +23,7 @@ from spp_fx.errors import SppFxError
 from spp_fx.graph.model import load_model
 from spp_fx.graph.names import layer_of
 from spp_fx.graph.program import Program, factor_attribute
-from spp_fx.graph.task import BATCH, FRAMES, LENGTH, TARGET
+from spp_fx.graph.task import BATCH, FRAMES, LENGTH, TARGET, find_task
 from spp_fx.graph.trace import EXPORT_ERRORS, trace
 from spp_fx.passes.canonicalize import Canonicalize
 from spp_fx.passes.pipeline import parse_pipeline, run_pipeline
@@ -164,7 +164,7 @@ def _stages(
         model.save_pretrained(dense)
         save_tokenizer(dense)
         # from_pretrained decides what is tied, and what a buffer holds.
-        model = load_model(dense)
+        model = load_model(dense, task=find_task(row.task))
         program = trace(model, task=row.task)
         row.cells["lengths"] = program.sizes.described()
         _compare(program, model, EXACT, sizes)
@@ -193,7 +193,7 @@ def _stages(
         if not verdict.ok:
             raise Differs(str(verdict.failures[0]))
     with stage("load"):
-        reloaded = load_model(merged)
+        reloaded = load_model(merged, task=find_task(row.task))
         _compare(program, reloaded, ROUNDED, sizes)
     with contextlib.suppress(_Stop), stage("cusparselt"):
         done = export(merged, root / "packed", "cusparselt", sm=90, dtype="float16")
@@ -211,14 +211,32 @@ def _built(row: Row) -> PreTrainedModel:
         raise Differs(f"transformers does not build it: {reason(error)}") from error
 
 
-def batch_of(program: Program, sizes: Mapping[str, int]) -> dict[str, Tensor]:
-    """Random inputs of a program; tokens are neither special nor stand for an image."""
+def batch_of(program: Program, model: PreTrainedModel, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """Random inputs of a program; tokens are not special, but for those first ones that an image takes the place of."""
     generator = torch.Generator().manual_seed(sizes[BATCH] * 1000 + sizes[LENGTH])
-    batch = {entry.name: entry.drawn(sizes, torch.float32, generator) for entry in program.inputs}
-    for entry in program.inputs:
-        if entry.name in ("input_ids", "decoder_input_ids") and entry.below is not None:
-            batch[entry.name] = 3 + batch[entry.name] % (min(VOCABULARY // 2, entry.below) - 3)
+    inputs = {entry.name: entry for entry in program.inputs}
+    batch: dict[str, Tensor] = {}
+    images = 0
+    if {"input_ids", "pixel_values"} <= inputs.keys():
+        batch["pixel_values"] = inputs["pixel_values"].drawn(sizes, torch.float32, generator)
+        images = _tokens_of_an_image(model, batch["pixel_values"])
+    for name, entry in inputs.items():
+        if name in batch:
+            continue
+        batch[name] = entry.drawn({**sizes, LENGTH: sizes[LENGTH] + images}, torch.float32, generator)
+        if name in ("input_ids", "decoder_input_ids") and entry.below is not None:
+            batch[name] = 3 + batch[name] % (min(VOCABULARY // 2, entry.below) - 3)
+    if images:
+        batch["input_ids"][:, :images] = model.config.image_token_id
     return batch
+
+
+def _tokens_of_an_image(model: PreTrainedModel, pixels: Tensor) -> int:
+    """How many tokens the image of each row takes the place of."""
+    with torch.no_grad():
+        found: Any = model.get_image_features(pixel_values=pixels)
+    found = getattr(found, "pooler_output", found)
+    return sum(each.numel() // each.shape[-1] for each in found) // len(pixels)
 
 
 def labels_of(program: Program, batch: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor | None:
@@ -256,9 +274,9 @@ def _compare(
     refused: BaseException | None = None
     compared = 0
     for sizes in every:
-        batch = batch_of(program, sizes)
         with torch.no_grad():
             try:
+                batch = batch_of(program, model, sizes)
                 expected = _answers(program, model, batch)
             except EXPORT_ERRORS as error:
                 refused = error
@@ -306,7 +324,7 @@ def _adapted(task: str, sparse: Path, adapter: Path) -> tuple[Program, dict[str,
     if task in LOADED:
         loaded = load_program(adapter)
         return loaded.program, loaded.factors
-    program = trace(load_model(sparse), task=task)
+    program = trace(load_model(sparse, task=find_task(task)), task=task)
     run_pipeline(program, parse_pipeline("canonicalize,match,inject{rank=4},lower{kernel=fused}"))
     factors: dict[str, nn.Parameter] = {}
     for name in load_file(adapter / FACTORS):
@@ -323,7 +341,7 @@ def _step(
 
     Differs if the loss does not change, or a factor stays whose weight has a gradient in the model.
     """
-    batch = batch_of(program, SIZES[0])
+    batch = batch_of(program, model, SIZES[0])
     labels = labels_of(program, batch, SIZES[0])
 
     def loss() -> Tensor:
