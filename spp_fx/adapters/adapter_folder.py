@@ -83,6 +83,8 @@ class AdapterConfig(BaseModel):
     An option that differs between sites has a key of its own besides, such as `rank_pattern`, see `to_patterns`.
 
     Attributes:
+        task_type: PEFT's name of the task, if it has one.
+        task: what the model is run for.
         trained_parameters: norms and biases that are trained themselves, each with the tensors of the checkpoint that
             hold it; None, and not written, where there are none.
     """
@@ -92,7 +94,8 @@ class AdapterConfig(BaseModel):
     format_version: Literal[1]
     spp_fx_version: str
     peft_type: str
-    task_type: Literal["CAUSAL_LM"]
+    task_type: str | None
+    task: str = "causal-lm"
     base_model_name_or_path: str
     base_model_fingerprint: str
     method: str
@@ -321,6 +324,7 @@ def write_adapter(
     lock: Lock,
     trained: Mapping[str, Iterable[str]] | None = None,
     init: str = "default",
+    task: tuple[str, str | None] = ("causal-lm", "CAUSAL_LM"),
 ) -> None:
     """Write the files of an adapter folder into `folder`, which becomes `target`.
 
@@ -328,13 +332,15 @@ def write_adapter(
         methods: of each site; what differs from `method` is kept beside it.
         factors: with the values of trained norms and biases.
         trained: the checkpoint's tensors of each of these.
+        task: its name, and PEFT's.
     """
     start = {} if init == "default" else {"init": init}
     config = AdapterConfig(
         format_version=FORMAT_VERSION,
         spp_fx_version=VERSION,
         peft_type=method.name.upper(),
-        task_type="CAUSAL_LM",
+        task_type=task[1],
+        task=task[0],
         base_model_name_or_path=os.path.abspath(base),
         base_model_fingerprint=fingerprint,
         method=method.name,

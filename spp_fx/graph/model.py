@@ -28,6 +28,7 @@ from spp_fx.storage.folder import ModelFolder
 VERSION = f"transformers {transformers.__version__}"
 MODEL_FILES = ("config.json", "generation_config.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", *TOKENIZER_FILES)
 _KNOWN = (
     StrictDataclassError, SafetensorError, ImportError, OSError, ValueError, TypeError, LookupError, AttributeError,
     RuntimeError, AssertionError, ArithmeticError,

@@ -155,7 +155,7 @@ def is_size(node: fx.Node) -> bool:
 
 def vocabulary_of(config: PretrainedConfig) -> int:
     """How many tokens a model has. Multimodal configurations hold it in their text's."""
-    return config.get_text_config(decoder=True).vocab_size
+    return getattr(config.get_text_config(decoder=True), "vocab_size", 0)  # a model of images has none
 
 
 def positions_of(config: PretrainedConfig) -> int | None:

@@ -1,13 +1,13 @@
 """Tasks: the class that a model is loaded as, the inputs and outputs of its graph, and its loss."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
+from torch.nn.functional import binary_cross_entropy_with_logits, kl_div, mse_loss
 from torch.nn.functional import cross_entropy as cross_entropy_of
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
@@ -16,14 +16,30 @@ from transformers.models.auto import modeling_auto
 from spp_fx.errors import UsageError
 from spp_fx.registry import Registry, naming
 
-if TYPE_CHECKING:
-    from spp_fx.graph.program import Program
-
 BATCH, LENGTH, TARGET, FRAMES = "batch", "length", "target", "frames"
 """Names of axes: rows, tokens, tokens that a decoder has beside those of its encoder, and frames of a recording."""
 EXAMPLE: dict[str, int] = {BATCH: 2, LENGTH: 7, TARGET: 5, FRAMES: 400}
 """The sizes that an export runs with: none is 1, which is taken for a constant, and they differ, since equal ones
 are taken for one."""
+
+
+class TaskModel(Protocol):
+    """What a task has to know of a model: a `Program`, or a model of transformers (`EagerModel`)."""
+
+    @property
+    def task(self) -> "Task": ...
+    @property
+    def inputs(self) -> "tuple[Input, ...]": ...
+    @property
+    def config(self) -> PretrainedConfig: ...
+    @property
+    def loss_function(self) -> Callable[..., Any] | None: ...
+    @property
+    def vocabulary(self) -> int: ...
+
+
+Row = dict[str, Tensor]
+"""The inputs of a row, and perhaps its labels, by name."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +91,8 @@ class Task:
         answer: what a program returns: the loss and the outputs.
         outputs: by name, the axes that its first dimensions have.
         cached: the model's code keeps a cache unless it is told not to.
+        predicts_tokens: labels are tokens, so the loss is that of a perplexity.
+        media: inputs are made of pictures by an image processor, or by a processor of texts and others; None: texts.
         peft: PEFT's name of the task, if it has one.
     """
 
@@ -84,20 +102,83 @@ class Task:
     answer: ClassVar[type[ModelOutput]]
     outputs: ClassVar[Mapping[str, tuple[str, ...]]]
     cached: ClassVar[bool] = False
+    predicts_tokens: ClassVar[bool] = False
+    media: ClassVar[Literal["image", "both"] | None] = None
     peft: ClassVar[str | None] = None
 
     def inputs(self, model: PreTrainedModel) -> tuple[Input, ...]:
         """What the model is called with: by default a text, or two."""
         return text_inputs(model, segments=True)
 
-    def loss(
-        self, program: "Program", outputs: Mapping[str, Tensor], labels: Tensor, **kwargs: Any
-    ) -> Tensor:
+    def loss(self, model: TaskModel, outputs: Mapping[str, Tensor], labels: Tensor, **kwargs: Any) -> Tensor:
         """The mean loss, or with `num_items_in_batch` the sum over the labels divided by it.
 
         By default the cross entropy of logits (..., classes) and labels (...), -100 where nothing is learned.
         """
         return cross_entropy(outputs["logits"], labels, **kwargs)
+
+    records: ClassVar[str] = ""
+    """What a record of the task's data holds, in words."""
+
+    def encode(self, record: Mapping[str, Any], processor: Any, model: TaskModel, length: int) -> Row | str:
+        """The inputs of a record, and its labels if it has some: one row, without the dimension of the batch.
+
+        Args:
+            record: a row of the data; paths in it are absolute.
+            processor: the model's tokenizer, image processor or both, as `AutoProcessor` makes them.
+            length: tokens at most.
+
+        Returns:
+            A reason, where there is nothing in the record to learn from or to measure.
+
+        Raises:
+            UsageError: the record has not what it should have.
+        """
+        raise UsageError(f"{self.name} has no data of its own")
+
+    def predict(self, outputs: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+        """What is predicted, and what should be: of every label that is not -100, (n,) each."""
+        known = labels != -100
+        return outputs["logits"].argmax(-1)[known], labels[known]
+
+    def distance(
+        self,
+        ours: Mapping[str, Tensor],
+        theirs: Mapping[str, Tensor],
+        batch: Mapping[str, Tensor],
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """How far the outputs of a model are from another's, to train by: a mean over rows, or tokens.
+
+        By default T^2 KL(theirs || ours) of the softmax of logits at the temperature T, in nats (Hinton et al., 2015),
+        the sum over the outputs; of single numbers, the square of the difference.
+
+        Args:
+            batch: the inputs, and the labels if there are any.
+        """
+        parts: list[Tensor] = []
+        for name, axes in self.outputs.items():
+            mine, other = (side[name].float() / temperature for side in (ours, theirs))
+            seen = batch.get("attention_mask") if LENGTH in axes else None
+            if TARGET in axes:
+                seen = batch["labels"] != -100
+            if seen is not None and mine.ndim == len(axes):  # a distribution over the tokens
+                mine, other = (
+                    each.masked_fill(seen == 0, torch.finfo(each.dtype).min) for each in (mine, other)
+                )
+            elif seen is not None:
+                mine, other = mine[seen.bool()], other[seen.bool()]
+            if mine.shape[-1] == 1:
+                parts.append(mse_loss(mine, other) * temperature**2)
+                continue
+            ours_log, theirs_log = mine.log_softmax(-1), other.log_softmax(-1)
+            total = kl_div(ours_log, theirs_log, log_target=True, reduction="sum") * temperature**2
+            parts.append(total / max(1, ours_log[..., 0].numel()))
+        return torch.stack(parts).sum()
+
+    def metrics(self, predicted: Tensor, wanted: Tensor) -> dict[str, float]:
+        """Figures beside the loss, of all that `predict` gave."""
+        return {"accuracy": float((predicted == wanted).double().mean())}
 
     def __repr__(self) -> str:
         return f"<task {self.name}>"
@@ -267,3 +348,34 @@ def classification_loss(
     else:
         return cross_entropy(logits, labels, num_items_in_batch)
     return losses / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
+
+
+@dataclass(frozen=True)
+class EagerModel:
+    """A model of transformers as tasks see it."""
+
+    task: Task
+    model: PreTrainedModel
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        return self.task.inputs(self.model)
+
+    @property
+    def config(self) -> PretrainedConfig:
+        return self.model.config
+
+    @property
+    def loss_function(self) -> Callable[..., Any] | None:
+        return getattr(self.model, "loss_function", None)
+
+    @property
+    def vocabulary(self) -> int:
+        return getattr(self.config.get_text_config(decoder=True), "vocab_size", 0)
+
+    def answer(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The outputs for a batch of inputs by name, which is moved to the model's device."""
+        names = {entry.name for entry in self.inputs}
+        placed = {name: value.to(self.model.device) for name, value in batch.items() if name in names}
+        made = self.model(**placed, **({"use_cache": False} if self.task.cached else {}))
+        return {name: made[name] for name in self.task.outputs}

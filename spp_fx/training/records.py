@@ -136,19 +136,56 @@ def read_samples(data: str | Path, *, strict: bool = False) -> Records:
         UsageError: nothing is there, no row can be used, or a row is malformed (not JSON, not an object, none of
             the keys, a value that is not text); names the file and the line (.jsonl) or the item (.json).
     """
+    samples, skipped = keep((_sample(record, where) for record, where in _records(data)), strict=strict)
+    return Records(str(data), needed(data, samples, skipped), skipped)
+
+
+def _records(data: str | Path) -> Iterator[tuple[Any, str]]:
     path, name = Path(data), str(data)
     hub = not path.exists() and name.count("/") <= 1 and (not path.suffix or _DIGITS.fullmatch(path.suffix))
     if hub:
-        rows = (_sample(record, where) for record, where in _hub(name))
+        yield from _hub(name)
     elif path.suffix.lower() == ".jsonl":
-        rows = (_sample(record, where) for record, where in _lines(path))
+        yield from _lines(path)
     elif path.suffix.lower() == ".json":
-        rows = (_sample(record, where) for record, where in _items(path))
+        yield from _items(path)
     else:
-        documents = enumerate(_documents(path), start=1)
-        rows = (Text(document, f"{path}, document {number}") for number, document in documents)
-    samples, skipped = keep(rows, strict=strict)
-    return Records(name, needed(name, samples, skipped), skipped)
+        for number, document in enumerate(_documents(path), start=1):
+            yield {"text": document}, f"{path}, document {number}"
+
+
+MEDIA = ("image", "audio", "path", "file")
+"""Keys of the path of a picture or a recording, relative to the folder of the file that names it."""
+
+
+def read_records(data: str | Path) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """The records of a file or dataset as they are, each with where it stands; of a folder, its pictures.
+
+    Of a text file each line is one. A folder holds a folder for each class, with the files of the class in it. Paths of
+    pictures and recordings become absolute.
+
+    Raises:
+        UsageError: nothing is there, or a record is no object.
+    """
+    path = Path(data)
+    if path.is_dir():
+        files = sorted(file for file in path.glob("*/*") if file.is_file() and not file.name.startswith("."))
+        if not files:
+            raise UsageError(f"{path}: has no file in a folder of a class")
+        yield from (({"image": str(file), "label": file.parent.name}, str(file)) for file in files)
+        return
+    if path.is_file() and path.suffix.lower() not in (".json", ".jsonl"):
+        lines = enumerate(_read(path, "utf-8").split("\n"), start=1)
+        yield from (({"text": line}, f"{path}, line {number}") for number, line in lines if line.strip())
+        return
+    for record, where in _records(data):
+        if not isinstance(record, Mapping):
+            raise UsageError(f"{where}: is not a record with keys but {type(record).__name__}")
+        fields = dict(cast(Mapping[str, Any], record))
+        for key in MEDIA:
+            if isinstance(fields.get(key), str) and path.is_file():
+                fields[key] = str(path.parent / fields[key])
+        yield fields, where
 
 
 def keep(rows: Iterable[Kept | Skip], *, strict: bool) -> tuple[list[Kept], Skipped]:

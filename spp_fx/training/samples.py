@@ -1,6 +1,6 @@
 """Samples as tokens, and the rows that are trained on or measured."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -242,18 +242,23 @@ def pack(samples: Sequence[Tokens], length: int) -> list[Tokens]:
     return rows
 
 
-def pad(rows: Sequence[dict[str, Tensor]], pad_token: int, least: int = 0) -> dict[str, Tensor]:
+def pad(
+    rows: Sequence[dict[str, Tensor]], pad_token: int, least: int = 0, fixed: Collection[str] = ()
+) -> dict[str, Tensor]:
     """Rows of several lengths as one batch: padded on the right, padding neither seen nor learned.
 
     Values of a token that have several numbers, such as `draws`, are padded with zeros in that dimension, too.
 
     Args:
         least: tokens that the batch has at least.
+        fixed: names of what has one value, or several, for a row and not for each token.
     """
-    fill = {"input_ids": pad_token, "labels": IGNORED}
+    fill = {"input_ids": pad_token, "decoder_input_ids": pad_token, "labels": IGNORED}
 
     def padded(key: str) -> Tensor:
         values = [row[key] for row in rows]
+        if key in fixed:
+            return torch.stack(values)
         shape = [max(sizes) for sizes in zip(*(value.shape for value in values), strict=True)]
         shape[0] = max(shape[0], least)
         batch = values[0].new_full((len(rows), *shape), fill.get(key, 0))

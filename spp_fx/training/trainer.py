@@ -18,6 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from spp_fx.adapters.adapter_folder import FACTORS, whole_checkpoints
 from spp_fx.errors import FormatError
 from spp_fx.graph.program import Program, factor_attribute
+from spp_fx.graph.task import CAUSAL_LM
 from spp_fx.training.losses import (
     LOSS,
     PARTS,
@@ -41,6 +42,7 @@ from spp_fx.training.state import (
     save_state,
     set_random_state,
 )
+from spp_fx.training.task_rows import HiddenRows
 
 
 class ProgressCallback(TrainerCallback):
@@ -75,15 +77,15 @@ def load_factors(factors: Mapping[str, nn.Parameter], values: Mapping[str, Tenso
             parameter.copy_(values[name])
 
 
-INPUTS = ("input_ids", "attention_mask", "labels")
+MASK = "attention_mask"
 DRAWN = ("draws", "counts", "entropy")
 """What rows of `teacher_cache.TaughtRows` have beside the inputs."""
 
 
 class Predicted(NamedTuple):
-    """What a teacher says of one batch: logits, and the hidden states that are asked for."""
+    """What a teacher says of one batch: its outputs, and the hidden states that are asked for."""
 
-    logits: Tensor
+    outputs: Any
     states: list[Tensor]
 
 
@@ -125,6 +127,8 @@ class AdapterTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         self.factors = factors
+        self.task = model.task
+        self.names = [entry.name for entry in model.inputs]
         self.record = record or {}
         self.undecayed = undecayed(model)
         self.objective = objective = objective or Objective()
@@ -133,6 +137,7 @@ class AdapterTrainer(Trainer):
         self.sums: dict[str, Tensor] = {}
         self.first_step = 0
         super().__init__(model=model, **kwargs)
+        self.can_return_loss = True  # evaluation has a loss of rows without labels, too
         if teacher is not None and not isinstance(teacher, FSDPModule):
             teacher = teacher.to(self.args.device)
         self.teacher = teacher
@@ -159,21 +164,21 @@ class AdapterTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         drawn = [inputs[key] for key in DRAWN if key in inputs]
-        goal, ids, mask, labels = self.objective, *(inputs[key] for key in INPUTS)
+        goal, labels, given = self.objective, inputs.get("labels"), self._given(inputs)
         learns = goal.teacher_weight > 0 and bool(drawn or self.teacher)
         if not learns and self.layers is None:
-            plain = {key: inputs[key] for key in INPUTS}
+            plain = given | ({} if labels is None else {"labels": labels})
             loss, output = super().compute_loss(model, plain, True, num_items_in_batch)
             self._add(model, {"text": loss, LOSS: loss})
             return (loss, output) if return_outputs else loss
         # Losses are averaged over processes, tokens counted over all of them.
         counted = num_items_in_batch is not None
-        scale = self.accelerator.num_processes if counted and self.args.average_tokens_across_devices else 1
+        scale = self._scale(num_items_in_batch)
         text = {"labels": labels} if goal.teacher_weight < 1 else {}
         if text and counted:
             text["num_items_in_batch"] = num_items_in_batch
         with self._states(0) as states:
-            output = model(ids, mask, **text)
+            output = model(**given, **text)
         parts: dict[str, Tensor] = {}
         if text:
             parts["text"] = output.loss
@@ -183,15 +188,13 @@ class AdapterTrainer(Trainer):
                 output.logits, draws, counts, entropy, num_items_in_batch, goal.temperature
             )
         else:
-            taught, self.taught = self.taught or self._teach(ids, mask), None
+            taught, self.taught = self.taught or self._teach(given), None
             if learns:
-                parts["teacher"] = distillation_loss(
-                    output.logits, taught.logits, labels, num_items_in_batch, goal.temperature
-                )
+                parts["teacher"] = self._divergence(output, taught.outputs, inputs, num_items_in_batch)
             if self.layers is not None:
                 if not model.training or self.reference is None:
-                    self.reference = self._refer([(taught, mask)], together=scale > 1)
-                parts["hidden"] = hidden_loss(states, taught.states, mask, *self.reference)
+                    self.reference = self._refer([(taught, given[MASK])], together=scale > 1)
+                parts["hidden"] = hidden_loss(states, taught.states, given[MASK], *self.reference)
         weights = {
             "text": 1 - goal.teacher_weight,
             "teacher": goal.teacher_weight,
@@ -214,16 +217,39 @@ class AdapterTrainer(Trainer):
         return batches, count
 
     def _teach_batch(self, batch: dict[str, Any], alone: bool) -> tuple[Predicted, Tensor]:
-        ids, mask, _ = (self._prepare_inputs(batch)[key] for key in INPUTS)
-        taught = self._teach(ids, mask)
+        given = self._given(self._prepare_inputs(batch))
+        taught = self._teach(given)
         if alone:
             self.taught = taught
-        return taught, mask
+        return taught, given[MASK]
 
-    def _teach(self, ids: Tensor, mask: Tensor) -> Predicted:
+    def _given(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """The model's inputs in a batch."""
+        return {name: batch[name] for name in self.names if name in batch}
+
+    def _teach(self, given: dict[str, Tensor]) -> Predicted:
         assert self.teacher is not None
         with torch.no_grad(), self._states(1) as states:
-            return Predicted(self.teacher(ids, mask).logits, states)
+            return Predicted(self.teacher(**given), states)
+
+    def _divergence(
+        self, ours: Any, theirs: Any, batch: dict[str, Any], count: Tensor | int | None
+    ) -> Tensor:
+        """How far the outputs are from the teacher's; the parts of a step add up to its mean."""
+        if self.task.name == CAUSAL_LM:
+            return distillation_loss(
+                ours.logits, theirs.logits, batch["labels"], count, self.objective.temperature
+            )
+        distance = self.task.distance(ours, theirs, batch, self.objective.temperature)
+        # The Trainer leaves the mean over the batches of a step, and of processes, to a loss that counts items.
+        if count is None or not cast(nn.Module, self.model).training:
+            return distance
+        return distance / self.args.gradient_accumulation_steps / self._scale(count)
+
+    def _scale(self, count: Any) -> int:
+        """What a loss that is divided by the items of all processes is multiplied by: it is averaged over them."""
+        together = count is not None and self.args.average_tokens_across_devices
+        return self.accelerator.num_processes if together else 1
 
     def _states(self, which: int) -> AbstractContextManager[list[Tensor]]:
         """A list of the hidden states of the student (0) or the teacher (1), empty where they are not compared."""
@@ -344,7 +370,7 @@ class ReportLast(TrainerCallback):
 class CutEachEpoch(TrainerCallback):
     """Shifts the training windows at the start of every epoch."""
 
-    def __init__(self, windows: Windows) -> None:
+    def __init__(self, windows: Windows | HiddenRows) -> None:
         self.windows = windows
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

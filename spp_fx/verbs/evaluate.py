@@ -15,9 +15,9 @@ from spp_fx.adapters.adapter_folder import AdapterFolder
 from spp_fx.console import Table
 from spp_fx.errors import UsageError
 from spp_fx.exporters.manifest import MANIFEST, open_model, read_manifest
-from spp_fx.graph.model import check_task, load_model
+from spp_fx.graph.model import check_task, folder_task, load_model
 from spp_fx.graph.program import Program, positions_of, vocabulary_of
-from spp_fx.graph.task import CAUSAL_LM
+from spp_fx.graph.task import CAUSAL_LM, EagerModel, Task, find_task
 from spp_fx.graph.trace import shown
 from spp_fx.parallel import Tick, no_tick
 from spp_fx.runtime import load as load_export
@@ -25,9 +25,17 @@ from spp_fx.storage.folder import is_adapter
 from spp_fx.storage.links import links_option
 from spp_fx.training.perplexity import Perplexity, perplexity
 from spp_fx.training.records import Skipped
-from spp_fx.training.samples import check_vocabulary, held_out
+from spp_fx.training.samples import check_vocabulary, held_out, pad_token
+from spp_fx.training.task_rows import Scored, score, task_rows
 from spp_fx.training.tasks import Scores, Tasks, find_tasks, number, run_tasks
-from spp_fx.verbs.load import device_of, fit_length, load_program, load_tokenizer
+from spp_fx.verbs.load import (
+    device_of,
+    fit_length,
+    load_processor,
+    load_program,
+    load_tokenizer,
+    tokenizer_of,
+)
 from spp_fx.verbs.settings import EvaluateSettings
 
 FEW_WINDOWS = 10
@@ -64,22 +72,49 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """What one model reached: on a text, on tasks, or both.
+class Answered:
+    """How right a model's answers on the records of its own task are, and how it was measured.
 
     Attributes:
-        text, scores: None where there was no text, no tasks.
+        task: its name.
+        skipped: records that hold nothing to measure.
+    """
+
+    task: str
+    data: str
+    seq_len: int
+    result: Scored
+    skipped: Skipped
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "task": self.task,
+            "data": self.data,
+            "rows": self.result.rows,
+            "loss": self.result.loss,
+            **self.result.metrics,
+            "skipped_rows": self.skipped.count,
+            "seq_len": self.seq_len,
+        }
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What one model reached: on a text or the records of its task, on tasks, or both.
+
+    Attributes:
+        text, scores: None where there was no data, no tasks.
     """
 
     model: Path
-    text: Measured | None
+    text: Measured | Answered | None
     scores: Scores | None
     seconds: float
 
     @property
     def result(self) -> Perplexity:
         """The perplexity of the text."""
-        if self.text is None:
+        if not isinstance(self.text, Measured):
             raise ValueError("evaluate measured no text: give it data")
         return self.text.result
 
@@ -93,7 +128,11 @@ class Evaluated:
         )
 
     def lines(self) -> Iterator[str | Table]:
-        if self.text:
+        if isinstance(self.text, Answered):
+            found = self.text.result
+            values = ", ".join(f"{name} {value:.4f}" for name, value in found.metrics.items())
+            yield f"{values} over {found.rows:,} rows"
+        elif self.text:
             result, step = (
                 self.text.result,
                 f", {self.text.stride} apart" * (self.text.stride < self.text.seq_len),
@@ -119,7 +158,12 @@ class Compared:
 
     def lines(self) -> Iterator[str | Table]:
         headings, rows = ["model"], [[str(each.model)] for each in self.models]
-        if self.models[0].text:
+        if isinstance(first := self.models[0].text, Answered):
+            headings += list(first.result.metrics)
+            for row, each in zip(rows, self.models, strict=True):
+                assert isinstance(each.text, Answered)
+                row += [f"{each.text.result.metrics[name]:.4f}" for name in first.result.metrics]
+        elif first:
             headings += ["perplexity", "tokens"]
             for row, each in zip(rows, self.models, strict=True):
                 row += [f"{each.result.perplexity:.2f}", f"{each.result.tokens:,}"]
@@ -150,6 +194,8 @@ def evaluate(
     limit: int | None = None,
     shots: int | None = None,
     batch_size: str = "1",
+    task: str | None = None,
+    teacher: str | Path | None = None,
     base: str | Path | None = None,
     device: str | None = None,
     strict: bool = False,
@@ -171,6 +217,8 @@ def evaluate(
         limit: documents of a task at most.
         shots: examples in a task's prompt; None: as the papers and the harness have it.
         batch_size: rows of a task in one forward, or "auto".
+        task: what the model is for; None: what its configuration says, or the adapter.
+        teacher: of feature-extraction, the model whose embeddings those of this one are compared with.
         base: the base model of an adapter, if it is not where the adapter says.
         device: where the model runs; by default a GPU if torch has one.
         strict: rows with nothing in them are an error; else they are skipped, counted, and reported by `say`.
@@ -182,6 +230,7 @@ def evaluate(
         data=None if data is None else str(data), tasks=tuple(tasks), limit=limit, shots=shots,
         batch_size=batch_size, seq_len=seq_len, stride=stride, strict=strict,
         base=None if base is None else Path(base), device=device,
+        task=task, teacher=None if teacher is None else Path(teacher),
     )  # fmt: skip
     done = evaluate_all([model], settings, trust_remote_code=trust_remote_code, tick=tick, say=say)
     return done.models[0]
@@ -214,7 +263,7 @@ def evaluate_all(
     if settings.base is not None and not any(is_adapter(path) for path in paths):
         raise UsageError("--base names the base of an adapter, and no MODEL is an adapter; leave it out")
     for path in paths:
-        _check(path, settings.base)
+        _check(path, settings)
     tasks = find_tasks(settings.tasks, settings.shots) if settings.tasks else None
     done: list[Evaluated] = []
     for path in paths:
@@ -236,9 +285,17 @@ def _evaluate(
     begin = perf_counter()
     if is_adapter(path) and (line := AdapterFolder.open(path).unfinished()):
         say(line)
-    model, home = load_evaluated(path, settings.base, device, trust_remote_code)
-    tokenizer = load_tokenizer(home, trust_remote_code=trust_remote_code)
+    model, home = load_evaluated(path, settings.base, device, trust_remote_code, settings.task)
+    task = _task(path, settings)
     text = scores = None
+    if task is not None and task.name != CAUSAL_LM:
+        if tasks is not None:
+            raise UsageError(
+                f"{path}: --tasks are for causal language models, and this is one for {task.name}"
+            )
+        text = _answer(EagerModel(task, model), home, settings, device, trust_remote_code, tick, say)
+        return Evaluated(path, text, None, perf_counter() - begin)
+    tokenizer = load_tokenizer(home, trust_remote_code=trust_remote_code)
     if settings.data is not None:
         text = _measure(model, tokenizer, settings.data, settings, tick, say)
     if tasks is not None:
@@ -247,6 +304,47 @@ def _evaluate(
             tick=lambda count: tick(f"{path.name}: rows of tasks", count),
         )  # fmt: skip
     return Evaluated(path, text, scores, perf_counter() - begin)
+
+
+def _task(path: Path, settings: EvaluateSettings) -> Task | None:
+    """What a folder's model is run for; None if its class is of no task that is known."""
+    if settings.task is None and is_adapter(path):
+        return find_task(AdapterFolder.open(path).config.task)
+    return folder_task(path, settings.task)
+
+
+def _answer(
+    model: EagerModel,
+    home: Path,
+    settings: EvaluateSettings,
+    device: torch.device,
+    trust_remote_code: bool,
+    tick: Tick,
+    say: Callable[[str], None],
+) -> Answered:
+    """Measure a model on the records of its task.
+
+    Args:
+        home: the folder of its tokenizer or processor.
+    """
+    data = str(settings.data)
+    if settings.stride is not None:
+        raise UsageError("--stride is for the text of causal language models")
+    length = fit_length(positions_of(model.config), settings.seq_len)
+    processor = load_processor(home, model.task, trust_remote_code=trust_remote_code)
+    rows, skipped = task_rows(data, model, processor, length=length, strict=settings.strict)
+    if line := skipped.line(data):
+        say(line)
+    tokenizer, teacher = tokenizer_of(processor), None
+    if settings.teacher is not None:
+        name = model.task.name
+        guide, _ = load_evaluated(settings.teacher, None, device, trust_remote_code, name)
+        teacher = EagerModel(model.task, guide)
+    result = score(
+        model, rows, model.answer, 0 if tokenizer is None else pad_token(tokenizer, model.vocabulary),
+        reference=None if teacher is None else teacher.answer, tick=lambda count: tick("rows", count),
+    )  # fmt: skip
+    return Answered(model.task.name, data, length, result, skipped)
 
 
 def _measure(
@@ -280,7 +378,11 @@ def _measure(
 
 
 def load_evaluated(
-    folder: Path, base: Path | None, device: torch.device, trust_remote_code: bool = False
+    folder: Path,
+    base: Path | None,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    task: str | None = None,
 ) -> tuple[PreTrainedModel, Path]:
     """The transformers model of a model folder, an adapter folder or an export, and the folder of its tokenizer.
 
@@ -288,10 +390,12 @@ def load_evaluated(
     """
     if is_export(folder):
         return load_export(folder, device=device, trust_remote_code=trust_remote_code), folder
+    chosen = None if task is None else find_task(task)
     if not is_adapter(folder):
-        return load_model(folder, trust_remote_code=trust_remote_code).to(device).eval(), folder  # type: ignore[arg-type]
-    home = AdapterFolder.open(folder).find_base(base)
-    model = load_model(home, trust_remote_code=trust_remote_code)
+        return load_model(folder, task=chosen, trust_remote_code=trust_remote_code).to(device).eval(), folder  # type: ignore[arg-type]
+    adapter = AdapterFolder.open(folder)
+    home = adapter.find_base(base)
+    model = load_model(home, task=find_task(adapter.config.task), trust_remote_code=trust_remote_code)
     loaded = load_program(folder, base=home, source=model, folded=True, trust_remote_code=trust_remote_code)
     _give_back(loaded.program, model)
     return model.to(device).eval(), home  # type: ignore[arg-type]
@@ -311,13 +415,13 @@ def is_export(folder: Path) -> bool:
     return (folder / MANIFEST).is_file() and read_manifest(folder).format != "safetensors"
 
 
-def _check(folder: Path, base: Path | None) -> None:
+def _check(folder: Path, settings: EvaluateSettings) -> None:
     """UsageError or FormatError before any work for a folder that cannot be evaluated."""
     if is_adapter(folder):
         adapter = AdapterFolder.open(folder)
-        home = adapter.find_base(base)
+        home = adapter.find_base(settings.base)
         adapter.check_base(open_model(home))
-        check_task(home, "eval", (CAUSAL_LM,))
     elif not is_export(folder):
         open_model(folder)
-        check_task(folder, "eval", (CAUSAL_LM,))
+        if settings.task is None:
+            check_task(folder, "eval")

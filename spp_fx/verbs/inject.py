@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from spp_fx.adapters.adapter_folder import StoredMatrix, write_adapter
 from spp_fx.adapters.fold import FLOATING
@@ -43,7 +44,7 @@ from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.pattern import Pattern
 from spp_fx.storage.links import links_option
 from spp_fx.storage.workspace import Say, workspace
-from spp_fx.verbs.load import device_of, is_as_sparse, text_digest
+from spp_fx.verbs.load import device_of, is_as_sparse, samples_digest
 from spp_fx.verbs.settings import Calibration, InjectSettings
 from spp_fx.verbs.starts import TextGradients, check_start, start_factors
 from spp_fx.verification import provenance
@@ -149,6 +150,7 @@ def inject(
     skip: Sequence[str] = (),
     seed: int = 0,
     overrides: Sequence[str] = (),
+    task: str | None = None,
     train_norms: bool = False,
     budget: str | int | None = None,
     budget_by: Literal["size", "error", "gradient"] = "size",
@@ -172,6 +174,7 @@ def inject(
         skip: names of sites that get no adapter, as in `targets`.
         overrides: other values of the method's numbers for some sites, such as `rank:down_proj@32`; see
             `method_by_site`.
+        task: what the model is for; None: what its configuration says.
         train_norms: also train norms and biases, see `vectors`.
         budget: trained parameters at most, such as `0.3%` of the model's; the ranks are chosen, see `spread`.
         budget_by: what the ranks are in proportion to: `size`, the same for all; `error`, see `pruning_errors`;
@@ -213,14 +216,14 @@ def inject(
     if out is None:
         weights = any(model.glob("*.safetensors"))
         found = find_sites(
-            open_model(model, weights=weights), trust_remote_code=trust_remote_code, runnable=walks
+            open_model(model, weights=weights), task=task, trust_remote_code=trust_remote_code, runnable=walks
         )
         with TemporaryDirectory(prefix="spp-fx-inject-") as store:
             return _inject(found, None, plan, tick, say, walked(found, Path(store)))[0]
     provenance.load(model)  # a damaged history is an error before the work
     sources = [model] if plan.teacher is None else [model, plan.teacher]
     with workspace(out, {"verb": "inject"}, force=force, sources=sources, say=say) as work:
-        found = find_sites(open_model(model), trust_remote_code=trust_remote_code, runnable=walks)
+        found = find_sites(open_model(model), task=task, trust_remote_code=trust_remote_code, runnable=walks)
         gradients = walked(found, work.store)
         result, lock = _inject(found, out, plan, tick, say, gradients)
         factors = {
@@ -237,9 +240,11 @@ def inject(
         if gradients is not None:
             if init != "default":
                 factors = start_factors(init, gradients, result.methods, factors)
-            tokens = gradients.tokens
-            inputs["calibration"] = text_digest(tokens)
-            start = {"init": init, "samples": len(tokens), "seq_len": tokens.shape[1]}
+            samples = gradients.samples
+            inputs["calibration"] = samples_digest(samples)
+            start = {"init": init, "samples": len(samples)}
+            if isinstance(samples, Tensor):
+                start["seq_len"] = samples.shape[1]
         write_adapter(
             work.folder,
             target=out,
@@ -253,6 +258,9 @@ def inject(
             lock=lock,
             trained=trained,
             init=init,
+            task=(found.program.task.name, found.program.task.peft)
+            if found.program.inputs
+            else ("none", None),
         )
         settings = {
             "method": method, **result.method.parameters(), "seed": seed, "targets": list(targets), "skip": list(skip),

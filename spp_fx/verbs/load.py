@@ -5,20 +5,27 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from spp_fx.adapters.adapter_folder import AdapterFolder
 from spp_fx.adapters.per_site import as_overrides
 from spp_fx.errors import FormatError, UsageError
 from spp_fx.exporters.manifest import open_model
 from spp_fx.graph.binding import assemble
-from spp_fx.graph.model import TOKENIZER_FILES, Readable, check_task, load_model
+from spp_fx.graph.model import PROCESSOR_FILES, TOKENIZER_FILES, Readable, check_task, load_model
 from spp_fx.graph.names import in_model
 from spp_fx.graph.program import Program, factor_attribute
-from spp_fx.graph.task import CAUSAL_LM
+from spp_fx.graph.task import CAUSAL_LM, Task, find_task
 from spp_fx.graph.trace import trace
 from spp_fx.passes.canonicalize import Canonicalize
 from spp_fx.passes.causal import Causal
@@ -31,10 +38,12 @@ from spp_fx.passes.pipeline import run_pipeline
 from spp_fx.passes.shard import Over, Shard
 from spp_fx.passes.train_norms import TrainNorms
 from spp_fx.pruning.layerwise import Part, replace_tensor
+from spp_fx.pruning.walk import Samples
 from spp_fx.storage.folder import ModelFolder, is_adapter
 from spp_fx.storage.safetensors import torch_dtype
 from spp_fx.training.records import Skipped, read_samples
 from spp_fx.training.samples import check_vocabulary, token_stream
+from spp_fx.training.task_rows import task_rows
 from spp_fx.training.trainer import load_factors
 from spp_fx.verbs.settings import Calibration
 from spp_fx.verification.model_sites import ModelSites
@@ -60,6 +69,7 @@ def load_program(
     shard: Over | None = None,
     folded: bool = False,
     source: PreTrainedModel | None = None,
+    task: str | None = None,
 ) -> Loaded:
     """The program of a model folder, or of an adapter folder with its factors in place.
 
@@ -72,6 +82,7 @@ def load_program(
         folded: fold an adapter into the weights, as merge does; the program then has no factors.
         source: the model of the folder, or the adapter's base, where it is loaded already: the program shares its
             parameters.
+        task: what a model folder is run for; None: what its configuration says. An adapter says it itself.
 
     Raises:
         UsageError, FormatError: the folder is neither, or is damaged.
@@ -80,8 +91,11 @@ def load_program(
     folder = Path(folder)
     if not is_adapter(folder):
         open_model(folder)
-        check_task(folder, "this verb", (CAUSAL_LM,))
-        program = trace(source or load_model(folder, trust_remote_code=trust_remote_code))
+        chosen = None if task is None else find_task(task)
+        if chosen is None:
+            check_task(folder, "this verb")
+        model = source or load_model(folder, task=chosen, trust_remote_code=trust_remote_code)
+        program = trace(model, task=chosen)
         run_pipeline(program, [Causal()])
         if layers or shard:
             run_pipeline(program, [Canonicalize(), Partition()])
@@ -93,8 +107,10 @@ def load_program(
     adapter.check_finite()
     model = adapter.find_base(Path(base) if base else None)
     adapter.check_base(open_model(model))
-    check_task(model, "this verb", (CAUSAL_LM,))
-    program = trace(source or load_model(model, trust_remote_code=trust_remote_code))
+    chosen = find_task(adapter.config.task)
+    program = trace(
+        source or load_model(model, task=chosen, trust_remote_code=trust_remote_code), task=chosen
+    )
     storage = "packed" if packed else "dense"
     run_pipeline(
         program,
@@ -152,6 +168,26 @@ def load_tokenizer(model: Path, *, trust_remote_code: bool = False) -> PreTraine
             "from the original model"
         )
     return tokenizer
+
+
+def load_processor(folder: Path, task: Task, *, trust_remote_code: bool = False) -> Any:
+    """What makes a task's inputs of records: the tokenizer of a folder, its image processor, or both.
+
+    Raises:
+        UsageError: there is none, it cannot be loaded, or needs a package that is not installed.
+    """
+    if task.media is None:
+        return load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    auto = AutoImageProcessor if task.media == "image" else AutoProcessor
+    with Readable(folder, "its processor cannot be loaded", PROCESSOR_FILES, UsageError):
+        return auto.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+
+
+def tokenizer_of(processor: Any) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of what `load_processor` gives, if it has one."""
+    return (
+        processor if isinstance(processor, PreTrainedTokenizerBase) else getattr(processor, "tokenizer", None)
+    )
 
 
 def window_length(program: Program, asked: int | None, default: int = 512) -> int:
@@ -365,6 +401,49 @@ def draw_windows(
     return Drawn(torch.stack([tokens[begin : begin + length] for begin in begins.tolist()]), skipped)
 
 
-def text_digest(tokens: Tensor) -> str:
-    """BLAKE2b-256 of windows as `draw_windows` gives them, as histories record it."""
-    return blake2b(tokens.numpy().tobytes(), digest_size=32).hexdigest()
+def draw_samples(
+    model: Path,
+    program: Program,
+    calibration: Calibration,
+    *,
+    trust_remote_code: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[Samples, Skipped]:
+    """What a program is calibrated on: of a causal language model `draw_windows`, else rows of the task at random.
+
+    Raises:
+        UsageError: there are too few, or the data cannot be used.
+    """
+    task, data, count = program.task, calibration.data, calibration.samples
+    if task.name == CAUSAL_LM:
+        drawn = draw_windows(model, program, calibration, trust_remote_code=trust_remote_code, say=say)
+        return drawn.tokens, drawn.skipped
+    rows, skipped = task_rows(
+        data,
+        program,
+        load_processor(model, task, trust_remote_code=trust_remote_code),
+        length=window_length(program, calibration.seq_len),
+        strict=calibration.strict,
+        seed=calibration.seed,
+    )
+    if line := skipped.line(data):
+        say(line)
+    if len(rows) < count:
+        raise UsageError(
+            f"{data}: has {len(rows)} rows, and {count} are drawn; use more data or fewer --samples"
+        )
+    say(f"{data}: {count:,} of its {len(rows):,} rows are drawn")
+    chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(calibration.seed))[:count]
+    return [{name: each[None] for name, each in rows[n].items()} for n in chosen.tolist()], skipped
+
+
+def samples_digest(samples: Samples) -> str:
+    """BLAKE2b-256 of samples as `draw_samples` gives them, as histories record it."""
+    if isinstance(samples, Tensor):
+        return blake2b(samples.numpy().tobytes(), digest_size=32).hexdigest()
+    digest = blake2b(digest_size=32)
+    for sample in samples:
+        for name, value in sorted(sample.items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -13,7 +13,7 @@ from spp_fx.passes.base import Pass, PassReport
 from spp_fx.passes.pipeline import parse_pipeline, print_pass, run_pipeline
 from spp_fx.storage.folder import ModelFolder
 from spp_fx.storage.links import links_option
-from spp_fx.verbs.load import draw_windows
+from spp_fx.verbs.load import draw_samples
 from spp_fx.verbs.settings import Calibration
 
 
@@ -80,8 +80,9 @@ def optimize(
     source = load_model if weights else meta_model
     program = trace(source(model, trust_remote_code=trust_remote_code))
     if calibration is not None:
-        drawn = draw_windows(model, program, calibration, trust_remote_code=trust_remote_code, say=say)
-        program.calibration = drawn.tokens
+        program.calibration, _ = draw_samples(
+            model, program, calibration, trust_remote_code=trust_remote_code, say=say
+        )
 
     runs: list[PassRun] = []
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from hashlib import blake2b
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from spp_fx.pruning.layerwise import (
     silent,
 )
 from spp_fx.pruning.recipe import MatrixReport, Recipe, check_patterns, patterns_of, prune_matrix
-from spp_fx.pruning.walk import FileStates
+from spp_fx.pruning.walk import FileStates, Samples
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry, make_entry
 from spp_fx.sparsity.pattern import Pattern, parse_pattern, scan_bits
 from spp_fx.sparsity.scan import scan_stored
@@ -39,7 +38,7 @@ from spp_fx.storage.links import links_option
 from spp_fx.storage.safetensors import Shard, TensorInfo, dtype_name
 from spp_fx.storage.workspace import Say, Workspace, check_output, workspace
 from spp_fx.storage.writer import copy_others, rewrite_shard, write_safetensors, write_shards
-from spp_fx.verbs.load import Calibration, FolderWeights, device_of, draw_windows, text_digest
+from spp_fx.verbs.load import Calibration, FolderWeights, device_of, draw_samples, samples_digest
 from spp_fx.verification import provenance
 from spp_fx.verification.model_sites import ModelSites, choose, find_sites, tensors_of
 
@@ -93,8 +92,8 @@ class Pruned:
         lock: as written.
         refused: sites that were skipped and stay dense, each with the reason.
         reports: of each matrix, by stored tensor; a stack that is stored whole has several.
-        calibration: number and length of the windows of text, if any.
-        skipped_rows: number of empty rows in the calibration data; None without such data.
+        calibration: number of samples, and length of windows of text, if any.
+        skipped_rows: number of rows without content in the calibration data; None without such data.
     """
 
     out: Path
@@ -180,6 +179,7 @@ def prune(
     targets: Sequence[str] = (),
     ratios: Sequence[str] = (),
     skip: Sequence[str] = (),
+    task: str | None = None,
     device: str | None = None,
     force: bool = False,
     fresh: bool = False,
@@ -191,7 +191,7 @@ def prune(
 ) -> Pruned:
     """Prune every matched site of a model folder and write the lock beside the weights.
 
-    Without calibration, tensor by tensor. With it, decoder layer by decoder layer: each is run on the outputs of the
+    Without calibration, tensor by tensor. With it, layer by layer: each is run on the outputs of the
     pruned layers before it, pruned, and run again; memory holds the weights of one layer. When a run was stopped, the
     next one continues after its finished layers or weight files and writes the same bytes.
 
@@ -202,6 +202,7 @@ def prune(
         targets: sites to prune; see `Match`.
         ratios: `NAME@PATTERN`: another pattern for the sites of that name; the last one that matches counts.
         skip: names of sites that stay dense.
+        task: what the model is for; None: what its configuration says.
         device: where layers run; by default a GPU if torch has one.
         fresh: start over even if a stopped run has finished something.
         allow_links: follow symbolic links that leave a folder; see `links.check_link`.
@@ -221,34 +222,41 @@ def prune(
     provenance.load(model)  # a damaged history is an error before the work
     where = device_of(device)
     folder = open_model(model)
-    found = find_sites(folder, trust_remote_code=trust_remote_code, runnable=calibration is not None)
+    found = find_sites(
+        folder, task=task, trust_remote_code=trust_remote_code, runnable=calibration is not None
+    )
     for note in found.notes:
         say(note)
     patterns, refused = _patterns(found, wanted, recipe, targets, ratios, skip, calibration is not None)
     plan = _plan(found, patterns, recipe)
-    tokens, skipped_rows = None, None
+    samples, skipped_rows = None, None
     if calibration is not None:
-        drawn = draw_windows(model, found.program, calibration, trust_remote_code=trust_remote_code, say=say)
-        tokens, skipped_rows = drawn.tokens, drawn.skipped.count
-        plan |= _calibration_plan(tokens, where)
+        samples, skipped = draw_samples(
+            model, found.program, calibration, trust_remote_code=trust_remote_code, say=say
+        )
+        skipped_rows = skipped.count
+        plan |= _calibration_plan(samples, where)
     need = found.folder.stored_bytes
     inputs = [shard.path for shard in found.folder.shards]
     with workspace(
         out, plan, force=force, fresh=fresh, sources=[model], inputs=inputs, need=need, say=say
     ) as work:
-        if tokens is None:
+        if samples is None:
             by_tensor = _stream(found, patterns, recipe, work, tick)
         else:
-            by_tensor = _walk(found, patterns, recipe, tokens, work, where, tick)
+            by_tensor = _walk(found, patterns, recipe, samples, work, where, tick)
         copy_others(found.folder, work.folder, skip=OWN_FILES)
         lock = _lock_folder(ModelFolder.open(work.folder), found, patterns)
         (work.folder / LOCK_NAME).write_text(lock.dumps())
         settings = {
             "method": method, "pattern": str(wanted), "repair": repair, **_all_options(), **options,
             "targets": list(targets), "ratios": list(ratios), "skip": list(skip),
+            **({} if task is None else {"task": task}),
         }  # fmt: skip
-        _record(found, work.folder, settings, tokens)
-    used = None if tokens is None else {"samples": tokens.shape[0], "seq_len": tokens.shape[1]}
+        _record(found, work.folder, settings, samples)
+    used = None if samples is None else {"samples": len(samples)}
+    if used is not None and isinstance(samples, Tensor):
+        used["seq_len"] = samples.shape[1]
     return Pruned(out, wanted, lock, refused, by_tensor, used, skipped_rows)
 
 
@@ -295,11 +303,11 @@ def _all_options() -> dict[str, None]:
     return {option.name: None for criterion in CRITERIA.values() for option in fields(criterion)}
 
 
-def _record(found: ModelSites, folder: Path, settings: Mapping[str, Any], tokens: Tensor | None) -> None:
+def _record(found: ModelSites, folder: Path, settings: Mapping[str, Any], samples: Samples | None) -> None:
     """Add this step to the model's history, with the digests of the files on disk."""
     inputs = {"model": found.folder.fingerprint()}
-    if tokens is not None:
-        inputs["calibration"] = text_digest(tokens)
+    if samples is not None:
+        inputs["calibration"] = samples_digest(samples)
     names = [shard.name for shard in found.folder.shards]
     digests = in_order(sha256, (folder / name for name in names))
     provenance.record(
@@ -323,12 +331,12 @@ def _plan(found: ModelSites, patterns: Mapping[str, Pattern], recipe: Recipe) ->
     }
 
 
-def _calibration_plan(tokens: Tensor, device: torch.device) -> dict[str, Any]:
+def _calibration_plan(samples: Samples, device: torch.device) -> dict[str, Any]:
     """What the outputs of layers depend on too."""
     return {
         "libraries": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "tokens": blake2b(tokens.numpy().tobytes()).hexdigest(),
-        "shape": list(tokens.shape),
+        "samples": samples_digest(samples),
+        "shape": list(samples.shape) if isinstance(samples, Tensor) else None,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
     }
@@ -378,7 +386,7 @@ def _walk(
     found: ModelSites,
     patterns: Mapping[str, Pattern],
     recipe: Recipe,
-    tokens: Tensor,
+    samples: Samples,
     work: Workspace,
     device: torch.device,
     tick: Tick,
@@ -401,7 +409,7 @@ def _walk(
     if device.type != "cpu":
         found.program.move_constants(torch.device("cpu"), device)
     prune_layers(
-        found.program.eval(), tokens, patterns, recipe, weights=FolderWeights(found),
+        found.program.eval(), samples, patterns, recipe, weights=FolderWeights(found),
         states=store.states, device=device, start=store.done, finish=finish, tick=tick,
     )  # fmt: skip
     pruned = store.tensors()

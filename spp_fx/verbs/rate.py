@@ -1,6 +1,6 @@
 """The learning rate of a run: what its method suggests, and short trials around that."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from math import ceil, exp2, inf, isfinite, prod
 from pathlib import Path
 from statistics import median
@@ -13,7 +13,6 @@ from spp_fx.adapters.method import Run
 from spp_fx.exporters.manifest import open_model
 from spp_fx.graph.program import Program
 from spp_fx.storage.folder import ModelFolder
-from spp_fx.training.samples import Rows
 from spp_fx.verbs.settings import TrainSettings
 
 FEWEST_STEPS = 32
@@ -25,7 +24,7 @@ LOWEST = 4.0**-6
 SPREAD_NUMBERS = 1 << 18
 
 
-def steps_of(rows: Rows, settings: TrainSettings) -> int:
+def steps_of(rows: Sized, settings: TrainSettings) -> int:
     """Optimizer steps of a run, over all processes."""
     if settings.steps:
         return settings.steps

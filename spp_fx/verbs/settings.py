@@ -12,6 +12,10 @@ TARGETS = (
     "'model.layers.0.*'). Default: every linear of the decoder layers."
 )
 STRICT = "Fail on rows without content, such as an empty answer. Default: skip and count them."
+TASK = (
+    "What the model is run for, such as masked-lm, seq2seq-lm or image-classification. Default: what config.json says "
+    "(architectures); causal-lm for language models that also see images (image-text-to-text)."
+)
 NAMES = "last word of a module's name or a glob; repeatable"
 
 
@@ -32,6 +36,7 @@ class PruneSettings:
     )
     skip: tuple[str, ...] = option((), "Sites that stay dense, named as for --targets.", split=True)
     targets: tuple[str, ...] = option((), TARGETS, split=True)
+    task: str | None = option(None, TASK)
     device: str | None = option(None, "Where layers run. Default: cuda where there is one, else cpu.")
 
 
@@ -41,11 +46,13 @@ class Calibration:
 
     data: str | Path = option(
         MISSING,
-        "Text to calibrate on: a file, .jsonl records, or the name of a dataset on the hub.",
+        "Text to calibrate on, or data of the task: a file, .jsonl records, or the name of a dataset on the hub.",
         flag="calib",
     )
-    samples: int = option(128, "Windows drawn from the text.", at_least_one)
-    seq_len: int | None = option(None, "Tokens per window. Default: 2048, or what the model has.")
+    samples: int = option(128, "Windows drawn from the text; of other tasks, rows of the data.", at_least_one)
+    seq_len: int | None = option(
+        None, "Tokens per window. Default: 2048, or what the model has; of other tasks, 512 per row at most."
+    )
     seed: int = option(0, "Seed of the draw of windows.")
     strict: bool = option(False, STRICT, flag="strict-data")
 
@@ -61,6 +68,7 @@ class InjectSettings:
     seed: int = option(0, "Seed of the factors' initial values, and of the draw of windows.")
     targets: tuple[str, ...] = option((), TARGETS, split=True)
     skip: tuple[str, ...] = option((), "Sites that get no adapter, named as for --targets.", split=True)
+    task: str | None = option(None, TASK)
     train_norms: bool = option(
         False,
         "Also train the norms and biases of the decoder; they are less than 0.1% of a model and no mask is touched.",
@@ -362,6 +370,10 @@ class EvaluateSettings:
         None, "Examples in a task's prompt. Default: 5 for mmlu, else the task's own.", not_negative
     )
     batch_size: str = option("1", "Rows of a task per forward; auto: as many as fit.", _rows, metavar="N")
+    task: str | None = option(None, TASK)
+    teacher: Path | None = option(
+        None, "Model whose embeddings those of MODEL are compared with (feature-extraction)."
+    )
     base: Path | None = option(None, "Base model of an adapter, if it is not where the adapter says.")
     device: str | None = option(None, "Where the model runs. Default: cuda where there is one, else cpu.")
 

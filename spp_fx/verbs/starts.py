@@ -23,8 +23,8 @@ from spp_fx.passes.pipeline import run_pipeline
 from spp_fx.pruning.gradients import SiteGradient, Source, layer_gradients, without_gradient
 from spp_fx.pruning.layerwise import Tick, silent
 from spp_fx.pruning.reconstruct import Solved, check_linear, layer_inputs, solve_rows
-from spp_fx.pruning.walk import FileStates, Walk
-from spp_fx.verbs.load import FolderWeights, check_teacher, draw_windows
+from spp_fx.pruning.walk import FileStates, Samples, Walk
+from spp_fx.verbs.load import FolderWeights, check_teacher, draw_samples
 from spp_fx.verbs.settings import Calibration
 from spp_fx.verification.model_sites import ModelSites, find_sites
 
@@ -84,7 +84,7 @@ def check_reachable(program: Program, sites: Iterable[str]) -> None:
 def site_gradients(
     found: ModelSites,
     sites: Iterable[str],
-    tokens: Tensor,
+    samples: Samples,
     *,
     device: torch.device,
     store: Path,
@@ -93,7 +93,7 @@ def site_gradients(
 ) -> Generator[SiteGradient, None, None]:
     """The gradients of a model folder's sites, the last layer first: `layer_gradients` with files for all it keeps.
 
-        for each in site_gradients(walkable(folder), sites, tokens, device=device, store=work.store):
+        for each in site_gradients(walkable(folder), sites, samples, device=device, store=work.store):
             norms[each.site] = (each.weight.float() * each.grad).norm()
 
     Memory holds one layer. `store` takes what each layer reads of each sample, which for 128 windows of 2,048 tokens
@@ -102,21 +102,21 @@ def site_gradients(
     Args:
         found, teacher: as `walkable` gives them.
         sites: names; see `check_reachable`.
-        tokens: (samples, length) int64, as `draw_windows` gives them.
+        samples: as `draw_samples` gives them.
         device: where layers run.
         store: a folder; it is left as it was.
     """
     with _source(found, device, store) as source:
         if teacher is None:
-            yield from layer_gradients(source, tokens, [*sites], device=device, tick=tick)
+            yield from layer_gradients(source, samples, [*sites], device=device, tick=tick)
             return
         with _source(teacher, device, store) as guide:
-            yield from layer_gradients(source, tokens, [*sites], device=device, teacher=guide, tick=tick)
+            yield from layer_gradients(source, samples, [*sites], device=device, teacher=guide, tick=tick)
 
 
 @dataclass(frozen=True)
 class TextGradients:
-    """Gradients of a model folder's sites on a text that is drawn and tokenized once.
+    """Gradients of a model folder's sites on data that is drawn and encoded once.
 
     Attributes:
         found: as `find_sites` gives it, runnable.
@@ -134,14 +134,14 @@ class TextGradients:
     say: Callable[[str], None]
 
     @cached_property
-    def tokens(self) -> Tensor:
-        """(samples, length) int64; the program is ready to be walked from here on."""
+    def samples(self) -> Samples:
+        """What gradients are taken on; the program is ready to be walked from here on."""
         model, program = self.found.folder.path, self.found.program
-        drawn = draw_windows(
+        drawn, _ = draw_samples(
             model, program, self.calibration, trust_remote_code=self.trust_remote_code, say=self.say
         )
         partition(program, model)
-        return drawn.tokens
+        return drawn
 
     @cached_property
     def guide(self) -> ModelSites | None:
@@ -156,12 +156,12 @@ class TextGradients:
 
     def of(self, sites: Iterable[str]) -> Generator[SiteGradient, None, None]:
         """One walk; UsageError where a site has no gradient or the model cannot be walked."""
-        names, tokens = [*sites], self.tokens
+        names, samples = [*sites], self.samples
         check_reachable(self.found.program, names)
         return site_gradients(
             self.found,
             names,
-            tokens,
+            samples,
             device=self.device,
             store=self.store,
             teacher=self.guide,
@@ -198,7 +198,14 @@ def start_factors(
     dense = find_sites(open_model(text.teacher), trust_remote_code=text.trust_remote_code)
     check_dense(text.found, dense, methods)
     done = start_by_reconstruction(
-        text.found, dense, methods, text.tokens, factors, device=text.device, store=text.store, tick=text.tick
+        text.found,
+        dense,
+        methods,
+        text.samples,
+        factors,
+        device=text.device,
+        store=text.store,
+        tick=text.tick,
     )
     before, after = (fmean(pair[at] for pair in done.errors.values()) for at in (0, 1))
     text.say(
@@ -233,7 +240,7 @@ def start_by_reconstruction(
     found: ModelSites,
     dense: ModelSites,
     methods: Mapping[str, Method],
-    tokens: Tensor,
+    samples: Samples,
     factors: Mapping[str, Tensor],
     *,
     device: torch.device,
@@ -249,14 +256,14 @@ def start_by_reconstruction(
         found: as `walkable` gives it.
         dense: the dense model.
         methods: of every site; see `check_start`.
-        tokens, device, store: as in `site_gradients`.
+        samples, device, store: as in `site_gradients`.
         factors: the default start, by name on disk.
     """
     check_reachable(found.program, methods)
     result, errors = dict(factors), dict[str, tuple[float, float]]()
     reader = FolderWeights(dense)
     with _source(found, device, store) as source:
-        for each in layer_inputs(source, tokens, [*methods], device=device, tick=tick):
+        for each in layer_inputs(source, samples, [*methods], device=device, tick=tick):
             reader.fill(dense.program, [each.site], device)
             target = dense.program.canonical_weight(each.site)
             solved: list[Solved] = []

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 
@@ -26,6 +27,7 @@ from spp_fx.adapters.adapter_folder import (
 from spp_fx.errors import SppFxError, UsageError
 from spp_fx.exporters.manifest import open_model
 from spp_fx.graph.program import Program
+from spp_fx.graph.task import CAUSAL_LM, LENGTH
 from spp_fx.storage.folder import is_adapter
 from spp_fx.storage.links import links_option
 from spp_fx.storage.output import atomic_file
@@ -36,16 +38,12 @@ from spp_fx.training.perplexity import Perplexity, perplexity
 from spp_fx.training.records import Skipped
 from spp_fx.training.samples import (
     HeldOut,
-    Rows,
     Windows,
-    check_vocabulary,
     evaluation_rows,
-    held_out,
     pad,
-    pad_token,
-    training_rows,
 )
 from spp_fx.training.state import OPTIMIZER, RECORD, has_losses, load_state
+from spp_fx.training.task_rows import HiddenRows, Scored, TaskRows, fixed_names, score
 from spp_fx.training.teacher_cache import CacheText, TaughtRows, TeacherCache, is_cache
 from spp_fx.training.trainer import AdapterTrainer, CutEachEpoch, EarlyStop, ReportLast, load_factors
 from spp_fx.verbs import rate
@@ -54,10 +52,10 @@ from spp_fx.verbs.load import (
     check_teacher,
     is_as_sparse,
     load_program,
-    load_tokenizer,
     window_length,
 )
 from spp_fx.verbs.settings import TrainSettings
+from spp_fx.verbs.train_data import AnyRows, Texts, TrainingData, read_task, read_text
 
 
 @dataclass(frozen=True)
@@ -66,6 +64,7 @@ class Trained:
 
     Attributes:
         rows: of an optimizer step, over all processes.
+        seq_len: tokens of a row at most; None for pictures and recordings.
         lr: the peak learning rate.
         lr_trials: losses of the short runs that it was chosen by, by their rates; infinite where one diverged.
         loss: mean over all steps, those before a resumption too.
@@ -75,7 +74,7 @@ class Trained:
         processes: how many trained together.
         seconds, trial_seconds: of the training itself, and of the trials before it.
         frozen_bytes: of frozen weights that this process holds.
-        before, after: of the evaluation data.
+        before, after: of the evaluation data: the perplexity of a text, or what the task measures.
         eval_data: its name.
         skipped: rows of the training data with nothing to learn.
         eval_skipped: rows of the evaluation data with nothing to measure; None without such data.
@@ -86,7 +85,7 @@ class Trained:
     rows: int
     lr: float
     lr_trials: dict[float, float]
-    seq_len: int
+    seq_len: int | None
     loss: float
     losses: list[float]
     parts: dict[str, float | None]
@@ -95,8 +94,8 @@ class Trained:
     trial_seconds: float
     trainable: int
     frozen_bytes: int
-    before: Perplexity | None
-    after: Perplexity | None
+    before: Perplexity | Scored | None
+    after: Perplexity | Scored | None
     eval_data: str | None
     skipped: Skipped
     eval_skipped: Skipped | None
@@ -121,21 +120,31 @@ class Trained:
             "frozen_bytes": self.frozen_bytes,
             "perplexity_before": self.before.perplexity if self.before else None,
             "perplexity": self.after.perplexity if self.after else None,
+            **(
+                {"metrics_before": self.before.metrics, "metrics": self.after.metrics}
+                if isinstance(self.before, Scored) and isinstance(self.after, Scored)
+                else {}
+            ),
             "skipped_rows": self.skipped.count,
             "eval_skipped_rows": self.eval_skipped.count if self.eval_skipped else None,
         }
 
     def lines(self) -> Iterator[str]:
         end = f", {self.losses[-1]:.3f} at the end" if len(self.losses) > 1 else ""
+        size = "rows" if self.seq_len is None else f"x {self.seq_len} tokens"
         trials = f" after {self.trial_seconds:.0f} s of trials" if self.lr_trials else ""
         yield (
-            f"{self.adapter}: {self.steps} steps of {self.rows} x {self.seq_len} tokens in {self.seconds:.0f} s"
+            f"{self.adapter}: {self.steps} steps of {self.rows} {size} in {self.seconds:.0f} s"
             f"{trials}, learning rate {self.lr:.3g}, loss {self.loss:.3f} on average{end}"
         )
         if sum(part is not None for part in self.parts.values()) > 1:
             parts = (f"{name} {part:.3f}" for name, part in self.parts.items() if part is not None)
             yield f"loss on average: {', '.join(parts)}"
-        if self.before and self.after:
+        if isinstance(self.before, Scored) and isinstance(self.after, Scored):
+            pairs = ((name, value, self.after.metrics[name]) for name, value in self.before.metrics.items())
+            changes = ", ".join(f"{name} {before:.4g} -> {after:.4g}" for name, before, after in pairs)
+            yield f"{self.eval_data}: {changes}"
+        elif isinstance(self.before, Perplexity) and isinstance(self.after, Perplexity):
             text = f"{self.eval_data} in windows of {self.seq_len} tokens"
             yield f"perplexity of {text}: {self.before.perplexity:.2f} -> {self.after.perplexity:.2f}"
 
@@ -186,32 +195,24 @@ def train(
         layers=settings.match_hidden > 0,
         shard=settings.shard,
     )
-    program = loaded.program
-    tokenizer = load_tokenizer(loaded.model, trust_remote_code=trust_remote_code)
     asked = settings.seq_len
-    length = window_length(program, cache.manifest.text.seq_len if cache and asked is None else asked)
-    # Hidden states are read off its layers, so a program for other sizes takes its place from here on.
-    loaded = replace(loaded, program=program.at(batch=settings.batch_size, length=length))
-    program = loaded.program
-    loss_on, packing = settings.loss_on, settings.packing
-    rows, skipped = training_rows(
-        data, tokenizer, length,
-        loss_on=loss_on, packing=packing, strict=settings.strict, fixed=cache is not None,
-    )  # fmt: skip
-    if line := skipped.line(data):
-        say(line)
-    check_vocabulary(rows.tokens, program.vocabulary, data)
+    length = window_length(loaded.program, cache.manifest.text.seq_len if cache and asked is None else asked)
+    texts = Texts(data, eval_data, length, settings, fixed=cache is not None)
+    if loaded.program.task.name == CAUSAL_LM:
+        read = read_text(loaded, texts, trust_remote_code, say)
+    else:
+        read = read_task(loaded, texts, cache, trust_remote_code, say)
     if cache is not None:
+        assert not isinstance(read.rows, TaskRows)
+        assert read.tokenizer is not None
         text = CacheText.of(
-            rows, data, tokenizer, program.vocabulary, seq_len=length, loss_on=loss_on, packing=packing
-        )
+            read.rows, data, read.tokenizer, loaded.program.vocabulary,
+            seq_len=length, loss_on=settings.loss_on, packing=settings.packing,
+        )  # fmt: skip
         cache.check_text(text)
-    measured = held_out(eval_data, tokenizer, length, strict=settings.strict) if eval_data else None
-    if eval_data and measured:
-        if line := measured.skipped.line(eval_data):
-            say(line)
-        for window in measured.windows:
-            check_vocabulary(window, program.vocabulary, eval_data)
+    # Hidden states are read off its layers, so a program for other sizes takes its place from here on.
+    loaded = replace(loaded, program=loaded.program.at(**read.sizes))
+    program, rows, measured = loaded.program, read.rows, read.measured
     frozen_bytes = held_bytes(value for value in program.parameters() if not value.requires_grad)
     if teacher and _knows_no_more(Path(teacher), adapter, loaded.model, cache):
         say(
@@ -219,9 +220,8 @@ def train(
             "the dense model that was pruned"
         )
     guide = cache or (
-        _teacher(Path(teacher), loaded, settings, length, trust_remote_code) if teacher else None
+        _teacher(Path(teacher), loaded, settings, read.sizes, trust_remote_code) if teacher else None
     )
-    pad_id = pad_token(tokenizer, program.vocabulary)
     lr, trials, began = settings.lr, {}, perf_counter()
     record = _record(settings, data, teacher, length)
     if checkpoint is not None:
@@ -233,17 +233,15 @@ def train(
     elif lr is None:
         lr, trials = _default_rate(
             adapter, loaded, rows, settings, say,
-            lambda short, at: _trainer(adapter, loaded, rows, None, short, at, [], guide, pad_id, length),
+            lambda short, at: _trainer(adapter, loaded, replace(read, measured=None), short, at, [], guide),
         )  # fmt: skip
     if settings.min_lr > lr:
         raise UsageError(
             f"--min-lr {settings.min_lr:g} is above the learning rate of this run, {lr:g}; lower it, or give --lr"
         )
     trial_seconds = perf_counter() - began
-    trainer = _trainer(
-        adapter, loaded, rows, measured, settings, lr, callbacks or [], guide, pad_id, length, record
-    )
-    before = _evaluate(loaded, measured, settings)  # where the trainer has put the program
+    trainer = _trainer(adapter, loaded, read, settings, lr, callbacks or [], guide, record)
+    before = _evaluate(loaded, read, settings, guide)  # where the trainer has put the program
     together = trainer.accelerator
     together.wait_for_everyone()
     if checkpoint is None and together.is_main_process:
@@ -268,7 +266,7 @@ def train(
         rows=settings.batch_size * settings.accumulate * together.num_processes,
         lr=lr,
         lr_trials=trials,
-        seq_len=length,
+        seq_len=length if LENGTH in read.sizes else None,
         loss=nan if (loss := means.pop(LOSS)) is None else loss,
         losses=[float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
         parts=means,
@@ -278,17 +276,17 @@ def train(
         trainable=trainable_parameters(loaded.factors),
         frozen_bytes=frozen_bytes,
         before=before,
-        after=_evaluate(loaded, measured, settings),
+        after=_evaluate(loaded, read, settings, guide),
         eval_data=str(eval_data) if measured else None,
-        skipped=skipped,
-        eval_skipped=measured.skipped if measured else None,
+        skipped=read.skipped,
+        eval_skipped=read.eval_skipped,
     )
 
 
 def _default_rate(
     adapter: Path,
     loaded: Loaded,
-    rows: Rows,
+    rows: AnyRows,
     settings: TrainSettings,
     say: Callable[[str], None],
     short_run: Callable[[TrainSettings, float], AdapterTrainer],
@@ -460,11 +458,13 @@ def _open_teacher(teacher: str | Path | None, settings: TrainSettings) -> Teache
 
 
 def _teacher(
-    path: Path, learner: Loaded, settings: TrainSettings, seq_len: int, trust_remote_code: bool
+    path: Path, learner: Loaded, settings: TrainSettings, sizes: dict[str, int], trust_remote_code: bool
 ) -> Program:
-    match = settings.match_hidden > 0
-    loaded = load_program(path, trust_remote_code=trust_remote_code, layers=match, shard=settings.shard)
-    teacher, student = loaded.program.at(batch=settings.batch_size, length=seq_len).eval(), learner.program
+    match, task = settings.match_hidden > 0, learner.program.task.name
+    loaded = load_program(
+        path, trust_remote_code=trust_remote_code, layers=match, shard=settings.shard, task=task
+    )
+    teacher, student = loaded.program.at(**sizes).eval(), learner.program
     check_teacher(student, teacher, learner.model, loaded.model, trust_remote_code=trust_remote_code)
     if match:
         theirs, ours = (
@@ -489,32 +489,42 @@ def _knows_no_more(teacher: Path, adapter: Path, base: Path, cache: TeacherCache
     return is_as_sparse(open_model(teacher), open_model(base), list(folder.lock.by_name()))
 
 
-def _evaluate(loaded: Loaded, measured: HeldOut | None, settings: TrainSettings) -> Perplexity | None:
-    if measured is None:
+def _evaluate(
+    loaded: Loaded, read: TrainingData, settings: TrainSettings, teacher: Program | TeacherCache | None
+) -> Perplexity | Scored | None:
+    if read.measured is None:
         return None
     program = loaded.program.eval()
     device = program.device
     # A trainer leaves its autocast around the forward once it has trained: before that it would be missing.
     with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
-        return perplexity(lambda ids, mask: program(ids.to(device), mask.to(device)).logits, measured.windows)
+        if isinstance(read.measured, HeldOut):
+            return perplexity(
+                lambda ids, mask: program(ids.to(device), mask.to(device)).logits, read.measured.windows
+            )
+
+        def answer(of: Program, batch: dict[str, Tensor]) -> Any:
+            return of(**{name: value.to(device) for name, value in batch.items()})
+
+        guide = partial(answer, teacher) if isinstance(teacher, Program) else None
+        return score(
+            program, read.measured, partial(answer, program), read.pad_id,
+            reference=guide, batch_size=settings.batch_size, least=read.least,
+        )  # fmt: skip
 
 
 def _trainer(
     adapter: Path,
     loaded: Loaded,
-    rows: Rows,
-    measured: HeldOut | None,
+    read: TrainingData,
     settings: TrainSettings,
     lr: float,
     callbacks: list[TrainerCallback],
     teacher: Program | TeacherCache | None,
-    pad_id: int,
-    seq_len: int,
     record: dict[str, Any] | None = None,
 ) -> AdapterTrainer:
     set_seed(settings.seed)
-    # A program that holds for some lengths only would be traced for each that occurs.
-    least = 0 if loaded.program.sizes.cover(settings.batch_size, seq_len) else seq_len
+    rows, measured = read.rows, read.measured
     given = settings.teacher_weight
     cache = teacher if isinstance(teacher, TeacherCache) else None
     objective = Objective(
@@ -522,7 +532,9 @@ def _trainer(
         temperature=cache.manifest.temperature if cache else settings.temperature or 1.0,
         match_hidden=settings.match_hidden,
     )
-    evaluated = evaluation_rows(measured.windows) if settings.eval_steps and measured else None
+    evaluated = None
+    if settings.eval_steps and measured:
+        evaluated = evaluation_rows(measured.windows) if isinstance(measured, HeldOut) else measured
     arguments = TrainingArguments(
         output_dir=str(adapter),
         max_steps=settings.steps or -1,
@@ -546,6 +558,7 @@ def _trainer(
         report_to=list(settings.report_to),
         disable_tqdm=True,
         remove_unused_columns=False,
+        label_names=None if "labels" in rows[0] else [],
         dataloader_pin_memory=False,
         use_cpu=not torch.cuda.is_available(),
         seed=settings.seed,
@@ -555,7 +568,7 @@ def _trainer(
         ddp_broadcast_buffers=False,
     )
     own: list[TrainerCallback] = [ReportLast()]
-    if isinstance(rows, Windows):
+    if isinstance(rows, Windows | HiddenRows):
         own.append(CutEachEpoch(rows))
     if settings.early_stop:
         own.append(EarlyStop(loaded.factors, settings.early_stop))
@@ -566,9 +579,11 @@ def _trainer(
         objective=objective,
         record=record,
         args=arguments,
-        train_dataset=TaughtRows(rows, cache) if cache else rows,
+        train_dataset=rows if cache is None or isinstance(rows, TaskRows) else TaughtRows(rows, cache),
         eval_dataset=evaluated,
-        data_collator=partial(pad, pad_token=pad_id, least=least),
+        data_collator=partial(
+            pad, pad_token=read.pad_id, least=read.least, fixed=fixed_names(loaded.program)
+        ),
         callbacks=[*own, *callbacks],
     )
     # The data seed distributes the rows; dropout differs between processes.

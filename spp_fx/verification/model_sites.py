@@ -14,6 +14,7 @@ from spp_fx.graph.binding import NOT_STORED, Binding, Parameter, bind
 from spp_fx.graph.model import hollow, hollow_model, meta_model
 from spp_fx.graph.outline import outline
 from spp_fx.graph.program import Program
+from spp_fx.graph.task import Task, find_task
 from spp_fx.graph.trace import trace
 from spp_fx.parallel import Tick, no_tick
 from spp_fx.passes.canonicalize import Canonicalize
@@ -103,13 +104,20 @@ class ModelSites:
         ]
 
 
-def find_sites(folder: ModelFolder, *, trust_remote_code: bool = False, runnable: bool = False) -> ModelSites:
+def find_sites(
+    folder: ModelFolder,
+    *,
+    task: str | None = None,
+    trust_remote_code: bool = False,
+    runnable: bool = False,
+) -> ModelSites:
     """Find the sites of a folder's model without its weights, and the stored matrices of each.
 
     A model that cannot be traced is described by its modules (see `outline`), unless it has to be runnable.
 
     Args:
         folder: as `open_model` gives it.
+        task: name of what the model is for; None: what its configuration says.
         runnable: give the program real constants and buffers, so that it runs once its parameters are filled in.
     """
     if not folder.config:
@@ -117,19 +125,21 @@ def find_sites(folder: ModelFolder, *, trust_remote_code: bool = False, runnable
     if folder.shards:
         check_layer_count(folder, len(folder.names))
     make = hollow_model if runnable else meta_model
-    model = make(folder.path, trust_remote_code=trust_remote_code)
+    chosen = None if task is None else find_task(task)
+    model = make(folder.path, task=chosen, trust_remote_code=trust_remote_code)
     stored = {name: folder.info(name)[1].shape for name in folder.names}
-    return _model_sites(folder, model, stored, runnable=runnable)
+    return _model_sites(folder, model, stored, chosen, runnable=runnable)
 
 
 def _model_sites(
     folder: ModelFolder,
     model: "PreTrainedModel",
     stored: Mapping[str, tuple[int, ...]],
+    task: Task | None = None,
     *,
     runnable: bool = False,
 ) -> ModelSites:
-    program = _program_of(model, runnable=runnable)
+    program = _program_of(model, task, runnable=runnable)
     binding = Binding({}, {}, {})
     if stored:
         parameters = {name: Parameter(name, tuple(value.shape)) for name, value in model.state_dict().items()}
@@ -137,10 +147,10 @@ def _model_sites(
     return ModelSites(folder, program, binding, *_other_matrices(program, binding, stored))
 
 
-def _program_of(model: "PreTrainedModel", *, runnable: bool = False) -> Program:
+def _program_of(model: "PreTrainedModel", task: Task | None = None, *, runnable: bool = False) -> Program:
     """The canonical program of a model without weights."""
     try:
-        program = hollow(trace(model))
+        program = hollow(trace(model, task=task))
     except SppFxError as error:
         if runnable:
             raise

@@ -163,18 +163,17 @@ def test_a_loss_that_is_not_finite_is_refused():
         next(layer_gradients(source(program), batch(2, 12), list(program.matched), device=CPU))
 
 
-@pytest.mark.parametrize("family", ["bert", "t5"])
-def test_gradients_of_a_task_are_those_of_its_loss(family):
+def test_gradients_of_a_task_are_those_of_its_loss():
     """Of rows of several lengths with labels: the mean of their losses."""
     torch.manual_seed(0)
-    model = OTHERS[family]().eval().requires_grad_(True)
+    model = OTHERS["t5"]().eval().requires_grad_(True)
     program = trace(model).eval()
     run_pipeline(program, [Canonicalize(), Match(dense=True), Partition()])
-    rows = rows_of(family, program)
+    rows = rows_of("t5", program)
     with pytest.raises(UsageError, match="gradients of a loss need labels"):
         next(layer_gradients(source(program), rows, list(program.matched), device=CPU))
     for row in rows:
-        row["labels"] = row["decoder_input_ids"].flip(1) if family == "t5" else torch.tensor([1])
+        row["labels"] = row["decoder_input_ids"].flip(1)
     wanted = expected(model, program, torch.stack([model(**row).loss for row in rows]).mean())
     for each in layer_gradients(source(program), rows, list(wanted), device=CPU):
         size = wanted[each.site].abs().max()

@@ -160,7 +160,7 @@ VISION = SIZES | {"image_size": 16, "patch_size": 8}
 OTHERS = {
     "bert": lambda: BertForSequenceClassification(BertConfig(vocab_size=96, **SIZES | {"num_hidden_layers": 2})),
     "t5": lambda: T5ForConditionalGeneration(
-        T5Config(vocab_size=96, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_decoder_layers=1, num_heads=2)
+        T5Config(vocab_size=96, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_decoder_layers=1, num_heads=2)
     ),
     "whisper": lambda: WhisperForConditionalGeneration(
         WhisperConfig(
@@ -172,7 +172,8 @@ OTHERS = {
     "llava": lambda: LlavaForConditionalGeneration(
         LlavaConfig(
             text_config=LlamaConfig(vocab_size=96, **SIZES), image_token_index=95, image_seq_length=4,
-            vision_config=CLIPVisionConfig(**VISION | {"num_hidden_layers": 2}, projection_dim=16),
+            vision_feature_layer=-1,
+            vision_config=CLIPVisionConfig(**VISION, projection_dim=16),
         )
     ),
 }  # fmt: skip

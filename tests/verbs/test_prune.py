@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from spp_fx.graph.trace import trace
 from spp_fx.verbs import prune as workflow
+from spp_fx.verbs.demo import train_tokenizer
 from spp_fx.verbs.load import Calibration, draw_windows
 from tests.command import command, listing, must
 from tests.effort import nightly
@@ -166,6 +167,56 @@ def test_an_error_on_the_way_keeps_what_is_done(deep, text_file, tmp_path, monke
     assert listing(out) != uninterrupted
     must(*arguments(deep, out, text_file), "--force")
     assert listing(out) == uninterrupted
+
+
+@pytest.fixture
+def translator(tmp_path, text_file) -> Path:
+    """A T5 of one layer in its encoder and one in its decoder, with a tokenizer and pairs of texts."""
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(text_file)
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_decoder_layers=1, num_heads=2,
+        decoder_start_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    lines = text_file.read_text().splitlines()[:12]
+    pairs = [{"source": line[: 9 + 4 * n], "target": line[-20:]} for n, line in enumerate(lines)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    return tmp_path
+
+
+def test_encoder_and_decoder_are_calibrated_on_pairs_of_texts_and_a_stopped_run_goes_on(
+    translator, monkeypatch
+):
+    pairs, real = translator / "pairs.jsonl", workflow.prune_layers
+
+    def arguments(out: str) -> list[str | int | Path]:
+        options = ("--method", "wanda", "--calib", pairs, "--samples", 8, "--seed", 3)
+        return ["prune", translator / "dense", "-o", translator / out, *options]
+
+    whole = must(*arguments("whole"), "--json").json
+    assert whole["calibration"] == {"samples": 8}
+    kinds = {site["name"].partition(".")[0] for site in whole["sites"]}
+    assert kinds == {"encoder", "decoder"}
+    assert all(0 < site["error_after"] < 1 for site in whole["sites"])
+
+    def stop(*positional, start, finish, **named):
+        def finish_one(index, result):
+            finish(index, result)
+            if index == 0:
+                raise KeyboardInterrupt
+
+        real(*positional, start=start, finish=finish_one, **named)
+
+    monkeypatch.setattr(workflow, "prune_layers", stop)
+    assert command(*arguments("out")).code == 130
+    assert done_layers(translator / ".out.work") == 1
+    must(*arguments("out"))
+    assert listing(translator / "out") == listing(translator / "whole")
+    refused = command(*arguments("few")[:-4], "--samples", 13)
+    assert refused.code == 2
+    assert "has 12 rows, and 13 are drawn" in refused.err
 
 
 def test_weight_files_that_are_finished_are_not_pruned_again(deep, tmp_path, monkeypatch):

@@ -229,7 +229,7 @@ def test_a_resumed_run_keeps_the_rate_that_was_found(found, adapter, text_file, 
 def test_trials_warm_up_for_the_runs_share_of_steps_and_have_no_lowest_rate(adapter, text_file, monkeypatch):
     trials = []
 
-    def stop(adapter, loaded, rows, measured, settings, *others):
+    def stop(adapter, loaded, read, settings, *others):
         trials.append(settings)
         raise UsageError("stopped")
 

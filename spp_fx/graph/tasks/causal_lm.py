@@ -1,7 +1,7 @@
 """causal-lm: each token predicts the next."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
@@ -13,14 +13,12 @@ from spp_fx.graph.task import (
     LENGTH,
     Input,
     Task,
+    TaskModel,
     classes,
     model_types,
     register,
     text_inputs,
 )
-
-if TYPE_CHECKING:
-    from spp_fx.graph.program import Program
 
 
 @register("causal-lm")
@@ -31,6 +29,7 @@ class CausalLM(Task):
     auto: ClassVar[str] = "AutoModelForCausalLM"
     tables: ClassVar[tuple[str, ...]] = ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",)
     answer: ClassVar = CausalLMOutput
+    predicts_tokens: ClassVar[bool] = True
     outputs: ClassVar[Mapping[str, tuple[str, ...]]] = {"logits": (BATCH, LENGTH)}
     cached: ClassVar[bool] = True
     peft: ClassVar[str | None] = "CAUSAL_LM"
@@ -38,12 +37,10 @@ class CausalLM(Task):
     def inputs(self, model: PreTrainedModel) -> tuple[Input, ...]:
         return text_inputs(model)
 
-    def loss(
-        self, program: "Program", outputs: Mapping[str, Tensor], labels: Tensor, **kwargs: Any
-    ) -> Tensor:
-        assert program.loss_function is not None
-        return program.loss_function(
-            logits=outputs["logits"], labels=labels, vocab_size=program.vocabulary, **kwargs
+    def loss(self, model: TaskModel, outputs: Mapping[str, Tensor], labels: Tensor, **kwargs: Any) -> Tensor:
+        assert model.loss_function is not None
+        return model.loss_function(
+            logits=outputs["logits"], labels=labels, vocab_size=model.vocabulary, **kwargs
         )
 
     def claims(self, architecture: str, config: PretrainedConfig) -> bool:

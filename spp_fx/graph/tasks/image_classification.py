@@ -1,16 +1,15 @@
 """image-classification: a class for an image."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from spp_fx.graph.task import BATCH, Input, Task, classification_loss, pixel_inputs, register
-
-if TYPE_CHECKING:
-    from spp_fx.graph.program import Program
+from spp_fx.graph.labels import class_label, class_metrics, classified, value_of
+from spp_fx.graph.media import read_image
+from spp_fx.graph.task import BATCH, Input, Row, Task, TaskModel, classification_loss, pixel_inputs, register
 
 
 @register("image-classification")
@@ -19,13 +18,25 @@ class ImageClassification(Task):
 
     auto: ClassVar[str] = "AutoModelForImageClassification"
     tables: ClassVar[tuple[str, ...]] = ("MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",)
+    records: ClassVar[str] = "image, the path of a picture, and label; or a folder of folders, one a class"
     answer: ClassVar = ImageClassifierOutput
+    media: ClassVar[Literal["image", "both"] | None] = "image"
     outputs: ClassVar[Mapping[str, tuple[str, ...]]] = {"logits": (BATCH,)}
 
     def inputs(self, model: PreTrainedModel) -> tuple[Input, ...]:
         return pixel_inputs(model)
 
-    def loss(
-        self, program: "Program", outputs: Mapping[str, Tensor], labels: Tensor, **kwargs: Any
-    ) -> Tensor:
-        return classification_loss(program.config, outputs["logits"], labels, **kwargs)
+    def loss(self, model: TaskModel, outputs: Mapping[str, Tensor], labels: Tensor, **kwargs: Any) -> Tensor:
+        return classification_loss(model.config, outputs["logits"], labels, **kwargs)
+
+    def encode(self, record: Mapping[str, Any], processor: Any, model: TaskModel, length: int) -> Row | str:
+        image = read_image(value_of(record, ("image", "path", "file"), "image"))
+        label = class_label(model.config, value_of(record, ("label", "labels"), "label"))
+        pixels = processor(image, return_tensors="pt")["pixel_values"][0]
+        return {"pixel_values": pixels, "labels": label}
+
+    def predict(self, outputs: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+        return classified(outputs, labels)
+
+    def metrics(self, predicted: Tensor, wanted: Tensor) -> dict[str, float]:
+        return class_metrics(predicted, wanted)

@@ -1,12 +1,17 @@
 """seq2seq-lm: a decoder writes a text about the one that an encoder has read."""
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
-from spp_fx.graph.task import BATCH, TARGET, Input, Task, decoder_input, register, text_inputs
+from spp_fx.errors import UsageError
+from spp_fx.graph.labels import target_row, text_row, value_of
+from spp_fx.graph.task import BATCH, TARGET, Input, Row, Task, TaskModel, decoder_input, register, text_inputs
+
+SOURCES = ("source", "text", "document", "article", "dialogue", "input", "prompt", "question")
+TARGETS = ("target", "summary", "highlights", "output", "completion", "response", "answer")
 
 
 @register("seq2seq-lm")
@@ -15,10 +20,27 @@ class Seq2SeqLM(Task):
 
     auto: ClassVar[str] = "AutoModelForSeq2SeqLM"
     tables: ClassVar[tuple[str, ...]] = ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",)
+    records: ClassVar[str] = (
+        "source (text, document, ...) and target (summary, ...), or translation, two texts"
+    )
     answer: ClassVar = Seq2SeqLMOutput
+    predicts_tokens: ClassVar[bool] = True
     outputs: ClassVar[Mapping[str, tuple[str, ...]]] = {"logits": (BATCH, TARGET)}
     cached: ClassVar[bool] = True
     peft: ClassVar[str | None] = "SEQ_2_SEQ_LM"
 
     def inputs(self, model: PreTrainedModel) -> tuple[Input, ...]:
         return (*text_inputs(model), decoder_input(model))
+
+    def encode(self, record: Mapping[str, Any], processor: Any, model: TaskModel, length: int) -> Row | str:
+        if isinstance(pair := record.get("translation"), dict) and len(pair) == 2:
+            source, target = pair.values()
+        else:
+            source, target = value_of(record, SOURCES, "source"), value_of(record, TARGETS, "target")
+        if not isinstance(source, str) or not isinstance(target, str):
+            raise UsageError("needs a source and a target that are text")
+        if not source.strip() or not target.strip():
+            return "source or target is empty"
+        tokens = processor(source, truncation=True, max_length=length, verbose=False)
+        wanted = processor(text_target=target, truncation=True, max_length=length, verbose=False)["input_ids"]
+        return text_row(model, tokens) | target_row(model, wanted)
