@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import math
 import re
 import shutil
@@ -14,19 +15,20 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 from spp_fx.adapters.adapter_folder import FACTORS
 from spp_fx.errors import SppFxError
 from spp_fx.graph.model import load_model
 from spp_fx.graph.names import layer_of
-from spp_fx.graph.program import Program, factor_attribute
+from spp_fx.graph.program import Program
 from spp_fx.graph.task import BATCH, FRAMES, LENGTH, TARGET, find_task
 from spp_fx.graph.trace import EXPORT_ERRORS, trace
 from spp_fx.passes.canonicalize import Canonicalize
-from spp_fx.passes.pipeline import parse_pipeline, run_pipeline
+from spp_fx.passes.pipeline import run_pipeline
 from spp_fx.verbs.export import export
 from spp_fx.verbs.inject import inject
 from spp_fx.verbs.load import load_program
@@ -34,7 +36,7 @@ from spp_fx.verbs.merge import merge
 from spp_fx.verbs.prune import prune
 from spp_fx.verbs.settings import Calibration
 from spp_fx.verbs.verify import verify
-from tests.command import save_tokenizer, tensors
+from tests.command import tensors
 from tests.coverage.models import VOCABULARY, small_model
 
 COLUMNS = (
@@ -50,10 +52,22 @@ COLUMNS = (
     "cusparselt",
     "onnx",
 )
-CALIBRATED = ("causal-lm",)
-"""Tasks whose models `prune` calibrates."""
-LOADED = ("causal-lm",)
-"""Tasks whose adapter folders `load_program` takes; those of others are made anew by passes."""
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+TEXT = " ".join(LETTERS)
+RECORDS: dict[str, dict[str, Any]] = {
+    "causal-lm": {"text": TEXT},
+    "masked-lm": {"text": TEXT},
+    "sequence-classification": {"text": TEXT, "label": 1},
+    "token-classification": {"tokens": [*LETTERS], "ner_tags": [0, 1] * 13},
+    "question-answering": {
+        "question": "a b",
+        "context": TEXT,
+        "answers": {"text": ["d"], "answer_start": [6]},
+    },
+    "seq2seq-lm": {"source": TEXT, "target": "z y x w v"},
+    "feature-extraction": {"text": TEXT},
+}
+"""A record of the tasks that are calibrated on text; others need an image processor, or one of sound."""
 
 SIZES = tuple(
     {BATCH: rows, LENGTH: length, TARGET: target, FRAMES: 400}
@@ -162,7 +176,7 @@ def _stages(
     with stage("trace"):
         model = _built(row)
         model.save_pretrained(dense)
-        save_tokenizer(dense)
+        _save_tokenizer(dense)
         # from_pretrained decides what is tied, and what a buffer holds.
         model = load_model(dense, task=find_task(row.task))
         program = trace(model, task=row.task)
@@ -172,11 +186,11 @@ def _stages(
         run_pipeline(program, [Canonicalize()])
         _all_linears_known(program, model)
     del program
-    if row.task in CALIBRATED and "wanda" not in without:
+    if row.task in RECORDS and "wanda" not in without:
         with contextlib.suppress(_Stop), stage("wanda"):
-            text = root / "text.txt"
-            text.write_text("a b c d e f g h i j k l m n o p q r s t u v w x y z\n" * 8)
-            prune(dense, sparse, method="wanda", pattern="2:4", calibration=Calibration(text, 4, 16))
+            data = root / "data.jsonl"
+            data.write_text(f"{json.dumps(RECORDS[row.task])}\n" * 8)
+            prune(dense, sparse, method="wanda", pattern="2:4", calibration=Calibration(data, 4, 32))
     if row.cells["wanda"] != "y":
         shutil.rmtree(sparse, ignore_errors=True)
     with stage("inject"):
@@ -184,8 +198,9 @@ def _stages(
             prune(dense, sparse, method="magnitude", pattern="2:4")
         inject(sparse, adapter, rank=4)
     with stage("train"):
-        program, factors = _adapted(row.task, sparse, adapter)
-        _step(program, model, factors, adapter)
+        loaded = load_program(adapter)
+        program = loaded.program
+        _step(program, model, loaded.factors, adapter)
     with stage("fold"):
         _only_values_changed(sparse, merged, merge(adapter, merged, verify_sparsity=True).counts)
     with stage("verify"):
@@ -202,6 +217,21 @@ def _stages(
     if "onnx" not in without:
         with stage("onnx"):
             export(merged, root / "onnx", "onnx-packed", compare_logits=True)
+
+
+def _save_tokenizer(folder: Path) -> None:
+    """A tokenizer of single letters."""
+    special = {
+        "pad_token": "<pad>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "?",
+        "mask_token": "<mask>",
+    }
+    numbers = {word: number for number, word in enumerate((*special.values(), *LETTERS))}
+    tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
 
 
 def _built(row: Row) -> PreTrainedModel:
@@ -317,21 +347,6 @@ def _all_linears_known(program: Program, model: PreTrainedModel) -> None:
     if unknown:
         first, why = next(iter(unknown.items()))
         raise Differs(f"{len(unknown)} linears of layers are not sites: {first} {why}")
-
-
-def _adapted(task: str, sparse: Path, adapter: Path) -> tuple[Program, dict[str, nn.Parameter]]:
-    """The program of an adapter folder, and its factors by their names in it."""
-    if task in LOADED:
-        loaded = load_program(adapter)
-        return loaded.program, loaded.factors
-    program = trace(load_model(sparse, task=find_task(task)), task=task)
-    run_pipeline(program, parse_pipeline("canonicalize,match,inject{rank=4},lower{kernel=fused}"))
-    factors: dict[str, nn.Parameter] = {}
-    for name in load_file(adapter / FACTORS):
-        site, _, factor = name.rpartition(".")
-        owner, _, parameter = site.rpartition(".")
-        factors[name] = program.get_parameter(f"{owner}.{factor_attribute(parameter, factor)}")
-    return program, factors
 
 
 def _step(
