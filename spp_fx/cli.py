@@ -32,6 +32,7 @@ from spp_fx.command import (
 from spp_fx.console import Output
 from spp_fx.errors import SppFxError, escaped, notes_of
 from spp_fx.verbs.settings import (
+    TASK,
     Calibration,
     EvaluateSettings,
     InjectSettings,
@@ -456,18 +457,19 @@ def lock_command(
     output.result(done)
 
 
-@verb("inspect", MODEL, REMOTE_CODE)
-def inspect_command(output: Output, model: str, trust_remote_code: bool) -> None:
+@verb("inspect", MODEL, click.Option(["--task"], metavar="NAME", help=TASK), REMOTE_CODE)
+def inspect_command(output: Output, model: str, task: str | None, trust_remote_code: bool) -> None:
     """Show the sites of a MODEL folder, their patterns, and which inject would take.
 
     \b
     spp-fx inspect my-sparse
+    spp-fx inspect my-vision-model --task image-text-to-text
     """
     folder = model_folder(model)
     from spp_fx.verbs.inspect import inspect
 
     with output.bytes_bar("reading weights") as tick:
-        done = inspect(folder, trust_remote_code=trust_remote_code, tick=tick)
+        done = inspect(folder, task=task, trust_remote_code=trust_remote_code, tick=tick)
     for note in done.notes:
         output.say(note)
     output.result(done)

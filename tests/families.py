@@ -5,6 +5,9 @@ from collections.abc import Callable
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    CLIPVisionConfig,
     FalconConfig,
     Gemma3Config,
     Gemma4Config,
@@ -12,10 +15,18 @@ from transformers import (
     GPT2Config,
     GptOssConfig,
     LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MixtralConfig,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
 from tests.effort import nightly
@@ -112,3 +123,30 @@ def prune_2_4(weight: torch.Tensor, *, transposed: bool = False) -> None:
 def batch(rows: int = 2, columns: int = 12, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, VOCABULARY, (rows, columns), generator=generator)
+
+
+_TINY = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 1}
+_TINY_SPEECH = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in
+          (("layers", 1), ("attention_heads", 2), ("ffn_dim", 32))}  # fmt: skip
+_TINY_VISION = _TINY | {"image_size": 16, "patch_size": 8}
+OTHER_TASKS: dict[str, Callable[[], PreTrainedModel]] = {
+    "bert": lambda: BertForSequenceClassification(BertConfig(vocab_size=96, **_TINY | {"num_hidden_layers": 2})),
+    "t5": lambda: T5ForConditionalGeneration(
+        T5Config(vocab_size=96, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_decoder_layers=1, num_heads=2)
+    ),
+    "whisper": lambda: WhisperForConditionalGeneration(
+        WhisperConfig(
+            vocab_size=96, d_model=16, num_mel_bins=8, max_source_positions=10, pad_token_id=0, bos_token_id=1,
+            eos_token_id=2, decoder_start_token_id=1, **_TINY_SPEECH,
+        )
+    ),
+    "vit": lambda: ViTForImageClassification(ViTConfig(**_TINY_VISION | {"num_hidden_layers": 2})),
+    "llava": lambda: LlavaForConditionalGeneration(
+        LlavaConfig(
+            text_config=LlamaConfig(vocab_size=96, **_TINY), image_token_index=95, image_seq_length=4,
+            vision_feature_layer=-1,
+            vision_config=CLIPVisionConfig(**_TINY_VISION, projection_dim=16),
+        )
+    ),
+}  # fmt: skip
+"""One-layer models, or two, of tasks other than causal language modelling; a LLaVA has four tokens 95 an image."""

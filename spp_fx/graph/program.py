@@ -245,6 +245,7 @@ class Program(nn.Module):
         self.packings: dict[str, str] = {}
         self.masks: dict[str, PackedMask] = {}
         self.calibration: Tensor | Sequence[Mapping[str, Tensor]] | None = None
+        self.language = ""
         self.loss_type: str | None = None
         self.history: list[str] = []
         self.sizes = ANY_SIZES

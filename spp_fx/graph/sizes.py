@@ -42,11 +42,11 @@ class Sizes:
         """Whether every length from 2 on is admitted."""
         return all(self.admit(**EXAMPLE | {BATCH: batch, LENGTH: n}) for n in range(2, longest + 1))
 
-    def described(self, longest: int = LONGEST) -> str:
-        """The lengths of two rows that are admitted, in words."""
+    def described(self, longest: int = LONGEST, batch: int = 2) -> str:
+        """The lengths of so many rows that are admitted, in words."""
         if not self.conditions:
             return "any length"
-        admitted = [n for n in range(1, longest + 1) if self.admit(**EXAMPLE | {BATCH: 2, LENGTH: n})]
+        admitted = [n for n in range(1, longest + 1) if self.admit(**EXAMPLE | {BATCH: batch, LENGTH: n})]
         runs = list(_runs(admitted))
         if runs and runs[-1][1] == longest:
             runs[-1] = (runs[-1][0], 0)

@@ -194,6 +194,7 @@ def _trace(model: PreTrainedModel, task: Task, example: Mapping[str, int]) -> Pr
     root = _tree(exported, model)
     loss = getattr(model, "loss_function", None)
     program = Program(root, task, inputs, model.config, loss, tied_parameters(model), head_of(model))
+    program.language = language_of(model)
     program.sizes = Sizes(tuple(dict.fromkeys(conditions)))
     program.constants = frozenset(dict(program.named_buffers()).keys() - dict(model.named_buffers()).keys())
     # Most families without a loss of their own have no loss_type, either: the Trainer would count tokens wrongly.
@@ -559,6 +560,14 @@ def _rehearse(program: Program, model: PreTrainedModel, example: dict[str, int])
                     f"{type(model).__name__} cannot be traced: the program makes {name} of shape {shape}, and they "
                     f"should begin with {', '.join(axes)} {wanted}"
                 )
+
+
+def language_of(model: PreTrainedModel) -> str:
+    """The path of the language model in a model of several modalities; empty where it is the whole."""
+    if model.config.get_text_config() is model.config or not hasattr(model.config, "vision_config"):
+        return ""
+    decoder = model.get_decoder()
+    return next((name for name, module in model.named_modules() if module is decoder), "")
 
 
 def tied_parameters(model: PreTrainedModel) -> dict[str, str]:

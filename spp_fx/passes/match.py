@@ -44,7 +44,7 @@ class Match(Pass):
             raise UsageError(f"no site is named {', '.join(unknown)}; the model has: {', '.join(words)}")
         dense: list[str] = []
         for name, site in program.sites.items():
-            reason = _reason(site, self.targets)
+            reason = _reason(program, site, self.targets)
             if reason is None:
                 pattern, known = _pattern(program, site)
                 if pattern is not None or self.dense or not known:
@@ -65,7 +65,7 @@ class Match(Pass):
         program.patterns, program.matched = dict(first.patterns), dict(first.matched)
 
 
-def _reason(site: Site, targets: Sequence[str]) -> str | None:
+def _reason(program: Program, site: Site, targets: Sequence[str]) -> str | None:
     if targets and not any(is_target(site.name, target) for target in targets):
         return "not among the targets"
     if site.tied_to is not None:
@@ -75,7 +75,9 @@ def _reason(site: Site, targets: Sequence[str]) -> str | None:
     if site.is_head:
         return "makes the logits; name it in the targets to take it"
     if site.layer is None:
-        return "outside the decoder layers; name it in the targets to take it"
+        return "outside the layers; name it in the targets to take it"
+    if program.language and not site.name.startswith(f"{program.language}."):
+        return f"outside the language model {program.language}; name it in the targets to take it"
     if site.role is not None:
         return f"{site.role}; name it in the targets to take it"
     return None

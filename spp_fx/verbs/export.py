@@ -92,7 +92,12 @@ def export(
     chosen = make_format(format, **options)
     provenance.load(model)  # a damaged history is an error before the work
     check_output(out, force, [model], say)
-    source = open_source(model, trust_remote_code=trust_remote_code, any_config=chosen.plain)
+    source = open_source(
+        model,
+        task=getattr(chosen, "task", None),
+        trust_remote_code=trust_remote_code,
+        any_config=chosen.plain,
+    )
     for note in source.folder.notes:
         say(note)
     if dtype := getattr(chosen, "dtype", None):
@@ -142,8 +147,10 @@ def _record(source: Source, folder: Path, format: Format) -> None:
     add_file(folder, manifest, provenance.PROVENANCE)
 
 
-def open_source(model: Path, *, trust_remote_code: bool = False, any_config: bool = False) -> Source:
-    """A model folder with its own lock, checked, or with a lock made of its sparse sites."""
+def open_source(
+    model: Path, *, task: str | None = None, trust_remote_code: bool = False, any_config: bool = False
+) -> Source:
+    """A model folder with its own lock, checked, or with a lock made of its sparse sites, found by the task's trace."""
     folder = open_model(model, any_config=any_config)
     if own := lock_beside(model):
         verdict = verify(model)
@@ -152,7 +159,7 @@ def open_source(model: Path, *, trust_remote_code: bool = False, any_config: boo
         if failures:
             raise MaskError(f"{model}: {failures[0]}; export only what verifies")
         return Source(folder, own, trust_remote_code)
-    found = find_sites(folder, trust_remote_code=trust_remote_code)
+    found = find_sites(folder, task=task, trust_remote_code=trust_remote_code)
     made = make_lock(found)
     if not made.lock.sites:
         raise UsageError(str(nothing_sparse(model, made)))

@@ -47,12 +47,14 @@ class Inspected:
     """A model folder as inspect shows it.
 
     Attributes:
+        task: what it was traced for; None where it was not.
         others: its matrices that are not sites, each with the reason.
         notes: those of `ModelSites`.
     """
 
     model: Path
     model_type: str
+    task: str | None
     sites: list[SiteView]
     others: dict[str, str]
     notes: tuple[str, ...]
@@ -63,6 +65,7 @@ class Inspected:
         return {
             "model": str(self.model),
             "model_type": self.model_type,
+            "task": self.task,
             "sites": [site.to_json() for site in self.sites],
             "others": self.others,
             "notes": list(self.notes),
@@ -86,17 +89,27 @@ class Inspected:
         yield Table(("site", "kind", "shape", "zeros", "pattern", "matched"), rows, left=2)
         yield from (f"  not a site: {line}" for line in grouped(self.others))
         taken = sum(view.matched for view in self.sites)
-        yield f"{self.model_type}: {self.total:,} parameters, {len(self.sites)} sites, {taken} matched"
+        kind = self.model_type if self.task is None else f"{self.model_type}, {self.task}"
+        yield f"{kind}: {self.total:,} parameters, {len(self.sites)} sites, {taken} matched"
 
 
 @links_option
 def inspect(
-    model: str | Path, *, trust_remote_code: bool = False, allow_links: bool = False, tick: Tick = no_tick
+    model: str | Path,
+    *,
+    task: str | None = None,
+    trust_remote_code: bool = False,
+    allow_links: bool = False,
+    tick: Tick = no_tick,
 ) -> Inspected:
-    """Describe the sites of a model folder; with config.json alone, without their patterns."""
+    """Describe the sites of a model folder; with config.json alone, without their patterns.
+
+    Args:
+        task: what the model is for; None: what its configuration says.
+    """
     model = Path(model)
     weights = any(model.glob("*.safetensors"))
-    found = find_sites(open_model(model, weights=weights), trust_remote_code=trust_remote_code)
+    found = find_sites(open_model(model, weights=weights), task=task, trust_remote_code=trust_remote_code)
     program = found.program
     seen: dict[str, tuple[PackedMask, Pattern | None]] = {}
     if weights:
@@ -114,7 +127,8 @@ def inspect(
     ]
     total = sum(parameter.numel() for parameter in program.parameters())
     nbytes = found.folder.stored_bytes if weights else None
-    return Inspected(model, program.config.model_type, sites, found.others, found.notes, total, nbytes)
+    kind = None if program.untraced else program.task.name
+    return Inspected(model, program.config.model_type, kind, sites, found.others, found.notes, total, nbytes)
 
 
 def _skipped(found: ModelSites, weights: bool) -> dict[str, str]:

@@ -286,7 +286,10 @@ def sites_of_graph(
     for record in manifest.tensors:
         rows[record.part.initializer if record.part else record.name] += prod(record.shape[:-1])
     check_layer_count(ModelFolder.open(path, weights=False), len(weights.names))
-    program = _program_of(meta_model(path, as_stored=False, trust_remote_code=trust_remote_code))
+    stated = manifest.requirements.get("task")  # older exports are all of causal language models
+    task = None if stated is None else find_task(str(stated))
+    model = meta_model(path, as_stored=False, task=task, trust_remote_code=trust_remote_code)
+    program = _program_of(model, task)
     not_matched = _match_all(program)
     transposed: dict[str, bool] = {}
     unreadable: dict[str, str] = {}

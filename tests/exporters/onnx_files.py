@@ -16,7 +16,14 @@ from spp_fx.exporters.onnx.encodings import Encoded, Encoding, SparseInitializer
 from spp_fx.exporters.onnx.graph_parameters import GraphParameter
 from spp_fx.exporters.onnx.graph_weights import GraphWeights
 from spp_fx.exporters.onnx.graph_writer import graph_writer, onnx_type
-from spp_fx.exporters.onnx.onnxruntime_check import OnnxModel
+from spp_fx.exporters.onnx.onnxruntime_check import (
+    Comparison,
+    OnnxModel,
+    compare_outputs,
+    reference_of,
+)
+from spp_fx.exporters.onnx.random_inputs import draw_batches
+from spp_fx.graph.task import BATCH, LENGTH, Input, find_task
 from spp_fx.parallel import no_tick
 from spp_fx.sparsity.lock import make_entry
 from spp_fx.sparsity.pattern import parse_pattern
@@ -110,7 +117,7 @@ def replace(proto, name: str, array: np.ndarray) -> None:
 
 def write_graph(source, graph, folder, format, monkeypatch, say=lambda line: None):
     """What export does with a source whose graph is there already; returns its checks."""
-    monkeypatch.setattr(model_writer, "build_graph", lambda model, with_past: deepcopy(graph))
+    monkeypatch.setattr(model_writer, "build_graph", lambda model, **_: deepcopy(graph))
     folder.mkdir()
     return make_format(format).write(source, folder, no_tick, say)
 
@@ -125,3 +132,24 @@ def greedy(path, input_ids, attention_mask, new):
         tokens = np.concatenate([tokens, step], axis=1)
         attention_mask = np.concatenate([attention_mask, np.ones_like(step)], axis=1)
     return tokens
+
+
+def logits_of(model):
+    """A causal language model as a function of its input_ids and attention_mask."""
+    reference = reference_of(model, find_task("causal-lm"))
+    return lambda ids, mask: reference({"input_ids": ids, "attention_mask": mask})["logits"]
+
+
+def compare_logits(path, reference, vocabulary, *, tolerance=None, twin=False, **drawn) -> Comparison:
+    """Compare a causal language model's file with a function of input_ids and attention_mask; see `draw_batches`."""
+    tokens = (BATCH, LENGTH)
+    entries = (Input("input_ids", tokens, vocabulary), Input("attention_mask", tokens, 2, default=1))
+    return compare_outputs(
+        path,
+        lambda inputs: {"logits": reference(inputs["input_ids"], inputs["attention_mask"])},
+        draw_batches(entries, torch.float32, **drawn),
+        {"logits": tokens},
+        vocabulary=vocabulary,
+        tolerance=tolerance,
+        twin=twin,
+    )

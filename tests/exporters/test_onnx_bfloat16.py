@@ -12,15 +12,13 @@ from spp_fx.errors import SppFxError
 from spp_fx.exporters.onnx import model_writer
 from spp_fx.exporters.onnx.onnxruntime_check import (
     OnnxModel,
-    compare_logits,
     compute_in_float32,
-    logits_of,
     why_not_opened,
 )
 from spp_fx.graph.model import hollow_model
 from spp_fx.verbs.export import export, open_source
 from tests.command import must
-from tests.exporters.onnx_files import write_graph
+from tests.exporters.onnx_files import compare_logits, logits_of, write_graph
 from tests.families import SMALL, VOCABULARY
 from tests.runtime.exports import save_sparse
 
@@ -180,7 +178,7 @@ def double(tmp_path_factory):
 def check_run_as_shipped(checks, folder, path):
     assert (checks["shipped_file"], checks["computed_in"]) == ("run", "float32")
     onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    reference = logits_of(AutoModelForCausalLM.from_pretrained(folder).eval(), count_positions=False)
+    reference = logits_of(AutoModelForCausalLM.from_pretrained(folder).eval())
     found = compare_logits(path, reference, VOCABULARY, tolerance=1e-5, batches=BATCHES)
     assert found.argmax_agreement == 1
 

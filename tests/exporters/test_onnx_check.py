@@ -9,12 +9,15 @@ import torch
 from onnx import numpy_helper
 from transformers import AutoModelForCausalLM
 
-from spp_fx.errors import FormatError, SppFxError
+from spp_fx.errors import FormatError, SppFxError, UsageError
 from spp_fx.exporters.onnx import graph_writer
-from spp_fx.exporters.onnx.onnxruntime_check import OnnxModel, check_standard, compare_logits, logits_of
+from spp_fx.exporters.onnx.onnxruntime_check import OnnxModel, check_standard
 from spp_fx.verbs.export import export
 from tests.command import must
-from tests.families import VOCABULARY, make_model
+from tests.effort import nightly
+from tests.exporters.onnx_files import axes, compare_logits, logits_of
+from tests.families import OTHER_TASKS, VOCABULARY, make_model
+from tests.runtime.exports import save_sparse
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +43,7 @@ def model(root):
 
 
 def reference(model):
-    return logits_of(model, count_positions=False)
+    return logits_of(model)
 
 
 def changed(root, tmp_path, change, kind="inline"):
@@ -124,3 +127,40 @@ def broken(proto):
 def test_what_is_outside_the_standard_is_refused(root, tmp_path, change, kind, message):
     with pytest.raises(SppFxError, match=message):
         check_standard(changed(root, tmp_path, change, kind))
+
+
+BATCH, TEXT = "batch_size", ["batch_size", "sequence_length"]
+ENCODER, DECODER = ([BATCH, f"{side}_sequence_length"] for side in ("encoder", "decoder"))
+GRAPHS = {
+    "bert": {"input_ids": TEXT, "attention_mask": TEXT, "token_type_ids": TEXT, "logits": [BATCH, 2]},
+    "t5": {
+        "input_ids": ENCODER, "attention_mask": ENCODER, "decoder_input_ids": DECODER, "logits": [*DECODER, 96],
+    },
+    "whisper": {"input_features": [BATCH, 8, 20], "decoder_input_ids": DECODER, "logits": [*DECODER, 96]},
+    "vit": {"pixel_values": [BATCH, 3, 16, 16], "logits": [BATCH, 2]},
+    # Its code makes a list of the images.
+    "llava": {
+        "input_ids": [1, TEXT[1]], "attention_mask": [1, TEXT[1]], "pixel_values": [1, 3, 16, 16],
+        "logits": [1, TEXT[1], 96],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["t5", "llava", *map(nightly, ("bert", "whisper", "vit"))])
+def test_a_graph_of_another_task_computes_what_its_model_does(tmp_path, family):
+    torch.manual_seed(0)
+    folder = save_sparse(tmp_path / "model", OTHER_TASKS[family]().eval(), ("dense.", "wi."))
+    said = []
+    task = "image-text-to-text" if family == "llava" else None
+    done = export(folder, tmp_path / "out", "onnx-packed", task=task, say=said.append)
+    assert done.checks["max_abs_difference"] < 0.01 * done.checks["allowed_difference"]
+    graph = onnx.load(str(tmp_path / "out" / "model.onnx"))
+    assert axes(graph) == GRAPHS[family]
+    stated = done.manifest.requirements
+    assert stated.get("pixel_values") == {"vit": "(batch_size, 3, 16, 16)", "llava": "(1, 3, 16, 16)"}.get(
+        family
+    )
+    assert any("1 row at a time" in line for line in said) == (family == "llava")
+    if family == "t5":
+        with pytest.raises(UsageError, match=r"--with-past is for causal-lm: .* for seq2seq-lm"):
+            export(folder, tmp_path / "other", "onnx-packed", with_past=True)

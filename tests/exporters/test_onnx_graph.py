@@ -1,10 +1,9 @@
-"""A causal language model as one ONNX graph: named as the model names things, without its numbers."""
-
-from types import SimpleNamespace
+"""A model as one ONNX graph: named as the model names things, without its numbers."""
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Lfm2Config
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, Lfm2Config
+from transformers.modeling_outputs import CausalLMOutput
 
 from spp_fx.errors import SppFxError
 from spp_fx.exporters.onnx.graph_export import build_graph
@@ -23,6 +22,11 @@ def test_batch_and_sequence_are_dynamic_and_named(llama):
         "attention_mask": ["batch_size", "sequence_length"],
         "logits": ["batch_size", "sequence_length", VOCABULARY],
     }
+
+
+def test_hidden_states_have_the_axes_of_their_text():
+    model = BertModel(BertConfig(**SMALL | {"num_hidden_layers": 1}, intermediate_size=64)).eval()
+    assert axes(build_graph(model).proto)["last_hidden_state"] == ["batch_size", "sequence_length", 32]
 
 
 def test_tied_weights_are_one_and_equal_weights_stay_apart(llama):
@@ -61,7 +65,7 @@ def test_a_cache_that_is_no_keys_and_values_is_refused():
 
 def with_forward(forward):
     model = make_model("llama", one_layer=True)
-    model.forward = lambda input_ids, attention_mask, use_cache: SimpleNamespace(
+    model.forward = lambda input_ids, attention_mask, use_cache: CausalLMOutput(
         logits=forward(input_ids, attention_mask)
     )
     return model

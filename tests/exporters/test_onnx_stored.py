@@ -13,12 +13,11 @@ from spp_fx.exporters.format import Source
 from spp_fx.exporters.onnx import model_writer
 from spp_fx.exporters.onnx.graph_parameters import find_parameters
 from spp_fx.exporters.onnx.graph_weights import GraphWeights
-from spp_fx.exporters.onnx.onnxruntime_check import compare_logits, logits_of
 from spp_fx.graph.model import hollow_model
 from spp_fx.storage.folder import ModelFolder
 from spp_fx.verbs.export import export, open_source
 from tests.effort import nightly
-from tests.exporters.onnx_files import write_graph
+from tests.exporters.onnx_files import compare_logits, logits_of, write_graph
 from tests.families import SMALL, VOCABULARY
 from tests.runtime.exports import save_sparse
 
@@ -71,7 +70,7 @@ def test_the_graph_has_the_head_that_transformers_loads(case, tmp_path):
     real = AutoModelForCausalLM.from_pretrained(folder).eval()
     assert done.checks["weights_equal"] == len(list(real.parameters()))
     path = tmp_path / "out" / "model.onnx"
-    found = compare_logits(path, logits_of(real, count_positions=False), VOCABULARY, tolerance=1e-5)
+    found = compare_logits(path, logits_of(real), VOCABULARY, tolerance=1e-5)
     assert found.argmax_agreement == 1
     written = GraphWeights(path)
     embedding = real.get_input_embeddings().weight
@@ -170,7 +169,7 @@ def test_a_weight_that_the_logits_do_not_depend_on_is_said(base, tmp_path):
     rest = tuple(parameter for parameter in graph.parameters if parameter.name != norm)
     without = replace(graph, parameters=rest, reached=graph.reached - {norm})
     (line,) = found_in(base, tmp_path, lambda t: t, without).left_out
-    assert line == f"not in the graph: 1 tensors ({norm}): the logits do not depend on them"
+    assert line == f"not in the graph: 1 tensors ({norm}): the outputs do not depend on them"
 
 
 def test_layers_that_are_stored_and_not_configured_are_said_by_an_export(base, tmp_path, monkeypatch):

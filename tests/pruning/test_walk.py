@@ -4,20 +4,6 @@ import copy
 
 import pytest
 import torch
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    T5Config,
-    T5ForConditionalGeneration,
-    ViTConfig,
-    ViTForImageClassification,
-    WhisperConfig,
-    WhisperForConditionalGeneration,
-)
 
 from spp_fx.errors import FormatError, PatternError, PreconditionError, UsageError
 from spp_fx.graph.program import Program
@@ -34,7 +20,7 @@ from spp_fx.pruning.criteria.sparsegpt import SparseGpt
 from spp_fx.pruning.criteria.wanda import Wanda
 from spp_fx.pruning.statistics import Inputs, output_energy
 from spp_fx.pruning.walk import FileStates, MemoryStates, Walk, fitted
-from tests.families import FAMILIES, batch, make_model
+from tests.families import FAMILIES, OTHER_TASKS, batch, make_model
 from tests.passes.programs import sparse
 from tests.pruning import plain
 
@@ -153,32 +139,6 @@ def test_a_weight_of_two_layers_is_pruned_once_by_the_inputs_of_both():
         torch.testing.assert_close(program(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
 
 
-SIZES = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 1}
-SPEECH = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in
-          (("layers", 1), ("attention_heads", 2), ("ffn_dim", 32))}  # fmt: skip
-VISION = SIZES | {"image_size": 16, "patch_size": 8}
-OTHERS = {
-    "bert": lambda: BertForSequenceClassification(BertConfig(vocab_size=96, **SIZES | {"num_hidden_layers": 2})),
-    "t5": lambda: T5ForConditionalGeneration(
-        T5Config(vocab_size=96, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_decoder_layers=1, num_heads=2)
-    ),
-    "whisper": lambda: WhisperForConditionalGeneration(
-        WhisperConfig(
-            vocab_size=96, d_model=16, num_mel_bins=8, max_source_positions=10, pad_token_id=0, bos_token_id=1,
-            eos_token_id=2, decoder_start_token_id=1, **SPEECH,
-        )
-    ),
-    "vit": lambda: ViTForImageClassification(ViTConfig(**VISION | {"num_hidden_layers": 2})),
-    "llava": lambda: LlavaForConditionalGeneration(
-        LlavaConfig(
-            text_config=LlamaConfig(vocab_size=96, **SIZES), image_token_index=95, image_seq_length=4,
-            vision_feature_layer=-1,
-            vision_config=CLIPVisionConfig(**VISION, projection_dim=16),
-        )
-    ),
-}  # fmt: skip
-
-
 def rows_of(family: str, program: Program) -> list[dict[str, torch.Tensor]]:
     """Samples of a task: texts of several lengths, images or recordings."""
     generator = torch.Generator().manual_seed(0)
@@ -193,10 +153,10 @@ def rows_of(family: str, program: Program) -> list[dict[str, torch.Tensor]]:
     return found
 
 
-@pytest.mark.parametrize("family", OTHERS)
+@pytest.mark.parametrize("family", OTHER_TASKS)
 def test_layers_of_every_task_are_pruned_by_what_the_pruned_ones_before_give(family):
     torch.manual_seed(0)
-    model = OTHERS[family]().eval()
+    model = OTHER_TASKS[family]().eval()
     for parameter in model.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
     program = trace(model, task="image-text-to-text" if family == "llava" else None).eval()

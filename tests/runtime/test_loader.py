@@ -18,7 +18,7 @@ from spp_fx.exporters.manifest import MANIFEST, sha256
 from spp_fx.runtime import PackWarning, load, loader, trust
 from spp_fx.runtime.loader import decode, load_with
 from tests.effort import covering, nightly
-from tests.families import FAMILIES, make_model
+from tests.families import FAMILIES, OTHER_TASKS, make_model
 from tests.runtime.exports import exported, logits, reference, save_sparse, wide_model
 from tests.runtime.libraries import Refuses, Right, WrongOrder
 
@@ -296,3 +296,14 @@ def test_whatever_export_writes_is_loaded_with_the_same_weights(tmp_path, format
         return
     with pytest.raises((UsageError, PatternError)):
         exported(model, format)
+
+
+@pytest.mark.parametrize("family", ["llava", "whisper", "vit", *map(nightly, ("bert", "t5"))])
+def test_models_of_other_tasks_are_loaded_as_what_they_are(tmp_path, family):
+    torch.manual_seed(0)
+    model = OTHER_TASKS[family]().to(torch.bfloat16).eval()
+    folder = save_sparse(tmp_path / "model", model, ("dense.", "wi."))
+    for format in ("cusparselt", "sparse-bitmask"):
+        loaded = load(exported(folder, format))
+        assert type(loaded) is type(model)
+        same_model(loaded, type(model).from_pretrained(folder))

@@ -29,10 +29,15 @@ class OnnxFormat(Format):
 
     program = True
     dtype: RoundTo | None = option(None, "Round the weights to this type.")
+    task: str | None = option(
+        None,
+        "What the graph computes, such as image-text-to-text. Default: what config.json says; causal-lm for language "
+        "models that also see images.",
+    )
     with_past: bool = option(False, "ONNX graph with a key/value cache, under Optimum's names.")
     compare_logits: bool | None = option(
         None,
-        "Run the written graph and compare its logits with the model's. Default: models below 1 GB.",
+        "Run the written graph and compare its outputs with the model's. Default: models below 1 GB.",
     )
 
     @abstractmethod

@@ -23,7 +23,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
 import torch
 from onnxscript import opset18, optimizer
-from torch import Tensor
+from torch import Tensor, fx
 from torch.export import Dim, ExportedProgram
 from transformers import DynamicCache, PreTrainedModel
 
@@ -32,7 +32,7 @@ from spp_fx.exporters.onnx.graph_parameters import Graph, GraphParameter
 from spp_fx.exporters.onnx.onnx_file import all_graphs
 from spp_fx.graph.sizes import ANY_SIZES, Sizes, sizes_of
 from spp_fx.graph.task import BATCH as ROWS
-from spp_fx.graph.task import LENGTH, TARGET, Task, task_of_model
+from spp_fx.graph.task import EXAMPLE, FRAMES, LENGTH, TARGET, Input, Task, task_of_model
 from spp_fx.graph.trace import export_as, forward_of
 
 OPSET = 18
@@ -43,9 +43,9 @@ BATCH, SEQUENCE, PAST, TOTAL = (
     "past_sequence_length + sequence_length",
 )
 ENCODER_SEQUENCE, DECODER_SEQUENCE = "encoder_sequence_length", "decoder_sequence_length"
-AXES = {ROWS: BATCH, LENGTH: SEQUENCE, TARGET: DECODER_SEQUENCE}
+AXES = {ROWS: BATCH, LENGTH: SEQUENCE, TARGET: DECODER_SEQUENCE, FRAMES: ENCODER_SEQUENCE}
 """Optimum's names of the axes of tasks; tokens of an encoder beside a decoder are `ENCODER_SEQUENCE`."""
-SIZES = {ROWS: 2, LENGTH: 8, TARGET: 6}
+SIZES = EXAMPLE | {LENGTH: 8, TARGET: 6}
 Axes = Mapping[int, str]
 
 
@@ -65,7 +65,7 @@ class Signature:
 
 
 def build_graph(model: PreTrainedModel, *, task: Task | None = None, with_past: bool = False) -> Graph:
-    """Export a model with a dynamic batch and sequence length.
+    """Export a model with dynamic axes for what varies, such as the batch size and the sequence length.
 
     Args:
         model: in eval mode on the CPU, float32, float16 or bfloat16; its parameters are never read (see
@@ -84,6 +84,7 @@ def build_graph(model: PreTrainedModel, *, task: Task | None = None, with_past: 
         signature = (
             cached_signature(model) if with_past else plain_signature(model, task or task_of_model(model))
         )
+        _translatable(signature.program)
         try:
             program = torch.onnx.export(
                 signature.program,
@@ -111,26 +112,49 @@ def build_graph(model: PreTrainedModel, *, task: Task | None = None, with_past: 
     for parameter in model.parameters():
         sizes[parameter.dtype] += parameter.numel()
     bfloat16 = sizes.most_common(1)[0][0] == torch.bfloat16
-    return Graph(proto, parameters, _reached(signature.program, model, names), bfloat16, signature.sizes)
+    rows = None if any(BATCH in axes.values() for axes in signature.inputs.values()) else 1
+    reached = _reached(signature.program, model, names)
+    return Graph(proto, parameters, reached, bfloat16, signature.sizes, rows)
 
 
 # The two signatures
 
 
 def plain_signature(model: PreTrainedModel, task: Task) -> Signature:
-    """The inputs of a task to its outputs.
+    """The inputs of a task to its outputs; of one row where the model's code fixes the number of rows.
+
+    LLaVA makes a list of its images, and a classifier without a padding token takes one row.
 
     Raises:
         SppFxError: the model cannot be traced.
     """
     entries = task.inputs(model)
-    names = AXES | ({LENGTH: ENCODER_SEQUENCE} if any(TARGET in each.axes for each in entries) else {})
+    try:
+        return _signature(model, task, entries, AXES)
+    except SppFxError as error:
+        try:
+            return _signature(model, task, entries, {axis: AXES[axis] for axis in AXES if axis != ROWS})
+        except SppFxError:
+            raise error from error.__cause__
+
+
+def _signature(
+    model: PreTrainedModel, task: Task, entries: tuple[Input, ...], dynamic: Mapping[str, str]
+) -> Signature:
+    """`plain_signature` with the axes that stay dynamic, and their names; there is one row if rows do not."""
+    names = dict(dynamic)
+    if any(TARGET in each.axes for each in entries):
+        names[LENGTH] = ENCODER_SEQUENCE
     inputs = {
-        each.name: {n: names[axis] for n, axis in enumerate(each.axes) if isinstance(axis, str)}
+        each.name: {n: names[str(axis)] for n, axis in enumerate(each.axes) if axis in names}
         for each in entries
     }
-    outputs = {name: {n: names[axis] for n, axis in enumerate(axes)} for name, axes in task.outputs.items()}
-    args = tuple(each.filled(SIZES, model.dtype, torch.device("cpu")) for each in entries)
+    outputs = {
+        name: {n: names[axis] for n, axis in enumerate(axes) if axis in names}
+        for name, axes in task.outputs.items()
+    }
+    sizes = SIZES if ROWS in names else SIZES | {ROWS: 1}
+    args = tuple(each.filled(sizes, model.dtype, torch.device("cpu")) for each in entries)
     program = export_as(model, forward_of(model, task), args, tuple(map(_dynamic, inputs.values())))
     return Signature(program, args, inputs, outputs, sizes_of(program, entries))
 
@@ -325,6 +349,31 @@ def _root_cause(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def _translatable(program: ExportedProgram) -> None:
+    """Change, in place, what torch.onnx does not take.
+
+    Its decompositions give attention's result other strides than the model saw, so a view of it (T5, Swin) has to be a
+    reshape, which is the same in ONNX. A graph has no checks, and what only a check reads has no ONNX form.
+    """
+    for graph in (
+        module.graph for module in program.graph_module.modules() if isinstance(module, fx.GraphModule)
+    ):
+        for node in list(graph.nodes):
+            if node.target is torch.ops.aten.view.default:
+                node.target = torch.ops.aten.reshape.default
+            elif node.target in _CHECKS:
+                graph.erase_node(node)
+        graph.eliminate_dead_code()
+
+
+_CHECKS = (
+    torch.ops.aten._assert_async.default,
+    torch.ops.aten._assert_async.msg,
+    torch.ops.aten._assert_scalar.default,
+    torch.ops.aten._assert_tensor_metadata.default,
+)
+
+
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """ONNX forms of operators that torch.onnx has none for: the grouped matmul of fused experts."""
     table: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.aten._grouped_mm.default: _grouped_mm}
@@ -380,16 +429,20 @@ def _simplify(model: ir.Model, parameters: set[str]) -> None:
 
 
 def _name_axes(graph: ir.Graph, signature: Signature) -> None:
-    """Name the dynamic dimensions; equal dimensions have one name."""
-    named = [(value, signature.inputs) for value in graph.inputs]
-    for value, names in [*named, *((value, signature.outputs) for value in graph.outputs)]:
-        axes, shape = names[str(value.name)], value.shape
+    """Name the dynamic dimensions; equal dimensions have one name, also further ones of outputs."""
+    known: dict[str | int | None, str] = {}
+    inputs = [(value, signature.inputs[str(value.name)]) for value in graph.inputs]
+    outputs = [(value, signature.outputs[str(value.name)]) for value in graph.outputs]
+    for value, axes in [*inputs, *outputs]:
+        shape = value.shape
         if shape is None or any(isinstance(shape[axis], int) for axis in axes):
             raise SppFxError(
                 f"{value.name} came out as {shape}: {' and '.join(axes.values())} must stay dynamic, "
                 "but the model's code fixes one of them"
             )
-        value.shape = ir.Shape([axes.get(axis, size) for axis, size in enumerate(shape)])
+        dims = [size if isinstance(size, int) else size.value for size in shape]
+        known |= {dims[axis]: name for axis, name in axes.items()}
+        value.shape = ir.Shape([axes.get(axis, known.get(size, size)) for axis, size in enumerate(dims)])
 
 
 def _strip(model: onnx.ModelProto) -> None:

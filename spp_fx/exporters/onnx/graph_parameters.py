@@ -81,7 +81,8 @@ class Graph:
         reached: names of the parameters and persistent buffers that the outputs depend on according to
             torch.export: those of `parameters`, unless torch.onnx lost one.
         bfloat16: whether most of the model's weights are bfloat16.
-        sizes: what the graph computes the model's logits for; with a cache, all that torch.export can name.
+        sizes: what the graph computes the model's outputs for; with a cache, all that torch.export can name.
+        rows: the batch size, where the model's code fixes it; else None.
     """
 
     proto: onnx.ModelProto
@@ -89,6 +90,7 @@ class Graph:
     reached: frozenset[str]
     bfloat16: bool
     sizes: Sizes = ANY_SIZES
+    rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -208,7 +210,7 @@ def _left_out(source: Source, model: PreTrainedModel, graph: Graph) -> tuple[str
     """Account for every stored floating tensor: the graph reads it, or there is a reason why not.
 
     The graph computes what transformers computes from the folder. It may lack what transformers does not load
-    and what the logits do not depend on. A tensor that neither reads shows that the weights belong to another
+    and what the outputs do not depend on. A tensor that neither reads shows that the weights belong to another
     config.json.
     """
     folder, state = source.folder, model.state_dict(keep_vars=True)
@@ -226,7 +228,7 @@ def _left_out(source: Source, model: PreTrainedModel, graph: Graph) -> tuple[str
             (lost if id(state[target]) in reached else idle).append(name)
     if lost:
         raise FormatError(
-            f"{folder.path}: the ONNX exporter lost {_named(lost)}, which transformers loads and the logits depend "
+            f"{folder.path}: the ONNX exporter lost {_named(lost)}, which transformers loads and the outputs depend "
             "on; please report it"
         )
     unexpected = _unexpected(model, unloaded.keys())
@@ -244,7 +246,7 @@ def _left_out(source: Source, model: PreTrainedModel, graph: Graph) -> tuple[str
         "transformers reads them as its quantization_config says": unread,
         "transformers computes or ignores them": ignored,
         "they belong to layers beyond those of config.json, which transformers does not load": extra,
-        "the logits do not depend on them": idle,
+        "the outputs do not depend on them": idle,
     }
     return tuple(f"not in the graph: {_named(names)}: {why}" for why, names in reasons.items() if names)
 

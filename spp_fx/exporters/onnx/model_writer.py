@@ -2,7 +2,7 @@
 
 onnxruntime opens the graph, with its weights as inputs, before anything is written. Then the parameters are read
 from the model folder and written one by one. The written file is read back by a parser of
-its own (`graph_weights`) and compared with the model bit for bit. That of a small model is also run, and its logits
+its own (`graph_weights`) and compared with the model bit for bit. That of a small model is also run, and its outputs
 are compared.
 """
 
@@ -14,30 +14,31 @@ from typing import Any
 import onnx
 import torch
 
-from spp_fx.errors import MaskError, SppFxError
+from spp_fx.errors import MaskError, SppFxError, UsageError
 from spp_fx.exporters.format import ROUNDED, Say, Source, Tick
 from spp_fx.exporters.manifest import Part, TensorRecord, site_sizes
 from spp_fx.exporters.onnx import OnnxFormat
 from spp_fx.exporters.onnx.encodings import Encoded, Encoding, SparseInitializers
-from spp_fx.exporters.onnx.graph_export import build_graph, takes_positions
+from spp_fx.exporters.onnx.graph_export import SEQUENCE, build_graph, takes_positions
 from spp_fx.exporters.onnx.graph_parameters import Graph, GraphParameter, GraphParameters, find_parameters
 from spp_fx.exporters.onnx.graph_weights import GRAPH, GraphWeights
 from spp_fx.exporters.onnx.graph_writer import graph_writer, prepend, tensor_bytes
 from spp_fx.exporters.onnx.onnxruntime_check import (
     check_standard,
-    compare_logits,
+    compare_outputs,
     compute_in_float32,
-    logits_of,
+    reference_of,
     why_not_opened,
     widen,
 )
+from spp_fx.exporters.onnx.random_inputs import ImageTokens, draw_batches, longest_text
 from spp_fx.exporters.read_back import lost_signs
 from spp_fx.graph.model import check_task, hollow_model, load_model
-from spp_fx.graph.task import CAUSAL_LM
+from spp_fx.graph.task import CAUSAL_LM, Task, find_task, task_of_model
 from spp_fx.storage.safetensors import dtype_name, torch_dtype
 
 COMPARED_BELOW = 10**9
-"""Bytes of a model whose logits are compared by default: it is in memory twice while they are."""
+"""Bytes of a model whose outputs are compared by default: it is in memory twice while they are."""
 
 NO_BFLOAT16 = "onnxruntime has no bfloat16 on a CPU"
 
@@ -52,6 +53,7 @@ class _Export:
     parameters: GraphParameters
     encoding: Encoding
     unencoded: dict[str, str]
+    task: Task
 
     def encodes(self, parameter: GraphParameter) -> bool:
         return bool(parameter.entries) and parameter.name not in self.unencoded
@@ -59,18 +61,28 @@ class _Export:
 
 def write_model(format: OnnxFormat, source: Source, target: Path, tick: Tick, say: Say) -> dict[str, Any]:
     """Fill an empty folder; see `Format.write`."""
-    check_task(source.folder.path, f"an export to {format.name}", (CAUSAL_LM,))
+    path, chosen = source.folder.path, None if format.task is None else find_task(format.task)
+    if chosen is None:
+        check_task(path, f"an export to {format.name}")
     model = hollow_model(
-        source.folder.path, dtype=_dtype(source), trust_remote_code=source.trust_remote_code
+        path, dtype=_dtype(source), task=chosen, trust_remote_code=source.trust_remote_code
     ).eval()
-    graph = build_graph(model, with_past=format.with_past)
+    task = chosen or task_of_model(model)
+    if not task.takes(model):
+        raise UsageError(f"{path}: {type(model).__name__} cannot be run for {task.name} ({task.auto})")
+    if format.with_past and task.name != CAUSAL_LM:
+        raise UsageError(
+            f"{path}: --with-past is for {CAUSAL_LM}: the graph of a model for {task.name} takes whole inputs, and "
+            "keeps no cache of them; export it without --with-past"
+        )
+    graph = build_graph(model, task=task, with_past=format.with_past)
     if not graph.bfloat16:
         compute_in_float32(graph.proto, [parameter.value_info for parameter in graph.parameters])
     parameters = find_parameters(source, model, graph)
     encoding = format.encoding()
     reasons = {each.name: encoding.why_dense(each) for each in parameters.sparse}
     unencoded = {each: reason for each, reason in reasons.items() if reason is not None}
-    export = _Export(format, source, graph, parameters, encoding, unencoded)
+    export = _Export(format, source, graph, parameters, encoding, unencoded, task)
     twin = _runs_as_twin(export)
     for line in [*_announce(export, twin), *parameters.left_out]:
         say(line)
@@ -155,6 +167,11 @@ def _announce(export: _Export, twin: bool) -> Iterator[str]:
     for stored, own in sorted(dtypes):
         if stored != own:
             yield f"config.json has the model in {own}: weights stored as {stored} are rounded to it"
+    if rows := export.graph.rows:
+        yield (
+            f"warning: the graph takes {rows} row at a time (batch_size), for the model's code does not run on several "
+            "without knowing how many"
+        )
     if twin:
         yield "warning: onnxruntime has no bfloat16 on a CPU, there the graph does not run; --dtype float16 does"
 
@@ -199,11 +216,21 @@ def _write_manifest(export: _Export, target: Path, encoded: dict[str, Encoded]) 
     dense_bytes = sum(parameter.nbytes for parameter in sparse)
     shared = sum(tensor_bytes(tensor) for tensor in export.encoding.constants())
     sites_bytes = sum(done.nbytes for done in encoded.values()) + shared
-    requirements: dict[str, int | str] = {"with_past": "yes" if export.format.with_past else "no"}
+    requirements: dict[str, int | str] = {
+        "task": export.task.name,
+        "with_past": "yes" if export.format.with_past else "no",
+    }
     if isinstance(export.encoding, SparseInitializers):
         requirements["indices"] = export.encoding.indices
-    if export.graph.sizes.conditions:
-        requirements["lengths"] = export.graph.sizes.described()
+    axes = {
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in export.graph.proto.graph.input
+    }
+    fixed = {name: sizes for name, sizes in axes.items() if any(isinstance(size, int) for size in sizes)}
+    if not export.format.with_past:
+        requirements |= {name: f"({', '.join(map(str, sizes))})" for name, sizes in fixed.items()}
+    if export.graph.sizes.conditions and any(SEQUENCE in sizes for sizes in axes.values()):
+        requirements["lengths"] = export.graph.sizes.described(batch=export.graph.rows or 2)
     source.finish(
         target,
         export.format.name,
@@ -240,22 +267,30 @@ def _compare_logits(export: _Export, target: Path, twin: bool) -> dict[str, Any]
     if wanted is None and size >= COMPARED_BELOW:
         reason = f"the model takes {size / 1e9:.1f} GB; --compare-logits does"
         return {"logits": f"not compared: {reason}", "shipped_file": unrun}
-    source = export.source
+    source, task = export.source, export.task
     dtype = source.rounded_to or "auto"
-    real = load_model(source.folder.path, dtype=dtype, trust_remote_code=source.trust_remote_code).eval()
-    text = real.config.get_text_config(decoder=True)
-    found = compare_logits(
+    real = load_model(
+        source.folder.path, dtype=dtype, task=task, trust_remote_code=source.trust_remote_code
+    ).eval()
+    entries = task.inputs(real)
+    found = compare_outputs(
         target / GRAPH,
-        logits_of(real, count_positions=export.format.with_past and takes_positions(real)),
-        text.vocab_size,
-        max_length=getattr(text, "max_position_embeddings", None),
+        reference_of(real, task, count_positions=export.format.with_past and takes_positions(real)),
+        draw_batches(
+            entries,
+            real.dtype,
+            max_length=longest_text(real),
+            sizes=export.graph.sizes,
+            images=ImageTokens.of(real, entries),
+        ),
+        task.outputs,
+        vocabulary=getattr(real.config.get_text_config(decoder=True), "vocab_size", None),
         twin=twin,
-        sizes=export.graph.sizes,
     )
+    agreement = found.argmax_agreement
     return {
         "shipped_file": unrun if twin else "run",
         "computed_in": f"{found.computed_in} twin; {NO_BFLOAT16}" if twin else found.computed_in,
         "max_abs_difference": found.max_abs_difference,
         "allowed_difference": found.tolerance * found.spread,
-        "argmax_agreement": found.argmax_agreement,
-    }
+    } | ({} if agreement is None else {"argmax_agreement": agreement})

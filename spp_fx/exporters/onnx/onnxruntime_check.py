@@ -1,4 +1,4 @@
-"""onnxruntime on the CPU: open a graph, run a file, compare its logits; and what it needs where bfloat16 occurs.
+"""onnxruntime on the CPU: open a graph, run a file, compare its outputs; and what it needs where bfloat16 occurs.
 
 onnxruntime has the type bfloat16 but, apart from Cast, no CPU operators for it. A model that computes in another
 type may still round to bfloat16 somewhere, as Falcon does with its alibi biases: its operators on bfloat16 become
@@ -7,9 +7,8 @@ operators, for runtimes that have the type; its float32 twin is run instead.
 """
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,9 @@ from transformers import PreTrainedModel
 
 from spp_fx.errors import SppFxError
 from spp_fx.exporters.onnx.onnx_file import Array, OnnxFile, graphs_in, load_model
-from spp_fx.graph.sizes import ANY_SIZES, Sizes
+from spp_fx.exporters.onnx.random_inputs import Tensors
+from spp_fx.graph.task import LENGTH, TARGET, Task
+from spp_fx.graph.trace import forward_of
 
 Ids = npt.NDArray[np.int64]
 
@@ -45,7 +46,8 @@ Ids = npt.NDArray[np.int64]
 # summation only (about 1e-6 a layer stack); fp16 and bf16 round every activation to 2^-11 and 2^-8.
 TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}
 
-_BATCHES = ((1, 1), (2, 7), (3, 16), (1, 33))
+_FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
+
 BFLOAT16, FLOAT = TensorProto.BFLOAT16, TensorProto.FLOAT
 _ORT_ERRORS: tuple[type[Exception], ...] = (
     ort_errors.Fail,
@@ -59,21 +61,23 @@ _ORT_ERRORS: tuple[type[Exception], ...] = (
 
 
 @dataclass(frozen=True)
-class LogitsComparison:
-    """How far a file's logits are from the reference's, over the positions that are not padding.
+class Comparison:
+    """How far a file's outputs are from the reference's, over the positions that are not padding.
 
     Attributes:
-        spread: largest distance of a reference logit from the mean over the vocabulary at its position. It is
-            the scale of the differences, since a shift of all logits changes no probability.
+        spread: the scale of the differences: the largest distance of a reference logit from the mean over the
+            vocabulary at its position, since a shift of all logits changes no probability; of other outputs the
+            largest magnitude.
         tolerance: allowed difference, as a share of the spread.
-        argmax_agreement: share of positions where both prefer the same token.
-        computed_in: type of the logits that onnxruntime computed.
+        argmax_agreement: share of positions, or of rows, where both prefer the same token or class; None where the
+            outputs are not logits.
+        computed_in: type of the outputs that onnxruntime computed.
     """
 
     max_abs_difference: float
     spread: float
     tolerance: float
-    argmax_agreement: float
+    argmax_agreement: float | None
     positions: int
     computed_in: str
 
@@ -103,9 +107,8 @@ class OnnxModel:
 
     def empty_past(self, batch: int) -> dict[str, Array]:
         """A cache of length 0."""
-        dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(double)": np.float64}
         return {
-            name: np.zeros((batch, each.shape[1], 0, each.shape[3]), dtype=dtypes[each.type])
+            name: np.zeros((batch, each.shape[1], 0, each.shape[3]), dtype=_FLOATS[each.type])
             for name, each in self._inputs.items()
             if name.startswith("past_key_values.")
         }
@@ -126,15 +129,31 @@ class OnnxModel:
         feeds = {"input_ids": input_ids, "attention_mask": attention_mask, **past}
         if "position_ids" in self._inputs:
             feeds["position_ids"] = positions_of(attention_mask)[:, -input_ids.shape[1] :]
+        made = self.run(feeds)
+        logits = made.pop("logits")
+        return logits, {name.replace("present.", "past_key_values.", 1): made[name] for name in made}
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """The outputs of the graph by name.
+
+        Args:
+            inputs: numbers of any floating type become those of the graph.
+
+        Raises:
+            SppFxError: onnxruntime cannot run the graph.
+        """
+        feeds = {
+            name: value.astype(_FLOATS.get(self._inputs[name].type, value.dtype), copy=False)
+            for name, value in inputs.items()
+        }
         try:
             outputs = self._session.run(self._outputs, feeds)
         except (*_ORT_ERRORS, ValueError) as error:
+            shape = next(iter(inputs.values())).shape
             raise SppFxError(
-                f"{self.path}: onnxruntime cannot run the model on a batch of {input_ids.shape}: {_reason(error)}"
+                f"{self.path}: onnxruntime cannot run the model on a batch of {shape}: {_reason(error)}"
             ) from error
-        arrays = [np.asarray(each) for each in outputs]
-        names = [name.replace("present.", "past_key_values.", 1) for name in self._outputs]
-        return arrays[0], dict(zip(names[1:], arrays[1:], strict=True))
+        return dict(zip(self._outputs, map(np.asarray, outputs), strict=True))
 
     def logits(self, input_ids: Ids, attention_mask: Ids) -> Array:
         """Logits (batch, sequence, vocabulary) of whole sequences; with a cache, of a half, one token, the rest."""
@@ -148,6 +167,12 @@ class OnnxModel:
             start = stop
         return np.concatenate(parts, axis=1)
 
+    def outputs(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """`run` of whole inputs; of a graph with a cache, `logits`."""
+        if self.has_past:
+            return {"logits": self.logits(inputs["input_ids"], inputs["attention_mask"])}
+        return self.run(inputs)
+
 
 def positions_of(attention_mask: Ids) -> Ids:
     """The position of each token without padding, as transformers counts when it generates."""
@@ -155,87 +180,110 @@ def positions_of(attention_mask: Ids) -> Ids:
     return np.where(attention_mask == 0, 1, positions)
 
 
-def logits_of(model: PreTrainedModel, *, count_positions: bool) -> Callable[[Tensor, Tensor], Tensor]:
-    """A model as a reference for `compare_logits`.
+def reference_of(
+    model: PreTrainedModel, task: Task, *, count_positions: bool = False
+) -> Callable[[Tensors], Tensors]:
+    """A model as a reference for `compare_outputs`.
 
     Args:
         model: in eval mode.
         count_positions: give it position ids that leave padding out, as a graph with a cache is given.
     """
+    run = forward_of(model, task)
 
-    def reference(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        extra: dict[str, Tensor] = {}
+    def reference(inputs: Tensors) -> Tensors:
         if count_positions:
-            extra["position_ids"] = torch.from_numpy(positions_of(attention_mask.numpy()))
-        return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra).logits
+            positions = torch.from_numpy(positions_of(inputs["attention_mask"].numpy()))
+            return {"logits": model(**inputs, position_ids=positions, use_cache=False).logits}
+        made = run(*inputs.values())
+        return dict(zip(task.outputs, made if isinstance(made, tuple) else (made,), strict=True))
 
     return reference
 
 
-def compare_logits(
+def compare_outputs(
     path: Path,
-    reference: Callable[[Tensor, Tensor], Tensor],
-    vocab_size: int,
+    reference: Callable[[Tensors], Tensors],
+    batches: Iterable[Tensors],
+    outputs: Mapping[str, Sequence[str]],
     *,
-    max_length: int | None = None,
+    vocabulary: int | None = None,
     tolerance: float | None = None,
     twin: bool = False,
-    batches: Sequence[tuple[int, int]] = _BATCHES,
-    sizes: Sizes = ANY_SIZES,
-) -> LogitsComparison:
-    """Run a few random batches through the file and through `reference`, and compare.
-
-    Batches differ in size and length; in those of two rows and more, one row is padded on the left and one
-    on the right (with random tokens, which the mask has to hide). One session serves all batches.
+) -> Comparison:
+    """Run batches through the file and through `reference`, and compare every output. One session serves all.
 
     Args:
-        reference: (input_ids, attention_mask), both (batch, sequence) int64 on the CPU, to logits (batch,
-            sequence, vocabulary) of any floating type.
-        vocab_size: tokens are drawn below it.
-        max_length: longest sequence the model takes; longer batches are cut.
+        reference: a batch to its outputs, of any floating type, on the CPU.
+        batches: see `random_inputs.draw_batches`.
+        outputs: by name, the axes that the first dimensions have; see `Task.outputs`.
+        vocabulary: an output of this last dimension is compared up to a shift of its logits.
         tolerance: share of the spread; None takes TOLERANCE of the reference's type.
         twin: run the file's float32 twin, see `OnnxModel`.
-        batches: (batch, sequence) pairs.
-        sizes: that the file takes; batches of others are left out, and two rows of the least length stand for all.
 
     Raises:
-        SppFxError: a logit differs by more than the tolerance, shapes differ, either side is not finite, or
+        SppFxError: an output differs by more than the tolerance, shapes differ, either side is not finite, or
             onnxruntime cannot run the file.
     """
     model = OnnxModel(path, twin=twin)
     computed_in, limit = "", tolerance
-    worst, spread, agreed, positions = 0.0, 0.0, 0, 0
-    cut = [(rows, length if max_length is None else min(length, max_length)) for rows, length in batches]
-    taken = [each for each in cut if sizes.admit(batch=each[0], length=each[1])]
-    taken = taken or [next((2, length) for length in count(1) if sizes.admit(batch=2, length=length))]
-    for input_ids, attention_mask in _inputs(taken, vocab_size):
+    worst, spread, agreed, judged, positions = 0.0, 0.0, 0, 0, 0
+    for inputs in batches:
         with torch.no_grad():
-            answer = reference(torch.from_numpy(input_ids), torch.from_numpy(attention_mask)).detach().cpu()
-        if limit is None:
-            limit = TOLERANCE.get(str(answer.dtype).removeprefix("torch."), TOLERANCE["float32"])
-        expected = answer.double().numpy()
-        logits = model.logits(input_ids, attention_mask)
-        computed_in, got = logits.dtype.name, logits.astype(np.float64)
-        if got.shape != expected.shape:
-            raise SppFxError(f"{path}: logits have shape {got.shape}, the reference's {expected.shape}")
-        real = attention_mask == 1
-        expected, got = expected[real], got[real]
-        for side, values in (("the reference's", expected), ("the file's", got)):
-            if not np.isfinite(values).all():
-                raise SppFxError(f"{path}: {side} logits are not finite on a batch of {input_ids.shape}")
-        worst = max(worst, float(np.abs(got - expected).max()))
-        spread = max(spread, float(np.abs(expected - expected.mean(axis=-1, keepdims=True)).max()))
-        agreed += int((got.argmax(-1) == expected.argmax(-1)).sum())
-        positions += int(real.sum())
+            answers = {name: answer.detach().cpu() for name, answer in reference(inputs).items()}
+        arrays = {name: _array(value) for name, value in inputs.items()}
+        found = model.outputs(arrays)
+        for name, answer in answers.items():
+            if limit is None:
+                limit = TOLERANCE.get(str(answer.dtype).removeprefix("torch."), TOLERANCE["float32"])
+            expected, got = answer.double().numpy(), found[name].astype(np.float64)
+            computed_in = found[name].dtype.name
+            if got.shape != expected.shape:
+                raise SppFxError(f"{path}: {name} have shape {got.shape}, the reference's {expected.shape}")
+            real = _real(expected, outputs[name], arrays.get("attention_mask"))
+            for side, values in (("the reference's", expected), ("the file's", got)):
+                if not np.isfinite(values[real]).all():
+                    shape = next(iter(inputs.values())).shape
+                    raise SppFxError(f"{path}: {side} {name} are not finite on a batch of {tuple(shape)}")
+            if "logits" in name and expected.shape[-1] > 1:
+                same = _preferred(got, real) == _preferred(expected, real)
+                agreed, judged = agreed + int(same.sum()), judged + same.size
+            expected, got = expected[real], got[real]
+            worst = max(worst, float(np.abs(got - expected).max()))
+            if expected.shape[-1] == vocabulary:
+                expected = expected - expected.mean(axis=-1, keepdims=True)
+            spread = max(spread, float(np.abs(expected).max()))
+            positions += int(real.sum())
     assert limit is not None
-    result = LogitsComparison(worst, spread, limit, agreed / positions, positions, computed_in)
+    agreement = agreed / judged if judged else None
     if worst > limit * spread:
+        preferred = ""
+        if agreement is not None:
+            preferred = f"; both prefer the same at {100 * agreement:.1f}% of {judged} positions"
         raise SppFxError(
-            f"{path}: logits differ from the reference by up to {worst:.3g}, allowed is {limit * spread:.3g} "
-            f"({limit:g} of the logits' spread {spread:.3g}); the same token is preferred at "
-            f"{100 * result.argmax_agreement:.1f}% of {positions} positions"
+            f"{path}: {' and '.join(outputs)} differ from the reference by up to {worst:.3g}, allowed is "
+            f"{limit * spread:.3g} ({limit:g} of their spread {spread:.3g}){preferred}"
         )
-    return result
+    return Comparison(worst, spread, limit, agreement, positions, computed_in)
+
+
+def _array(value: Tensor) -> Array:
+    return (value.float() if value.is_floating_point() else value).numpy()
+
+
+def _real(values: Array, axes: Sequence[str], mask: Array | None) -> npt.NDArray[np.bool_]:
+    """Where an output is not that of padding: over the axes that the task names, or all dimensions but the last."""
+    of_text = LENGTH in axes or (values.ndim == 3 and TARGET not in axes)  # hidden states name no length
+    if mask is not None and of_text and values.shape[:2] == mask.shape:
+        return mask == 1
+    return np.ones(values.shape[: max(len(axes), values.ndim - 1)], dtype=bool)
+
+
+def _preferred(values: Array, real: npt.NDArray[np.bool_]) -> Array:
+    """The largest of the last dimension at each real position; of logits over positions, those of padding are none."""
+    if values.ndim == real.ndim:
+        return np.where(real, values, -np.inf).argmax(-1)
+    return values[real].argmax(-1)
 
 
 def check_standard(path: Path) -> None:
@@ -296,17 +344,6 @@ def float32_twin(path: Path) -> ModelProto:
         file.proto.graph.initializer.append(numpy_helper.from_array(array, name))
     widen(file.proto.graph)
     return file.proto
-
-
-def _inputs(batches: Iterable[tuple[int, int]], vocab_size: int) -> Iterator[tuple[Ids, Ids]]:
-    rng = np.random.default_rng(0)
-    for batch, length in batches:
-        input_ids = rng.integers(0, vocab_size, (batch, length), dtype=np.int64)
-        attention_mask = np.ones((batch, length), dtype=np.int64)
-        if batch > 1:
-            attention_mask[0, : length // 3] = 0
-            attention_mask[1, length - length // 3 :] = 0
-        yield input_ids, attention_mask
 
 
 def _session(path: Path, twin: bool) -> InferenceSession:
