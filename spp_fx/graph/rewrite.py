@@ -121,7 +121,7 @@ def flatten(root: fx.GraphModule, inlined: Callable[[str], bool]) -> fx.Graph:
             if node.op == "call_module" and inlined(child):
                 given = map_arg((*node.args, *node.kwargs.values()), values.__getitem__)
                 module = owner.get_submodule(str(node.target))
-                values[node] = copy(cast(fx.GraphModule, module), child, cast("tuple[Any, ...]", given))
+                values[node] = copy(cast(fx.GraphModule, module), child, given)
                 continue
             several = node.target is operator.getitem and values[node.all_input_nodes[0]]
             if isinstance(several, list | tuple):

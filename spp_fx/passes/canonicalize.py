@@ -16,6 +16,7 @@ known from then on. Every other matrix is named in `program.left_out`.
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import fx, nn
@@ -173,11 +174,11 @@ def _uses(flow: Flow, values: list[Value], weight: nn.Parameter) -> list[Contrac
             why = _kernel(flow, values, weight) or _table(flow, values)
             return why or LeftOut(reached or _used_by(flow, read, values), known=False)
         contractions.append(reached)
-    cast = next((link for c in contractions for link in c.chain if _casts(link, weight)), None)
-    if cast is not None:
+    link = next((link for c in contractions for link in c.chain if _casts(link, weight)), None)
+    if link is not None:
         if role(flow, [c.value for c in contractions]) == ROUTES:
             return LeftOut(f"{ROUTES}, in another dtype than it is stored in", known=True)
-        return LeftOut(f"is cast from {weight.dtype} by {cast.target} before it is used", known=False)
+        return LeftOut(f"is cast from {weight.dtype} by {link.target} before it is used", known=False)
     if len({(c.transposed, _kind(c)) for c in contractions}) > 1:
         return LeftOut("is used in two orientations or forms", known=False)
     return contractions
@@ -392,7 +393,7 @@ def _rewrite(contraction: Contraction, name: str) -> bool:
         with node.graph.inserting_before(node):
             weight = call(node.graph, aten.t.default, weight)
     if contraction.position == 0 and node.target in EITHER:
-        _swap(node, weight, node.args[1], name)
+        _swap(node, cast("fx.Node", weight), cast("fx.Node", node.args[1]), name)
     else:
         given = [] if bias is None else [bias]
         replace_by_call(node, aten.linear.default, x, weight, *given, **{SITE: name})

@@ -445,5 +445,5 @@ def samples_digest(samples: Samples) -> str:
     for sample in samples:
         for name, value in sorted(sample.items()):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from onnxruntime import InferenceSession
 from transformers import AutoModelForCausalLM, BertConfig, BertModel, Lfm2Config
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -78,7 +79,23 @@ def test_an_operator_without_onnx_form_is_named():
         build_graph(model)
 
 
+def test_complex_numbers_and_the_inverse_of_erf_have_onnx_forms():
+    def forward(ids, mask):
+        x = ids.unsqueeze(-1) * torch.linspace(-0.007, 0.007, 8)
+        turn = torch.polar(torch.ones(4), torch.arange(4.0)).unsqueeze(0).unsqueeze(-2)
+        turned = torch.view_as_complex(x.unflatten(-1, (4, 2))) * turn
+        return torch.erfinv(torch.view_as_real(turned).flatten(-2)) * mask.unsqueeze(-1)
+
+    graph = build_graph(with_forward(forward))
+    ids = torch.arange(96).view(3, 32)
+    session = InferenceSession(graph.proto.SerializeToString())
+    (found,) = session.run(None, {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()})
+    expected = forward(ids, torch.ones_like(ids))
+    assert expected.abs().max() > 0.5
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_a_fixed_sequence_length_is_refused():
     model = with_forward(lambda ids, mask: (ids * mask + torch.arange(8)).unsqueeze(-1).float())
-    with pytest.raises(SppFxError, match=r"cannot be traced|must stay dynamic"):
+    with pytest.raises(SppFxError, match=r"fixes a size of its inputs|must stay dynamic"):
         build_graph(model)

@@ -19,9 +19,9 @@ from spp_fx.passes.pipeline import run_pipeline
 from spp_fx.pruning.gradients import Source, layer_gradients, without_gradient
 from spp_fx.pruning.layerwise import InPlace
 from spp_fx.pruning.walk import FileStates, MemoryStates, States, Walk, fitted
-from tests.families import SPREAD, batch, make_model
+from tests.families import OTHER_TASKS, SPREAD, batch, make_model
 from tests.passes.programs import sparse
-from tests.pruning.test_walk import OTHERS, rows_of
+from tests.pruning.test_walk import rows_of
 
 CPU = torch.device("cpu")
 
@@ -166,7 +166,7 @@ def test_a_loss_that_is_not_finite_is_refused():
 def test_gradients_of_a_task_are_those_of_its_loss():
     """Of rows of several lengths with labels: the mean of their losses."""
     torch.manual_seed(0)
-    model = OTHERS["t5"]().eval().requires_grad_(True)
+    model = OTHER_TASKS["t5"]().eval().requires_grad_(True)
     program = trace(model).eval()
     run_pipeline(program, [Canonicalize(), Match(dense=True), Partition()])
     rows = rows_of("t5", program)

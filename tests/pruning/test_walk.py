@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from spp_fx.errors import FormatError, PatternError, PreconditionError, UsageError
 from spp_fx.graph.program import Program
@@ -112,10 +113,23 @@ def test_experts_are_pruned_each_by_the_tokens_it_sees():
         assert torch.equal(program.weight("model.layers.0.mlp.experts.down_proj")[expert], expected)
 
 
-def test_a_weight_of_two_layers_is_pruned_once_by_the_inputs_of_both():
+class Twice(nn.ModuleList):
+    """Layers that the model runs one after another, and then again."""
+
+    def __getitem__(self, index):
+        own = super().__getitem__(index)
+        return [*own, *own] if isinstance(index, slice) else own
+
+
+@pytest.mark.parametrize("called_twice", [False, True])
+def test_a_shared_weight_is_pruned_once_by_the_inputs_of_all_its_uses(called_twice):
     model = make_model("llama").eval()
     layers = model.model.layers
-    weight = layers[1].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
+    if called_twice:
+        model.model.layers = layers = Twice(layers[:1])
+    else:
+        layers[1].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
+    weight = layers[0].mlp.up_proj.weight
     program = trace(model).eval()
     program.calibration = ids = batch(4, 12)
     run_pipeline(program, [Canonicalize(), Match(dense=True), Partition(), Causal()])
@@ -124,19 +138,20 @@ def test_a_weight_of_two_layers_is_pruned_once_by_the_inputs_of_both():
     seen: list[torch.Tensor] = []
     hooks = [
         layer.mlp.up_proj.register_forward_hook(lambda _, args, output: seen.append(args[0].flatten(0, -2)))
-        for layer in layers
+        for layer in layers.children()
     ]
     with torch.no_grad():
-        model(ids)
+        model(ids, use_cache=False)
     for hook in hooks:
         hook.remove()
     dense, x = weight.detach().clone(), torch.cat(seen)
     (report,) = run_pipeline(program, [Prune(Wanda(), pattern="50%")])
     smallest = (dense.abs() * (x**2).sum(0).sqrt()).argsort(1)[:, : dense.shape[1] // 2]
     assert torch.equal(weight, dense.scatter(1, smallest, 0))
-    assert "is pruned with it" in report.skipped["model.layers.1.mlp.up_proj.weight"]
+    assert called_twice or "is pruned with it" in report.skipped["model.layers.1.mlp.up_proj.weight"]
     with torch.no_grad():
-        torch.testing.assert_close(program(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)
+        expected = model(ids, use_cache=False).logits
+        torch.testing.assert_close(program(ids).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 def rows_of(family: str, program: Program) -> list[dict[str, torch.Tensor]]:

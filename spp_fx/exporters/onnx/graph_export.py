@@ -11,6 +11,7 @@ and the mask does the windowing, so that the inputs of all layers have one form.
 import contextlib
 import inspect
 import logging
+import math
 import sys
 import warnings
 from collections import Counter
@@ -33,7 +34,11 @@ from spp_fx.exporters.onnx.onnx_file import all_graphs
 from spp_fx.graph.sizes import ANY_SIZES, Sizes, sizes_of
 from spp_fx.graph.task import BATCH as ROWS
 from spp_fx.graph.task import EXAMPLE, FRAMES, LENGTH, TARGET, Input, Task, task_of_model
-from spp_fx.graph.trace import export_as, forward_of
+from spp_fx.graph.trace import ATTENTION, export_as, forward_of
+
+aten = torch.ops.aten
+VIEWS = (aten.view.default, aten.reshape.default, aten.flatten.using_ints)
+STRIDED = (aten.transpose.int, aten.permute.default, aten.contiguous.default)
 
 OPSET = 18
 BATCH, SEQUENCE, PAST, TOTAL = (
@@ -135,7 +140,12 @@ def plain_signature(model: PreTrainedModel, task: Task) -> Signature:
         try:
             return _signature(model, task, entries, {axis: AXES[axis] for axis in AXES if axis != ROWS})
         except SppFxError:
-            raise error from error.__cause__
+            if "Constraints violated" not in str(error):
+                raise error from error.__cause__
+            raise SppFxError(
+                f"{type(model).__name__} has no ONNX form: its code fixes a size of its inputs when it is traced, as "
+                "a loop over the tokens does, so that a graph would hold for that size only"
+            ) from error
 
 
 def _signature(
@@ -353,7 +363,8 @@ def _translatable(program: ExportedProgram) -> None:
     """Change, in place, what torch.onnx does not take.
 
     Its decompositions give attention's result other strides than the model saw, so a view of it (T5, Swin) has to be a
-    reshape, which is the same in ONNX. A graph has no checks, and what only a check reads has no ONNX form.
+    reshape, which is the same in ONNX, or to read a copy (Doge). Of complex numbers, as in rotary embeddings, it knows
+    few ops. A graph has no checks, and what only a check reads has no ONNX form.
     """
     for graph in (
         module.graph for module in program.graph_module.modules() if isinstance(module, fx.GraphModule)
@@ -361,9 +372,29 @@ def _translatable(program: ExportedProgram) -> None:
         for node in list(graph.nodes):
             if node.target is torch.ops.aten.view.default:
                 node.target = torch.ops.aten.reshape.default
+            elif node.target is ATTENTION and not node.meta["val"].is_contiguous() and _is_viewed(node):
+                with graph.inserting_after(node):
+                    kept = graph.call_function(
+                        aten.clone.default, (node,), {"memory_format": torch.contiguous_format}
+                    )
+                kept.meta = dict(node.meta)
+                node.replace_all_uses_with(kept, delete_user_cb=lambda user, kept=kept: user is not kept)
+            elif node.target is aten.unsqueeze.default and node.meta["val"].is_complex():
+                source, dim = node.args
+                with graph.inserting_before(node):
+                    real = graph.call_function(aten.view_as_real.default, (source,))
+                    wider = graph.call_function(aten.unsqueeze.default, (real, dim if dim >= 0 else dim - 1))
+                real.meta = source.meta | {"val": torch.view_as_real(source.meta["val"])}
+                wider.meta = node.meta | {"val": torch.view_as_real(node.meta["val"])}
+                node.target, node.args = aten.view_as_complex.default, (wider,)
             elif node.target in _CHECKS:
                 graph.erase_node(node)
         graph.eliminate_dead_code()
+
+
+def _is_viewed(node: fx.Node) -> bool:
+    """Whether a view reads a value or a transpose of it, without a copy between them."""
+    return any(user.target in VIEWS or (user.target in STRIDED and _is_viewed(user)) for user in node.users)
 
 
 _CHECKS = (
@@ -375,8 +406,11 @@ _CHECKS = (
 
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """ONNX forms of operators that torch.onnx has none for: the grouped matmul of fused experts."""
-    table: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.aten._grouped_mm.default: _grouped_mm}
+    """ONNX forms of operators that torch.onnx has none for, such as the grouped matmul of fused experts."""
+    table: dict[Callable[..., Any], Callable[..., Any]] = {
+        aten._grouped_mm.default: _grouped_mm,
+        torch.ops.prims.erf_inv.default: _erf_inv,
+    }
     if hasattr(torch.ops.transformers, "grouped_mm_fallback"):
         table[torch.ops.transformers.grouped_mm_fallback.default] = _grouped_mm
     return table
@@ -405,6 +439,24 @@ def _grouped_mm(rows: Any, weight: Any, offs: Any = None, bias: Any = None, out_
     zero = op.CastLike(op.Constant(value_float=0.0), rows)
     parts.append(op.Expand(zero, op.Concat(rest, width, axis=0)))
     return op.Concat(*parts, axis=0)
+
+
+def _erf_inv(x: Any) -> Any:
+    """The inverse of erf for -1 < x < 1: Winitzki's formula (2008), and two steps of Newton's method."""
+    op: Any = opset18
+    a = 0.147
+
+    def number(value: float) -> Any:
+        return op.CastLike(op.Constant(value_float=value), x)
+
+    log = op.Log(op.Sub(number(1.0), op.Mul(x, x)))
+    half = op.Add(op.Mul(log, number(0.5)), number(2 / (math.pi * a)))
+    root = op.Sqrt(op.Sub(op.Mul(half, half), op.Mul(log, number(1 / a))))
+    y = op.Mul(op.Sign(x), op.Sqrt(op.Sub(root, half)))
+    for _ in range(2):
+        slope = op.Mul(op.Exp(op.Neg(op.Mul(y, y))), number(2 / math.sqrt(math.pi)))
+        y = op.Sub(y, op.Div(op.Sub(op.Erf(y), x), slope))
+    return y
 
 
 def _simplify(model: ir.Model, parameters: set[str]) -> None:
