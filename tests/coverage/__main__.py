@@ -26,7 +26,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=int, default=runner.SECONDS, help="CPU time of a type")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--cache", type=Path, default=CACHE, help="the file of rows")
-    parser.add_argument("--keep-whole", action="store_true", help="keep rows that were whole, of any sources")
+    parser.add_argument(
+        "--keep-whole", action="store_true", help="keep rows without a failure, of any sources"
+    )
     parser.add_argument("--keep-all", action="store_true", help="keep all rows, of any sources")
     options = parser.parse_args()
     source = runner.digest()
@@ -37,7 +39,7 @@ def main() -> int:
     done = {
         each
         for each, (digest, row) in rows.items()
-        if digest == source or options.keep_all or (options.keep_whole and row.whole)
+        if digest == source or options.keep_all or (options.keep_whole and not row.failures)
     }
     todo = [each for each in chosen if each not in done]
     for number, (row, seconds) in enumerate(

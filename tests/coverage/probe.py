@@ -2,31 +2,33 @@
 
 import contextlib
 import io
+import json
 import math
 import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 from spp_fx.adapters.adapter_folder import FACTORS
 from spp_fx.errors import SppFxError
 from spp_fx.graph.model import load_model
 from spp_fx.graph.names import layer_of
-from spp_fx.graph.program import Program, factor_attribute
-from spp_fx.graph.task import BATCH, FRAMES, LENGTH, TARGET
+from spp_fx.graph.program import Program
+from spp_fx.graph.task import BATCH, FRAMES, LENGTH, TARGET, find_task
 from spp_fx.graph.trace import EXPORT_ERRORS, trace
 from spp_fx.passes.canonicalize import Canonicalize
-from spp_fx.passes.pipeline import parse_pipeline, run_pipeline
+from spp_fx.passes.pipeline import run_pipeline
 from spp_fx.verbs.export import export
 from spp_fx.verbs.inject import inject
 from spp_fx.verbs.load import load_program
@@ -34,7 +36,7 @@ from spp_fx.verbs.merge import merge
 from spp_fx.verbs.prune import prune
 from spp_fx.verbs.settings import Calibration
 from spp_fx.verbs.verify import verify
-from tests.command import save_tokenizer, tensors
+from tests.command import tensors
 from tests.coverage.models import VOCABULARY, small_model
 
 COLUMNS = (
@@ -50,10 +52,22 @@ COLUMNS = (
     "cusparselt",
     "onnx",
 )
-CALIBRATED = ("causal-lm",)
-"""Tasks whose models `prune` calibrates."""
-LOADED = ("causal-lm",)
-"""Tasks whose adapter folders `load_program` takes; those of others are made anew by passes."""
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+TEXT = " ".join(LETTERS)
+RECORDS: dict[str, dict[str, Any]] = {
+    "causal-lm": {"text": TEXT},
+    "masked-lm": {"text": TEXT},
+    "sequence-classification": {"text": TEXT, "label": 1},
+    "token-classification": {"tokens": [*LETTERS], "ner_tags": [0, 1] * 13},
+    "question-answering": {
+        "question": "a b",
+        "context": TEXT,
+        "answers": {"text": ["d"], "answer_start": [6]},
+    },
+    "seq2seq-lm": {"source": TEXT, "target": "z y x w v"},
+    "feature-extraction": {"text": TEXT},
+}
+"""A record of the tasks that are calibrated on text; others need an image processor, or one of sound."""
 
 SIZES = tuple(
     {BATCH: rows, LENGTH: length, TARGET: target, FRAMES: 400}
@@ -91,10 +105,12 @@ class Row:
 
     @property
     def whole(self) -> bool:
-        return self.whole_without()
+        """Whether everything works that applies."""
+        return not self.failures and self.cells["cusparselt"] == self.cells["onnx"] == "y"
 
-    def whole_without(self, *columns: str) -> bool:
-        return self.failures.keys() <= set(columns) and self.cells["cusparselt"] == "y"
+    @property
+    def whole_but_onnx(self) -> bool:
+        return self.failures.keys() <= {"onnx"} and self.cells["cusparselt"] == "y"
 
 
 def probe(
@@ -103,12 +119,14 @@ def probe(
     report: Callable[[Row], None] = lambda row: None,
     *,
     without: Collection[str] = (),
+    sizes: Sequence[Mapping[str, int]] = SIZES,
 ) -> Row:
     """Take a type through every stage, until one that the later ones need fails.
 
     Args:
         report: called before and after each stage, with the row so far.
         without: columns that are left out: `wanda`, `onnx`, `cusparselt`.
+        sizes: at which answers are compared; a model whose code branches on them is traced for each.
     """
     row = Row(task, model_type, dict.fromkeys(COLUMNS, "-"))
 
@@ -128,7 +146,7 @@ def probe(
             report(row)
 
     with tempfile.TemporaryDirectory(prefix="spp-fx-coverage-") as folder, contextlib.suppress(_Stop):
-        _stages(row, Path(folder), stage, without)
+        _stages(row, Path(folder), stage, without, sizes)
     return row
 
 
@@ -147,26 +165,32 @@ def reason(error: BaseException) -> str:
     return said if len(said) <= LONGEST else f"{said[: LONGEST - 3]}..."
 
 
-def _stages(row: Row, root: Path, stage: Callable[[str], Any], without: Collection[str]) -> None:
+def _stages(
+    row: Row,
+    root: Path,
+    stage: Callable[[str], Any],
+    without: Collection[str],
+    sizes: Sequence[Mapping[str, int]],
+) -> None:
     dense, sparse, adapter, merged = (root / name for name in ("dense", "sparse", "adapter", "merged"))
     with stage("trace"):
         model = _built(row)
         model.save_pretrained(dense)
-        save_tokenizer(dense)
+        _save_tokenizer(dense)
         # from_pretrained decides what is tied, and what a buffer holds.
-        model = load_model(dense)
+        model = load_model(dense, task=find_task(row.task))
         program = trace(model, task=row.task)
         row.cells["lengths"] = program.sizes.described()
-        _compare(program, model, EXACT)
+        _compare(program, model, EXACT, sizes)
     with stage("match"):
         run_pipeline(program, [Canonicalize()])
         _all_linears_known(program, model)
     del program
-    if row.task in CALIBRATED and "wanda" not in without:
+    if row.task in RECORDS and "wanda" not in without:
         with contextlib.suppress(_Stop), stage("wanda"):
-            text = root / "text.txt"
-            text.write_text("a b c d e f g h i j k l m n o p q r s t u v w x y z\n" * 8)
-            prune(dense, sparse, method="wanda", pattern="2:4", calibration=Calibration(text, 4, 16))
+            data = root / "data.jsonl"
+            data.write_text(f"{json.dumps(RECORDS[row.task])}\n" * 8)
+            prune(dense, sparse, method="wanda", pattern="2:4", calibration=Calibration(data, 4, 32))
     if row.cells["wanda"] != "y":
         shutil.rmtree(sparse, ignore_errors=True)
     with stage("inject"):
@@ -174,8 +198,9 @@ def _stages(row: Row, root: Path, stage: Callable[[str], Any], without: Collecti
             prune(dense, sparse, method="magnitude", pattern="2:4")
         inject(sparse, adapter, rank=4)
     with stage("train"):
-        program, factors = _adapted(row.task, sparse, adapter)
-        _step(program, model, factors, adapter)
+        loaded = load_program(adapter)
+        program = loaded.program
+        _step(program, model, loaded.factors, adapter)
     with stage("fold"):
         _only_values_changed(sparse, merged, merge(adapter, merged, verify_sparsity=True).counts)
     with stage("verify"):
@@ -183,8 +208,8 @@ def _stages(row: Row, root: Path, stage: Callable[[str], Any], without: Collecti
         if not verdict.ok:
             raise Differs(str(verdict.failures[0]))
     with stage("load"):
-        reloaded = load_model(merged)
-        _compare(program, reloaded, ROUNDED)
+        reloaded = load_model(merged, task=find_task(row.task))
+        _compare(program, reloaded, ROUNDED, sizes)
     with contextlib.suppress(_Stop), stage("cusparselt"):
         done = export(merged, root / "packed", "cusparselt", sm=90, dtype="float16")
         if done.checks["masks_equal"] != len(done.manifest.tensors):
@@ -194,6 +219,21 @@ def _stages(row: Row, root: Path, stage: Callable[[str], Any], without: Collecti
             export(merged, root / "onnx", "onnx-packed", compare_logits=True)
 
 
+def _save_tokenizer(folder: Path) -> None:
+    """A tokenizer of single letters."""
+    special = {
+        "pad_token": "<pad>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "?",
+        "mask_token": "<mask>",
+    }
+    numbers = {word: number for number, word in enumerate((*special.values(), *LETTERS))}
+    tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+
+
 def _built(row: Row) -> PreTrainedModel:
     try:
         return small_model(row.task, row.model_type)
@@ -201,14 +241,32 @@ def _built(row: Row) -> PreTrainedModel:
         raise Differs(f"transformers does not build it: {reason(error)}") from error
 
 
-def batch_of(program: Program, sizes: Mapping[str, int]) -> dict[str, Tensor]:
-    """Random inputs of a program; tokens are neither special nor stand for an image."""
+def batch_of(program: Program, model: PreTrainedModel, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """Random inputs of a program; tokens are not special, but for those first ones that an image takes the place of."""
     generator = torch.Generator().manual_seed(sizes[BATCH] * 1000 + sizes[LENGTH])
-    batch = {entry.name: entry.drawn(sizes, torch.float32, generator) for entry in program.inputs}
-    for entry in program.inputs:
-        if entry.name in ("input_ids", "decoder_input_ids") and entry.below is not None:
-            batch[entry.name] = 3 + batch[entry.name] % (min(VOCABULARY // 2, entry.below) - 3)
+    inputs = {entry.name: entry for entry in program.inputs}
+    batch: dict[str, Tensor] = {}
+    images = 0
+    if {"input_ids", "pixel_values"} <= inputs.keys():
+        batch["pixel_values"] = inputs["pixel_values"].drawn(sizes, torch.float32, generator)
+        images = _tokens_of_an_image(model, batch["pixel_values"])
+    for name, entry in inputs.items():
+        if name in batch:
+            continue
+        batch[name] = entry.drawn({**sizes, LENGTH: sizes[LENGTH] + images}, torch.float32, generator)
+        if name in ("input_ids", "decoder_input_ids") and entry.below is not None:
+            batch[name] = 3 + batch[name] % (min(VOCABULARY // 2, entry.below) - 3)
+    if images:
+        batch["input_ids"][:, :images] = model.config.image_token_id
     return batch
+
+
+def _tokens_of_an_image(model: PreTrainedModel, pixels: Tensor) -> int:
+    """How many tokens the image of each row takes the place of."""
+    with torch.no_grad():
+        found: Any = model.get_image_features(pixel_values=pixels)
+    found = getattr(found, "pooler_output", found)
+    return sum(each.numel() // each.shape[-1] for each in found) // len(pixels)
 
 
 def labels_of(program: Program, batch: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor | None:
@@ -235,7 +293,9 @@ def _answers(program: Program, model: PreTrainedModel, batch: Mapping[str, Tenso
     return [getattr(given, name) for name in program.task.outputs]
 
 
-def _compare(program: Program, model: PreTrainedModel, tolerance: float) -> None:
+def _compare(
+    program: Program, model: PreTrainedModel, tolerance: float, every: Sequence[Mapping[str, int]]
+) -> None:
     """Differs if a program and a model give other answers, relative to the largest.
 
     Sizes that the model itself does not take are left out.
@@ -243,10 +303,10 @@ def _compare(program: Program, model: PreTrainedModel, tolerance: float) -> None
     program.eval(), model.eval()
     refused: BaseException | None = None
     compared = 0
-    for sizes in SIZES:
-        batch = batch_of(program, sizes)
+    for sizes in every:
         with torch.no_grad():
             try:
+                batch = batch_of(program, model, sizes)
                 expected = _answers(program, model, batch)
             except EXPORT_ERRORS as error:
                 refused = error
@@ -289,21 +349,6 @@ def _all_linears_known(program: Program, model: PreTrainedModel) -> None:
         raise Differs(f"{len(unknown)} linears of layers are not sites: {first} {why}")
 
 
-def _adapted(task: str, sparse: Path, adapter: Path) -> tuple[Program, dict[str, nn.Parameter]]:
-    """The program of an adapter folder, and its factors by their names in it."""
-    if task in LOADED:
-        loaded = load_program(adapter)
-        return loaded.program, loaded.factors
-    program = trace(load_model(sparse), task=task)
-    run_pipeline(program, parse_pipeline("canonicalize,match,inject{rank=4},lower{kernel=fused}"))
-    factors: dict[str, nn.Parameter] = {}
-    for name in load_file(adapter / FACTORS):
-        site, _, factor = name.rpartition(".")
-        owner, _, parameter = site.rpartition(".")
-        factors[name] = program.get_parameter(f"{owner}.{factor_attribute(parameter, factor)}")
-    return program, factors
-
-
 def _step(
     program: Program, model: PreTrainedModel, factors: Mapping[str, nn.Parameter], adapter: Path
 ) -> None:
@@ -311,7 +356,7 @@ def _step(
 
     Differs if the loss does not change, or a factor stays whose weight has a gradient in the model.
     """
-    batch = batch_of(program, SIZES[0])
+    batch = batch_of(program, model, SIZES[0])
     labels = labels_of(program, batch, SIZES[0])
 
     def loss() -> Tensor:
