@@ -272,7 +272,8 @@ def assemble(
         read: gives a stored tensor by name.
     """
     if matrices[0].expert is None:
-        parts = [read(matrix.tensor)[matrix.held] for matrix in matrices]
+        tensors = [(read(matrix.tensor), matrix) for matrix in matrices]
+        parts = [tensor[matrix.held] if tensor.ndim else tensor for tensor, matrix in tensors]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).reshape(shape)
     if matrices[0].whole:
         return read(matrices[0].tensor).view(shape)

@@ -93,6 +93,7 @@ class Task:
         cached: the model's code keeps a cache unless it is told not to.
         predicts_tokens: labels are tokens, so the loss is that of a perplexity.
         media: inputs are made of pictures by an image processor, or by a processor of texts and others; None: texts.
+        records: what a record of the task's data holds, in words.
         peft: PEFT's name of the task, if it has one.
     """
 
@@ -104,6 +105,7 @@ class Task:
     cached: ClassVar[bool] = False
     predicts_tokens: ClassVar[bool] = False
     media: ClassVar[Literal["image", "both"] | None] = None
+    records: ClassVar[str] = ""
     peft: ClassVar[str | None] = None
 
     def inputs(self, model: PreTrainedModel) -> tuple[Input, ...]:
@@ -116,9 +118,6 @@ class Task:
         By default the cross entropy of logits (..., classes) and labels (...), -100 where nothing is learned.
         """
         return cross_entropy(outputs["logits"], labels, **kwargs)
-
-    records: ClassVar[str] = ""
-    """What a record of the task's data holds, in words."""
 
     def encode(self, record: Mapping[str, Any], processor: Any, model: TaskModel, length: int) -> Row | str:
         """The inputs of a record, and its labels if it has some: one row, without the dimension of the batch.
@@ -264,10 +263,17 @@ def text_inputs(model: PreTrainedModel, *, segments: bool = False) -> tuple[Inpu
     """Token ids and their mask, and with `segments` the numbers of the texts that tokens belong to.
 
     Segments are an input where the model has several, and takes them.
+
+    Raises:
+        UsageError: the configuration does not say how many tokens there are.
     """
     config = model.config.get_text_config(decoder=not model.config.is_encoder_decoder)
-    tokens = (BATCH, LENGTH)
-    found = [Input("input_ids", tokens, config.vocab_size), Input("attention_mask", tokens, 2, default=1)]
+    tokens, vocabulary = (BATCH, LENGTH), getattr(config, "vocab_size", None)
+    if vocabulary is None:
+        raise UsageError(
+            f"{type(model).__name__} takes no tokens of a vocabulary (vocab_size of config.json)"
+        )
+    found = [Input("input_ids", tokens, vocabulary), Input("attention_mask", tokens, 2, default=1)]
     kinds = getattr(config, "type_vocab_size", 0) or 0
     if segments and kinds > 1 and accepts(model, "token_type_ids"):
         found.append(Input("token_type_ids", tokens, kinds, default=0))
@@ -275,8 +281,11 @@ def text_inputs(model: PreTrainedModel, *, segments: bool = False) -> tuple[Inpu
 
 
 def decoder_input(model: PreTrainedModel) -> Input:
-    """Token ids of the decoder of an encoder-decoder model."""
-    return Input("decoder_input_ids", (BATCH, TARGET), model.config.get_text_config(decoder=True).vocab_size)
+    """Token ids of the decoder of an encoder-decoder model; UsageError if it takes none."""
+    vocabulary = getattr(model.config.get_text_config(decoder=True), "vocab_size", None)
+    if vocabulary is None or not accepts(model, "decoder_input_ids"):
+        raise UsageError(f"{type(model).__name__} has no decoder that takes tokens")
+    return Input("decoder_input_ids", (BATCH, TARGET), vocabulary)
 
 
 def pixel_inputs(model: PreTrainedModel) -> tuple[Input, ...]:

@@ -111,7 +111,9 @@ def _encoded(data: str | Path, model: TaskModel, processor: Any, length: int) ->
         try:
             row = model.task.encode(record, processor, model, length)
         except UsageError as error:
-            raise UsageError(f"{where}: {error}") from error
+            raise UsageError(
+                f"{where}: {error}; a record for {model.task.name} is {model.task.records}"
+            ) from error
         yield Skip(where, row) if isinstance(row, str) else row
 
 

@@ -202,7 +202,9 @@ class AdapterTrainer(Trainer):
         }
         parts = {name: part * scale for name, part in parts.items()}
         loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
-        self._add(model, parts | {LOSS: loss})
+        # The Trainer itself takes the mean over the batches of a step where there are no labels to count.
+        batches = 1 if counted else self.args.gradient_accumulation_steps
+        self._add(model, {name: part / batches for name, part in (parts | {LOSS: loss}).items()})
         return (loss, output) if return_outputs else loss
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:

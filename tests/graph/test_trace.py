@@ -397,9 +397,8 @@ class WithImages(LlamaForCausalLM):
             lambda: WithImages(shallow("llama")),
             r"says: pixel_values are needed \(at .*test_trace\.py:\d+, raise V",
         ),
-        (dynamic_ntk, r"data-dependent .*modeling_rope_utils\.py:\d+, if seq_len > max_seq_len_cached"),
     ],
-    ids=["data", "inputs", "dynamic"],
+    ids=["data", "inputs"],
 )
 def test_a_refusal_names_reason_fix_and_place_in_one_line_and_prints_nothing(make, said, capfd):
     with pytest.raises(SppFxError) as raised:

@@ -10,17 +10,12 @@ import pytest
 import torch
 from transformers import (
     AutoModel,
-    BartConfig,
-    BartForConditionalGeneration,
     BertConfig,
-    BertModel,
+    BertForMultipleChoice,
     LlamaConfig,
     LlamaForCausalLM,
-    RobertaConfig,
-    RobertaForMaskedLM,
-    RobertaForSequenceClassification,
-    WhisperConfig,
-    WhisperForConditionalGeneration,
+    ViTConfig,
+    ViTForMaskedImageModeling,
 )
 
 from spp_fx.errors import FormatError, SppFxError, UsageError
@@ -176,28 +171,26 @@ def test_a_missing_package_is_no_internal_error(folder, monkeypatch, package):
             load(folder)
 
 
-SMALL = {
-    "vocab_size": 64,
+LAYER = {
     "hidden_size": 32,
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "intermediate_size": 64,
 }
-LAYERS = {"vocab_size": 64, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1}
-LAYERS |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+SMALL = {
+    "vocab_size": 64,
+    **LAYER,
+}
 OTHERS = {
-    "RobertaForSequenceClassification": lambda: RobertaForSequenceClassification(RobertaConfig(**SMALL)),
-    "RobertaForMaskedLM": lambda: RobertaForMaskedLM(RobertaConfig(**SMALL)),
-    "BertModel": lambda: BertModel(BertConfig(**SMALL)),
-    "BartForConditionalGeneration": lambda: BartForConditionalGeneration(BartConfig(**LAYERS)),
-    "WhisperForConditionalGeneration": lambda: WhisperForConditionalGeneration(
-        WhisperConfig(**LAYERS, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1)
+    "BertForMultipleChoice": lambda: BertForMultipleChoice(BertConfig(**SMALL)),
+    "ViTForMaskedImageModeling": lambda: ViTForMaskedImageModeling(
+        ViTConfig(**LAYER, image_size=16, patch_size=8, encoder_stride=8)
     ),
 }
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_a_model_of_another_task_is_called_by_its_name_and_not_damaged(tmp_path, name):
+def test_a_model_of_no_known_task_is_called_by_its_name_and_not_damaged(tmp_path, name):
     OTHERS[name]().save_pretrained(tmp_path / "model")
     save_tokenizer(tmp_path / "model")
     (tmp_path / "text.txt").write_text("a b c")
@@ -205,7 +198,7 @@ def test_a_model_of_another_task_is_called_by_its_name_and_not_damaged(tmp_path,
     assert result.code == 2
     said = one_line(result.err)
     assert f"it holds a {name}" in said
-    assert "eval takes models for causal-lm" in said
+    assert "eval takes models for causal-lm, seq2seq-lm, masked-lm" in said
     assert "damaged" not in said
 
 

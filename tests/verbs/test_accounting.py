@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM as Causal
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    BertConfig,
+    BertForMultipleChoice,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     GPTNeoConfig,
@@ -51,6 +53,7 @@ BART = BartConfig(
     vocab_size=96, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
     decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=64,
 )  # fmt: skip
+BERT = BertConfig(**SMALL, intermediate_size=64)
 ROBERTA = RobertaConfig(**SMALL, intermediate_size=64, max_position_embeddings=66)
 JETMOE = JetMoeConfig(
     vocab_size=96, hidden_size=32, num_hidden_layers=1, num_key_value_heads=2, kv_channels=8, intermediate_size=64,
@@ -267,11 +270,15 @@ def test_verbs_without_a_forward_need_no_trace(tmp_path, config):
     assert sum(view.matched for view in seen.sites) == len(linears)
 
 
-def test_the_reason_why_a_model_cannot_be_traced_is_said_once(tmp_path):
-    Causal.from_config(DYNAMIC).save_pretrained(tmp_path / "dense")
+def test_a_model_of_no_known_task_is_known_by_its_modules_which_is_said_once(tmp_path):
+    model = BertForMultipleChoice(BERT)
+    model.save_pretrained(tmp_path / "dense")
     result = must("prune", tmp_path / "dense", "-o", tmp_path / "sparse")
-    assert "cannot be traced" in one_line(result.err)
+    assert "BertForMultipleChoice is of none of the tasks that are known" in one_line(result.err)
     assert must("prune", tmp_path / "dense", "-o", tmp_path / "quiet", "-q").err == ""
+    must("inject", tmp_path / "sparse", "-o", tmp_path / "adapter", "--rank", 4)
+    must("merge", tmp_path / "adapter", "-o", tmp_path / "merged")
+    assert verify(tmp_path / "merged", pattern="2:4").ok
 
 
 def test_inject_leaves_out_what_it_cannot_adapt_and_says_so(tmp_path):

@@ -20,6 +20,13 @@ from spp_fx.graph.task import (
     text_inputs,
 )
 
+SEEING_OR_HEARING = (
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+)
+"""Tables with language models beside others."""
+
 
 @register("causal-lm")
 class CausalLM(Task):
@@ -44,12 +51,12 @@ class CausalLM(Task):
         )
 
     def claims(self, architecture: str, config: PretrainedConfig) -> bool:
-        """Those that also see images are language models unless a task for images is asked for."""
+        """Those that also see or hear are language models unless another task is asked for."""
         if super().claims(architecture, config):
             return True
         if config.is_encoder_decoder:
             return False
-        if architecture in classes("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"):
+        if architecture in classes(*SEEING_OR_HEARING):
             return True
         # Its head may be the embedding; loading reports one that is missing. BERT's is a head of its own.
         causal, masked = (model_types(t) for t in (self.tables[0], "MODEL_FOR_MASKED_LM_MAPPING_NAMES"))

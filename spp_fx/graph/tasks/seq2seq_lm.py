@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from spp_fx.errors import UsageError
@@ -28,6 +28,13 @@ class Seq2SeqLM(Task):
     outputs: ClassVar[Mapping[str, tuple[str, ...]]] = {"logits": (BATCH, TARGET)}
     cached: ClassVar[bool] = True
     peft: ClassVar[str | None] = "SEQ_2_SEQ_LM"
+
+    def claims(self, architecture: str, config: PretrainedConfig) -> bool:
+        """Not the language models with an encoder for sounds, which are in transformers' table as well."""
+        return config.is_encoder_decoder and super().claims(architecture, config)
+
+    def takes(self, model: PreTrainedModel) -> bool:
+        return model.config.is_encoder_decoder and super().takes(model)
 
     def inputs(self, model: PreTrainedModel) -> tuple[Input, ...]:
         return (*text_inputs(model), decoder_input(model))
