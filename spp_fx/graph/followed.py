@@ -94,7 +94,7 @@ _MOVES = {
 
 
 def products() -> dict[object, dict[int, int]]:
-    return contractions() | {aten.mv.default: {0: -1}, aten.addmv.default: {1: -1}}
+    return contractions() | {aten.mv.default: {0: -1, 1: -1}, aten.addmv.default: {1: -1, 2: -1}}
 
 
 def is_transposed(weight: Followed, summed: int) -> bool | str:

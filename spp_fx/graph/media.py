@@ -24,7 +24,7 @@ def read_image(path: Any) -> Any:
         with Image.open(Path(path)) as image:
             return image.convert("RGB")
     except OSError as error:
-        raise UsageError(f"{path}: {unreadable(error)}") from error
+        raise UsageError(f"{path}: {unreadable(error) if error.strerror else error}") from error
 
 
 def read_sound(path: Any, rate: int) -> Any:

@@ -179,12 +179,13 @@ def holds(config: Json) -> str:
     )
 
 
-def lacking(folder: str | Path) -> str:
-    """Why tensors of a model may be missing, by config.json."""
+def lacking(folder: str | Path, task: Task | None = None) -> str:
+    """Why tensors of a model may be missing, by config.json and the task that was asked for."""
     config = read_json(Path(folder) / "config.json")
     named = _architectures(config)
-    if named and "auto_map" not in config and named[0] not in CAUSAL:
-        return f"{holds(config)}; another --task may need tensors that it does not have"
+    if named and "auto_map" not in config and (task is not None or named[0] not in CAUSAL):
+        what = "another task" if task is None else task.name
+        return f"{holds(config)}, and {what} may need tensors that it does not have"
     return "it is damaged, or config.json is of another model"
 
 
@@ -340,7 +341,7 @@ def load_model(
             first = sorted(map(str, names))[0]
             raise FormatError(
                 f"{folder}: the checkpoint {what} {len(names)} of the model's tensors (first: {first}); "
-                f"{lacking(folder)}"
+                f"{lacking(folder, task)}"
             )
     return model
 

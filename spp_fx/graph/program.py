@@ -202,6 +202,7 @@ class Program(nn.Module):
         untraced: why there are no graphs and nothing can be computed; see `outline`.
         tied: parameters that share another's storage: name -> the first name.
         head_weight: name of the weight that makes the logits, if the model has one.
+        dtype: of the numbers that it is given, such as pixels.
         calibration: what calibrated passes run it on: tokens (samples, length) int64, or rows of its inputs, each
             (1, ...), by name.
         loss_type: what transformers calls the loss; its Trainer counts a step's tokens by it.
@@ -251,6 +252,7 @@ class Program(nn.Module):
         self.masks: dict[str, PackedMask] = {}
         self.calibration: Tensor | Sequence[Mapping[str, Tensor]] | None = None
         self.language = ""
+        self.dtype = torch.float32
         self.loss_type: str | None = None
         self.history: list[str] = []
         self.sizes = ANY_SIZES
@@ -303,8 +305,8 @@ class Program(nn.Module):
                 continue
             if entry.default is None:
                 raise UsageError(f"{entry.name} {entry.described()} is missing")
-            given[entry.name] = entry.filled(sizes, torch.float32, device or self.device)
-        return {entry.name: given[entry.name] for entry in self.inputs}
+            given[entry.name] = entry.filled(sizes, self.dtype, device or self.device)
+        return {entry.name: entry.cast(given[entry.name], self.dtype) for entry in self.inputs}
 
     def at(self, **sizes: Any) -> "Program":
         """This program, or where its graphs do not hold for such a batch, one that shares its tensors.

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from spp_fx.registry import Registry, naming
 
 BATCH, LENGTH, TARGET, FRAMES = "batch", "length", "target", "frames"
 """Names of axes: rows, tokens, tokens that a decoder has beside those of its encoder, and frames of a recording."""
+TEXT_INPUTS = frozenset(("input_ids", "attention_mask", "token_type_ids"))
+"""Names of inputs that a tokenizer makes."""
 EXAMPLE: dict[str, int] = {BATCH: 2, LENGTH: 7, TARGET: 5, FRAMES: 400}
 """The sizes that an export runs with: none is 1, which is taken for a constant, and they differ, since equal ones
 are taken for one."""
@@ -77,6 +79,10 @@ class Input:
             return torch.randn(self.shape(sizes), generator=generator).to(dtype)
         return torch.randint(self.below, self.shape(sizes), generator=generator)
 
+    def cast(self, value: Tensor, dtype: torch.dtype) -> Tensor:
+        """Numbers in the model's dtype; integers as they are."""
+        return value.to(dtype) if self.below is None and value.is_floating_point() else value
+
     def described(self) -> str:
         return f"({', '.join(map(str, self.axes))})"
 
@@ -92,7 +98,6 @@ class Task:
         outputs: by name, the axes that its first dimensions have.
         cached: the model's code keeps a cache unless it is told not to.
         predicts_tokens: labels are tokens, so the loss is that of a perplexity.
-        media: inputs are made of pictures by an image processor, or by a processor of texts and others; None: texts.
         records: what a record of the task's data holds, in words.
         peft: PEFT's name of the task, if it has one.
     """
@@ -104,7 +109,6 @@ class Task:
     outputs: ClassVar[Mapping[str, tuple[str, ...]]]
     cached: ClassVar[bool] = False
     predicts_tokens: ClassVar[bool] = False
-    media: ClassVar[Literal["image", "both"] | None] = None
     records: ClassVar[str] = ""
     peft: ClassVar[str | None] = None
 
@@ -384,7 +388,10 @@ class EagerModel:
 
     def answer(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The outputs for a batch of inputs by name, which is moved to the model's device."""
-        names = {entry.name for entry in self.inputs}
-        placed = {name: value.to(self.model.device) for name, value in batch.items() if name in names}
+        placed = {
+            entry.name: entry.cast(batch[entry.name], self.model.dtype).to(self.model.device)
+            for entry in self.inputs
+            if entry.name in batch
+        }
         made = self.model(**placed, **({"use_cache": False} if self.task.cached else {}))
         return {name: made[name] for name in self.task.outputs}

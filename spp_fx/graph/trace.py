@@ -199,6 +199,7 @@ def _trace(
     loss = getattr(model, "loss_function", None)
     program = Program(root, task, inputs, model.config, loss, tied_parameters(model), head_of(model))
     program.language = language_of(model)
+    program.dtype = model.dtype
     program.sizes = Sizes(tuple(dict.fromkeys(conditions)))
     program.constants = frozenset(dict(program.named_buffers()).keys() - dict(model.named_buffers()).keys())
     # Most families without a loss of their own have no loss_type, either: the Trainer would count tokens wrongly.

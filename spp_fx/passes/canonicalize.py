@@ -237,6 +237,10 @@ def _follow(flow: Flow, read: Read, weight: nn.Parameter) -> Contraction | str |
 
 def _follow_into_leaf(flow: Flow, read: Read, weight: nn.Parameter) -> Contraction | str:
     leaf, position = _leaf(flow, read.result), read.node.args.index(read.operand)
+    if position > len(leaf.names):
+        return "is given to code that runs as it is"
+    if read.node.args.count(read.operand) > 1:
+        return "is used under two names by code that runs as it is"
     transposed = leaf.linears[leaf.names[position - 1]]
     if isinstance(transposed, str):
         return transposed

@@ -55,7 +55,7 @@ def without_gradient(program: Program, sites: Iterable[str]) -> dict[str, str]:
     """The sites whose gradients `layer_gradients` does not give, with reasons."""
     sites = tuple(sites)
     reasons = {
-        name: "is outside the decoder layers, where no gradient is taken"
+        name: "is outside the layers, where no gradient is taken"
         if program.sites[name].layer not in program.units
         else "is used outside its layer as well, where no gradient is taken"
         for name in outside_of_layers(program, sites)

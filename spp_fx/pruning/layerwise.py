@@ -92,7 +92,7 @@ def outside_of_layers(program: Program, sites: Iterable[str]) -> dict[str, str]:
         layer = program.sites[name].layer
         if layer not in program.units:
             reasons[name] = (
-                "is outside the decoder layers, where nothing is calibrated; prune it with --method magnitude"
+                "is outside the layers, where nothing is calibrated; prune it with --method magnitude"
             )
         elif any(not f"{in_model(use.path)}.".startswith(f"{layer}.") for use in uses.get(name, [])):
             reasons[name] = "is used outside its layer as well, where nothing is calibrated"

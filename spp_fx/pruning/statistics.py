@@ -71,7 +71,8 @@ class Inputs:
         Raises:
             PatternError: an input is NaN or infinite.
         """
-        if all(x.shape[1] == self.features for x, _ in parts):
+        in_order = torch.arange(self.features)
+        if all(torch.equal(columns.cpu().long(), in_order) for _, columns in parts):
             none = torch.empty(0, self.features, device=self._sum.device)
             self.add(torch.cat([x for x, _ in parts]) if parts else none)
             return

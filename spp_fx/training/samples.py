@@ -358,9 +358,13 @@ def evaluation_rows(windows: list[Tensor]) -> list[dict[str, Tensor]]:
     return [_row(ids, ids) for ids in windows]
 
 
-def pad_token(tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> int:
-    """A token of the model to fill rows with: the tokenizer's own, else its end of text, else 0; it is never seen."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+def pad_token(tokenizer: PreTrainedTokenizerBase, vocabulary: int, own: int | None = None) -> int:
+    """A token of the model to fill rows with: its own, the tokenizer's, else its end of text, else 0; it is never seen.
+
+    Args:
+        own: the model's, by which some classifiers find the last token of a row.
+    """
+    for token in (own, tokenizer.pad_token_id, tokenizer.eos_token_id):
         if isinstance(token, int) and token < vocabulary:
             return token
     return 0

@@ -63,7 +63,10 @@ class HiddenRows(TaskRows):
         generator = torch.Generator().manual_seed(hash((self.seed, self.epoch, index)) % 2**63)
         chance, kind = torch.rand(2, len(ids), generator=generator)
         others = torch.randint(self.vocabulary, ids.shape, generator=generator)
-        hidden = (chance < HIDDEN_SHARE) & ~torch.isin(ids, self.special)
+        plain = ~torch.isin(ids, self.special)
+        # A short window may have none below the share: the token with the least is hidden in any case.
+        least = chance.masked_fill(~plain, 2).min()
+        hidden = plain & ((chance < HIDDEN_SHARE) | (chance == least))
         row["labels"] = ids.masked_fill(~hidden, IGNORED)
         changed = torch.where(kind < 0.8, self.mask, torch.where(kind < 0.9, others, ids))
         row["input_ids"] = torch.where(hidden, changed, ids)
@@ -196,12 +199,13 @@ def score(
             count += size
             tick(size)
             continue
-        items = int((labels != -100).sum())
+        answers, wanted = task.predict(outputs, labels)
+        items = wanted.numel()
         if items == 0:
             continue
         total += float(task.loss(model, outputs, labels, num_items_in_batch=1))
         count += items
-        found.append(task.predict(outputs, labels))
+        found.append((answers, wanted))
         tick(len(labels))
     if count and not found:
         return Scored(len(rows), None, {"similarity": 1 - total / count})

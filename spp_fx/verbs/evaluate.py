@@ -38,6 +38,7 @@ from spp_fx.verbs.load import (
 )
 from spp_fx.verbs.settings import EvaluateSettings
 
+FEATURES = "feature-extraction"
 FEW_WINDOWS = 10
 """Below so many windows of text a perplexity is rough."""
 
@@ -308,7 +309,11 @@ def _evaluate(
 
 def _task(path: Path, settings: EvaluateSettings) -> Task | None:
     """What a folder's model is run for; None if its class is of no task that is known."""
-    if settings.task is None and is_adapter(path):
+    if settings.task is not None and (is_adapter(path) or is_export(path)):
+        raise UsageError(
+            f"{path}: --task is for model folders: an adapter or an export has a task of its own"
+        )
+    if is_adapter(path):
         return find_task(AdapterFolder.open(path).config.task)
     return folder_task(path, settings.task)
 
@@ -328,20 +333,23 @@ def _answer(
         home: the folder of its tokenizer or processor.
     """
     data = str(settings.data)
+    if settings.teacher is not None and model.task.name != FEATURES:
+        raise UsageError(f"--teacher is for feature-extraction, and this is a model for {model.task.name}")
     if settings.stride is not None:
         raise UsageError("--stride is for the text of causal language models")
     length = fit_length(positions_of(model.config), settings.seq_len)
-    processor = load_processor(home, model.task, trust_remote_code=trust_remote_code)
+    processor = load_processor(home, model, trust_remote_code=trust_remote_code)
     rows, skipped = task_rows(data, model, processor, length=length, strict=settings.strict)
     if line := skipped.line(data):
         say(line)
     tokenizer, teacher = tokenizer_of(processor), None
+    own = getattr(model.config.get_text_config(), "pad_token_id", None)
     if settings.teacher is not None:
         name = model.task.name
         guide, _ = load_evaluated(settings.teacher, None, device, trust_remote_code, name)
         teacher = EagerModel(model.task, guide)
     result = score(
-        model, rows, model.answer, 0 if tokenizer is None else pad_token(tokenizer, model.vocabulary),
+        model, rows, model.answer, 0 if tokenizer is None else pad_token(tokenizer, model.vocabulary, own),
         reference=None if teacher is None else teacher.answer, tick=lambda count: tick("rows", count),
     )  # fmt: skip
     return Answered(model.task.name, data, length, result, skipped)

@@ -33,6 +33,7 @@ from spp_fx.graph.binding import NOT_STORED
 from spp_fx.graph.leaves import sites_in_leaves
 from spp_fx.graph.names import without_skipped
 from spp_fx.graph.program import Site
+from spp_fx.graph.task import CAUSAL_LM, find_task, task_of
 from spp_fx.parallel import Tick, no_tick
 from spp_fx.passes.inject_adapters import adaptable
 from spp_fx.passes.match import Match
@@ -246,6 +247,8 @@ def inject(
             start = {"init": init, "samples": len(samples)}
             if isinstance(samples, Tensor):
                 start["seq_len"] = samples.shape[1]
+        # An outline has no task of its own.
+        kind = find_task(task) if task else task_of(found.program.config) or find_task(CAUSAL_LM)
         write_adapter(
             work.folder,
             target=out,
@@ -259,9 +262,7 @@ def inject(
             lock=lock,
             trained=trained,
             init=init,
-            task=(found.program.task.name, found.program.task.peft)
-            if found.program.inputs
-            else ("none", None),
+            task=(kind.name, kind.peft),
         )
         settings = {
             "method": method, **result.method.parameters(), "seed": seed, "targets": list(targets), "skip": list(skip),

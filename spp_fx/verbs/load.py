@@ -25,7 +25,7 @@ from spp_fx.graph.binding import assemble
 from spp_fx.graph.model import PROCESSOR_FILES, TOKENIZER_FILES, Readable, check_task, load_model
 from spp_fx.graph.names import in_model
 from spp_fx.graph.program import Program, factor_attribute
-from spp_fx.graph.task import CAUSAL_LM, Task, find_task
+from spp_fx.graph.task import CAUSAL_LM, TEXT_INPUTS, TaskModel, find_task
 from spp_fx.graph.trace import trace
 from spp_fx.passes.canonicalize import Canonicalize
 from spp_fx.passes.causal import Causal
@@ -170,15 +170,16 @@ def load_tokenizer(model: Path, *, trust_remote_code: bool = False) -> PreTraine
     return tokenizer
 
 
-def load_processor(folder: Path, task: Task, *, trust_remote_code: bool = False) -> Any:
-    """What makes a task's inputs of records: the tokenizer of a folder, its image processor, or both.
+def load_processor(folder: Path, model: TaskModel, *, trust_remote_code: bool = False) -> Any:
+    """What makes a model's inputs of records: the tokenizer of a folder, its image processor, or both.
 
     Raises:
         UsageError: there is none, it cannot be loaded, or needs a package that is not installed.
     """
-    if task.media is None:
+    names = {entry.name for entry in model.inputs}
+    if names <= TEXT_INPUTS | {"decoder_input_ids"}:
         return load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    auto = AutoImageProcessor if task.media == "image" else AutoProcessor
+    auto = AutoImageProcessor if names == {"pixel_values"} else AutoProcessor
     with Readable(folder, "its processor cannot be loaded", PROCESSOR_FILES, UsageError):
         return auto.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
 
@@ -421,7 +422,7 @@ def draw_samples(
     rows, skipped = task_rows(
         data,
         program,
-        load_processor(model, task, trust_remote_code=trust_remote_code),
+        load_processor(model, program, trust_remote_code=trust_remote_code),
         length=window_length(program, calibration.seq_len),
         strict=calibration.strict,
         seed=calibration.seed,

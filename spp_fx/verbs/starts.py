@@ -48,13 +48,13 @@ def check_start(method: Method, init: str) -> None:
     raise UsageError(f"{method.name} has only its default start: {reason}. Leave out --init")
 
 
-def walkable(folder: Path, *, trust_remote_code: bool = False) -> ModelSites:
+def walkable(folder: Path, task: str, *, trust_remote_code: bool = False) -> ModelSites:
     """A model folder whose decoder layers can be run one by one; its program computes once its tensors are filled in.
 
     Raises:
         UsageError: it cannot be traced, or is not made of layers that run one after another.
     """
-    found = find_sites(open_model(folder), trust_remote_code=trust_remote_code, runnable=True)
+    found = find_sites(open_model(folder), task=task, trust_remote_code=trust_remote_code, runnable=True)
     partition(found.program, folder)
     return found
 
@@ -147,7 +147,8 @@ class TextGradients:
     def guide(self) -> ModelSites | None:
         if self.teacher is None:
             return None
-        guide = walkable(self.teacher, trust_remote_code=self.trust_remote_code)
+        task = self.found.program.task.name
+        guide = walkable(self.teacher, task, trust_remote_code=self.trust_remote_code)
         model = self.found.folder.path
         check_teacher(
             self.found.program, guide.program, model, self.teacher, trust_remote_code=self.trust_remote_code
@@ -195,7 +196,8 @@ def start_factors(
     if init == "gradient":
         return start_from_gradients(text.of(methods), methods, factors)
     assert text.teacher is not None
-    dense = find_sites(open_model(text.teacher), trust_remote_code=text.trust_remote_code)
+    task = text.found.program.task.name
+    dense = find_sites(open_model(text.teacher), task=task, trust_remote_code=text.trust_remote_code)
     check_dense(text.found, dense, methods)
     done = start_by_reconstruction(
         text.found,

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from spp_fx.adapters.adapter_folder import AdapterFolder
 from spp_fx.console import megabytes
+from spp_fx.errors import UsageError
 from spp_fx.exporters.manifest import open_model
 from spp_fx.graph.program import Program
+from spp_fx.graph.task import CAUSAL_LM
 from spp_fx.sparsity.lock import lock_beside
 from spp_fx.storage.folder import is_adapter
 from spp_fx.storage.links import links_option
@@ -126,6 +128,10 @@ def teach(
     check_output(out, force, [model], say)
     where = device_of(device)
     loaded = load_program(model, trust_remote_code=trust_remote_code)
+    if loaded.program.task.name != CAUSAL_LM:
+        raise UsageError(
+            f"{model}: is a model for {loaded.program.task.name}; teach samples the tokens of causal language models"
+        )
     program = loaded.program.eval().requires_grad_(False)
     tokenizer = load_tokenizer(loaded.model, trust_remote_code=trust_remote_code)
     length = window_length(program, seq_len)

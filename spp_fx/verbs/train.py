@@ -201,7 +201,7 @@ def train(
     if loaded.program.task.name == CAUSAL_LM:
         read = read_text(loaded, texts, trust_remote_code, say)
     else:
-        read = read_task(loaded, texts, cache, trust_remote_code, say)
+        read = read_task(loaded, texts, cache, teacher is not None, trust_remote_code, say)
     if cache is not None:
         assert not isinstance(read.rows, TaskRows)
         assert read.tokenizer is not None

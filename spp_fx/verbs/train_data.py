@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from spp_fx.errors import UsageError
 from spp_fx.graph.sizes import sizes_in
-from spp_fx.graph.task import BATCH, LENGTH
+from spp_fx.graph.task import BATCH, LENGTH, TEXT_INPUTS
 from spp_fx.training.records import Skipped
 from spp_fx.training.samples import HeldOut, Rows, check_vocabulary, held_out, pad, pad_token, training_rows
 from spp_fx.training.task_rows import TaskRows, fixed_names, task_rows
@@ -85,6 +85,7 @@ def read_task(
     loaded: Loaded,
     texts: Texts,
     cache: TeacherCache | None,
+    taught: bool,
     trust_remote_code: bool,
     say: Callable[[str], None],
 ) -> TrainingData:
@@ -95,16 +96,16 @@ def read_task(
     """
     program, settings, length = loaded.program, texts.settings, texts.length
     task = program.task.name
+    names = [entry.name for entry in program.inputs]
     refused = {
         "--packing": settings.packing,
         "--loss-on answer": settings.loss_on != "all",
         "--teacher with sampled tokens": cache is not None,
-        "--match-hidden": settings.match_hidden > 0
-        and [e.name for e in program.inputs][:2] != ["input_ids", MASK],
+        "--match-hidden": settings.match_hidden > 0 and not (MASK in names and TEXT_INPUTS.issuperset(names)),
     }
     if given := [flag for flag, asked in refused.items() if asked]:
-        raise UsageError(f"{given[0]} is for causal language models; {loaded.model} is one for {task}")
-    processor = load_processor(loaded.model, program.task, trust_remote_code=trust_remote_code)
+        raise UsageError(f"{given[0]} is not for {task}, and {loaded.model} is a model for that")
+    processor = load_processor(loaded.model, program, trust_remote_code=trust_remote_code)
     read = partial(
         task_rows,
         model=program,
@@ -119,6 +120,10 @@ def read_task(
     measured, eval_skipped = read(texts.eval_data) if texts.eval_data else (None, None)
     if texts.eval_data and eval_skipped and (line := eval_skipped.line(texts.eval_data)):
         say(line)
+    if "labels" not in rows[0] and (not taught or settings.teacher_weight not in (None, 1)):
+        raise UsageError(
+            f"{task} has no labels: give --teacher, the model to learn from, and no --teacher-weight"
+        )
     tokenizer = tokenizer_of(processor)
     if tokenizer is not None:
         for entry in program.inputs:
@@ -126,7 +131,13 @@ def read_task(
                 check_vocabulary(
                     torch.cat([rows[n][entry.name] for n in range(len(rows))]), entry.below, texts.data
                 )
-    pad_id = 0 if tokenizer is None else pad_token(tokenizer, program.vocabulary)
+    pad_id = (
+        0
+        if tokenizer is None
+        else pad_token(
+            tokenizer, program.vocabulary, getattr(program.config.get_text_config(), "pad_token_id", None)
+        )
+    )
     first = pad(
         [rows[n % len(rows)] for n in range(settings.batch_size)], pad_id, length, fixed_names(program)
     )

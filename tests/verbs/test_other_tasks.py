@@ -69,7 +69,7 @@ def test_options_of_language_models_are_refused(tmp_path):
     for option in (("--packing",), ("--loss-on", "answer")):
         result = command("train", tmp_path / "adapter", "--data", data, *option)
         assert result.code == 2
-        assert "is for causal language models" in result.err
+        assert "is not for sequence-classification" in result.err
     assert "--stride is for" in command("eval", tmp_path / "dense", "--data", data, "--stride", 8).err
 
 
@@ -94,7 +94,7 @@ def test_options_of_language_models_are_refused(tmp_path):
 def test_a_record_that_lacks_something_is_named(tmp_path, task, record, said):
     model = EagerModel(find_task(task), save(task, tmp_path / "model"))
     (tmp_path / "data.jsonl").write_text(json.dumps(record) + "\n")
-    processor = load_processor(tmp_path / "model", model.task)
+    processor = load_processor(tmp_path / "model", model)
     with pytest.raises(UsageError, match=said):
         task_rows(tmp_path / "data.jsonl", model, processor, length=32)
 
@@ -116,7 +116,7 @@ def test_a_folder_of_pictures_gives_their_classes(tmp_path):
     for number in range(2):
         (tmp_path / f"pictures/LABEL_{number}").mkdir(parents=True)
         (tmp_path / f"{number}.png").rename(tmp_path / f"pictures/LABEL_{number}/a.png")
-    processor = load_processor(tmp_path / "model", model.task)
+    processor = load_processor(tmp_path / "model", model)
     rows, _ = task_rows(tmp_path / "pictures", model, processor, length=1)
     assert [int(row["labels"]) for row in (rows[0], rows[1])] == [0, 1]
     assert rows[0]["pixel_values"].shape == (3, 16, 16)

@@ -19,7 +19,7 @@ from spp_fx.exporters.format import ROUNDED, Say, Source, Tick
 from spp_fx.exporters.manifest import Part, TensorRecord, site_sizes
 from spp_fx.exporters.onnx import OnnxFormat
 from spp_fx.exporters.onnx.encodings import Encoded, Encoding, SparseInitializers
-from spp_fx.exporters.onnx.graph_export import SEQUENCE, build_graph, takes_positions
+from spp_fx.exporters.onnx.graph_export import ENCODER_SEQUENCE, SEQUENCE, build_graph, takes_positions
 from spp_fx.exporters.onnx.graph_parameters import Graph, GraphParameter, GraphParameters, find_parameters
 from spp_fx.exporters.onnx.graph_weights import GRAPH, GraphWeights
 from spp_fx.exporters.onnx.graph_writer import graph_writer, prepend, tensor_bytes
@@ -229,7 +229,8 @@ def _write_manifest(export: _Export, target: Path, encoded: dict[str, Encoded]) 
     fixed = {name: sizes for name, sizes in axes.items() if any(isinstance(size, int) for size in sizes)}
     if not export.format.with_past:
         requirements |= {name: f"({', '.join(map(str, sizes))})" for name, sizes in fixed.items()}
-    if export.graph.sizes.conditions and any(SEQUENCE in sizes for sizes in axes.values()):
+    lengths = {SEQUENCE, ENCODER_SEQUENCE}
+    if export.graph.sizes.conditions and any(lengths.intersection(sizes) for sizes in axes.values()):
         requirements["lengths"] = export.graph.sizes.described(batch=export.graph.rows or 2)
     source.finish(
         target,

@@ -1,7 +1,7 @@
 """image-classification: a class for an image."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -20,7 +20,6 @@ class ImageClassification(Task):
     tables: ClassVar[tuple[str, ...]] = ("MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",)
     records: ClassVar[str] = "image, the path of a picture, and label; or a folder of folders, one a class"
     answer: ClassVar = ImageClassifierOutput
-    media: ClassVar[Literal["image", "both"] | None] = "image"
     outputs: ClassVar[Mapping[str, tuple[str, ...]]] = {"logits": (BATCH,)}
 
     def inputs(self, model: PreTrainedModel) -> tuple[Input, ...]:

@@ -1,16 +1,27 @@
 """image-text-to-text: a language model that also sees images."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
+from spp_fx.errors import UsageError
 from spp_fx.graph.labels import value_of
 from spp_fx.graph.media import read_image
-from spp_fx.graph.task import BATCH, LENGTH, Input, Row, Task, TaskModel, pixel_inputs, register, text_inputs
+from spp_fx.graph.task import (
+    BATCH,
+    LENGTH,
+    Input,
+    Row,
+    Task,
+    TaskModel,
+    pixel_inputs,
+    register,
+    text_inputs,
+)
 
 
 @register("image-text-to-text")
@@ -22,7 +33,6 @@ class ImageTextToText(Task):
     records: ClassVar[str] = "image, the path of a picture, and text with the image token where it stands"
     answer: ClassVar = CausalLMOutput
     predicts_tokens: ClassVar[bool] = True
-    media: ClassVar[Literal["image", "both"] | None] = "both"
     outputs: ClassVar[Mapping[str, tuple[str, ...]]] = {"logits": (BATCH, LENGTH)}
     cached: ClassVar[bool] = True
 
@@ -44,6 +54,8 @@ class ImageTextToText(Task):
         given = processor(images=image, text=text, return_tensors="pt", truncation=False)
         names = {entry.name for entry in model.inputs}
         row = {name: value[0] for name, value in given.items() if name in names}
+        if not bool((row["input_ids"] == image_token(model.config)).any()):
+            raise UsageError("has no image token in its text, where the picture stands")
         if row["input_ids"].numel() > length:
             return f"has {row['input_ids'].numel()} tokens with its image; raise --seq-len"
         special = torch.tensor([*processor.tokenizer.all_special_ids, image_token(model.config)])

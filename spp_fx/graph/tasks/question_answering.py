@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import QuestionAnsweringModelOutput
 
+from spp_fx.errors import UsageError
 from spp_fx.graph.labels import text_row, value_of
 from spp_fx.graph.task import BATCH, LENGTH, Row, Task, TaskModel, cross_entropy, register
 
@@ -32,9 +33,15 @@ class QuestionAnswering(Task):
     def encode(self, record: Mapping[str, Any], processor: Any, model: TaskModel, length: int) -> Row | str:
         question, context = (value_of(record, (key,), key) for key in ("question", "context"))
         answers = value_of(record, ("answers", "answer"), "answers")
+        if not isinstance(question, str) or not isinstance(context, str) or not isinstance(answers, dict):
+            raise UsageError(
+                "needs question and context that are text, and answers with text and answer_start"
+            )
         begins, texts = (answers.get(key, ()) for key in ("answer_start", "text"))
         if not texts or not texts[0]:
             return "has no answer"
+        if len(begins) != len(texts):
+            raise UsageError("answers needs an answer_start for each text")
         begin = int(begins[0])
         end = begin + len(texts[0])
         tokens = processor(

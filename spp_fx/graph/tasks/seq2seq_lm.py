@@ -10,7 +10,7 @@ from spp_fx.errors import UsageError
 from spp_fx.graph.labels import target_row, text_row, value_of
 from spp_fx.graph.task import BATCH, TARGET, Input, Row, Task, TaskModel, decoder_input, register, text_inputs
 
-SOURCES = ("source", "text", "document", "article", "dialogue", "input", "prompt", "question")
+SOURCES = ("source", "instruction", "text", "document", "article", "dialogue", "input", "prompt", "question")
 TARGETS = ("target", "summary", "highlights", "output", "completion", "response", "answer")
 
 
@@ -44,6 +44,8 @@ class Seq2SeqLM(Task):
             source, target = pair.values()
         else:
             source, target = value_of(record, SOURCES, "source"), value_of(record, TARGETS, "target")
+            if "instruction" in record and record.get("input"):
+                source = f"{source}\n\n{record['input']}"
         if not isinstance(source, str) or not isinstance(target, str):
             raise UsageError("needs a source and a target that are text")
         if not source.strip() or not target.strip():

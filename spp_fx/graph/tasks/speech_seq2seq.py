@@ -1,7 +1,7 @@
 """speech-seq2seq: a decoder writes what is said in a recording."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import Seq2SeqLMOutput
@@ -30,7 +30,6 @@ class SpeechSeq2Seq(Task):
     records: ClassVar[str] = "audio, the path of a recording, and text, what is said"
     answer: ClassVar = Seq2SeqLMOutput
     predicts_tokens: ClassVar[bool] = True
-    media: ClassVar[Literal["image", "both"] | None] = "both"
     outputs: ClassVar[Mapping[str, tuple[str, ...]]] = {"logits": (BATCH, TARGET)}
     cached: ClassVar[bool] = True
     peft: ClassVar[str | None] = "SEQ_2_SEQ_LM"
@@ -44,6 +43,9 @@ class SpeechSeq2Seq(Task):
             return "text is empty"
         rate = processor.feature_extractor.sampling_rate
         sound = read_sound(value_of(record, ("audio", "path", "file"), "recording"), rate)
+        longest = getattr(processor.feature_extractor, "n_samples", None)
+        if longest is not None and len(sound) > longest:
+            return f"is longer than {longest / rate:g} s, which the model takes at most"
         given = processor.feature_extractor(
             sound, sampling_rate=rate, return_tensors="pt", return_attention_mask=True
         )
