@@ -16,7 +16,7 @@ from spp_fx.errors import SppFxError, UsageError
 from spp_fx.graph.names import in_model, layer_of
 from spp_fx.graph.rewrite import move_constants
 from spp_fx.graph.sizes import ANY_SIZES, sizes_in
-from spp_fx.graph.task import BATCH, LENGTH, TARGET, Input, Task
+from spp_fx.graph.task import BATCH, LENGTH, TARGET, Input, Task, vocabulary_of
 from spp_fx.sparsity.mask import PackedMask
 from spp_fx.sparsity.pattern import Pattern
 
@@ -158,17 +158,6 @@ def is_size(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), int | torch.SymInt)
 
 
-def vocabulary_of(config: PretrainedConfig) -> int:
-    """How many tokens a model has. Multimodal configurations hold it in their text's."""
-    return getattr(config.get_text_config(decoder=True), "vocab_size", 0)  # a model of images has none
-
-
-def positions_of(config: PretrainedConfig) -> int | None:
-    """How many positions a model was made for, if its configuration says so."""
-    said = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return said if said and said > 0 else None  # XLNet says -1
-
-
 def _said(sizes: dict[str, int]) -> str:
     """A batch in words."""
     counted = ((LENGTH, "tokens"), (TARGET, "target tokens"))
@@ -252,6 +241,7 @@ class Program(nn.Module):
         self.masks: dict[str, PackedMask] = {}
         self.calibration: Tensor | Sequence[Mapping[str, Tensor]] | None = None
         self.language = ""
+        self.positions: int | None = None
         self.dtype = torch.float32
         self.loss_type: str | None = None
         self.history: list[str] = []
@@ -270,7 +260,7 @@ class Program(nn.Module):
                 predicted.
 
         Returns:
-            `Task.answer`, such as `loss` (scalar or None) and `logits` (batch, length, vocabulary).
+            `Task.output_class`, such as `loss` (scalar or None) and `logits` (batch, length, vocabulary).
         """
         if self.untraced is not None:
             raise SppFxError(self.untraced)
@@ -281,8 +271,8 @@ class Program(nn.Module):
             zip(self.task.outputs, made if isinstance(made, tuple | list) else (made,), strict=True)
         )
         loss = None if labels is None else self.task.loss(self, outputs, labels, **kwargs)
-        return self.task.answer(
-            **{"loss": loss} if "loss" in self.task.answer.__annotations__ else {}, **outputs
+        return self.task.output_class(
+            **{"loss": loss} if "loss" in self.task.output_class.__annotations__ else {}, **outputs
         )
 
     def take(self, args: Sequence[Tensor | None], kwargs: dict[str, Any]) -> dict[str, Tensor]:
@@ -428,11 +418,6 @@ class Program(nn.Module):
     def vocabulary(self) -> int:
         """How many tokens there are: ids lie below it."""
         return vocabulary_of(self.config)
-
-    @property
-    def positions(self) -> int | None:
-        """How many positions the model was made for, if its configuration says so."""
-        return positions_of(self.config)
 
     @property
     def device(self) -> torch.device:

@@ -38,6 +38,8 @@ class TaskModel(Protocol):
     def loss_function(self) -> Callable[..., Any] | None: ...
     @property
     def vocabulary(self) -> int: ...
+    @property
+    def positions(self) -> int | None: ...
 
 
 Row = dict[str, Tensor]
@@ -94,10 +96,11 @@ class Task:
         name: its spelling on the command line.
         auto: transformers' auto class that loads such models.
         tables: of `transformers.models.auto.modeling_auto`: the classes that do the task.
-        answer: what a program returns: the loss and the outputs.
+        output_class: what a program returns: the loss and the outputs.
         outputs: by name, the axes that its first dimensions have.
         cached: the model's code keeps a cache unless it is told not to.
         predicts_tokens: labels are tokens, so the loss is that of a perplexity.
+        has_classes: labels are classes of the configuration (id2label).
         records: what a record of the task's data holds, in words.
         peft: PEFT's name of the task, if it has one.
     """
@@ -105,10 +108,11 @@ class Task:
     name: ClassVar[str] = "none"
     auto: ClassVar[str]
     tables: ClassVar[tuple[str, ...]]
-    answer: ClassVar[type[ModelOutput]]
+    output_class: ClassVar[type[ModelOutput]]
     outputs: ClassVar[Mapping[str, tuple[str, ...]]]
     cached: ClassVar[bool] = False
     predicts_tokens: ClassVar[bool] = False
+    has_classes: ClassVar[bool] = False
     records: ClassVar[str] = ""
     peft: ClassVar[str | None] = None
 
@@ -258,6 +262,27 @@ def _is_foreign(model: PreTrainedModel) -> bool:
     return not type(model).__module__.startswith("transformers.")
 
 
+def vocabulary_of(config: PretrainedConfig) -> int:
+    """How many tokens a model has, 0 for one of images. Multimodal configurations hold it in their text's."""
+    return getattr(config.get_text_config(decoder=True), "vocab_size", 0)
+
+
+def positions_of(model: PreTrainedModel) -> int | None:
+    """The most tokens that a model has positions for; None if it names no limit."""
+    text = model.config.get_text_config(decoder=True)
+    named = (getattr(text, name, None) for name in ("max_position_embeddings", "max_target_positions"))
+    limits = [limit for limit in named if isinstance(limit, int) and limit > 0]  # XLNet says -1
+    if not limits:
+        return None
+    # RoBERTa's table of positions begins behind that of padding.
+    tokens = model.get_input_embeddings()
+    tables = (each for each in model.modules() if isinstance(each, nn.Embedding) and each is not tokens)
+    before = (
+        int(t.padding_idx) + 1 for t in tables if t.padding_idx is not None and t.num_embeddings == limits[0]
+    )
+    return min(limits) - max(before, default=0)
+
+
 def accepts(model: PreTrainedModel, argument: str) -> bool:
     """Whether a model's own forward names an argument."""
     return argument in inspect.signature(type(model).forward).parameters
@@ -332,6 +357,12 @@ def sound_inputs(model: PreTrainedModel) -> tuple[Input, ...]:
     raise UsageError(f"{type(model).__name__} takes {name}, which is not a recording of a form that is known")
 
 
+def next_token_loss(model: TaskModel, logits: Tensor, labels: Tensor, **kwargs: Any) -> Tensor:
+    """The loss of the model's family: labels (batch, length) are the tokens themselves, -100 where none is learned."""
+    assert model.loss_function is not None
+    return model.loss_function(logits=logits, labels=labels, vocab_size=model.vocabulary, **kwargs)
+
+
 def cross_entropy(
     logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **_: Any
 ) -> Tensor:
@@ -384,7 +415,11 @@ class EagerModel:
 
     @property
     def vocabulary(self) -> int:
-        return getattr(self.config.get_text_config(decoder=True), "vocab_size", 0)
+        return vocabulary_of(self.config)
+
+    @property
+    def positions(self) -> int | None:
+        return positions_of(self.model)
 
     def answer(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The outputs for a batch of inputs by name, which is moved to the model's device."""

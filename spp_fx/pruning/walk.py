@@ -7,6 +7,7 @@ are functions of sizes, and made once where all samples have the same.
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +42,6 @@ Shared = dict[str, Any]
 def fitted(program: Program, samples: Samples) -> tuple[Program, list[Sample]]:
     """The trace of a program that holds for every one of some samples, and the samples with all inputs.
 
-    Numbers take the program's dtype.
-
     Raises:
         UsageError: there are none, one is not a row of the task, or the model's code branches on sizes that they differ
             in.
@@ -51,18 +50,19 @@ def fitted(program: Program, samples: Samples) -> tuple[Program, list[Sample]]:
         samples = [{"input_ids": row[None]} for row in samples]
     if not samples:
         raise UsageError("there are no calibration samples")
-    dtype = next(each.dtype for each in program.parameters() if each.is_floating_point())
     complete: list[Sample] = []
     sizes: dict[tuple[int, ...], dict[str, int]] = {}
+    counts: Counter[tuple[int, ...]] = Counter()
     for sample in samples:
         rest: dict[str, Any] = dict(sample)
         given = program.take((), rest)
-        given = {name: each.to(dtype) if each.is_floating_point() else each for name, each in given.items()}
         complete.append(given | {"labels": rest["labels"]} if "labels" in rest else given)
         found = sizes_in(program.inputs, given)
         sizes[tuple(found.values())] = found
-    for each in (sizes[key] for key in sorted(sizes, reverse=True)):
-        trace = program.at(**each)
+        counts[tuple(found.values())] += 1
+    # Each trace takes seconds: that of the largest sizes, or of the most frequent ones, holds for all, or none does.
+    for key in dict.fromkeys((max(sizes), counts.most_common(1)[0][0])):
+        trace = program.at(**sizes[key])
         if all(trace.sizes.admit(**other) for other in sizes.values()):
             return trace, complete
     raise UsageError(

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from spp_fx.errors import UsageError
 from spp_fx.graph.task import FRAMES, LENGTH, TARGET, Row, Task, TaskModel
 from spp_fx.training.records import Skip, Skipped, keep, needed, read_records, read_samples
-from spp_fx.training.samples import IGNORED, pad, token_stream
+from spp_fx.training.samples import IGNORED, check_vocabulary, pad, token_stream
 
 MASKED_LM = "masked-lm"
 HIDDEN_SHARE = 0.15
@@ -49,7 +49,7 @@ class HiddenRows(TaskRows):
         super().__init__(rows)
         if tokenizer.mask_token_id is None:
             raise UsageError("the tokenizer has no mask token, which masked-lm hides tokens with")
-        self.mask: int = tokenizer.mask_token_id  # type: ignore[assignment]
+        self.mask = cast(int, tokenizer.mask_token_id)
         self.special = torch.tensor(tokenizer.all_special_ids)
         self.vocabulary, self.seed, self.epoch = vocabulary, seed, 0
 
@@ -93,18 +93,23 @@ def task_rows(
         UsageError: the data cannot be used; names the file and the record.
     """
     if model.task.name == MASKED_LM:
-        windows, skipped = _windows(data, processor, length, strict)
+        windows, skipped = _windows(data, processor, model.vocabulary, length, strict)
         return HiddenRows(windows, processor, model.vocabulary, seed), skipped
-    rows, skipped = keep(_encoded(data, model, processor, length), strict=strict)
-    return TaskRows(needed(str(data), rows, skipped)), skipped
+    kept, skipped = keep(_encoded(data, model, processor, length), strict=strict)
+    rows = needed(str(data), kept, skipped)
+    for entry in model.inputs:
+        if entry.below is not None and entry.name in rows[0]:
+            check_vocabulary(torch.cat([row[entry.name].flatten() for row in rows]), entry.below, data)
+    return TaskRows(rows), skipped
 
 
 def _windows(
-    data: str | Path, tokenizer: PreTrainedTokenizerBase, length: int, strict: bool
+    data: str | Path, tokenizer: PreTrainedTokenizerBase, vocabulary: int, length: int, strict: bool
 ) -> tuple[list[Row], Skipped]:
     tokens, skipped = token_stream(tokenizer, read_samples(data, strict=strict), strict=strict)
     if len(tokens) < 2:
         raise UsageError(f"{data}: has fewer than two tokens")
+    check_vocabulary(tokens, vocabulary, data)
     windows = [window for window in tokens.split(length) if len(window) == length or len(tokens) < length]
     return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in windows], skipped
 

@@ -16,9 +16,9 @@ from spp_fx.console import Table
 from spp_fx.errors import UsageError
 from spp_fx.exporters.manifest import MANIFEST, open_model, read_manifest
 from spp_fx.graph.model import check_task, folder_task, load_model
-from spp_fx.graph.program import Program, positions_of, vocabulary_of
-from spp_fx.graph.task import CAUSAL_LM, EagerModel, Task, find_task
-from spp_fx.graph.trace import shown
+from spp_fx.graph.program import Program
+from spp_fx.graph.spelling import shown
+from spp_fx.graph.task import CAUSAL_LM, LENGTH, EagerModel, Task, find_task, positions_of, vocabulary_of
 from spp_fx.parallel import Tick, no_tick
 from spp_fx.runtime import load as load_export
 from spp_fx.storage.folder import is_adapter
@@ -29,6 +29,7 @@ from spp_fx.training.samples import check_vocabulary, held_out, pad_token
 from spp_fx.training.task_rows import Scored, score, task_rows
 from spp_fx.training.tasks import Scores, Tasks, find_tasks, number, run_tasks
 from spp_fx.verbs.load import (
+    check_teacher,
     device_of,
     fit_length,
     load_processor,
@@ -78,12 +79,13 @@ class Answered:
 
     Attributes:
         task: its name.
+        seq_len: tokens of a row at most; None for pictures and recordings.
         skipped: records that hold nothing to measure.
     """
 
     task: str
     data: str
-    seq_len: int
+    seq_len: int | None
     result: Scored
     skipped: Skipped
 
@@ -265,6 +267,11 @@ def evaluate_all(
         raise UsageError("--base names the base of an adapter, and no MODEL is an adapter; leave it out")
     for path in paths:
         _check(path, settings)
+    kinds = {task.name if (task := _task(path, settings, trust_remote_code)) else "none" for path in paths}
+    if len(kinds) > 1:
+        raise UsageError(
+            f"the models are for several tasks ({', '.join(sorted(kinds))}); evaluate those of one"
+        )
     tasks = find_tasks(settings.tasks, settings.shots) if settings.tasks else None
     done: list[Evaluated] = []
     for path in paths:
@@ -287,7 +294,7 @@ def _evaluate(
     if is_adapter(path) and (line := AdapterFolder.open(path).unfinished()):
         say(line)
     model, home = load_evaluated(path, settings.base, device, trust_remote_code, settings.task)
-    task = _task(path, settings)
+    task = _task(path, settings, trust_remote_code)
     text = scores = None
     if task is not None and task.name != CAUSAL_LM:
         if tasks is not None:
@@ -307,7 +314,7 @@ def _evaluate(
     return Evaluated(path, text, scores, perf_counter() - begin)
 
 
-def _task(path: Path, settings: EvaluateSettings) -> Task | None:
+def _task(path: Path, settings: EvaluateSettings, trust_remote_code: bool) -> Task | None:
     """What a folder's model is run for; None if its class is of no task that is known."""
     if settings.task is not None and (is_adapter(path) or is_export(path)):
         raise UsageError(
@@ -315,7 +322,7 @@ def _task(path: Path, settings: EvaluateSettings) -> Task | None:
         )
     if is_adapter(path):
         return find_task(AdapterFolder.open(path).config.task)
-    return folder_task(path, settings.task)
+    return folder_task(path, settings.task, trust_remote_code=trust_remote_code)
 
 
 def _answer(
@@ -337,7 +344,7 @@ def _answer(
         raise UsageError(f"--teacher is for feature-extraction, and this is a model for {model.task.name}")
     if settings.stride is not None:
         raise UsageError("--stride is for the text of causal language models")
-    length = fit_length(positions_of(model.config), settings.seq_len)
+    length = fit_length(model.positions, settings.seq_len)
     processor = load_processor(home, model, trust_remote_code=trust_remote_code)
     rows, skipped = task_rows(data, model, processor, length=length, strict=settings.strict)
     if line := skipped.line(data):
@@ -346,13 +353,15 @@ def _answer(
     own = getattr(model.config.get_text_config(), "pad_token_id", None)
     if settings.teacher is not None:
         name = model.task.name
-        guide, _ = load_evaluated(settings.teacher, None, device, trust_remote_code, name)
+        guide, theirs = load_evaluated(settings.teacher, None, device, trust_remote_code, name)
         teacher = EagerModel(model.task, guide)
+        check_teacher(model, teacher, home, theirs, trust_remote_code=trust_remote_code)
     result = score(
         model, rows, model.answer, 0 if tokenizer is None else pad_token(tokenizer, model.vocabulary, own),
         reference=None if teacher is None else teacher.answer, tick=lambda count: tick("rows", count),
     )  # fmt: skip
-    return Answered(model.task.name, data, length, result, skipped)
+    texts = any(LENGTH in entry.axes for entry in model.inputs)
+    return Answered(model.task.name, data, length if texts else None, result, skipped)
 
 
 def _measure(
@@ -363,7 +372,7 @@ def _measure(
     tick: Tick,
     say: Callable[[str], None],
 ) -> Measured:
-    length = fit_length(positions_of(model.config), settings.seq_len)
+    length = fit_length(positions_of(model), settings.seq_len)
     text = held_out(data, tokenizer, length, stride=settings.stride, strict=settings.strict)
     if line := text.skipped.line(data):
         say(line)

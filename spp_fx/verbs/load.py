@@ -208,13 +208,20 @@ def fit_length(most: int | None, asked: int | None, default: int = 512) -> int:
 
 
 def check_teacher(
-    student: Program, teacher: Program, model: Path, folder: Path, *, trust_remote_code: bool = False
+    student: TaskModel, teacher: TaskModel, model: Path, folder: Path, *, trust_remote_code: bool = False
 ) -> None:
-    """UsageError if a teacher's predictions are not about the same tokens.
+    """UsageError if a teacher's predictions are not about the same tokens, or not of the same classes or width.
 
     Args:
         model, folder: of the student's and the teacher's weights; tokenizers are compared where both have one.
     """
+    same = {"id2label": student.task.has_classes, "hidden_size": student.task.name == "feature-extraction"}
+    for field in (name for name, compared in same.items() if compared):
+        ours, theirs = (getattr(each.config, field, None) for each in (student, teacher))
+        if ours != theirs:
+            raise UsageError(
+                f"{folder}: has the {field} {theirs} (config.json), the student {ours}; they must agree"
+            )
     if teacher.vocabulary != student.vocabulary:
         raise UsageError(
             f"{folder}: its vocabulary has {teacher.vocabulary} tokens, the student's {student.vocabulary}; a teacher "

@@ -289,7 +289,7 @@ def _check_stored_together(found: ModelSites, patterns: Mapping[str, Pattern]) -
     """UsageError unless sites that are stored as one tensor have one pattern: a lock has one for each tensor."""
     groups: dict[str, list[str]] = {}
     for name, matrices in found.matrices.items():
-        if name in found.program.sites and matrices[0].offset is not None:
+        if matrices[0].offset is not None:
             groups.setdefault(matrices[0].tensor, []).append(name)
     for tensor, names in groups.items():
         if len({str(patterns.get(name)) for name in names}) > 1:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from spp_fx.errors import UsageError
@@ -125,26 +124,11 @@ def read_task(
             f"{task} has no labels: give --teacher, the model to learn from, and no --teacher-weight"
         )
     tokenizer = tokenizer_of(processor)
-    if tokenizer is not None:
-        for entry in program.inputs:
-            if entry.below is not None and entry.name.endswith("input_ids"):
-                check_vocabulary(
-                    torch.cat([rows[n][entry.name] for n in range(len(rows))]), entry.below, texts.data
-                )
-    pad_id = (
-        0
-        if tokenizer is None
-        else pad_token(
-            tokenizer, program.vocabulary, getattr(program.config.get_text_config(), "pad_token_id", None)
-        )
-    )
+    own = getattr(program.config.get_text_config(), "pad_token_id", None)
+    pad_id = 0 if tokenizer is None else pad_token(tokenizer, program.vocabulary, own)
     first = pad(
         [rows[n % len(rows)] for n in range(settings.batch_size)], pad_id, length, fixed_names(program)
     )
     sizes = sizes_in(program.inputs, first)
     least = 0 if program.sizes.cover(settings.batch_size, length) else length
-    if not least:
-        sizes = sizes_in(
-            program.inputs, pad([rows[0]] * settings.batch_size, pad_id, 0, fixed_names(program))
-        )
     return TrainingData(rows, measured, skipped, eval_skipped, tokenizer, pad_id, least, sizes)

@@ -10,7 +10,7 @@ os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # a process that forks may have no threads
 
-import tests.coverage.quiet  # noqa: F401
+import tests.coverage.quiet  # noqa: F401 - it sets the process up while it is imported
 from tests.coverage import runner, table
 from tests.coverage.models import TASKS, TRACED
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
@@ -112,7 +113,7 @@ def small_config(task: str, model_type: str) -> PretrainedConfig:
         exceptions = exceptions | CAUSAL.get(model_type, {})
     try:
         default = made().to_dict()
-    except Exception:
+    except (StrictDataclassError, ValueError, TypeError, AttributeError, KeyError):
         if not exceptions:
             raise
         default = {}  # its default is not valid

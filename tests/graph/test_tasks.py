@@ -8,6 +8,8 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     LlamaConfig,
     LlamaModel,
+    RobertaConfig,
+    RobertaForMaskedLM,
 )
 
 from spp_fx.errors import UsageError
@@ -153,3 +155,15 @@ def test_what_is_missing_or_has_another_shape_is_named():
         UsageError, match=r"decoder_input_ids must be \(batch, target\) with batch 2, got \(3, 4\)"
     ):
         program(ids, None, torch.ones(3, 4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("model", "positions"),
+    [
+        (lambda: RobertaForMaskedLM(RobertaConfig(**TEXT | {"max_position_embeddings": 66})), 64),
+        (lambda: make("masked-lm"), 64),
+        (lambda: make("image-classification"), None),
+    ],
+)
+def test_positions_are_those_that_tokens_can_have(model, positions):
+    assert trace(model()).positions == positions

@@ -1,6 +1,7 @@
 """Models of other tasks than language modelling through the command line, their data and their scores."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -71,6 +72,38 @@ def test_options_of_language_models_are_refused(tmp_path):
         assert result.code == 2
         assert "is not for sequence-classification" in result.err
     assert "--stride is for" in command("eval", tmp_path / "dense", "--data", data, "--stride", 8).err
+
+
+def test_what_cannot_be_compared_is_refused_before_it_is_measured(tmp_path):
+    save("sequence-classification", tmp_path / "dense")
+    save("seq2seq-lm", tmp_path / "other")
+    data = write("sequence-classification", tmp_path / "data.jsonl")
+    said = command("eval", tmp_path / "dense", tmp_path / "other", "--data", data)
+    assert said.code == 2
+    assert "for several tasks (seq2seq-lm, sequence-classification)" in said.err
+    assert (
+        "--teacher is for feature-extraction"
+        in command("eval", tmp_path / "dense", "--data", data, "--teacher", tmp_path / "dense").err
+    )
+    config = json.loads((tmp_path / "dense/config.json").read_text())
+    config |= {"id2label": {"0": "yes", "1": "no"}, "label2id": {"yes": 0, "no": 1}}
+    shutil.copytree(tmp_path / "dense", tmp_path / "teacher")
+    (tmp_path / "teacher/config.json").write_text(json.dumps(config))
+    must("prune", tmp_path / "dense", "-o", tmp_path / "sparse")
+    must("inject", tmp_path / "sparse", "-o", tmp_path / "adapter", "--rank", 2)
+    said = command(
+        "train", tmp_path / "adapter", "--data", data, "--teacher", tmp_path / "teacher", "--steps", 1
+    )
+    assert said.code == 2
+    assert "has the id2label {0: 'yes', 1: 'no'}" in said.err
+
+
+def test_an_encoder_of_texts_is_not_trained_without_a_teacher(tmp_path):
+    save("feature-extraction", tmp_path / "dense")
+    data = write("feature-extraction", tmp_path / "data.jsonl")
+    must("prune", tmp_path / "dense", "-o", tmp_path / "sparse")
+    must("inject", tmp_path / "sparse", "-o", tmp_path / "adapter", "--rank", 2)
+    assert "has no labels: give --teacher" in command("train", tmp_path / "adapter", "--data", data).err
 
 
 @pytest.mark.parametrize(

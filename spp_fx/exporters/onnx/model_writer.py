@@ -31,10 +31,10 @@ from spp_fx.exporters.onnx.onnxruntime_check import (
     why_not_opened,
     widen,
 )
-from spp_fx.exporters.onnx.random_inputs import ImageTokens, draw_batches, longest_text
+from spp_fx.exporters.onnx.random_inputs import ImageTokens, draw_batches
 from spp_fx.exporters.read_back import lost_signs
 from spp_fx.graph.model import check_task, hollow_model, load_model
-from spp_fx.graph.task import CAUSAL_LM, Task, find_task, task_of_model
+from spp_fx.graph.task import CAUSAL_LM, Task, find_task, positions_of, task_of_model
 from spp_fx.storage.safetensors import dtype_name, torch_dtype
 
 COMPARED_BELOW = 10**9
@@ -280,7 +280,7 @@ def _compare_logits(export: _Export, target: Path, twin: bool) -> dict[str, Any]
         draw_batches(
             entries,
             real.dtype,
-            max_length=longest_text(real),
+            max_length=positions_of(real),
             sizes=export.graph.sizes,
             images=ImageTokens.of(real, entries),
         ),

@@ -3,15 +3,15 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from spp_fx.errors import SppFxError
 from spp_fx.graph.sizes import ANY_SIZES, LONGEST, Sizes
 from spp_fx.graph.task import BATCH, FRAMES, LENGTH, TARGET, Input
+from spp_fx.graph.tasks.image_text_to_text import image_token
 
 Tensors = Mapping[str, Tensor]
 
@@ -52,7 +52,9 @@ def draw_batches(
 
     taken = [given for given in wanted if admitted(given)] or list(islice(filter(admitted, least), 1))
     if not taken:
-        raise SppFxError(f"no text of up to {longest} tokens can be drawn that the graph takes ({sizes})")
+        raise SppFxError(
+            f"no text of up to {longest} tokens can be drawn that the graph takes ({sizes.described()})"
+        )
     for given in taken:
         made = {entry.name: entry.drawn(given, dtype, generator) for entry in entries}
         short = given[LENGTH] // 3
@@ -87,16 +89,15 @@ class ImageTokens:
     def of(cls, model: PreTrainedModel, entries: Sequence[Input]) -> "ImageTokens | None":
         """Those of a model, which computes the features of one image; None where it has none."""
         pixels = next((entry for entry in entries if entry.name == "pixel_values"), None)
-        config: Any = model.config
-        token = getattr(config, "image_token_id", None) or getattr(config, "image_token_index", None)
+        token = image_token(model.config)
         features = getattr(model, "get_image_features", None)
-        if pixels is None or token is None or features is None or len(entries) == 1:
+        if pixels is None or token < 0 or features is None or len(entries) == 1:
             return None
         with torch.no_grad():
             made = features(pixel_values=pixels.filled({BATCH: 1}, model.dtype, torch.device("cpu")))
         made = getattr(made, "pooler_output", made)
         numel = made.numel() if isinstance(made, Tensor) else sum(each.numel() for each in made)
-        return cls(int(token), numel // int(model.config.get_text_config().hidden_size))
+        return cls(token, numel // int(model.config.get_text_config().hidden_size))
 
     def inserted(self, inputs: Tensors, entries: Mapping[str, Input], at: int) -> dict[str, Tensor]:
         """Drawn inputs with the tokens of an image in each text, at a position, and nowhere else."""
@@ -110,18 +111,3 @@ class ImageTokens:
                 middle = torch.full((len(value), self.count), fill, dtype=value.dtype)
                 made[name] = torch.cat([value[:, :at], middle, value[:, at:]], dim=1)
         return made
-
-
-def longest_text(model: PreTrainedModel) -> int | None:
-    """The most tokens that a model has positions for; None if it names no limit."""
-    text = model.config.get_text_config(decoder=True)
-    named = (getattr(text, name, None) for name in ("max_position_embeddings", "max_target_positions"))
-    limits = [limit for limit in named if isinstance(limit, int)]
-    if not limits:
-        return None
-    # RoBERTa's tables of positions begin behind that of padding.
-    tables = (
-        each for each in model.modules() if isinstance(each, nn.Embedding) and each.padding_idx is not None
-    )
-    before = [int(each.padding_idx or 0) + 1 for each in tables if each.num_embeddings == min(limits)]
-    return min(limits) - max(before, default=0)

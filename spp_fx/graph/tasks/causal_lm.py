@@ -16,6 +16,7 @@ from spp_fx.graph.task import (
     TaskModel,
     classes,
     model_types,
+    next_token_loss,
     register,
     text_inputs,
 )
@@ -35,7 +36,7 @@ class CausalLM(Task):
     name: ClassVar[str] = CAUSAL_LM
     auto: ClassVar[str] = "AutoModelForCausalLM"
     tables: ClassVar[tuple[str, ...]] = ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",)
-    answer: ClassVar = CausalLMOutput
+    output_class: ClassVar = CausalLMOutput
     predicts_tokens: ClassVar[bool] = True
     outputs: ClassVar[Mapping[str, tuple[str, ...]]] = {"logits": (BATCH, LENGTH)}
     cached: ClassVar[bool] = True
@@ -45,10 +46,7 @@ class CausalLM(Task):
         return text_inputs(model)
 
     def loss(self, model: TaskModel, outputs: Mapping[str, Tensor], labels: Tensor, **kwargs: Any) -> Tensor:
-        assert model.loss_function is not None
-        return model.loss_function(
-            logits=outputs["logits"], labels=labels, vocab_size=model.vocabulary, **kwargs
-        )
+        return next_token_loss(model, outputs["logits"], labels, **kwargs)
 
     def claims(self, architecture: str, config: PretrainedConfig) -> bool:
         """Those that also see or hear are language models unless another task is asked for."""

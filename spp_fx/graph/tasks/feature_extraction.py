@@ -21,7 +21,7 @@ class FeatureExtraction(Task):
     auto: ClassVar[str] = "AutoModel"
     tables: ClassVar[tuple[str, ...]] = ("MODEL_MAPPING_NAMES",)
     records: ClassVar[str] = "a text, or the path of an image"
-    answer: ClassVar = BaseModelOutput
+    output_class: ClassVar = BaseModelOutput
     outputs: ClassVar[Mapping[str, tuple[str, ...]]] = {"last_hidden_state": (BATCH,)}
     peft: ClassVar[str | None] = "FEATURE_EXTRACTION"
 

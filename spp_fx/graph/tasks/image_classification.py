@@ -19,7 +19,8 @@ class ImageClassification(Task):
     auto: ClassVar[str] = "AutoModelForImageClassification"
     tables: ClassVar[tuple[str, ...]] = ("MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",)
     records: ClassVar[str] = "image, the path of a picture, and label; or a folder of folders, one a class"
-    answer: ClassVar = ImageClassifierOutput
+    output_class: ClassVar = ImageClassifierOutput
+    has_classes: ClassVar[bool] = True
     outputs: ClassVar[Mapping[str, tuple[str, ...]]] = {"logits": (BATCH,)}
 
     def inputs(self, model: PreTrainedModel) -> tuple[Input, ...]:

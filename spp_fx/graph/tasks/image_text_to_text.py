@@ -18,6 +18,7 @@ from spp_fx.graph.task import (
     Row,
     Task,
     TaskModel,
+    next_token_loss,
     pixel_inputs,
     register,
     text_inputs,
@@ -31,7 +32,7 @@ class ImageTextToText(Task):
     auto: ClassVar[str] = "AutoModelForImageTextToText"
     tables: ClassVar[tuple[str, ...]] = ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",)
     records: ClassVar[str] = "image, the path of a picture, and text with the image token where it stands"
-    answer: ClassVar = CausalLMOutput
+    output_class: ClassVar = CausalLMOutput
     predicts_tokens: ClassVar[bool] = True
     outputs: ClassVar[Mapping[str, tuple[str, ...]]] = {"logits": (BATCH, LENGTH)}
     cached: ClassVar[bool] = True
@@ -40,10 +41,7 @@ class ImageTextToText(Task):
         return (*text_inputs(model), *pixel_inputs(model))
 
     def loss(self, model: TaskModel, outputs: Mapping[str, Tensor], labels: Tensor, **kwargs: Any) -> Tensor:
-        assert model.loss_function is not None
-        return model.loss_function(
-            logits=outputs["logits"], labels=labels, vocab_size=model.vocabulary, **kwargs
-        )
+        return next_token_loss(model, outputs["logits"], labels, **kwargs)
 
     def predict(self, outputs: Mapping[str, Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
         return super().predict({"logits": outputs["logits"][:, :-1]}, labels[:, 1:])

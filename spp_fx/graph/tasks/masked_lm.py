@@ -14,6 +14,6 @@ class MaskedLM(Task):
 
     auto: ClassVar[str] = "AutoModelForMaskedLM"
     tables: ClassVar[tuple[str, ...]] = ("MODEL_FOR_MASKED_LM_MAPPING_NAMES",)
-    answer: ClassVar = MaskedLMOutput
+    output_class: ClassVar = MaskedLMOutput
     predicts_tokens: ClassVar[bool] = True
     outputs: ClassVar[Mapping[str, tuple[str, ...]]] = {"logits": (BATCH, LENGTH)}

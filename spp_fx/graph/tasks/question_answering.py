@@ -19,7 +19,7 @@ class QuestionAnswering(Task):
     auto: ClassVar[str] = "AutoModelForQuestionAnswering"
     tables: ClassVar[tuple[str, ...]] = ("MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",)
     records: ClassVar[str] = "question, context and answers with text and answer_start, as in SQuAD"
-    answer: ClassVar = QuestionAnsweringModelOutput
+    output_class: ClassVar = QuestionAnsweringModelOutput
     outputs: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "start_logits": (BATCH, LENGTH),
         "end_logits": (BATCH, LENGTH),

@@ -23,7 +23,7 @@ class Seq2SeqLM(Task):
     records: ClassVar[str] = (
         "source (text, document, ...) and target (summary, ...), or translation, two texts"
     )
-    answer: ClassVar = Seq2SeqLMOutput
+    output_class: ClassVar = Seq2SeqLMOutput
     predicts_tokens: ClassVar[bool] = True
     outputs: ClassVar[Mapping[str, tuple[str, ...]]] = {"logits": (BATCH, TARGET)}
     cached: ClassVar[bool] = True

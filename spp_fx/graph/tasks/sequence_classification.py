@@ -19,7 +19,8 @@ class SequenceClassification(Task):
     records: ClassVar[str] = (
         "a text, or two (sentence1 and sentence2, ...), and label: a class, several, or a number"
     )
-    answer: ClassVar = SequenceClassifierOutput
+    output_class: ClassVar = SequenceClassifierOutput
+    has_classes: ClassVar[bool] = True
     outputs: ClassVar[Mapping[str, tuple[str, ...]]] = {"logits": (BATCH,)}
     peft: ClassVar[str | None] = "SEQ_CLS"
 

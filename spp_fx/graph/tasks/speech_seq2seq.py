@@ -28,7 +28,7 @@ class SpeechSeq2Seq(Task):
     auto: ClassVar[str] = "AutoModelForSpeechSeq2Seq"
     tables: ClassVar[tuple[str, ...]] = ("MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",)
     records: ClassVar[str] = "audio, the path of a recording, and text, what is said"
-    answer: ClassVar = Seq2SeqLMOutput
+    output_class: ClassVar = Seq2SeqLMOutput
     predicts_tokens: ClassVar[bool] = True
     outputs: ClassVar[Mapping[str, tuple[str, ...]]] = {"logits": (BATCH, TARGET)}
     cached: ClassVar[bool] = True

@@ -19,7 +19,8 @@ class TokenClassification(Task):
     auto: ClassVar[str] = "AutoModelForTokenClassification"
     tables: ClassVar[tuple[str, ...]] = ("MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",)
     records: ClassVar[str] = "tokens, a list of words, and labels (ner_tags), their classes by number or name"
-    answer: ClassVar = TokenClassifierOutput
+    output_class: ClassVar = TokenClassifierOutput
+    has_classes: ClassVar[bool] = True
     outputs: ClassVar[Mapping[str, tuple[str, ...]]] = {"logits": (BATCH, LENGTH)}
     peft: ClassVar[str | None] = "TOKEN_CLS"
 
