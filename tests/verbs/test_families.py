@@ -1,7 +1,5 @@
 """prune -> inject -> merge -> verify on disk, for every way in which a family stores its weights."""
 
-import copy
-import functools
 import shutil
 from pathlib import Path
 
@@ -12,9 +10,8 @@ from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, XLNetCon
 
 from spp_fx.cli import run
 from spp_fx.errors import UsageError
-from spp_fx.graph.program import Program
-from spp_fx.graph.trace import trace
-from spp_fx.verbs.load import load_program, window_length
+from spp_fx.graph.task import positions_of
+from spp_fx.verbs.load import fit_length, load_program
 from tests.command import must, save_tokenizer
 from tests.effort import nightly
 from tests.families import FAMILIES, MULTIMODAL, batch, make_model
@@ -135,20 +132,16 @@ def test_a_model_that_sees_images_is_calibrated_trained_and_evaluated_on_text(tm
     assert 1 < evaluated["perplexity"] < 200
 
 
-@functools.cache
-def _program() -> Program:
-    return trace(make_model("llama"))
-
-
 @pytest.mark.parametrize(("config", "most"), [(BloomConfig, None), (GPT2Config, 64), (XLNetConfig, None)])
 def test_windows_are_as_long_as_asked_where_a_model_says_no_number_of_positions(config, most):
-    program = copy.copy(_program())
-    program.config = config() if most is None else config(n_positions=most)
-    assert program.positions == most
-    assert window_length(program, None) == (most or 512)
-    assert window_length(program, 64) == 64
+    model = make_model("llama")
+    model.config = config() if most is None else config(n_positions=most)
+    positions = positions_of(model)
+    assert positions == most
+    assert fit_length(positions, None) == (most or 512)
+    assert fit_length(positions, 64) == 64
     if most is None:
-        assert window_length(program, 9000) == 9000
+        assert fit_length(positions, 9000) == 9000
         return
     with pytest.raises(UsageError, match="--seq-len 65 is more than the model's 64 positions"):
-        window_length(program, 65)
+        fit_length(positions, 65)
