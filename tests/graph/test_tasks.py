@@ -28,9 +28,11 @@ SIZES = (
 )
 
 
-def drawn(inputs: tuple[Input, ...], sizes: dict[str, int]) -> dict[str, torch.Tensor]:
+def drawn(
+    inputs: tuple[Input, ...], sizes: dict[str, int], dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(sizes["length"])
-    given = {entry.name: entry.drawn(sizes, torch.float32, generator) for entry in inputs}
+    given = {entry.name: entry.drawn(sizes, dtype, generator) for entry in inputs}
     if {"input_ids", "pixel_values"} <= given.keys():
         image = torch.full((sizes["batch"], 4), IMAGE)
         given["input_ids"] = torch.cat([image, given["input_ids"].clamp(max=IMAGE - 1)], 1)
@@ -52,6 +54,26 @@ def test_a_program_is_its_model(task):
             program.task.outputs, wanted if isinstance(wanted, tuple) else (wanted,), strict=True
         ):
             assert torch.equal(made[name], each), (name, sizes)
+
+
+@pytest.mark.parametrize(("attention", "dtype"), [("sdpa", torch.bfloat16), ("eager", torch.float16)], ids=str)
+@pytest.mark.parametrize("task", MODELS)
+@torch.no_grad()
+def test_of_any_dtype_and_attention_and_of_padded_and_single_rows(task, attention, dtype):
+    model = make(task).to(dtype)
+    model.set_attn_implementation(attention)
+    program = trace(model, task=task)
+    for sizes in (*SIZES[:1], {"batch": 1, "length": 1, "target": 1}):
+        given = drawn(program.inputs, sizes, dtype)
+        for padded in (slice(0), slice(0, 2), slice(-2, None)):  # none, left, right
+            if "attention_mask" in given:
+                given["attention_mask"] = torch.ones_like(given["attention_mask"])
+                given["attention_mask"][0, padded] = 0
+            wanted = model(**given)
+            made = program(**given)
+            for name in program.task.outputs:
+                assert made[name].dtype == dtype
+                torch.testing.assert_close(made[name], wanted[name], rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(
