@@ -56,7 +56,9 @@ def test_a_program_is_its_model(task):
             assert torch.equal(made[name], each), (name, sizes)
 
 
-@pytest.mark.parametrize(("attention", "dtype"), [("sdpa", torch.bfloat16), ("eager", torch.float16)], ids=str)
+@pytest.mark.parametrize(
+    ("attention", "dtype"), [("sdpa", torch.bfloat16), ("eager", torch.float16)], ids=str
+)
 @pytest.mark.parametrize("task", MODELS)
 @torch.no_grad()
 def test_of_any_dtype_and_attention_and_of_padded_and_single_rows(task, attention, dtype):
