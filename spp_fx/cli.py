@@ -481,7 +481,7 @@ def eval_command(
 ) -> None:
     """Perplexity of a text, or scores of tasks, under each MODEL: a model folder, adapter or export (not ONNX).
 
-    An adapter is evaluated as the model that merge would write, without writing it. Data is read as in train.
+    Models for other tasks than language modeling are measured on records of their own; see docs/tasks.md. An adapter is evaluated as the model that merge would write, without writing it. Data is read as in train.
     Instructions and chats are measured as the whole text that the model would see, as --loss-on all does.
 
     \b
@@ -489,6 +489,7 @@ def eval_command(
     spp-fx eval dense sparse sparse-spp --data held-out.txt --seq-len 2048 --stride 512
     spp-fx eval my-merged --tasks zero-shot,mmlu --batch-size 8
     spp-fx eval my-merged --tasks my-task.yaml --limit 100
+    spp-fx eval my-t5 my-t5-merged --data pairs.jsonl --generate
     """
     folders = [model_folder(model) for model in models or (".",)]
     from spp_fx.verbs.evaluate import evaluate_all

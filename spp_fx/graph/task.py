@@ -1,7 +1,7 @@
 """Tasks: the class that a model is loaded as, the inputs and outputs of its graph, and its loss."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -100,6 +100,7 @@ class Task:
         outputs: by name, the axes that its first dimensions have.
         cached: the model's code keeps a cache unless it is told not to.
         predicts_tokens: labels are tokens, so the loss is that of a perplexity.
+        writes: a decoder writes a text about the input, and `text_metrics` compares it with the record's.
         has_classes: labels are classes of the configuration (id2label).
         records: what a record of the task's data holds, in words.
         peft: PEFT's name of the task, if it has one.
@@ -112,6 +113,7 @@ class Task:
     outputs: ClassVar[Mapping[str, tuple[str, ...]]]
     cached: ClassVar[bool] = False
     predicts_tokens: ClassVar[bool] = False
+    writes: ClassVar[bool] = False
     has_classes: ClassVar[bool] = False
     records: ClassVar[str] = ""
     peft: ClassVar[str | None] = None
@@ -186,6 +188,10 @@ class Task:
     def metrics(self, predicted: Tensor, wanted: Tensor) -> dict[str, float]:
         """Figures beside the loss, of all that `predict` gave."""
         return {"accuracy": float((predicted == wanted).double().mean())}
+
+    def text_metrics(self, written: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
+        """How near the texts that a model has written are to those of the records, where `writes`."""
+        raise NotImplementedError(f"models for {self.name} write no text")
 
     def __repr__(self) -> str:
         return f"<task {self.name}>"
@@ -423,10 +429,22 @@ class EagerModel:
 
     def answer(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The outputs for a batch of inputs by name, which is moved to the model's device."""
-        placed = {
+        made = self.model(**self._placed(batch), **({"use_cache": False} if self.task.cached else {}))
+        return {name: made[name] for name in self.task.outputs}
+
+    def write(self, batch: Mapping[str, Tensor], most: int) -> Tensor:
+        """The tokens that a decoder writes about a batch of inputs by name, the likeliest each time, (batch, tokens).
+
+        Args:
+            most: tokens at most, with the one that the decoder begins with.
+        """
+        given = {name: value for name, value in self._placed(batch).items() if name != "decoder_input_ids"}
+        model: Any = self.model  # transformers types `generate` for models that have it
+        return model.generate(**given, max_length=most, do_sample=False, num_beams=1).cpu()
+
+    def _placed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {
             entry.name: entry.cast(batch[entry.name], self.model.dtype).to(self.model.device)
             for entry in self.inputs
             if entry.name in batch
         }
-        made = self.model(**placed, **({"use_cache": False} if self.task.cached else {}))
-        return {name: made[name] for name in self.task.outputs}

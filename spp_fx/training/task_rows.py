@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from spp_fx.errors import UsageError
-from spp_fx.graph.task import FRAMES, LENGTH, TARGET, Row, Task, TaskModel
+from spp_fx.graph.task import FRAMES, LENGTH, TARGET, EagerModel, Row, Task, TaskModel
 from spp_fx.training.records import Skip, Skipped, keep, needed, read_records, read_samples
-from spp_fx.training.samples import IGNORED, check_vocabulary, pad, token_stream
+from spp_fx.training.samples import IGNORED, check_vocabulary, pad, pad_token, token_stream
 
 MASKED_LM = "masked-lm"
 HIDDEN_SHARE = 0.15
@@ -153,6 +153,34 @@ class Scored:
     def perplexity(self) -> float | None:
         """Of the labels, where they are tokens."""
         return self.metrics.get("perplexity")
+
+
+@torch.no_grad()
+def score_writing(
+    model: EagerModel,
+    rows: TaskRows,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    length: int,
+    batch_size: int = 8,
+    tick: Callable[[int], None] = lambda n: None,
+) -> dict[str, float]:
+    """How near the texts that a model writes are to those of the rows: the task's `text_metrics`.
+
+    Args:
+        length: tokens that it writes at most.
+        tick: called with the number of rows done.
+    """
+    written: list[str] = []
+    wanted: list[str] = []
+    pad_id, fixed = pad_token(tokenizer, model.vocabulary), fixed_names(model)
+    for start in range(0, len(rows), batch_size):
+        part = [rows[n] for n in range(start, min(start + batch_size, len(rows)))]
+        tokens = model.write(pad(part, pad_id, fixed=fixed), length)
+        written += tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        wanted += tokenizer.batch_decode([row["labels"].tolist() for row in part], skip_special_tokens=True)
+        tick(len(part))
+    return model.task.text_metrics(written, wanted)
 
 
 Answer = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]

@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -18,7 +18,16 @@ from spp_fx.exporters.manifest import MANIFEST, open_model, read_manifest
 from spp_fx.graph.model import check_task, folder_task, load_model
 from spp_fx.graph.program import Program
 from spp_fx.graph.spelling import shown
-from spp_fx.graph.task import CAUSAL_LM, LENGTH, EagerModel, Task, find_task, positions_of, vocabulary_of
+from spp_fx.graph.task import (
+    CAUSAL_LM,
+    LENGTH,
+    TARGET,
+    EagerModel,
+    Task,
+    find_task,
+    positions_of,
+    vocabulary_of,
+)
 from spp_fx.parallel import Tick, no_tick
 from spp_fx.runtime import load as load_export
 from spp_fx.storage.folder import is_adapter
@@ -26,7 +35,7 @@ from spp_fx.storage.links import links_option
 from spp_fx.training.perplexity import Perplexity, perplexity
 from spp_fx.training.records import Skipped
 from spp_fx.training.samples import check_vocabulary, held_out, pad_token
-from spp_fx.training.task_rows import Scored, score, task_rows
+from spp_fx.training.task_rows import Scored, score, score_writing, task_rows
 from spp_fx.training.tasks import Scores, Tasks, find_tasks, number, run_tasks
 from spp_fx.verbs.load import (
     check_teacher,
@@ -199,6 +208,7 @@ def evaluate(
     batch_size: str = "1",
     task: str | None = None,
     teacher: str | Path | None = None,
+    generate: bool = False,
     base: str | Path | None = None,
     device: str | None = None,
     strict: bool = False,
@@ -222,6 +232,8 @@ def evaluate(
         batch_size: rows of a task in one forward, or "auto".
         task: what the model is for; None: what its configuration says, or the adapter.
         teacher: of feature-extraction, the model whose embeddings those of this one are compared with.
+        generate: let the model write its texts, of `seq_len` tokens at most, and compare them with the data's: BLEU
+            (seq2seq-lm), word error rate (speech-seq2seq).
         base: the base model of an adapter, if it is not where the adapter says.
         device: where the model runs; by default a GPU if torch has one.
         strict: rows with nothing in them are an error; else they are skipped, counted, and reported by `say`.
@@ -233,7 +245,7 @@ def evaluate(
         data=None if data is None else str(data), tasks=tuple(tasks), limit=limit, shots=shots,
         batch_size=batch_size, seq_len=seq_len, stride=stride, strict=strict,
         base=None if base is None else Path(base), device=device,
-        task=task, teacher=None if teacher is None else Path(teacher),
+        task=task, teacher=None if teacher is None else Path(teacher), generate=generate,
     )  # fmt: skip
     done = evaluate_all([model], settings, trust_remote_code=trust_remote_code, tick=tick, say=say)
     return done.models[0]
@@ -267,7 +279,13 @@ def evaluate_all(
         raise UsageError("--base names the base of an adapter, and no MODEL is an adapter; leave it out")
     for path in paths:
         _check(path, settings)
-    kinds = {task.name if (task := _task(path, settings, trust_remote_code)) else "none" for path in paths}
+    found = [_task(path, settings, trust_remote_code) for path in paths]
+    kinds = {"none" if task is None else task.name for task in found}
+    if settings.generate and not all(task is not None and task.writes for task in found):
+        raise UsageError(
+            "--generate is for models that write a text about their input (seq2seq-lm, speech-seq2seq), "
+            f"not for {', '.join(sorted(kinds))}"
+        )
     if len(kinds) > 1:
         raise UsageError(
             f"the models are for several tasks ({', '.join(sorted(kinds))}); evaluate those of one"
@@ -360,7 +378,13 @@ def _answer(
         model, rows, model.answer, 0 if tokenizer is None else pad_token(tokenizer, model.vocabulary, own),
         reference=None if teacher is None else teacher.answer, tick=lambda count: tick("rows", count),
     )  # fmt: skip
-    texts = any(LENGTH in entry.axes for entry in model.inputs)
+    if settings.generate:
+        assert tokenizer is not None  # what is written was encoded with it
+        found = score_writing(
+            model, rows, tokenizer, length=length, tick=lambda count: tick("written texts", count)
+        )
+        result = replace(result, metrics=result.metrics | found)
+    texts = any(axis in entry.axes for entry in model.inputs for axis in (LENGTH, TARGET))
     return Answered(model.task.name, data, length if texts else None, result, skipped)
 
 

@@ -374,6 +374,11 @@ class EvaluateSettings:
     teacher: Path | None = option(
         None, "Model whose embeddings those of MODEL are compared with (feature-extraction)."
     )
+    generate: bool = option(
+        False,
+        "Let the model write its texts, of --seq-len tokens at most, and compare them with the data's: BLEU "
+        "(seq2seq-lm), word error rate (speech-seq2seq).",
+    )
     base: Path | None = option(None, "Base model of an adapter, if it is not where the adapter says.")
     device: str | None = option(None, "Where the model runs. Default: cuda where there is one, else cpu.")
 
@@ -381,6 +386,8 @@ class EvaluateSettings:
         check_values(self)
         if self.data is None and not self.tasks:
             raise UsageError("nothing to measure: give a text with --data, or --tasks")
+        if self.data is None and self.generate:
+            raise UsageError("--generate needs the texts that the model should write: give them with --data")
         if self.data is None and (self.stride or self.seq_len):
             raise UsageError("--seq-len and --stride need a text: give one with --data")
         if not self.tasks and (self.limit or self.shots is not None or self.batch_size != "1"):

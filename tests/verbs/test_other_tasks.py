@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from torchmetrics.functional.text import sacre_bleu_score, word_error_rate
 
 from spp_fx.errors import UsageError
 from spp_fx.graph.task import EagerModel, find_task
@@ -72,6 +73,9 @@ def test_options_of_language_models_are_refused(tmp_path):
         assert result.code == 2
         assert "is not for sequence-classification" in result.err
     assert "--stride is for" in command("eval", tmp_path / "dense", "--data", data, "--stride", 8).err
+    said = command("eval", tmp_path / "dense", "--data", data, "--generate")
+    assert "--generate is for models that write a text" in said.err
+    assert "not for sequence-classification" in said.err
 
 
 def test_what_cannot_be_compared_is_refused_before_it_is_measured(tmp_path):
@@ -177,3 +181,56 @@ def test_scores_are_those_of_the_whole_whatever_the_batches(tmp_path):
     assert one.metrics == many.metrics
     assert one.loss == pytest.approx(many.loss, rel=1e-5)
     assert set(MODELS) - set(SCORES) == {"image-text-to-text"}
+
+
+def greedy(model, given: dict[str, torch.Tensor], most: int) -> list[int]:
+    """What a decoder writes by its definition: the likeliest token each time, without a cache."""
+    tokens = [model.config.decoder_start_token_id]
+    while len(tokens) < most and tokens[-1] != model.config.eos_token_id:
+        logits = model(**given, decoder_input_ids=torch.tensor([tokens]), use_cache=False).logits
+        tokens.append(int(logits[0, -1].argmax()))
+    return tokens[1:]
+
+
+@pytest.mark.parametrize(
+    ("task", "metric", "most", "compared"),
+    [
+        (
+            "seq2seq-lm",
+            "bleu",
+            16,
+            lambda texts, wanted: sacre_bleu_score(texts, [[text] for text in wanted]),
+        ),
+        ("speech-seq2seq", "word_error_rate", 17, word_error_rate),  # Whisper does not count its first token
+    ],
+)
+@torch.no_grad()
+def test_what_a_model_writes_is_compared_with_the_records(tmp_path, task, metric, most, compared):
+    model, path = save(task, tmp_path / "model"), write(task, tmp_path / "data.jsonl")
+    for parameter in model.parameters():  # else it writes one word again and again
+        parameter.mul_(8)
+    model.save_pretrained(tmp_path / "model")
+    facts = EagerModel(find_task(task), model)
+    rows, _ = task_rows(path, facts, load_processor(tmp_path / "model", facts), length=16)
+    inputs = [
+        {name: value[None] for name, value in row.items() if name not in ("labels", "decoder_input_ids")}
+        for row in rows
+    ]
+    words = tokenizer()
+    written = [words.decode(greedy(model, given, most), skip_special_tokens=True) for given in inputs]
+    assert len({word for text in written for word in text.split()}) > 2
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    key = "text" if "audio" in records[0] else "target"
+    found = []
+    for every in (100, 3):  # a word is added to none but the first, and to a third of the texts
+        wanted = [("w39 " if n % every == 0 else "") + text for n, text in enumerate(written)]
+        path.write_text(
+            "".join(json.dumps(r | {key: t}) + "\n" for r, t in zip(records, wanted, strict=True))
+        )
+        said = must("eval", tmp_path / "model", "--data", path, "--generate", "--seq-len", 16, "--json").json
+        cut = words.batch_decode(
+            words(wanted, truncation=True, max_length=16)["input_ids"], skip_special_tokens=True
+        )
+        assert said[metric] == pytest.approx(float(compared(written, cut)))
+        found.append(said[metric])
+    assert 0.1 < min(found) < max(found) < 1 or 0 < found[0] < found[1] < 0.2

@@ -1,6 +1,6 @@
 """seq2seq-lm: a decoder writes a text about the one that an encoder has read."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from transformers import PretrainedConfig, PreTrainedModel
@@ -25,6 +25,7 @@ class Seq2SeqLM(Task):
     )
     output_class: ClassVar = Seq2SeqLMOutput
     predicts_tokens: ClassVar[bool] = True
+    writes: ClassVar[bool] = True
     outputs: ClassVar[Mapping[str, tuple[str, ...]]] = {"logits": (BATCH, TARGET)}
     cached: ClassVar[bool] = True
     peft: ClassVar[str | None] = "SEQ_2_SEQ_LM"
@@ -53,3 +54,9 @@ class Seq2SeqLM(Task):
         tokens = processor(source, truncation=True, max_length=length, verbose=False)
         wanted = processor(text_target=target, truncation=True, max_length=length, verbose=False)["input_ids"]
         return text_row(model, tokens) | target_row(model, wanted)
+
+    def text_metrics(self, written: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
+        """BLEU of all texts together, 0 to 1, of sacreBLEU's tokens `13a` (Post, 2018)."""
+        from torchmetrics.functional.text import sacre_bleu_score  # its import takes a second
+
+        return {"bleu": float(sacre_bleu_score(written, [[text] for text in wanted]))}

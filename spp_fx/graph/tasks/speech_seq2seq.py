@@ -1,6 +1,6 @@
 """speech-seq2seq: a decoder writes what is said in a recording."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
@@ -30,6 +30,7 @@ class SpeechSeq2Seq(Task):
     records: ClassVar[str] = "audio, the path of a recording, and text, what is said"
     output_class: ClassVar = Seq2SeqLMOutput
     predicts_tokens: ClassVar[bool] = True
+    writes: ClassVar[bool] = True
     outputs: ClassVar[Mapping[str, tuple[str, ...]]] = {"logits": (BATCH, TARGET)}
     cached: ClassVar[bool] = True
     peft: ClassVar[str | None] = "SEQ_2_SEQ_LM"
@@ -57,3 +58,12 @@ class SpeechSeq2Seq(Task):
         # Some tokenizers begin with the token that the decoder is started with.
         start = model.config.decoder_start_token_id
         return row | target_row(model, tokens[1:] if tokens[:1] == [start] else tokens)
+
+    def text_metrics(self, written: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
+        """Word error rate of all texts together: wrong, missing and added words by the words that are said.
+
+        Upper and lower case are different words, and so are words with and without a comma behind them.
+        """
+        from torchmetrics.functional.text import word_error_rate  # its import takes a second
+
+        return {"word_error_rate": float(word_error_rate(list(written), list(wanted)))}
