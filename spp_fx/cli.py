@@ -481,8 +481,9 @@ def eval_command(
 ) -> None:
     """Perplexity of a text, or scores of tasks, under each MODEL: a model folder, adapter or export (not ONNX).
 
-    Models for other tasks than language modeling are measured on records of their own; see docs/tasks.md. An adapter is evaluated as the model that merge would write, without writing it. Data is read as in train.
+    An adapter is evaluated as the model that merge would write, without writing it. Data is read as in train.
     Instructions and chats are measured as the whole text that the model would see, as --loss-on all does.
+    Models for other tasks than language modeling are measured on records of their task (docs/tasks.md).
 
     \b
     spp-fx eval my-merged --data held-out.txt
