@@ -80,13 +80,18 @@ def bind(model: PreTrainedModel, slots: Mapping[str, Slot], stored: Mapping[str,
             chunks |= _chunks(name, target, pattern, converters, shapes, stored[name])
     matrices: dict[str, tuple[StoredMatrix, ...]] = {}
     refused: dict[str, str] = {}
+    tied = _tied_names(model)
     for slot in slots.values():
-        if slot.name in plain:
-            found = _plain(slot, plain[slot.name], stored)
-        elif slot.name in chunks and not slot.transposed:
-            found = chunks[slot.name]
-        elif slot.name in converted:
-            found = _converted(slot, converted[slot.name], converters, stored)
+        names = [slot.name]
+        if isinstance(slot, Site):  # it may be stored under another of its names, which no site has
+            names += [n for n in tied.get(slot.name, ()) if not isinstance(slots.get(n), Site)]
+        name = next((n for n in names if n in plain or n in chunks or n in converted), slot.name)
+        if name in plain:
+            found = _plain(slot, plain[name], stored)
+        elif name in chunks and not slot.transposed:
+            found = chunks[name]
+        elif name in converted:
+            found = _converted(slot, converted[name], converters, stored)
         else:
             found = NOT_STORED
         if isinstance(found, str):
@@ -94,6 +99,14 @@ def bind(model: PreTrainedModel, slots: Mapping[str, Slot], stored: Mapping[str,
         else:
             matrices[slot.name] = found
     return Binding(matrices, refused, targets)
+
+
+def _tied_names(model: PreTrainedModel) -> dict[str, list[str]]:
+    """All names of each parameter that has several."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return {name: names for names in groups.values() if len(names) > 1 for name in names}
 
 
 def _chunks(

@@ -92,3 +92,15 @@ def test_a_site_without_a_tensor_is_refused():
     del stored["model.layers.0.mlp.up_proj.weight"]
     refused = bind(model, program.sites, stored).refused
     assert refused == {"model.layers.0.mlp.up_proj.weight": "the checkpoint holds no tensor for it"}
+
+
+def test_a_tied_weight_that_one_layer_uses_is_found_under_its_first_name():
+    model, program = sparse("llama")
+    first, second = (f"model.layers.{n}.mlp.up_proj.weight" for n in range(2))
+    model.get_submodule("model.layers.1.mlp.up_proj").weight = model.get_parameter(first)
+    stored = {name: shape for name, shape in shapes(model).items() if name != second}
+    both = bind(model, program.sites, stored)
+    assert both.matrices[first][0].tensor == first
+    assert set(both.refused) == {second}  # of two sites it is the one that has the name
+    alone = bind(model, {second: program.sites[second]}, stored)
+    assert alone.matrices[second][0].tensor == first
