@@ -83,7 +83,7 @@ def bind(model: PreTrainedModel, slots: Mapping[str, Slot], stored: Mapping[str,
     tied = _tied_names(model)
     for slot in slots.values():
         names = [slot.name]
-        if isinstance(slot, Site):  # it may be stored under another of its names, which no site has
+        if isinstance(slot, Site) and slot.tied_to is None:  # it may be stored under a name that no site has
             names += [n for n in tied.get(slot.name, ()) if not isinstance(slots.get(n), Site)]
         name = next((n for n in names if n in plain or n in chunks or n in converted), slot.name)
         if name in plain:
