@@ -24,6 +24,7 @@ from transformers.core_model_loading import (
 )
 
 from spp_fx.adapters.adapter_folder import StoredMatrix
+from spp_fx.graph.names import names_of
 from spp_fx.graph.program import Site
 
 NOT_STORED = "the checkpoint holds no tensor for it"
@@ -80,7 +81,7 @@ def bind(model: PreTrainedModel, slots: Mapping[str, Slot], stored: Mapping[str,
             chunks |= _chunks(name, target, pattern, converters, shapes, stored[name])
     matrices: dict[str, tuple[StoredMatrix, ...]] = {}
     refused: dict[str, str] = {}
-    tied = _tied_names(model)
+    tied = {name: names for names in names_of(model).values() for name in names}
     for slot in slots.values():
         names = [slot.name]
         if isinstance(slot, Site) and slot.tied_to is None:  # it may be stored under a name that no site has
@@ -99,14 +100,6 @@ def bind(model: PreTrainedModel, slots: Mapping[str, Slot], stored: Mapping[str,
         else:
             matrices[slot.name] = found
     return Binding(matrices, refused, targets)
-
-
-def _tied_names(model: PreTrainedModel) -> dict[str, list[str]]:
-    """All names of each parameter that has several."""
-    groups: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(parameter), []).append(name)
-    return {name: names for names in groups.values() if len(names) > 1 for name in names}
 
 
 def _chunks(

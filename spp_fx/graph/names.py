@@ -1,7 +1,9 @@
-"""Names of sites: in the tree of graphs, the layer that owns them, and the sites that users skip."""
+"""Names of parameters and sites: in the tree of graphs, the layer that owns them, and the sites that users skip."""
 
 import re
 from collections.abc import Iterable, Sequence
+
+from torch import nn
 
 from spp_fx.errors import UsageError
 from spp_fx.sparsity.weights import is_target
@@ -19,6 +21,14 @@ def layer_of(name: str) -> str | None:
     """
     found = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", name)
     return found[0] if found else None
+
+
+def names_of(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """The names of each parameter, in the order of the model; a tied one has several."""
+    found: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found.setdefault(parameter, []).append(name)
+    return found
 
 
 def without_skipped(

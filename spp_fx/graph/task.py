@@ -190,8 +190,8 @@ class Task:
         return {"accuracy": float((predicted == wanted).double().mean())}
 
     def text_metrics(self, written: Sequence[str], wanted: Sequence[str]) -> dict[str, float]:
-        """How near the texts that a model has written are to those of the records, where `writes`."""
-        raise NotImplementedError(f"models for {self.name} write no text")
+        """How near the texts that a model has written are to those of the records; of a task that `writes`."""
+        return {}
 
     def __repr__(self) -> str:
         return f"<task {self.name}>"
@@ -433,14 +433,18 @@ class EagerModel:
         return {name: made[name] for name in self.task.outputs}
 
     def write(self, batch: Mapping[str, Tensor], most: int) -> Tensor:
-        """The tokens that a decoder writes about a batch of inputs by name, the likeliest each time, (batch, tokens).
+        """The tokens that a decoder writes about a batch of inputs by name, (batch, tokens).
+
+        It takes the likeliest one each time, of those that generation_config.json allows.
 
         Args:
             most: tokens at most, with the one that the decoder begins with.
         """
         given = {name: value for name, value in self._placed(batch).items() if name != "decoder_input_ids"}
         model: Any = self.model  # transformers types `generate` for models that have it
-        return model.generate(**given, max_length=most, do_sample=False, num_beams=1).cpu()
+        return model.generate(
+            **given, max_length=most, max_new_tokens=None, do_sample=False, num_beams=1
+        ).cpu()
 
     def _placed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {

@@ -31,10 +31,11 @@ from spp_fx.errors import SppFxError, UsageError
 from spp_fx.graph.flow import argument
 from spp_fx.graph.leaves import Leaves, leaf_classes, without_leaves
 from spp_fx.graph.model import load_model
+from spp_fx.graph.names import names_of
 from spp_fx.graph.program import Program
+from spp_fx.graph.reserved_names import hide_keywords, refuse_names, shown, spell
 from spp_fx.graph.rewrite import Graph, call, training_flag
 from spp_fx.graph.sizes import Sizes, sizes_of
-from spp_fx.graph.spelling import hide_keywords, refuse_names, shown, spell
 from spp_fx.graph.task import (
     BATCH,
     EXAMPLE,
@@ -508,13 +509,7 @@ def language_of(model: PreTrainedModel) -> str:
 
 def tied_parameters(model: PreTrainedModel) -> dict[str, str]:
     """Parameters that are another parameter under a second name: name -> the first name."""
-    first: dict[int, str] = {}
-    tied: dict[str, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owner = first.setdefault(id(parameter), name)
-        if owner != name:
-            tied[name] = owner
-    return tied
+    return {other: first for first, *others in names_of(model).values() for other in others}
 
 
 def head_of(model: PreTrainedModel) -> str | None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from spp_fx.errors import PostconditionError, PreconditionError, UsageError
+from spp_fx.graph.names import names_of
 from spp_fx.graph.program import Program, child_path
 from spp_fx.graph.rewrite import cast_result, drop_cast
 from spp_fx.passes.base import Pass, PassReport, register
@@ -102,14 +103,6 @@ def freeze_norms(program: Program, values: dict[str, Tensor]) -> None:
     program.trained.clear()
     for module in changed:
         module.recompile()
-
-
-def names_of(program: Program) -> dict[nn.Parameter, list[str]]:
-    """Every name under which the tree holds a parameter."""
-    found: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in program.named_parameters(remove_duplicate=False):
-        found.setdefault(parameter, []).append(name)
-    return found
 
 
 def _replace(program: Program, names: list[str], new: nn.Parameter) -> None:

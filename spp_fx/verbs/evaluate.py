@@ -17,7 +17,7 @@ from spp_fx.errors import UsageError
 from spp_fx.exporters.manifest import MANIFEST, open_model, read_manifest
 from spp_fx.graph.model import check_task, folder_task, load_model
 from spp_fx.graph.program import Program
-from spp_fx.graph.spelling import shown
+from spp_fx.graph.reserved_names import shown
 from spp_fx.graph.task import (
     CAUSAL_LM,
     LENGTH,
@@ -88,7 +88,7 @@ class Answered:
 
     Attributes:
         task: its name.
-        seq_len: tokens of a row at most; None for pictures and recordings.
+        seq_len: tokens of a row at most, or of the text that a decoder should write; None for pictures alone.
         skipped: records that hold nothing to measure.
     """
 

@@ -222,7 +222,7 @@ def test_what_a_model_writes_is_compared_with_the_records(tmp_path, task, metric
     records = [json.loads(line) for line in path.read_text().splitlines()]
     key = "text" if "audio" in records[0] else "target"
     found = []
-    for every in (100, 3):  # a word is added to none but the first, and to a third of the texts
+    for every in (100, 3):  # a word is added to the first text, and to a third of them
         wanted = [("w39 " if n % every == 0 else "") + text for n, text in enumerate(written)]
         path.write_text(
             "".join(json.dumps(r | {key: t}) + "\n" for r, t in zip(records, wanted, strict=True))
@@ -233,4 +233,4 @@ def test_what_a_model_writes_is_compared_with_the_records(tmp_path, task, metric
         )
         assert said[metric] == pytest.approx(float(compared(written, cut)))
         found.append(said[metric])
-    assert 0.1 < min(found) < max(found) < 1 or 0 < found[0] < found[1] < 0.2
+    assert 0 < min(found) < max(found) < 1
