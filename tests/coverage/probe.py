@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from spp_fx.adapters.adapter_folder import FACTORS
 from spp_fx.errors import SppFxError
+from spp_fx.exporters.onnx.random_inputs import ImageTokens
 from spp_fx.graph.model import load_model
 from spp_fx.graph.names import layer_of
 from spp_fx.graph.program import Program
@@ -244,29 +245,13 @@ def _built(row: Row) -> PreTrainedModel:
 def batch_of(program: Program, model: PreTrainedModel, sizes: Mapping[str, int]) -> dict[str, Tensor]:
     """Random inputs of a program; tokens are not special, but for those first ones that an image takes the place of."""
     generator = torch.Generator().manual_seed(sizes[BATCH] * 1000 + sizes[LENGTH])
-    inputs = {entry.name: entry for entry in program.inputs}
-    batch: dict[str, Tensor] = {}
-    images = 0
-    if {"input_ids", "pixel_values"} <= inputs.keys():
-        batch["pixel_values"] = inputs["pixel_values"].drawn(sizes, torch.float32, generator)
-        images = _tokens_of_an_image(model, batch["pixel_values"])
-    for name, entry in inputs.items():
-        if name in batch:
-            continue
-        batch[name] = entry.drawn({**sizes, LENGTH: sizes[LENGTH] + images}, torch.float32, generator)
-        if name in ("input_ids", "decoder_input_ids") and entry.below is not None:
-            batch[name] = 3 + batch[name] % (min(VOCABULARY // 2, entry.below) - 3)
-    if images:
-        batch["input_ids"][:, :images] = model.config.image_token_id
-    return batch
-
-
-def _tokens_of_an_image(model: PreTrainedModel, pixels: Tensor) -> int:
-    """How many tokens the image of each row takes the place of."""
-    with torch.no_grad():
-        found: Any = model.get_image_features(pixel_values=pixels)
-    found = getattr(found, "pooler_output", found)
-    return sum(each.numel() // each.shape[-1] for each in found) // len(pixels)
+    entries = {entry.name: entry for entry in program.inputs}
+    batch = {name: entry.drawn(sizes, torch.float32, generator) for name, entry in entries.items()}
+    for name in {"input_ids", "decoder_input_ids"} & entries.keys():
+        if (below := entries[name].below) is not None:
+            batch[name] = 3 + batch[name] % (min(VOCABULARY // 2, below) - 3)
+    images = ImageTokens.of(model, program.inputs)
+    return batch if images is None else images.inserted(batch, entries, at=0)
 
 
 def labels_of(program: Program, batch: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor | None:
