@@ -12,7 +12,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # a process that forks may have no threads
 
 import tests.coverage.quiet  # noqa: F401 - it sets the process up while it is imported
 from tests.coverage import runner, table
-from tests.coverage.models import TASKS, TRACED
+from tests.coverage.models import TASKS
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "spp-fx" / "coverage.jsonl"
 
@@ -32,7 +32,7 @@ def main() -> int:
     parser.add_argument("--keep-all", action="store_true", help="keep all rows, of any sources")
     options = parser.parse_args()
     source = runner.digest()
-    chosen = runner.wanted(options.task or TRACED, options.types)
+    chosen = runner.wanted(options.task or TASKS, options.types)
     if options.third:
         chosen = [each for each in runner.third() if each in chosen]
     rows = runner.kept(options.cache)

@@ -29,16 +29,6 @@ TASKS: dict[str, tuple[str, Any]] = {
     "image-text-to-text": ("IMAGE_TEXT_TO_TEXT", transformers.AutoModelForImageTextToText),
 }
 """Task -> the table of transformers' types, and the auto class."""
-TRACED = (
-    "causal-lm",
-    "masked-lm",
-    "seq2seq-lm",
-    "image-classification",
-    "speech-seq2seq",
-    "feature-extraction",
-    "image-text-to-text",
-)
-"""The tasks of docs/models.md."""
 MASKED = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
 """Types that look both ways unless they are told to be decoders."""
 

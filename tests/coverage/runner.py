@@ -13,7 +13,7 @@ from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
 
-from tests.coverage.models import TRACED, types_of
+from tests.coverage.models import TASKS, types_of
 from tests.coverage.probe import COLUMNS, TOO_LONG, Row, probe
 
 SECONDS = 120
@@ -45,7 +45,7 @@ def digest() -> str:
 def third() -> list[tuple[str, str]]:
     """A fixed third of all types, each for one of the tasks that it is registered for: what every submission probes."""
     tasks: dict[str, list[str]] = {}
-    for task in TRACED:
+    for task in TASKS:
         for model_type in types_of(task):
             tasks.setdefault(model_type, []).append(task)
     chosen: list[tuple[str, str]] = []

@@ -6,7 +6,7 @@ import pytest
 
 from tests import traces
 from tests.coverage import runner, table
-from tests.coverage.models import TRACED, types_of
+from tests.coverage.models import TASKS, types_of
 from tests.coverage.probe import SIZES, probe
 
 SLOW = ("wanda", "onnx", "cusparselt")
@@ -35,7 +35,7 @@ def test_what_worked_for_a_type_does_so_now(task, model_type):
 def test_the_page_lists_every_type_of_every_task():
     if f"transformers {version('transformers')}," not in PAGE:
         pytest.skip("the page is of another version of transformers")
-    assert list(CELLS) == [(task, model_type) for task in TRACED for model_type in types_of(task)]
+    assert list(CELLS) == [(task, model_type) for task in TASKS for model_type in types_of(task)]
 
 
 def test_a_page_is_read_as_it_was_written():

@@ -90,7 +90,8 @@ class ImageTokens:
         """Those of a model, which computes the features of one image; None where it has none."""
         pixels = next((entry for entry in entries if entry.name == "pixel_values"), None)
         token = image_token(model.config)
-        features = getattr(model, "get_image_features", None)
+        own = (getattr(each, "get_image_features", None) for each in (model, model.base_model))
+        features = next(filter(None, own), None)  # Janus has it below its head
         if pixels is None or token < 0 or features is None or len(entries) == 1:
             return None
         with torch.no_grad():
