@@ -23,7 +23,6 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from spp_fx.errors import SppFxError
 from spp_fx.graph.followed import Followed, is_transposed, products
-from spp_fx.graph.names import layer_of
 from spp_fx.graph.program import SITE, Program, opaque
 from spp_fx.graph.rewrite import change_call
 
@@ -194,7 +193,7 @@ class Leaves:
     def grow(self, error: BaseException, reason: str) -> bool:
         """After a failed export, make the innermost module that failed a leaf; whether another try may succeed.
 
-        A module that is the model, or holds several of its layers, is never a leaf.
+        The model itself is never a leaf.
         """
         self.reason = self.reason or reason
         if len(self.classes) + len(self.refused) >= MOST_TRIES:
@@ -206,7 +205,7 @@ class Leaves:
                 self.classes.discard(kind)
                 self.refused[kind] = str(error)
             path = paths[id(module)]
-            if not path or (layer_of(f"{path}.") is None and any(map(layer_of, _below(module)))):
+            if not path:
                 break
             # A class of torch's is in many places, most of which can be traced.
             if (
@@ -305,10 +304,6 @@ def _filled(module: nn.Module, tensors: Mapping[str, Any], prefix: str = "") -> 
         name: child and _filled(child, tensors, f"{prefix}{name}.") for name, child in module._modules.items()
     }
     return copy
-
-
-def _below(module: nn.Module) -> list[str]:
-    return [f"{name}." for name, _ in module.named_modules()]
 
 
 def _running(error: BaseException | None, paths: Mapping[int, str]) -> list[nn.Module]:

@@ -466,12 +466,21 @@ class Program(nn.Module):
             shape=(*shape[:-2], shape[-1], shape[-2]) if transposed else shape,
             dtype=weight.dtype,
             transposed=transposed,
-            layer=layer_of(name),
+            layer=self._layer_of(name),
             uses=uses,
             tied_to=min((other for other in names if other in embeddings), default=None),
             is_head=self.head_weight in names,
             role=role,
         )
+
+    def _layer_of(self, name: str) -> str | None:
+        """The layer that owns a parameter, or where that has no graph of its own what has: a leaf may hold layers."""
+        layer = layer_of(name)
+        if layer is None or self.untraced is not None:
+            return layer
+        while layer and not isinstance(self.get_submodule(layer), fx.GraphModule):
+            layer = layer.rpartition(".")[0]
+        return layer or None
 
     def weight(self, site: str) -> nn.Parameter:
         """The parameter of a site as it is stored, which may be (in, out)."""

@@ -2,39 +2,41 @@
 
 import contextlib
 import copy
+import gc
 import inspect
 import io
 import logging
-import operator
 import os
 import re
 import traceback
 import warnings
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FunctionType
-from typing import Any, cast
+from typing import Any, TypeVar, cast
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram, unflatten
 from torch.func import functional_call
+from torch.fx import config as fx_config
 from torch.fx.experimental import _config as shapes_config
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING
 
 from spp_fx.errors import SppFxError, UsageError
-from spp_fx.graph.flow import argument
+from spp_fx.graph.dropout import has_dropout, open_dropout, recorded_dropout, write_dropout
 from spp_fx.graph.leaves import Leaves, leaf_classes, without_leaves
 from spp_fx.graph.model import load_model
 from spp_fx.graph.names import names_of
 from spp_fx.graph.program import Program
 from spp_fx.graph.reserved_names import hide_keywords, refuse_names, shown, spell
-from spp_fx.graph.rewrite import Graph, call, training_flag
+from spp_fx.graph.rewrite import Graph
 from spp_fx.graph.sizes import Sizes, sizes_of
 from spp_fx.graph.task import (
     BATCH,
@@ -50,10 +52,6 @@ from spp_fx.graph.task import (
 from spp_fx.graph.untouched import untouched
 
 aten = torch.ops.aten
-ATTENTION = aten.scaled_dot_product_attention.default
-DROPOUT = aten.dropout.default
-# Ops that drop -> the name of their probability.
-_PROBABILITIES: dict[object, str] = {ATTENTION: "dropout_p", DROPOUT: "p"}
 GUARDS = (aten._assert_tensor_metadata.default,)
 EXPORT_ERRORS = (
     RuntimeError,
@@ -68,6 +66,8 @@ EXPORT_ERRORS = (
     SyntaxError,
 )
 """What torch.export, the model's code that it runs, and generated code raise."""
+NO_DROPOUT = "set its dropout options to 0 in config.json"
+T = TypeVar("T")
 
 
 def trace(
@@ -102,7 +102,8 @@ def trace(
             f"{type(model).__name__} cannot be run for {task.name} ({task.auto} of transformers)"
         )
     refuse_names(model)
-    program = _trace(model, task, EXAMPLE | dict(example))
+    with _collecting_new_objects():
+        program = _trace(model, task, EXAMPLE | dict(example))
     if program.sizes.conditions:
         program.again = TraceAgain.of(model, task, leaf_classes(program))
     return program
@@ -112,23 +113,36 @@ def _trace(
     model: PreTrainedModel, task: Task, example: Mapping[str, int], classes: frozenset[type] = frozenset()
 ) -> Program:
     inputs, leaves = task.inputs(model), Leaves(model, classes)
-    exported = _export(model, task, example, leaves, training=False)
-    conditions = (
-        *_sizes(model, exported, inputs).conditions,
-        *_training_dropout(model, exported, task, example, leaves),
-    )
+    exported = _export(model, task, example, leaves)
+    sizes, fakes = _sizes(model, exported, inputs), _Fakes()
+    if has_dropout(model.config.to_dict()):
+        _training_dropout(model, exported, task, example, leaves, fakes)
     root = _tree(exported, model)
     leaves.place(root)
     loss = getattr(model, "loss_function", None)
     program = Program(root, task, inputs, model.config, loss, tied_parameters(model), head_of(model))
     program.language = language_of(model)
     program.dtype, program.positions = model.dtype, positions_of(model)
-    program.sizes = Sizes(tuple(dict.fromkeys(conditions)))
+    program.sizes = sizes
     program.constants = frozenset(dict(program.named_buffers()).keys() - dict(model.named_buffers()).keys())
     # Most families without a loss of their own have no loss_type, either: the Trainer would count tokens wrongly.
     program.loss_type = next((n for n, each in LOSS_MAPPING.items() if each is loss), None)
-    _rehearse(program, model, dict(example))
+    _rehearse(program, model, dict(example), fakes)
     return program.train(model.training)
+
+
+@contextmanager
+def _collecting_new_objects() -> Generator[None, None, None]:
+    """Let garbage collection pass over the objects that exist: there are so many of them, and a trace makes so many
+    more, that a collection of half a second would come in every second trace."""
+    frozen = gc.get_freeze_count()
+    if not frozen:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if not frozen:
+            gc.unfreeze()
 
 
 @dataclass(frozen=True)
@@ -174,16 +188,17 @@ class TraceAgain:
                 {n: stand_ins[p] for n, p in module._parameters.items() if p is not None}
             )
             module._buffers.update({n: b.to(device) for n, b in module._buffers.items() if b is not None})
-        return _trace(model, self.task, example, self.classes)
+        with _collecting_new_objects():
+            return _trace(model, self.task, example, self.classes)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TraceAgain":
         return self
 
 
 def _export(
-    model: PreTrainedModel, task: Task, example: Mapping[str, int], leaves: Leaves, *, training: bool
+    model: PreTrainedModel, task: Task, example: Mapping[str, int], leaves: Leaves
 ) -> ExportedProgram:
-    """Export the task's inputs to its outputs in one mode, with the checkpoint's names at the top level."""
+    """Export the task's inputs to its outputs in eval mode, with the checkpoint's names at the top level."""
     inputs = task.inputs(model)
     device = next(model.parameters()).device
     args = tuple(entry.filled(example, model.dtype, device) for entry in inputs)
@@ -193,8 +208,11 @@ def _export(
         for entry in inputs
     )
     # Export takes a size for more than 1 and says nothing of it; so it asks, and what was assumed is a condition.
-    with shapes_config.patch(backed_size_oblivious=True):  # pyright: ignore[reportAttributeAccessIssue]
-        return export_as(model, forward_of(model, task), args, sizes, leaves, training=training)
+    with (
+        shapes_config.patch(backed_size_oblivious=True),  # pyright: ignore[reportAttributeAccessIssue]
+        patch.object(fx_config, "do_not_emit_stack_traces", True, create=True),  # torch 2.11 emits them
+    ):
+        return export_as(model, forward_of(model, task), args, sizes, leaves)
 
 
 def forward_of(model: PreTrainedModel, task: Task) -> Callable[..., Any]:
@@ -225,37 +243,50 @@ def export_as(
     args: tuple[Any, ...],
     dynamic_shapes: tuple[Any, ...],
     leaves: Leaves | None = None,
-    *,
-    training: bool | None = None,
 ) -> ExportedProgram:
-    """Export (non-strict) another signature of a model; names are the model's own, and it is left as it was.
+    """Export (non-strict) another signature of a model in eval mode; names are its own, and it is left as it was.
 
     Args:
         model: on the meta device, or with weights that are never read.
         forward: stands in for the model's own while it is exported.
         args, dynamic_shapes: as torch.export takes them.
         leaves: modules that are not looked into; those that cannot be exported are added. None: there are to be none.
-        training: the mode to export; None for the model's own.
 
     Raises:
         SppFxError: the model cannot be exported; carries torch.export's reason.
     """
+
+    def export() -> ExportedProgram:
+        return torch.export.export(model, args, dynamic_shapes=dynamic_shapes, strict=False)
+
+    return _attempt(model, forward, leaves, export)
+
+
+def _attempt(
+    model: PreTrainedModel,
+    forward: Callable[..., Any],
+    leaves: Leaves | None,
+    run: Callable[[], T],
+    *,
+    training: bool = False,
+) -> T:
+    """What `run` makes of a model in one mode with another forward, until no further leaf lets it succeed."""
     while True:
         try:
             with untouched(model), _quiet(), torch.no_grad():
-                if training is not None:
-                    model.train(training)
+                model.train(training)
                 _make_experts_exportable(model)
                 if leaves is not None:
                     leaves.put_in_place()
                 vars(model)["forward"] = forward
-                return torch.export.export(model, args, dynamic_shapes=dynamic_shapes, strict=False)
+                return run()
         except EXPORT_ERRORS as error:
             reason = _reason(error)
             if leaves is not None and leaves.grow(error, reason):
                 continue
             said = without_leaves(model, error, reason) if leaves is None else leaves.why()
-            raise SppFxError(f"{type(model).__name__} cannot be traced: torch.export says: {said}") from error
+            who = f" while training ({NO_DROPOUT}): torch" if training else ": torch.export"
+            raise SppFxError(f"{type(model).__name__} cannot be traced{who} says: {said}") from error
 
 
 @contextmanager
@@ -329,65 +360,56 @@ def _make_experts_exportable(model: PreTrainedModel) -> None:
             model.set_experts_implementation("grouped_mm")
 
 
+class _Fakes:
+    """Runs modules on fake tensors: no memory, no arithmetic."""
+
+    def __init__(self) -> None:
+        # As torch.export: an assertion about data holds.
+        env = ShapeEnv(trace_asserts=True)
+        self.mode = FakeTensorMode(shape_env=env, allow_non_fake_inputs=True, export=True)
+
+    def run(
+        self, module: nn.Module, inputs: Iterable[Input], sizes: Mapping[str, int], dtype: torch.dtype
+    ) -> Any:
+        """What a module makes of inputs of some sizes. Modules that share a tensor share its fake."""
+        own = dict(module.named_parameters(remove_duplicate=False))
+        own |= dict(module.named_buffers(remove_duplicate=False))
+        fakes: dict[str, Tensor] = {
+            name: self.mode.from_tensor(tensor, static_shapes=True) for name, tensor in own.items()
+        }
+        device = next(module.parameters()).device
+        with self.mode, _quiet(), torch.no_grad():
+            return functional_call(
+                module, fakes, tuple(entry.filled(sizes, dtype, device) for entry in inputs)
+            )
+
+
 def _training_dropout(
-    model: PreTrainedModel, exported: ExportedProgram, task: Task, example: Mapping[str, int], leaves: Leaves
-) -> tuple[str, ...]:
-    """Write into the exported graph the dropout probabilities that the model has while training.
+    model: PreTrainedModel,
+    exported: ExportedProgram,
+    task: Task,
+    example: Mapping[str, int],
+    leaves: Leaves,
+    fakes: _Fakes,
+) -> None:
+    """Write into an exported graph the dropout probabilities that the model has while training.
 
-    Returns the conditions on sizes under which training takes the same path, see `Sizes`.
-
-    Export in eval mode bakes attention dropout in as 0. A second export, in training mode, has the
-    probabilities; everything else is taken from the first, which is the model's own eval path.
+    Raises:
+        SppFxError: while training the model takes another path, by its calls of dropout, or depends on data.
     """
-    if not _has_dropout(model.config.to_dict()):
-        return ()
-    twin = _export(model, task, example, leaves, training=True)
-    own, theirs = _dropouts(exported), _dropouts(twin)
-    if [where for where, _ in own] != [where for where, _ in theirs]:
+    with recorded_dropout(model) as calls:
+
+        def run() -> None:
+            calls.clear()
+            with patch.multiple(torch.compiler, _is_compiling_flag=True, _is_exporting_flag=True):
+                fakes.run(model, task.inputs(model), example, model.dtype)
+
+        _attempt(model, forward_of(model, task), leaves, run, training=True)
+    if not write_dropout(exported, model, calls):
         raise SppFxError(
-            f"{type(model).__name__} takes another path while training (layer drop?), which a program "
-            "cannot; set its dropout options to 0 in config.json"
+            f"{type(model).__name__} takes another path while training (layer drop?), which a program cannot; "
+            f"{NO_DROPOUT}"
         )
-    for (_, node), (_, source) in zip(own, theirs, strict=True):
-        _set_dropout(node, argument(source, _PROBABILITIES[node.target]), training=False)
-    return _sizes(model, twin, task.inputs(model)).conditions
-
-
-def _has_dropout(config: dict[str, Any]) -> bool:
-    return any(
-        _has_dropout(value)
-        if isinstance(value, dict)
-        else "drop" in str(key) and isinstance(value, float) and value > 0
-        for key, value in config.items()
-    )
-
-
-def _dropouts(exported: ExportedProgram) -> list[tuple[tuple[str, str], fx.Node]]:
-    """Dropout nodes in order, each with its target and the path of the module that owns it."""
-    return [
-        ((str(node.target), str(list(node.meta.get("nn_module_stack", {}).values())[-1:])), node)
-        for node in exported.graph.nodes
-        if node.target in _PROBABILITIES
-    ]
-
-
-def _set_dropout(node: fx.Node, p: Any, *, training: Any) -> None:
-    if node.target == ATTENTION:
-        options = {k: v for k, v in node.kwargs.items() if k not in ("attn_mask", "dropout_p")}
-        node.args = (*node.args[:3], argument(node, "attn_mask"), p, *node.args[5:])
-        node.kwargs = options
-    else:
-        node.args = (node.args[0], p, training)
-
-
-def _open_dropout(graph: fx.Graph) -> None:
-    """Make dropout follow the `training` flag of the graph module."""
-    for node in list(graph.nodes):
-        if node.target in _PROBABILITIES and (p := argument(node, _PROBABILITIES[node.target])) != 0:
-            with graph.inserting_before(node):
-                training = training_flag(graph)
-                share = call(graph, operator.mul, p, training) if node.target == ATTENTION else p
-            _set_dropout(node, share, training=training)
 
 
 def _tree(exported: ExportedProgram, model: PreTrainedModel) -> fx.GraphModule:
@@ -400,7 +422,8 @@ def _tree(exported: ExportedProgram, model: PreTrainedModel) -> fx.GraphModule:
         exported.state_dict[name] = metas.setdefault(id(tensor), meta)
     hide_keywords(exported)
     try:
-        with _quiet():
+        # Its graphs get their code below, once their names are those of the program.
+        with _quiet(), patch.object(fx.GraphModule, "recompile"):
             tree = unflatten(exported)
     except EXPORT_ERRORS as error:
         raise SppFxError(
@@ -442,7 +465,7 @@ def _with_generated_code(module: nn.Module) -> nn.Module:
             graph.erase_node(node)
         elif node.op in ("call_module", "get_attr"):
             node.target = shown(node.target)
-    _open_dropout(graph)
+    open_dropout(graph)
     spell(graph)
     if isinstance(module, fx.GraphModule):  # the body of a higher-order operator
         module.recompile()
@@ -461,8 +484,8 @@ def _tables(module: nn.Module) -> list[dict[str, Any]]:
     return [cast("dict[str, Any]", t) for t in (module._modules, module._parameters, module._buffers)]
 
 
-def _rehearse(program: Program, model: PreTrainedModel, example: dict[str, int]) -> None:
-    """Run a program once in each mode that differs, on fake tensors: no memory, no arithmetic.
+def _rehearse(program: Program, model: PreTrainedModel, example: dict[str, int], fakes: _Fakes) -> None:
+    """Run a program once on fake tensors, in training mode if it has one: that takes the ops of both modes.
 
     Raises:
         SppFxError: the generated code does not run, or makes outputs of other sizes than its inputs have.
@@ -470,33 +493,20 @@ def _rehearse(program: Program, model: PreTrainedModel, example: dict[str, int])
     # Other sizes than those that it was exported with, where it takes others.
     tried = (example | {BATCH: 3, LENGTH: 5, TARGET: 4}, example | {BATCH: 3}, example)
     sizes = next(each for each in tried if program.sizes.admit(**each))
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    own = dict(program.named_parameters(remove_duplicate=False))
-    own |= dict(program.named_buffers(remove_duplicate=False))
-    fakes: dict[int, Tensor] = {}
-    for tensor in own.values():
-        if id(tensor) not in fakes:
-            fakes[id(tensor)] = mode.from_tensor(tensor, static_shapes=True)
-    stand_ins = {name: fakes[id(tensor)] for name, tensor in own.items()}
-    switched = any(n.target == "training" for _, graph in program.graphs() for n in graph.graph.nodes)
-    for training in (False, True) if switched else (False,):
-        try:
-            with mode, _quiet(), torch.no_grad():
-                program.train(training)
-                given = [entry.filled(sizes, model.dtype, program.device) for entry in program.inputs]
-                made = functional_call(program, stand_ins, tuple(given))
-        except EXPORT_ERRORS as error:
+    try:
+        made = fakes.run(program.train(), program.inputs, sizes, model.dtype)
+    except EXPORT_ERRORS as error:
+        raise SppFxError(
+            f"{type(model).__name__} cannot be traced: torch exports it, but what it exports does not run: "
+            f"{_reason(error)}"
+        ) from error
+    for name, axes in program.task.outputs.items():
+        shape, wanted = tuple(made[name].shape), tuple(sizes[axis] for axis in axes)
+        if shape[: len(axes)] != wanted:
             raise SppFxError(
-                f"{type(model).__name__} cannot be traced: torch exports it, but what it exports does not run"
-                f"{' in training mode' if training else ''}: {_reason(error)}"
-            ) from error
-        for name, axes in program.task.outputs.items():
-            shape, wanted = tuple(made[name].shape), tuple(sizes[axis] for axis in axes)
-            if shape[: len(axes)] != wanted:
-                raise SppFxError(
-                    f"{type(model).__name__} cannot be traced: the program makes {name} of shape {shape}, and they "
-                    f"should begin with {', '.join(axes)} {wanted}"
-                )
+                f"{type(model).__name__} cannot be traced: the program makes {name} of shape {shape}, and they "
+                f"should begin with {', '.join(axes)} {wanted}"
+            )
 
 
 def language_of(model: PreTrainedModel) -> str:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from spp_fx.errors import PostconditionError
+from spp_fx.graph.dropout import ATTENTION
 from spp_fx.graph.flow import Flow, Read, Value
 from spp_fx.graph.program import Program, is_size, opaque
 from spp_fx.graph.rewrite import extract, reach, replace_node
-from spp_fx.graph.trace import ATTENTION
 from spp_fx.passes.base import Pass, PassReport, register
 
 MASK_ARGUMENT = 3

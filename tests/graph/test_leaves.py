@@ -2,11 +2,12 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DbrxConfig, DbrxForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import DbrxConfig, DbrxForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from spp_fx.errors import SppFxError
 from spp_fx.exporters.onnx.graph_export import plain_signature
@@ -16,8 +17,8 @@ from spp_fx.graph.task import find_task
 from spp_fx.graph.trace import trace
 from spp_fx.passes.pipeline import parse_pipeline, run_pipeline
 from spp_fx.pruning.statistics import Inputs, Observer
-from spp_fx.pruning.walk import Interpreter
-from tests.families import VOCABULARY, shallow
+from spp_fx.pruning.walk import Interpreter, Walk, fitted
+from tests.families import SMALL, VOCABULARY, shallow
 
 pytestmark = pytest.mark.usefixtures("real_exports")
 IDS = torch.randint(VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -176,6 +177,44 @@ def test_calibration_sees_what_a_leaf_multiplies_by():
     assert torch.allclose(by_name["w2"].norms, expected.norms, rtol=1e-4)
     blocks = torch.block_diag(*torch.ones(4, 24, 24)).bool()
     assert torch.allclose(by_name["w2"].hessian[blocks], expected.hessian[blocks], rtol=1e-3, atol=1e-6)
+
+
+class Deciding(LlamaModel):
+    """Runs its layers again for some texts, so nothing smaller than the whole of it can be a leaf."""
+
+    def forward(self, input_ids: Tensor, **options: Any) -> Any:
+        made = super().forward(input_ids, **options)
+        if bool(input_ids.sum() % 2):
+            made["last_hidden_state"] = made["last_hidden_state"] * 2
+        return made
+
+
+def test_a_leaf_may_hold_layers_which_are_then_calibrated_as_one():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SMALL, intermediate_size=64)).eval()
+    model.model.__class__ = Deciding
+    program = trace(model)
+    assert leaves_of(program) == ["model"]
+    for ids in (IDS, IDS + 1, IDS[:1, :4]):
+        assert torch.equal(program(ids).logits, model(ids).logits)
+    run_pipeline(program, parse_pipeline("canonicalize,match{dense=true},partition"))
+    assert program.units == ["model"]
+    assert {site.layer for name, site in program.sites.items() if name != "lm_head.weight"} == {"model"}
+    name = "model.layers.1.mlp.down_proj.weight"
+    seen: list[Tensor] = []
+    model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(
+        lambda _, given: seen.append(given[0])
+    )
+    observer = Observer({name: program.sites[name]}, hessian=False, samples=1, device=torch.device("cpu"))
+    program, (sample,) = fitted(program, [{"input_ids": IDS}])
+    walk = Walk(program, [sample])
+    with torch.no_grad():
+        model(IDS)
+        values, shared = walk.enter(sample)
+        walk.observe(0, values, shared, observer)
+    expected = Inputs(64, hessian=False)
+    expected.add(seen[0].flatten(0, 1))
+    assert torch.allclose(observer.inputs[name, 0].norms, expected.norms, rtol=1e-5)
 
 
 def test_dynamic_rope_is_that_of_a_model_that_has_seen_nothing_longer():

@@ -31,10 +31,11 @@ from transformers import DynamicCache, PreTrainedModel
 from spp_fx.errors import SppFxError
 from spp_fx.exporters.onnx.graph_parameters import Graph, GraphParameter
 from spp_fx.exporters.onnx.onnx_file import all_graphs
+from spp_fx.graph.dropout import ATTENTION
 from spp_fx.graph.sizes import ANY_SIZES, Sizes, sizes_of
 from spp_fx.graph.task import BATCH as ROWS
 from spp_fx.graph.task import EXAMPLE, FRAMES, LENGTH, TARGET, Input, Task, task_of_model
-from spp_fx.graph.trace import ATTENTION, export_as, forward_of
+from spp_fx.graph.trace import export_as, forward_of
 
 aten = torch.ops.aten
 VIEWS = (aten.view.default, aten.reshape.default, aten.flatten.using_ints)
