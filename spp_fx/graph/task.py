@@ -274,7 +274,9 @@ def vocabulary_of(config: PretrainedConfig) -> int:
 
 
 def positions_of(model: PreTrainedModel) -> int | None:
-    """The most tokens that a model has positions for; None if it names no limit."""
+    """The most tokens that a model has positions for; None if it names no limit, or takes no tokens."""
+    if not (accepts(model, "input_ids") or accepts(model, "decoder_input_ids")):
+        return None
     text = model.config.get_text_config(decoder=True)
     named = (getattr(text, name, None) for name in ("max_position_embeddings", "max_target_positions"))
     limits = [limit for limit in named if isinstance(limit, int) and limit > 0]  # XLNet says -1
