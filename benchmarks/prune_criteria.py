@@ -17,11 +17,14 @@ from spp_fx.verbs.load import Calibration
 from spp_fx.verbs.prune import prune
 
 WAYS = {
-    "magnitude": ("magnitude", None),
-    "wanda": ("wanda", None),
-    "ria": ("ria", None),
-    "sparsegpt": ("sparsegpt", None),
-    "wanda+dsnot": ("wanda", "dsnot"),
+    "magnitude": ("magnitude", {}),
+    "wanda": ("wanda", {}),
+    "ria": ("ria", {}),
+    "sparsegpt": ("sparsegpt", {}),
+    "wanda+dsnot": ("wanda", {"repair": "dsnot"}),
+    "magnitude+admm": ("magnitude", {"update": "admm"}),
+    "wanda+admm": ("wanda", {"update": "admm"}),
+    "sparsegpt+admm": ("sparsegpt", {"update": "admm"}),
 }
 
 
@@ -50,11 +53,11 @@ def main() -> None:
 
 
 def cell(options: argparse.Namespace, calibration: Calibration, way: str, pattern: str) -> float:
-    method, repair = WAYS[way]
+    method, changes = WAYS[way]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "sparse"
         seen = calibration if way != "magnitude" else None
-        prune(options.model, out, method=method, pattern=pattern, repair=repair, calibration=seen)
+        prune(options.model, out, method=method, pattern=pattern, **changes, calibration=seen)
         return round(evaluate(out, options.data).result.perplexity, 2)
 
 

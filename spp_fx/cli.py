@@ -152,6 +152,7 @@ def prune_command(
     spp-fx prune my-model -o my-sparse --method wanda --pattern 2:4 --calib text.txt
     spp-fx prune my-model --method sparsegpt --pattern 50% --calib text.txt --skip 'model.layers.0.*'
     spp-fx prune my-model --method wanda --repair dsnot --calib text.txt --ratio down_proj@4:8
+    spp-fx prune my-model --method wanda --update admm --calib text.txt
     """
     folder = model_folder(model)
     from spp_fx.memory import return_large_blocks

@@ -22,12 +22,13 @@ from spp_fx.sparsity.scan import pack_mask
 class Prune(Pass):
     """Prune the matched sites of a program in place.
 
-    Criteria that look at inputs, and repairs, need `program.calibration` and units.
+    Criteria that look at inputs, repairs and updates need `program.calibration` and units.
 
     Args:
         method: the criterion.
         pattern: N:M or a share of zeros.
         repair: of the mask: dsnot, or none.
+        update: of what is kept: admm, or none.
         ratios: `NAME@PATTERN`, other patterns for the sites of that name.
         skip: names of sites that stay dense.
     """
@@ -36,6 +37,7 @@ class Prune(Pass):
     method: Criterion = choice(CRITERIA, "magnitude")
     pattern: str = "2:4"
     repair: str = ""
+    update: str = ""
     ratios: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
 
@@ -50,7 +52,8 @@ class Prune(Pass):
             raise PreconditionError("prune: the program has no weights")
         if calibrated and program.calibration is None:
             raise PreconditionError(
-                f"prune: {self.repair or self.method.name} looks at inputs: give the text to calibrate on (--calib)"
+                f"prune: {self.update or self.repair or self.method.name} looks at inputs: give the text to calibrate "
+                "on (--calib)"
             )
         if calibrated and not program.units:
             raise PreconditionError("prune: calibration walks layer by layer; run partition first")
@@ -90,7 +93,7 @@ class Prune(Pass):
                 raise PostconditionError(f"prune: {name} does not hold: {found.describe(pattern)}")
 
     def _recipe(self) -> Recipe:
-        return Recipe(self.method, self.repair or None)
+        return Recipe(self.method, self.repair or None, self.update or None)
 
 
 def _walk(program: Program, patterns: dict[str, Pattern], recipe: Recipe) -> list[MatrixReport]:

@@ -182,7 +182,7 @@ class _Run:
             finish(index, result)
 
     def _observe(self, index: int, shared: Shared, sites: Iterable[str]) -> InputsBySite:
-        program, hessian = self.walk.program, self.recipe.criterion.hessian
+        program, hessian = self.walk.program, self.recipe.hessian
         observer = Observer(
             observed(program, sites),
             hessian=hessian,

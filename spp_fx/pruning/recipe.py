@@ -1,4 +1,4 @@
-"""How each site is pruned: its pattern, the criterion, and the repair of the mask."""
+"""How each site is pruned: its pattern, the criterion, the repair of the mask, and the update of what it keeps."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +15,7 @@ from spp_fx.pruning.criteria.wanda import Wanda
 from spp_fx.pruning.criterion import Criterion
 from spp_fx.pruning.select import row_blocks
 from spp_fx.pruning.statistics import Inputs, output_energy
+from spp_fx.pruning.update import UPDATES
 from spp_fx.registry import did_you_mean
 from spp_fx.sparsity.pattern import NM, Pattern, parse_pattern
 from spp_fx.sparsity.weights import is_target
@@ -96,21 +97,29 @@ class Recipe:
     Attributes:
         criterion: chooses the mask, and may change values.
         repair: name of a repair of the mask, or none.
+        update: name of an update of the kept weights, in place of the criterion's own; or none.
     """
 
     criterion: Criterion
     repair: str | None = None
+    update: str | None = None
 
     def __post_init__(self) -> None:
-        if self.repair is not None and self.repair not in REPAIRS:
-            raise UsageError(
-                f"unknown repair '{self.repair}'; known: {', '.join(REPAIRS)}{did_you_mean(self.repair, REPAIRS)}"
-            )
+        for what, name, known in (("repair", self.repair, REPAIRS), ("update", self.update, UPDATES)):
+            if name is not None and name not in known:
+                raise UsageError(
+                    f"unknown {what} '{name}'; known: {', '.join(known)}{did_you_mean(name, known)}"
+                )
 
     @property
     def calibrated(self) -> bool:
         """Whether inputs are looked at."""
-        return self.criterion.calibrated or self.repair is not None
+        return self.criterion.calibrated or self.repair is not None or self.update is not None
+
+    @property
+    def hessian(self) -> bool:
+        """Whether X^T X of the inputs is needed."""
+        return self.criterion.hessian or self.update is not None
 
 
 @dataclass(frozen=True)
@@ -171,18 +180,17 @@ def prune_matrix(
     notes: list[str] = []
     if inputs is not None and inputs.dead:
         notes.append(f"{inputs.dead} of its {inputs.features} inputs were always 0")
-    criterion = recipe.criterion
     if recipe.calibrated and not seen.tokens:
         notes = ["received no token: pruned by magnitude"]
-        criterion, repair = Magnitude(), None
-    else:
-        repair = recipe.repair
+        recipe = Recipe(Magnitude())
     try:
-        first, values = criterion.prune(weight, seen, pattern)
+        first, values = recipe.criterion.prune(weight, seen, pattern)
         mask = first
-        if repair is not None:
-            mask = REPAIRS[repair](weight, first, seen, pattern)
-            values = criterion.update(weight, seen, mask)
+        if recipe.repair is not None:
+            mask = REPAIRS[recipe.repair](weight, first, seen, pattern)
+            values = recipe.criterion.update(weight, seen, mask)
+        if recipe.update is not None:
+            values = UPDATES[recipe.update](weight, seen, mask)
     except PatternError as error:
         raise PatternError(f"{where}: {error}") from error
     energy = before = after = None

@@ -176,6 +176,7 @@ def prune(
     pattern: str,
     calibration: Calibration | None = None,
     repair: str | None = None,
+    update: str | None = None,
     targets: Sequence[str] = (),
     ratios: Sequence[str] = (),
     skip: Sequence[str] = (),
@@ -199,6 +200,7 @@ def prune(
         method: name of a criterion.
         pattern: N:M or a share of zeros.
         repair: `dsnot`, or none.
+        update: `admm`, or none.
         targets: sites to prune; see `Match`.
         ratios: `NAME@PATTERN`: another pattern for the sites of that name; the last one that matches counts.
         skip: names of sites that stay dense.
@@ -215,9 +217,9 @@ def prune(
         MaskError: what was read back does not hold its pattern.
     """
     model, out, wanted = Path(model), Path(out), parse_pattern(pattern)
-    recipe = Recipe(make_criterion(method, **options), repair)
+    recipe = Recipe(make_criterion(method, **options), repair, update)
     if recipe.calibrated and calibration is None:
-        raise UsageError(f"{repair or method} needs calibration text: give it with --calib FILE")
+        raise UsageError(f"{update or repair or method} needs calibration text: give it with --calib FILE")
     check_output(out, force, [model], say)
     provenance.load(model)  # a damaged history is an error before the work
     where = device_of(device)
@@ -249,7 +251,7 @@ def prune(
         lock = _lock_folder(ModelFolder.open(work.folder), found, patterns)
         (work.folder / LOCK_NAME).write_text(lock.dumps())
         settings = {
-            "method": method, "pattern": str(wanted), "repair": repair, **_all_options(), **options,
+            "method": method, "pattern": str(wanted), "repair": repair, "update": update, **_all_options(), **options,
             "targets": list(targets), "ratios": list(ratios), "skip": list(skip),
             **({} if task is None else {"task": task}),
         }  # fmt: skip
@@ -327,6 +329,7 @@ def _plan(found: ModelSites, patterns: Mapping[str, Pattern], recipe: Recipe) ->
         "config": found.folder.config,
         "criterion": {"name": recipe.criterion.name, **asdict(recipe.criterion)},
         "repair": recipe.repair,
+        "update": recipe.update,
         "patterns": {name: str(pattern) for name, pattern in patterns.items()},
     }
 

@@ -28,6 +28,9 @@ class PruneSettings:
     repair: str | None = option(
         None, "dsnot: swap pruned weights for kept ones until outputs keep their mean."
     )
+    update: str | None = option(
+        None, "admm: new values for the kept weights, which bring outputs closest to the dense ones."
+    )
     ratios: tuple[str, ...] = option(
         (),
         "Another pattern for some sites: down_proj@4:8, 'model.layers.0.*@30%'. The last match wins.",

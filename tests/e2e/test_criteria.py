@@ -14,6 +14,7 @@ WAYS = {
     "ria": ("--method", "ria", "--permute"),
     "sparsegpt": ("--method", "sparsegpt"),
     "wanda+dsnot": ("--method", "wanda", "--repair", "dsnot"),
+    "wanda+admm": ("--method", "wanda", "--update", "admm"),
 }
 
 

@@ -10,14 +10,23 @@ from spp_fx.sparsity.pattern import NM, parse_pattern
 Array = np.ndarray
 
 
-def prune(model: PreTrainedModel, tokens: Tensor, method: str, pattern: str, *, repair: bool = False) -> None:
+def prune(
+    model: PreTrainedModel,
+    tokens: Tensor,
+    method: str,
+    pattern: str,
+    *,
+    repair: bool = False,
+    update: bool = False,
+) -> None:
     """Prune the linears of a Llama's layers, one layer after the other, on what the pruned ones before give."""
     for layer in model.model.layers:
         linears = {n: m for n, m in layer.named_modules() if isinstance(m, torch.nn.Linear)}
         inputs = inputs_of(model, list(linears.values()), tokens)
         for linear, x in zip(linears.values(), inputs, strict=True):
             weight = linear.weight.data
-            weight.copy_(pruned(weight, x, len(tokens), method, pattern, repair))
+            new = pruned(weight, x, len(tokens), method, pattern, repair)
+            weight.copy_(admm(weight, x, new != 0) if update else new)
 
 
 @torch.no_grad()
@@ -89,6 +98,22 @@ def sparsegpt(weight: Tensor, x: Tensor, samples: int, text: str, block: int = 1
             w[:, j + 1 :] -= error[:, None] * u[j, j + 1 :]
             w[:, j] = torch.where(keep[:, j], w[:, j], 0)
     return w
+
+
+def admm(weight: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+    """In float64, with W in (in, out) order and an inverse, as the paper has it."""
+    x, m = x.double(), mask.T.double()
+    c = x.T @ x
+    d = c.diagonal().sqrt() + 1e-8
+    c = c / torch.outer(d, d)
+    w = d[:, None] * weight.T.double()
+    c += 0.1 * c.diagonal().mean() * torch.eye(len(c))
+    k, p, u = c @ w, torch.linalg.inv(c + torch.eye(len(c))), torch.zeros_like(w)
+    for _ in range(20):
+        z = (w + u) * m
+        u = u + w - z
+        w = p @ (k + z - u)
+    return ((w + u) * m / d[:, None]).T
 
 
 def dsnot(share: Array, cost: Array, keep: Array, variance: Array, group: int) -> Tensor:

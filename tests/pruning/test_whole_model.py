@@ -30,16 +30,16 @@ def story():
     return data / "story-656k", calibration, draw_windows(data / "story-656k", program, calibration).tokens
 
 
-def both(story, tmp_path: Path, method: str, pattern: str, *, repair: bool = False):
+def both(story, tmp_path: Path, method: str, pattern: str, *, repair: bool = False, update: bool = False):
     """Weights of the layers' linears: as pruned from the folder, and as pruned plainly."""
     model, calibration, tokens = story
     prune(
         model, tmp_path / "out", method=method, pattern=pattern, calibration=calibration,
-        repair="dsnot" if repair else None,
+        repair="dsnot" if repair else None, update="admm" if update else None,
     )  # fmt: skip
     ours = load_file(tmp_path / "out" / "model.safetensors")
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    plain.prune(reference, tokens, method, pattern, repair=repair)
+    plain.prune(reference, tokens, method, pattern, repair=repair, update=update)
     theirs = {name: tensor for name, tensor in reference.state_dict().items() if "_proj" in name}
     assert len(theirs) == 14
     return [(ours[name], tensor) for name, tensor in theirs.items()]
@@ -67,6 +67,35 @@ def test_sparsegpt_is_the_algorithm(story, tmp_path, pattern):
     assert same >= 0.999 * sum(ours.numel() for ours, _ in pairs)
     for ours, theirs in pairs:
         assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+
+
+@pytest.mark.parametrize(("method", "pattern"), [("magnitude", "2:4"), ("wanda", "50%")])
+def test_the_update_is_the_algorithm(story, tmp_path, method, pattern):
+    for ours, theirs in both(story, tmp_path, method, pattern, update=True):
+        assert torch.equal(ours != 0, theirs != 0)
+        assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+
+
+def test_an_update_keeps_the_mask_and_loses_no_more_than_sparsegpt(story, tmp_path):
+    model, calibration, _ = story
+    options = {"pattern": "2:4", "calibration": calibration}
+    gpt = prune(model, tmp_path / "gpt", method="sparsegpt", **options)
+    for method in ("wanda", "sparsegpt"):
+        alone = prune(model, tmp_path / method, method=method, force=True, **options)
+        updated = prune(model, tmp_path / f"{method}-admm", method=method, update="admm", **options)
+        before, after = (load_file(each.out / "model.safetensors") for each in (alone, updated))
+        first = [entry for entry in updated.lock.sites if entry.name.startswith("model.layers.0.")]
+        assert len(first) == 7
+        for entry in first:  # later layers see other inputs, and choose others
+            assert torch.equal(before[entry.name] != 0, after[entry.name] != 0)
+        for name, tensor in before.items():
+            if name not in updated.reports:
+                assert torch.equal(tensor, after[name])
+        for entry in updated.lock.sites:
+            lost = updated.errors(entry.name)
+            assert lost["error_after"] <= lost["error_before"]
+            if method == "sparsegpt":
+                assert lost["error_after"] <= gpt.errors(entry.name)["error_after"], entry.name
 
 
 def test_a_program_in_memory_is_pruned_as_a_folder_is(story, tmp_path):
