@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any
 from unittest.mock import patch
 
@@ -57,8 +58,17 @@ def has_dropout(config: dict[str, Any]) -> bool:
 
 @contextmanager
 def recorded_dropout(model: nn.Module) -> Generator[list[Dropout], None, None]:
-    """Calls of dropout by a model that runs in here, in order; nothing is dropped."""
+    """Calls of dropout by a model that runs in here, in order; nothing is dropped.
+
+    What other threads call is not recorded: leaves are tried in one, and drop by themselves.
+    """
     calls: list[Dropout] = []
+    thread = get_ident()
+
+    def record(op: object, p: float) -> None:
+        if get_ident() == thread:
+            calls.append(Dropout(op, running[-1], p))
+
     own, running = set(model.modules()), [model]
     attend = nn.functional.scaled_dot_product_attention
 
@@ -70,13 +80,13 @@ def recorded_dropout(model: nn.Module) -> Generator[list[Dropout], None, None]:
             bound = signature.bind(*args, **options)
             bound.apply_defaults()
             p = bound.arguments["p"] if bound.arguments["training"] else 0.0
-            calls.append(Dropout(op_ if bound.arguments["inplace"] else op, running[-1], p))
+            record(op_ if bound.arguments["inplace"] else op, p)
             return plain(**bound.arguments | {"training": False})
 
         return dropout
 
     def attention(*args: Any, dropout_p: float = 0.0, **options: Any) -> Tensor:
-        calls.append(Dropout(ATTENTION, running[-1], args[4] if len(args) > 4 else dropout_p))
+        record(ATTENTION, args[4] if len(args) > 4 else dropout_p)
         return attend(*args[:4], *(0.0 for _ in args[4:5]), *args[5:], **options)
 
     def enter(module: nn.Module, _: Any) -> None:

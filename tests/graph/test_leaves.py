@@ -179,6 +179,29 @@ def test_calibration_sees_what_a_leaf_multiplies_by():
     assert torch.allclose(by_name["w2"].hessian[blocks], expected.hessian[blocks], rtol=1e-3, atol=1e-6)
 
 
+class DroppingSorted(Sorted):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(x), 0.3, self.training) / self.calls
+
+
+@torch.no_grad()
+def test_a_leaf_drops_by_itself_while_training():
+    model = sorting(attention_dropout=0.1)
+    for layer in model.model.layers:
+        layer.mlp = DroppingSorted(model.config.hidden_size)
+    model.eval()
+    program = trace(model)
+    assert leaves_of(program) == ["model.layers.0.mlp"]
+    for training in (False, True):
+        for seed in (0, 1):
+            logits = []
+            for each in (program.train(training), model.train(training)):
+                model.model.layers[0].mlp.calls = 0
+                torch.manual_seed(seed)
+                logits.append(each(IDS).logits)
+            assert torch.equal(*logits)
+
+
 class Deciding(LlamaModel):
     """Runs its layers again for some texts, so nothing smaller than the whole of it can be a leaf."""
 
