@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from spp_fx.verbs.load import load_program
     from spp_fx.verbs.merge import merge
     from spp_fx.verbs.prune import prune
+    from spp_fx.verbs.reconstruct import reconstruct
     from spp_fx.verbs.settings import Calibration, TrainSettings
     from spp_fx.verbs.teach import teach
     from spp_fx.verbs.train import train
@@ -54,6 +55,7 @@ _HOMES = {
     "print_pipeline": "spp_fx.passes.pipeline",
     "print_program": "spp_fx.graph.printer",
     "prune": "spp_fx.verbs.prune",
+    "reconstruct": "spp_fx.verbs.reconstruct",
     "run_pipeline": "spp_fx.passes.pipeline",
     "teach": "spp_fx.verbs.teach",
     "trace": "spp_fx.graph.trace",
@@ -79,6 +81,7 @@ __all__ = [
     "print_pipeline",
     "print_program",
     "prune",
+    "reconstruct",
     "run_pipeline",
     "runtime",
     "teach",

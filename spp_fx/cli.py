@@ -28,6 +28,7 @@ from spp_fx.command import (
     methods,
     model_folder,
     out_option,
+    reconstructions,
 )  # fmt: skip
 from spp_fx.console import Output
 from spp_fx.errors import SppFxError, escaped, notes_of
@@ -40,6 +41,7 @@ from spp_fx.verbs.settings import (
     MergeSettings,
     OptimizeSettings,
     PruneSettings,
+    ReconstructSettings,
     TeachSettings,
     TrainData,
     TrainSettings,
@@ -211,6 +213,45 @@ def inject_command(
     else:
         with output.bytes_bar("reading weights") as tick:
             done = run(tick=tick)
+    output.result(done)
+
+
+@verb(
+    "reconstruct", MODEL, out_option("Folder to write. Default: MODEL-reconstructed."), force_option(), FRESH,
+    CONFIG, REMOTE_CODE, registry=reconstructions,
+)  # fmt: skip
+def reconstruct_command(
+    output: Output,
+    model: str,
+    settings: ReconstructSettings,
+    calibration: Calibration,
+    method_options: dict[str, Any],
+    out: Path | None,
+    **options: Any,
+) -> None:
+    """Bring each layer of a pruned MODEL close to that of the dense model, without moving a zero.
+
+    Layers are changed one after another, with the weights of one in memory. The kept weights are trained, or an adapter
+    that is then folded, until the layer makes what the dense model's makes of the text; or each matrix is solved for by
+    itself (admm). An interrupted run continues at its last layer when the same command is run again.
+
+    \b
+    spp-fx reconstruct my-sparse --teacher my-model --calib text.txt
+    spp-fx reconstruct my-sparse --teacher my-model --calib text.txt --method admm
+    spp-fx reconstruct my-sparse --teacher my-model --calib text.txt --epochs 10 --train-norms -o better
+    spp-fx reconstruct my-sparse --teacher my-model --calib text.txt --method spp --rank 16
+    """
+    folder, teacher = model_folder(model), model_folder(settings.teacher)
+    from spp_fx.memory import return_large_blocks
+    from spp_fx.verbs.reconstruct import reconstruct
+
+    return_large_blocks()
+    with output.steps_bar("reconstructing") as bar:
+        done = reconstruct(
+            folder, out or default_out(model, "reconstructed"),
+            **vars(settings) | method_options | {"teacher": teacher}, **options,
+            calibration=calibration, tick=bar.update, say=output.say,
+        )  # fmt: skip
     output.result(done)
 
 

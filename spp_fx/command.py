@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
@@ -432,6 +432,16 @@ def methods() -> Registry[Any]:
     from spp_fx.adapters.method import METHODS
 
     return METHODS
+
+
+def reconstructions() -> Registry[Any]:
+    """Adapter methods, and the updates of single matrices, which have no options."""
+    return methods().extended("reconstruction method", admm=NoOptions)
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """Of a choice that has none."""
 
 
 def default_out(model: str, suffix: str) -> Path:

@@ -1,6 +1,7 @@
 """Registries of what is chosen by name: passes, methods, criteria, formats."""
 
 import re
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from functools import cached_property
 from importlib import import_module
@@ -32,7 +33,7 @@ class Registry(MutableMapping[str, T]):
         self.what = what
         self._group = group
         self._package = package
-        self._known: dict[str, T] = {}
+        self._known: MutableMapping[str, T] = {}
 
     @cached_property
     def built_in(self) -> dict[str, str]:
@@ -79,6 +80,12 @@ class Registry(MutableMapping[str, T]):
 
     def __len__(self) -> int:
         return len(list(iter(self)))
+
+    def extended(self, what: str, **more: T) -> "Registry[T]":
+        """A registry of these and more names, for one choice."""
+        both = Registry[T](what, self._group, self._package)
+        both._known = ChainMap(more, self)
+        return both
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -195,7 +195,7 @@ class _Run:
         return observer.inputs
 
     def _prune(self, layer: Layer, patterns: Mapping[str, Pattern], seen: InputsBySite) -> LayerResult:
-        edited = _Edited(self.walk.program, self.weights)
+        edited = Edited(self.walk.program, self.weights)
         notes: dict[str, str] = {}
         if self.recipe.criterion.reorders:
             notes = _reorder(self.flow, layer, self.recipe.criterion, patterns, seen, edited)
@@ -232,7 +232,7 @@ class _Run:
             self.weights.empty(self.walk.program, names)
 
 
-class _Edited:
+class Edited:
     """Parameters of a layer as they are stored, changed in place."""
 
     def __init__(self, program: Program, weights: LayerTensors) -> None:
@@ -264,7 +264,7 @@ def _reorder(
     criterion: Criterion,
     patterns: Mapping[str, Pattern],
     seen: InputsBySite,
-    edited: _Edited,
+    edited: Edited,
 ) -> dict[str, str]:
     """Give sites whose inputs can change places the order that keeps most; what was done or why not, by site."""
     notes: dict[str, str] = {}

@@ -1,7 +1,7 @@
 """inject: an adapter folder for a pruned model."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite, prod, sqrt
 from pathlib import Path
@@ -11,8 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from spp_fx.adapters.adapter_folder import StoredMatrix, write_adapter
-from spp_fx.adapters.fold import FLOATING
+from spp_fx.adapters.adapter_folder import write_adapter
 from spp_fx.adapters.method import Method, initial_factor, make_method
 from spp_fx.adapters.per_site import (
     RANK,
@@ -27,30 +26,25 @@ from spp_fx.adapters.per_site import (
     with_rank,
 )
 from spp_fx.console import Table, grouped, shape
-from spp_fx.errors import FormatError, MaskError, SppFxError, UsageError
+from spp_fx.errors import FormatError, UsageError
 from spp_fx.exporters.manifest import open_model
-from spp_fx.graph.binding import NOT_STORED
 from spp_fx.graph.leaves import sites_in_leaves
-from spp_fx.graph.names import without_skipped
 from spp_fx.graph.program import Site
 from spp_fx.graph.task import CAUSAL_LM, find_task, task_of
 from spp_fx.parallel import Tick, no_tick
 from spp_fx.passes.inject_adapters import adaptable
-from spp_fx.passes.match import Match
-from spp_fx.passes.pipeline import run_pipeline
-from spp_fx.passes.train_norms import vectors
 from spp_fx.pruning.layerwise import Tick as StepTick
 from spp_fx.pruning.layerwise import silent
-from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry, compare, lock_beside, make_entry
-from spp_fx.sparsity.mask import PackedMask
+from spp_fx.sparsity.lock import Lock
 from spp_fx.sparsity.pattern import Pattern
 from spp_fx.storage.links import links_option
 from spp_fx.storage.workspace import Say, workspace
-from spp_fx.verbs.load import device_of, is_as_sparse, samples_digest
+from spp_fx.verbs.load import device_of, samples_digest
+from spp_fx.verbs.pruned import choose_pruned, lock_of, refuse_sparse_teacher, stored_tensors, trained_vectors
 from spp_fx.verbs.settings import Calibration, InjectSettings
 from spp_fx.verbs.starts import TextGradients, check_start, start_factors
 from spp_fx.verification import provenance
-from spp_fx.verification.model_sites import ModelSites, choose, find_sites, scan_sites, tensors_of
+from spp_fx.verification.model_sites import ModelSites, find_sites, tensors_of
 
 _MOST = 0.9
 """The share of a budget below which inject says why the rest is not used."""
@@ -233,7 +227,7 @@ def inject(
             for name, (site, _) in result.sites.items()
             for key, spec in result.methods[name].factors(site.shape).items()
         }
-        trained = {name: _tensors(found, name) for name in result.trained}
+        trained = {name: stored_tensors(found, name) for name in result.trained}
         factors |= {name: _start(found, name, tensors) for name, tensors in trained.items()}
         fingerprint = found.folder.fingerprint()
         inputs, start = {"model": fingerprint}, dict[str, Any]()
@@ -308,29 +302,14 @@ def _inject(
         say(note)
     program, asked = found.program, plan.asked
     total = sum(p.numel() for p in {id(p): p for p in program.parameters()}.values())
-    chosen, refused = choose(found, Match(targets=asked.targets, dense=True))
-    chosen, skipped = without_skipped(chosen, asked.skip, known=[*program.sites, *found.others])
-    refused |= skipped
-    masks = scan_sites(found, chosen, tick) if found.folder.shards else {}
-    if masks:
-        (report,) = run_pipeline(program, [Match(targets=tuple(chosen))])
-        refused |= {name: reason for name, reason in report.skipped.items() if name in chosen}
-        chosen = list(program.matched)
+    chosen, refused, masks = choose_pruned(found, asked.targets, asked.skip, tick)
     if plan.teacher is not None and masks:
-        dense = open_model(plan.teacher)
-        tensors = [name for site in chosen for name in tensors_of(found.matrices[site])]
-        if dense.fingerprint() == found.folder.fingerprint() or (
-            asked.compares and is_as_sparse(dense, found.folder, tensors)
-        ):
-            raise UsageError(
-                f"--teacher {asked.teacher}: is as sparse as {found.folder.path} itself; give the dense model that was "
-                "pruned"
-            )
+        refuse_sparse_teacher(found, chosen, plan.teacher, values=asked.compares)
     shapes = {name: program.sites[name].shape for name in chosen}
     methods = method_by_site(plan.method, plan.overrides, chosen)
     trained: dict[str, int] = {}
     if asked.train_norms:
-        trained, others = _trained(found)
+        trained, others = trained_vectors(found)
         refused |= others
     if asked.budget is not None:
         left = parse_budget(asked.budget, total) - sum(trained.values())
@@ -355,7 +334,7 @@ def _inject(
     refused |= unfit | found.others
     sites = {name: (program.sites[name], program.patterns.get(name)) for name in taken}
     methods = {name: methods[name] for name in taken}
-    lock = _lock(found, sites, masks) if masks else Lock.of([])
+    lock = lock_of(found, sites, masks) if masks else Lock.of([])
     sizes = {name: size_of(methods[name], site.shape) for name, (site, _) in sites.items()}
     if above := {name: size for name, size in sizes.items() if size > prod(shapes[name])}:
         name, size = max(above.items(), key=lambda each: each[1] / prod(shapes[each[0]]))
@@ -371,46 +350,6 @@ def _inject(
     return Injected(
         out, method, methods, asked.budget is not None, trained, sites, refused, trainable, total
     ), lock
-
-
-def _trained(found: ModelSites) -> tuple[dict[str, int], dict[str, str]]:
-    """The norms and biases to train with their sizes, and the reasons why others are not."""
-    program = found.program
-    if program.untraced is not None:
-        raise UsageError(f"{found.folder.path}: --train-norms needs the model's graph: {program.untraced}")
-    names, refused = vectors(program)
-    taken: dict[str, int] = {}
-    for name in names:
-        tensors = _tensors(found, name)
-        kinds = {found.folder.info(tensor)[1].dtype for tensor in tensors}
-        if found.folder.shards and not tensors:
-            refused[name] = found.binding.refused.get(name, NOT_STORED)
-        elif odd := sorted(kinds - FLOATING.keys()):
-            refused[name] = f"is stored as {odd[0]}, which is not a plain floating type"
-        elif _in_parts(found.matrices.get(name, ())):
-            refused[name] = f"is stored with others, or in several parts, as {' and '.join(tensors)}"
-        elif len(tensors) > 1 and any(_differs(found, tensors[0], other) for other in tensors[1:]):
-            refused[name] = f"is stored twice with different values, as {' and '.join(tensors)}"
-        else:
-            taken[name] = program.get_parameter(name).numel()
-    if not taken:
-        raise UsageError(f"{found.folder.path}: has no norm or bias to train; leave --train-norms out")
-    return taken, refused
-
-
-def _in_parts(matrices: Sequence[StoredMatrix]) -> bool:
-    return len(matrices) > 1 or any(matrix.offset is not None for matrix in matrices)
-
-
-def _tensors(found: ModelSites, parameter: str) -> list[str]:
-    """The stored tensors of a vector: one, or one for each name that the parameter has."""
-    bound = (found.matrices.get(name, ()) for name in found.program.names_of(parameter))
-    return [matrix.tensor for matrices in bound for matrix in matrices]
-
-
-def _differs(found: ModelSites, one: str, other: str) -> bool:
-    first, second = (found.folder.info(name)[0].read(name) for name in (one, other))
-    return first.dtype != second.dtype or not torch.equal(first, second)
 
 
 def _start(found: ModelSites, parameter: str, tensors: Sequence[str]) -> torch.Tensor:
@@ -461,36 +400,3 @@ def pruning_errors(
                 f"{site}: differs from the dense model by {errors[site]}; a weight is not finite"
             )
     return errors
-
-
-def _lock(
-    found: ModelSites, sites: Iterable[str], masks: Mapping[str, tuple[PackedMask, Pattern | None]]
-) -> Lock:
-    """The lock of the tensors of sites; they must hold the model's own lock if there is one."""
-    path = found.folder.path / LOCK_NAME
-    own = lock_beside(found.folder.path)
-    known = own.by_name() if own else {}
-    entries: dict[str, LockEntry] = {}
-    for site in sites:
-        kind = found.program.sites[site].kind
-        for matrix in found.matrices[site]:
-            mask, pattern = masks[matrix.tensor]
-            entries[matrix.tensor] = make_entry(matrix.tensor, kind, mask, pattern, matrix.transposed)
-    if known and not any(name in found.folder for name in known):
-        raise SppFxError(
-            f"{path}: is the lock of another model, since {found.folder.path} has none of its {len(known)} sites "
-            f"(first: {next(iter(known))}); remove it, or replace it by the right one"
-        )
-    for name, entry in entries.items():
-        if name not in known:  # pruned by another tool since: locked from now on
-            continue
-        difference = compare(known[name], masks[name][0])
-        if not difference.equal:
-            raise MaskError(
-                f"{name}: its mask is not that of {path} ({difference.reason or 'zeros moved'}); see 'spp-fx verify', "
-                "or remove the lock if the model was changed on purpose"
-            )
-        entries[name] = entry.model_copy(update={"pattern": known[name].pattern})
-    if not entries:
-        raise SppFxError("inject: no site has a stored tensor")
-    return Lock.of(entries.values())

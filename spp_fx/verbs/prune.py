@@ -14,7 +14,6 @@ from spp_fx.adapters.adapter_folder import StoredMatrix
 from spp_fx.console import Table, grouped
 from spp_fx.errors import MaskError, UsageError
 from spp_fx.exporters.manifest import open_model, sha256
-from spp_fx.graph.binding import take_apart
 from spp_fx.parallel import in_order
 from spp_fx.passes.causal import Causal
 from spp_fx.passes.match import Match
@@ -29,57 +28,19 @@ from spp_fx.pruning.layerwise import (
     silent,
 )
 from spp_fx.pruning.recipe import MatrixReport, Recipe, check_patterns, patterns_of, prune_matrix
-from spp_fx.pruning.walk import FileStates, Samples
+from spp_fx.pruning.walk import Samples
 from spp_fx.sparsity.lock import LOCK_NAME, Lock, LockEntry, make_entry
 from spp_fx.sparsity.pattern import Pattern, parse_pattern, scan_bits
 from spp_fx.sparsity.scan import scan_stored
 from spp_fx.storage.folder import OWN_FILES, ModelFolder
 from spp_fx.storage.links import links_option
-from spp_fx.storage.safetensors import Shard, TensorInfo, dtype_name
+from spp_fx.storage.safetensors import Shard, TensorInfo
 from spp_fx.storage.workspace import Say, Workspace, check_output, workspace
-from spp_fx.storage.writer import copy_others, rewrite_shard, write_safetensors, write_shards
+from spp_fx.storage.writer import copy_others, rewrite_shard, write_shards
+from spp_fx.verbs.layers import LayerStore
 from spp_fx.verbs.load import Calibration, FolderWeights, device_of, draw_samples, samples_digest
 from spp_fx.verification import provenance
 from spp_fx.verification.model_sites import ModelSites, choose, find_sites, tensors_of
-
-
-class LayerStore:
-    """The finished layers of a run, a file each, and the inputs of the next layer, in the store of a workspace.
-
-    Attributes:
-        states: the values that wait between layers.
-        done: how many layers are finished, counted from the first.
-    """
-
-    def __init__(self, work: Workspace) -> None:
-        self._work = work
-        self.states = FileStates(work.store)
-        self.done = 0
-        while work.kept(_file(self.done)) is not None:
-            self.done += 1
-
-    def finish(self, layer: int, tensors: Mapping[str, Tensor], reports: tuple[MatrixReport, ...]) -> None:
-        """Keep the new tensors of a layer, by checkpoint name, after the inputs of the next layer were kept."""
-        target = self._work.store / _file(layer)
-        target.unlink(missing_ok=True)  # a killed run may have left half of it
-        specs = [(name, dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()]
-        write_safetensors(target, specs, tensors.__getitem__)
-        self._work.keep(target.name, reports=[report.to_json() for report in reports])
-        self.done = layer + 1
-        self.states.forget(layer)
-
-    def tensors(self) -> dict[str, Shard]:
-        """The file of each new tensor."""
-        shards = [Shard.open(self._work.store / _file(layer)) for layer in range(self.done)]
-        return {name: shard for shard in shards for name in shard.header.tensors}
-
-    def reports(self) -> list[MatrixReport]:
-        facts = [self._work.kept(_file(layer)) or {} for layer in range(self.done)]
-        return [MatrixReport.from_json(each) for layer in facts for each in layer["reports"]]
-
-
-def _file(layer: int) -> str:
-    return f"layer-{layer:05d}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -395,19 +356,10 @@ def _walk(
     tick: Tick,
 ) -> dict[str, list[MatrixReport]]:
     """Prune layer by layer; returns the reports by stored tensor."""
-    store = LayerStore(work)
+    store = LayerStore(work, found)
 
     def finish(index: int, result: LayerResult) -> None:
-        tensors: dict[str, Tensor] = {}
-        for name, tensor in result.tensors.items():
-            for matrix, part in take_apart(found.matrices[name], tensor):
-                if matrix.offset is None:
-                    tensors[matrix.tensor] = part
-                    continue
-                if matrix.tensor not in tensors:
-                    tensors[matrix.tensor] = found.folder.read(matrix.tensor)
-                tensors[matrix.tensor][matrix.held] = part.cpu()
-        store.finish(index, tensors, result.reports)
+        store.finish(index, result.tensors, {"reports": [each.to_json() for each in result.reports]})
 
     if device.type != "cpu":
         found.program.move_constants(torch.device("cpu"), device)
@@ -415,18 +367,9 @@ def _walk(
         found.program.eval(), samples, patterns, recipe, weights=FolderWeights(found),
         states=store.states, device=device, start=store.done, finish=finish, tick=tick,
     )  # fmt: skip
-    pruned = store.tensors()
-
-    def write(shard: Shard, target: Path) -> dict[str, Any]:
-        def replace(info: TensorInfo) -> Tensor | None:
-            return pruned[info.name].read(info.name) if info.name in pruned else None
-
-        rewrite_shard(shard, target, replace)
-        return {}
-
-    write_shards(found.folder, work.folder, write, work)
+    store.write()
     by_site: dict[str, list[MatrixReport]] = {}
-    for report in store.reports():
+    for report in (MatrixReport.from_json(each) for facts in store.facts() for each in facts["reports"]):
         by_site.setdefault(report.site, []).append(report)
     by_tensor: dict[str, list[MatrixReport]] = {}
     for site in patterns:

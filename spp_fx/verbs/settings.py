@@ -147,6 +147,37 @@ class InjectSettings:
 
 
 @dataclass(frozen=True)
+class ReconstructSettings:
+    """How to bring a pruned model close to the dense one."""
+
+    teacher: str = option(MISSING, "The dense model that MODEL was pruned from.")
+    method: str = option(
+        "masked-full",
+        "admm: each matrix by itself, from its inputs; or an adapter method that is trained on the output of the whole "
+        "layer and folded: masked-full, which is the kept weights themselves, spp, hira, ... `--method NAME --help` "
+        "shows the options of NAME.",
+    )
+    inputs: Literal["reconstructed", "dense"] = option(
+        "reconstructed",
+        "What a layer sees: outputs of the layers before it as they are by then, or as they are in the dense model.",
+    )
+    epochs: int = option(4, "Times that each layer is trained on the text.", at_least_one)
+    batch_size: int = option(8, "Windows or rows of an optimizer step.", at_least_one)
+    lr: float | None = option(None, "Peak learning rate. Default: what the method suggests.", positive)
+    train_norms: bool = option(False, "Also train the norms and biases of the layers.")
+    seed: int = option(0, "Seed of the factors' initial values, and of the draw and order of windows.")
+    targets: tuple[str, ...] = option((), TARGETS, split=True)
+    skip: tuple[str, ...] = option((), "Sites that stay as they are, named as for --targets.", split=True)
+    task: str | None = option(None, TASK)
+    device: str | None = option(None, "Where layers run. Default: cuda where there is one, else cpu.")
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if self.seed < 0:
+            raise UsageError(f"--seed must not be negative, got {self.seed}")
+
+
+@dataclass(frozen=True)
 class TrainData:
     """What to train and evaluate on."""
 

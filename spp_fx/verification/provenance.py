@@ -25,7 +25,7 @@ from spp_fx.version import VERSION
 PROVENANCE = "sparsity.provenance.json"
 FORMAT_VERSION = 1
 
-StepName = Literal["prune", "lock", "inject", "merge", "export", "unpack"]
+StepName = Literal["prune", "reconstruct", "lock", "inject", "merge", "export", "unpack"]
 Setting = str | int | float | bool | None | list[str]
 
 _TRAINED = "adapter_model.safetensors"  # every training run rewrites it, so that no digest of it would last

@@ -1,0 +1,446 @@
+"""Block reconstruction: one layer after another is brought close to what the dense model's layer makes.
+
+Memory holds the weights of one layer, with their gradients where they are trained. Hidden states wait in `States`:
+those of the dense model, and those of the model whose layers are changed.
+"""
+
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from statistics import fmean, median
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from spp_fx.adapters.fold import FoldCounts, fold_matrix
+from spp_fx.adapters.masked_full import MaskedFull
+from spp_fx.adapters.method import Factors, Method, Run, initial_factor
+from spp_fx.errors import PatternError
+from spp_fx.graph.program import Program
+from spp_fx.pruning.layerwise import Edited, LayerTensors, Tick, silent
+from spp_fx.pruning.statistics import Observer, observed
+from spp_fx.pruning.update import UPDATES
+from spp_fx.pruning.walk import Sample, Samples, Shared, States, Walk, fitted, on_device
+
+BETAS = (0.9, 0.95)
+CLIP = 1.0
+"""Of the gradient's norm, where the distance is 1 for a layer that makes nothing."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One of the two models: where its tensors come from, and where its hidden states wait."""
+
+    weights: LayerTensors
+    states: States
+
+
+@dataclass(frozen=True)
+class LayerError:
+    """How far a layer's outputs are from those of the dense model's: squared, relative to their squared norm.
+
+    Attributes:
+        layer: path of its unit.
+        before, after: its reconstruction.
+    """
+
+    layer: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """What becomes of a layer: the adapter that is folded into each site, and new vectors."""
+
+    sites: dict[str, tuple[Method, dict[str, Tensor]]]
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Reconstruction(Protocol):
+    """How the weights of a layer are changed; `passes` is how often it runs the layer on each sample."""
+
+    needs_dense: ClassVar[bool]
+
+    @property
+    def passes(self) -> int: ...
+
+    def change(self, block: "Block") -> Change: ...
+
+
+@dataclass(frozen=True)
+class Update:
+    """Each matrix by itself gets new values for what its mask keeps, from its inputs and the dense weight.
+
+    Attributes:
+        name: of an update, see `UPDATES`.
+    """
+
+    needs_dense: ClassVar[bool] = True
+    name: str
+
+    @property
+    def passes(self) -> int:
+        return 1
+
+    @torch.no_grad()
+    def change(self, block: "Block") -> Change:
+        observer = Observer(
+            observed(block.program, block.sites), hessian=True, samples=block.count, device=block.device
+        )
+        for i in range(block.count):
+            block.walk.observe(block.index, block.load(i), block.shared, observer)
+            block.progress("inputs")
+        found: dict[str, tuple[Method, dict[str, Tensor]]] = {}
+        for name in block.sites:
+            weight, dense = block.weight(name), block.dense.pop(name)
+            delta = torch.zeros_like(weight)
+            for expert in _experts(weight):
+                seen = observer.inputs.pop((name, 0 if expert is ... else expert), None)
+                if seen is not None and seen.tokens:
+                    own = weight[expert]
+                    try:
+                        delta[expert] = UPDATES[self.name](dense[expert], seen, own != 0) - own
+                    except PatternError as error:
+                        raise PatternError(f"{name}: {error}") from error
+            found[name] = MaskedFull(), {"full_delta": delta}
+        return Change(found)
+
+
+@dataclass(frozen=True)
+class Training:
+    """An adapter of each site is trained until the outputs of the whole layer are close: AdamW, linear decay.
+
+    Attributes:
+        method: of every site.
+        epochs: over the samples.
+        batch: samples of an optimizer step.
+        lr: peak learning rate; None: the median of what the method suggests for the sites.
+        seed: of the factors' start and the order of samples.
+        vectors: norms and biases that are trained as well.
+    """
+
+    needs_dense: ClassVar[bool] = False
+    method: Method
+    epochs: int
+    batch: int
+    lr: float | None = None
+    seed: int = 0
+    vectors: frozenset[str] = frozenset()
+
+    @property
+    def passes(self) -> int:
+        return self.epochs
+
+    @torch.enable_grad()
+    def change(self, block: "Block") -> Change:
+        weights = {name: block.weight(name) for name in block.sites}
+        factors = {name: self._start(name, weight) for name, weight in weights.items()}
+        vectors = {
+            name: _work(block.program.get_parameter(name)).clone().requires_grad_()
+            for name in block.vectors
+            if name in self.vectors
+        }
+        parameters = [*(each for own in factors.values() for each in own.values()), *vectors.values()]
+        order = torch.Generator().manual_seed(self.seed + block.index)
+        batches = [
+            batch
+            for _ in range(self.epochs)
+            for batch in torch.randperm(block.count, generator=order).split(self.batch)
+        ]
+        optimizer = torch.optim.AdamW(
+            parameters, self.lr or self._suggested(weights, len(batches)), betas=BETAS, weight_decay=0
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(batches))
+        for batch in batches:
+            optimizer.zero_grad()
+            for i in batch.tolist():
+                now = {name: self._effective(weights[name], own) for name, own in factors.items()}
+                loss = block.distance(i, now | vectors) / len(batch)
+                if not bool(loss.isfinite()):
+                    raise PatternError(
+                        f"{block.path}: the distance from the dense layer is {loss.item()}; lower --lr"
+                    )
+                loss.backward()
+                block.progress("training")
+            clip_grad_norm_(parameters, CLIP)
+            optimizer.step()
+            schedule.step()
+        return Change(
+            {
+                name: (self.method, {key: each.detach() for key, each in own.items()})
+                for name, own in factors.items()
+            },
+            {name: each.detach() for name, each in vectors.items()},
+        )
+
+    def _start(self, name: str, weight: Tensor) -> dict[str, Tensor]:
+        return {
+            key: initial_factor(spec, f"{name}.{key}", self.seed, weight.device).requires_grad_()
+            for key, spec in self.method.factors(tuple(weight.shape)).items()
+        }
+
+    def _effective(self, weight: Tensor, factors: Factors) -> Tensor:
+        change = self.method.update(weight, **factors)
+        return weight + (change if self.method.masked else change * (weight != 0))
+
+    def _suggested(self, weights: Mapping[str, Tensor], steps: int) -> float:
+        sizes = ((w.shape[-1], w[w != 0].square().mean().sqrt().item()) for w in weights.values())
+        return median(self.method.rate(Run(steps, width, size)) for width, size in sizes)
+
+
+@torch.no_grad()
+def reconstruct_layers(
+    program: Program,
+    samples: Samples,
+    sites: Iterable[str],
+    how: Reconstruction,
+    *,
+    model: Source,
+    dense: Source,
+    dense_inputs: bool = False,
+    device: torch.device,
+    start: int = 0,
+    finish: Callable[[int, Mapping[str, Tensor], LayerError], None],
+    tick: Tick = silent,
+) -> None:
+    """Walk the layers; change each until it makes of its inputs what the dense model has there.
+
+    Zeros stay where they are, and nothing else becomes zero.
+
+    Args:
+        program: partitioned, in eval mode, of both models.
+        samples: what is walked.
+        sites: names, each in one layer; see `outside_of_layers`.
+        how: `Update` or `Training`.
+        model, dense: the states of layer `start` are there if start is not 0.
+        dense_inputs: a layer sees the dense model's hidden states, not those of the layers before it as they are now.
+        start: the layer to begin with; their number if all are done.
+        finish: called after each layer with its index, its new tensors as they are stored, valid until the next layer,
+            and how close it is.
+
+    Raises:
+        PatternError: a layer cannot be reconstructed; names it, or the site.
+    """
+    program, complete = fitted(program, samples)
+    walk, names = Walk(program, complete, to_end=True), [*sites]
+    if start == len(walk.layers):
+        return
+    count, done = len(complete), 0
+    total = len(walk.layers) * count * (3 + how.passes)
+
+    def progress(path: str, what: str) -> None:
+        nonlocal done
+        done += 1
+        tick(start * count * (3 + how.passes) + done, total, f"{path}: {what}")
+
+    shared = {id(each): _enter(walk, each, complete, device, save=start == 0) for each in (model, dense)}
+    for index, layer in enumerate(walk.layers):
+        if index < start:
+            continue
+        own = [name for name in names if program.sites[name].layer in layer.units]
+        block = Block(
+            walk, index, own, count, model, dense, dense_inputs, shared[id(model)], device, progress
+        )
+        block.run_dense(shared[id(dense)], keep=how.needs_dense)
+        with _in_place(walk, model, walk.layer_tensors(index), device):
+            before = block.error(save=False)
+            change = how.change(block) if own else Change({})
+            tensors = _write(program, model.weights, change)
+            after = block.error(save=True)
+            for each in (model, dense):
+                each.states.finish(index + 1)
+            finish(index, tensors, LayerError(layer.path, before, after))
+        for each in (model, dense):
+            each.states.forget(index)
+
+
+class Block:
+    """A layer that is about to be changed.
+
+    Attributes:
+        sites: those of it, in the order of the model.
+        count: samples.
+        dense: (out, in) or (experts, out, in) of each site in float32, where they were kept.
+        shared: what all samples share.
+    """
+
+    def __init__(
+        self,
+        walk: Walk,
+        index: int,
+        sites: Sequence[str],
+        count: int,
+        model: Source,
+        dense: Source,
+        dense_inputs: bool,
+        shared: Shared,
+        device: torch.device,
+        progress: Callable[[str, str], None],
+    ) -> None:
+        self.walk, self.index, self.sites, self.count = walk, index, sites, count
+        self.shared, self.device, self.dense = shared, device, dict[str, Tensor]()
+        self._model, self._teacher, self._dense_inputs, self._progress = model, dense, dense_inputs, progress
+        layer = walk.layers[index]
+        after = walk.layers[index + 1].reads if index + 1 < len(walk.layers) else walk.end
+        self._made = [at for at, node in enumerate(after) if node in set(layer.nodes)]
+        self._energy: dict[int, float] = {}
+
+    @property
+    def program(self) -> Program:
+        return self.walk.program
+
+    @property
+    def path(self) -> str:
+        return self.walk.layers[self.index].path
+
+    @property
+    def vectors(self) -> list[str]:
+        """The one-dimensional parameters of the layer."""
+        own = dict(self.program.named_parameters())
+        return [n for n in self.walk.layer_tensors(self.index) if n in own and own[n].ndim == 1]
+
+    def progress(self, what: str) -> None:
+        """One sample went through the layer."""
+        self._progress(self.path, what)
+
+    def weight(self, site: str) -> Tensor:
+        """The canonical weight of a site, in float32 or more."""
+        return _work(self.program.canonical_weight(site))
+
+    def load(self, sample: int) -> list[Any]:
+        """What the layer reads of a sample."""
+        source = self._teacher if self._dense_inputs else self._model
+        return self._on_device(source.states.load(self.index, sample))
+
+    def run_dense(self, shared: Shared, *, keep: bool) -> None:
+        """Save what the dense model's layer makes; with `keep`, also the weights of sites."""
+        with _in_place(self.walk, self._teacher, self.walk.layer_tensors(self.index), self.device):
+            for i in range(self.count):
+                values = self._on_device(self._teacher.states.load(self.index, i))
+                made = self.walk.run(self.index, values, shared)
+                self._teacher.states.save(self.index + 1, i, made)
+                for at in self._made:
+                    if isinstance(made[at], Tensor) and made[at].is_floating_point():
+                        energy = float(made[at].double().square().sum())
+                        self._energy[at] = self._energy.get(at, 0.0) + energy
+                self.progress("dense")
+            self._energy = {at: energy for at, energy in self._energy.items() if energy}
+            if keep:
+                self.dense = {name: self.weight(name).clone() for name in self.sites}
+
+    def distance(self, sample: int, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The squared distance of a sample's outputs from the dense model's; the mean is 1 where a layer makes nothing.
+
+        Args:
+            tensors: that stand for weights of sites, canonical, and for other parameters.
+        """
+        with _instead(self.program, self.walk.layer_tensors(self.index), self._as_stored(tensors)):
+            return self._distance(sample, self.walk.run(self.index, self.load(sample), self.shared))
+
+    @torch.no_grad()
+    def error(self, *, save: bool) -> float:
+        """The mean distance; with `save`, what the layer makes is what the next one reads."""
+        found: list[float] = []
+        for i in range(self.count):
+            made = self.walk.run(self.index, self.load(i), self.shared)
+            found.append(float(self._distance(i, made)))
+            if save:
+                self._model.states.save(self.index + 1, i, made)
+            self.progress("outputs" if save else "before")
+        return fmean(found)
+
+    def _distance(self, sample: int, made: Sequence[Any]) -> Tensor:
+        wanted = self._on_device(self._teacher.states.load(self.index + 1, sample))
+        parts = [
+            (made[at].float() - wanted[at].float()).square().sum() * (self.count / energy)
+            for at, energy in self._energy.items()
+        ]
+        return torch.stack(parts).mean() if parts else torch.zeros((), device=self.device)
+
+    def _as_stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        sites = self.program.sites
+        turned = {
+            name: each.transpose(-1, -2) if name in sites and sites[name].transposed else each
+            for name, each in tensors.items()
+        }
+        return {name: each.to(self.program.get_parameter(name).dtype) for name, each in turned.items()}
+
+    def _on_device(self, values: Sequence[Any]) -> list[Any]:
+        return [each.to(self.device) if isinstance(each, Tensor) else each for each in values]
+
+
+def _enter(
+    walk: Walk, source: Source, samples: Sequence[Sample], device: torch.device, *, save: bool
+) -> Shared:
+    """Save what the first layer reads of each sample; what all samples share."""
+    shared: Shared = {}
+    with _in_place(walk, source, walk.entry_tensors(), device):
+        for i, sample in enumerate(samples if save else samples[:1]):
+            values, shared = walk.enter(on_device(sample, device))
+            if save:
+                source.states.save(0, i, values)
+    if save:
+        source.states.finish(0)
+    return shared
+
+
+def _write(program: Program, weights: LayerTensors, change: Change) -> dict[str, Tensor]:
+    """Fold adapters into the sites of a layer and replace its vectors; the tensors as they are stored."""
+    edited = Edited(program, weights)
+    for name, (method, factors) in change.sites.items():
+        weight = edited.canonical(name)
+        for expert in _experts(weight):
+            own, row = weight[expert], 0
+            parts = {key: value[expert] for key, value in factors.items()}
+            for block in fold_matrix(method, own, parts, "keep", FoldCounts(), name):
+                own[row : row + len(block)] = block
+                row += len(block)
+    for name, vector in change.vectors.items():
+        edited.stored(name).copy_(vector)
+    edited.put_back()
+    return edited.tensors
+
+
+@contextmanager
+def _in_place(
+    walk: Walk, source: Source, names: list[str], device: torch.device
+) -> Generator[None, None, None]:
+    """Parameters and buffers have a model's values within the block."""
+    source.weights.fill(walk.program, names, device)
+    try:
+        yield
+    finally:
+        source.weights.empty(walk.program, names)
+
+
+@contextmanager
+def _instead(
+    program: Program, names: Iterable[str], tensors: Mapping[str, Tensor]
+) -> Generator[None, None, None]:
+    """Let other tensors stand for parameters, under each name of `names` that a parameter has."""
+    others = {id(program.get_parameter(name)): tensor for name, tensor in tensors.items()}
+    before: list[tuple[dict[str, Any], str, Any]] = []
+    for name in names:
+        path, _, attribute = name.rpartition(".")
+        table = program.get_submodule(path)._parameters
+        if (other := others.get(id(table.get(attribute)))) is not None:
+            before.append((table, attribute, table[attribute]))
+            table[attribute] = other  # pyright: ignore[reportArgumentType] - autograd goes through what is no parameter
+    try:
+        yield
+    finally:
+        for table, attribute, parameter in before:
+            table[attribute] = parameter
+
+
+def _experts(weight: Tensor) -> Sequence[Any]:
+    """The indices of the matrices of a weight: of each expert, or of the whole."""
+    return range(weight.shape[0]) if weight.ndim == 3 else [...]
+
+
+def _work(weight: Tensor) -> Tensor:
+    """In the dtype that is computed in, without a gradient."""
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
