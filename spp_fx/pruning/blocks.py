@@ -19,22 +19,15 @@ from spp_fx.adapters.masked_full import MaskedFull
 from spp_fx.adapters.method import Factors, Method, Run, initial_factor
 from spp_fx.errors import PatternError
 from spp_fx.graph.program import Program
+from spp_fx.pruning.gradients import Source
 from spp_fx.pruning.layerwise import Edited, LayerTensors, Tick, silent
 from spp_fx.pruning.statistics import Observer, observed
 from spp_fx.pruning.update import UPDATES
-from spp_fx.pruning.walk import Sample, Samples, Shared, States, Walk, fitted, on_device
+from spp_fx.pruning.walk import Sample, Samples, Shared, Walk, fitted, on_device
 
 BETAS = (0.9, 0.95)
 CLIP = 1.0
 """Of the gradient's norm, where the distance is 1 for a layer that makes nothing."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """One of the two models: where its tensors come from, and where its hidden states wait."""
-
-    weights: LayerTensors
-    states: States
 
 
 @dataclass(frozen=True)
@@ -193,13 +186,12 @@ class Training:
 
 @torch.no_grad()
 def reconstruct_layers(
-    program: Program,
+    model: Source,
+    dense: Source,
     samples: Samples,
     sites: Iterable[str],
     how: Reconstruction,
     *,
-    model: Source,
-    dense: Source,
     dense_inputs: bool = False,
     device: torch.device,
     start: int = 0,
@@ -208,14 +200,13 @@ def reconstruct_layers(
 ) -> None:
     """Walk the layers; change each until it makes of its inputs what the dense model has there.
 
-    Zeros stay where they are, and nothing else becomes zero.
+    Zeros stay where they are, and nothing else becomes zero. A layer that would not come closer is left as it was.
 
     Args:
-        program: partitioned, in eval mode, of both models.
+        model, dense: have one program; the states of layer `start` are there if start is not 0.
         samples: what is walked.
         sites: names, each in one layer; see `outside_of_layers`.
         how: `Update` or `Training`.
-        model, dense: the states of layer `start` are there if start is not 0.
         dense_inputs: a layer sees the dense model's hidden states, not those of the layers before it as they are now.
         start: the layer to begin with; their number if all are done.
         finish: called after each layer with its index, its new tensors as they are stored, valid until the next layer,
@@ -224,7 +215,7 @@ def reconstruct_layers(
     Raises:
         PatternError: a layer cannot be reconstructed; names it, or the site.
     """
-    program, complete = fitted(program, samples)
+    program, complete = fitted(model.program, samples)
     walk, names = Walk(program, complete, to_end=True), [*sites]
     if start == len(walk.layers):
         return
@@ -234,7 +225,7 @@ def reconstruct_layers(
     def progress(path: str, what: str) -> None:
         nonlocal done
         done += 1
-        tick(start * count * (3 + how.passes) + done, total, f"{path}: {what}")
+        tick(min(start * count * (3 + how.passes) + done, total), total, f"{path}: {what}")
 
     shared = {id(each): _enter(walk, each, complete, device, save=start == 0) for each in (model, dense)}
     for index, layer in enumerate(walk.layers):
@@ -250,6 +241,9 @@ def reconstruct_layers(
             change = how.change(block) if own else Change({})
             tensors = _write(program, model.weights, change)
             after = block.error(save=True)
+            if after > before:  # it keeps what it had
+                model.weights.fill(program, walk.layer_tensors(index), device)
+                tensors, after = {}, block.error(save=True)
             for each in (model, dense):
                 each.states.finish(index + 1)
             finish(index, tensors, LayerError(layer.path, before, after))

@@ -18,7 +18,8 @@ from spp_fx.passes.causal import Causal
 from spp_fx.passes.inject_adapters import adaptable
 from spp_fx.passes.partition import Partition
 from spp_fx.passes.pipeline import run_pipeline
-from spp_fx.pruning.blocks import LayerError, Reconstruction, Source, Training, Update, reconstruct_layers
+from spp_fx.pruning.blocks import LayerError, Reconstruction, Training, Update, reconstruct_layers
+from spp_fx.pruning.gradients import Source
 from spp_fx.pruning.layerwise import Tick, outside_of_layers, silent
 from spp_fx.pruning.update import UPDATES
 from spp_fx.pruning.walk import Samples
@@ -80,6 +81,8 @@ class Reconstructed:
     def lines(self) -> Iterator[str | Table]:
         rows = [(each.layer, f"{each.before:.4%}", f"{each.after:.4%}") for each in self.layers]
         yield Table(("layer", "output error: before", "after"), rows)
+        if alone := [each.layer for each in self.layers if each.before == each.after]:
+            yield f"left as they were, since they would come no closer: {', '.join(alone)}"
         yield f"{self.out}: {len(self.lock.sites)} weights changed, their masks are those of the model"
         yield from (f"  left as they were: {line}" for line in grouped(self.refused))
 
@@ -194,7 +197,9 @@ def reconstruct(
             settings=settings,
             digests=dict(zip((shard.name for shard in found.folder.shards), digests, strict=True)),
         )  # fmt: skip
-    trained = tuple(sorted(how.vectors)) if isinstance(how, Training) else ()
+    vectors = how.vectors if isinstance(how, Training) else ()
+    inside = tuple(f"{unit}." for unit in found.program.units)
+    trained = tuple(name for name in sorted(vectors) if name.startswith(inside))
     tokens = samples.shape[1] if isinstance(samples, Tensor) else None
     return Reconstructed(out, method, lock, tuple(layers), refused, trained, len(samples), tokens)
 
@@ -240,10 +245,11 @@ def _walk(
 
     if device.type != "cpu":
         found.program.move_constants(torch.device("cpu"), device)
+    program = found.program.eval()
     reconstruct_layers(
-        found.program.eval(), samples, sites, how,
-        model=Source(FolderWeights(found), store.states),
-        dense=Source(FolderWeights(dense), store.more_states("dense")),
+        Source(program, FolderWeights(found), store.states),
+        Source(program, FolderWeights(dense), store.more_states("dense")),
+        samples, sites, how,
         dense_inputs=dense_inputs, device=device, start=store.done, finish=finish, tick=tick,
     )  # fmt: skip
     store.write()

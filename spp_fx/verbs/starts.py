@@ -22,7 +22,7 @@ from spp_fx.passes.partition import Partition
 from spp_fx.passes.pipeline import run_pipeline
 from spp_fx.pruning.gradients import SiteGradient, Source, layer_gradients, without_gradient
 from spp_fx.pruning.layerwise import Tick, silent
-from spp_fx.pruning.reconstruct import Solved, check_linear, layer_inputs, solve_rows
+from spp_fx.pruning.least_squares import Solved, check_linear, layer_inputs, solve_rows
 from spp_fx.pruning.walk import FileStates, Samples, Walk
 from spp_fx.verbs.load import FolderWeights, check_teacher, draw_samples
 from spp_fx.verbs.settings import Calibration

@@ -11,10 +11,10 @@ from spp_fx.passes.causal import Causal
 from spp_fx.passes.match import Match
 from spp_fx.passes.partition import Partition
 from spp_fx.passes.pipeline import run_pipeline
-from spp_fx.pruning import reconstruct
+from spp_fx.pruning import least_squares
 from spp_fx.pruning.gradients import Source
 from spp_fx.pruning.layerwise import InPlace
-from spp_fx.pruning.reconstruct import check_linear, layer_inputs, row_factor, solve_rows
+from spp_fx.pruning.least_squares import check_linear, layer_inputs, row_factor, solve_rows
 from spp_fx.pruning.walk import MemoryStates
 from tests.families import batch
 from tests.passes.programs import sparse
@@ -69,7 +69,7 @@ def test_it_is_the_least_squares_solution_of_every_row(name, monkeypatch):
     key = row_factor(method, SHAPE)
     results = []
     for elements in (1, 5 * SHAPE[1], 1 << 24):
-        monkeypatch.setattr(reconstruct, "BLOCK_ELEMENTS", elements)
+        monkeypatch.setattr(least_squares, "BLOCK_ELEMENTS", elements)
         results.append(solve_rows(method, weight, dense, x.t() @ x, start).factors[key])
     for other in results[1:]:
         torch.testing.assert_close(results[0], other, rtol=1e-3, atol=1e-3)
