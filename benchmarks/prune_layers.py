@@ -1,10 +1,12 @@
 """What does calibrated pruning of a model that does not fit cost: memory for one layer, time linear in layers?
 
     python benchmarks/prune_layers.py --layers 8 16 32
+    python benchmarks/prune_layers.py --layers 8 16 32 --reconstruct masked-full
 
 Makes, for each number of layers, a random Llama-shaped model in bfloat16 shards on the spot, prunes it with
 `spp-fx prune --method wanda --pattern 2:4` in a process of its own, and asks the system for that process's
-largest resident set. `floor` is the same for a model of one small layer: what the libraries take alone.
+largest resident set. With --reconstruct the model is pruned by magnitude, and `spp-fx reconstruct --epochs 1` of the
+pruned one is measured. `floor` is the same for a model of one small layer: what the libraries take alone.
 """
 
 import argparse
@@ -29,6 +31,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--method", default="wanda")
+    parser.add_argument("--reconstruct", help="a method of reconstruct, which is then measured instead")
     parser.add_argument("--floor", action=argparse.BooleanOptionalAction, default=True, help="measure it too")
     parser.add_argument("--folder", type=Path, help="where to write models (default: the temporary folder)")
     parser.add_argument("--output", type=Path, help="also write the JSON to this file")
@@ -41,10 +44,12 @@ def main() -> None:
             shape = Shape(options.hidden, options.intermediate, heads, max(1, heads // 8), layers)
             results.append(measure(Path(folder), shape, options))
     slope = [each["seconds"] / each["layers"] for each in results]
+    verb = f"prune --method {options.method}"
+    if options.reconstruct:
+        verb = f"reconstruct --method {options.reconstruct} --epochs 1"
     report = {
-        "question": "calibrated pruning, one layer in memory",
-        "command": f"spp-fx prune --method {options.method} "
-        f"--samples {options.samples} --seq-len {options.seq_len}",
+        "question": "one layer in memory",
+        "command": f"spp-fx {verb} --samples {options.samples} --seq-len {options.seq_len}",
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "floor": floor,
@@ -56,15 +61,19 @@ def main() -> None:
 
 def measure(folder: Path, shape: Shape, options: argparse.Namespace) -> dict[str, float]:
     """Seconds and peak memory of one run, and the sizes it should be compared with."""
-    model, out, calib = folder / "model", folder / "out", folder / "calib.txt"
+    model, out, sparse, calib = (folder / name for name in ("model", "out", "sparse", "calib.txt"))
     stored = write_llama(model, shape)
     calib.write_text(" ".join(f"w{i % 200}" for i in range(2 * options.samples * options.seq_len)))
+    verb = ("prune", model, "--method", options.method)
+    if options.reconstruct:
+        run_spp_fx("prune", model, "-o", sparse, "-q", "--json")
+        verb = ("reconstruct", sparse, "--teacher", model, "--method", options.reconstruct, "--epochs", 1)
     run = run_spp_fx(
-        *("prune", model, "-o", out, "--method", options.method, "-q", "--json"),
+        *(*verb, "-o", out, "-q", "--json"),
         *("--calib", calib, "--samples", options.samples, "--seq-len", options.seq_len),
     )
-    for path in (model, out):
-        shutil.rmtree(path)
+    for path in (model, sparse, out):
+        shutil.rmtree(path, ignore_errors=True)
     hidden_states = 2 * options.samples * options.seq_len * shape.hidden
     return {
         "layers": shape.layers,

@@ -34,6 +34,7 @@ TINY = {
     "study.py": "--models demo --dense-steps 2 --criteria wanda --patterns 2:4 --steps 2 --batch 2 --seeds 2 --jobs 1 "
     "--results OUT/runs.jsonl --docs OUT --work OUT/work --only spp 'alpha zero'",
     "prune_layers.py": "--no-floor --layers 1 --hidden 64 --intermediate 128 --samples 2 --seq-len 16",
+    "reconstruct.py": "MODEL --text TEXT --data TEXT --patterns 2:4 --windows 2 --seq-len 32 --epochs 1",
     "prune_criteria.py": "MODEL --calib TEXT --data TEXT --samples 2 --seq-len 32 --ways wanda --patterns 2:4",
 }
 

@@ -23,6 +23,7 @@ from spp_fx.verbs.settings import (
     LockSettings,
     MergeSettings,
     PruneSettings,
+    ReconstructSettings,
     TeachSettings,
 )
 from tests.command import command, must
@@ -75,6 +76,7 @@ def test_every_help_text_shows_an_example(name):
     [
         ("prune", PruneSettings),
         ("inject", InjectSettings),
+        ("reconstruct", ReconstructSettings),
         ("merge", MergeSettings),
         ("lock", LockSettings),
         ("evaluate", EvaluateSettings),

@@ -120,7 +120,7 @@ def test_other_tasks_are_reconstructed_on_their_own_data(tmp_path, task):
     tasks.save(task, dense)
     data = tasks.write(task, dense / "data.jsonl")
     must("prune", dense, "-o", tmp_path / "sparse", "-q")
-    options = ("--teacher", dense, "--calib", data, "--samples", 4, "--epochs", 2)
+    options = ("--teacher", dense, "--calib", data, "--samples", 2, "--epochs", 4)
     result = must("reconstruct", tmp_path / "sparse", "-o", tmp_path / "out", *options, "--json").json
     assert sum(each["error_after"] for each in result["layers"]) < sum(
         each["error_before"] for each in result["layers"]
