@@ -18,7 +18,9 @@ from spp_fx.adapters.fold import FoldCounts, fold_matrix
 from spp_fx.adapters.masked_full import MaskedFull
 from spp_fx.adapters.method import Factors, Method, Run, initial_factor
 from spp_fx.errors import PatternError
+from spp_fx.graph.names import in_model
 from spp_fx.graph.program import Program
+from spp_fx.graph.rewrite import reach
 from spp_fx.pruning.gradients import Source
 from spp_fx.pruning.layerwise import Edited, LayerTensors, Tick, silent
 from spp_fx.pruning.statistics import Observer, observed
@@ -279,7 +281,13 @@ class Block:
         self._model, self._teacher, self._dense_inputs, self._progress = model, dense, dense_inputs, progress
         layer = walk.layers[index]
         after = walk.layers[index + 1].reads if index + 1 < len(walk.layers) else walk.end
-        self._made = [at for at, node in enumerate(after) if node in set(layer.nodes)]
+        calls = [
+            node
+            for node in layer.nodes
+            if node.op == "call_module" and in_model(str(node.target)) in layer.units
+        ]
+        made = {*reach(calls, lambda node: node.users)}
+        self._made = [at for at, node in enumerate(after) if node in made]
         self._energy: dict[int, float] = {}
 
     @property

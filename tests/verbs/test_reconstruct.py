@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from spp_fx.graph.trace import trace
 from spp_fx.verbs import reconstruct as workflow
+from spp_fx.verbs.load import draw_samples, draw_windows
+from spp_fx.verbs.settings import Calibration
 from tests import tasks
 from tests.command import command, listing, must
 from tests.effort import nightly
@@ -86,10 +89,6 @@ def test_the_errors_are_those_of_the_models_layers(pristine, text_file, tmp_path
 
 
 def calibration_of(world: Path, text: Path) -> torch.Tensor:
-    from spp_fx.graph.trace import trace
-    from spp_fx.verbs.load import draw_windows
-    from spp_fx.verbs.settings import Calibration
-
     return draw_windows(world / "sparse", trace(world / "sparse"), Calibration(text, 8, 32)).tokens
 
 
@@ -126,6 +125,29 @@ def test_other_tasks_are_reconstructed_on_their_own_data(tmp_path, task):
         each["error_before"] for each in result["layers"]
     )
     assert must("verify", tmp_path / "out", "--against", tmp_path / "sparse", "--json").json["ok"]
+
+
+@torch.no_grad()
+def test_the_error_of_an_encoders_last_layer_is_that_of_what_the_decoder_reads(tmp_path):
+    dense = tmp_path / "dense"
+    dense.mkdir()
+    tasks.save("seq2seq-lm", dense)
+    data = tasks.write("seq2seq-lm", dense / "data.jsonl")
+    must("prune", dense, "-o", tmp_path / "sparse", "-q")
+    result = must(
+        "reconstruct", tmp_path / "sparse", "-o", tmp_path / "out", "--teacher", dense, "--calib", data,
+        "--samples", 2, "--json",
+    ).json  # fmt: skip
+    samples, _ = draw_samples(dense, trace(dense), Calibration(data, 2))
+    encoders = [AutoModelForSeq2SeqLM.from_pretrained(f).get_encoder() for f in (dense, tmp_path / "out")]
+    lost = energy = 0.0
+    for sample in samples:
+        given = {name: sample[name] for name in ("input_ids", "attention_mask") if name in sample}
+        wanted, made = (each(**given).last_hidden_state for each in encoders)
+        lost += float((wanted - made).square().sum())
+        energy += float(wanted.square().sum())
+    last = [each for each in result["layers"] if each["layer"].startswith("encoder")][-1]
+    assert last["error_after"] == pytest.approx(lost / energy, rel=1e-4)
 
 
 @pytest.mark.slow
