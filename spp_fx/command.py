@@ -441,7 +441,7 @@ def reconstructions() -> Registry[Any]:
 
 @dataclass(frozen=True)
 class NoOptions:
-    """Of a choice that has none."""
+    """The options of a choice that has none."""
 
 
 def default_out(model: str, suffix: str) -> Path:

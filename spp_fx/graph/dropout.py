@@ -60,14 +60,10 @@ def has_dropout(config: dict[str, Any]) -> bool:
 def recorded_dropout(model: nn.Module) -> Generator[list[Dropout], None, None]:
     """Calls of dropout by a model that runs in here, in order; nothing is dropped.
 
-    What other threads call is not recorded: leaves are tried in one, and drop by themselves.
+    What other threads call is left as it is: leaves are tried in one, and drop by themselves.
     """
     calls: list[Dropout] = []
     thread = get_ident()
-
-    def record(op: object, p: float) -> None:
-        if get_ident() == thread:
-            calls.append(Dropout(op, running[-1], p))
 
     own, running = set(model.modules()), [model]
     attend = nn.functional.scaled_dot_product_attention
@@ -77,16 +73,22 @@ def recorded_dropout(model: nn.Module) -> Generator[list[Dropout], None, None]:
         signature = inspect.signature(plain)
 
         def dropout(*args: Any, **options: Any) -> Tensor:
+            if get_ident() != thread:
+                return plain(*args, **options)
             bound = signature.bind(*args, **options)
             bound.apply_defaults()
             p = bound.arguments["p"] if bound.arguments["training"] else 0.0
-            record(op_ if bound.arguments["inplace"] else op, p)
+            calls.append(Dropout(op_ if bound.arguments["inplace"] else op, running[-1], p))
             return plain(**bound.arguments | {"training": False})
 
         return dropout
 
     def attention(*args: Any, dropout_p: float = 0.0, **options: Any) -> Tensor:
-        record(ATTENTION, args[4] if len(args) > 4 else dropout_p)
+        if get_ident() != thread:
+            return (
+                attend(*args, dropout_p=dropout_p, **options) if len(args) < 5 else attend(*args, **options)
+            )
+        calls.append(Dropout(ATTENTION, running[-1], args[4] if len(args) > 4 else dropout_p))
         return attend(*args[:4], *(0.0 for _ in args[4:5]), *args[5:], **options)
 
     def enter(module: nn.Module, _: Any) -> None:

@@ -4,9 +4,11 @@ Memory holds the weights of one layer, with their gradients where they are train
 those of the dense model, and those of the model whose layers are changed.
 """
 
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import isfinite
 from statistics import fmean, median
 from typing import Any, ClassVar, Protocol
 
@@ -29,7 +31,7 @@ from spp_fx.pruning.walk import Sample, Samples, Shared, Walk, fitted, on_device
 
 BETAS = (0.9, 0.95)
 CLIP = 1.0
-"""Of the gradient's norm, where the distance is 1 for a layer that makes nothing."""
+"""The largest norm of the gradient of `Block.distance`."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,13 @@ class LayerError:
     Attributes:
         layer: path of its unit.
         before, after: its reconstruction.
+        changed: whether it is; one that would come no closer is not.
     """
 
     layer: str
     before: float
     after: float
+    changed: bool
 
 
 @dataclass(frozen=True)
@@ -135,8 +139,7 @@ class Training:
         factors = {name: self._start(name, weight) for name, weight in weights.items()}
         vectors = {
             name: _work(block.program.get_parameter(name)).clone().requires_grad_()
-            for name in block.vectors
-            if name in self.vectors
+            for name in block.vectors & self.vectors
         }
         parameters = [*(each for own in factors.values() for each in own.values()), *vectors.values()]
         order = torch.Generator().manual_seed(self.seed + block.index)
@@ -158,8 +161,11 @@ class Training:
                     raise PatternError(
                         f"{block.path}: the distance from the dense layer is {loss.item()}; lower --lr"
                     )
-                loss.backward()
+                (loss * block.scale).backward()
                 block.progress("training")
+            for each in parameters:
+                if each.grad is not None:
+                    each.grad /= block.scale
             clip_grad_norm_(parameters, CLIP)
             optimizer.step()
             schedule.step()
@@ -182,8 +188,13 @@ class Training:
         return weight + (change if self.method.masked else change * (weight != 0))
 
     def _suggested(self, weights: Mapping[str, Tensor], steps: int) -> float:
-        sizes = ((w.shape[-1], w[w != 0].square().mean().sqrt().item()) for w in weights.values())
-        return median(self.method.rate(Run(steps, width, size)) for width, size in sizes)
+        kept = {name: weight[weight != 0] for name, weight in weights.items()}
+        runs = (
+            Run(steps, weights[name].shape[-1], float(own.square().mean().sqrt()))
+            for name, own in kept.items()
+            if own.numel()
+        )
+        return median([self.method.rate(run) for run in runs] or [1.0])
 
 
 @torch.no_grad()
@@ -222,6 +233,15 @@ def reconstruct_layers(
     if start == len(walk.layers):
         return
     count, done = len(complete), 0
+    readers = Counter(
+        name
+        for names in (
+            walk.entry_tensors(),
+            *map(walk.layer_tensors, range(len(walk.layers))),
+            walk.end_tensors(),
+        )
+        for name in {*map(in_model, names)}
+    )
     total = len(walk.layers) * count * (3 + how.passes)
 
     def progress(path: str, what: str) -> None:
@@ -229,28 +249,37 @@ def reconstruct_layers(
         done += 1
         tick(min(start * count * (3 + how.passes) + done, total), total, f"{path}: {what}")
 
-    shared = {id(each): _enter(walk, each, complete, device, save=start == 0) for each in (model, dense)}
-    for index, layer in enumerate(walk.layers):
-        if index < start:
-            continue
-        own = [name for name in names if program.sites[name].layer in layer.units]
+    sides = (dense,) if dense_inputs else (model, dense)
+    shared = {
+        id(each): _enter(walk, each, complete, device, save=start == 0 and each in sides)
+        for each in (model, dense)
+    }
+
+    def layer(index: int) -> None:
+        path, tensors = walk.layers[index].path, walk.layer_tensors(index)
+        own = [name for name in names if program.sites[name].layer in walk.layers[index].units]
+        alone = {name for name in tensors if readers[in_model(name)] == 1}
         block = Block(
-            walk, index, own, count, model, dense, dense_inputs, shared[id(model)], device, progress
+            walk, index, own, alone, count, model, dense, dense_inputs, shared[id(model)], device, progress
         )
         block.run_dense(shared[id(dense)], keep=how.needs_dense)
-        with _in_place(walk, model, walk.layer_tensors(index), device):
-            before = block.error(save=False)
-            change = how.change(block) if own else Change({})
-            tensors = _write(program, model.weights, change)
-            after = block.error(save=True)
-            if after > before:  # it keeps what it had
-                model.weights.fill(program, walk.layer_tensors(index), device)
-                tensors, after = {}, block.error(save=True)
-            for each in (model, dense):
-                each.states.finish(index + 1)
-            finish(index, tensors, LayerError(layer.path, before, after))
-        for each in (model, dense):
+        with _in_place(walk, model, tensors, device):
+            before = block.compare()
+            written = _write(program, model.weights, how.change(block)) if own and before else {}
+            after = block.run()
+            changed = after < before
+            if not changed and written:
+                model.weights.fill(program, tensors, device)
+                written, after = {}, block.run()
+            if index + 1 < len(walk.layers):
+                for each in sides:
+                    each.states.finish(index + 1)
+            finish(index, written, LayerError(path, before, after, changed))
+        for each in sides:
             each.states.forget(index)
+
+    for index in range(start, len(walk.layers)):
+        layer(index)
 
 
 class Block:
@@ -258,6 +287,7 @@ class Block:
 
     Attributes:
         sites: those of it, in the order of the model.
+        alone: names of its tensors that nothing else reads.
         count: samples.
         dense: (out, in) or (experts, out, in) of each site in float32, where they were kept.
         shared: what all samples share.
@@ -268,6 +298,7 @@ class Block:
         walk: Walk,
         index: int,
         sites: Sequence[str],
+        alone: set[str],
         count: int,
         model: Source,
         dense: Source,
@@ -276,7 +307,7 @@ class Block:
         device: torch.device,
         progress: Callable[[str, str], None],
     ) -> None:
-        self.walk, self.index, self.sites, self.count = walk, index, sites, count
+        self.walk, self.index, self.sites, self.alone, self.count = walk, index, sites, alone, count
         self.shared, self.device, self.dense = shared, device, dict[str, Tensor]()
         self._model, self._teacher, self._dense_inputs, self._progress = model, dense, dense_inputs, progress
         layer = walk.layers[index]
@@ -299,10 +330,19 @@ class Block:
         return self.walk.layers[self.index].path
 
     @property
-    def vectors(self) -> list[str]:
-        """The one-dimensional parameters of the layer."""
+    def vectors(self) -> set[str]:
+        """The one-dimensional parameters that the layer alone reads, under one name."""
         own = dict(self.program.named_parameters())
-        return [n for n in self.walk.layer_tensors(self.index) if n in own and own[n].ndim == 1]
+        return {
+            name
+            for name in self.alone
+            if name in own and own[name].ndim == 1 and len(self.program.names_of(name)) == 1
+        }
+
+    @property
+    def scale(self) -> float:
+        """What makes of a distance a sum of squares: gradients of the relative one are too small for float16."""
+        return max(self._energy.values(), default=1.0) / self.count
 
     def progress(self, what: str) -> None:
         """One sample went through the layer."""
@@ -334,33 +374,52 @@ class Block:
                 self.dense = {name: self.weight(name).clone() for name in self.sites}
 
     def distance(self, sample: int, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The squared distance of a sample's outputs from the dense model's; the mean is 1 where a layer makes nothing.
+        """The squared distance of a sample's outputs from the dense model's; the mean would be 1 for outputs of 0.
 
         Args:
             tensors: that stand for weights of sites, canonical, and for other parameters.
         """
         with _instead(self.program, self.walk.layer_tensors(self.index), self._as_stored(tensors)):
-            return self._distance(sample, self.walk.run(self.index, self.load(sample), self.shared))
+            made = self.walk.run(self.index, self.load(sample), self.shared)
+        return torch.stack([*self._distances(sample, made).values()]).mean()
 
     @torch.no_grad()
-    def error(self, *, save: bool) -> float:
-        """The mean distance; with `save`, what the layer makes is what the next one reads."""
-        found: list[float] = []
+    def compare(self) -> float:
+        """The mean distance as the layer is; from now on outputs that are the dense model's do not count.
+
+        Raises:
+            PatternError: an output is NaN or infinite.
+        """
+        sums = dict.fromkeys(self._energy, 0.0)
         for i in range(self.count):
             made = self.walk.run(self.index, self.load(i), self.shared)
-            found.append(float(self._distance(i, made)))
-            if save:
-                self._model.states.save(self.index + 1, i, made)
-            self.progress("outputs" if save else "before")
-        return fmean(found)
+            for at, distance in self._distances(i, made).items():
+                sums[at] += float(distance) / self.count
+            self.progress("before")
+        if not all(isfinite(each) for each in (*sums.values(), *self._energy.values())):
+            raise PatternError(f"{self.path}: its outputs, or those of the dense layer, are NaN or infinite")
+        self._energy = {at: self._energy[at] for at, each in sums.items() if each}
+        return fmean([each for each in sums.values() if each] or [0.0])
 
-    def _distance(self, sample: int, made: Sequence[Any]) -> Tensor:
+    @torch.no_grad()
+    def run(self) -> float:
+        """The mean distance; what the layer makes is what the next one reads."""
+        found = [0.0]
+        for i in range(self.count):
+            made = self.walk.run(self.index, self.load(i), self.shared)
+            found += [float(each) / self.count for each in self._distances(i, made).values()]
+            if self.index + 1 < len(self.walk.layers) and not self._dense_inputs:
+                self._model.states.save(self.index + 1, i, made)
+            self.progress("outputs")
+        return sum(found) / max(1, len(self._energy))
+
+    def _distances(self, sample: int, made: Sequence[Any]) -> dict[int, Tensor]:
+        """By output, relative to the mean squared norm of the dense model's."""
         wanted = self._on_device(self._teacher.states.load(self.index + 1, sample))
-        parts = [
-            (made[at].float() - wanted[at].float()).square().sum() * (self.count / energy)
+        return {
+            at: (made[at].float() - wanted[at].float()).square().sum() * (self.count / energy)
             for at, energy in self._energy.items()
-        ]
-        return torch.stack(parts).mean() if parts else torch.zeros((), device=self.device)
+        }
 
     def _as_stored(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         sites = self.program.sites

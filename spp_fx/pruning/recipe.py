@@ -203,11 +203,12 @@ def prune_matrix(
             after = output_energy(inputs.kept, weight, without=mask)
     if values is not None:
         weight.copy_(values)
+    remedy = "; raise --damp" if hasattr(recipe.criterion, "damp") and recipe.update is None else ""
     zeros = 0
     for part, kept in row_blocks(weight, mask):
         part.masked_fill_(~kept, 0)
         if values is not None and not bool(part.isfinite().all()):
-            raise PatternError(f"{where}: its new values do not fit {weight.dtype}; raise --damp")
+            raise PatternError(f"{where}: its new values do not fit {weight.dtype}{remedy}")
         zeros += int((part == 0).sum())
     return MatrixReport(
         site, expert, str(pattern), zeros, weight.numel(), energy, before, after, tuple(notes)

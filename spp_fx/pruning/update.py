@@ -29,7 +29,7 @@ def admm(weight: Tensor, inputs: Inputs, mask: Tensor) -> Tensor:
         (out, in) float32, zero outside of the mask.
 
     Raises:
-        PatternError: the products of inputs are not positive definite.
+        PatternError: the products of inputs are NaN or infinite.
     """
     assert inputs.hessian is not None
     products = inputs.hessian.to(torch.float32, copy=True)
@@ -42,7 +42,7 @@ def admm(weight: Tensor, inputs: Inputs, mask: Tensor) -> Tensor:
     inverse.diagonal().add_(RHO)
     factor, failed = torch.linalg.cholesky_ex(inverse)
     if int(failed):
-        raise PatternError("the products of its inputs are not positive definite; calibrate on more text")
+        raise PatternError("the products of its inputs are NaN or infinite")
     torch.cholesky_inverse(factor, out=inverse)
     result = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     for rows, kept, target in row_blocks(weight, mask, result):

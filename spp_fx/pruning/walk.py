@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from spp_fx.errors import FormatError, PreconditionError, UsageError
 from spp_fx.graph.leaves import run_leaf
-from spp_fx.graph.names import in_model, layer_of
+from spp_fx.graph.names import in_model
 from spp_fx.graph.program import SITE, Program
 from spp_fx.graph.rewrite import flatten, reach
 from spp_fx.graph.sizes import sizes_in
@@ -156,6 +156,7 @@ class FileStates:
         for path in self._of_layer(layer).iterdir():
             fsync_file(path)
         fsync_folder(self._of_layer(layer))
+        fsync_folder(self._folder)
 
     def forget(self, layer: int) -> None:
         """Remove what a layer read."""
@@ -367,8 +368,10 @@ def _groups(program: Program, calls: Sequence[tuple[int, str]]) -> list[tuple[in
     """
     same = {unit: unit for unit in program.units}
     for name, first in program.tied.items():  # layers that share a weight are calibrated together
-        one, other = layer_of(name), layer_of(first)
-        if name in program.sites and one in same and other in same:
+        if not {name, first} <= program.sites.keys():
+            continue
+        one, other = program.sites[name].layer, program.sites[first].layer
+        if one in same and other in same:
             same = {unit: same[other] if kept == same[one] else kept for unit, kept in same.items()}
     last = {same[unit]: at for at, unit in calls}
     groups: list[tuple[int, int, tuple[str, ...]]] = []

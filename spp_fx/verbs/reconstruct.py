@@ -1,7 +1,9 @@
 """reconstruct: bring a pruned model close to the dense one, layer by layer, without moving a zero."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import gcd
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,7 +72,12 @@ class Reconstructed:
                 **({} if self.tokens is None else {"seq_len": self.tokens}),
             },
             "layers": [
-                {"layer": each.layer, "error_before": each.before, "error_after": each.after}
+                {
+                    "layer": each.layer,
+                    "error_before": each.before,
+                    "error_after": each.after,
+                    "changed": each.changed,
+                }
                 for each in self.layers
             ],
             "sites": [entry.name for entry in self.lock.sites],
@@ -81,9 +88,9 @@ class Reconstructed:
     def lines(self) -> Iterator[str | Table]:
         rows = [(each.layer, f"{each.before:.4%}", f"{each.after:.4%}") for each in self.layers]
         yield Table(("layer", "output error: before", "after"), rows)
-        if alone := [each.layer for each in self.layers if each.before == each.after]:
-            yield f"left as they were, since they would come no closer: {', '.join(alone)}"
-        yield f"{self.out}: {len(self.lock.sites)} weights changed, their masks are those of the model"
+        if same := [each.layer for each in self.layers if not each.changed]:
+            yield f"layers that are as they were, since they would come no closer: {', '.join(same)}"
+        yield f"{self.out}: {len(self.layers) - len(same)} layers changed; the masks are those of the model"
         yield from (f"  left as they were: {line}" for line in grouped(self.refused))
 
 
@@ -115,7 +122,7 @@ def reconstruct(
 ) -> Reconstructed:
     """Change the kept weights of a pruned model folder until each layer makes what the dense model's makes.
 
-    Memory holds one layer. A run that was stopped continues after its finished layers and writes the same bytes.
+    Memory holds one layer. A run that was stopped continues after its finished layers, on a CPU to the same bytes.
 
     Args:
         teacher: the dense model that was pruned.
@@ -138,6 +145,8 @@ def reconstruct(
         teacher=str(teacher), method=method, inputs=inputs, epochs=epochs, batch_size=batch_size, lr=lr,
         train_norms=train_norms, seed=seed, targets=tuple(targets), skip=tuple(skip), task=task, device=device,
     )  # fmt: skip
+    if method in UPDATES and options:
+        raise UsageError(f"--method {method} has no option {next(iter(options))}")
     check_output(out, force, [model, teacher], say)
     provenance.load(model)  # a damaged history is an error before the work
     where = device_of(device)
@@ -147,9 +156,15 @@ def reconstruct(
         say(note)
     sites, refused, masks = choose_pruned(found, targets, skip)
     run_pipeline(found.program, [Partition(), Causal()])
-    refused |= (outside := outside_of_layers(found.program, sites)) | found.others
+    outside = dict.fromkeys(
+        outside_of_layers(found.program, sites),
+        "is used outside of its layer, and layers are changed one by one",
+    )
+    refused |= outside | found.others
     sites = [name for name in sites if name not in outside]
     if method not in UPDATES:
+        if options.get("dropout"):
+            raise UsageError("--dropout: layers are trained without dropout; leave it out")
         shapes = {name: found.program.sites[name].shape for name in sites}
         sites, unfit = adaptable(dict.fromkeys(sites, make_method(method, **options)), shapes)
         refused |= unfit
@@ -158,6 +173,7 @@ def reconstruct(
     refuse_sparse_teacher(found, sites, teacher, values=True)
     check_teacher(found.program, dense.program, model, teacher, trust_remote_code=trust_remote_code)
     check_dense(found, dense, sites)
+    _check_code(found, dense)
     lock = lock_of(found, sites, masks)
     samples, _ = draw_samples(model, found.program, calibration, trust_remote_code=trust_remote_code, say=say)
     rows = _rows(samples, batch_size)
@@ -183,7 +199,7 @@ def reconstruct(
         batches = (
             [{"input_ids": part} for part in samples.split(rows)] if isinstance(samples, Tensor) else samples
         )
-        layers = _walk(found, dense, batches, sites, how, work, where, inputs == "dense", tick)
+        layers, trained = _walk(found, dense, batches, sites, how, work, where, inputs == "dense", tick)
         copy_others(found.folder, work.folder, skip=OWN_FILES)
         _check_masks(ModelFolder.open(work.folder), lock)
         (work.folder / LOCK_NAME).write_text(_whole_lock(model, lock).dumps())
@@ -197,9 +213,6 @@ def reconstruct(
             settings=settings,
             digests=dict(zip((shard.name for shard in found.folder.shards), digests, strict=True)),
         )  # fmt: skip
-    vectors = how.vectors if isinstance(how, Training) else ()
-    inside = tuple(f"{unit}." for unit in found.program.units)
-    trained = tuple(name for name in sorted(vectors) if name.startswith(inside))
     tokens = samples.shape[1] if isinstance(samples, Tensor) else None
     return Reconstructed(out, method, lock, tuple(layers), refused, trained, len(samples), tokens)
 
@@ -207,7 +220,7 @@ def reconstruct(
 def _how(found: ModelSites, asked: ReconstructSettings, options: dict[str, Any], rows: int) -> Reconstruction:
     if asked.method in UPDATES:
         return Update(asked.method)
-    vectors = trained_vectors(found)[0] if asked.train_norms else ()
+    vectors = {*trained_vectors(found)[0]} & found.matrices.keys() if asked.train_norms else ()
     return Training(
         make_method(asked.method, **options),
         asked.epochs,
@@ -219,11 +232,8 @@ def _how(found: ModelSites, asked: ReconstructSettings, options: dict[str, Any],
 
 
 def _rows(samples: Samples, batch_size: int) -> int:
-    """Windows of text that run at once: a divisor of their number, so that all runs have one shape."""
-    count = len(samples)
-    if not isinstance(samples, Tensor):
-        return 1
-    return max(rows for rows in range(1, min(count, batch_size) + 1) if count % rows == 0)
+    """Windows of text that run at once: all runs have one shape, and every step the same number of them."""
+    return gcd(len(samples), batch_size) if isinstance(samples, Tensor) else 1
 
 
 def _walk(
@@ -236,12 +246,13 @@ def _walk(
     device: torch.device,
     dense_inputs: bool,
     tick: Tick,
-) -> list[LayerError]:
-    """Change the layers one by one and write the folder's weights."""
+) -> tuple[list[LayerError], tuple[str, ...]]:
+    """Change the layers one by one and write the folder's weights; the errors, and the vectors that changed."""
     store = LayerStore(work, found)
 
     def finish(index: int, tensors: Mapping[str, Tensor], error: LayerError) -> None:
-        store.finish(index, tensors, asdict(error))
+        vectors = [name for name in tensors if name not in found.program.sites]
+        store.finish(index, tensors, {"error": asdict(error), "vectors": vectors})
 
     if device.type != "cpu":
         found.program.move_constants(torch.device("cpu"), device)
@@ -253,7 +264,26 @@ def _walk(
         dense_inputs=dense_inputs, device=device, start=store.done, finish=finish, tick=tick,
     )  # fmt: skip
     store.write()
-    return [LayerError(each["layer"], each["before"], each["after"]) for each in store.facts()]
+    facts = store.facts()
+    vectors = sorted(name for each in facts for name in each["vectors"])
+    return [LayerError(**each["error"]) for each in facts], tuple(vectors)
+
+
+_SPELLED = re.compile(
+    r"_|.*(token|drop|cache|dtype|version|architectures|label|quantization|initializer|output).*"
+)
+"""Keys of config.json that change nothing of what a model computes from its weights."""
+
+
+def _check_code(found: ModelSites, dense: ModelSites) -> None:
+    """UsageError unless two models run the same code on their weights, by their configurations."""
+    ours, theirs = (each.program.config.to_dict() for each in (found, dense))
+    for key in sorted(ours.keys() | theirs.keys()):
+        if not _SPELLED.match(key) and ours.get(key) != theirs.get(key):
+            raise UsageError(
+                f"{dense.folder.path}: its {key} is {theirs.get(key)} (config.json), that of {found.folder.path} is "
+                f"{ours.get(key)}; --teacher must be the dense model that the pruned one was made from"
+            )
 
 
 def _check_masks(folder: ModelFolder, lock: Lock) -> None:

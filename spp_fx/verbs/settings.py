@@ -175,6 +175,9 @@ class ReconstructSettings:
         check_values(self)
         if self.seed < 0:
             raise UsageError(f"--seed must not be negative, got {self.seed}")
+        if self.method == "admm" and (self.lr is not None or self.train_norms):
+            unused = "--train-norms" if self.lr is None else "--lr"
+            raise UsageError(f"{unused} is for methods that are trained, and admm is not; leave it out")
 
 
 @dataclass(frozen=True)

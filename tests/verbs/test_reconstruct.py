@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5ForConditionalGeneration
 
 from spp_fx.graph.trace import trace
 from spp_fx.verbs import reconstruct as workflow
@@ -49,6 +49,7 @@ WAYS = {
 def test_layers_come_closer_and_masks_stay(pristine, text_file, tmp_path, way):
     result = must(*words(pristine, text_file, tmp_path / "out", *WAYS[way]), "--json").json
     assert [each["layer"] for each in result["layers"]] == ["model.layers.0", "model.layers.1"]
+    assert all(each["changed"] for each in result["layers"])
     for each in result["layers"]:
         assert 0 < each["error_after"] < each["error_before"]
     before, after = weights(pristine / "sparse"), weights(tmp_path / "out")
@@ -92,12 +93,45 @@ def calibration_of(world: Path, text: Path) -> torch.Tensor:
     return draw_windows(world / "sparse", trace(world / "sparse"), Calibration(text, 8, 32)).tokens
 
 
+def test_dense_inputs_are_those_of_the_dense_model(pristine, text_file, tmp_path):
+    """The second layer's error before is then that of the pruned layer alone."""
+    found = [
+        must(*words(pristine, text_file, tmp_path / way, "--inputs", way, "--epochs", 2), "--json").json
+        for way in ("dense", "reconstructed")
+    ]
+    first, second = zip(*(each["layers"] for each in found), strict=True)
+    assert first[0] == first[1]
+    ids = calibration_of(pristine, text_file)
+    with torch.no_grad():
+        dense, sparse = (
+            AutoModelForCausalLM.from_pretrained(pristine / name).eval() for name in ("dense", "sparse")
+        )
+        sparse.model.layers[0].load_state_dict(dense.model.layers[0].state_dict())
+        layers = [each.model.layers[1] for each in (dense, sparse)]
+        made: list[torch.Tensor] = []
+        for layer in layers:
+            layer.register_forward_hook(lambda _, __, made_now: made.append(made_now))
+        dense(ids)
+        sparse(ids)
+    expected = float((made[0] - made[1]).square().sum() / made[0].square().sum())
+    assert second[0]["error_before"] == pytest.approx(expected, rel=1e-4)
+    assert second[1]["error_before"] != pytest.approx(expected, rel=1e-2)
+
+
+def test_a_layer_that_would_come_no_closer_keeps_its_weights(pristine, text_file, tmp_path):
+    ran = must(*words(pristine, text_file, tmp_path / "out", "--lr", 3, "--epochs", 1, "--train-norms"))
+    assert "layers that are as they were, since they would come no closer: model.layers.0" in ran.out
+    before, after = weights(pristine / "sparse"), weights(tmp_path / "out")
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("family", ["gpt2", "mixtral", nightly("gpt-oss")])
 @pytest.mark.parametrize("method", ["admm", "masked-full"])
-def test_conv1d_and_experts_in_half_precision(tmp_path, text_file, family, method):
+def test_conv1d_and_experts_in_half_precision(tmp_path, text_file, family, method, dtype):
     """Stacks, weights stored (in, out), and a file for each expert."""
     save_with_tokenizer(tmp_path / "dense32", text_file, family, max_shard_size="40KB")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense32", dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense32", dtype=dtype)
     model.save_pretrained(tmp_path / "dense", max_shard_size="40KB")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tmp_path / "dense32" / name, tmp_path / "dense" / name)
@@ -150,6 +184,34 @@ def test_the_error_of_an_encoders_last_layer_is_that_of_what_the_decoder_reads(t
     assert last["error_after"] == pytest.approx(lost / energy, rel=1e-4)
 
 
+@torch.no_grad()
+def test_outputs_that_are_the_dense_models_anyway_do_not_count(tmp_path):
+    """T5's first layer makes the table of distances as well, which the others read."""
+    dense = tmp_path / "dense"
+    dense.mkdir()
+    config = tasks.t5()
+    config.num_layers = 2
+    torch.manual_seed(0)
+    tasks.save("seq2seq-lm", dense)
+    T5ForConditionalGeneration(config).save_pretrained(dense)
+    data = tasks.write("seq2seq-lm", dense / "data.jsonl")
+    must("prune", dense, "-o", tmp_path / "sparse", "-q")
+    result = must(
+        "reconstruct", tmp_path / "sparse", "-o", tmp_path / "out", "--teacher", dense, "--calib", data,
+        "--samples", 2, "--json",
+    ).json  # fmt: skip
+    samples, _ = draw_samples(dense, trace(dense), Calibration(data, 2))
+    encoders = [AutoModelForSeq2SeqLM.from_pretrained(f).get_encoder() for f in (dense, tmp_path / "sparse")]
+    lost = energy = 0.0
+    for sample in samples:
+        given = {name: sample[name] for name in ("input_ids", "attention_mask") if name in sample}
+        wanted, made = (each(**given, output_hidden_states=True).hidden_states[1] for each in encoders)
+        lost += float((wanted - made).square().sum())
+        energy += float(wanted.square().sum())
+    assert result["layers"][0]["layer"] == "encoder.block.0"
+    assert result["layers"][0]["error_before"] == pytest.approx(lost / energy, rel=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["admm", "masked-full"])
 def test_a_killed_run_goes_on_and_writes_the_same_bytes(pristine, text_file, tmp_path, method):
@@ -196,6 +258,15 @@ def moved_zero(world: Path, tmp_path: Path) -> Path:
     return folder
 
 
+def other_rope(world: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "rope"
+    shutil.copytree(world / "dense", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] *= 2
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 REFUSED = {
     "the model itself": (lambda w, t: (w / "sparse", w / "sparse"), (), 2, "is as sparse as"),
     "no pattern": (lambda w, t: (w / "dense", w / "dense"), (), 1, "is dense"),
@@ -203,6 +274,11 @@ REFUSED = {
     "its option": (
         lambda w, t: (w / "sparse", w / "dense"), ("--method", "admm", "--rank", 4), 2, "rank",
     ),
+    "a dropout": (
+        lambda w, t: (w / "sparse", w / "dense"), ("--method", "spp", "--dropout", 0.1), 2, "without dropout",
+    ),
+    "a rate of none": (lambda w, t: (w / "sparse", w / "dense"), ("--method", "admm", "--lr", 1), 2, "--lr"),
+    "another rope": (lambda w, t: (w / "sparse", other_rope(w, t)), (), 2, "its rope_parameters is"),
     "a moved zero": (lambda w, t: (moved_zero(w, t), w / "dense"), (), 1, "up_proj"),
 }  # fmt: skip
 
