@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from spp_fx.adapters.fold import FoldCounts, fold_matrix
 from spp_fx.adapters.masked_full import MaskedFull
-from spp_fx.adapters.method import Factors, Method, Run, initial_factor
+from spp_fx.adapters.method import FactorSpec, Method, Run, initial_factor
 from spp_fx.errors import PatternError
 from spp_fx.graph.names import in_model
 from spp_fx.graph.program import Program
@@ -94,7 +94,7 @@ class Update:
             block.progress("inputs")
         found: dict[str, tuple[Method, dict[str, Tensor]]] = {}
         for name in block.sites:
-            weight, dense = block.weight(name), block.dense.pop(name)
+            weight, dense = block.weight(name), _work(block.dense.pop(name))
             delta = torch.zeros_like(weight)
             for expert in _experts(weight):
                 seen = observer.inputs.pop((name, 0 if expert is ... else expert), None)
@@ -135,33 +135,34 @@ class Training:
 
     @torch.enable_grad()
     def change(self, block: "Block") -> Change:
-        weights = {name: block.weight(name) for name in block.sites}
-        factors = {name: self._start(name, weight) for name, weight in weights.items()}
+        weights = {name: block.program.canonical_weight(name).detach() for name in block.sites}
+        trained = {name: self._start(name, weight) for name, weight in weights.items()}
         vectors = {
             name: _work(block.program.get_parameter(name)).clone().requires_grad_()
             for name in block.vectors & self.vectors
         }
-        parameters = [*(each for own in factors.values() for each in own.values()), *vectors.values()]
+        parameters = [*(each for own in trained.values() for each in own.values()), *vectors.values()]
         order = torch.Generator().manual_seed(self.seed + block.index)
         batches = [
             batch
             for _ in range(self.epochs)
             for batch in torch.randperm(block.count, generator=order).split(self.batch)
         ]
-        optimizer = torch.optim.AdamW(
-            parameters, self.lr or self._suggested(weights, len(batches)), betas=BETAS, weight_decay=0
-        )
+        lr = self.lr or self._suggested(weights, len(batches))
+        # Fused: without temporaries, which would be the most that is ever held.
+        optimizer = torch.optim.AdamW(parameters, lr, betas=BETAS, weight_decay=0, fused=True)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(batches))
         for batch in batches:
             optimizer.zero_grad()
             for i in batch.tolist():
-                now = {name: self._effective(weights[name], own) for name, own in factors.items()}
+                now = {name: self._effective(weights[name], own) for name, own in trained.items()}
                 loss = block.distance(i, now | vectors) / len(batch)
                 if not bool(loss.isfinite()):
                     raise PatternError(
                         f"{block.path}: the distance from the dense layer is {loss.item()}; lower --lr"
                     )
                 (loss * block.scale).backward()
+                del now, loss
                 block.progress("training")
             for each in parameters:
                 if each.grad is not None:
@@ -169,31 +170,41 @@ class Training:
             clip_grad_norm_(parameters, CLIP)
             optimizer.step()
             schedule.step()
-        return Change(
-            {
-                name: (self.method, {key: each.detach() for key, each in own.items()})
-                for name, own in factors.items()
-            },
-            {name: each.detach() for name, each in vectors.items()},
-        )
+        with torch.no_grad():
+            sites = {
+                name: (self.method, self._factors(weights[name], trained.pop(name))) for name in block.sites
+            }
+        return Change(sites, {name: each.detach() for name, each in vectors.items()})
 
     def _start(self, name: str, weight: Tensor) -> dict[str, Tensor]:
+        """What is trained for a site: its factors, of one that is as large as the weight what meets a kept weight."""
+        made: dict[str, Tensor] = {}
+        for key, spec in self.method.factors(tuple(weight.shape)).items():
+            factor = initial_factor(spec, f"{name}.{key}", self.seed, weight.device)
+            made[key] = (factor[weight != 0] if self._is_full(weight, spec) else factor).requires_grad_()
+        return made
+
+    def _factors(self, weight: Tensor, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        specs = self.method.factors(tuple(weight.shape))
         return {
-            key: initial_factor(spec, f"{name}.{key}", self.seed, weight.device).requires_grad_()
-            for key, spec in self.method.factors(tuple(weight.shape)).items()
+            key: torch.zeros(weight.shape, device=weight.device).masked_scatter(weight != 0, each)
+            if self._is_full(weight, specs[key])
+            else each
+            for key, each in trained.items()
         }
 
-    def _effective(self, weight: Tensor, factors: Factors) -> Tensor:
-        change = self.method.update(weight, **factors)
-        return weight + (change if self.method.masked else change * (weight != 0))
+    def _is_full(self, weight: Tensor, spec: FactorSpec) -> bool:
+        return self.method.masked_gradient and spec.shape == tuple(weight.shape)
+
+    def _effective(self, weight: Tensor, trained: Mapping[str, Tensor]) -> Tensor:
+        """In the dtype of the weight: what is wider lives for this weight alone."""
+        own = _work(weight)
+        change = self.method.update(own, **self._factors(weight, trained))
+        return (own + (change if self.method.masked else change * (own != 0))).to(weight.dtype)
 
     def _suggested(self, weights: Mapping[str, Tensor], steps: int) -> float:
-        kept = {name: weight[weight != 0] for name, weight in weights.items()}
-        runs = (
-            Run(steps, weights[name].shape[-1], float(own.square().mean().sqrt()))
-            for name, own in kept.items()
-            if own.numel()
-        )
+        kept = ((weight.shape[-1], _work(weight[weight != 0])) for weight in weights.values())
+        runs = (Run(steps, width, float(own.square().mean().sqrt())) for width, own in kept if own.numel())
         return median([self.method.rate(run) for run in runs] or [1.0])
 
 
@@ -289,7 +300,7 @@ class Block:
         sites: those of it, in the order of the model.
         alone: names of its tensors that nothing else reads.
         count: samples.
-        dense: (out, in) or (experts, out, in) of each site in float32, where they were kept.
+        dense: the dense model's weights of the sites, canonical, where they were kept.
         shared: what all samples share.
     """
 
@@ -371,7 +382,7 @@ class Block:
                 self.progress("dense")
             self._energy = {at: energy for at, energy in self._energy.items() if energy}
             if keep:
-                self.dense = {name: self.weight(name).clone() for name in self.sites}
+                self.dense = {n: self.program.canonical_weight(n).detach().clone() for n in self.sites}
 
     def distance(self, sample: int, tensors: Mapping[str, Tensor]) -> Tensor:
         """The squared distance of a sample's outputs from the dense model's; the mean would be 1 for outputs of 0.

@@ -39,6 +39,9 @@ from spp_fx.verbs.starts import check_dense
 from spp_fx.verification import provenance
 from spp_fx.verification.model_sites import ModelSites, find_sites
 
+TOKENS = 2048
+"""Tokens that run at once at most, where a window has not more."""
+
 
 @dataclass(frozen=True)
 class Reconstructed:
@@ -232,8 +235,15 @@ def _how(found: ModelSites, asked: ReconstructSettings, options: dict[str, Any],
 
 
 def _rows(samples: Samples, batch_size: int) -> int:
-    """Windows of text that run at once: all runs have one shape, and every step the same number of them."""
-    return gcd(len(samples), batch_size) if isinstance(samples, Tensor) else 1
+    """Windows of text that run at once: all runs have one shape, and every step the same number of them.
+
+    More tokens than `TOKENS` at once gain little, and take as much memory as the layer.
+    """
+    if not isinstance(samples, Tensor):
+        return 1
+    count, tokens = samples.shape
+    most = gcd(count, batch_size)
+    return max(n for n in range(1, most + 1) if most % n == 0 and (n == 1 or n * tokens <= TOKENS))
 
 
 def _walk(
